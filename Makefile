@@ -1,0 +1,56 @@
+# `make demo` and `make test` are all a newcomer needs: each makes .venv and installs what it uses.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+PEERS  := backpack-for-pytorch opacus
+
+.PHONY: help venv demo test check format bench clean
+.NOTPARALLEL:
+
+help:
+	@echo "make demo    install, then show the main job on handwritten digits"
+	@echo "make test    install, then run the tests"
+	@echo "make check   ruff and mypy"
+	@echo "make format  rewrite the sources as ruff formats them"
+	@echo "make bench   install the peers, then time the first-order quantities (BENCH='--device cuda' for options)"
+	@echo "make clean   remove .venv and every cache"
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each extra; older than pyproject.toml or the constraints, it is made again.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/pip
+	$(PIP) install --quiet -c constraints.txt -e '.[$*]'
+	@touch $@
+
+$(VENV)/.installed-peers: $(VENV)/.installed-bench
+	$(PIP) install --quiet -c constraints.txt --no-deps $(PEERS)
+	@touch $@
+
+.PRECIOUS: $(VENV)/.installed-%
+
+venv: $(VENV)/.installed-test
+
+demo: $(VENV)/.installed-examples
+	$(BIN)/tnbackprop demo --output tnbackprop-demo --force
+
+test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 $(PYTEST)
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-peers
+	$(BIN)/python -m benchmarks.first_order $(BENCH)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis tnbackprop-demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Benchmarks; a package, so that the `benchmarks` that Opacus installs is not taken for it."""

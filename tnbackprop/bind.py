@@ -1,0 +1,279 @@
+"""A rule at concrete shapes: its formulas as diagrams over the runtime values of one call.
+
+equations = bind(rule, {"input": axes, "weight": axes, "bias": None}, names, output, output_axes, where).equations
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from .diagram import BATCH, Delta, Diagram, Leg, Product, leaves, summed_legs
+from .errors import RuleError, UnsupportedError
+from .expand import Expander
+from .jacobian import Jacobian
+from .legs import Axes, solve
+from .notation import RESERVED, parse_access, parse_expression, parse_legs, parse_program
+from .rule import Rule
+from .syntax import Access, Index, Line, Node, accesses, nearest, selects
+
+__all__ = ["Axes", "BoundRule", "Equation", "Saved", "bind"]
+
+_PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
+
+
+@dataclass(frozen=True)
+class Equation:
+    """One line of a rule, over runtime values.
+
+    name       the value it defines; the last equation defines the call's output, line `x` is "{output}_x"
+    legs       the legs of the value, row-major
+    diagram    the formula; None where only Jacobians are declared
+    jacobians  declared ones, by runtime value name of the operand (only on the last equation)
+    """
+
+    name: str
+    legs: tuple[Leg, ...]
+    diagram: Diagram | None
+    jacobians: Mapping[str, Jacobian]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor that the forward keeps: torch code with {runtime value name} placeholders."""
+
+    name: str
+    legs: tuple[Leg, ...]
+    code: str
+
+
+@dataclass(frozen=True)
+class BoundRule:
+    """A rule for one call. Code placeholders are {runtime value name}, and {cotangent} in a vjp.
+
+    legs  runtime value name of an operand -> its legs where the rule reads it first (row-major; the image leg
+          where it is index arithmetic)
+    """
+
+    equations: tuple[Equation, ...]
+    saved: tuple[Saved, ...]
+    forward: str
+    vjp: Mapping[str, str]
+    kinks: str
+    legs: Mapping[str, tuple[Leg, ...]]
+
+
+def bind(
+    rule: Rule | str,
+    operands: Mapping[str, Axes | None],
+    names: Mapping[str, str],
+    output: str,
+    output_axes: Axes,
+    where: str,
+) -> BoundRule:
+    """Bind a rule to the shapes and value names of one call.
+
+    operands     operand name -> its axes as row-major factors, None: absent
+    names        operand name -> runtime value name
+    output       runtime value name of the output, with its axes
+    where        the call, for messages
+
+    Raises `RuleError` (with a caret) where the text is wrong or does not fit the shapes, `UnsupportedError`
+    where it mixes samples.
+    """
+    if isinstance(rule, str):
+        rule = Rule(formula=rule)
+    return _Binder(rule, operands, names, output, output_axes, where).bind()
+
+
+class _Binder:
+    def __init__(
+        self,
+        rule: Rule,
+        operands: Mapping[str, Axes | None],
+        names: Mapping[str, str],
+        output: str,
+        output_axes: Axes,
+        where: str,
+    ) -> None:
+        self.rule, self.output, self.where = rule, output, where
+        self.lines = parse_program(rule.formula) if rule.formula.strip() else ()
+        if not self.lines and not rule.jacobian:
+            raise RuleError("the rule has neither formula nor jacobian", hint=f"in the rule of {where}")
+        self.saved = {parse_access(key).tensor: (parse_access(key), code) for key, code in rule.saved.items()}
+        self.jacobian = {name: parse_expression(text) for name, text in rule.jacobian.items()}
+        self.declared = {name: parse_legs(name, text) for name, text in rule.legs.items()}
+        self.absent = frozenset(name for name, axes in operands.items() if axes is None)
+        self.axes = {name: axes for name, axes in operands.items() if axes is not None} | {"output": output_axes}
+        own = [line.left.tensor for line in self.lines[:-1]] + list(self.saved)
+        self.own = tuple(own)
+        self.names = {name: names[name] for name, axes in operands.items() if axes is not None}
+        self.names |= {name: f"{output}_{name}" for name in own} | {"output": output}
+        self._check_names(operands)
+        self.legs = solve(self._uses(), self.axes, own, rule.constants, where)
+        self.expander = Expander(self.legs, rule.constants, self.names, self.absent)
+
+    def error(self, what: str, hint: str = "") -> RuleError:
+        return RuleError(what, hint="\n".join(filter(None, (hint, f"in the rule of {self.where}"))))
+
+    def bind(self) -> BoundRule:
+        equations = [self._equation(line) for line in self.lines[:-1]]
+        equations.append(self._output())
+        self._refuse_mixing(equations)
+        saved = tuple(
+            Saved(self.names[name], self.legs.flat(access.items), self._code(code))
+            for name, (access, code) in self.saved.items()
+        )
+        return BoundRule(
+            tuple(equations), saved, self._code(self.rule.forward), self._vjp(), self.rule.kinks, self._operand_legs()
+        )
+
+    def _check_names(self, operands: Mapping[str, Axes | None]) -> None:
+        """Every tensor of the text is an operand, a line, saved, or (in a Jacobian) the output."""
+        for name in self.own:
+            if name in operands or self.own.count(name) > 1 or name in RESERVED:
+                raise self.error(f"'{name}' is an operand or defined twice: a line or saved tensor needs another name")
+        known = set(operands) | set(self.own)
+        texts = [(line.right, known) for line in self.lines]
+        texts += [(node, known | {"output"}) for node in self.jacobian.values()]
+        for node, allowed in texts:
+            for access in accesses(node):
+                if access.tensor not in allowed | {"delta"}:
+                    hint = "\n".join(filter(None, (nearest(access.tensor, allowed), f"in the rule of {self.where}")))
+                    raise access.place.error(f"unknown tensor '{access.tensor}'", hint)
+        for kind, names, allowed in (
+            ("jacobian", self.jacobian, set(operands)),
+            ("vjp", self.rule.vjp, set(operands)),
+            ("legs", self.declared, known | {"output"}),
+        ):
+            for name in names:
+                if name not in allowed:
+                    raise self.error(f"{kind} names '{name}', which is no operand", nearest(name, allowed))
+
+    def _uses(self) -> Iterator[Access]:
+        """Every access of the rule that says something about legs."""
+        nodes: list[Node] = []
+        for line in self.lines:
+            yield line.left
+            nodes.append(line.right)
+        yield from (access for access, _ in self.saved.values())
+        yield from (access for name, access in self.declared.items() if name not in self.absent)
+        nodes += [node for name, node in self.jacobian.items() if name not in self.absent]
+        for node in nodes:
+            yield from (access for access in accesses(node) if access.tensor not in self.absent)
+            for select in selects(node):
+                yield Access("select", select.choice, select.place)
+
+    def _equation(self, line: Line, jacobians: Mapping[str, Jacobian] = MappingProxyType({})) -> Equation:
+        legs = self.legs.flat(line.left.items)
+        diagram = self.expander.diagram(line.right, legs)
+        self._check_left(line, diagram)
+        return Equation(self.names[line.left.tensor], legs, diagram, MappingProxyType(dict(jacobians)))
+
+    def _check_left(self, line: Line, diagram: Diagram) -> None:
+        """A leg only on the left beside a leg only on the right is a slip; alone it is an expansion."""
+        right = {leg: None for product in diagram.products for leg in product.legs}
+        lonely = [leg for leg in right if leg not in diagram.legs and leg in self.legs.all and leg.size != 1]
+        for item in line.left.items:
+            for leg in self.legs.flat((item,)):
+                if leg not in right and leg.size != 1 and lonely:
+                    hint = nearest(leg.name, (lone.name for lone in lonely))
+                    what = f"leg '{leg}' is only on the left, and {', '.join(map(str, lonely))} only on the right"
+                    raise item.place.error(what, f"{hint}\nin the rule of {self.where}")
+
+    def _output(self) -> Equation:
+        jacobians: dict[str, Jacobian] = {}
+        for name, node in self.jacobian.items():
+            if name in self.absent:
+                continue
+            if self.names[name] in jacobians:
+                raise UnsupportedError(f"{self.where}: '{self.names[name]}' is two operands with declared Jacobians")
+            jacobians[self.names[name]] = self._jacobian(name, node)
+        if self.lines:
+            return self._equation(self.lines[-1], jacobians)
+        return Equation(self.output, self._declared("output"), None, MappingProxyType(jacobians))
+
+    def _jacobian(self, name: str, node: Node) -> Jacobian:
+        """The declared Jacobian; a leg that operand and output share means a delta."""
+        out, into = self._declared("output"), self._declared(name)
+        diagram = self.expander.diagram(node, out + tuple(leg for leg in into if leg not in out))
+        taken = {leg.name for product in diagram.products for leg in product.legs} | {leg.name for leg in out + into}
+        fresh: dict[Leg, Leg] = {}
+        for leg in into:
+            new = leg.name + "'"
+            while new in taken:
+                new += "'"
+            taken.add(new)
+            fresh[leg] = Leg(new, leg.size)
+        deltas = tuple(Delta((leg, fresh[leg])) for leg in into if leg in out)
+        renamed = diagram.rename({leg: fresh[leg] for leg in into if leg not in out})
+        products = tuple(Product(p.scale, p.operands + deltas) for p in renamed.products)
+        ends = tuple(fresh[leg] for leg in into)
+        return Jacobian(Diagram(out + ends, products), out, ends)
+
+    def _declared(self, name: str) -> tuple[Leg, ...]:
+        """The legs of an operand or the output, as declared or as the formula has them."""
+        access = self.declared.get(name) or self._first_access(name)
+        if access is None or any(isinstance(item, Index) for item in access.items):
+            raise self.error(f"the legs of '{name}' are not known", f'declare legs={{"{name}": "n, …"}}')
+        legs = self.legs.flat(access.items)
+        if len(set(legs)) != len(legs):
+            raise self.error(f"the legs of '{name}' are not distinct: {access}")
+        return legs
+
+    def _first_access(self, name: str) -> Access | None:
+        if name == "output":
+            return self.lines[-1].left if self.lines else None
+        nodes = [line.right for line in self.lines] + list(self.jacobian.values())
+        return next((a for node in nodes for a in accesses(node) if a.tensor == name), None)
+
+    def _operand_legs(self) -> Mapping[str, tuple[Leg, ...]]:
+        found: dict[str, tuple[Leg, ...]] = {}
+        for name in self.axes:
+            access = self.declared.get(name) or self._first_access(name)
+            if access is not None and name != "output":
+                found.setdefault(self.names[name], self.expander.access(access)[0].legs)
+        return MappingProxyType(found)
+
+    def _refuse_mixing(self, equations: list[Equation]) -> None:
+        """A sum over the batch must not reach a value that has the batch."""
+        summed: set[str] = set()
+        for equation in equations:
+            if equation.diagram is None:
+                continue
+            over_batch = any(BATCH in summed_legs(p, equation.legs) for p in equation.diagram.products)
+            tainted = summed.intersection(leaves(equation.diagram))
+            if BATCH in equation.legs and tainted:
+                raise UnsupportedError(
+                    f"{self.where} mixes samples: '{min(tainted)}' is a sum over the batch. "
+                    "Derivatives never cross the batch."
+                )
+            if over_batch or tainted:
+                summed.add(equation.name)
+
+    def _vjp(self) -> Mapping[str, str]:
+        """Native VJPs by runtime value; none for a value that is two operands."""
+        found: dict[str, str] = {}
+        for name, code in self.rule.vjp.items():
+            bound = self._code(code, "cotangent")
+            if name not in self.absent and list(self.names.values()).count(self.names[name]) == 1:
+                found[self.names[name]] = bound
+        return MappingProxyType(found)
+
+    def _code(self, code: str, *kept: str) -> str:
+        """Torch code with {operand} replaced by {runtime value name}, and by None where it is absent."""
+
+        def replace(match: re.Match[str]) -> str:
+            name = match[1]
+            if name in kept:
+                return match[0]
+            if name in self.absent:
+                return "None"
+            if name not in self.names:
+                known = [*self.names, *self.absent, *kept]
+                raise RuleError(f"unknown tensor '{name}' in the code", code, match.start(1), nearest(name, known))
+            return "{" + self.names[name] + "}"
+
+        return _PLACEHOLDER.sub(replace, code)

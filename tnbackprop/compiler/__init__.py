@@ -1,0 +1,55 @@
+"""The compiler, in order: capture, bind, derive, (simplify, share and) plan, lower, emit. Nothing else happens here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..quantities import Quantity
+from ..rule import Rules
+from .capture import capture
+from .cost import RATES, Rates
+from .derive import Derived, bind_all, derive
+from .emit import emit
+from .graph import Graph
+from .lower import LOWERINGS
+from .plan import Plan, plan
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What every stage produced."""
+
+    graph: Graph
+    derived: Derived
+    plan: Plan
+    source: str
+
+
+def compile_program(
+    model: torch.nn.Module,
+    loss: Callable[..., torch.Tensor] | None,
+    example: tuple[Any, Any],
+    quantities: Sequence[Quantity],
+    rules: Rules,
+    memory_limit: int | None = None,
+) -> Compiled:
+    """Run the stages on an example batch."""
+    graph = capture(model, loss, example, rules)
+    bound = bind_all(graph, rules)
+    derived = derive(graph, bound, quantities)
+    planned = plan(graph, derived, LOWERINGS, _rates(model), _itemsize(model))
+    source = emit(graph, planned, f"{type(model).__name__}: {', '.join(q.name for q in quantities)}")
+    return Compiled(graph, derived, planned, source)
+
+
+def _rates(model: torch.nn.Module) -> Rates:
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    return RATES.get(device, RATES["cpu"])
+
+
+def _itemsize(model: torch.nn.Module) -> int:
+    return next((p.dtype.itemsize for p in model.parameters()), 4)

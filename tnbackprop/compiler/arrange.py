@@ -1,0 +1,139 @@
+"""Arrange: the torch expression that reads a value with its legs in a given order and grouping."""
+
+from __future__ import annotations
+
+from math import prod
+
+import sympy
+
+from ..diagram import Leg, Size
+from .cost import Kernel, Work
+from .store import Ref, Store
+
+Groups = tuple[tuple[Leg, ...], ...]
+
+
+def sizes_of(legs: tuple[Leg, ...]) -> tuple[Size, ...]:
+    return tuple(leg.size for leg in legs)
+
+
+def merged(group: tuple[Leg, ...]) -> Size:
+    """The size of several legs read as one axis."""
+    fixed = prod(leg.size for leg in group if isinstance(leg.size, int))
+    symbols = sympy.Mul(*(leg.size for leg in group if not isinstance(leg.size, int)))
+    return fixed if symbols == 1 else symbols * fixed
+
+
+def text(sizes: tuple[Size, ...]) -> str:
+    """Sizes as they stand in the source."""
+    return ", ".join(sympy.sstr(s).replace(" ", "") if not isinstance(s, int) else str(s) for s in sizes)
+
+
+def arranged(store: Store, ref: Ref, groups: Groups) -> str:
+    """Code for `ref` with one axis per group; a group without legs is an axis of size 1."""
+    name, shape = store.resolve(ref.name), store.shapes[store.resolve(ref.name)]
+    flat = tuple(leg for group in groups for leg in group)
+    wanted = tuple(merged(group) for group in groups)
+    if flat == ref.stored:
+        return name if wanted == shape else f"{name}.{_reshape(shape, wanted)}"
+    axes, permuted_shape = _coarsest(ref.stored, flat, shape)
+    code = name if sizes_of_axes(axes) == shape else f"{name}.reshape({text(sizes_of_axes(axes))})"
+    order = [axes.index(axis) for axis in permuted_shape]
+    code += _permute(order)
+    now = sizes_of_axes(tuple(permuted_shape))
+    return code if now == wanted else f"{code}.{_reshape(now, wanted)}"
+
+
+def sizes_of_axes(axes: tuple[tuple[Leg, ...], ...]) -> tuple[Size, ...]:
+    return tuple(merged(axis) for axis in axes)
+
+
+def _coarsest(
+    stored: tuple[Leg, ...], flat: tuple[Leg, ...], shape: tuple[Size, ...]
+) -> tuple[Groups, list[tuple[Leg, ...]]]:
+    """The stored axes if no leg order changes inside one of them, else the runs of legs that stay together."""
+    by_shape = _split_by(stored, shape)
+    for axes in (by_shape, _runs(stored, flat)):
+        if axes is None:
+            continue
+        place = {leg: k for k, leg in enumerate(flat)}
+        whole = all(tuple(flat[place[a[0]] : place[a[0]] + len(a)]) == a for a in axes if a)
+        if whole and all(axes):
+            return axes, sorted(axes, key=lambda axis: place[axis[0]])
+    singles = tuple((leg,) for leg in stored)
+    return singles, [(leg,) for leg in flat]
+
+
+def _split_by(stored: tuple[Leg, ...], shape: tuple[Size, ...]) -> Groups | None:
+    """`stored` cut where the stored axes end; None where a leg spans two axes."""
+    groups: list[tuple[Leg, ...]] = []
+    rest = list(stored)
+    for size in shape:
+        group: list[Leg] = []
+        while rest and merged(tuple(group)) != size:
+            group.append(rest.pop(0))
+        if merged(tuple(group)) != size:
+            return None
+        groups.append(tuple(group))
+    return tuple(groups) if not rest else None
+
+
+def _runs(stored: tuple[Leg, ...], flat: tuple[Leg, ...]) -> Groups:
+    """Maximal runs of stored legs that are neighbours in `flat`, too."""
+    place = {leg: k for k, leg in enumerate(flat)}
+    starts = [0, *(k for k in range(1, len(stored)) if place[stored[k]] != place[stored[k - 1]] + 1), len(stored)]
+    return tuple(stored[a:b] for a, b in zip(starts, starts[1:], strict=False))
+
+
+def _reshape(shape: tuple[Size, ...], wanted: tuple[Size, ...]) -> str:
+    """The plainest method that reshapes: unsqueeze and squeeze read better than reshape."""
+    for k in range(len(wanted)):
+        if wanted[k] == 1 and (*wanted[:k], *wanted[k + 1 :]) == shape:
+            return f"unsqueeze({k})"
+    for k in range(len(shape)):
+        if shape[k] == 1 and (*shape[:k], *shape[k + 1 :]) == wanted:
+            return f"squeeze({k})"
+    return f"reshape({text(wanted)})" if wanted else "reshape(())"
+
+
+def _permute(order: list[int]) -> str:
+    if order == sorted(order):
+        return ""
+    moved = [k for k, o in enumerate(order) if k != o]
+    if len(order) == 2:
+        return ".t()"
+    if len(moved) == 2:
+        return f".transpose({moved[0]}, {moved[1]})"
+    return f".permute({', '.join(map(str, order))})"
+
+
+def copies(store: Store, ref: Ref, groups: Groups) -> bool:
+    """Whether that expression has to copy: some group joins legs that are not neighbours in memory."""
+    place = {leg: k for k, leg in enumerate(ref.stored)}
+    solid = store.resolve(ref.name) not in store.strided
+    for group in groups:
+        real = [leg for leg in group if leg.size != 1]
+        pairs = zip(real, real[1:], strict=False)
+        if any(not solid or place[b] != place[a] + 1 for a, b in pairs):
+            return True
+    return False
+
+
+def copy_work(legs: tuple[Leg, ...]) -> Work:
+    return Work(moved=((2, legs),), fresh=((1, legs),))
+
+
+def placed(store: Store, ref: Ref, groups: Groups) -> str:
+    """Like `arranged`; where that copies, the copy is a step of its own, so that others can share it."""
+    code = arranged(store, ref, groups)
+    if not copies(store, ref, groups):
+        return code
+    flat = tuple(leg for group in groups for leg in group)
+    return store.add(code, sizes_of_axes(groups), [store.resolve(ref.name)], Kernel.COPY, copy_work(flat))
+
+
+def copy_seconds(store: Store, ref: Ref, groups: Groups) -> float:
+    """What `placed` would cost: nothing for a view or for a copy that is there already."""
+    if not copies(store, ref, groups) or arranged(store, ref, groups) in store.by_code:
+        return 0.0
+    return store.rates.seconds(Kernel.COPY, copy_work(ref.stored), store.batch, store.itemsize)

@@ -1,0 +1,192 @@
+"""From a module, a loss and an example batch to a frozen `Graph` with a symbolic batch size."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
+from torch.utils import _pytree as pytree
+
+from ..errors import InputError, UnsupportedError
+from ..rule import Rules
+from .graph import Graph
+from .inplace import mutates_view
+from .opaque import Opaque, opaque_modules
+from .translate import translate
+
+Loss = Callable[..., Any]
+
+EXPORT_SIZES = (3, 5, 7, 11, 13, 17, 19, 23)
+"""Batch sizes to export with where the example's own cannot stand for every size."""
+
+
+class Wrapped(nn.Module):
+    """(x, y) -> (loss, output), with the model and the loss as submodules."""
+
+    def __init__(self, model: nn.Module, loss: Loss | None) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.training = model.training
+
+    def forward(self, x: Any, y: Any) -> tuple[Any, Any]:
+        args, kwargs = model_arguments(self.model, x)
+        output = self.model(*args, **kwargs)
+        return (None if self.loss is None else self.loss(output, y)), output
+
+
+def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules: Rules) -> Graph:
+    """The graph of ``(loss(model(x), y), model(x))`` that holds for every batch size N >= 1.
+
+    x and y are tensors or trees of tensors with the batch first; a tuple x gives positional arguments, a
+    dict x keyword arguments where forward takes its names. Dropout and batch norm are captured in the mode the
+    modules are in. Raises InputError where the example does not fit the model, UnsupportedError where samples
+    are mixed or the graph depends on the data or on one batch size.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is {type(model).__name__}, not a torch.nn.Module")
+    if loss is not None and not callable(loss):
+        raise InputError(f"loss is {type(loss).__name__}: pass a function (output, y) -> scalar, a module, or None")
+    if not isinstance(example, tuple | list) or len(example) != 2:
+        raise InputError("example must be the pair (x, y)")
+    x, y = plain(example[0]), plain(example[1])
+    batch = batch_size((x, y))
+    return _any_size(Wrapped(model, loss), (x, y), batch, rules)
+
+
+def model_arguments(model: nn.Module, x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How x is passed to the model: a tuple as positional arguments, a dict as keyword arguments that forward takes."""
+    if isinstance(x, tuple | list):
+        return tuple(x), {}
+    if isinstance(x, Mapping) and all(isinstance(key, str) for key in x):
+        parameters = inspect.signature(model.forward).parameters.values()
+        names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if set(x) <= names or any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return (), dict(x)
+    return (x,), {}
+
+
+def plain(tree: Any) -> Any:
+    """Mappings that torch's pytree does not know (a tokenizer's BatchEncoding) as dicts."""
+    if isinstance(tree, Mapping):
+        return {key: plain(value) for key, value in tree.items()}
+    return tree
+
+
+def batch_size(example: tuple[Any, Any]) -> int:
+    """The common size of axis 0 of every tensor with axes; InputError where there is none."""
+    sizes: dict[str, int] = {}
+    for path, leaf in pytree.tree_flatten_with_path(example)[0]:
+        name = ("x" if path[0] == pytree.SequenceKey(0) else "y") + pytree.keystr(path[1:])
+        if leaf is not None and not isinstance(leaf, Tensor):
+            raise InputError(f"{name} is {type(leaf).__name__}: pass tensors (bind other options to the model)")
+        if leaf is not None and leaf.is_complex():
+            raise UnsupportedError(f"{name} is complex: complex tensors are not supported")
+        if leaf is not None and leaf.ndim:
+            sizes[name] = leaf.shape[0]
+    if not sizes:
+        raise InputError("the example has no tensor with a batch axis (axis 0)")
+    first, batch = next(iter(sizes.items()))
+    for name, size in sizes.items():
+        if size != batch:
+            raise InputError(
+                f"{first} has batch size {batch} but {name} has {size}: axis 0 of every input is the batch"
+            )
+    if batch == 0:
+        raise InputError(f"the example batch is empty ({first} has size 0 on axis 0)")
+    return batch
+
+
+def _any_size(wrapped: Wrapped, example: tuple[Any, Any], batch: int, rules: Rules) -> Graph:
+    """Export with the example's size; where that one size was burnt in, once more with one that nothing else has."""
+    taken = {size for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) for size in leaf.shape[1:]}
+    taken |= {size for parameter in wrapped.parameters() for size in parameter.shape}
+    other = next((size for size in EXPORT_SIZES if size not in taken | {batch}), 29)
+    used = _resized(example, batch, other) if batch == 1 else example
+    try:
+        exported, opaque = _export(wrapped, used, rules, torch.export.Dim("batch"))
+    except OneSizeError as first:
+        # Another size tells whether the example's own is to blame; translating names the op where torch names a guard.
+        for dimension in (torch.export.Dim("batch"), torch.export.Dim.DYNAMIC):
+            try:
+                exported, opaque = _export(wrapped, _resized(example, batch, other), rules, dimension)
+            except (OneSizeError, InputError):
+                continue
+            graph = translate(wrapped, exported, opaque, example, batch)
+            if dimension is not torch.export.Dim.DYNAMIC:
+                return graph
+        raise UnsupportedError(str(first)) from first
+    return translate(wrapped, exported, opaque, example, batch)
+
+
+class OneSizeError(UnsupportedError):
+    """The exported graph holds for some batch sizes only."""
+
+
+def _export(
+    wrapped: Wrapped, example: tuple[Any, Any], rules: Rules, batch: Any
+) -> tuple[torch.export.ExportedProgram, dict[str, Opaque]]:
+    shapes = pytree.tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.ndim else None, example)
+    with (
+        opaque_modules(wrapped, rules) as opaque,
+        torch.backends.opt_einsum.flags(enabled=False),
+        torch.enable_grad(),
+    ):
+        try:
+            exported = torch.export.export(wrapped, example, dynamic_shapes=shapes, strict=False)
+            if mutates_view(exported.graph_module):
+                exported = exported.run_decompositions({})
+            return exported, opaque
+        except (GuardOnDataDependentSymNode, torch._dynamo.exc.UserError, ConstraintViolationError) as error:
+            _refuse_export(wrapped, error)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            where = _failing_module(wrapped, error.__traceback__)
+            raise InputError(f"the model or the loss fails on the example, in {where}: {error}") from error
+
+
+def _refuse_export(wrapped: Wrapped, error: Exception) -> NoReturn:
+    text = str(error).strip()
+    where = _failing_module(wrapped, error.__traceback__)
+    if "specialized" in text or "Constraints violated" in text or "not all values of batch" in text:
+        raise OneSizeError(
+            "the model or the loss is written for one batch size (or a range): the graph must hold for any. Use "
+            "x.shape[0] or -1 for the batch axis, not len(x) and not a number, and do not branch on it. "
+            f"torch.export says: {text}"
+        ) from error
+    raise UnsupportedError(
+        f"the graph of the model depends on the data, in {where}: an if, a loop or a shape is decided by the value of "
+        "a tensor. Use torch.where or a mask, or give that module a rule "
+        f"(examples/add_a_layer.py). torch.export says: {text}"
+    ) from error
+
+
+def _failing_module(wrapped: Wrapped, trace: TracebackType | None) -> str:
+    """The innermost submodule whose forward was running."""
+    names = {id(module): name for name, module in wrapped.named_modules()}
+    found = ""
+    for frame, _ in traceback.walk_tb(trace):
+        owner = frame.f_locals.get("self")
+        if frame.f_code.co_name == "forward" and id(owner) in names:
+            found = names[id(owner)]
+    path = found.removeprefix("model").removeprefix(".")
+    if found == "loss":
+        return "the loss"
+    return f"module {path!r} ({type(wrapped.get_submodule(found)).__name__})" if path else "the model itself"
+
+
+def _resized(example: tuple[Any, Any], batch: int, size: int) -> tuple[Any, Any]:
+    """The same samples repeated to a batch of `size`."""
+
+    def repeat(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.ndim:
+            return leaf
+        return leaf[torch.arange(size, device=leaf.device) % batch]
+
+    resized: tuple[Any, Any] = pytree.tree_map(repeat, example)
+    return resized

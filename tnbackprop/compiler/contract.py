@@ -1,0 +1,194 @@
+"""Contract: a diagram without halves becomes steps. Paths come from opt_einsum; the rest is choosing kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import opt_einsum
+import sympy
+
+from ..canonical import key
+from ..diagram import Diagram, Leg, Map, Operand, Part, Product, Tensor, argument, ordered_union
+from ..simplify import simplify
+from .arrange import arranged, sizes_of
+from .cost import Kernel, Work, size_at
+from .pairs import contract_pair, elementwise, sum_legs
+from .printing import number_code
+from .store import Ref, Store
+
+Legs = tuple[Leg, ...]
+Plan = Callable[[Store], Ref]
+Lowering = Callable[[Store, Product, Legs], list[Plan]]
+
+
+def build(store: Store, diagram: Diagram, lowerings: tuple[Lowering, ...]) -> Ref:
+    """The value of a diagram, with its legs in the diagram's order. Equal diagrams are built once."""
+    identity = key(diagram)
+    if identity in store.built:
+        return store.built[identity].renamed(diagram.legs)
+    terms = [_term(store, p, diagram.legs, lowerings) for p in diagram.products]
+    if not terms:
+        ref = _full(store, diagram.legs, sympy.Integer(0))
+    elif len(terms) == 1:
+        ref = terms[0]
+    else:
+        ref = _added(store, terms, diagram.legs)
+    store.built[identity] = ref
+    return ref
+
+
+def _term(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering, ...]) -> Ref:
+    """One product: parts and maps to tensors, then the cheapest of the lowerings that match, then the scale."""
+    held = tuple(_part(store, op, lowerings) for op in product.operands)
+    folded = simplify(Diagram(legs, (Product(product.scale, held),))).products
+    if not folded:
+        return _full(store, legs, sympy.Integer(0))
+    (product,) = folded
+    own = tuple(leg for leg in legs if leg in set(product.legs))
+    if not (len(product.operands) == 1 and set(own) != set(product.legs) and is_square(product.operands[0])):
+        product = Product(product.scale, tuple(_mapped(store, op) for op in product.operands))
+    plain = Product(sympy.Integer(1), product.operands)
+    plans = [plan for lowering in lowerings for plan in lowering(store, plain, own)]
+    if all(isinstance(op, Tensor) for op in plain.operands):
+        plans.append(partial(contracted, product=plain, legs=own))
+    ref = store.cheapest(plans) if plain.operands else _full(store, (), sympy.Integer(1))
+    if product.scale != 1:
+        ref = _times(store, ref, product.scale)
+    return ref.reordered(own) if own == legs else _expanded(store, ref.reordered(own), legs)
+
+
+def _times(store: Store, ref: Ref, scale: sympy.Expr) -> Ref:
+    code = f"{arranged(store, ref, tuple((leg,) for leg in ref.stored))} * {number_code(scale)}"
+    work = Work(flops=((1, ref.stored),), moved=((2, ref.stored),), fresh=((1, ref.stored),))
+    name = store.add(code, sizes_of(ref.stored), [store.resolve(ref.name)], Kernel.ELEMENTWISE, work)
+    return Ref(name, ref.stored, ref.order)
+
+
+def _part(store: Store, op: Operand, lowerings: tuple[Lowering, ...]) -> Operand:
+    if not isinstance(op, Part):
+        return op
+    return as_tensor(store, build(store, op.diagram, lowerings)).rename(dict(zip(op.diagram.legs, op.legs, strict=True)))
+
+
+def _mapped(store: Store, op: Operand) -> Operand:
+    """A map as the tensor of its values; every other operand as it is, with its runtime value there."""
+    if isinstance(op, Map):
+        return as_tensor(store, elementwise(store, op.expr, tuple(read(store, a) for a in op.args)))
+    if isinstance(op, Tensor):
+        read(store, op)
+    return op
+
+
+def is_square(op: Operand) -> bool:
+    return isinstance(op, Map) and len(op.args) == 1 and op.expr == argument(0) ** 2
+
+
+def read(store: Store, tensor: Tensor) -> Ref:
+    """The runtime value behind a tensor operand, built now if nothing has read it yet."""
+    name = store.resolve(tensor.name)
+    if name not in store.shapes:
+        store.suppliers[name](store)
+        name = store.resolve(tensor.name)
+    return Ref(name, tensor.legs, tensor.legs)
+
+
+def as_tensor(store: Store, ref: Ref) -> Tensor:
+    """An operand for a built value. A value that is stored in another order is read through a permuted view."""
+    if ref.order == ref.stored:
+        return Tensor(ref.name, ref.order)
+    code = arranged(store, ref, tuple((leg,) for leg in ref.order))
+    name = store.add(code, sizes_of(ref.order), [store.resolve(ref.name)], Kernel.VIEW, strided=True)
+    return Tensor(name, ref.order)
+
+
+def contracted(store: Store, product: Product, legs: tuple[Leg, ...]) -> Ref:
+    """A product of tensors along the better of opt_einsum's paths."""
+    refs = [_diagonal(store, read(store, op)) for op in product.operands if isinstance(op, Tensor)]
+    refs = [sum_legs(store, ref, _private(ref, k, refs, legs)) for k, ref in enumerate(refs)]
+    if len(refs) == 1:
+        return refs[0].reordered(legs)
+    plans = [partial(_along, refs=refs, path=path, legs=legs) for path in _paths(refs, legs, store.batch)]
+    return store.cheapest(plans)
+
+
+def _diagonal(store: Store, ref: Ref) -> Ref:
+    """A tensor that has a leg twice is read along its diagonal."""
+    for k, leg in enumerate(ref.stored):
+        if leg in ref.stored[:k]:
+            first = ref.stored.index(leg)
+            base = arranged(store, Ref(ref.name, _apart(ref.stored), _apart(ref.stored)), tuple((x,) for x in _apart(ref.stored)))
+            rest = tuple(x for i, x in enumerate(ref.stored) if i not in (first, k)) + (leg,)
+            name = store.add(
+                f"{base}.diagonal(dim1={first}, dim2={k})", sizes_of(rest), [store.resolve(ref.name)], Kernel.VIEW, strided=True
+            )
+            return _diagonal(store, Ref(name, rest, rest))
+    return ref
+
+
+def _apart(legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
+    return tuple(Leg(f"{leg.name}_{k}", leg.size) for k, leg in enumerate(legs))
+
+
+def _private(ref: Ref, position: int, refs: list[Ref], output: tuple[Leg, ...]) -> tuple[Leg, ...]:
+    """Legs that only this operand has and that are not asked for."""
+    others = {leg for k, other in enumerate(refs) if k != position for leg in other.order}
+    return tuple(leg for leg in ref.order if leg not in others and leg not in output)
+
+
+def _paths(refs: list[Ref], legs: tuple[Leg, ...], batch: int) -> list[tuple[tuple[int, ...], ...]]:
+    if len(refs) == 2:
+        return [((0, 1),)]
+    symbols = {leg: opt_einsum.get_symbol(k) for k, leg in enumerate(ordered_union(*(r.order for r in refs), legs))}
+    terms = ["".join(symbols[leg] for leg in ref.order) for ref in refs]
+    equation = f"{','.join(terms)}->{''.join(symbols[leg] for leg in legs)}"
+    shapes = [tuple(size_at(leg.size, batch) for leg in ref.order) for ref in refs]
+    found = {}
+    for method in ("dp", "greedy"):
+        path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=method)
+        found[tuple(tuple(p) for p in path)] = None
+    return list(found)
+
+
+def _along(store: Store, refs: list[Ref], path: tuple[tuple[int, ...], ...], legs: tuple[Leg, ...]) -> Ref:
+    remaining = list(refs)
+    for positions in path:
+        chosen = [remaining.pop(k) for k in sorted(positions, reverse=True)][::-1]
+        while len(chosen) > 1:
+            a, b = chosen.pop(0), chosen.pop(0)
+            needed = set(legs).union(*(r.order for r in (*remaining, *chosen)))
+            last = not remaining and not chosen
+            kept = tuple(leg for leg in ordered_union(a.order, b.order) if leg in needed)
+            chosen.insert(0, contract_pair(store, a, b, legs if last else kept, ordered=last))
+        remaining.append(chosen[0])
+    return remaining[0].reordered(legs)
+
+
+def _expanded(store: Store, ref: Ref, legs: tuple[Leg, ...]) -> Ref:
+    """The value, constant along the legs that it does not have."""
+    groups = tuple((leg,) if leg in ref.order else () for leg in legs)
+    code = f"{arranged(store, ref, groups)}.expand({_sizes(legs)})"
+    name = store.add(code, sizes_of(legs), [store.resolve(ref.name)], Kernel.VIEW, strided=True)
+    return Ref(name, legs, legs)
+
+
+def _sizes(legs: tuple[Leg, ...]) -> str:
+    return ", ".join(str(leg.size) for leg in legs)
+
+
+def _full(store: Store, legs: tuple[Leg, ...], value: sympy.Expr) -> Ref:
+    """A constant."""
+    sizes = ", ".join(str(leg.size) for leg in legs)
+    name = store.add(f"like.new_full(({sizes}{',' if legs else ''}), {number_code(value)})", sizes_of(legs), ["like"], Kernel.ELEMENTWISE)
+    return Ref(name, legs, legs)
+
+
+def _added(store: Store, terms: list[Ref], legs: tuple[Leg, ...]) -> Ref:
+    """The sum of several values, in the memory order of the largest."""
+    order = terms[0].stored if set(terms[0].stored) == set(legs) else legs
+    codes = [arranged(store, t, tuple((leg,) for leg in order)) for t in terms]
+    work = Work(flops=((len(terms) - 1, legs),), moved=((len(terms) + 1, legs),), fresh=((1, legs),))
+    inputs = [store.resolve(t.name) for t in terms]
+    name = store.add(" + ".join(codes), sizes_of(order), inputs, Kernel.ELEMENTWISE, work)
+    return Ref(name, order, legs)
+

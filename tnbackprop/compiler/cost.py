@@ -1,0 +1,128 @@
+"""What a step costs: FLOPs and bytes as polynomials in leg sizes, and seconds on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import sympy
+
+from ..diagram import Leg, N, Size
+
+Terms = tuple[tuple[int, tuple[Leg, ...]], ...]
+"""A polynomial: Σ coefficient · Π sizes."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs and elements moved by one kernel; `fresh` are the elements that it newly allocates."""
+
+    flops: Terms = ()
+    moved: Terms = ()
+    fresh: Terms = ()
+
+
+class Kernel(Enum):
+    """The kinds of kernel that the rates tell apart."""
+
+    VIEW = "view"
+    ELEMENTWISE = "elementwise"
+    REDUCE = "reduce"
+    COPY = "copy"
+    MM = "mm"
+    BMM = "bmm"
+    CONVOLUTION = "convolution"
+    GROUPED = "grouped convolution"
+    GENERAL = "einsum"
+    NATIVE = "native"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A device: FLOP/s per kernel kind, bytes/s, seconds per launch, bytes/s into memory never touched before."""
+
+    name: str
+    flops: Mapping[Kernel, float]
+    bandwidth: float
+    launch: float
+    fresh_bandwidth: float
+    fresh_threshold: float  # allocations below this are served from memory already mapped
+
+    def seconds(self, kernel: Kernel, work: Work, batch: int, itemsize: int) -> float:
+        """max(FLOPs/rate, bytes/bandwidth) + launch + the price of fresh pages."""
+        if kernel is Kernel.VIEW:
+            return 0.0
+        compute = number(work.flops, batch) / self.flops.get(kernel, self.flops[Kernel.GENERAL])
+        traffic = number(work.moved, batch) * itemsize / self.bandwidth
+        fresh = number(work.fresh, batch) * itemsize
+        pages = fresh / self.fresh_bandwidth if fresh > self.fresh_threshold else 0.0
+        return max(compute, traffic) + self.launch + pages
+
+
+# Two threads of a server CPU, float32; measured, see benchmarks/first_order.py. Only the ratios matter.
+CPU = Rates(
+    "cpu",
+    {
+        Kernel.ELEMENTWISE: 8e9,
+        Kernel.REDUCE: 8e9,
+        Kernel.COPY: 8e9,
+        Kernel.MM: 140e9,
+        Kernel.BMM: 120e9,
+        Kernel.CONVOLUTION: 140e9,
+        Kernel.GROUPED: 60e9,
+        Kernel.GENERAL: 40e9,
+        Kernel.NATIVE: 20e9,
+    },
+    bandwidth=16e9,
+    launch=4e-6,
+    fresh_bandwidth=3e9,
+    fresh_threshold=32e6,
+)
+# One server GPU, float32 without tensor cores.
+CUDA = Rates(
+    "cuda",
+    {
+        Kernel.ELEMENTWISE: 10e12,
+        Kernel.REDUCE: 10e12,
+        Kernel.COPY: 10e12,
+        Kernel.MM: 45e12,
+        Kernel.BMM: 40e12,
+        Kernel.CONVOLUTION: 30e12,
+        Kernel.GROUPED: 3e12,
+        Kernel.GENERAL: 20e12,
+        Kernel.NATIVE: 10e12,
+    },
+    bandwidth=3.5e12,
+    launch=5e-6,
+    fresh_bandwidth=3.5e12,
+    fresh_threshold=1e15,
+)
+RATES = {"cpu": CPU, "cuda": CUDA}
+
+
+def size_at(size: Size, batch: int) -> int:
+    """The size as a number at this batch size."""
+    return size if isinstance(size, int) else int(size.subs(N, batch))
+
+
+def number(terms: Terms, batch: int) -> float:
+    """The polynomial as a number at this batch size."""
+    total = 0.0
+    for coefficient, legs in terms:
+        value = float(coefficient)
+        for leg in legs:
+            value *= size_at(leg.size, batch)
+        total += value
+    return total
+
+
+def polynomial(terms: Terms) -> sympy.Expr:
+    """The polynomial in symbols that are the leg names (N for the batch leg); legs of size 1 drop out."""
+    return sympy.Add(
+        *(sympy.Mul(c, *(_symbol(leg) for leg in legs if leg.size != 1)) for c, legs in terms),
+    )
+
+
+def _symbol(leg: Leg) -> sympy.Symbol:
+    return N if leg.size == N else sympy.Symbol(leg.name.rstrip("'"), integer=True, positive=True)

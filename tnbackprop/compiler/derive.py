@@ -1,0 +1,282 @@
+"""Derive: from the captured graph and its bound rules to diagrams for every cotangent and every result.
+
+One reverse sweep. The cotangent of a value that has the batch is computed once and named; a value made of
+parameters only (a transposed weight, A @ B) has one cotangent per sample, which stays a diagram; a value behind the
+sum over the batch is a scalar of the loss, and its cotangent is a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import sympy
+
+from ..algebra import Cotangents, Uses, differentiate, pull_back, tensor
+from ..bind import BoundRule, Equation, bind
+from ..diagram import BATCH, Delta, Diagram, Leg, N, Product, leaves
+from ..errors import UnsupportedError
+from ..jacobian import Jacobian
+from ..quantities import Quantity
+from ..rule import Rule, Rules
+from ..simplify import simplify
+from .graph import Call, Graph, Value
+from .units import without_units
+
+ONE = Diagram((), (Product(sympy.Integer(1), ()),))
+
+
+@dataclass(frozen=True)
+class Native:
+    """A VJP in torch code; placeholders are {runtime value name} and {cotangent}."""
+
+    code: str
+    cotangent_of: str
+
+
+@dataclass(frozen=True)
+class Backward:
+    """cotangent of `value` = Σ terms."""
+
+    value: str
+    terms: tuple[Diagram | Native, ...]
+    note: str
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """All quantities of one parameter."""
+
+    parameter: str  # value name
+    diagrams: Mapping[str, Diagram]  # by quantity name
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Everything to compute, in an order in which it can be computed."""
+
+    bound: tuple[tuple[Call, BoundRule], ...]
+    schedule: tuple[Backward | Extraction, ...]
+    scale: sympy.Expr
+
+
+def bind_all(graph: Graph, rules: Rules) -> tuple[tuple[Call, BoundRule], ...]:
+    """Every call with its rule bound. Raises `UnsupportedError` for a differentiable call without a rule."""
+    return tuple((call, _bind(call, rules)) for call in graph.calls if call.output.differentiable)
+
+
+def _bind(call: Call, rules: Rules) -> BoundRule:
+    row = rules.get(call.target)
+    if row is None:
+        raise UnsupportedError(
+            f"{call.where} has no rule, and parameters {', '.join(sorted(call.output.depends_on))} are behind it.\n"
+            "  Declare one: README, 'Add a layer'."
+        )
+    rule = row(call.module if isinstance(call.target, type) else call)
+    values = {name: value for name, value in call.arguments.items() if isinstance(value, Value) or value is None}
+    values |= call.tensors
+    axes = {name: None if v is None else v.axes for name, v in values.items()}
+    names = {name: v.name for name, v in values.items() if v is not None}
+    bound = bind(rule if isinstance(rule, Rule) else Rule(rule), axes, names, call.output.name, call.output.axes, call.where)
+    return without_units(bound)
+
+
+@dataclass
+class _Sweep:
+    graph: Graph
+    quantities: Sequence[Quantity]
+    terms: dict[str, list[Diagram | Native]] = field(default_factory=dict)
+    uses: dict[str, list[tuple[Jacobian, Diagram]]] = field(default_factory=dict)
+    samples: dict[str, bool] = field(default_factory=dict)  # value -> has the batch leg
+    reads: dict[str, bool] = field(default_factory=dict)  # value -> depends on the samples at all
+    owner: dict[str, Call] = field(default_factory=dict)
+    schedule: list[Backward | Extraction] = field(default_factory=list)
+    scales: set[sympy.Expr] = field(default_factory=set)
+
+
+def derive(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...], quantities: Sequence[Quantity]) -> Derived:
+    """The reverse sweep over bound calls, with the quantities of each parameter as soon as its uses are known."""
+    sweep = _Sweep(graph, quantities)
+    _classify(sweep, bound)
+    if graph.loss is not None:
+        sweep.terms[graph.loss] = [ONE]
+    last_use = _first_call_of_each_parameter(graph, bound)
+    _extract(sweep, [p for p in last_use if last_use[p] is None])
+    for position in reversed(range(len(bound))):
+        call, rule = bound[position]
+        _sweep_call(sweep, call, rule)
+        _extract(sweep, [p for p, first in last_use.items() if first == position])
+    return Derived(bound, tuple(sweep.schedule), _scale(sweep))
+
+
+def _classify(sweep: _Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
+    graph = sweep.graph
+    for name, value in graph.values.items():
+        sweep.samples[name] = any(N in axis for axis in value.axes)
+        sweep.reads[name] = name in graph.inputs
+    rules = {call.output.name: rule for call, rule in bound}
+    for call in graph.calls:
+        reads = any(sweep.reads[v.name] for v in call.tensors.values())
+        sweep.reads[call.output.name] = reads
+        for equation in rules[call.output.name].equations if call.output.name in rules else ():
+            sweep.samples[equation.name] = BATCH in equation.legs
+            sweep.reads[equation.name] = reads
+            sweep.owner[equation.name] = call
+
+
+def _first_call_of_each_parameter(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...]) -> dict[str, int | None]:
+    """For each trainable parameter the first call that depends on it: after that call no use is left."""
+    found: dict[str, int | None] = {}
+    for name in graph.parameters:
+        if graph.values[name].depends_on:
+            users = [k for k, (call, _) in enumerate(bound) if name in {v.name for v in call.tensors.values()}]
+            found[name] = min(users, default=None)
+    return found
+
+
+def _sweep_call(sweep: _Sweep, call: Call, rule: BoundRule) -> None:
+    """Pull the cotangent of the call's output back to its operands, along the rule's lines or by native code."""
+    if not _reached(sweep, call.output.name):
+        return
+    trainable = {v.name for v in call.tensors.values() if v.differentiable}
+    native = {name for name in trainable & set(rule.vjp) if sweep.samples[name] and sweep.samples[call.output.name]}
+    for name in native:
+        sweep.terms.setdefault(name, []).append(Native(rule.vjp[name], call.output.name))
+    if native:
+        _schedule(sweep, call.output.name, rule.equations[-1].legs)
+    wanted = _lines_to(rule.equations, trainable - native)
+    for equation in reversed(rule.equations):
+        for operand in _operands(equation):
+            if operand in wanted and _reached(sweep, equation.name):
+                _pull(sweep, call, equation, operand)
+
+
+def _operands(equation: Equation) -> tuple[str, ...]:
+    from_formula = leaves(equation.diagram) if equation.diagram is not None else ()
+    return tuple(dict.fromkeys((*from_formula, *equation.jacobians)))
+
+
+def _lines_to(equations: tuple[Equation, ...], operands: set[str]) -> set[str]:
+    """The operands and the lines through which they reach the output."""
+    wanted = set(operands)
+    for equation in equations[:-1]:
+        if wanted & set(_operands(equation)):
+            wanted.add(equation.name)
+    return wanted
+
+
+def _reached(sweep: _Sweep, name: str) -> bool:
+    return bool(sweep.terms.get(name)) or bool(sweep.uses.get(name))
+
+
+def _pull(sweep: _Sweep, call: Call, equation: Equation, operand: str) -> None:
+    jacobian = equation.jacobians.get(operand)
+    if jacobian is None and equation.diagram is not None:
+        jacobian = differentiate(equation.diagram, operand)
+    if jacobian is None or not jacobian.diagram.products:
+        return
+    cotangent = _cotangent(sweep, equation.name, equation.legs)
+    out_samples, in_samples = sweep.samples[equation.name], sweep.samples[operand]
+    if out_samples and in_samples:
+        _check_diagonal(call, operand, jacobian)
+    if sweep.reads[operand] and not in_samples and out_samples:
+        raise UnsupportedError(f"{call.where} mixes samples: '{operand}' is a sum over the batch.")
+    if in_samples or sweep.reads[operand]:
+        into = tuple(BATCH if leg.size == N else leg for leg in jacobian.into)
+        term = pull_back(jacobian, cotangent, (), into)
+        if in_samples and not out_samples:
+            sweep.scales |= {_batch_power(p.scale) for p in term.products}
+        sweep.terms.setdefault(operand, []).append(term)
+    elif sweep.reads[equation.name] and not out_samples:
+        raise UnsupportedError(
+            f"the loss has a term in the parameters {', '.join(sorted(call.output.depends_on))} alone ({call.where}), "
+            "which belongs to no sample.\n  Add the regulariser's derivatives yourself, and compile the loss without it."
+        )
+    else:
+        sweep.uses.setdefault(operand, []).append((jacobian, cotangent))
+
+
+def _batch_power(scale: sympy.Expr) -> sympy.Expr:
+    """1/N if the scale has that factor (a loss that averages), 1 if N does not occur."""
+    power = sympy.degree(sympy.numer(scale), N) - sympy.degree(sympy.denom(scale), N) if scale.has(N) else 0
+    return N ** sympy.Integer(power)
+
+
+def _scale(sweep: _Sweep) -> sympy.Expr:
+    if len(sweep.scales) > 1:
+        raise UnsupportedError(f"the loss both averages and sums over samples ({sweep.scales}): split it in two losses.")
+    return next(iter(sweep.scales), sympy.Integer(1))
+
+
+def _check_diagonal(call: Call, operand: str, jacobian: Jacobian) -> None:
+    """Each product of a Jacobian between two values with a batch must have δ[n, n']."""
+    before = next(leg for leg in jacobian.into if leg.size == N)
+    if not all(Delta((BATCH, before)) in p.operands or Delta((before, BATCH)) in p.operands for p in jacobian.diagram.products):
+        raise UnsupportedError(
+            f"{call.where} mixes samples: its output for one sample depends on '{operand}' of another.\n"
+            "  In a batch norm, call model.eval(); else rewrite the layer so that it treats samples apart."
+        )
+
+
+def _cotangent(sweep: _Sweep, name: str, legs: tuple[Leg, ...]) -> Diagram:
+    """What is propagated to `name`: a named tensor, a constant, or (a value of parameters only) a diagram."""
+    if sweep.samples[name]:
+        _schedule(sweep, name, legs)
+        return tensor(f"g_{name}", legs)
+    if name in sweep.uses:
+        uses, g = _all_uses(sweep, name)
+        return simplify(uses.T @ g)
+    total = Diagram(legs, ())
+    for term in sweep.terms[name]:
+        if isinstance(term, Native) or any(sweep.reads.get(leaf, True) for leaf in leaves(term)):
+            raise UnsupportedError(
+                f"the loss is not a sum over samples: {sweep.owner[name].where} comes after the sum and is not linear."
+            )
+        total = total + term
+    return simplify(total)
+
+
+def _schedule(sweep: _Sweep, name: str, legs: tuple[Leg, ...]) -> None:
+    """Enter the computation of a cotangent, once."""
+    if not any(isinstance(item, Backward) and item.value == name for item in sweep.schedule):
+        call = sweep.owner.get(name)
+        sweep.schedule.append(Backward(name, tuple(sweep.terms[name]), call.where if call else ""))
+
+
+def _all_uses(sweep: _Sweep, name: str) -> tuple[Uses, Cotangents]:
+    pairs = sweep.uses.get(name, [])
+    value = sweep.graph.values.get(name)
+    first = pairs[0][0].into if pairs else ()
+    legs = tuple(Leg(leg.name.rstrip("'") or "p", leg.size) for leg in first)
+    if not pairs and value is not None:
+        legs = tuple(Leg(f"p{k}", size) for k, size in enumerate(value.shape) if size != 1)
+    legs = _distinct(legs) or (Leg("p", 1),)
+    jacobians = tuple(_joined(jacobian, legs) for jacobian, _ in pairs)
+    return Uses(jacobians, legs), Cotangents(tuple(g for _, g in pairs), _scale(sweep))
+
+
+def _distinct(legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
+    seen: list[Leg] = []
+    for leg in legs:
+        name = "p_n" if leg.name == BATCH.name else leg.name
+        while any(other.name == name for other in seen):
+            name += "_"
+        seen.append(Leg(name, leg.size))
+    return tuple(seen)
+
+
+def _joined(jacobian: Jacobian, legs: tuple[Leg, ...]) -> Jacobian:
+    """The Jacobian with the parameter's legs; a parameter of one element has one leg of size 1."""
+    if not jacobian.into:
+        return Jacobian(Diagram((*jacobian.diagram.legs, *legs), jacobian.diagram.products), jacobian.out, legs)
+    if [leg.size for leg in jacobian.into] == [leg.size for leg in legs]:
+        return jacobian
+    raise UnsupportedError(
+        f"a parameter is used with the shapes {[leg.size for leg in jacobian.into]} and {[leg.size for leg in legs]}"
+    )
+
+
+def _extract(sweep: _Sweep, parameters: list[str]) -> None:
+    for name in parameters:
+        uses, g = _all_uses(sweep, name)
+        sweep.schedule.append(Extraction(name, {q.name: q.extract(uses, g) for q in sweep.quantities}))

@@ -1,0 +1,92 @@
+"""Emit: steps as the source of one function, registered with linecache so that tracebacks show it."""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .graph import Graph
+from .plan import Plan
+from .store import Step
+
+_serial = count(1)
+WIDTH = 120
+
+
+def emit(graph: Graph, plan: Plan, header: str) -> str:
+    """The source of ``program(tensors) -> (loss, output, results)``."""
+    lines = [f'"""{header}"""', "", "import torch", "", "", "def program(tensors):"]
+    inputs = (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs)
+    read = {name for step in plan.steps for name in step.inputs} | _read_by_output(graph, plan)
+    floating = next((n for n in (*graph.parameters, *graph.inputs) if graph.values[n].dtype.is_floating_point), None)
+    keep = {name for name in inputs if name in read or name == floating}
+    for name in inputs:
+        if name in keep or name == graph.inputs[0]:
+            lines.append(f"    {name} = tensors[{name!r}]  # [{', '.join(map(str, graph.values[name].shape))}]")
+    lines.append(_batch_line(graph))
+    if any("like" in step.inputs for step in plan.steps):
+        lines.append(f"    like = {floating}")
+    lines += _body(graph, plan)
+    lines += _return(graph, plan)
+    return "\n".join(lines) + "\n"
+
+
+def _batch_line(graph: Graph) -> str:
+    for name in graph.inputs:
+        for axis, factors in enumerate(graph.values[name].axes):
+            if len(factors) == 1 and str(factors[0]) == "N":
+                return f"    N = {name}.shape[{axis}]"
+    raise AssertionError("no input has the batch")
+
+
+def _read_by_output(graph: Graph, plan: Plan) -> set[str]:
+    names = {leaf for leaf in pytree.tree_leaves(graph.output) if isinstance(leaf, str)}
+    names |= {code for by in plan.results.values() for code in by.values()}
+    return names | ({plan.loss} if plan.loss else set())
+
+
+def _body(graph: Graph, plan: Plan) -> list[str]:
+    """One line per step, a comment where the subject changes, and `del` after the last use."""
+    last = {name: k for k, step in enumerate(plan.steps) for name in step.inputs}
+    kept = _read_by_output(graph, plan)
+    own = {step.name for step in plan.steps}
+    lines, note = [], ""
+    for k, step in enumerate(plan.steps):
+        if step.note != note:
+            note = step.note
+            lines.append(f"    # {note}")
+        lines.append(f"    {step.name} = {step.code}")
+        dead = [name for name in step.inputs if last[name] == k and name in own and name not in kept]
+        if dead:
+            lines.append(f"    del {', '.join(dead)}")
+    return lines
+
+
+def _return(graph: Graph, plan: Plan) -> list[str]:
+    leaves, spec = pytree.tree_flatten(graph.output)
+    del spec
+    shown = ", ".join(str(leaf) for leaf in leaves)
+    lines = ["    results = {"]
+    for quantity, by in plan.results.items():
+        lines.append(f"        {quantity!r}: {{")
+        lines += [f"            {name!r}: {code}," for name, code in by.items()]
+        lines.append("        },")
+    return [*lines, "    }", f"    return {plan.loss}, ({shown},), results"]
+
+
+def load(source: str) -> Callable[[dict[str, torch.Tensor]], Any]:
+    """The function that the source defines."""
+    filename = f"<tnbackprop program {next(_serial)}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    namespace: dict[str, Any] = {}
+    exec(compile(source, filename, "exec"), namespace)  # noqa: S102  (running the emitted source is the point)
+    function: Callable[[dict[str, torch.Tensor]], Any] = namespace["program"]
+    return function
+
+
+__all__ = ["Step", "emit", "load"]

@@ -1,0 +1,79 @@
+"""The forward: the model's own calls as source text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+
+from ..bind import BoundRule
+from ..diagram import Selection, Tensor, Window
+from .cost import Work
+from .graph import Call, Value
+
+_PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
+
+
+def call_code(call: Call) -> str:
+    """The call of an operator with every argument, as Python."""
+    arguments = call.target._schema.arguments
+    shown = []
+    for argument in arguments:
+        name = "input" if argument.name == "self" else argument.name
+        value = call.arguments[name]
+        if argument.has_default_value() and _same(value, argument.default_value):
+            continue
+        keyword = argument.kwarg_only or (shown and "=" in shown[-1]) or len(shown) < arguments.index(argument)
+        shown.append(f"{argument.name}={literal(value)}" if keyword else literal(value))
+    return f"torch.ops.{str(call.target)}({', '.join(shown)})"
+
+
+def _same(value: Any, default: Any) -> bool:
+    if isinstance(value, Value):
+        return False
+    return bool((list(value) if isinstance(value, tuple) else value) == (list(default) if isinstance(default, tuple) else default))
+
+
+def literal(value: Any) -> str:
+    """A Python expression for an argument."""
+    if isinstance(value, Value):
+        return value.name
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(literal(v) for v in value)}]"
+    if isinstance(value, sympy.Expr):
+        return sympy.sstr(value)
+    if isinstance(value, torch.device):
+        return "like.device"
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return f"float('{value}')"
+    return repr(value)
+
+
+def fill(code: str, resolve: Callable[[str], str]) -> tuple[str, list[str]]:
+    """Code with its {value} placeholders replaced, and the values that it reads."""
+    names: list[str] = []
+
+    def replace(match: re.Match[str]) -> str:
+        names.append(resolve(match[1]))
+        return names[-1]
+
+    return _PLACEHOLDER.sub(replace, code), names
+
+
+def forward_work(rule: BoundRule | None) -> Work:
+    """FLOPs and bytes of a forward, read off its formula: 2 per multiply-add over all legs that are not images."""
+    if rule is None or rule.equations[-1].diagram is None:
+        return Work()
+    flops, moved = [], []
+    for product in rule.equations[-1].diagram.products:
+        images = {op.image for op in product.operands if isinstance(op, Window)}
+        chosen = {leg for op in product.operands if isinstance(op, Selection) for leg in op.choice}
+        legs = tuple(leg for leg in product.legs if leg not in images | chosen)
+        tensors = [op for op in product.operands if isinstance(op, Tensor)]
+        flops.append((2 if len(tensors) > 1 else 1, legs))
+        moved += [(1, t.legs) for t in tensors]
+    output = rule.equations[-1].legs
+    return Work(tuple(flops), (*moved, (1, output)), ((1, output),))

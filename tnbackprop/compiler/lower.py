@@ -1,0 +1,81 @@
+"""Lowerings: an ordered table from a product of operands to torch calls. Each row offers plans; the cost decides.
+
+A row is ``(store, product, output legs) -> plans``. Rows are tested against the reference interpreter.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ..diagram import Delta, Leg, Map, Operand, Product, Selection, Tensor, Window
+from .arrange import arranged, sizes_of
+from .contract import Lowering, Plan, as_tensor, contracted, read
+from .convolve import convolutions
+from .cost import Kernel, Work
+from .pairs import sum_of_squares
+from .store import Ref, Store
+from .windows import unfolded
+
+Legs = tuple[Leg, ...]
+
+
+def squares(store: Store, product: Product, legs: Legs) -> list[Plan]:
+    """Σ x²: a norm or a square and a sum, without an intermediate of its own name."""
+    (op, *others) = product.operands or (None,)
+    if others or not isinstance(op, Map):
+        return []
+    (tensor,) = op.args
+    gone = tuple(leg for leg in tensor.legs if leg not in legs)
+    return [lambda s: sum_of_squares(s, read(s, tensor), gone).reordered(legs)]
+
+
+def unfolding(store: Store, product: Product, legs: Legs) -> list[Plan]:
+    """Windows on a tensor become strided views of it; then an ordinary contraction."""
+    if not any(isinstance(op, Window | Selection | Delta) for op in product.operands):
+        return []
+    return [partial(_unfold_all, product=product, legs=legs)]
+
+
+def _unfold_all(store: Store, product: Product, legs: Legs) -> Ref:
+    product = unfolded(store, product, legs)
+    operands = [op if isinstance(op, Tensor) else dense(store, op) for op in product.operands]
+    return contracted(store, Product(product.scale, tuple(operands)), legs)
+
+
+def dense(store: Store, operand: Operand) -> Tensor:
+    """A window, delta or selection as a 0/1 tensor: right for every pattern, fast for none."""
+    if isinstance(operand, Selection):
+        return _one_hot(store, operand)
+    legs = operand.legs
+    if isinstance(operand, Window):
+        right = " + ".join(f"{c} * {_arange(leg, legs)}" for c, leg in operand.terms) or "0"
+        code = f"({_arange(operand.image, legs)} == {right} + {operand.offset}).to(like)"
+    else:
+        code = f"({_arange(legs[0], legs)} == {_arange(legs[1], legs)}).to(like)"
+    name = store.add(code, sizes_of(legs), ["like"], Kernel.ELEMENTWISE, Work(moved=((2, legs),)))
+    return Tensor(name, legs)
+
+
+def _arange(leg: Leg, legs: Legs) -> str:
+    shape = ", ".join("-1" if other == leg else "1" for other in legs)
+    return f"torch.arange({leg.size}, device=like.device).reshape({shape})"
+
+
+def _one_hot(store: Store, operand: Selection) -> Tensor:
+    index = read(store, operand.index)
+    inner = tuple(leg for leg in operand.choice if leg not in index.order)
+    if inner != operand.choice:
+        raise NotImplementedError(f"a selection whose choice is also a leg of its index: {operand}")
+    count = 1
+    for leg in operand.choice:
+        count = count * leg.size  # type: ignore[assignment]
+    code = arranged(store, index, tuple((leg,) for leg in index.order))
+    code = f"({code}.unsqueeze(-1) == torch.arange({count}, device=like.device)).to(like)"
+    legs = (*index.order, *operand.choice)
+    name = store.add(
+        code, (*sizes_of(index.order), count), [store.resolve(index.name), "like"], Kernel.ELEMENTWISE, Work(moved=((2, legs),))
+    )
+    return as_tensor(store, Ref(name, legs, legs))
+
+
+LOWERINGS: tuple[Lowering, ...] = (squares, convolutions, unfolding)

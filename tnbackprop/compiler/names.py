@@ -1,0 +1,56 @@
+"""Readable, unique Python names for the values of a graph."""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import re
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+RESERVED = frozenset(
+    {*keyword.kwlist, *keyword.softkwlist, *dir(builtins), *"N n v torch math loss output parameters buffers".split()}
+    | {"x", "y", "aten", "F", "nn", "functional"}
+)
+
+
+class Names:
+    """Hands out identifiers, each once."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def fresh(self, wanted: str, reserved: bool = False) -> str:
+        """`wanted` as an identifier, with a number behind it where it is taken. `reserved`: take a reserved name."""
+        base = re.sub(r"\W", "_", wanted, flags=re.ASCII).strip("_") or "value"
+        if base[0].isdigit():
+            base = f"layer_{base}"
+        name, count = base, 1
+        while name in self._taken or (name in RESERVED and not reserved):
+            count += 1
+            name = f"{base}_{count}"
+        self._taken.add(name)
+        return name
+
+
+def module_of(node: Node) -> tuple[str, str, str]:
+    """(key of the module call, dotted path below the model or "loss", class name) of the innermost module."""
+    entries: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    stack = [(key, path, kind) for key, (path, kind) in entries.items() if "_empty_nn_module_stack" not in path]
+    if not stack:
+        return "", "", ""
+    inside = next((path for _, path, _ in stack if path.split(".")[0] == "model"), None)
+    key, path, kind = stack[-1]
+    short = kind.rsplit(".", 1)[-1] if isinstance(kind, str) else kind.__name__
+    if inside is None:
+        return key, "loss", "" if path == "" else short
+    return key, path.removeprefix("model").removeprefix("."), short
+
+
+def op_name(target: object) -> str:
+    """relu for aten.relu_.default"""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[1].strip("_")
+    return getattr(target, "__name__", "value").strip("_").lower()

@@ -1,0 +1,202 @@
+"""Two tensors into one, and one into less: mm, bmm, mul, sum, and elementwise maps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import sympy
+
+from ..diagram import Leg, Size, argument, ordered_union
+from .arrange import Groups, arranged, copies, copy_seconds, copy_work, merged, placed, sizes_of
+from .cost import Kernel, Work
+from .printing import torch_code
+from .store import Ref, Store
+
+Legs = tuple[Leg, ...]
+
+
+def sum_legs(store: Store, ref: Ref, gone: Legs) -> Ref:
+    """Σ over legs of one value."""
+    if not gone:
+        return ref
+    kept = tuple(leg for leg in ref.stored if leg not in gone)
+    code, dims = _with_dims(store, ref, gone)
+    work = Work(flops=((1, ref.stored),), moved=((1, ref.stored),), fresh=((1, kept),))
+    name = store.add(f"{code}.sum({dims})", sizes_of(kept), [store.resolve(ref.name)], Kernel.REDUCE, work)
+    return Ref(name, kept, tuple(leg for leg in ref.order if leg not in gone))
+
+
+def sum_of_squares(store: Store, ref: Ref, gone: Legs) -> Ref:
+    """Σ x² over legs of one value: a norm where the legs are innermost (no copy), else a square and a sum."""
+    kept = tuple(leg for leg in ref.stored if leg not in gone)
+    code, dims = _with_dims(store, ref, gone)
+    innermost = ref.stored[len(ref.stored) - len(gone) :] == tuple(leg for leg in ref.stored if leg in gone)
+    solid = store.resolve(ref.name) not in store.strided
+    if innermost and solid:
+        whole = dims if "," in dims else (dims.strip("()") or "None")
+        code = f"torch.linalg.vector_norm({code}, dim={whole}).square()"
+        work = Work(flops=((2, ref.stored),), moved=((1, ref.stored),), fresh=((1, kept),))
+    else:
+        code = f"{code}.square().sum({dims})"
+        work = Work(flops=((2, ref.stored),), moved=((3, ref.stored),), fresh=((1, ref.stored),))
+    name = store.add(code, sizes_of(kept), [store.resolve(ref.name)], Kernel.REDUCE, work)
+    return Ref(name, kept, tuple(leg for leg in ref.order if leg not in gone))
+
+
+def _with_dims(store: Store, ref: Ref, gone: Legs) -> tuple[str, str]:
+    """Code for the value with runs of legs merged, and the axes that are summed."""
+    groups: list[Legs] = []
+    for leg in ref.stored:
+        if leg.size != 1 and groups and leg in gone and groups[-1][-1] in gone:
+            groups[-1] = (*groups[-1], leg)
+        else:
+            groups.append((leg,))
+    if copies(store, Ref(ref.name, ref.stored, ref.stored), tuple(groups)):
+        groups = [(leg,) for leg in ref.stored]
+    dims = [str(k) for k, group in enumerate(groups) if group[0] in gone]
+    shown = dims[0] if len(dims) == 1 else f"({', '.join(dims)})"
+    return arranged(store, Ref(ref.name, ref.stored, ref.stored), tuple(groups)), "" if len(dims) == len(groups) == 1 else shown
+
+
+def elementwise(store: Store, expr: sympy.Expr, args: tuple[Ref, ...]) -> Ref:
+    """A map applied to values that broadcast by leg."""
+    legs = ordered_union(*(ref.stored for ref in sorted(args, key=lambda r: -len(r.stored))))
+    groups: Groups = tuple((leg,) for leg in legs)
+    codes = {}
+    for k, ref in enumerate(args):
+        own = groups if set(ref.stored) == set(legs) else tuple((leg,) if leg in ref.stored else () for leg in legs)
+        codes[argument(k)] = arranged(store, ref, own)
+    work = Work(flops=((4, legs),), moved=((1 + len(args), legs),), fresh=((1, legs),))
+    inputs = [store.resolve(ref.name) for ref in args]
+    name = store.add(torch_code(expr, codes), sizes_of(legs), inputs, Kernel.ELEMENTWISE, work)
+    return Ref(name, legs, legs)
+
+
+def contract_pair(store: Store, a: Ref, b: Ref, output: Legs, ordered: bool) -> Ref:
+    """Σ a·b over the legs that are not in `output`."""
+    private = tuple(leg for leg in a.order if leg not in b.order and leg not in output)
+    a = sum_legs(store, a, private)
+    b = sum_legs(store, b, tuple(leg for leg in b.order if leg not in a.order and leg not in output))
+    summed = tuple(leg for leg in a.stored if leg in b.order and leg not in output)
+    if not summed:
+        return _multiplied(store, a, b, output if ordered else None)
+    left = tuple(leg for leg in a.stored if leg not in b.order)
+    right = tuple(leg for leg in b.stored if leg not in a.order)
+    if not left and not right:
+        return _dotted(store, a, b, summed)
+    return _matmul(store, a, b, output, ordered)
+
+
+def _multiplied(store: Store, a: Ref, b: Ref, wanted: Legs | None) -> Ref:
+    """Elementwise product with broadcasting."""
+    if len(b.stored) > len(a.stored):
+        a, b = b, a
+    legs = wanted or ordered_union(a.stored, b.stored)
+    codes = [arranged(store, r, tuple((leg,) if leg in r.stored else () for leg in legs)) for r in (a, b)]
+    work = Work(flops=((1, legs),), moved=((1, legs), (1, a.stored), (1, b.stored)), fresh=((1, legs),))
+    name = store.add(
+        " * ".join(codes), sizes_of(legs), [store.resolve(a.name), store.resolve(b.name)], Kernel.ELEMENTWISE, work
+    )
+    return Ref(name, legs, legs)
+
+
+def _dotted(store: Store, a: Ref, b: Ref, summed: Legs) -> Ref:
+    """Both operands have the same legs and some are summed: multiply and sum."""
+    kept = tuple(leg for leg in a.stored if leg not in summed)
+    order = (*kept, *summed)
+    groups: Groups = (*((leg,) for leg in kept), summed)
+    if copies(store, a, groups) or copies(store, b, groups):
+        order = a.stored
+        groups = tuple((leg,) for leg in a.stored)
+    dims = ", ".join(str(k) for k, group in enumerate(groups) if group[0] in summed)
+    dims = dims if "," not in dims else f"({dims})"
+    code = f"({arranged(store, a, groups)} * {arranged(store, b, groups)}).sum({dims})"
+    work = Work(flops=((2, order),), moved=((4, order),), fresh=((1, order),))
+    inputs = [store.resolve(a.name), store.resolve(b.name)]
+    name = store.add(code, sizes_of(kept), inputs, Kernel.REDUCE, work)
+    return Ref(name, kept, kept)
+
+
+@dataclass(frozen=True)
+class Product2:
+    """One way to write Σ first·second as mm or bmm: legs of the result are head + left + right."""
+
+    first: Ref
+    second: Ref
+    head: Legs
+    left: Legs
+    summed: Legs
+    right: Legs
+
+    @property
+    def legs(self) -> Legs:
+        return (*self.head, *self.left, *self.right)
+
+    @property
+    def kernel(self) -> Kernel:
+        return Kernel.BMM if self.head else Kernel.MM
+
+    @property
+    def work(self) -> Work:
+        moved = ((1, self.first.stored), (1, self.second.stored), (1, self.legs))
+        return Work(flops=((2, (*self.legs, *self.summed)),), moved=moved, fresh=((1, self.legs),))
+
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        return tuple(merged(group) for group in (self.head, self.left, self.right) if group)
+
+    @property
+    def groups(self) -> tuple[Groups, Groups]:
+        head: Groups = (self.head,) if self.head else ()
+        return (*head, self.left, self.summed), (*head, self.summed, self.right)
+
+    def seconds(self, store: Store, output: Legs | None) -> float:
+        """The kernel, the copies that its operands need, and the copy that a wrong order of the result costs."""
+        pairs = zip((self.first, self.second), self.groups, strict=True)
+        total = sum(copy_seconds(store, ref, groups) for ref, groups in pairs)
+        if output is not None and _real(self.legs) != _real(output):
+            total += store.rates.seconds(Kernel.COPY, copy_work(self.legs), store.batch, store.itemsize)
+        return total + store.rates.seconds(self.kernel, self.work, store.batch, store.itemsize)
+
+    def code(self, store: Store) -> str:
+        """mv, mm, or bmm with the missing axis put in and taken out again."""
+        one, two = self.groups
+        if self.head:
+            missing = (".squeeze(1)" if not self.left else "") + (".squeeze(-1)" if not self.right else "")
+            return f"torch.bmm({placed(store, self.first, one)}, {placed(store, self.second, two)}){missing}"
+        if not self.left:
+            return f"torch.mv({placed(store, self.second, two[::-1])}, {placed(store, self.first, one[1:])})"
+        if not self.right:
+            return f"torch.mv({placed(store, self.first, one)}, {placed(store, self.second, two[:1])})"
+        return f"torch.mm({placed(store, self.first, one)}, {placed(store, self.second, two)})"
+
+
+def _matmul(store: Store, a: Ref, b: Ref, output: Legs, ordered: bool) -> Ref:
+    """The orientation that needs the fewest copies and gives the order asked for."""
+    ways = [_oriented(*pair, output, follow) for follow in (ordered, False) for pair in ((a, b), (b, a))]
+    ways += [replace(w, summed=tuple(leg for leg in w.second.stored if leg in w.summed)) for w in ways]
+    best = min(ways, key=lambda way: way.seconds(store, output if ordered else None))
+    inputs = [store.resolve(a.name), store.resolve(b.name)]
+    name = store.add(best.code(store), best.shape, inputs, best.kernel, best.work)
+    return Ref(name, best.legs, best.legs)
+
+
+def _oriented(first: Ref, second: Ref, output: Legs, follow: bool) -> Product2:
+    """first @ second, the legs of each group in the order of the output or of the memory."""
+
+    def along(legs: Legs) -> Legs:
+        return tuple(sorted(legs, key=output.index)) if follow else legs
+
+    shared = tuple(leg for leg in first.stored if leg in second.stored)
+    return Product2(
+        first,
+        second,
+        head=along(tuple(leg for leg in shared if leg in output)),
+        left=along(tuple(leg for leg in first.stored if leg not in second.stored)),
+        summed=tuple(leg for leg in shared if leg not in output),
+        right=along(tuple(leg for leg in second.stored if leg not in first.stored)),
+    )
+
+
+def _real(legs: Legs) -> Legs:
+    return tuple(leg for leg in legs if leg.size != 1)

@@ -1,0 +1,252 @@
+"""Plan: what is built once, what is put back in its place, and in which order everything is contracted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from math import prod
+
+import torch
+
+from ..algebra import inline, parts
+from ..bind import BoundRule
+from ..diagram import Diagram, Leg, N, Size
+from .arrange import arranged, sizes_of, text
+from .contract import Lowering, build
+from .cost import Kernel, Rates, Work
+from .derive import Backward, Derived, Extraction, Native
+from .forward import call_code, fill, forward_work
+from .graph import Call, Graph
+from .store import Ref, Step, Store
+
+MOST_PARTS = 4
+"""Up to here every subset of parts is tried; beyond it, parts are decided one after the other."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided for one parameter: which parts are built, with the predicted seconds of every option."""
+
+    parameter: str
+    options: tuple[tuple[str, float], ...]
+    chosen: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Straight-line steps and where the results are."""
+
+    steps: tuple[Step, ...]
+    results: Mapping[str, Mapping[str, str]]  # quantity -> parameter name -> code
+    loss: str | None
+    choices: tuple[Choice, ...]
+    batch: int
+    itemsize: int
+    rates: Rates
+    shapes: Mapping[str, tuple[Size, ...]]
+
+
+def plan(graph: Graph, derived: Derived, lowerings: tuple[Lowering, ...], rates: Rates, itemsize: int) -> Plan:
+    """Steps for the forward, the cotangents and every result, cheapest first, dead ones dropped."""
+    store = Store(rates, graph.example_batch, itemsize)
+    _inputs(store, graph)
+    _forward(store, graph, dict((call.output.name, rule) for call, rule in derived.bound), lowerings)
+    results: dict[str, dict[str, str]] = {}
+    choices = []
+    for item in derived.schedule:
+        if isinstance(item, Backward):
+            _backward(store, graph, item, lowerings)
+        else:
+            codes, choice = _extract(store, graph, item, lowerings)
+            choices.append(choice)
+            for quantity, code in codes.items():
+                results.setdefault(quantity, {})[graph.parameters[item.parameter][0]] = code
+    wanted = [graph.loss] if graph.loss else []
+    roots = [*wanted, *names_in(graph.output), *(c.split(".")[0] for by in results.values() for c in by.values())]
+    steps = _alive(store.steps, {store.resolve(name) for name in roots})
+    ordered = _in_order(results, graph)
+    return Plan(steps, ordered, graph.loss, tuple(choices), graph.example_batch, itemsize, rates, store.shapes)
+
+
+def _in_order(results: dict[str, dict[str, str]], graph: Graph) -> dict[str, dict[str, str]]:
+    """Parameters in the order of the model, not of the sweep."""
+    names = [dotted[0] for dotted in graph.parameters.values()]
+    return {q: {name: by[name] for name in names if name in by} for q, by in results.items()}
+
+
+def _inputs(store: Store, graph: Graph) -> None:
+    for name in (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs):
+        store.shapes[name] = graph.values[name].shape
+    store.shapes["like"] = ()
+
+
+def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule], lowerings: tuple[Lowering, ...]) -> None:
+    """The model's own calls. Inner lines of a rule are built when a derivative reads them."""
+    for call in graph.calls:
+        rule = bound.get(call.output.name)
+        store.note = _note(call)
+        if rule is not None:
+            _saved(store, rule)
+        if rule is None or not rule.forward:
+            code, inputs = call_code(call), [v.name for v in call.tensors.values()]
+        else:
+            code, inputs = fill(rule.forward, store.resolve)
+        name, kernel, work = call.output.name, Kernel.NATIVE, forward_work(rule)
+        if work.flops and any(len(legs) > 3 for _, legs in work.flops):
+            kernel = Kernel.CONVOLUTION
+        store.add(code, call.output.shape, inputs, kernel, work, name=name)
+        for equation in rule.equations[:-1] if rule is not None else ():
+            diagram = equation.diagram
+            assert diagram is not None
+            store.suppliers[equation.name] = partial(_supply, name=equation.name, diagram=diagram, lowerings=lowerings)
+
+
+def _saved(store: Store, rule: BoundRule) -> None:
+    for saved in rule.saved:
+        code, inputs = fill(saved.code, store.resolve)
+        store.add(code, sizes_of(saved.legs), inputs, Kernel.NATIVE, Work(moved=((2, saved.legs),)), name=saved.name)
+
+
+def _supply(store: Store, name: str, diagram: Diagram, lowerings: tuple[Lowering, ...]) -> None:
+    _name(store, build(store, diagram, lowerings), name)
+
+
+def _name(store: Store, ref: Ref, name: str) -> None:
+    """Call a built value `name`; a value in another memory order is read through a permuted view."""
+    if ref.order == ref.stored:
+        store.alias[name] = store.resolve(ref.name)
+    else:
+        code = arranged(store, ref, tuple((leg,) for leg in ref.order))
+        store.add(code, sizes_of(ref.order), [store.resolve(ref.name)], Kernel.VIEW, name=name, strided=True)
+
+
+def _backward(store: Store, graph: Graph, item: Backward, lowerings: tuple[Lowering, ...]) -> None:
+    """One cotangent: the sum of what its users send, each by native code or by its diagram."""
+    store.note = f"cotangent of {item.value}" + (f", {item.note}" if item.note else "")
+    shape = graph.values[item.value].shape if item.value in graph.values else None
+    refs = []
+    for term in item.terms:
+        if isinstance(term, Native):
+            refs.append(_native(store, term, shape))
+        else:
+            refs.append(build(store, term, lowerings))
+    if len(refs) == 1:
+        _name(store, refs[0], f"g_{item.value}")
+        return
+    shape = shape if shape is not None else sizes_of(refs[0].order)
+    codes = [_shaped(store, ref, shape) for ref in refs]
+    legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(shape))
+    work = Work(flops=((len(refs) - 1, legs),), moved=((len(refs) + 1, legs),), fresh=((1, legs),))
+    store.add(" + ".join(codes), shape, [store.resolve(r.name) for r in refs], Kernel.ELEMENTWISE, work, name=f"g_{item.value}")
+
+
+def _native(store: Store, term: Native, shape: tuple[Size, ...] | None) -> Ref:
+    assert shape is not None
+    cotangent = store.resolve(f"g_{term.cotangent_of}")
+    out = store.shapes[term.cotangent_of]
+    shown = cotangent if store.shapes[cotangent] == out else f"{cotangent}.reshape({text(out)})"
+    code, inputs = fill(term.code.replace("{cotangent}", shown), store.resolve)
+    legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(shape))
+    work = Work(flops=((2, legs),), moved=((3, legs),), fresh=((1, legs),))
+    name = store.add(code, shape, [cotangent, *inputs], Kernel.NATIVE, work)
+    return Ref(name, legs, legs)
+
+
+def _shaped(store: Store, ref: Ref, shape: tuple[Size, ...]) -> str:
+    """Code for a value in its legs' order, with the given shape."""
+    now = sizes_of(ref.order)
+    code = arranged(store, ref, tuple((leg,) for leg in ref.order))
+    if code == store.resolve(ref.name):
+        now = store.shapes[code]
+    if now == shape:
+        return code
+    if ref.order == ref.stored:  # one reshape is enough
+        name = store.resolve(ref.name)
+        return name if store.shapes[name] == shape else f"{name}.reshape({text(shape) or '()'})"
+    return f"{code}.reshape({text(shape) or '()'})"
+
+
+def _extract(
+    store: Store, graph: Graph, item: Extraction, lowerings: tuple[Lowering, ...]
+) -> tuple[dict[str, str], Choice]:
+    """All results of one parameter, with the set of parts that makes them cheapest together."""
+    dotted = graph.parameters[item.parameter][0]
+    store.note = f"{dotted}"
+    found = {part: None for diagram in item.diagrams.values() for part in parts(diagram)}
+    kept, options = _choose_parts(store, item, tuple(found), lowerings)
+    refs = _built(store, item, kept, lowerings)
+    codes = {}
+    for quantity, ref in refs.items():
+        store.note = f"{quantity} of {dotted}"
+        shape = _result_shape(ref.order, graph.values[item.parameter].shape)
+        codes[quantity] = _final(store, _shaped(store, ref, shape), shape, ref)
+    return codes, Choice(dotted, options, _shown(kept, tuple(found)))
+
+
+def _choose_parts(
+    store: Store, item: Extraction, found: tuple[Diagram, ...], lowerings: tuple[Lowering, ...]
+) -> tuple[frozenset[Diagram], tuple[tuple[str, float], ...]]:
+    subsets = [frozenset(s) for size in range(len(found) + 1) for s in combinations(found, size)]
+    if len(found) > MOST_PARTS:
+        subsets = [frozenset(found[:k]) for k in range(len(found) + 1)]
+    seconds = {}
+    for subset in subsets:
+        trial = store.fork()
+        _built(trial, item, subset, lowerings)
+        seconds[subset] = trial.seconds(len(store.steps))
+    best = min(seconds, key=seconds.__getitem__)
+    return best, tuple((_shown(s, found), t) for s, t in seconds.items())
+
+
+def _built(store: Store, item: Extraction, kept: frozenset[Diagram], lowerings: tuple[Lowering, ...]) -> dict[str, Ref]:
+    """Every quantity of the parameter when the parts in `kept` are built and all others are multiplied out."""
+    refs = {}
+    for quantity, diagram in item.diagrams.items():
+        store.note = f"{quantity} of {store.note.rsplit(' of ', 1)[-1]}"
+        refs[quantity] = build(store, inline(diagram, kept), lowerings)
+    return refs
+
+
+def _shown(kept: frozenset[Diagram], found: tuple[Diagram, ...]) -> str:
+    names = [f"part {k + 1}" for k, part in enumerate(found) if part in kept]
+    return "build " + " and ".join(names) if names else "multiply out (Gram)"
+
+
+def _result_shape(order: tuple[Leg, ...], shape: tuple[Size, ...]) -> tuple[Size, ...]:
+    """The legs that are copies of the batch (and columns) first, then the parameter's own shape if it is there."""
+    head = tuple(leg.size for leg in order if leg.size == N or leg.name == "v")
+    rest = [leg for leg in order if leg.size != N and leg.name != "v"]
+    if not rest:
+        return head
+    whole = prod(int(size) for size in shape) == prod(int(leg.size) for leg in rest)
+    return (*head, *(shape if whole else sizes_of(tuple(rest))))
+
+
+def _final(store: Store, code: str, shape: tuple[Size, ...], ref: Ref) -> str:
+    """A name for the result, so that no two results share memory with each other or with an input by accident."""
+    if code == store.resolve(ref.name):
+        return code
+    return store.add(code, shape, [store.resolve(ref.name)], Kernel.VIEW, strided=ref.order != ref.stored)
+
+
+def names_in(output: object) -> list[str]:
+    """The value names in the pytree that the model returns."""
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, str)]
+
+
+def _alive(steps: list[Step], wanted: set[str]) -> tuple[Step, ...]:
+    """The steps that some result needs."""
+    kept = []
+    for step in reversed(steps):
+        if step.name in wanted or step.effect:
+            kept.append(step)
+            wanted |= set(step.inputs)
+    return tuple(reversed(kept))
+
+
+def _note(call: Call) -> str:
+    return f"{call.path or 'model'}: {str(call.target).removeprefix('aten.')}"
+

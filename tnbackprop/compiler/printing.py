@@ -1,0 +1,96 @@
+"""Sympy expressions as torch code."""
+
+from __future__ import annotations
+
+import sympy
+from sympy.printing.pycode import PythonCodePrinter
+
+_FUNCTIONS = {
+    "exp": "torch.exp",
+    "log": "torch.log",
+    "tanh": "torch.tanh",
+    "cosh": "torch.cosh",
+    "sinh": "torch.sinh",
+    "sin": "torch.sin",
+    "cos": "torch.cos",
+    "erf": "torch.erf",
+    "Abs": "torch.abs",
+    "sign": "torch.sign",
+}
+
+
+class _Printer(PythonCodePrinter):  # type: ignore[misc]
+    def _print_Pow(self, expr: sympy.Pow, **kwargs: object) -> str:  # noqa: N802
+        base, exponent = expr.args
+        shown = self.parenthesize(base, 100)
+        if exponent == 2:
+            return f"{shown} * {shown}" if base.is_Symbol else f"torch.square({self._print(base)})"
+        if exponent == -1:
+            return f"torch.reciprocal({self._print(base)})"
+        if exponent == sympy.Rational(1, 2):
+            return f"torch.sqrt({self._print(base)})"
+        if exponent == sympy.Rational(-1, 2):
+            return f"torch.rsqrt({self._print(base)})"
+        return f"torch.pow({self._print(base)}, {self._print(exponent)})"
+
+    def _print_Mul(self, expr: sympy.Mul) -> str:  # noqa: N802
+        numbers, rest = expr.as_coeff_mul()
+        shown = [self._print(sympy.Float(numbers) if not numbers.is_Integer else numbers)] if numbers != 1 else []
+        for factor in rest:
+            code = self._print(factor)
+            shown.append(f"({code})" if factor.is_Add or (factor.is_Pow and " " in code) else code)
+        return " * ".join(shown)
+
+    def _print_Rational(self, expr: sympy.Rational) -> str:  # noqa: N802
+        return repr(float(expr)) if expr.q != 1 else str(expr.p)
+
+    def _print_Float(self, expr: sympy.Float) -> str:  # noqa: N802
+        return repr(float(expr))
+
+    def _print_NumberSymbol(self, expr: sympy.NumberSymbol) -> str:  # noqa: N802
+        return repr(float(expr))
+
+    _print_Pi = _print_Exp1 = _print_NumberSymbol
+
+    def _print_Function(self, expr: sympy.Function) -> str:  # noqa: N802
+        name = type(expr).__name__
+        if name not in _FUNCTIONS:
+            raise NotImplementedError(f"no torch code for the function {name} in {expr}")
+        return f"{_FUNCTIONS[name]}({', '.join(self._print(a) for a in expr.args)})"
+
+    _print_Abs = _print_sign = _print_exp = _print_log = _print_Function
+
+    def _print_Piecewise(self, expr: sympy.Piecewise) -> str:  # noqa: N802
+        pieces = [(self._print(value), condition) for value, condition in expr.args]
+        code = pieces[-1][0]
+        if pieces[-1][1] is not sympy.true:
+            code = f"torch.where({self._condition(pieces[-1][1])}, {code}, 0)"
+        for value, condition in reversed(pieces[:-1]):
+            code = f"torch.where({self._condition(condition)}, {value}, {code})"
+        return code
+
+    def _condition(self, condition: sympy.Basic) -> str:
+        if isinstance(condition, sympy.And | sympy.Or):
+            joiner = " & " if isinstance(condition, sympy.And) else " | "
+            return joiner.join(f"({self._condition(a)})" for a in condition.args)
+        if isinstance(condition, sympy.Not):
+            return f"~({self._condition(condition.args[0])})"
+        left, right = (self._print(a) for a in condition.args)
+        return f"{left} {condition.rel_op} {right}"
+
+
+def torch_code(expr: sympy.Expr, arguments: dict[sympy.Symbol, str]) -> str:
+    """Torch code of `expr` with its symbols replaced by code."""
+    placeholders = {symbol: sympy.Symbol(f"arg{k}_", real=True) for k, symbol in enumerate(arguments)}
+    code = str(_Printer().doprint(expr.xreplace(placeholders)))
+    for symbol, placeholder in placeholders.items():
+        code = code.replace(placeholder.name, arguments[symbol])
+    return code
+
+
+def number_code(scale: sympy.Expr) -> str:
+    """An exact scale as a Python expression of N and numbers."""
+    if scale.is_number:
+        return str(int(scale)) if scale.is_Integer else repr(float(scale))
+    printed = sympy.sstr(scale.xreplace({r: sympy.Float(float(r)) for r in scale.atoms(sympy.Rational) if r.q != 1}))
+    return f"({printed})"

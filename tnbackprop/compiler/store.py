@@ -1,0 +1,128 @@
+"""Share: every computed value once. Values are keyed by the code that computes them, so equal steps are one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+from ..canonical import Key
+from ..diagram import Diagram, Leg, Size
+from ..errors import InvariantError
+from .cost import Kernel, Rates, Work
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the program: ``name = code``."""
+
+    name: str
+    code: str
+    inputs: tuple[str, ...]
+    kernel: Kernel
+    work: Work
+    note: str = ""
+    effect: bool = False  # must stay although no other step reads it
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A value seen with named legs: `stored` factorises its memory row-major, `order` is how it is read now."""
+
+    name: str
+    stored: tuple[Leg, ...]
+    order: tuple[Leg, ...]
+
+    def reordered(self, order: tuple[Leg, ...]) -> Ref:
+        return replace(self, order=order)
+
+    def renamed(self, legs: tuple[Leg, ...]) -> Ref:
+        """The same value with its current legs called differently."""
+        to = dict(zip(self.order, legs, strict=True))
+        return Ref(self.name, tuple(to[leg] for leg in self.stored), legs)
+
+
+@dataclass
+class Store:
+    """The steps so far, the shape of every value, and what has already been built."""
+
+    rates: Rates
+    batch: int
+    itemsize: int
+    steps: list[Step] = field(default_factory=list)
+    shapes: dict[str, tuple[Size, ...]] = field(default_factory=dict)
+    strided: set[str] = field(default_factory=set)  # values whose memory is not row-major: merging legs copies
+    by_code: dict[str, str] = field(default_factory=dict)
+    alias: dict[str, str] = field(default_factory=dict)
+    built: dict[Key, Ref] = field(default_factory=dict)
+    definitions: dict[str, Diagram] = field(default_factory=dict)  # values that are built when first read
+    suppliers: dict[str, Callable[[Store], None]] = field(default_factory=dict)  # the same, for native code
+    note: str = ""
+    prefix: str = "t"
+
+    def fork(self) -> Store:
+        """An independent copy, to try a plan on."""
+        return replace(
+            self,
+            steps=list(self.steps),
+            shapes=dict(self.shapes),
+            strided=set(self.strided),
+            by_code=dict(self.by_code),
+            alias=dict(self.alias),
+            built=dict(self.built),
+        )
+
+    def adopt(self, other: Store) -> None:
+        """Take over what a fork has built."""
+        for name in ("steps", "shapes", "strided", "by_code", "alias", "built"):
+            setattr(self, name, getattr(other, name))
+
+    def add(
+        self,
+        code: str,
+        shape: tuple[Size, ...],
+        inputs: Iterable[str],
+        kernel: Kernel,
+        work: Work = Work(),
+        name: str | None = None,
+        strided: bool = False,
+        effect: bool = False,
+    ) -> str:
+        """Enter a step, unless the same code was entered before; returns the value's name."""
+        if code in self.by_code and not effect:
+            known = self.by_code[code]
+            if name is not None and name != known:
+                self.alias[name] = known
+            return known
+        name = name or f"{self.prefix}{len(self.steps)}"
+        if name in self.shapes:
+            raise InvariantError(f"value {name} is computed twice: {code}")
+        self.steps.append(Step(name, code, tuple(dict.fromkeys(inputs)), kernel, work, self.note, effect))
+        self.shapes[name] = shape
+        self.by_code[code] = name
+        if strided:
+            self.strided.add(name)
+        return name
+
+    def resolve(self, name: str) -> str:
+        """The value behind an alias."""
+        while name in self.alias:
+            name = self.alias[name]
+        return name
+
+    def seconds(self, start: int = 0) -> float:
+        """Predicted seconds of the steps from `start` on."""
+        return sum(self.rates.seconds(s.kernel, s.work, self.batch, self.itemsize) for s in self.steps[start:])
+
+    def cheapest(self, plans: Iterable[Callable[[Store], Ref]]) -> Ref:
+        """Try each plan on a fork and adopt the one that is predicted fastest; the first wins a tie."""
+        best: tuple[float, Store, Ref] | None = None
+        for plan in plans:
+            trial = self.fork()
+            ref = plan(trial)
+            seconds = trial.seconds(len(self.steps))
+            if best is None or seconds < best[0]:
+                best = (seconds, trial, ref)
+        if best is None:
+            raise InvariantError("no plan to choose from")
+        self.adopt(best[1])
+        return best[2]

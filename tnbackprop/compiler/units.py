@@ -1,0 +1,71 @@
+"""Legs of size 1 say nothing: they are dropped from every bound formula, since tensors are read row-major anyway.
+
+A window's image keeps its leg, whatever its size: the pattern asks for index 0 there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ..bind import BoundRule, Equation
+from ..diagram import Delta, Diagram, Leg, Map, Operand, Product, Selection, Tensor, Window
+from ..jacobian import Jacobian
+
+Legs = tuple[Leg, ...]
+
+
+def without_units(rule: BoundRule) -> BoundRule:
+    """The bound rule without legs of size 1."""
+    equations = tuple(_equation(equation) for equation in rule.equations)
+    saved = tuple(replace(s, legs=_kept(s.legs, frozenset())) for s in rule.saved)
+    return replace(rule, equations=equations, saved=saved)
+
+
+def _equation(equation: Equation) -> Equation:
+    if equation.diagram is None:
+        jacobians = {name: _jacobian(j) for name, j in equation.jacobians.items()}
+        return replace(equation, legs=_kept(equation.legs, frozenset()), jacobians=jacobians)
+    held = _images(equation.diagram.products)
+    jacobians = {name: _jacobian(j) for name, j in equation.jacobians.items()}
+    return Equation(equation.name, _kept(equation.legs, held), _diagram(equation.diagram, held), jacobians)
+
+
+def _jacobian(jacobian: Jacobian) -> Jacobian:
+    held = _images(jacobian.diagram.products)
+    diagram = _diagram(jacobian.diagram, held)
+    return Jacobian(diagram, _kept(jacobian.out, held), _kept(jacobian.into, held))
+
+
+def _images(products: Iterable[Product]) -> frozenset[Leg]:
+    return frozenset(op.image for p in products for op in p.operands if isinstance(op, Window))
+
+
+def _kept(legs: Legs, held: frozenset[Leg]) -> Legs:
+    return tuple(leg for leg in legs if leg.size != 1 or leg in held)
+
+
+def _diagram(diagram: Diagram, held: frozenset[Leg]) -> Diagram:
+    products = []
+    for product in diagram.products:
+        operands = (_operand(op, held) for op in product.operands)
+        products.append(Product(product.scale, tuple(op for op in operands if op is not None)))
+    return Diagram(_kept(diagram.legs, held), tuple(products))
+
+
+def _operand(op: Operand, held: frozenset[Leg]) -> Operand | None:
+    match op:
+        case Tensor():
+            return Tensor(op.name, _kept(op.legs, held))
+        case Map():
+            return Map(op.expr, tuple(Tensor(a.name, _kept(a.legs, held)) for a in op.args))
+        case Delta():
+            legs = _kept(op.legs, held)
+            return Delta(legs) if len(legs) == len(op.legs) else None
+        case Window():
+            return Window(op.image, tuple((c, leg) for c, leg in op.terms if leg.size != 1 or leg in held), op.offset)
+        case Selection():
+            choice = _kept(op.choice, held)
+            return Selection(Tensor(op.index.name, _kept(op.index.legs, held)), choice)
+        case _:
+            return op

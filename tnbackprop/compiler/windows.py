@@ -1,0 +1,87 @@
+"""Windows as strided views: pad, narrow, unfold. No copy is made until a kernel needs one."""
+
+from __future__ import annotations
+
+from ..diagram import Leg, Product, Tensor, Window
+from .arrange import arranged, copy_work, sizes_of
+from .contract import read
+from .cost import Kernel
+from .store import Ref, Store
+
+Legs = tuple[Leg, ...]
+
+
+def unfolded(store: Store, product: Product, output: Legs) -> Product:
+    """The product with every window that slides over one tensor replaced by a view of the tensor."""
+    for op in product.operands:
+        if isinstance(op, Tensor):
+            mine = [w for w in product.operands if isinstance(w, Window) and slides_over(w, op, product, output)]
+            if mine:
+                view = _view(store, op, mine)
+                rest = tuple(other for other in product.operands if other is not op and other not in mine)
+                return unfolded(store, Product(product.scale, (view, *rest)), output)
+    return product
+
+
+def slides_over(window: Window, tensor: Tensor, product: Product, output: Legs) -> bool:
+    """Whether the window's image is a leg of this tensor only, and the pattern is one that a view can have."""
+    image = window.image
+    elsewhere = [op for op in product.operands if op not in (window, tensor) and image in op.legs]
+    alone = image in tensor.legs and image not in output and not elsewhere
+    legs = [leg for _, leg in window.terms]
+    plain = len(set(legs)) == len(legs) <= 2 and all(c > 0 and isinstance(leg.size, int) for c, leg in window.terms)
+    return alone and plain and isinstance(image.size, int) and not any(leg in tensor.legs for leg in legs)
+
+
+def reach(window: Window) -> tuple[int, int, int]:
+    """Zeros needed on the left, the first index used after that, and the length that the pattern covers."""
+    length = 1 + sum(c * (int(leg.size) - 1) for c, leg in window.terms)
+    return max(0, -window.offset), max(0, window.offset), length
+
+
+def padded(store: Store, ref: Ref, windows: list[Window]) -> tuple[str, list[int | None]]:
+    """Code that pads and narrows every window's image to just what the pattern covers."""
+    axes = list(ref.order)
+    pads = [(0, 0)] * len(axes)
+    cuts: list[tuple[int, int, int]] = []
+    for window in windows:
+        axis, size = axes.index(window.image), int(window.image.size)
+        left, first, length = reach(window)
+        right = max(0, first + length - (size + left))
+        pads[axis] = (left, right)
+        if size + left + right != length:
+            cuts.append((axis, first, length))
+    code = arranged(store, ref, tuple((leg,) for leg in ref.order))
+    inputs = [store.resolve(ref.name)]
+    if any(p != (0, 0) for p in pads):
+        shape = tuple(s if isinstance(s, int) and p == (0, 0) else s + sum(p) for s, p in zip(sizes_of(ref.order), pads, strict=True))
+        first_axis = next(k for k, p in enumerate(pads) if p != (0, 0))
+        amounts = ", ".join(f"{a}, {b}" for a, b in reversed(pads[first_axis:]))
+        legs = tuple(Leg(leg.name, s) for leg, s in zip(ref.order, shape, strict=True))
+        code = store.add(f"torch.nn.functional.pad({code}, ({amounts}))", shape, inputs, Kernel.COPY, copy_work(legs))
+        inputs = [code]
+    for axis, first, length in cuts:
+        code += f".narrow({axis}, {first}, {length})"
+    return code, inputs  # type: ignore[return-value]
+
+
+def _view(store: Store, tensor: Tensor, windows: list[Window]) -> Tensor:
+    ref = read(store, tensor)
+    code, inputs = padded(store, ref, windows)
+    legs = list(ref.order)
+    for window in windows:
+        axis = legs.index(window.image)
+        match window.terms:
+            case ():
+                code += f".select({axis}, 0)"
+                legs.pop(axis)
+            case ((step, leg),):
+                code += f"[{':, ' * axis}::{step}]" if step != 1 else ""
+                legs[axis] = leg
+            case ((step, leg), (gap, inner)):
+                code += f".unfold({axis}, {gap * (int(inner.size) - 1) + 1}, {step})"
+                code += f"[..., ::{gap}]" if gap != 1 else ""
+                legs[axis] = leg
+                legs.append(inner)
+    name = store.add(code, sizes_of(tuple(legs)), inputs, Kernel.VIEW, strided=True)  # type: ignore[arg-type]
+    return Tensor(name, tuple(legs))

@@ -1,0 +1,47 @@
+"""The public face: compile and compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .compiler import compile_program
+from .quantities import Quantity
+from .rule import Rules
+from .rules import RULES
+from .runtime import Program, Result
+
+Loss = Callable[..., torch.Tensor]
+
+
+def compile(  # noqa: A001  (tn.compile reads like torch.compile)
+    model: torch.nn.Module,
+    loss: Loss | None,
+    example: tuple[Any, Any],
+    quantities: Sequence[Quantity],
+    *,
+    rules: Rules = RULES,
+    memory_limit: int | str | None = None,
+) -> Program:
+    """Compile a model with its loss and quantities to a program.
+
+    model         any module that torch.export can capture; it is not changed
+    loss          ``loss(output, y)`` -> scalar, a sum or mean over samples
+    example       a batch ``(x, y)``; shapes other than the batch size are fixed by it
+    quantities    what to compute: ``[tn.BatchL2(), tn.Variance()]``
+    rules         from target to rule; ``tn.RULES | {MyLayer: my_rule}`` adds your own
+    memory_limit  bytes (or "2GiB") that intermediate values may take at the example's batch size
+
+    Raises `InputError`, `UnsupportedError` and `RuleError`.
+    """
+    compiled = compile_program(model, loss, example, list(quantities), rules, None)
+    return Program(model, compiled, loss)
+
+
+def compute(
+    model: torch.nn.Module, loss: Loss | None, batch: tuple[Any, Any], quantities: Sequence[Quantity]
+) -> Result:
+    """Compile and run once."""
+    return compile(model, loss, batch, quantities)(*batch)

@@ -1,0 +1,29 @@
+"""What a quantity is: a name, options, and a few lines of algebra that never see a layer type."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Enum
+
+from ..algebra import Cotangents, Uses
+from ..diagram import Diagram
+
+
+class Scale(Enum):
+    """Which multiples of the individual gradients ∇ℓ_n a quantity is made of; each docstring gives the formulas."""
+
+    PAPER = "paper"
+    UNSCALED = "unscaled"
+    BACKPACK = "backpack"
+
+
+@dataclass(frozen=True)
+class Quantity(ABC):
+    """Base class. A subclass is a frozen dataclass with a default `name`, its key in the result."""
+
+    name: str
+
+    @abstractmethod
+    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+        """The quantity of one parameter: `J.T @ g` has legs [n, *parameter]; every other leg comes from algebra."""

@@ -1,0 +1,113 @@
+"""First-order quantities: what can be read off the individual gradients (Dangel et al. 2020, arXiv:1912.10985, Table 1).
+
+L is the loss as the user wrote it. With a loss that averages, L = (1/N) Σ_n ℓ_n; with one that sums, L = Σ_n ℓ_n.
+`Scale.PAPER` is the paper's table, `Scale.UNSCALED` is in terms of the ∇ℓ_n alone, `Scale.BACKPACK` gives the numbers
+of BackPACK 1.7.1, which works on the gradients as the loss scales them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+
+from ..algebra import Cotangents, Uses
+from ..diagram import Diagram, N
+from .base import Quantity, Scale
+
+
+@dataclass(frozen=True)
+class Grad(Quantity):
+    """Gradient of the loss: ∇L, shape [*p]."""
+
+    name: str = "grad"
+
+    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+        return (J.T @ g).sum("n")
+
+
+@dataclass(frozen=True)
+class BatchGrad(Quantity):
+    """Individual gradients, shape [N, *p]: (1/N) ∇ℓ_n for a loss that averages, ∇ℓ_n for one that sums.
+
+    `Scale.UNSCALED`: ∇ℓ_n for either.
+    """
+
+    name: str = "batch_grad"
+    scale: Scale = Scale.PAPER
+
+    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+        return (J.T @ g) * _linear(self.scale, g)
+
+
+@dataclass(frozen=True)
+class BatchL2(Quantity):
+    """Squared norms of the individual gradients, shape [N]: ‖(1/N) ∇ℓ_n‖² for a loss that averages.
+
+    `Scale.UNSCALED`: ‖∇ℓ_n‖².
+    """
+
+    name: str = "batch_l2"
+    scale: Scale = Scale.PAPER
+
+    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+        G = J.T @ g
+        return (G * G).sum_parameter() * _linear(self.scale, g) ** 2
+
+
+@dataclass(frozen=True)
+class BatchDot(Quantity):
+    """Pairwise dot products of the individual gradients, shape [N, N]: ⟨(1/N) ∇ℓ_n, (1/N) ∇ℓ_m⟩.
+
+    `Scale.UNSCALED`: ⟨∇ℓ_n, ∇ℓ_m⟩.
+    """
+
+    name: str = "batch_dot"
+    scale: Scale = Scale.PAPER
+
+    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+        G = J.T @ g
+        return (G * G.relabel(n="m")).sum_parameter() * _linear(self.scale, g) ** 2
+
+
+@dataclass(frozen=True)
+class SecondMoment(Quantity):
+    """Uncentred second moment of the individual gradients, shape [*p]: (1/N) Σ_n [∇ℓ_n]², elementwise.
+
+    `Scale.BACKPACK`: Σ_n [(1/N) ∇ℓ_n]² for a loss that averages (its `sum_grad_squared`).
+    """
+
+    name: str = "second_moment"
+    scale: Scale = Scale.PAPER
+
+    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+        G = J.T @ g
+        return (G * G).sum("n") * _mean_of_squares(self.scale, g)
+
+
+@dataclass(frozen=True)
+class Variance(Quantity):
+    """Variance of the individual gradients, shape [*p]: (1/N) Σ_n [∇ℓ_n - mean]², elementwise.
+
+    Equal to (1/N) Σ_n [∇ℓ_n]² - [∇L]² for a loss that averages, and computed so where the individual gradients are
+    not built. There float32 cancels when the gradients hardly differ: ``centred=True`` always subtracts first.
+    `Scale.BACKPACK`: Σ_n [(1/N) ∇ℓ_n]² - [∇L]²/N, that is 1/N of it.
+    """
+
+    name: str = "variance"
+    scale: Scale = Scale.PAPER
+    centred: bool = False
+
+    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+        G = J.T @ g
+        D = (G - G.sum("n") / N).held(pinned=self.centred)
+        return (D * D).sum("n") * _mean_of_squares(self.scale, g)
+
+
+def _linear(scale: Scale, g: Cotangents) -> sympy.Expr:
+    return 1 / g.scale if scale is Scale.UNSCALED else sympy.Integer(1)
+
+
+def _mean_of_squares(scale: Scale, g: Cotangents) -> sympy.Expr:
+    """From Σ G² of the scaled gradients to the mean of the unscaled squares."""
+    return sympy.Integer(1) if scale is Scale.BACKPACK else 1 / (N * g.scale**2)

@@ -1,0 +1,73 @@
+"""A rule: one declared layer, as text. Rows of these live in `tnbackprop/rules/`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from .errors import RuleError
+
+Constant = int | float
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one call of a layer computes, as formulas.
+
+    formula    one or more lines ``name[legs] = expression``; the last line defines ``output``.
+               Empty when every Jacobian is declared in `jacobian`.
+    jacobian   operand name -> expression in which the operand's own legs are those of `legs`:
+               ``{"input": "output[n,c] * (delta[c,k] - output[n,k])"}`` (overrides the derived one).
+    legs       declared legs, ``{"input": "n, k", "output": "n, c"}``; needed where no formula says them.
+    constants  numbers that the formula names (eps, s0, …).
+    saved      runtime tensors of the forward: ``{"mask[*s]": "torch code"}``. The torch code may use
+               ``{input}`` and every other operand or earlier saved name, in braces.
+    forward    torch code for the output, where the call itself will not do (a saved mask, say).
+    vjp        operand name -> torch code of a native VJP; may use ``{cotangent}``, ``{output}``, operands, saved.
+               A lowering: checked against the formula, never the definition.
+    root       for a loss: the square root of its Hessian (issue: second order).
+    kinks      what the derivative is where it does not exist; shown by `explain`.
+    """
+
+    formula: str = ""
+    jacobian: Mapping[str, str] = field(default_factory=dict)
+    legs: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Constant] = field(default_factory=dict)
+    saved: Mapping[str, str] = field(default_factory=dict)
+    forward: str = ""
+    vjp: Mapping[str, str] = field(default_factory=dict)
+    root: str = ""
+    kinks: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("jacobian", "legs", "constants", "saved", "vjp"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+
+RuleFunction = Callable[[Any], Rule | str]
+"""A row: from a `Call` (or, for a module target, the module) to its rule."""
+
+Rules = Mapping[Any, RuleFunction]
+"""From a target (ATen overload, function, or module class) to its row."""
+
+
+class Table(dict[Any, RuleFunction]):
+    """A mapping of rules that refuses two rows for one target."""
+
+    def rule(self, *targets: Any, override: bool = False) -> Callable[[RuleFunction], RuleFunction]:
+        """Decorator: enter a row for each target. A second row for a target is a `RuleError`."""
+
+        def enter(row: RuleFunction) -> RuleFunction:
+            for target in targets:
+                if target in self and not override:
+                    raise RuleError(f"two rules for {target}: pass override=True to replace the earlier one")
+                self[target] = row
+            return row
+
+        return enter
+
+    def row(self, rule: Rule, *targets: Any) -> None:
+        """Enter the same constant rule for each target."""
+        self.rule(*targets)(lambda call: rule)

@@ -1,0 +1,20 @@
+"""The built-in rules: one table per family, merged into `RULES`. A target in two tables is an error."""
+
+from __future__ import annotations
+
+from ..rule import Table
+from . import activation, arithmetic, convolution, einsum, linear, loss, normalization, pooling, shape
+
+TABLES = (linear, convolution, activation, pooling, shape, arithmetic, einsum, normalization, loss)
+
+
+def merge(tables: tuple[Table, ...]) -> Table:
+    """One table of all rows."""
+    merged = Table()
+    for table in tables:
+        for target, row in table.items():
+            merged.rule(target)(row)
+    return merged
+
+
+RULES = merge(tuple(family.TABLE for family in TABLES))

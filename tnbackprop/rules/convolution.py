@@ -1,0 +1,75 @@
+"""Convolutions: affine index arithmetic, zero outside of the input (Dangel 2023, arXiv:2307.02275)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..rule import Rule, Table
+from .text import IMAGE, KERNEL, SPACE, for_rank, join, per_axis, refuse
+
+TABLE = Table()
+aten = torch.ops.aten
+
+
+def convolution(call: Any, count: int) -> Rule:
+    """output[n, g.o, h] = weight[g.o, i, k] * input[n, g.i, stride*h + dilation*k - padding] + bias[g.o]."""
+    if len(call.input.axes) != count + 2:
+        refuse(call, f"the input has {len(call.input.axes)} axes, not {count + 2}", "Give it a batch axis.")
+    stride, dilation = per_axis(call.stride, count), per_axis(call.dilation, count)
+    kernel = call.weight.shape[2:]
+    symmetric = True
+    if call.padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        padding = tuple(t // 2 for t in total)  # the odd one out goes to the right
+        symmetric = all(t % 2 == 0 for t in total)
+    else:
+        padding = per_axis(0 if call.padding == "valid" else call.padding, count)
+    where = [f"s{a}*{p} + d{a}*{k} - p{a}" for a, (p, k) in enumerate(zip(SPACE[count], KERNEL[count], strict=True))]
+    g = "g." if call.groups != 1 else ""
+    return Rule(
+        f"output[n, {g}o, {join(SPACE[count])}] = "
+        f"weight[{g}o, i, {join(KERNEL[count])}] * input[n, {g}i, {join(where)}] + bias[{g}o]",
+        constants=({"G": call.groups} if g else {})
+        | {f"s{a}": stride[a] for a in range(count)}
+        | {f"d{a}": dilation[a] for a in range(count)}
+        | {f"p{a}": padding[a] for a in range(count)},
+        vjp=_vjp(stride, padding, dilation, call.groups) if symmetric else {},
+    )
+
+
+def _vjp(stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int) -> dict[str, str]:
+    """The native kernels."""
+    geometry = f"{list(stride)}, {list(padding)}, {list(dilation)}, False, {[0] * len(stride)}, {groups}"
+    code = "torch.ops.aten.convolution_backward({{cotangent}}, {{input}}, {{weight}}, None, {}, {})[{}]"
+    return {
+        "input": code.format(geometry, [True, False, False], 0),
+        "weight": code.format(geometry, [False, True, False], 1),
+    }
+
+
+def transposed_convolution(call: Any, count: int) -> Rule:
+    """Each input position adds the kernel at output position stride*y + dilation*k - padding."""
+    if len(call.input.axes) != count + 2:
+        refuse(call, f"the input has {len(call.input.axes)} axes, not {count + 2}", "Give it a batch axis.")
+    stride, padding, dilation = (per_axis(v, count) for v in (call.stride, call.padding, call.dilation))
+    where = [
+        f"delta[{out}, {stride[a]}*{image} + {dilation[a]}*{k} - {padding[a]}]"
+        for a, (out, image, k) in enumerate(zip(SPACE[count], IMAGE[count], KERNEL[count], strict=True))
+    ]
+    g = "g." if call.groups != 1 else ""
+    return Rule(
+        f"output[n, {g}o, {join(SPACE[count])}] = weight[{g}i, o, {join(KERNEL[count])}]"
+        f" * input[n, {g}i, {join(IMAGE[count])}] * {' * '.join(where)} + bias[{g}o]",
+        constants={"G": call.groups} if g else {},
+    )
+
+
+for _count, _op, _transposed in (
+    (1, aten.conv1d, aten.conv_transpose1d.default),
+    (2, aten.conv2d, aten.conv_transpose2d.input),
+    (3, aten.conv3d, aten.conv_transpose3d.input),
+):
+    TABLE.rule(_op.default, _op.padding)(for_rank(convolution, _count))
+    TABLE.rule(_transposed)(for_rank(transposed_convolution, _count))

@@ -1,0 +1,18 @@
+"""Linear layers."""
+
+from __future__ import annotations
+
+import torch
+
+from ..rule import Rule, Table
+
+TABLE = Table()
+
+TABLE.row(
+    Rule("output[*s, o] = weight[o, i] * input[*s, i] + bias[o]"),
+    torch.ops.aten.linear.default,
+)
+TABLE.row(
+    Rule("output[*s, o] = weight[o, i, j] * input1[*s, i] * input2[*s, j] + bias[o]"),
+    torch.ops.aten.bilinear.default,
+)

@@ -1,0 +1,166 @@
+"""Losses. The output is a scalar for `mean` and `sum`, one value per element without a reduction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..rule import Rule, Table
+from .text import access, join, leg_names, literal, refuse, sizes
+
+TABLE = Table()
+aten = torch.ops.aten
+NONE, MEAN, SUM = 0, 1, 2  # at::Reduction
+
+
+def _same_shape(call: Any, *names: str) -> list[str]:
+    """The legs of the input, which the named operands share."""
+    for name in names:
+        if call.arguments[name].axes != call.input.axes:
+            refuse(
+                call,
+                f"{name} {call.arguments[name].shape} and input {call.input.shape} differ in shape",
+                "Give them the same shape: broadcasting them is seldom meant, and can mix samples.",
+            )
+    return leg_names(call.input)
+
+
+def _left(call: Any, legs: list[str]) -> str:
+    return join(legs if call.reduction == NONE else [])
+
+
+def _elements(call: Any, legs: list[str]) -> str:
+    return f" / ({sizes(legs)})" if call.reduction == MEAN else ""
+
+
+def _of_difference(call: Any, function: str, kinks: str = "") -> Rule:
+    """A function of ``d``, the input minus the target."""
+    legs = _same_shape(call, "target")
+    difference = f"(input[{join(legs)}] - target[{join(legs)}])"
+    text = function.replace("<d>", difference)
+    return Rule(f"output[{_left(call, legs)}] = ({text}){_elements(call, legs)}", kinks=kinks)
+
+
+@TABLE.rule(aten.mse_loss.default)
+def mse_loss(call: Any) -> Rule:
+    return _of_difference(call, "<d>**2")
+
+
+@TABLE.rule(aten.l1_loss.default)
+def l1_loss(call: Any) -> Rule:
+    return _of_difference(call, "abs(<d>)", kinks="0 at 0")
+
+
+@TABLE.rule(aten.huber_loss.default)
+def huber_loss(call: Any) -> Rule:
+    d = literal(call.delta)
+    return _of_difference(call, f"<d>**2 / 2 if abs(<d>) <= {d} else {d} * (abs(<d>) - {d} / 2)")
+
+
+@TABLE.rule(aten.smooth_l1_loss.default)
+def smooth_l1_loss(call: Any) -> Rule:
+    if call.beta == 0:
+        return l1_loss(call)  # type: ignore[return-value]
+    b = literal(call.beta)
+    return _of_difference(call, f"<d>**2 / (2 * {b}) if abs(<d>) < {b} else abs(<d>) - {b} / 2")
+
+
+def _operand(call: Any, name: str, legs: list[str]) -> str:
+    """A factor that broadcasts against the input, or nothing."""
+    if call.arguments.get(name) is None:
+        return ""
+    return access(name, call.arguments[name], call.input, legs) + " * "
+
+
+@TABLE.rule(aten.binary_cross_entropy_with_logits.default)
+def binary_cross_entropy_with_logits(call: Any) -> Rule:
+    """-weight * (pos_weight * y * log p + (1 - y) * log(1 - p)) with p = sigmoid(input)."""
+    legs = _same_shape(call, "target")
+    x, y = f"input[{join(legs)}]", f"target[{join(legs)}]"
+    weight, positive = _operand(call, "weight", legs), _operand(call, "pos_weight", legs)
+    return Rule(
+        f"output[{_left(call, legs)}] = -{weight}({positive}{y} * logsigmoid({x})"
+        f" + (1 - {y}) * logsigmoid(-{x})){_elements(call, legs)}"
+    )
+
+
+@TABLE.rule(aten.binary_cross_entropy.default)
+def binary_cross_entropy(call: Any) -> Rule:
+    """-weight * (y * log p + (1 - y) * log(1 - p)), p the input; torch keeps log above -100 and p (1 - p) above 1e-12."""
+    legs = _same_shape(call, "target")
+    x, y = f"input[{join(legs)}]", f"target[{join(legs)}]"
+    weight = _operand(call, "weight", legs)
+    return Rule(
+        jacobian={"input": f"{weight}({x} - {y}) / maximum({x} * (1 - {x}), 1e-12){_elements(call, legs)}"},
+        legs={"input": join(legs), "output": _left(call, legs)},
+    )
+
+
+# Cross-entropy. With t the weighted target distribution (0 for an ignored position), w = sum_c t and
+# p = softmax(input), both derivatives read off the same saved values:
+#   gradient (w p - t) / divisor,  Hessian w (diag p - p p^T) / divisor.
+
+
+def _hard_target(call: Any, smoothing: float) -> dict[str, str]:
+    """t and the divisor, for class indices."""
+    weighted = call.arguments.get("weight") is not None
+    t = "torch.zeros_like({input}).scatter(1, {label}.unsqueeze(1), {label_weight}.unsqueeze(1))"
+    if smoothing:
+        uniform = f"{smoothing / call.input.shape[1]!r} * {{kept}}.unsqueeze(1)"
+        t = f"{t} * {1 - smoothing!r} + {uniform}{' * ' + _class_weight(call) if weighted else ''}"
+    saved = {
+        "kept[n, *s]": f"{{target}} != {call.ignore_index}",
+        "label[n, *s]": "{target}.masked_fill(~{kept}, 0)",
+        "label_weight[n, *s]": "{weight}[{label}] * {kept}" if weighted else "{kept}.to({input}.dtype)",
+        "t[n, c, *s]": t,
+    }
+    return saved | ({"divisor[]": "{label_weight}.sum()"} if call.reduction == MEAN else {})
+
+
+def _class_weight(call: Any) -> str:
+    return f"{{weight}}.view({[1, -1] + [1] * (len(call.input.axes) - 2)})"
+
+
+def _soft_target(call: Any, smoothing: float) -> dict[str, str]:
+    """t and the divisor, for probabilities."""
+    classes, saved = call.input.shape[1], {}
+    t = "{target}"
+    if smoothing:
+        t = f"({t} * {1 - smoothing!r} + {smoothing / classes!r})"
+    if call.arguments.get("weight") is not None:
+        t = f"{t} * {_class_weight(call)}"
+    saved["t[n, c, *s]"] = t
+    if call.reduction == MEAN:
+        saved["divisor[]"] = f"{{input}}.new_full((), {{input}}.numel() // {classes})"
+    return saved
+
+
+@TABLE.rule(aten.cross_entropy_loss.default)
+def cross_entropy_loss(call: Any) -> Rule:
+    """Softmax cross-entropy with class weights, ignore_index, label smoothing, class indices or probabilities."""
+    if len(call.input.axes) < 2:
+        refuse(call, "the input has no batch axis", "Give the model's output a batch axis.")
+    if not isinstance(call.input.shape[1], int):
+        refuse(call, "axis 1, the classes, holds the batch", "Move the classes to axis 1.")
+    soft = len(call.tensors["target"].axes) == len(call.input.axes)
+    if soft and call.tensors["target"].differentiable:
+        refuse(call, "the target depends on parameters", "Detach it.")
+    saved = (_soft_target if soft else _hard_target)(call, call.label_smoothing)
+    saved |= {"w[n, *s]": "{t}.sum(1)", "p[n, c, *s]": "torch.softmax({input}, 1)"}
+    by = " / divisor[]" if call.reduction == MEAN else ""
+    return Rule(
+        jacobian={"input": f"(w[n, *s] * p[n, c, *s] - t[n, c, *s]){by}"},
+        legs={"input": "n, c, *s", "output": "n, *s" if call.reduction == NONE else ""},
+        saved=saved,
+    )
+
+
+@TABLE.rule(aten.nll_loss.default, aten.nll_loss_nd.default, aten.nll_loss2d.default)
+def nll_loss(call: Any) -> Rule:
+    """Linear in the log-probabilities: -t * input / divisor."""
+    if len(call.input.axes) < 2:
+        refuse(call, "the input has no batch axis", "Give the model's output a batch axis.")
+    by = " / divisor[]" if call.reduction == MEAN else ""
+    left = "n, *s" if call.reduction == NONE else ""
+    return Rule(f"output[{left}] = -t[n, c, *s] * input[n, c, *s]{by}", saved=_hard_target(call, 0.0))

@@ -1,0 +1,125 @@
+"""The program: the emitted function with the model's tensors and the checks on what is handed to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..compiler import Compiled
+from ..compiler.capture import plain
+from ..compiler.cost import number, size_at
+from ..compiler.emit import load
+from ..compiler.explain import explain, peak_bytes
+from ..compiler.graph import Value
+from ..errors import InputError
+from .result import Result
+
+
+class Program:
+    """A compiled model, loss and list of quantities. Call it with ``(x, y)`` of any batch size.
+
+    source      the Python source that runs
+    flops       planned floating-point operations for the example batch
+    bytes       planned bytes read and written for the example batch
+    peak_bytes  planned peak of what the program holds, results included, parameters and inputs not
+    """
+
+    def __init__(self, model: torch.nn.Module, compiled: Compiled, loss: Callable[..., Any] | None) -> None:
+        self._model, self._compiled = model, compiled
+        self._loss = loss
+        self._function = load(compiled.source)
+        self._fixed = dict(compiled.graph.constants)
+        self._output_spec = pytree.tree_structure(compiled.graph.output)
+
+    @property
+    def source(self) -> str:
+        return self._compiled.source
+
+    @property
+    def compiled(self) -> Compiled:
+        """What every stage produced, for those who look inside."""
+        return self._compiled
+
+    @property
+    def flops(self) -> float:
+        plan = self._compiled.plan
+        return sum(number(step.work.flops, plan.batch) for step in plan.steps)
+
+    @property
+    def bytes(self) -> float:
+        plan = self._compiled.plan
+        return plan.itemsize * sum(number(step.work.moved, plan.batch) for step in plan.steps)
+
+    @property
+    def peak_bytes(self) -> float:
+        return peak_bytes(self._compiled)
+
+    def explain(self) -> str:
+        """Every stage as text: the graph, the formulas, what is derived, the plan with FLOPs and bytes."""
+        return explain(self._compiled)
+
+    def tensors(self, x: Any, y: Any) -> dict[str, torch.Tensor]:
+        """The inputs of the emitted function: parameters, buffers, constants and the batch, by value name."""
+        graph = self._compiled.graph
+        flat, spec = pytree.tree_flatten((plain(x), plain(y)))
+        if spec != graph.in_spec:
+            raise InputError(f"the batch has the structure {spec}, but the program was compiled for {graph.in_spec}")
+        values = dict(self._fixed)
+        own = _named_tensors(self._model, self._loss)
+        for name, dotted in graph.parameters.items():
+            values[name] = own[dotted[0]]
+        for name, dotted_name in graph.buffers.items():
+            values[name] = own[dotted_name]
+        batch = _check_batch(dict(zip(graph.inputs, flat, strict=True)), graph.values)
+        return values | batch
+
+    @torch.no_grad()
+    def __call__(self, x: Any, y: Any = None) -> Result:
+        """Run on a batch. Raises `InputError` where it does not fit what the program was compiled for."""
+        loss, output, values = self._function(self.tensors(x, y))
+        return Result(loss, pytree.tree_unflatten(list(output), self._output_spec), values)
+
+    def __repr__(self) -> str:
+        plan = self._compiled.plan
+        names = ", ".join(plan.results)
+        return f"Program({names}; {len(plan.steps)} steps, {self.flops:.3g} FLOPs at N = {plan.batch})"
+
+
+def _named_tensors(model: torch.nn.Module, loss: Callable[..., Any] | None) -> dict[str, torch.Tensor]:
+    modules = {"": model} | ({"loss.": loss} if isinstance(loss, torch.nn.Module) else {})
+    found: dict[str, torch.Tensor] = {}
+    for prefix, module in modules.items():
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            found.setdefault(prefix + name, tensor.detach())
+    return found
+
+
+def _check_batch(batch: Mapping[str, torch.Tensor], values: Mapping[str, Value]) -> dict[str, torch.Tensor]:
+    """Every input has the dtype, rank and sizes that the program was compiled for, and one batch size."""
+    size: int | None = None
+    first = ""
+    for name, tensor in batch.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(f"input {name!r} is {type(tensor).__name__}, not a tensor")
+        wanted = "[" + ", ".join(str(s) for s in value.shape) + "]"
+        if tensor.dtype != value.dtype:
+            raise InputError(f"input {name!r} has dtype {tensor.dtype}, but the program was compiled for {value.dtype}: convert it, or compile again")
+        fits = tensor.ndim == len(value.shape)
+        for axis, expected in enumerate(value.shape if fits else ()):
+            if isinstance(expected, int):
+                fits = fits and tensor.shape[axis] == expected
+            elif size is None:
+                size, first = tensor.shape[axis], name
+            elif size_at(expected, size) != tensor.shape[axis]:
+                raise InputError(f"input {name!r} has {tensor.shape[axis]} samples, but {first!r} has {size}")
+        if not fits:
+            raise InputError(f"input {name!r} has shape {list(tensor.shape)}, but the program was compiled for {wanted}: compile again for this shape")
+    if size == 0:
+        raise InputError("the batch is empty: a mean over no samples is not defined")
+    return dict(batch)

@@ -1,0 +1,35 @@
+"""The result: a mapping from quantity name to {parameter name: value}."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+
+
+class Result(Mapping[str, Mapping[str, torch.Tensor]]):
+    """``result["variance"]["features.0.weight"]``, ``result.loss``, ``result.output``."""
+
+    def __init__(self, loss: torch.Tensor | None, output: Any, values: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        self.loss, self.output, self._values = loss, output, values
+
+    def __getitem__(self, quantity: str) -> Mapping[str, torch.Tensor]:
+        try:
+            return self._values[quantity]
+        except KeyError:
+            known = ", ".join(self._values) or "none"
+            raise InputError(f"no quantity {quantity!r} in this result; it has: {known}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        loss = "" if self.loss is None else f"loss {float(self.loss):.6g}, "
+        shown = (f"{q} of {len(by)} parameters" for q, by in self._values.items())
+        return f"Result({loss}{', '.join(shown)})"
