@@ -368,7 +368,8 @@ LOSS = (
     classifier("loss_scaled", lambda: Written(lambda f, y: 2.5 * F.mse_loss(f, y)), normal),
     classifier("loss_by_hand", lambda: Written(lambda f, y: ((f - y) ** 2).mean()), normal),
     classifier("loss_by_hand_batch", lambda: Written(lambda f, y: ((f - y) ** 2).sum() / f.shape[0]), normal),
-    classifier("loss_unreduced", lambda: Written(lambda f, y: F.cross_entropy(f, y, reduction="none").mean()), classes(3)),
+    classifier("loss_unreduced", lambda: Written(lambda f, y: F.cross_entropy(f, y, reduction="none").mean()),
+               classes(3)),
     classifier("loss_softmax", lambda: Written(lambda f, y: -(f.log_softmax(1) * y).sum(1).mean()), probabilities),
 )  # fmt: skip
 

@@ -85,7 +85,11 @@ def bind(
     """
     if isinstance(rule, str):
         rule = Rule(formula=rule)
-    return _Binder(rule, operands, names, output, output_axes, where).bind()
+    try:
+        return _Binder(rule, operands, names, output, output_axes, where).bind()
+    except RuleError as error:
+        place = f"in the rule of {where}"
+        raise RuleError(error.what, error.text, error.column, "\n".join(filter(None, (error.hint, place)))) from None
 
 
 class _Binder:
@@ -101,7 +105,7 @@ class _Binder:
         self.rule, self.output, self.where = rule, output, where
         self.lines = parse_program(rule.formula) if rule.formula.strip() else ()
         if not self.lines and not rule.jacobian:
-            raise RuleError("the rule has neither formula nor jacobian", hint=f"in the rule of {where}")
+            raise RuleError("the rule has neither formula nor jacobian", hint="give one of them")
         self.saved = {parse_access(key).tensor: (parse_access(key), code) for key, code in rule.saved.items()}
         self.jacobian = {name: parse_expression(text) for name, text in rule.jacobian.items()}
         self.declared = {name: parse_legs(name, text) for name, text in rule.legs.items()}
@@ -114,9 +118,6 @@ class _Binder:
         self._check_names(operands)
         self.legs = solve(self._uses(), self.axes, own, rule.constants, where)
         self.expander = Expander(self.legs, rule.constants, self.names, self.absent)
-
-    def error(self, what: str, hint: str = "") -> RuleError:
-        return RuleError(what, hint="\n".join(filter(None, (hint, f"in the rule of {self.where}"))))
 
     def bind(self) -> BoundRule:
         equations = [self._equation(line) for line in self.lines[:-1]]
@@ -134,15 +135,14 @@ class _Binder:
         """Every tensor of the text is an operand, a line, saved, or (in a Jacobian) the output."""
         for name in self.own:
             if name in operands or self.own.count(name) > 1 or name in RESERVED:
-                raise self.error(f"'{name}' is an operand or defined twice: a line or saved tensor needs another name")
+                raise RuleError(f"'{name}' is an operand or defined twice: a line or saved tensor needs another name")
         known = set(operands) | set(self.own)
         texts = [(line.right, known) for line in self.lines]
         texts += [(node, known | {"output"}) for node in self.jacobian.values()]
         for node, allowed in texts:
             for access in accesses(node):
                 if access.tensor not in allowed | {"delta"}:
-                    hint = "\n".join(filter(None, (nearest(access.tensor, allowed), f"in the rule of {self.where}")))
-                    raise access.place.error(f"unknown tensor '{access.tensor}'", hint)
+                    raise access.place.error(f"unknown tensor '{access.tensor}'", nearest(access.tensor, allowed))
         for kind, names, allowed in (
             ("jacobian", self.jacobian, set(operands)),
             ("vjp", self.rule.vjp, set(operands)),
@@ -150,7 +150,7 @@ class _Binder:
         ):
             for name in names:
                 if name not in allowed:
-                    raise self.error(f"{kind} names '{name}', which is no operand", nearest(name, allowed))
+                    raise RuleError(f"{kind} names '{name}', which is no operand", hint=nearest(name, allowed))
 
     def _uses(self) -> Iterator[Access]:
         """Every access of the rule that says something about legs."""
@@ -181,7 +181,7 @@ class _Binder:
                 if leg not in right and leg.size != 1 and lonely:
                     hint = nearest(leg.name, (lone.name for lone in lonely))
                     what = f"leg '{leg}' is only on the left, and {', '.join(map(str, lonely))} only on the right"
-                    raise item.place.error(what, f"{hint}\nin the rule of {self.where}")
+                    raise item.place.error(what, hint)
 
     def _output(self) -> Equation:
         jacobians: dict[str, Jacobian] = {}
@@ -217,10 +217,10 @@ class _Binder:
         """The legs of an operand or the output, as declared or as the formula has them."""
         access = self.declared.get(name) or self._first_access(name)
         if access is None or any(isinstance(item, Index) for item in access.items):
-            raise self.error(f"the legs of '{name}' are not known", f'declare legs={{"{name}": "n, …"}}')
+            raise RuleError(f"the legs of '{name}' are not known", hint=f'declare legs={{"{name}": "n, …"}}')
         legs = self.legs.flat(access.items)
         if len(set(legs)) != len(legs):
-            raise self.error(f"the legs of '{name}' are not distinct: {access}")
+            raise RuleError(f"the legs of '{name}' are not distinct: {access}")
         return legs
 
     def _first_access(self, name: str) -> Access | None:

@@ -27,10 +27,10 @@ from .diagram import (
     argument,
     ordered_union,
 )
-from .errors import RuleError, UnsupportedError
+from .errors import UnsupportedError
 from .legs import Legs
 from .notation import FUNCTIONS
-from .syntax import Access, Apply, Factors, Index, Name, Node, Number, Place, Rest, Select, accesses, nearest, selects
+from .syntax import Access, Apply, Factors, Index, Name, Node, Number, Rest, Select, accesses, nearest, selects
 
 _RELATIONS = {"<": sympy.Lt, "<=": sympy.Le, ">": sympy.Gt, ">=": sympy.Ge, "==": sympy.Eq, "!=": sympy.Ne}
 
@@ -87,11 +87,11 @@ class Expander:
             others = [op for op in term.operands if isinstance(op, Tensor | Map | Selection)]
             if term.absent and others:
                 what = f"'{term.absent}' is absent, but a factor of a term with {others[0]}"
-                raise self.error(node.place, what, "write the formula without it")
+                raise node.place.error(what, "write the formula without it")
             if not term.absent and term.scale != 0:
                 products.append(Product(term.scale, term.operands))
         if not products and any(term.absent for term in terms):
-            raise self.error(node.place, "nothing is left: every term has an absent operand")
+            raise node.place.error("nothing is left: every term has an absent operand")
         return Diagram(legs, tuple(products))
 
     def fused(self, node: Node) -> list[_Term]:
@@ -111,9 +111,6 @@ class Expander:
         x = argument(0)
         linear = operand.expr.is_polynomial(x) and sympy.degree(operand.expr, x) <= 1
         return [] if linear else terms
-
-    def error(self, place: Place, what: str, hint: str = "") -> RuleError:
-        return place.error(what, "\n".join(filter(None, (hint, f"in the rule of {self.legs.where}"))))
 
     def expand(self, node: Node) -> list[_Term]:
         """The sum of products that the expression is."""
@@ -158,7 +155,7 @@ class Expander:
             if other != sums[0]:
                 shown = ", ".join(sorted(other ^ sums[0]))
                 what = f"the terms of this bracket do not all sum over {shown}"
-                raise self.error(node.place, what, "write the bracket as a line of its own, or multiply it out")
+                raise node.place.error(what, "write the bracket as a line of its own, or multiply it out")
         return terms
 
     def summed(self, term: _Term) -> tuple[Leg, ...]:
@@ -171,7 +168,7 @@ class Expander:
             if isinstance(value, sympy.Expr):
                 return value
             if isinstance(value, bool) or not isinstance(value, int | float) or value - value != 0:
-                raise self.error(node.place, f"the constant '{node.name}' is {value!r}, not a finite number")
+                raise node.place.error(f"the constant '{node.name}' is {value!r}, not a finite number")
             return sympy.Rational(value)
         if node.name == "pi":
             return sympy.pi
@@ -179,9 +176,9 @@ class Expander:
         if size is not None:
             return size
         if node.name in self.names or node.name in self.absent:
-            raise self.error(node.place, f"tensor '{node.name}' needs its legs", f"write {node.name}[…]")
+            raise node.place.error(f"tensor '{node.name}' needs its legs", f"write {node.name}[…]")
         sizes = [leg.lstrip("*").upper() for leg in self.legs.of_name] + [s.upper() for s in self.legs.stars]
-        raise self.error(node.place, f"unknown constant '{node.name}'", nearest(node.name, [*self.constants, *sizes]))
+        raise node.place.error(f"unknown constant '{node.name}'", nearest(node.name, [*self.constants, *sizes]))
 
     def access(self, node: Access) -> tuple[Tensor, tuple[Operand, ...]]:
         """The tensor on its legs, and the windows and deltas that its indices need."""
@@ -206,7 +203,7 @@ class Expander:
             return tuple(leg for name in item.names for leg in self.legs.of_name[name]), ()
         size = self.legs.axis_size(node.tensor, axis)
         if size is None:
-            raise self.error(item.place, f"the size of axis {axis} of '{node.tensor}' is not known")
+            raise item.place.error(f"the size of axis {axis} of '{node.tensor}' is not known")
         terms, offset = self.affine(item)
         if offset == 0 and len(terms) == 1 and terms[0][0] == 1 and terms[0][1].size == size:
             return (terms[0][1],), ()
@@ -244,7 +241,7 @@ class Expander:
             case Number() | Name():
                 value = node.value if isinstance(node, Number) else self.constant(node)
                 if not value.is_Integer:
-                    raise self.error(node.place, f"an index has integer coefficients, not {value}")
+                    raise node.place.error(f"an index has integer coefficients, not {value}")
                 return {"": int(value)}
             case Apply(op="neg", args=(inner,)):
                 return {name: -c for name, c in self.linear(inner).items()}
@@ -258,29 +255,29 @@ class Expander:
                 if set(b) == {""}:
                     a, b = b, a
                 if set(a) != {""}:
-                    raise self.error(node.place, "the index is not affine: legs are multiplied")
+                    raise node.place.error("the index is not affine: legs are multiplied")
                 return {name: a[""] * c for name, c in b.items()}
             case _:
-                raise self.error(node.place, "the index is not affine", "only + - * with integers")
+                raise node.place.error("the index is not affine", "only + - * with integers")
 
     def delta(self, node: Access) -> tuple[Operand, ...]:
         """delta[a, b], or delta[a, affine index] as a window on a."""
         items = self.legs.items(node.items)
         if len(items) != 2:
-            raise self.error(node.place, f"delta takes two legs, {len(items)} given")
+            raise node.place.error(f"delta takes two legs, {len(items)} given")
         if isinstance(items[0], Index):
             items.reverse()
         first, second = items
         if isinstance(first, Index):
-            raise self.error(node.place, "one side of a delta must be a leg")
+            raise node.place.error("one side of a delta must be a leg")
         left = self.legs.flat((first,))
         if isinstance(second, Factors):
             right = self.legs.flat((second,))
             if tuple(leg.size for leg in left) != tuple(leg.size for leg in right):
-                raise self.error(node.place, f"the sides of {node} differ in size")
+                raise node.place.error(f"the sides of {node} differ in size")
             return tuple(Delta((a, b)) for a, b in zip(left, right, strict=True))
         if len(left) != 1 or left[0].size == N:
-            raise self.error(node.place, f"'{first}' cannot be the image of an index")
+            raise node.place.error(f"'{first}' cannot be the image of an index")
         return (Window(left[0], *self.affine(second)),)
 
     def select(self, node: Select) -> Selection:
@@ -288,10 +285,10 @@ class Expander:
         if any(leg.size == N for leg in choice):
             raise UnsupportedError(f"{self.legs.where} mixes samples: select runs over the batch")
         if node.index.tensor in self.absent:
-            raise self.error(node.place, f"'{node.index.tensor}' is absent but selects")
+            raise node.place.error(f"'{node.index.tensor}' is absent but selects")
         tensor, shape = self.access(node.index)
         if shape:
-            raise self.error(node.index.place, "the index of a select has plain legs only")
+            raise node.index.place.error("the index of a select has plain legs only")
         return Selection(tensor, choice)
 
     def map(self, node: Node) -> list[_Term]:
@@ -299,14 +296,14 @@ class Expander:
         arguments = _Arguments()
         expr = sympy.sympify(self.scalar(node, arguments))
         if expr.has(sympy.zoo, sympy.nan, sympy.oo, -sympy.oo):
-            raise self.error(node.place, f"the value is not finite: {expr}")
+            raise node.place.error(f"the value is not finite: {expr}")
         used = [k for k in range(len(arguments.tensors)) if argument(k) in expr.free_symbols]
         renumbered = expr.xreplace({argument(k): argument(position) for position, k in enumerate(used)})
         tensors = tuple(arguments.tensors[k] for k in used)
         for tensor in arguments.tensors:
             lost = [leg for leg in tensor.legs if leg not in self.kept + ordered_union(*(t.legs for t in tensors))]
             if tensor not in tensors and lost:
-                raise self.error(node.place, f"the value does not depend on {tensor}, but is summed over {lost[0]}")
+                raise node.place.error(f"the value does not depend on {tensor}, but is summed over {lost[0]}")
         shape = tuple(arguments.shape)
         if not tensors and not shape:
             return [_Term(expr)]
@@ -324,7 +321,7 @@ class Expander:
             zero = {argument(k): 0 for k, t in enumerate(tensors) if window.image in t.legs}
             if sympy.simplify(expr.subs(zero)) != 0:
                 what = f"a read outside of {window.image} is 0, but the function of it is not"
-                raise self.error(node.place, what, "pad in a line of its own")
+                raise node.place.error(what, "pad in a line of its own")
 
     def scalar(self, node: Node, arguments: _Arguments) -> sympy.Basic:
         """The expression in sympy, accesses as x0, x1, …"""
@@ -338,9 +335,9 @@ class Expander:
                 arguments.shape |= dict.fromkeys(shape)
                 return arguments.symbol(tensor)
             case Access() if node.tensor in self.absent:
-                raise self.error(node.place, f"'{node.tensor}' is absent but inside a function")
+                raise node.place.error(f"'{node.tensor}' is absent but inside a function")
             case Access() | Select():
-                raise self.error(node.place, "delta and select are factors, not arguments of a function")
+                raise node.place.error("delta and select are factors, not arguments of a function")
             case Apply(op="if", args=(test, yes, no)):
                 condition = self.condition(test, arguments)
                 # only the branch that is taken may read: a constant condition leaves no trace of the other
@@ -363,7 +360,7 @@ class Expander:
             case Apply(op=op, args=args) if op in _RELATIONS:
                 return _RELATIONS[op](*(self.scalar(a, arguments) for a in args))
             case _:
-                raise self.error(node.place, "a condition is a comparison, as in input[*s] > 0")
+                raise node.place.error("a condition is a comparison, as in input[*s] > 0")
 
 
 def leaves_image(window: Window) -> bool:

@@ -54,9 +54,6 @@ class _Solver:
     origin: dict[str, str] = field(default_factory=dict)
     changed: bool = False
 
-    def error(self, place: Place, what: str, hint: str = "") -> RuleError:
-        return place.error(what, "\n".join(filter(None, (hint, f"in the rule of {self.where}"))))
-
     def mixes(self, what: str) -> UnsupportedError:
         return UnsupportedError(f"{self.where} mixes samples: {what}. Derivatives never cross the batch.")
 
@@ -78,7 +75,7 @@ class _Solver:
         if left < 0 or (left % times if times else left):
             shown = ", ".join("?" if a is None else "*".join(map(str, a)) for a in axes)
             what = f"'{use.tensor}' has {len(axes)} axes [{shown}], but {use} names {fixed}"
-            raise self.error(use.place, what + (" or more" if times else ""))
+            raise use.place.error(what + (" or more" if times else ""))
         for name in unknown:
             self.stars[name], self.changed = left // times, True
 
@@ -116,7 +113,7 @@ class _Solver:
             return None if unknown else (known,)
         total = int(size[0])
         if len(unknown) <= 1 and (total % known if unknown and known else total != known):
-            raise self.error(item.place, f"{origin} has size {total}, which is not {item} = {self.product(item)}")
+            raise item.place.error(f"{origin} has size {total}, which is not {item} = {self.product(item)}")
         if len(unknown) == 1:
             self.bind(unknown[0], (total // known if known else 0,), origin, item.place)
         return size
@@ -135,7 +132,7 @@ class _Solver:
                 places = f"in {origin} than in {self.origin[name]}"
                 raise self.mixes(f"in {shown} the batch is at another row-major place {places}")
             sizes = f"{_shown(have)} in {self.origin[name]} but {_shown(size)} in {origin}"
-            raise self.error(place, f"{shown} has size {sizes}")
+            raise place.error(f"{shown} has size {sizes}")
 
     def equal(self, delta: Access) -> None:
         """The legs of a delta have one size."""
@@ -195,7 +192,7 @@ class Legs:
         found: list[Leg] = []
         for item in self.items(items):
             if isinstance(item, Index):
-                raise item.place.error(f"'{item}' is not a leg", f"in the rule of {self.where}")
+                raise item.place.error(f"'{item}' is not a leg")
             found += [leg for name in item.names for leg in self.of_name[name]]
         return tuple(found)
 
@@ -224,7 +221,7 @@ def solve(
     for use in uses:
         for item in use.items:
             if isinstance(item, Star) and item.name not in solver.stars:
-                raise solver.error(item.place, f"no operand tells how many axes *{item.name} stands for")
+                raise item.place.error(f"no operand tells how many axes *{item.name} stands for")
     names = _names_of(uses, solver)
     _presets(solver, names)
     _settle(solver, solver.measure, uses)
@@ -299,8 +296,8 @@ def _unsized(solver: _Solver, name: str, place: Place) -> RuleError:
     shown = name.lstrip("*")
     known = [n for n in solver.sizes if n != REST] + [c for c in solver.constants if isinstance(c, str)]
     hint = nearest(shown, known)
-    hint += f" Or give constants={{'{shown.upper()}': …}}"
-    return solver.error(place, f"the size of leg '{shown}' does not follow from the operands", hint)
+    hint += f"\nor give it: constants={{'{shown.upper()}': …}}"
+    return place.error(f"the size of leg '{shown}' does not follow from the operands", hint)
 
 
 def _legs_of(names: list[str], sizes: Mapping[str, Extent]) -> dict[str, tuple[Leg, ...]]:

@@ -79,13 +79,18 @@ def _as_map(operand: Operand) -> Map | None:
 
 
 def fold_constant(product: Product, output: tuple[Leg, ...]) -> Product | None:
-    """A map without arguments is a number."""
+    """A map without arguments is a number, and so is the constant factor of a map."""
     for position, op in enumerate(product.operands):
         if isinstance(op, Map) and not op.args:
             rest = product.operands[:position] + product.operands[position + 1 :]
             return Product(product.scale * op.expr, rest)
         if isinstance(op, Map) and len(op.args) == 1 and op.expr == argument(0):
             return Product(product.scale, (*product.operands[:position], op.args[0], *product.operands[position + 1 :]))
+        if isinstance(op, Map):
+            factor, rest_expr = op.expr.as_independent(*(argument(k) for k in range(len(op.args))), as_Add=False)
+            if factor != 1:
+                new = Map(rest_expr, op.args)
+                return Product(product.scale * factor, (*product.operands[:position], new, *product.operands[position + 1 :]))
     return None
 
 

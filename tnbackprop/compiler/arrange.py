@@ -129,7 +129,7 @@ def placed(store: Store, ref: Ref, groups: Groups) -> str:
     if not copies(store, ref, groups):
         return code
     flat = tuple(leg for group in groups for leg in group)
-    return store.add(code, sizes_of_axes(groups), [store.resolve(ref.name)], Kernel.COPY, copy_work(flat))
+    return store.add(code, sizes_of_axes(groups), Kernel.COPY, copy_work(flat))
 
 
 def copy_seconds(store: Store, ref: Ref, groups: Groups) -> float:

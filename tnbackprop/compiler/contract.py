@@ -61,7 +61,7 @@ def _term(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering,
 def _times(store: Store, ref: Ref, scale: sympy.Expr) -> Ref:
     code = f"{arranged(store, ref, tuple((leg,) for leg in ref.stored))} * {number_code(scale)}"
     work = Work(flops=((1, ref.stored),), moved=((2, ref.stored),), fresh=((1, ref.stored),))
-    name = store.add(code, sizes_of(ref.stored), [store.resolve(ref.name)], Kernel.ELEMENTWISE, work)
+    name = store.add(code, sizes_of(ref.stored), Kernel.ELEMENTWISE, work)
     return Ref(name, ref.stored, ref.order)
 
 
@@ -98,7 +98,7 @@ def as_tensor(store: Store, ref: Ref) -> Tensor:
     if ref.order == ref.stored:
         return Tensor(ref.name, ref.order)
     code = arranged(store, ref, tuple((leg,) for leg in ref.order))
-    name = store.add(code, sizes_of(ref.order), [store.resolve(ref.name)], Kernel.VIEW, strided=True)
+    name = store.add(code, sizes_of(ref.order), Kernel.VIEW, strided=True)
     return Tensor(name, ref.order)
 
 
@@ -120,7 +120,7 @@ def _diagonal(store: Store, ref: Ref) -> Ref:
             base = arranged(store, Ref(ref.name, _apart(ref.stored), _apart(ref.stored)), tuple((x,) for x in _apart(ref.stored)))
             rest = tuple(x for i, x in enumerate(ref.stored) if i not in (first, k)) + (leg,)
             name = store.add(
-                f"{base}.diagonal(dim1={first}, dim2={k})", sizes_of(rest), [store.resolve(ref.name)], Kernel.VIEW, strided=True
+                f"{base}.diagonal(dim1={first}, dim2={k})", sizes_of(rest), Kernel.VIEW, strided=True
             )
             return _diagonal(store, Ref(name, rest, rest))
     return ref
@@ -168,7 +168,7 @@ def _expanded(store: Store, ref: Ref, legs: tuple[Leg, ...]) -> Ref:
     """The value, constant along the legs that it does not have."""
     groups = tuple((leg,) if leg in ref.order else () for leg in legs)
     code = f"{arranged(store, ref, groups)}.expand({_sizes(legs)})"
-    name = store.add(code, sizes_of(legs), [store.resolve(ref.name)], Kernel.VIEW, strided=True)
+    name = store.add(code, sizes_of(legs), Kernel.VIEW, strided=True)
     return Ref(name, legs, legs)
 
 
@@ -179,7 +179,7 @@ def _sizes(legs: tuple[Leg, ...]) -> str:
 def _full(store: Store, legs: tuple[Leg, ...], value: sympy.Expr) -> Ref:
     """A constant."""
     sizes = ", ".join(str(leg.size) for leg in legs)
-    name = store.add(f"like.new_full(({sizes}{',' if legs else ''}), {number_code(value)})", sizes_of(legs), ["like"], Kernel.ELEMENTWISE)
+    name = store.add(f"like.new_full(({sizes}{',' if legs else ''}), {number_code(value)})", sizes_of(legs), Kernel.ELEMENTWISE)
     return Ref(name, legs, legs)
 
 
@@ -188,7 +188,6 @@ def _added(store: Store, terms: list[Ref], legs: tuple[Leg, ...]) -> Ref:
     order = terms[0].stored if set(terms[0].stored) == set(legs) else legs
     codes = [arranged(store, t, tuple((leg,) for leg in order)) for t in terms]
     work = Work(flops=((len(terms) - 1, legs),), moved=((len(terms) + 1, legs),), fresh=((1, legs),))
-    inputs = [store.resolve(t.name) for t in terms]
-    name = store.add(" + ".join(codes), sizes_of(order), inputs, Kernel.ELEMENTWISE, work)
+    name = store.add(" + ".join(codes), sizes_of(order), Kernel.ELEMENTWISE, work)
     return Ref(name, order, legs)
 

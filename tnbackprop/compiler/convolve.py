@@ -121,18 +121,18 @@ def _work(roles: Roles, result: Legs) -> Work:
     return Work(flops=((2, everything),), moved=((1, image), (1, first), (1, second)), fresh=((1, result),))
 
 
-def _image(store: Store, roles: Roles, groups: tuple[Legs, ...], stride: Legs, kernel: Legs) -> tuple[str, tuple[int, ...], list[str]]:
+def _image(store: Store, roles: Roles, groups: tuple[Legs, ...], stride: Legs, kernel: Legs) -> tuple[str, tuple[int, ...]]:
     """The image operand and the padding: the kernel's own where it is symmetric, else padded and cut here."""
     assert roles.of_image is not None
     ref = read(store, roles.of_image)
     if symmetric(roles, stride, kernel):
-        return placed(store, ref, groups), tuple(-w.offset for w in roles.windows), [store.resolve(ref.name)]
-    code, inputs = padded(store, ref, list(roles.windows))
+        return placed(store, ref, groups), tuple(-w.offset for w in roles.windows)
+    code = padded(store, ref, list(roles.windows))
     lengths = {w.image: Leg(w.image.name, reach(w)[2]) for w in roles.windows}
     legs = tuple(lengths.get(leg, leg) for leg in ref.order)
-    name = store.add(code, tuple(leg.size for leg in legs), inputs, Kernel.VIEW, strided=True)  # type: ignore[arg-type]
+    name = store.add(code, tuple(leg.size for leg in legs), Kernel.VIEW, strided=True)  # type: ignore[arg-type]
     exact = tuple(tuple(lengths.get(leg, leg) for leg in group) for group in groups)
-    return placed(store, Ref(name, legs, legs), exact), (0,) * roles.dims, [name]
+    return placed(store, Ref(name, legs, legs), exact), (0,) * roles.dims
 
 
 def symmetric(roles: Roles, stride: Legs, kernel: Legs) -> bool:
@@ -148,7 +148,7 @@ def _forward(store: Store, roles: Roles, legs: Legs) -> Ref:
     """out[one] = Σ image[c1·one + c2·two] · kernel[two]: torch's conv with `two` as the kernel."""
     assert roles.of_two is not None
     batch, inner, outer, groups = roles.image_one, roles.image_two, roles.one_two, roles.shared
-    x, padding, inputs = _image(store, roles, (batch, (*groups, *inner), *_each(roles.images)), roles.ones, roles.twos)
+    x, padding = _image(store, roles, (batch, (*groups, *inner), *_each(roles.images)), roles.ones, roles.twos)
     two = read(store, roles.of_two)
     weight = placed(store, two, ((*groups, *outer), inner, *_each(roles.twos)))
     code = (
@@ -156,14 +156,14 @@ def _forward(store: Store, roles: Roles, legs: Legs) -> Ref:
         f"{roles.step(roles.twos)}, {_groups(groups)})"
     )
     order = (*batch, *groups, *outer, *roles.ones)
-    return _entered(store, code, roles, order, legs, [*inputs, two.name, weight, x], _kernel(roles, roles.twos), (batch, (*groups, *outer)))
+    return _entered(store, code, roles, order, legs, _kernel(roles, roles.twos), (batch, (*groups, *outer)))
 
 
 def _weight_vjp(store: Store, roles: Roles, legs: Legs) -> Ref:
     """out[one] = Σ image[c1·one + c2·two] · g[two]: the weight VJP with stride c2, dilation c1."""
     assert roles.of_two is not None
     batch, inner, outer, groups = roles.image_two, roles.image_one, roles.one_two, roles.shared
-    x, padding, inputs = _image(store, roles, (batch, (*groups, *inner), *_each(roles.images)), roles.twos, roles.ones)
+    x, padding = _image(store, roles, (batch, (*groups, *inner), *_each(roles.images)), roles.twos, roles.ones)
     two = read(store, roles.of_two)
     g = placed(store, two, (batch, (*groups, *outer), *_each(roles.twos)))
     size = text((merged((*groups, *outer)), merged(inner), *(leg.size for leg in roles.ones)))
@@ -172,7 +172,7 @@ def _weight_vjp(store: Store, roles: Roles, legs: Legs) -> Ref:
         f"{roles.step(roles.ones)}, {_groups(groups)})"
     )
     order = (*groups, *outer, *inner, *roles.ones)
-    return _entered(store, code, roles, order, legs, [*inputs, two.name, g, x], _kernel(roles, roles.ones), ((*groups, *outer), inner))
+    return _entered(store, code, roles, order, legs, _kernel(roles, roles.ones), ((*groups, *outer), inner))
 
 
 def _input_vjp(store: Store, roles: Roles, legs: Legs) -> Ref:
@@ -194,7 +194,7 @@ def _input_vjp(store: Store, roles: Roles, legs: Legs) -> Ref:
         code = _cut(code, roles)
     order = (*batch, *groups, *inner, *roles.images)
     kernel = _kernel(roles, roles.twos)
-    return _entered(store, code, roles, order, legs, [one.name, two.name, g, weight], kernel, (batch, (*groups, *inner)))
+    return _entered(store, code, roles, order, legs, kernel, (batch, (*groups, *inner)))
 
 
 def _cut(call: str, roles: Roles) -> str:
@@ -221,10 +221,9 @@ def _groups(groups: Legs) -> str:
 
 
 def _entered(
-    store: Store, code: str, roles: Roles, order: Legs, legs: Legs, inputs: list[str], kernel: Kernel, two: tuple[Legs, Legs]
+    store: Store, code: str, roles: Roles, order: Legs, legs: Legs, kernel: Kernel, two: tuple[Legs, Legs]
 ) -> Ref:
     sliding = order[len(two[0]) + len(two[1]) :]
     shape = (merged(two[0]), merged(two[1]), *(leg.size for leg in sliding))
-    read_values = [store.resolve(name) for name in inputs if store.resolve(name) in store.shapes]
-    name = store.add(code, shape, read_values, kernel, _work(roles, order))
+    name = store.add(code, shape, kernel, _work(roles, order))
     return Ref(name, order, legs)

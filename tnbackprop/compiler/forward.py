@@ -52,15 +52,9 @@ def literal(value: Any) -> str:
     return repr(value)
 
 
-def fill(code: str, resolve: Callable[[str], str]) -> tuple[str, list[str]]:
-    """Code with its {value} placeholders replaced, and the values that it reads."""
-    names: list[str] = []
-
-    def replace(match: re.Match[str]) -> str:
-        names.append(resolve(match[1]))
-        return names[-1]
-
-    return _PLACEHOLDER.sub(replace, code), names
+def fill(code: str, resolve: Callable[[str], str]) -> str:
+    """Code with its {value} placeholders replaced."""
+    return _PLACEHOLDER.sub(lambda match: resolve(match[1]), code)
 
 
 def forward_work(rule: BoundRule | None) -> Work:

@@ -52,7 +52,7 @@ def dense(store: Store, operand: Operand) -> Tensor:
         code = f"({_arange(operand.image, legs)} == {right} + {operand.offset}).to(like)"
     else:
         code = f"({_arange(legs[0], legs)} == {_arange(legs[1], legs)}).to(like)"
-    name = store.add(code, sizes_of(legs), ["like"], Kernel.ELEMENTWISE, Work(moved=((2, legs),)))
+    name = store.add(code, sizes_of(legs), Kernel.ELEMENTWISE, Work(moved=((2, legs),)))
     return Tensor(name, legs)
 
 
@@ -73,7 +73,7 @@ def _one_hot(store: Store, operand: Selection) -> Tensor:
     code = f"({code}.unsqueeze(-1) == torch.arange({count}, device=like.device)).to(like)"
     legs = (*index.order, *operand.choice)
     name = store.add(
-        code, (*sizes_of(index.order), count), [store.resolve(index.name), "like"], Kernel.ELEMENTWISE, Work(moved=((2, legs),))
+        code, (*sizes_of(index.order), count), Kernel.ELEMENTWISE, Work(moved=((2, legs),))
     )
     return as_tensor(store, Ref(name, legs, legs))
 

@@ -22,7 +22,7 @@ def sum_legs(store: Store, ref: Ref, gone: Legs) -> Ref:
     kept = tuple(leg for leg in ref.stored if leg not in gone)
     code, dims = _with_dims(store, ref, gone)
     work = Work(flops=((1, ref.stored),), moved=((1, ref.stored),), fresh=((1, kept),))
-    name = store.add(f"{code}.sum({dims})", sizes_of(kept), [store.resolve(ref.name)], Kernel.REDUCE, work)
+    name = store.add(f"{code}.sum({dims})", sizes_of(kept), Kernel.REDUCE, work)
     return Ref(name, kept, tuple(leg for leg in ref.order if leg not in gone))
 
 
@@ -39,7 +39,7 @@ def sum_of_squares(store: Store, ref: Ref, gone: Legs) -> Ref:
     else:
         code = f"{code}.square().sum({dims})"
         work = Work(flops=((2, ref.stored),), moved=((3, ref.stored),), fresh=((1, ref.stored),))
-    name = store.add(code, sizes_of(kept), [store.resolve(ref.name)], Kernel.REDUCE, work)
+    name = store.add(code, sizes_of(kept), Kernel.REDUCE, work)
     return Ref(name, kept, tuple(leg for leg in ref.order if leg not in gone))
 
 
@@ -67,8 +67,7 @@ def elementwise(store: Store, expr: sympy.Expr, args: tuple[Ref, ...]) -> Ref:
         own = groups if set(ref.stored) == set(legs) else tuple((leg,) if leg in ref.stored else () for leg in legs)
         codes[argument(k)] = arranged(store, ref, own)
     work = Work(flops=((4, legs),), moved=((1 + len(args), legs),), fresh=((1, legs),))
-    inputs = [store.resolve(ref.name) for ref in args]
-    name = store.add(torch_code(expr, codes), sizes_of(legs), inputs, Kernel.ELEMENTWISE, work)
+    name = store.add(torch_code(expr, codes), sizes_of(legs), Kernel.ELEMENTWISE, work)
     return Ref(name, legs, legs)
 
 
@@ -95,7 +94,7 @@ def _multiplied(store: Store, a: Ref, b: Ref, wanted: Legs | None) -> Ref:
     codes = [arranged(store, r, tuple((leg,) if leg in r.stored else () for leg in legs)) for r in (a, b)]
     work = Work(flops=((1, legs),), moved=((1, legs), (1, a.stored), (1, b.stored)), fresh=((1, legs),))
     name = store.add(
-        " * ".join(codes), sizes_of(legs), [store.resolve(a.name), store.resolve(b.name)], Kernel.ELEMENTWISE, work
+        " * ".join(codes), sizes_of(legs), Kernel.ELEMENTWISE, work
     )
     return Ref(name, legs, legs)
 
@@ -112,8 +111,7 @@ def _dotted(store: Store, a: Ref, b: Ref, summed: Legs) -> Ref:
     dims = dims if "," not in dims else f"({dims})"
     code = f"({arranged(store, a, groups)} * {arranged(store, b, groups)}).sum({dims})"
     work = Work(flops=((2, order),), moved=((4, order),), fresh=((1, order),))
-    inputs = [store.resolve(a.name), store.resolve(b.name)]
-    name = store.add(code, sizes_of(kept), inputs, Kernel.REDUCE, work)
+    name = store.add(code, sizes_of(kept), Kernel.REDUCE, work)
     return Ref(name, kept, kept)
 
 
@@ -176,8 +174,7 @@ def _matmul(store: Store, a: Ref, b: Ref, output: Legs, ordered: bool) -> Ref:
     ways = [_oriented(*pair, output, follow) for follow in (ordered, False) for pair in ((a, b), (b, a))]
     ways += [replace(w, summed=tuple(leg for leg in w.second.stored if leg in w.summed)) for w in ways]
     best = min(ways, key=lambda way: way.seconds(store, output if ordered else None))
-    inputs = [store.resolve(a.name), store.resolve(b.name)]
-    name = store.add(best.code(store), best.shape, inputs, best.kernel, best.work)
+    name = store.add(best.code(store), best.shape, best.kernel, best.work)
     return Ref(name, best.legs, best.legs)
 
 

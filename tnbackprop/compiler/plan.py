@@ -90,13 +90,13 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule], lowerin
         if rule is not None:
             _saved(store, rule)
         if rule is None or not rule.forward:
-            code, inputs = call_code(call), [v.name for v in call.tensors.values()]
+            code = call_code(call)
         else:
-            code, inputs = fill(rule.forward, store.resolve)
+            code = fill(rule.forward, store.resolve)
         name, kernel, work = call.output.name, Kernel.NATIVE, forward_work(rule)
         if work.flops and any(len(legs) > 3 for _, legs in work.flops):
             kernel = Kernel.CONVOLUTION
-        store.add(code, call.output.shape, inputs, kernel, work, name=name)
+        store.add(code, call.output.shape, kernel, work, name=name)
         for equation in rule.equations[:-1] if rule is not None else ():
             diagram = equation.diagram
             assert diagram is not None
@@ -105,8 +105,8 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule], lowerin
 
 def _saved(store: Store, rule: BoundRule) -> None:
     for saved in rule.saved:
-        code, inputs = fill(saved.code, store.resolve)
-        store.add(code, sizes_of(saved.legs), inputs, Kernel.NATIVE, Work(moved=((2, saved.legs),)), name=saved.name)
+        code = fill(saved.code, store.resolve)
+        store.add(code, sizes_of(saved.legs), Kernel.NATIVE, Work(moved=((2, saved.legs),)), name=saved.name)
 
 
 def _supply(store: Store, name: str, diagram: Diagram, lowerings: tuple[Lowering, ...]) -> None:
@@ -119,7 +119,7 @@ def _name(store: Store, ref: Ref, name: str) -> None:
         store.alias[name] = store.resolve(ref.name)
     else:
         code = arranged(store, ref, tuple((leg,) for leg in ref.order))
-        store.add(code, sizes_of(ref.order), [store.resolve(ref.name)], Kernel.VIEW, name=name, strided=True)
+        store.add(code, sizes_of(ref.order), Kernel.VIEW, name=name, strided=True)
 
 
 def _backward(store: Store, graph: Graph, item: Backward, lowerings: tuple[Lowering, ...]) -> None:
@@ -139,7 +139,7 @@ def _backward(store: Store, graph: Graph, item: Backward, lowerings: tuple[Lower
     codes = [_shaped(store, ref, shape) for ref in refs]
     legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(shape))
     work = Work(flops=((len(refs) - 1, legs),), moved=((len(refs) + 1, legs),), fresh=((1, legs),))
-    store.add(" + ".join(codes), shape, [store.resolve(r.name) for r in refs], Kernel.ELEMENTWISE, work, name=f"g_{item.value}")
+    store.add(" + ".join(codes), shape, Kernel.ELEMENTWISE, work, name=f"g_{item.value}")
 
 
 def _native(store: Store, term: Native, shape: tuple[Size, ...] | None) -> Ref:
@@ -147,10 +147,10 @@ def _native(store: Store, term: Native, shape: tuple[Size, ...] | None) -> Ref:
     cotangent = store.resolve(f"g_{term.cotangent_of}")
     out = store.shapes[term.cotangent_of]
     shown = cotangent if store.shapes[cotangent] == out else f"{cotangent}.reshape({text(out)})"
-    code, inputs = fill(term.code.replace("{cotangent}", shown), store.resolve)
+    code = fill(term.code.replace("{cotangent}", shown), store.resolve)
     legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(shape))
     work = Work(flops=((2, legs),), moved=((3, legs),), fresh=((1, legs),))
-    name = store.add(code, shape, [cotangent, *inputs], Kernel.NATIVE, work)
+    name = store.add(code, shape, Kernel.NATIVE, work)
     return Ref(name, legs, legs)
 
 
@@ -228,7 +228,7 @@ def _final(store: Store, code: str, shape: tuple[Size, ...], ref: Ref) -> str:
     """A name for the result, so that no two results share memory with each other or with an input by accident."""
     if code == store.resolve(ref.name):
         return code
-    return store.add(code, shape, [store.resolve(ref.name)], Kernel.VIEW, strided=ref.order != ref.stored)
+    return store.add(code, shape, Kernel.VIEW, strided=ref.order != ref.stored)
 
 
 def names_in(output: object) -> list[str]:

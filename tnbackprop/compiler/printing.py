@@ -22,11 +22,13 @@ _FUNCTIONS = {
 class _Printer(PythonCodePrinter):  # type: ignore[misc]
     def _print_Pow(self, expr: sympy.Pow, **kwargs: object) -> str:  # noqa: N802
         base, exponent = expr.args
+        if base.is_number and exponent.is_number:
+            return repr(float(expr))
         shown = self.parenthesize(base, 100)
         if exponent == 2:
             return f"{shown} * {shown}" if base.is_Symbol else f"torch.square({self._print(base)})"
         if exponent == -1:
-            return f"torch.reciprocal({self._print(base)})"
+            return f"1 / {shown}"
         if exponent == sympy.Rational(1, 2):
             return f"torch.sqrt({self._print(base)})"
         if exponent == sympy.Rational(-1, 2):
@@ -58,8 +60,6 @@ class _Printer(PythonCodePrinter):  # type: ignore[misc]
             raise NotImplementedError(f"no torch code for the function {name} in {expr}")
         return f"{_FUNCTIONS[name]}({', '.join(self._print(a) for a in expr.args)})"
 
-    _print_Abs = _print_sign = _print_exp = _print_log = _print_Function
-
     def _print_Piecewise(self, expr: sympy.Piecewise) -> str:  # noqa: N802
         pieces = [(self._print(value), condition) for value, condition in expr.args]
         code = pieces[-1][0]
@@ -77,6 +77,10 @@ class _Printer(PythonCodePrinter):  # type: ignore[misc]
             return f"~({self._condition(condition.args[0])})"
         left, right = (self._print(a) for a in condition.args)
         return f"{left} {condition.rel_op} {right}"
+
+
+for _name in _FUNCTIONS:
+    setattr(_Printer, f"_print_{_name}", _Printer._print_Function)
 
 
 def torch_code(expr: sympy.Expr, arguments: dict[sympy.Symbol, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -9,6 +10,9 @@ from ..canonical import Key
 from ..diagram import Diagram, Leg, Size
 from ..errors import InvariantError
 from .cost import Kernel, Rates, Work
+
+
+_NAMES = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,6 @@ class Store:
         self,
         code: str,
         shape: tuple[Size, ...],
-        inputs: Iterable[str],
         kernel: Kernel,
         work: Work = Work(),
         name: str | None = None,
@@ -96,12 +99,16 @@ class Store:
         name = name or f"{self.prefix}{len(self.steps)}"
         if name in self.shapes:
             raise InvariantError(f"value {name} is computed twice: {code}")
-        self.steps.append(Step(name, code, tuple(dict.fromkeys(inputs)), kernel, work, self.note, effect))
+        self.steps.append(Step(name, code, self.names_in(code), kernel, work, self.note, effect))
         self.shapes[name] = shape
         self.by_code[code] = name
         if strided:
             self.strided.add(name)
         return name
+
+    def names_in(self, code: str) -> tuple[str, ...]:
+        """The values that a piece of code reads, each once."""
+        return tuple(dict.fromkeys(name for name in _NAMES.findall(code) if name in self.shapes))
 
     def resolve(self, name: str) -> str:
         """The value behind an alias."""

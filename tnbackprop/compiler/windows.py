@@ -39,7 +39,7 @@ def reach(window: Window) -> tuple[int, int, int]:
     return max(0, -window.offset), max(0, window.offset), length
 
 
-def padded(store: Store, ref: Ref, windows: list[Window]) -> tuple[str, list[int | None]]:
+def padded(store: Store, ref: Ref, windows: list[Window]) -> str:
     """Code that pads and narrows every window's image to just what the pattern covers."""
     axes = list(ref.order)
     pads = [(0, 0)] * len(axes)
@@ -52,22 +52,20 @@ def padded(store: Store, ref: Ref, windows: list[Window]) -> tuple[str, list[int
         if size + left + right != length:
             cuts.append((axis, first, length))
     code = arranged(store, ref, tuple((leg,) for leg in ref.order))
-    inputs = [store.resolve(ref.name)]
     if any(p != (0, 0) for p in pads):
         shape = tuple(s if isinstance(s, int) and p == (0, 0) else s + sum(p) for s, p in zip(sizes_of(ref.order), pads, strict=True))
         first_axis = next(k for k, p in enumerate(pads) if p != (0, 0))
         amounts = ", ".join(f"{a}, {b}" for a, b in reversed(pads[first_axis:]))
         legs = tuple(Leg(leg.name, s) for leg, s in zip(ref.order, shape, strict=True))
-        code = store.add(f"torch.nn.functional.pad({code}, ({amounts}))", shape, inputs, Kernel.COPY, copy_work(legs))
-        inputs = [code]
+        code = store.add(f"torch.nn.functional.pad({code}, ({amounts}))", shape, Kernel.COPY, copy_work(legs))
     for axis, first, length in cuts:
         code += f".narrow({axis}, {first}, {length})"
-    return code, inputs  # type: ignore[return-value]
+    return code
 
 
 def _view(store: Store, tensor: Tensor, windows: list[Window]) -> Tensor:
     ref = read(store, tensor)
-    code, inputs = padded(store, ref, windows)
+    code = padded(store, ref, windows)
     legs = list(ref.order)
     for window in windows:
         axis = legs.index(window.image)
@@ -83,5 +81,5 @@ def _view(store: Store, tensor: Tensor, windows: list[Window]) -> Tensor:
                 code += f"[..., ::{gap}]" if gap != 1 else ""
                 legs[axis] = leg
                 legs.append(inner)
-    name = store.add(code, sizes_of(tuple(legs)), inputs, Kernel.VIEW, strided=True)  # type: ignore[arg-type]
+    name = store.add(code, sizes_of(tuple(legs)), Kernel.VIEW, strided=True)  # type: ignore[arg-type]
     return Tensor(name, tuple(legs))

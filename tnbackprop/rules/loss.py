@@ -61,7 +61,7 @@ def huber_loss(call: Any) -> Rule:
 @TABLE.rule(aten.smooth_l1_loss.default)
 def smooth_l1_loss(call: Any) -> Rule:
     if call.beta == 0:
-        return l1_loss(call)  # type: ignore[return-value]
+        return _of_difference(call, "abs(<d>)", kinks="0 at 0")
     b = literal(call.beta)
     return _of_difference(call, f"<d>**2 / (2 * {b}) if abs(<d>) < {b} else abs(<d>) - {b} / 2")
 
@@ -87,7 +87,7 @@ def binary_cross_entropy_with_logits(call: Any) -> Rule:
 
 @TABLE.rule(aten.binary_cross_entropy.default)
 def binary_cross_entropy(call: Any) -> Rule:
-    """-weight * (y * log p + (1 - y) * log(1 - p)), p the input; torch keeps log above -100 and p (1 - p) above 1e-12."""
+    """-weight * (y * log p + (1 - y) * log(1 - p)) of the input p; p (1 - p) is kept above 1e-12, as torch does."""
     legs = _same_shape(call, "target")
     x, y = f"input[{join(legs)}]", f"target[{join(legs)}]"
     weight = _operand(call, "weight", legs)
@@ -99,11 +99,11 @@ def binary_cross_entropy(call: Any) -> Rule:
 
 # Cross-entropy. With t the weighted target distribution (0 for an ignored position), w = sum_c t and
 # p = softmax(input), both derivatives read off the same saved values:
-#   gradient (w p - t) / divisor,  Hessian w (diag p - p p^T) / divisor.
+#   gradient (w p - t) / divisor,  Hessian w (diag p - p p^T) / divisor,  divisor = N * average.
 
 
 def _hard_target(call: Any, smoothing: float) -> dict[str, str]:
-    """t and the divisor, for class indices."""
+    """t and the divisor per sample, for class indices."""
     weighted = call.arguments.get("weight") is not None
     t = "torch.zeros_like({input}).scatter(1, {label}.unsqueeze(1), {label_weight}.unsqueeze(1))"
     if smoothing:
@@ -115,7 +115,9 @@ def _hard_target(call: Any, smoothing: float) -> dict[str, str]:
         "label_weight[n, *s]": "{weight}[{label}] * {kept}" if weighted else "{kept}.to({input}.dtype)",
         "t[n, c, *s]": t,
     }
-    return saved | ({"divisor[]": "{label_weight}.sum()"} if call.reduction == MEAN else {})
+    # all ignored: the loss is 0/0 but torch's gradient is 0, as it is with any divisor but 0
+    average = "({label_weight}.sum() + (~{kept}).all()) / {input}.shape[0]"
+    return saved | ({"average[]": average} if call.reduction == MEAN else {})
 
 
 def _class_weight(call: Any) -> str:
@@ -123,7 +125,7 @@ def _class_weight(call: Any) -> str:
 
 
 def _soft_target(call: Any, smoothing: float) -> dict[str, str]:
-    """t and the divisor, for probabilities."""
+    """t and the divisor per sample, for probabilities."""
     classes, saved = call.input.shape[1], {}
     t = "{target}"
     if smoothing:
@@ -132,7 +134,7 @@ def _soft_target(call: Any, smoothing: float) -> dict[str, str]:
         t = f"{t} * {_class_weight(call)}"
     saved["t[n, c, *s]"] = t
     if call.reduction == MEAN:
-        saved["divisor[]"] = f"{{input}}.new_full((), {{input}}.numel() // {classes})"
+        saved["average[]"] = f"{{input}}.new_full((), {{input}}.numel() // ({classes} * {{input}}.shape[0]))"
     return saved
 
 
@@ -148,7 +150,7 @@ def cross_entropy_loss(call: Any) -> Rule:
         refuse(call, "the target depends on parameters", "Detach it.")
     saved = (_soft_target if soft else _hard_target)(call, call.label_smoothing)
     saved |= {"w[n, *s]": "{t}.sum(1)", "p[n, c, *s]": "torch.softmax({input}, 1)"}
-    by = " / divisor[]" if call.reduction == MEAN else ""
+    by = " / (N * average[])" if call.reduction == MEAN else ""
     return Rule(
         jacobian={"input": f"(w[n, *s] * p[n, c, *s] - t[n, c, *s]){by}"},
         legs={"input": "n, c, *s", "output": "n, *s" if call.reduction == NONE else ""},
@@ -161,6 +163,6 @@ def nll_loss(call: Any) -> Rule:
     """Linear in the log-probabilities: -t * input / divisor."""
     if len(call.input.axes) < 2:
         refuse(call, "the input has no batch axis", "Give the model's output a batch axis.")
-    by = " / divisor[]" if call.reduction == MEAN else ""
+    by = " / (N * average[])" if call.reduction == MEAN else ""
     left = "n, *s" if call.reduction == NONE else ""
     return Rule(f"output[{left}] = -t[n, c, *s] * input[n, c, *s]{by}", saved=_hard_target(call, 0.0))

@@ -11,7 +11,7 @@ import sympy
 
 from ..diagram import N
 from ..errors import UnsupportedError
-from ..rule import Constant, Rule, RuleFunction
+from ..rule import Constant, Rule
 
 SPACE = {1: ("w",), 2: ("h", "w"), 3: ("d", "h", "w")}
 """Legs of the output positions of a convolution or a pool, by the number of space axes."""
@@ -19,6 +19,10 @@ KERNEL = {1: ("l",), 2: ("k", "l"), 3: ("j", "k", "l")}
 """Legs of the kernel positions."""
 IMAGE = {1: ("x",), 2: ("y", "x"), 3: ("z", "y", "x")}
 """Legs of the input positions, where they are chosen and not computed."""
+Row = Callable[[Any], Rule]
+"""A row that always makes a `Rule`."""
+Family = Callable[[Any, int], Rule]
+"""A row with the number of space axes as a second argument."""
 _LETTERS = [c for c in string.ascii_lowercase if c != "n"]
 
 
@@ -73,7 +77,7 @@ def literal(number: Constant) -> str:
     return f"({fraction})" if fraction.denominator <= 64 else f"({float(number)!r})"
 
 
-def broadcast(template: str) -> RuleFunction:
+def broadcast(template: str) -> Row:
     """A row that applies ``template`` ("{input} * {other}") elementwise to broadcast operands and numbers."""
     fields = tuple(dict.fromkeys(f for _, f, _, _ in string.Formatter().parse(template) if f))
 
@@ -101,7 +105,7 @@ def elementwise(
     kinks: str = "",
     arguments: Sequence[str] = (),
     constants: Mapping[str, Constant] | None = None,
-) -> RuleFunction:
+) -> Row:
     """A row from a function of ``x``: its formula ``output[*s] = f(input[*s])``.
 
     `derivative` (of ``x`` and ``y``, the output) where a stable one is known; `arguments` are the arguments of
@@ -146,10 +150,6 @@ def _fill(code: str, numbers: Mapping[str, Any]) -> str:
     return code
 
 
-Family = Callable[[Any, int], Rule]
-"""A row with the number of space axes as a second argument."""
-
-
-def for_rank(family: Family, count: int) -> RuleFunction:
+def for_rank(family: Family, count: int) -> Row:
     """The row of a 1d, 2d or 3d member of a family."""
     return lambda call: family(call, count)
