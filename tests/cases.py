@@ -184,6 +184,12 @@ EINSUM = (
     with_parameters("matmul_batched", lambda x, w: x @ w, (2, 3, 4), x=(2, 4, 3)),
     with_parameters("matmul_left", lambda x, w: w @ x, (5, 4), x=(4, 3)),
     with_parameters("bmm", lambda x, w: torch.bmm(x @ w, x.transpose(1, 2)), (3, 3), x=(4, 3)),
+    with_parameters("baddbmm", lambda x, w, b: torch.baddbmm(b, x @ w, x.transpose(1, 2)), (3, 3), (4, 1), x=(4, 3)),
+    with_parameters("vector_products", lambda x, m, v: x * (torch.mv(m, v) + torch.dot(v, v)) @ torch.outer(v, v),
+                    (3, 3), (3,)),
+    with_parameters("lerp", lambda x, a, b: torch.lerp(x, torch.addcmul(x, a, b, value=2.0), b.sigmoid()), (3,), (4, 3),
+                    x=(4, 3)),
+    with_parameters("quotients", lambda x, a: torch.addcdiv(a, x, a.exp()) - torch.exp(a) ** a.cos(), (3,)),
     with_parameters("addmm", lambda x, w, b: torch.addmm(b, x, w, beta=0.5, alpha=2.0), (3, 2), (2,)),
     with_parameters("weight_transposed", lambda x, w: F.linear(x, w.t()), (3, 2)),
     with_parameters("weight_exp", lambda x, w: F.linear(x, w.exp()), (2, 3)),
@@ -191,7 +197,7 @@ EINSUM = (
     with_parameters("weight_normalized", lambda x, w: x @ (w * (w**2).sum(0, keepdim=True).rsqrt()), (3, 2)),
     with_parameters("weight_sum_of_two", lambda x, a, b: F.linear(x, a + b) + a.sum(), (2, 3), (2, 3)),
     with_parameters("scalar_parameter", lambda x, s: torch.tanh(x * s), ()),
-)
+)  # fmt: skip
 
 
 def conv2d(name: str, *args: object, x: tuple[int, ...] = (2, 5, 4), **options: object) -> Case:
@@ -223,6 +229,7 @@ CONVOLUTION = (
     Case("conv3d", lambda: nn.Conv3d(2, 2, (1, 2, 3), stride=(1, 2, 1), padding=(0, 1, 1)), (2, 2, 3, 4)),
     Case("conv_transpose1d", lambda: nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1, output_padding=1), (2, 4)),
     Case("conv_transpose2d", lambda: nn.ConvTranspose2d(4, 4, (2, 3), stride=2, groups=2, dilation=(2, 1)), (4, 3, 2)),
+    Case("conv_transpose3d", lambda: nn.ConvTranspose3d(2, 1, (1, 2, 2), stride=(1, 2, 1)), (2, 2, 2, 2)),
     Case("cnn", lambda: seq(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(2, 3, 3, padding=1),
                             nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)), (1, 4, 4), classes(3), nn.CrossEntropyLoss),
 )  # fmt: skip
@@ -238,7 +245,8 @@ ACTIVATION = (
     ),
     after_linear("gelu_tanh", lambda: nn.GELU(approximate="tanh")),
     after_linear("elu_options", lambda: nn.ELU(alpha=0.7)),
-    after_linear("celu_options", lambda: nn.CELU(alpha=1.7)),
+    # torch keeps 1 / alpha in float32 in celu's derivative: 2 is exact there.
+    after_linear("celu_options", lambda: nn.CELU(alpha=2.0)),
     after_linear("softplus_options", lambda: nn.Softplus(beta=2.0, threshold=1.0)),
     after_linear("hardtanh_options", lambda: nn.Hardtanh(-0.3, 0.4)),
     after_linear("threshold", lambda: nn.Threshold(0.1, 2.0)),
@@ -261,6 +269,12 @@ ACTIVATION = (
     function("clamp", lambda t: t.clamp(-0.4, 0.5)),
     function("clamp_min", lambda t: t.clamp(min=0.1)),
     function("erf", torch.erf),
+    function("where", lambda t: torch.where(t > 0, t.sin(), t.cos())),
+    function("where_broadcast", lambda t: torch.where(t[:, :1] > 0, t, t**2), (2, 3)),
+    function("masked_fill", lambda t: t.masked_fill(t > 0, float("-inf")).exp()),
+    function("masked_fill_broadcast", lambda t: t.masked_fill(t[:, :1] > 0, 2.0), (2, 3)),
+    function("logsumexp", lambda t: t.logsumexp(1) + t.logsumexp((1, 2), keepdim=True).squeeze(2), (2, 3)),
+    function("minimum", lambda t: t.min(1, keepdim=True).values, (2, 3)),
     function("log1p_expm1", lambda t: torch.log1p(torch.expm1(t) ** 2)),
 )  # fmt: skip
 

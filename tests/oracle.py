@@ -46,12 +46,12 @@ def batch_grad(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> Value
 
 def batch_l2(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> Values:
     """||G_n||^2, [N]."""
-    return {name: g.flatten(1).square().sum(1) for name, g in batch_grad(model, loss, x, y).items()}
+    return {name: g.reshape(len(g), -1).square().sum(1) for name, g in batch_grad(model, loss, x, y).items()}
 
 
 def batch_dot(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> Values:
     """<G_n, G_m>, [N, N]."""
-    return {name: g.flatten(1) @ g.flatten(1).T for name, g in batch_grad(model, loss, x, y).items()}
+    return {name: g.reshape(len(g), -1) @ g.reshape(len(g), -1).T for name, g in batch_grad(model, loss, x, y).items()}
 
 
 def second_moment(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> Values:

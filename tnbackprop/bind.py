@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from .diagram import BATCH, Delta, Diagram, Leg, Product, leaves, summed_legs
+from .diagram import BATCH, Delta, Diagram, Leg, Product, Size, leaves, summed_legs
 from .errors import RuleError, UnsupportedError
 from .expand import Expander
 from .jacobian import Jacobian
@@ -46,6 +46,7 @@ class Saved:
 
     name: str
     legs: tuple[Leg, ...]
+    shape: tuple[Size, ...]
     code: str
 
 
@@ -124,7 +125,7 @@ class _Binder:
         equations.append(self._output())
         self._refuse_mixing(equations)
         saved = tuple(
-            Saved(self.names[name], self.legs.flat(access.items), self._code(code))
+            Saved(self.names[name], self.legs.flat(access.items), self.legs.shape(access.items), self._code(code))
             for name, (access, code) in self.saved.items()
         )
         return BoundRule(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 import sympy
 
@@ -195,6 +196,11 @@ class Legs:
                 raise item.place.error(f"'{item}' is not a leg")
             found += [leg for name in item.names for leg in self.of_name[name]]
         return tuple(found)
+
+    def shape(self, items: tuple[Item, ...]) -> tuple[Size, ...]:
+        """The stored shape of a tensor with these items: one axis per item."""
+        axes = (self.flat((item,)) for item in self.items(items))
+        return tuple(prod((leg.size for leg in axis), start=1) for axis in axes)
 
     def size(self, name: str) -> sympy.Expr | None:
         """The size that a capital name stands for (a star: the product of its axes), or None."""

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import sympy
 
-from ..algebra import Cotangents, Uses, differentiate, pull_back, tensor
+from ..algebra import Cotangents, Uses, differentiate, inline, pull_back, tensor
 from ..bind import BoundRule, Equation, bind
-from ..diagram import BATCH, Delta, Diagram, Leg, N, Product, leaves
+from ..diagram import BATCH, Delta, Diagram, Leg, N, Product, fresh_names, leaves
 from ..errors import UnsupportedError
 from ..jacobian import Jacobian
 from ..quantities import Quantity
+from ..regroup import refine, refinement
 from ..rule import Rule, Rules
 from ..simplify import simplify
 from .graph import Call, Graph, Value
@@ -175,7 +177,10 @@ def _pull(sweep: _Sweep, call: Call, equation: Equation, operand: str) -> None:
         jacobian = differentiate(equation.diagram, operand)
     if jacobian is None or not jacobian.diagram.products:
         return
-    cotangent = _cotangent(sweep, equation.name, equation.legs)
+    if equation.name in sweep.uses:
+        jacobian, cotangent = _composed(sweep, equation.name, jacobian)
+    else:
+        cotangent = _cotangent(sweep, equation.name, equation.legs)
     out_samples, in_samples = sweep.samples[equation.name], sweep.samples[operand]
     if out_samples and in_samples:
         _check_diagonal(call, operand, jacobian)
@@ -219,13 +224,10 @@ def _check_diagonal(call: Call, operand: str, jacobian: Jacobian) -> None:
 
 
 def _cotangent(sweep: _Sweep, name: str, legs: tuple[Leg, ...]) -> Diagram:
-    """What is propagated to `name`: a named tensor, a constant, or (a value of parameters only) a diagram."""
+    """What is propagated to `name`: a named tensor, or the constant of a scalar of the loss."""
     if sweep.samples[name]:
         _schedule(sweep, name, legs)
         return tensor(f"g_{name}", legs)
-    if name in sweep.uses:
-        uses, g = _all_uses(sweep, name)
-        return simplify(uses.T @ g)
     total = Diagram(legs, ())
     for term in sweep.terms[name]:
         if isinstance(term, Native) or any(sweep.reads.get(leaf, True) for leaf in leaves(term)):
@@ -236,6 +238,22 @@ def _cotangent(sweep: _Sweep, name: str, legs: tuple[Leg, ...]) -> Diagram:
     return simplify(total)
 
 
+def _composed(sweep: _Sweep, name: str, jacobian: Jacobian) -> tuple[Jacobian, Diagram]:
+    """For a value made of parameters: its Jacobian and its cotangent per sample, with the same legs."""
+    uses, g = _all_uses(sweep, name)
+    if not jacobian.out:
+        return jacobian, inline((uses.T @ g).sum_parameter())
+    sizes = refinement(tuple(leg.size for leg in jacobian.out), tuple(leg.size for leg in uses.legs))
+    jacobian = refine(jacobian, out=sizes)
+    refined = tuple(refine(j, into=sizes) for j in uses.jacobians)
+    cotangent = inline(Uses(refined, refined[0].into).T @ g)
+    kept = cotangent.legs[: len(cotangent.legs) - len(sizes)]
+    taken = {leg.name for p in cotangent.products for leg in p.legs} | {leg.name for leg in jacobian.diagram.legs}
+    fresh = {leg: Leg(next(fresh_names(taken, f"{leg.name}{k}_")), leg.size) for k, leg in enumerate(jacobian.out)}
+    jacobian = Jacobian(jacobian.diagram.rename(fresh), tuple(fresh[leg] for leg in jacobian.out), jacobian.into)
+    return jacobian, cotangent.rename(dict(zip(cotangent.legs[len(kept) :], jacobian.out, strict=True)))
+
+
 def _schedule(sweep: _Sweep, name: str, legs: tuple[Leg, ...]) -> None:
     """Enter the computation of a cotangent, once."""
     if not any(isinstance(item, Backward) and item.value == name for item in sweep.schedule):
@@ -244,15 +262,17 @@ def _schedule(sweep: _Sweep, name: str, legs: tuple[Leg, ...]) -> None:
 
 
 def _all_uses(sweep: _Sweep, name: str) -> tuple[Uses, Cotangents]:
+    """Every use of a value that is made of parameters, with the legs that all of them can read it with."""
     pairs = sweep.uses.get(name, [])
     value = sweep.graph.values.get(name)
-    first = pairs[0][0].into if pairs else ()
-    legs = tuple(Leg(leg.name.rstrip("'") or "p", leg.size) for leg in first)
-    if not pairs and value is not None:
-        legs = tuple(Leg(f"p{k}", size) for k, size in enumerate(value.shape) if size != 1)
-    legs = _distinct(legs) or (Leg("p", 1),)
-    jacobians = tuple(_joined(jacobian, legs) for jacobian, _ in pairs)
-    return Uses(jacobians, legs), Cotangents(tuple(g for _, g in pairs), _scale(sweep))
+    sizes = tuple(size for size in value.shape if size != 1) if value is not None else ()
+    if pairs:
+        sizes = reduce(refinement, (tuple(leg.size for leg in jacobian.into) for jacobian, _ in pairs))
+    jacobians = [refine(jacobian, into=sizes) for jacobian, _ in pairs]
+    named = jacobians[0].into if jacobians else tuple(Leg(f"p{k}", size) for k, size in enumerate(sizes))
+    legs = _distinct(tuple(Leg(leg.name.rstrip("'") or "p", leg.size) for leg in named)) or (Leg("p", 1),)
+    whole = tuple(_with_legs(jacobian, legs) for jacobian in jacobians)
+    return Uses(whole, legs), Cotangents(tuple(g for _, g in pairs), _scale(sweep))
 
 
 def _distinct(legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
@@ -265,15 +285,11 @@ def _distinct(legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
     return tuple(seen)
 
 
-def _joined(jacobian: Jacobian, legs: tuple[Leg, ...]) -> Jacobian:
-    """The Jacobian with the parameter's legs; a parameter of one element has one leg of size 1."""
-    if not jacobian.into:
-        return Jacobian(Diagram((*jacobian.diagram.legs, *legs), jacobian.diagram.products), jacobian.out, legs)
-    if [leg.size for leg in jacobian.into] == [leg.size for leg in legs]:
+def _with_legs(jacobian: Jacobian, legs: tuple[Leg, ...]) -> Jacobian:
+    """A parameter of one element has one leg of size 1, so that its results differ from sums over it."""
+    if jacobian.into:
         return jacobian
-    raise UnsupportedError(
-        f"a parameter is used with the shapes {[leg.size for leg in jacobian.into]} and {[leg.size for leg in legs]}"
-    )
+    return Jacobian(Diagram((*jacobian.diagram.legs, *legs), jacobian.diagram.products), jacobian.out, legs)
 
 
 def _extract(sweep: _Sweep, parameters: list[str]) -> None:

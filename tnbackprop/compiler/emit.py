@@ -45,7 +45,7 @@ def _batch_line(graph: Graph) -> str:
 
 
 def _read_by_output(graph: Graph, plan: Plan) -> set[str]:
-    names = {leaf for leaf in pytree.tree_leaves(graph.output) if isinstance(leaf, str)}
+    names = set(plan.output.values())
     names |= {code for by in plan.results.values() for code in by.values()}
     return names | ({plan.loss} if plan.loss else set())
 
@@ -68,9 +68,8 @@ def _body(graph: Graph, plan: Plan) -> list[str]:
 
 
 def _return(graph: Graph, plan: Plan) -> list[str]:
-    leaves, spec = pytree.tree_flatten(graph.output)
-    del spec
-    shown = ", ".join(str(leaf) for leaf in leaves)
+    leaves = pytree.tree_leaves(graph.output)
+    shown = ", ".join(plan.output.get(leaf, str(leaf)) for leaf in leaves)
     lines = ["    results = {"]
     for quantity, by in plan.results.items():
         lines.append(f"        {quantity!r}: {{")

@@ -17,7 +17,7 @@ from .graph import Call, Value
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
-def call_code(call: Call) -> str:
+def call_code(call: Call, resolve: Callable[[str], str]) -> str:
     """The call of an operator with every argument, as Python."""
     arguments = call.target._schema.arguments
     shown = []
@@ -27,7 +27,7 @@ def call_code(call: Call) -> str:
         if argument.has_default_value() and _same(value, argument.default_value):
             continue
         keyword = argument.kwarg_only or (shown and "=" in shown[-1]) or len(shown) < arguments.index(argument)
-        shown.append(f"{argument.name}={literal(value)}" if keyword else literal(value))
+        shown.append(f"{argument.name}={literal(value, resolve)}" if keyword else literal(value, resolve))
     return f"torch.ops.{str(call.target)}({', '.join(shown)})"
 
 
@@ -37,12 +37,12 @@ def _same(value: Any, default: Any) -> bool:
     return bool((list(value) if isinstance(value, tuple) else value) == (list(default) if isinstance(default, tuple) else default))
 
 
-def literal(value: Any) -> str:
+def literal(value: Any, resolve: Callable[[str], str]) -> str:
     """A Python expression for an argument."""
     if isinstance(value, Value):
-        return value.name
+        return resolve(value.name)
     if isinstance(value, tuple | list):
-        return f"[{', '.join(literal(v) for v in value)}]"
+        return f"[{', '.join(literal(v, resolve) for v in value)}]"
     if isinstance(value, sympy.Expr):
         return sympy.sstr(value)
     if isinstance(value, torch.device):

@@ -41,6 +41,7 @@ class Plan:
     steps: tuple[Step, ...]
     results: Mapping[str, Mapping[str, str]]  # quantity -> parameter name -> code
     loss: str | None
+    output: Mapping[str, str]  # value name in the model's output -> value
     choices: tuple[Choice, ...]
     batch: int
     itemsize: int
@@ -67,7 +68,9 @@ def plan(graph: Graph, derived: Derived, lowerings: tuple[Lowering, ...], rates:
     roots = [*wanted, *names_in(graph.output), *(c.split(".")[0] for by in results.values() for c in by.values())]
     steps = _alive(store.steps, {store.resolve(name) for name in roots})
     ordered = _in_order(results, graph)
-    return Plan(steps, ordered, graph.loss, tuple(choices), graph.example_batch, itemsize, rates, store.shapes)
+    output = {name: store.resolve(name) for name in names_in(graph.output)}
+    loss = store.resolve(graph.loss) if graph.loss else None
+    return Plan(steps, ordered, loss, output, tuple(choices), graph.example_batch, itemsize, rates, store.shapes)
 
 
 def _in_order(results: dict[str, dict[str, str]], graph: Graph) -> dict[str, dict[str, str]]:
@@ -90,13 +93,14 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule], lowerin
         if rule is not None:
             _saved(store, rule)
         if rule is None or not rule.forward:
-            code = call_code(call)
+            code = call_code(call, store.resolve)
         else:
             code = fill(rule.forward, store.resolve)
         name, kernel, work = call.output.name, Kernel.NATIVE, forward_work(rule)
         if work.flops and any(len(legs) > 3 for _, legs in work.flops):
             kernel = Kernel.CONVOLUTION
-        store.add(code, call.output.shape, kernel, work, name=name)
+        random = torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ())
+        store.add(code, call.output.shape, kernel, work, name=name, alone=random)
         for equation in rule.equations[:-1] if rule is not None else ():
             diagram = equation.diagram
             assert diagram is not None
@@ -106,7 +110,7 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule], lowerin
 def _saved(store: Store, rule: BoundRule) -> None:
     for saved in rule.saved:
         code = fill(saved.code, store.resolve)
-        store.add(code, sizes_of(saved.legs), Kernel.NATIVE, Work(moved=((2, saved.legs),)), name=saved.name)
+        store.add(code, saved.shape, Kernel.NATIVE, Work(moved=((2, saved.legs),)), name=saved.name, alone=True)
 
 
 def _supply(store: Store, name: str, diagram: Diagram, lowerings: tuple[Lowering, ...]) -> None:
@@ -241,7 +245,7 @@ def _alive(steps: list[Step], wanted: set[str]) -> tuple[Step, ...]:
     """The steps that some result needs."""
     kept = []
     for step in reversed(steps):
-        if step.name in wanted or step.effect:
+        if step.name in wanted:
             kept.append(step)
             wanted |= set(step.inputs)
     return tuple(reversed(kept))

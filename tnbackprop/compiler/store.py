@@ -25,7 +25,6 @@ class Step:
     kernel: Kernel
     work: Work
     note: str = ""
-    effect: bool = False  # must stay although no other step reads it
 
 
 @dataclass(frozen=True)
@@ -88,10 +87,10 @@ class Store:
         work: Work = Work(),
         name: str | None = None,
         strided: bool = False,
-        effect: bool = False,
+        alone: bool = False,
     ) -> str:
-        """Enter a step, unless the same code was entered before; returns the value's name."""
-        if code in self.by_code and not effect:
+        """Enter a step, unless the same code was entered before (`alone`: even then); returns the value's name."""
+        if code in self.by_code and not alone:
             known = self.by_code[code]
             if name is not None and name != known:
                 self.alias[name] = known
@@ -99,7 +98,7 @@ class Store:
         name = name or f"{self.prefix}{len(self.steps)}"
         if name in self.shapes:
             raise InvariantError(f"value {name} is computed twice: {code}")
-        self.steps.append(Step(name, code, self.names_in(code), kernel, work, self.note, effect))
+        self.steps.append(Step(name, code, self.names_in(code), kernel, work, self.note))
         self.shapes[name] = shape
         self.by_code[code] = name
         if strided:

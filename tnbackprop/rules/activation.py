@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..rule import Rule, Table
-from .text import access, elementwise, join, leg_names, literal, refuse
+from .text import access, broadcast_sizes, elementwise, join, leg_names, literal, refuse
 
 TABLE = Table()
 aten = torch.ops.aten
@@ -186,9 +186,23 @@ def alpha_dropout(call: Any) -> Rule | str:
 def where(call: Any) -> Rule:
     """A choice by a mask, which is not differentiated."""
     legs = leg_names(call.output)
-    value = {name: access(name, call.arguments[name], call.output, legs) for name in ("condition", "input", "other")}
-    mask = value["condition"].replace("condition", "mask", 1)
+    mask, yes, no = (access(v, call.arguments[v], call.output, legs) for v in ("condition", "input", "other"))
+    mask = mask.replace("condition", "mask", 1)
     return Rule(
-        f"output[{join(legs)}] = {mask} * {value['input']} + (1 - {mask}) * {value['other']}",
+        f"output[{join(legs)}] = {mask} * {yes} + (1 - {mask}) * {no}",
         saved={mask: "{condition}.to({input}.dtype)"},
+        constants=broadcast_sizes(mask),
+    )
+
+
+@TABLE.rule(aten.masked_fill.Scalar)
+def masked_fill(call: Any) -> Rule:
+    """The input where the mask is False; the filling may be infinite, so it is in no formula."""
+    legs = leg_names(call.output)
+    keep = access("mask", call.mask, call.output, legs).replace("mask", "keep", 1)
+    return Rule(
+        jacobian={"input": keep},
+        legs={"input": join(legs), "output": join(legs)},
+        saved={keep: "(~{mask}).to({input}.dtype)"},
+        constants=broadcast_sizes(keep),
     )

@@ -19,7 +19,7 @@ TABLE.rule(aten.mul.Tensor, aten.mul.Scalar)(broadcast("{input} * {other}"))
 TABLE.rule(aten.div.Tensor, aten.div.Scalar)(broadcast("{input} / {other}"))
 TABLE.rule(aten.addcmul.default)(broadcast("{input} + {value} * {tensor1} * {tensor2}"))
 TABLE.rule(aten.addcdiv.default)(broadcast("{input} + {value} * {tensor1} / {tensor2}"))
-TABLE.rule(aten.lerp.Tensor, aten.lerp.Scalar)(broadcast("{input} + {weight} * ({end} - {input})"))
+TABLE.rule(aten.lerp.Tensor, aten.lerp.Scalar)(broadcast("{input} + {weight} * {end} - {weight} * {input}"))
 TABLE.rule(aten.pow.Tensor_Tensor)(broadcast("exp({exponent} * log({input}))"))
 
 

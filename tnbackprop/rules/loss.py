@@ -107,7 +107,7 @@ def _hard_target(call: Any, smoothing: float) -> dict[str, str]:
     weighted = call.arguments.get("weight") is not None
     t = "torch.zeros_like({input}).scatter(1, {label}.unsqueeze(1), {label_weight}.unsqueeze(1))"
     if smoothing:
-        uniform = f"{smoothing / call.input.shape[1]!r} * {{kept}}.unsqueeze(1)"
+        uniform = f"{smoothing / call.input.shape[1]!r} * {{kept}}.unsqueeze(1).to({{input}}.dtype)"
         t = f"{t} * {1 - smoothing!r} + {uniform}{' * ' + _class_weight(call) if weighted else ''}"
     saved = {
         "kept[n, *s]": f"{{target}} != {call.ignore_index}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -67,6 +68,11 @@ def access(name: str, value: Any, target: Any, legs: Sequence[str]) -> str:
         spread = size == 1 and target.shape[k + shift] != 1
         items.append(f"u{k}" if spread else legs[k + shift])
     return f"{name}[{join(items)}]"
+
+
+def broadcast_sizes(text: str) -> dict[str, Constant]:
+    """The sizes of the legs of their own in an `access`, where no operand says them (saved tensors)."""
+    return {leg.upper(): 1 for leg in re.findall(r"\bu\d+\b", text)}
 
 
 def literal(number: Constant) -> str:
