@@ -1,7 +1,7 @@
 """tnbackprop: declare a layer once as an einsum formula, get every derivative quantity as plain PyTorch."""
 
 from .errors import InputError, InvariantError, RuleError, TnError, UnsupportedError
-from .front import compile, compute  # noqa: A004
+from .front import compile, compute
 from .quantities import BatchDot, BatchGrad, BatchL2, Grad, Quantity, Scale, SecondMoment, Variance
 from .rule import Rule, Table
 from .rules import RULES

@@ -42,7 +42,7 @@ class Uses:
     legs: tuple[Leg, ...]
 
     @property
-    def T(self) -> Transposed:  # noqa: N802  (the field's notation)
+    def T(self) -> Transposed:
         return Transposed(self)
 
 
@@ -83,7 +83,7 @@ def pull_back(jacobian: Jacobian, g: Diagram, keep: tuple[Leg, ...], into: tuple
     clash |= {leg: _fresh(leg, taken) for leg in g.legs if leg in into and leg not in keep and leg not in clash}
     j = jacobian.diagram.rename(clash)
     g = g.rename({leg: new for leg, new in clash.items() if leg in g.legs})
-    final = {old: new for old, new in zip(jacobian.into, into, strict=True)}
+    final = dict(zip(jacobian.into, into, strict=True))
     legs = ordered_union(tuple(leg for leg in keep if leg in g.legs or leg in j.legs), jacobian.into)
     products = []
     for left in j.products:
@@ -124,7 +124,8 @@ def inline(diagram: Diagram, keep: frozenset[Diagram] = frozenset()) -> Diagram:
     """Put every part that is not in `keep` back in place: multiplied out, without that half."""
     products: list[Product] = []
     for product in diagram.products:
-        opened = tuple(op for op in product.operands if isinstance(op, Part) and op.diagram not in keep and not op.pinned)
+        loose = (op for op in product.operands if isinstance(op, Part) and not op.pinned)
+        opened = tuple(op for op in loose if op.diagram not in keep)
         held = tuple(_within(op, keep) for op in product.operands if op not in opened)
         partial = [Product(product.scale, held)]
         taken = {leg.name for leg in (*product.legs, *diagram.legs)}

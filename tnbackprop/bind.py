@@ -64,6 +64,7 @@ class BoundRule:
     vjp: Mapping[str, str]
     kinks: str
     legs: Mapping[str, tuple[Leg, ...]]
+    fallback: str = ""  # where there is no rule: the call, for the report
 
 
 def bind(

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import sympy
 
-Size = int | sympy.Expr
-Scalar = int | float | sympy.Expr
+Size: TypeAlias = int | sympy.Expr
+Scalar: TypeAlias = int | float | sympy.Expr
 
 N = sympy.Symbol("N", integer=True, positive=True)
 """The batch size, the only symbolic size."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .compiler import compile_program
+from .errors import InputError
 from .quantities import Quantity
 from .rule import Rules
 from .rules import RULES
@@ -16,7 +17,7 @@ from .runtime import Program, Result
 Loss = Callable[..., torch.Tensor]
 
 
-def compile(  # noqa: A001  (tn.compile reads like torch.compile)
+def compile(
     model: torch.nn.Module,
     loss: Loss | None,
     example: tuple[Any, Any],
@@ -36,6 +37,10 @@ def compile(  # noqa: A001  (tn.compile reads like torch.compile)
 
     Raises `InputError`, `UnsupportedError` and `RuleError`.
     """
+    names = [quantity.name for quantity in quantities]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two quantities are called {name!r}: give one another name=, its key in the result")
     compiled = compile_program(model, loss, example, list(quantities), rules, None)
     return Program(model, compiled, loss)
 

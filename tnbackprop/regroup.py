@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from .diagram import Delta, Diagram, Leg, Map, Operand, Product, Selection, Size, Tensor, Window, fresh_names, ordered_union
+from .diagram import (
+    Delta,
+    Diagram,
+    Leg,
+    Map,
+    Operand,
+    Product,
+    Selection,
+    Size,
+    Tensor,
+    Window,
+    fresh_names,
+    ordered_union,
+)
 from .errors import UnsupportedError
 from .jacobian import Jacobian
 

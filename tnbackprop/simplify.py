@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import sympy
 
@@ -11,7 +11,7 @@ from .canonical import product_key
 from .diagram import Delta, Diagram, Leg, Map, Operand, Product, Selection, Tensor, Window, argument
 
 
-@lru_cache(maxsize=None)
+@cache
 def simplify(diagram: Diagram) -> Diagram:
     """The diagram with deltas away, equal operands as powers, trivial windows gone, and like terms added."""
     products = [p for p in (_fixpoint(p, diagram.legs) for p in diagram.products) if p.scale != 0]
@@ -64,7 +64,9 @@ def _fold(one: Operand, other: Operand) -> tuple[Operand, ...] | None:
         return None
     if one == other or len(f.args) == 1:
         product = f.expr * g.expr
-        return () if product == 1 else (Tensor(*_fields(f.args[0])),) if product == argument(0) else (Map(product, f.args),)
+        if product == 1:
+            return ()
+        return (Tensor(*_fields(f.args[0])),) if product == argument(0) else (Map(product, f.args),)
     return None
 
 
@@ -89,8 +91,8 @@ def fold_constant(product: Product, output: tuple[Leg, ...]) -> Product | None:
         if isinstance(op, Map):
             factor, rest_expr = op.expr.as_independent(*(argument(k) for k in range(len(op.args))), as_Add=False)
             if factor != 1:
-                new = Map(rest_expr, op.args)
-                return Product(product.scale * factor, (*product.operands[:position], new, *product.operands[position + 1 :]))
+                before, after = product.operands[:position], product.operands[position + 1 :]
+                return Product(product.scale * factor, (*before, Map(rest_expr, op.args), *after))
     return None
 
 
@@ -121,7 +123,7 @@ def split_leg(product: Product, output: tuple[Leg, ...]) -> Product | None:
         for coefficient, leg in reversed(digits):
             if coefficient != place:
                 break
-            place *= leg.size  # type: ignore[assignment]
+            place *= leg.size
         else:
             rest = product.operands[:position] + product.operands[position + 1 :]
             legs = tuple(leg for _, leg in digits)

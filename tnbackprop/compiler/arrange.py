@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 
 import sympy
@@ -82,7 +83,7 @@ def _runs(stored: tuple[Leg, ...], flat: tuple[Leg, ...]) -> Groups:
     """Maximal runs of stored legs that are neighbours in `flat`, too."""
     place = {leg: k for k, leg in enumerate(flat)}
     starts = [0, *(k for k in range(1, len(stored)) if place[stored[k]] != place[stored[k - 1]] + 1), len(stored)]
-    return tuple(stored[a:b] for a, b in zip(starts, starts[1:], strict=False))
+    return tuple(stored[a:b] for a, b in pairwise(starts))
 
 
 def _reshape(shape: tuple[Size, ...], wanted: tuple[Size, ...]) -> str:
@@ -113,8 +114,7 @@ def copies(store: Store, ref: Ref, groups: Groups) -> bool:
     solid = store.resolve(ref.name) not in store.strided
     for group in groups:
         real = [leg for leg in group if leg.size != 1]
-        pairs = zip(real, real[1:], strict=False)
-        if any(not solid or place[b] != place[a] + 1 for a, b in pairs):
+        if any(not solid or place[b] != place[a] + 1 for a, b in pairwise(real)):
             return True
     return False
 

@@ -68,7 +68,8 @@ def _times(store: Store, ref: Ref, scale: sympy.Expr) -> Ref:
 def _part(store: Store, op: Operand, lowerings: tuple[Lowering, ...]) -> Operand:
     if not isinstance(op, Part):
         return op
-    return as_tensor(store, build(store, op.diagram, lowerings)).rename(dict(zip(op.diagram.legs, op.legs, strict=True)))
+    built = as_tensor(store, build(store, op.diagram, lowerings))
+    return built.rename(dict(zip(op.diagram.legs, op.legs, strict=True)))
 
 
 def _mapped(store: Store, op: Operand) -> Operand:
@@ -117,8 +118,9 @@ def _diagonal(store: Store, ref: Ref) -> Ref:
     for k, leg in enumerate(ref.stored):
         if leg in ref.stored[:k]:
             first = ref.stored.index(leg)
-            base = arranged(store, Ref(ref.name, _apart(ref.stored), _apart(ref.stored)), tuple((x,) for x in _apart(ref.stored)))
-            rest = tuple(x for i, x in enumerate(ref.stored) if i not in (first, k)) + (leg,)
+            apart = _apart(ref.stored)
+            base = arranged(store, Ref(ref.name, apart, apart), tuple((x,) for x in apart))
+            rest = (*(x for i, x in enumerate(ref.stored) if i not in (first, k)), leg)
             name = store.add(
                 f"{base}.diagonal(dim1={first}, dim2={k})", sizes_of(rest), Kernel.VIEW, strided=True
             )
@@ -143,7 +145,7 @@ def _paths(refs: list[Ref], legs: tuple[Leg, ...], batch: int) -> list[tuple[tup
     terms = ["".join(symbols[leg] for leg in ref.order) for ref in refs]
     equation = f"{','.join(terms)}->{''.join(symbols[leg] for leg in legs)}"
     shapes = [tuple(size_at(leg.size, batch) for leg in ref.order) for ref in refs]
-    found = {}
+    found: dict[tuple[tuple[int, ...], ...], None] = {}
     for method in ("dp", "greedy"):
         path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=method)
         found[tuple(tuple(p) for p in path)] = None
@@ -179,7 +181,8 @@ def _sizes(legs: tuple[Leg, ...]) -> str:
 def _full(store: Store, legs: tuple[Leg, ...], value: sympy.Expr) -> Ref:
     """A constant."""
     sizes = ", ".join(str(leg.size) for leg in legs)
-    name = store.add(f"like.new_full(({sizes}{',' if legs else ''}), {number_code(value)})", sizes_of(legs), Kernel.ELEMENTWISE)
+    code = f"like.new_full(({sizes}{',' if legs else ''}), {number_code(value)})"
+    name = store.add(code, sizes_of(legs), Kernel.ELEMENTWISE)
     return Ref(name, legs, legs)
 
 

@@ -121,7 +121,9 @@ def _work(roles: Roles, result: Legs) -> Work:
     return Work(flops=((2, everything),), moved=((1, image), (1, first), (1, second)), fresh=((1, result),))
 
 
-def _image(store: Store, roles: Roles, groups: tuple[Legs, ...], stride: Legs, kernel: Legs) -> tuple[str, tuple[int, ...]]:
+def _image(
+    store: Store, roles: Roles, groups: tuple[Legs, ...], stride: Legs, kernel: Legs
+) -> tuple[str, tuple[int, ...]]:
     """The image operand and the padding: the kernel's own where it is symmetric, else padded and cut here."""
     assert roles.of_image is not None
     ref = read(store, roles.of_image)
@@ -130,14 +132,15 @@ def _image(store: Store, roles: Roles, groups: tuple[Legs, ...], stride: Legs, k
     code = padded(store, ref, list(roles.windows))
     lengths = {w.image: Leg(w.image.name, reach(w)[2]) for w in roles.windows}
     legs = tuple(lengths.get(leg, leg) for leg in ref.order)
-    name = store.add(code, tuple(leg.size for leg in legs), Kernel.VIEW, strided=True)  # type: ignore[arg-type]
+    name = store.add(code, tuple(leg.size for leg in legs), Kernel.VIEW, strided=True)
     exact = tuple(tuple(lengths.get(leg, leg) for leg in group) for group in groups)
     return placed(store, Ref(name, legs, legs), exact), (0,) * roles.dims
 
 
 def symmetric(roles: Roles, stride: Legs, kernel: Legs) -> bool:
     """Whether the same padding on both sides gives just the output positions `stride`."""
-    for window, step, gap, out, k in zip(roles.windows, roles.step(stride), roles.step(kernel), stride, kernel, strict=True):
+    steps, gaps = roles.step(stride), roles.step(kernel)
+    for window, step, gap, out, k in zip(roles.windows, steps, gaps, stride, kernel, strict=True):
         span = int(window.image.size) - 2 * window.offset - gap * (int(k.size) - 1) - 1
         if span < 0 or span // step + 1 != out.size:
             return False

@@ -22,6 +22,7 @@ from ..quantities import Quantity
 from ..regroup import refine, refinement
 from ..rule import Rule, Rules
 from ..simplify import simplify
+from .fallback import fallback
 from .graph import Call, Graph, Value
 from .units import without_units
 
@@ -46,6 +47,15 @@ class Backward:
 
 
 @dataclass(frozen=True)
+class Individual:
+    """The cotangent of a value made of parameters, one per sample, by native code: [N, *value]."""
+
+    name: str
+    of: str
+    native: Native
+
+
+@dataclass(frozen=True)
 class Extraction:
     """All quantities of one parameter."""
 
@@ -58,29 +68,26 @@ class Derived:
     """Everything to compute, in an order in which it can be computed."""
 
     bound: tuple[tuple[Call, BoundRule], ...]
-    schedule: tuple[Backward | Extraction, ...]
+    schedule: tuple[Backward | Individual | Extraction, ...]
     scale: sympy.Expr
 
 
 def bind_all(graph: Graph, rules: Rules) -> tuple[tuple[Call, BoundRule], ...]:
-    """Every call with its rule bound. Raises `UnsupportedError` for a differentiable call without a rule."""
+    """Every differentiable call with its rule bound; one without a rule falls back on torch.func."""
     return tuple((call, _bind(call, rules)) for call in graph.calls if call.output.differentiable)
 
 
 def _bind(call: Call, rules: Rules) -> BoundRule:
     row = rules.get(call.target)
     if row is None:
-        raise UnsupportedError(
-            f"{call.where} has no rule, and parameters {', '.join(sorted(call.output.depends_on))} are behind it.\n"
-            "  Declare one: README, 'Add a layer'."
-        )
+        return fallback(call)
     rule = row(call.module if isinstance(call.target, type) else call)
     values = {name: value for name, value in call.arguments.items() if isinstance(value, Value) or value is None}
     values |= call.tensors
     axes = {name: None if v is None else v.axes for name, v in values.items()}
     names = {name: v.name for name, v in values.items() if v is not None}
-    bound = bind(rule if isinstance(rule, Rule) else Rule(rule), axes, names, call.output.name, call.output.axes, call.where)
-    return without_units(bound)
+    rule = rule if isinstance(rule, Rule) else Rule(rule)
+    return without_units(bind(rule, axes, names, call.output.name, call.output.axes, call.where))
 
 
 @dataclass
@@ -92,7 +99,7 @@ class _Sweep:
     samples: dict[str, bool] = field(default_factory=dict)  # value -> has the batch leg
     reads: dict[str, bool] = field(default_factory=dict)  # value -> depends on the samples at all
     owner: dict[str, Call] = field(default_factory=dict)
-    schedule: list[Backward | Extraction] = field(default_factory=list)
+    schedule: list[Backward | Individual | Extraction] = field(default_factory=list)
     scales: set[sympy.Expr] = field(default_factory=set)
 
 
@@ -141,6 +148,10 @@ def _sweep_call(sweep: _Sweep, call: Call, rule: BoundRule) -> None:
     if not _reached(sweep, call.output.name):
         return
     trainable = {v.name for v in call.tensors.values() if v.differentiable}
+    for name in trainable & set(rule.vjp):
+        if not sweep.samples[name]:
+            _pull_individually(sweep, call, rule, name)
+            trainable.discard(name)
     native = {name for name in trainable & set(rule.vjp) if sweep.samples[name] and sweep.samples[call.output.name]}
     for name in native:
         sweep.terms.setdefault(name, []).append(Native(rule.vjp[name], call.output.name))
@@ -151,6 +162,24 @@ def _sweep_call(sweep: _Sweep, call: Call, rule: BoundRule) -> None:
         for operand in _operands(equation):
             if operand in wanted and _reached(sweep, equation.name):
                 _pull(sweep, call, equation, operand)
+
+
+def _pull_individually(sweep: _Sweep, call: Call, rule: BoundRule, name: str) -> None:
+    """Native code for a parameter gives its individual VJPs as a value; the use is then the identity."""
+    output = rule.equations[-1]
+    if sweep.samples[output.name]:
+        _schedule(sweep, output.name, output.legs)
+    else:
+        uses, g = _all_uses(sweep, output.name)
+        sweep.schedule.append(Backward(output.name, (uses.T @ g,), call.where))
+    own = f"g_{name}_{output.name}"
+    sweep.schedule.append(Individual(own, name, Native(rule.vjp[name], output.name)))
+    sizes = [size for size in sweep.graph.values[name].shape if size != 1]
+    out = tuple(Leg(f"a{k}", size) for k, size in enumerate(sizes))
+    into = tuple(Leg(f"a{k}'", size) for k, size in enumerate(sizes))
+    deltas = tuple(Delta(pair) for pair in zip(out, into, strict=True))
+    identity = Jacobian(Diagram((*out, *into), (Product(sympy.Integer(1), deltas),)), out, into)
+    sweep.uses.setdefault(name, []).append((identity, tensor(own, (BATCH, *out))))
 
 
 def _operands(equation: Equation) -> tuple[str, ...]:
@@ -195,7 +224,8 @@ def _pull(sweep: _Sweep, call: Call, equation: Equation, operand: str) -> None:
     elif sweep.reads[equation.name] and not out_samples:
         raise UnsupportedError(
             f"the loss has a term in the parameters {', '.join(sorted(call.output.depends_on))} alone ({call.where}), "
-            "which belongs to no sample.\n  Add the regulariser's derivatives yourself, and compile the loss without it."
+            "which belongs to no sample.\n"
+            "  Add the regulariser's derivatives yourself, and compile the loss without it."
         )
     else:
         sweep.uses.setdefault(operand, []).append((jacobian, cotangent))
@@ -209,14 +239,17 @@ def _batch_power(scale: sympy.Expr) -> sympy.Expr:
 
 def _scale(sweep: _Sweep) -> sympy.Expr:
     if len(sweep.scales) > 1:
-        raise UnsupportedError(f"the loss both averages and sums over samples ({sweep.scales}): split it in two losses.")
+        raise UnsupportedError(
+            f"the loss both averages and sums over samples ({sweep.scales}): split it in two losses."
+        )
     return next(iter(sweep.scales), sympy.Integer(1))
 
 
 def _check_diagonal(call: Call, operand: str, jacobian: Jacobian) -> None:
     """Each product of a Jacobian between two values with a batch must have δ[n, n']."""
     before = next(leg for leg in jacobian.into if leg.size == N)
-    if not all(Delta((BATCH, before)) in p.operands or Delta((before, BATCH)) in p.operands for p in jacobian.diagram.products):
+    same = {Delta((BATCH, before)), Delta((before, BATCH))}
+    if not all(same & set(p.operands) for p in jacobian.diagram.products):
         raise UnsupportedError(
             f"{call.where} mixes samples: its output for one sample depends on '{operand}' of another.\n"
             "  In a batch norm, call model.eval(); else rewrite the layer so that it treats samples apart."

@@ -20,7 +20,7 @@ _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 def call_code(call: Call, resolve: Callable[[str], str]) -> str:
     """The call of an operator with every argument, as Python."""
     arguments = call.target._schema.arguments
-    shown = []
+    shown: list[str] = []
     for argument in arguments:
         name = "input" if argument.name == "self" else argument.name
         value = call.arguments[name]
@@ -28,13 +28,14 @@ def call_code(call: Call, resolve: Callable[[str], str]) -> str:
             continue
         keyword = argument.kwarg_only or (shown and "=" in shown[-1]) or len(shown) < arguments.index(argument)
         shown.append(f"{argument.name}={literal(value, resolve)}" if keyword else literal(value, resolve))
-    return f"torch.ops.{str(call.target)}({', '.join(shown)})"
+    return f"torch.ops.{call.target!s}({', '.join(shown)})"
 
 
 def _same(value: Any, default: Any) -> bool:
     if isinstance(value, Value):
         return False
-    return bool((list(value) if isinstance(value, tuple) else value) == (list(default) if isinstance(default, tuple) else default))
+    one, two = (list(v) if isinstance(v, tuple) else v for v in (value, default))
+    return bool(one == two)
 
 
 def literal(value: Any, resolve: Callable[[str], str]) -> str:
@@ -44,7 +45,7 @@ def literal(value: Any, resolve: Callable[[str], str]) -> str:
     if isinstance(value, tuple | list):
         return f"[{', '.join(literal(v, resolve) for v in value)}]"
     if isinstance(value, sympy.Expr):
-        return sympy.sstr(value)
+        return str(sympy.sstr(value))
     if isinstance(value, torch.device):
         return "like.device"
     if isinstance(value, float) and value in (float("inf"), float("-inf")):

@@ -68,7 +68,7 @@ def _one_hot(store: Store, operand: Selection) -> Tensor:
         raise NotImplementedError(f"a selection whose choice is also a leg of its index: {operand}")
     count = 1
     for leg in operand.choice:
-        count = count * leg.size  # type: ignore[assignment]
+        count = count * leg.size
     code = arranged(store, index, tuple((leg,) for leg in index.order))
     code = f"({code}.unsqueeze(-1) == torch.arange({count}, device=like.device)).to(like)"
     legs = (*index.order, *operand.choice)

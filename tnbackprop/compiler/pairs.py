@@ -55,7 +55,8 @@ def _with_dims(store: Store, ref: Ref, gone: Legs) -> tuple[str, str]:
         groups = [(leg,) for leg in ref.stored]
     dims = [str(k) for k, group in enumerate(groups) if group[0] in gone]
     shown = dims[0] if len(dims) == 1 else f"({', '.join(dims)})"
-    return arranged(store, Ref(ref.name, ref.stored, ref.stored), tuple(groups)), "" if len(dims) == len(groups) == 1 else shown
+    code = arranged(store, Ref(ref.name, ref.stored, ref.stored), tuple(groups))
+    return code, "" if len(dims) == len(groups) == 1 else shown
 
 
 def elementwise(store: Store, expr: sympy.Expr, args: tuple[Ref, ...]) -> Ref:

@@ -16,7 +16,7 @@ from ..diagram import Diagram, Leg, N, Size
 from .arrange import arranged, sizes_of, text
 from .contract import Lowering, build
 from .cost import Kernel, Rates, Work
-from .derive import Backward, Derived, Extraction, Native
+from .derive import Backward, Derived, Extraction, Individual, Native
 from .forward import call_code, fill, forward_work
 from .graph import Call, Graph
 from .store import Ref, Step, Store
@@ -53,12 +53,15 @@ def plan(graph: Graph, derived: Derived, lowerings: tuple[Lowering, ...], rates:
     """Steps for the forward, the cotangents and every result, cheapest first, dead ones dropped."""
     store = Store(rates, graph.example_batch, itemsize)
     _inputs(store, graph)
-    _forward(store, graph, dict((call.output.name, rule) for call, rule in derived.bound), lowerings)
+    _forward(store, graph, {call.output.name: rule for call, rule in derived.bound}, lowerings)
     results: dict[str, dict[str, str]] = {}
     choices = []
     for item in derived.schedule:
         if isinstance(item, Backward):
             _backward(store, graph, item, lowerings)
+        elif isinstance(item, Individual):
+            ref = _native(store, item.native, (N, *graph.values[item.of].shape))
+            _name(store, ref, item.name)
         else:
             codes, choice = _extract(store, graph, item, lowerings)
             choices.append(choice)
@@ -150,6 +153,8 @@ def _native(store: Store, term: Native, shape: tuple[Size, ...] | None) -> Ref:
     assert shape is not None
     cotangent = store.resolve(f"g_{term.cotangent_of}")
     out = store.shapes[term.cotangent_of]
+    if not any(N in factor.free_symbols for factor in out if not isinstance(factor, int)):
+        out = (N, *out)  # a value of parameters: one cotangent per sample
     shown = cotangent if store.shapes[cotangent] == out else f"{cotangent}.reshape({text(out)})"
     code = fill(term.code.replace("{cotangent}", shown), store.resolve)
     legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(shape))

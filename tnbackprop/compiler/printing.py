@@ -20,7 +20,7 @@ _FUNCTIONS = {
 
 
 class _Printer(PythonCodePrinter):  # type: ignore[misc]
-    def _print_Pow(self, expr: sympy.Pow, **kwargs: object) -> str:  # noqa: N802
+    def _print_Pow(self, expr: sympy.Pow, **kwargs: object) -> str:
         base, exponent = expr.args
         if base.is_number and exponent.is_number:
             return repr(float(expr))
@@ -35,7 +35,7 @@ class _Printer(PythonCodePrinter):  # type: ignore[misc]
             return f"torch.rsqrt({self._print(base)})"
         return f"torch.pow({self._print(base)}, {self._print(exponent)})"
 
-    def _print_Mul(self, expr: sympy.Mul) -> str:  # noqa: N802
+    def _print_Mul(self, expr: sympy.Mul) -> str:
         numbers, rest = expr.as_coeff_mul()
         shown = [self._print(sympy.Float(numbers) if not numbers.is_Integer else numbers)] if numbers != 1 else []
         for factor in rest:
@@ -43,26 +43,26 @@ class _Printer(PythonCodePrinter):  # type: ignore[misc]
             shown.append(f"({code})" if factor.is_Add or (factor.is_Pow and " " in code) else code)
         return " * ".join(shown)
 
-    def _print_Rational(self, expr: sympy.Rational) -> str:  # noqa: N802
+    def _print_Rational(self, expr: sympy.Rational) -> str:
         return repr(float(expr)) if expr.q != 1 else str(expr.p)
 
-    def _print_Float(self, expr: sympy.Float) -> str:  # noqa: N802
+    def _print_Float(self, expr: sympy.Float) -> str:
         return repr(float(expr))
 
-    def _print_NumberSymbol(self, expr: sympy.NumberSymbol) -> str:  # noqa: N802
+    def _print_NumberSymbol(self, expr: sympy.NumberSymbol) -> str:
         return repr(float(expr))
 
     _print_Pi = _print_Exp1 = _print_NumberSymbol
 
-    def _print_Function(self, expr: sympy.Function) -> str:  # noqa: N802
+    def _print_Function(self, expr: sympy.Function) -> str:
         name = type(expr).__name__
         if name not in _FUNCTIONS:
             raise NotImplementedError(f"no torch code for the function {name} in {expr}")
         return f"{_FUNCTIONS[name]}({', '.join(self._print(a) for a in expr.args)})"
 
-    def _print_Piecewise(self, expr: sympy.Piecewise) -> str:  # noqa: N802
+    def _print_Piecewise(self, expr: sympy.Piecewise) -> str:
         pieces = [(self._print(value), condition) for value, condition in expr.args]
-        code = pieces[-1][0]
+        code: str = pieces[-1][0]
         if pieces[-1][1] is not sympy.true:
             code = f"torch.where({self._condition(pieces[-1][1])}, {code}, 0)"
         for value, condition in reversed(pieces[:-1]):

@@ -11,7 +11,7 @@ from ..diagram import Diagram, Leg, Size
 from ..errors import InvariantError
 from .cost import Kernel, Rates, Work
 
-
+NO_WORK = Work()
 _NAMES = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
 
 
@@ -84,7 +84,7 @@ class Store:
         code: str,
         shape: tuple[Size, ...],
         kernel: Kernel,
-        work: Work = Work(),
+        work: Work = NO_WORK,
         name: str | None = None,
         strided: bool = False,
         alone: bool = False,

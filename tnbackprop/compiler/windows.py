@@ -53,7 +53,8 @@ def padded(store: Store, ref: Ref, windows: list[Window]) -> str:
             cuts.append((axis, first, length))
     code = arranged(store, ref, tuple((leg,) for leg in ref.order))
     if any(p != (0, 0) for p in pads):
-        shape = tuple(s if isinstance(s, int) and p == (0, 0) else s + sum(p) for s, p in zip(sizes_of(ref.order), pads, strict=True))
+        sizes = zip(sizes_of(ref.order), pads, strict=True)
+        shape = tuple(s if isinstance(s, int) and p == (0, 0) else s + sum(p) for s, p in sizes)
         first_axis = next(k for k, p in enumerate(pads) if p != (0, 0))
         amounts = ", ".join(f"{a}, {b}" for a, b in reversed(pads[first_axis:]))
         legs = tuple(Leg(leg.name, s) for leg, s in zip(ref.order, shape, strict=True))
@@ -81,5 +82,5 @@ def _view(store: Store, tensor: Tensor, windows: list[Window]) -> Tensor:
                 code += f"[..., ::{gap}]" if gap != 1 else ""
                 legs[axis] = leg
                 legs.append(inner)
-    name = store.add(code, sizes_of(tuple(legs)), Kernel.VIEW, strided=True)  # type: ignore[arg-type]
+    name = store.add(code, sizes_of(tuple(legs)), Kernel.VIEW, strided=True)
     return Tensor(name, tuple(legs))

@@ -1,4 +1,4 @@
-"""First-order quantities: what can be read off the individual gradients (Dangel et al. 2020, arXiv:1912.10985, Table 1).
+"""First-order quantities: what can be read off the individual gradients (Dangel et al. 2020, arXiv:1912.10985).
 
 L is the loss as the user wrote it. With a loss that averages, L = (1/N) Σ_n ℓ_n; with one that sums, L = Σ_n ℓ_n.
 `Scale.PAPER` is the paper's table, `Scale.UNSCALED` is in terms of the ∇ℓ_n alone, `Scale.BACKPACK` gives the numbers
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import sympy
 
 from ..algebra import Cotangents, Uses
-from ..diagram import Diagram, N
+from ..diagram import Diagram, N, Scalar
 from .base import Quantity, Scale
 
 
@@ -104,10 +104,10 @@ class Variance(Quantity):
         return (D * D).sum("n") * _mean_of_squares(self.scale, g)
 
 
-def _linear(scale: Scale, g: Cotangents) -> sympy.Expr:
+def _linear(scale: Scale, g: Cotangents) -> Scalar:
     return 1 / g.scale if scale is Scale.UNSCALED else sympy.Integer(1)
 
 
-def _mean_of_squares(scale: Scale, g: Cotangents) -> sympy.Expr:
+def _mean_of_squares(scale: Scale, g: Cotangents) -> Scalar:
     """From Σ G² of the scaled gradients to the mean of the unscaled squares."""
     return sympy.Integer(1) if scale is Scale.BACKPACK else 1 / (N * g.scale**2)

@@ -109,7 +109,10 @@ def _check_batch(batch: Mapping[str, torch.Tensor], values: Mapping[str, Value])
             raise InputError(f"input {name!r} is {type(tensor).__name__}, not a tensor")
         wanted = "[" + ", ".join(str(s) for s in value.shape) + "]"
         if tensor.dtype != value.dtype:
-            raise InputError(f"input {name!r} has dtype {tensor.dtype}, but the program was compiled for {value.dtype}: convert it, or compile again")
+            raise InputError(
+                f"input {name!r} has dtype {tensor.dtype}, but the program was compiled for {value.dtype}: "
+                "convert it, or compile again"
+            )
         fits = tensor.ndim == len(value.shape)
         for axis, expected in enumerate(value.shape if fits else ()):
             if isinstance(expected, int):
@@ -119,7 +122,10 @@ def _check_batch(batch: Mapping[str, torch.Tensor], values: Mapping[str, Value])
             elif size_at(expected, size) != tensor.shape[axis]:
                 raise InputError(f"input {name!r} has {tensor.shape[axis]} samples, but {first!r} has {size}")
         if not fits:
-            raise InputError(f"input {name!r} has shape {list(tensor.shape)}, but the program was compiled for {wanted}: compile again for this shape")
+            raise InputError(
+                f"input {name!r} has shape {list(tensor.shape)}, but the program was compiled for {wanted}: "
+                "compile again for this shape"
+            )
     if size == 0:
         raise InputError("the batch is empty: a mean over no samples is not defined")
     return dict(batch)

@@ -13,7 +13,9 @@ from ..errors import InputError
 class Result(Mapping[str, Mapping[str, torch.Tensor]]):
     """``result["variance"]["features.0.weight"]``, ``result.loss``, ``result.output``."""
 
-    def __init__(self, loss: torch.Tensor | None, output: Any, values: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    def __init__(
+        self, loss: torch.Tensor | None, output: Any, values: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> None:
         self.loss, self.output, self._values = loss, output, values
 
     def __getitem__(self, quantity: str) -> Mapping[str, torch.Tensor]:
