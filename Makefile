@@ -5,15 +5,17 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 PEERS  := backpack-for-pytorch opacus
 
-.PHONY: help venv demo test check format bench clean
+WORKERS := 2
+
+.PHONY: help venv demo test check bench plan-choice clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    install, then show the main job on handwritten digits"
 	@echo "make test    install, then run the tests"
 	@echo "make check   ruff and mypy"
-	@echo "make format  rewrite the sources as ruff formats them"
 	@echo "make bench   install the peers, then time the first-order quantities (BENCH='--device cuda' for options)"
+	@echo "make plan-choice  time both plans of every parameter of 3C3D against what the compiler chose"
 	@echo "make clean   remove .venv and every cache"
 
 $(BIN)/pip:
@@ -37,19 +39,17 @@ demo: $(VENV)/.installed-examples
 	$(BIN)/tnbackprop demo --output tnbackprop-demo --force
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST)
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-
-format: $(VENV)/.installed-test
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/mypy --strict tnbackprop
 
 bench: $(VENV)/.installed-peers
 	$(BIN)/python -m benchmarks.first_order $(BENCH)
+
+plan-choice: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.plan_choice $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis tnbackprop-demo

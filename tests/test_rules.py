@@ -90,7 +90,7 @@ def code(text: str, env: Mapping[str, Tensor]) -> Tensor:
 
 
 def reference(diagram: Diagram, env: Env, n: int) -> Tensor:
-    return torch.as_tensor(evaluate(diagram, {name: value.detach().numpy() for name, value in env.items()}, n))
+    return torch.as_tensor(evaluate(diagram, {name: value.detach().numpy() for name, value in env.items() if isinstance(value, Tensor)}, n))
 
 
 def evaluated(rule: BoundRule, env: Env, output: Tensor) -> Env:

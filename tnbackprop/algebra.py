@@ -139,17 +139,23 @@ def inline(diagram: Diagram, keep: frozenset[Diagram] = frozenset()) -> Diagram:
 
 def _within(operand: Operand, keep: frozenset[Diagram]) -> Operand:
     """A part that stays, with its own parts put back in place."""
-    return Part(inline(operand.diagram, keep), operand.legs) if isinstance(operand, Part) else operand
+    return Part(inline(operand.diagram, keep), operand.legs, operand.pinned, operand.follows) if isinstance(operand, Part) else operand
 
 
 def parts(diagram: Diagram) -> tuple[Diagram, ...]:
-    """The parts of a diagram, inner ones first, each once."""
-    found: dict[Diagram, None] = {}
+    """The parts that a plan may build or put back, inner ones first, each once."""
+    return tuple(part.diagram for part in all_parts(diagram) if not part.pinned)
+
+
+def all_parts(diagram: Diagram) -> tuple[Part, ...]:
+    """Every part, inner ones first, one for each diagram."""
+    found: dict[Diagram, Part] = {}
     for product in diagram.products:
         for op in product.operands:
             if isinstance(op, Part):
-                found.update(dict.fromkeys((*parts(op.diagram), *(() if op.pinned else (op.diagram,)))))
-    return tuple(found)
+                for part in (*all_parts(op.diagram), op):
+                    found.setdefault(part.diagram, part)
+    return tuple(found.values())
 
 
 def tensor(name: str, legs: tuple[Leg, ...]) -> Diagram:

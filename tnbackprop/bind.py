@@ -108,7 +108,8 @@ class _Binder:
         self.lines = parse_program(rule.formula) if rule.formula.strip() else ()
         if not self.lines and not rule.jacobian:
             raise RuleError("the rule has neither formula nor jacobian", hint="give one of them")
-        self.saved = {parse_access(key).tensor: (parse_access(key), code) for key, code in rule.saved.items()}
+        self.saved = {parse_access(key).tensor: (parse_access(key), code) for key, code in rule.saved.items() if "[" in key}
+        self.opaque = tuple(key for key in rule.saved if "[" not in key)
         self.jacobian = {name: parse_expression(text) for name, text in rule.jacobian.items()}
         self.declared = {name: parse_legs(name, text) for name, text in rule.legs.items()}
         self.absent = frozenset(name for name, axes in operands.items() if axes is None)
@@ -116,7 +117,7 @@ class _Binder:
         own = [line.left.tensor for line in self.lines[:-1]] + list(self.saved)
         self.own = tuple(own)
         self.names = {name: names[name] for name, axes in operands.items() if axes is not None}
-        self.names |= {name: f"{output}_{name}" for name in own} | {"output": output}
+        self.names |= {name: f"{output}_{name}" for name in (*own, *self.opaque)} | {"output": output}
         self._check_names(operands)
         self.legs = solve(self._uses(), self.axes, own, rule.constants, where)
         self.expander = Expander(self.legs, rule.constants, self.names, self.absent)
@@ -125,10 +126,7 @@ class _Binder:
         equations = [self._equation(line) for line in self.lines[:-1]]
         equations.append(self._output())
         self._refuse_mixing(equations)
-        saved = tuple(
-            Saved(self.names[name], self.legs.flat(access.items), self.legs.shape(access.items), self._code(code))
-            for name, (access, code) in self.saved.items()
-        )
+        saved = tuple(self._saved(key, code) for key, code in self.rule.saved.items())
         return BoundRule(
             tuple(equations), saved, self._code(self.rule.forward), self._vjp(), self.rule.kinks, self._operand_legs()
         )
@@ -153,6 +151,13 @@ class _Binder:
             for name in names:
                 if name not in allowed:
                     raise RuleError(f"{kind} names '{name}', which is no operand", hint=nearest(name, allowed))
+
+    def _saved(self, key: str, code: str) -> Saved:
+        """A saved tensor with its legs, or a value that only other code reads (a tuple of outputs, say)."""
+        if key in self.opaque:
+            return Saved(self.names[key], (), (), self._code(code))
+        access = parse_access(key)
+        return Saved(self.names[access.tensor], self.legs.flat(access.items), self.legs.shape(access.items), self._code(code))
 
     def _uses(self) -> Iterator[Access]:
         """Every access of the rule that says something about legs."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,7 +25,7 @@ LEARNING_RATE = 0.2
 def run(arguments: argparse.Namespace) -> int:
     """Compile, train a few steps with the program's own gradient, and print what it computes."""
     torch.manual_seed(0)
-    console = Console()
+    console = _console()
     images, labels = _digits()
     if not 1 <= arguments.batch <= len(images):
         raise tn.InputError(f"--batch {arguments.batch}: the digits are {len(images)} samples; give 1 to {len(images)}")
@@ -40,21 +40,35 @@ def run(arguments: argparse.Namespace) -> int:
 
     keys = ", ".join(quantity.name for quantity in quantities)
     console.print(f"[bold]one program[/bold] for {keys} (compiled in {seconds:.1f} s)")
-    before, after = _train(model, program, images, labels, arguments.batch, arguments.steps)
-    console.print(f"{arguments.steps} gradient steps on batches of {arguments.batch}: loss {before:.3f} -> {after:.3f}")
+    losses = _train(model, program, images, labels, arguments.batch, arguments.steps)
+    console.print(f"{arguments.steps} gradient steps on batches of {arguments.batch}: loss", " -> ".join(losses))
     result = program(x, y)
-    console.print(f"first batch: loss {float(result.loss):.4f}, outputs {tuple(result.output.shape)}\n")
+    console.print(f"one batch of {len(x)} digits, outputs {tuple(result.output.shape)}; n counts the digits:\n")
     console.print(_table(model, result))
     console.print(
         f"\nplanned: {program.flops / 1e6:,.1f} MFLOP, {program.bytes / 1e6:,.1f} MB moved, "
         f"at most {program.peak_bytes / 1e6:,.1f} MB held"
     )
     console.print(f"time: {_relative_time(model, loss, program, x, y, arguments.rounds):.2f} x the plain gradient\n")
-    lines = program.source.splitlines()
-    console.print(f"the first {SHOWN_LINES} of its {len(lines)} lines:")
-    console.print(Syntax("\n".join(lines[:SHOWN_LINES]), "python", line_numbers=True, background_color="default"))
+    _show(console, program.source)
     console.print(f"\nfull source: {path}", soft_wrap=True)
     return 0
+
+
+def _console() -> Console:
+    """As wide as the terminal; where there is none, wide enough for the source."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+def _show(console: Console, source: str) -> None:
+    """The lines from the first quantity on: the forward and the loss are above them."""
+    lines = source.splitlines()
+    first = next(k for k, line in enumerate(lines) if "# grad of" in line)
+    console.print(f"{SHOWN_LINES} of its {len(lines)} lines, from the first quantity on:")
+    code = textwrap.dedent("\n".join(lines[first : first + SHOWN_LINES]))
+    syntax = Syntax(code, "python", line_numbers=True, start_line=first + 1, word_wrap=True, background_color="default")
+    console.print(syntax)
 
 
 def _digits() -> tuple[Tensor, Tensor]:
@@ -88,20 +102,21 @@ def _write(source: str, folder: Path, force: bool) -> Path:
 
 
 def _train(
-    model: nn.Module, program: Any, images: Tensor, labels: Tensor, batch: int, steps: int
-) -> tuple[float, float]:
+    model: nn.Module, program: tn.Program, images: Tensor, labels: Tensor, batch: int, steps: int
+) -> tuple[str, str]:
     """Gradient descent with the program's gradient; the loss on the first batch before and after."""
-    before = float(program(images[:batch], labels[:batch]).loss)
+    before = program(images[:batch], labels[:batch]).loss
     for step in range(steps):
         chosen = torch.arange(step * batch, (step + 1) * batch) % len(images)
         gradient = program(images[chosen], labels[chosen])["grad"]
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter -= LEARNING_RATE * gradient[name]
-    return before, float(program(images[:batch], labels[:batch]).loss)
+                parameter.sub_(LEARNING_RATE * gradient[name])
+    after = program(images[:batch], labels[:batch]).loss
+    return f"{before:.3f}", f"{after:.3f}"
 
 
-def _table(model: nn.Module, result: Any) -> Table:
+def _table(model: nn.Module, result: tn.Result) -> Table:
     """One row per parameter. Noise is the standard error of the gradient, sqrt(sum variance / N)."""
     table = Table()
     table.add_column("parameter")
@@ -117,7 +132,7 @@ def _table(model: nn.Module, result: Any) -> Table:
     return table
 
 
-def _relative_time(model: nn.Module, loss: nn.Module, program: Any, x: Tensor, y: Tensor, rounds: int) -> float:
+def _relative_time(model: nn.Module, loss: nn.Module, program: tn.Program, x: Tensor, y: Tensor, rounds: int) -> float:
     """Median over rounds of the program's time over that of autograd's gradient, run in turns."""
     parameters = list(model.parameters())
 

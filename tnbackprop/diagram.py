@@ -143,15 +143,17 @@ class Selection:
 class Part:
     """The value of a whole diagram as an operand (one half of a square, say).
 
-    `legs[k]` is the name that the diagram's output leg k has here. A pinned part is always computed as such.
+    `legs[k]` is the name that the diagram's output leg k has here. A pinned part is always
+    computed as such; one that `follows` is, whenever a part inside it is.
     """
 
     diagram: Diagram
     legs: tuple[Leg, ...]
     pinned: bool = False
+    follows: bool = False
 
     def rename(self, to: Renaming) -> Part:
-        return Part(self.diagram, _renamed(self.legs, to), self.pinned)
+        return Part(self.diagram, _renamed(self.legs, to), self.pinned, self.follows)
 
     def __str__(self) -> str:
         inner = self.diagram.rename(dict(zip(self.diagram.legs, self.legs, strict=True)))
@@ -230,13 +232,17 @@ class Diagram:
             products.append(Product(sympy.Mul(p.scale, *orphans), p.operands))
         return Diagram(tuple(leg for leg in self.legs if leg not in gone), tuple(products))
 
-    def held(self, pinned: bool = False) -> Diagram:
-        """The same value as one part, so that a plan may compute it once, or (unless pinned) put it back in place."""
-        if not pinned and len(self.products) == 1 and self.products[0].scale == 1:
+    def held(self, pinned: bool = False, follows: bool = False) -> Diagram:
+        """The same value as one part, so that a plan may compute it once, or put it back in place.
+
+        pinned   it is always computed
+        follows  it is computed wherever a part inside it is (a centred value, where the uncentred one exists)
+        """
+        if not (pinned or follows) and len(self.products) == 1 and self.products[0].scale == 1:
             operands = self.products[0].operands
             if len(operands) == 1 and isinstance(operands[0], Part) and operands[0].legs == self.legs:
                 return self
-        return Diagram(self.legs, (Product(sympy.Integer(1), (Part(self, self.legs, pinned),)),))
+        return Diagram(self.legs, (Product(sympy.Integer(1), (Part(self, self.legs, pinned, follows),)),))
 
     def sum_parameter(self) -> Diagram:
         """Sum every output leg but the batch leg, its copies and root columns."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def compile(
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"two quantities are called {name!r}: give one another name=, its key in the result")
-    compiled = compile_program(model, loss, example, list(quantities), rules, None)
+    compiled = compile_program(model, loss, example, list(quantities), rules, _bytes(memory_limit))
     return Program(model, compiled, loss)
 
 
@@ -50,3 +51,15 @@ def compute(
 ) -> Result:
     """Compile and run once."""
     return compile(model, loss, batch, quantities)(*batch)
+
+
+def _bytes(limit: int | str | None) -> int | None:
+    """A number of bytes from a number or a text like "2GiB"."""
+    if limit is None or isinstance(limit, int):
+        return limit
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|[kMGT]i?B)\s*", limit)
+    if match is None:
+        raise InputError(f"memory_limit={limit!r} is no amount of memory: write bytes, or a text like '500MB' or '2GiB'")
+    unit = match[2].rstrip("B")
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(match[1]) * base ** " kMGT".index(unit[:1] or " "))

@@ -23,7 +23,8 @@ class Rule:
     legs       declared legs, ``{"input": "n, k", "output": "n, c"}``; needed where no formula says them.
     constants  numbers that the formula names (eps, s0, …).
     saved      runtime tensors of the forward: ``{"mask[*s]": "torch code"}``. The torch code may use
-               ``{input}`` and every other operand or earlier saved name, in braces.
+               ``{input}`` and every other operand or earlier saved name, in braces. A key without legs is a value
+               that only other code reads (a tuple of outputs).
     forward    torch code for the output, where the call itself will not do (a saved mask, say).
     vjp        operand name -> torch code of a native VJP; may use ``{cotangent}``, ``{output}``, operands, saved.
                A lowering: checked against the formula, never the definition.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from .emit import emit
 from .graph import Graph
 from .lower import LOWERINGS
 from .plan import Plan, plan
+from .stage import Stage
+from .verify import asked, check
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,16 @@ def compile_program(
 ) -> Compiled:
     """Run the stages on an example batch."""
     graph = capture(model, loss, example, rules)
+    seen = asked(model, tuple(q.name for q in quantities))
+    check(Stage.CAPTURE, graph, seen)
     bound = bind_all(graph, rules)
+    check(Stage.BIND, bound, seen := replace(seen, graph=graph))
     derived = derive(graph, bound, quantities)
-    planned = plan(graph, derived, LOWERINGS, _rates(model), _itemsize(model))
+    check(Stage.DERIVE, derived, seen)
+    planned = plan(graph, derived, LOWERINGS, _rates(model), _itemsize(model), memory_limit)
+    check(Stage.PLAN, planned, seen := replace(seen, derived=derived))
     source = emit(graph, planned, f"{type(model).__name__}: {', '.join(q.name for q in quantities)}")
+    check(Stage.EMIT, source, seen)
     return Compiled(graph, derived, planned, source)
 
 

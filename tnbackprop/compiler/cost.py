@@ -36,6 +36,7 @@ class Kernel(Enum):
     GROUPED = "grouped convolution"
     GENERAL = "einsum"
     NATIVE = "native"
+    SLICED = "sliced batch"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ CPU = Rates(
         Kernel.GROUPED: 60e9,
         Kernel.GENERAL: 40e9,
         Kernel.NATIVE: 20e9,
+        Kernel.SLICED: 60e9,
     },
     bandwidth=16e9,
     launch=4e-6,
@@ -92,6 +94,7 @@ CUDA = Rates(
         Kernel.GROUPED: 3e12,
         Kernel.GENERAL: 20e12,
         Kernel.NATIVE: 10e12,
+        Kernel.SLICED: 10e12,
     },
     bandwidth=3.5e12,
     launch=5e-6,

@@ -149,7 +149,7 @@ def _sweep_call(sweep: _Sweep, call: Call, rule: BoundRule) -> None:
         return
     trainable = {v.name for v in call.tensors.values() if v.differentiable}
     for name in trainable & set(rule.vjp):
-        if not sweep.samples[name]:
+        if rule.fallback and not sweep.samples[name]:
             _pull_individually(sweep, call, rule, name)
             trainable.discard(name)
     native = {name for name in trainable & set(rule.vjp) if sweep.samples[name] and sweep.samples[call.output.name]}

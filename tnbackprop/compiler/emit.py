@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .graph import Graph
+from .listing import lines_of
 from .plan import Plan
 from .store import Step
 
@@ -20,7 +21,10 @@ WIDTH = 120
 
 def emit(graph: Graph, plan: Plan, header: str) -> str:
     """The source of ``program(tensors) -> (loss, output, results)``."""
-    lines = [f'"""{header}"""', "", "import torch", "", "", "def program(tensors):"]
+    lines = [f'"""{header}"""', "", "import torch", "", ""]
+    for source in plan.functions.values():
+        lines += [*source.split("\n"), "", ""]
+    lines.append("def program(tensors):")
     inputs = (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs)
     read = {name for step in plan.steps for name in step.inputs} | _read_by_output(graph, plan)
     floating = next((n for n in (*graph.parameters, *graph.inputs) if graph.values[n].dtype.is_floating_point), None)
@@ -31,7 +35,7 @@ def emit(graph: Graph, plan: Plan, header: str) -> str:
     lines.append(_batch_line(graph))
     if any("like" in step.inputs for step in plan.steps):
         lines.append(f"    like = {floating}")
-    lines += _body(graph, plan)
+    lines += lines_of(plan.steps, _read_by_output(graph, plan))
     lines += _return(graph, plan)
     return "\n".join(lines) + "\n"
 
@@ -48,23 +52,6 @@ def _read_by_output(graph: Graph, plan: Plan) -> set[str]:
     names = set(plan.output.values())
     names |= {code for by in plan.results.values() for code in by.values()}
     return names | ({plan.loss} if plan.loss else set())
-
-
-def _body(graph: Graph, plan: Plan) -> list[str]:
-    """One line per step, a comment where the subject changes, and `del` after the last use."""
-    last = {name: k for k, step in enumerate(plan.steps) for name in step.inputs}
-    kept = _read_by_output(graph, plan)
-    own = {step.name for step in plan.steps}
-    lines, note = [], ""
-    for k, step in enumerate(plan.steps):
-        if step.note != note:
-            note = step.note
-            lines.append(f"    # {note}")
-        lines.append(f"    {step.name} = {step.code}")
-        dead = [name for name in step.inputs if last[name] == k and name in own and name not in kept]
-        if dead:
-            lines.append(f"    del {', '.join(dead)}")
-    return lines
 
 
 def _return(graph: Graph, plan: Plan) -> list[str]:

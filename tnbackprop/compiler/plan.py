@@ -10,15 +10,19 @@ from math import prod
 
 import torch
 
-from ..algebra import inline, parts
+from ..algebra import all_parts, inline, parts
 from ..bind import BoundRule
 from ..diagram import Diagram, Leg, N, Size
+from ..errors import UnsupportedError
 from .arrange import arranged, sizes_of, text
 from .contract import Lowering, build
-from .cost import Kernel, Rates, Work
+from .cost import Kernel, Rates, Work, number
 from .derive import Backward, Derived, Extraction, Individual, Native
 from .forward import call_code, fill, forward_work
 from .graph import Call, Graph
+from .listing import alive
+from .memory import peak_bytes
+from .slices import build_sliced
 from .store import Ref, Step, Store
 
 MOST_PARTS = 4
@@ -26,12 +30,23 @@ MOST_PARTS = 4
 
 
 @dataclass(frozen=True)
+class Option:
+    """A set of parts to build, tried out: all steps that it takes, and which of them gives each quantity."""
+
+    kept: frozenset[Diagram]
+    seconds: float
+    steps: tuple[Step, ...]
+    results: Mapping[str, str]  # quantity -> value name, of a step or of something built before
+
+
+@dataclass(frozen=True)
 class Choice:
-    """What was decided for one parameter: which parts are built, with the predicted seconds of every option."""
+    """What was decided for one parameter: which of its parts are built."""
 
     parameter: str
-    options: tuple[tuple[str, float], ...]
-    chosen: str
+    found: tuple[Diagram, ...]
+    options: tuple[Option, ...]
+    chosen: Option
 
 
 @dataclass(frozen=True)
@@ -47,9 +62,35 @@ class Plan:
     itemsize: int
     rates: Rates
     shapes: Mapping[str, tuple[Size, ...]]
+    functions: Mapping[str, str]  # slices of the batch: name -> source
 
 
-def plan(graph: Graph, derived: Derived, lowerings: tuple[Lowering, ...], rates: Rates, itemsize: int) -> Plan:
+def plan(
+    graph: Graph,
+    derived: Derived,
+    lowerings: tuple[Lowering, ...],
+    rates: Rates,
+    itemsize: int,
+    memory_limit: int | None = None,
+) -> Plan:
+    """The fastest plan whose peak is within `memory_limit` bytes, met by slicing the batch into ever smaller pieces."""
+    best = _plan(graph, derived, lowerings, rates, itemsize, None)
+    chunk = graph.example_batch
+    while memory_limit is not None and peak_bytes(best) > memory_limit:
+        if chunk == 1:
+            raise UnsupportedError(
+                f"memory_limit={memory_limit} bytes cannot be met: one sample at a time still takes "
+                f"{peak_bytes(best):.0f} bytes.\n  Results and forward values count, too: ask for fewer quantities, "
+                "or compile with a smaller example batch."
+            )
+        chunk = (chunk + 1) // 2
+        best = _plan(graph, derived, lowerings, rates, itemsize, chunk)
+    return best
+
+
+def _plan(
+    graph: Graph, derived: Derived, lowerings: tuple[Lowering, ...], rates: Rates, itemsize: int, chunk: int | None
+) -> Plan:
     """Steps for the forward, the cotangents and every result, cheapest first, dead ones dropped."""
     store = Store(rates, graph.example_batch, itemsize)
     _inputs(store, graph)
@@ -63,17 +104,17 @@ def plan(graph: Graph, derived: Derived, lowerings: tuple[Lowering, ...], rates:
             ref = _native(store, item.native, (N, *graph.values[item.of].shape))
             _name(store, ref, item.name)
         else:
-            codes, choice = _extract(store, graph, item, lowerings)
+            codes, choice = _extract(store, graph, item, lowerings, chunk)
             choices.append(choice)
             for quantity, code in codes.items():
                 results.setdefault(quantity, {})[graph.parameters[item.parameter][0]] = code
     wanted = [graph.loss] if graph.loss else []
     roots = [*wanted, *names_in(graph.output), *(c.split(".")[0] for by in results.values() for c in by.values())]
-    steps = _alive(store.steps, {store.resolve(name) for name in roots})
+    steps = alive(store.steps, {store.resolve(name) for name in roots})
     ordered = _in_order(results, graph)
     output = {name: store.resolve(name) for name in names_in(graph.output)}
     loss = store.resolve(graph.loss) if graph.loss else None
-    return Plan(steps, ordered, loss, output, tuple(choices), graph.example_batch, itemsize, rates, store.shapes)
+    return Plan(steps, ordered, loss, output, tuple(choices), graph.example_batch, itemsize, rates, store.shapes, store.functions)
 
 
 def _in_order(results: dict[str, dict[str, str]], graph: Graph) -> dict[str, dict[str, str]]:
@@ -178,49 +219,51 @@ def _shaped(store: Store, ref: Ref, shape: tuple[Size, ...]) -> str:
 
 
 def _extract(
-    store: Store, graph: Graph, item: Extraction, lowerings: tuple[Lowering, ...]
+    store: Store, graph: Graph, item: Extraction, lowerings: tuple[Lowering, ...], chunk: int | None
 ) -> tuple[dict[str, str], Choice]:
     """All results of one parameter, with the set of parts that makes them cheapest together."""
     dotted = graph.parameters[item.parameter][0]
     store.note = f"{dotted}"
     found = {part: None for diagram in item.diagrams.values() for part in parts(diagram)}
-    kept, options = _choose_parts(store, item, tuple(found), lowerings)
-    refs = _built(store, item, kept, lowerings)
+    options = _options(store, item, tuple(found), lowerings, chunk)
+    best = min(options, key=lambda option: option.seconds)
+    refs = _built(store, item, best.kept, lowerings, chunk)
     codes = {}
     for quantity, ref in refs.items():
         store.note = f"{quantity} of {dotted}"
         shape = _result_shape(ref.order, graph.values[item.parameter].shape)
         codes[quantity] = _final(store, _shaped(store, ref, shape), shape, ref)
-    return codes, Choice(dotted, options, _shown(kept, tuple(found)))
+    return codes, Choice(dotted, tuple(found), options, best)
 
 
-def _choose_parts(
-    store: Store, item: Extraction, found: tuple[Diagram, ...], lowerings: tuple[Lowering, ...]
-) -> tuple[frozenset[Diagram], tuple[tuple[str, float], ...]]:
+def _options(
+    store: Store, item: Extraction, found: tuple[Diagram, ...], lowerings: tuple[Lowering, ...], chunk: int | None
+) -> tuple[Option, ...]:
+    """Every subset of parts that may be built, tried on a fork."""
     subsets = [frozenset(s) for size in range(len(found) + 1) for s in combinations(found, size)]
     if len(found) > MOST_PARTS:
         subsets = [frozenset(found[:k]) for k in range(len(found) + 1)]
-    seconds = {}
-    for subset in subsets:
-        trial = store.fork()
-        _built(trial, item, subset, lowerings)
-        seconds[subset] = trial.seconds(len(store.steps))
-    best = min(seconds, key=seconds.__getitem__)
-    return best, tuple((_shown(s, found), t) for s, t in seconds.items())
+    followers = [p for d in item.diagrams.values() for p in all_parts(d) if p.follows]
+    allowed = [s for s in subsets if all(p.diagram in s or not s & set(parts(p.diagram)) for p in followers)]
+    options = []
+    for subset in allowed:
+        trial, start = store.fork(), len(store.steps)
+        refs = _built(trial, item, subset, lowerings, chunk)
+        results = {quantity: trial.resolve(ref.name) for quantity, ref in refs.items()}
+        options.append(Option(subset, trial.seconds(start), tuple(trial.steps[start:]), results))
+    return tuple(options)
 
 
-def _built(store: Store, item: Extraction, kept: frozenset[Diagram], lowerings: tuple[Lowering, ...]) -> dict[str, Ref]:
+def _built(
+    store: Store, item: Extraction, kept: frozenset[Diagram], lowerings: tuple[Lowering, ...], chunk: int | None
+) -> dict[str, Ref]:
     """Every quantity of the parameter when the parts in `kept` are built and all others are multiplied out."""
     refs = {}
     for quantity, diagram in item.diagrams.items():
         store.note = f"{quantity} of {store.note.rsplit(' of ', 1)[-1]}"
-        refs[quantity] = build(store, inline(diagram, kept), lowerings)
+        opened = inline(diagram, kept)
+        refs[quantity] = build(store, opened, lowerings) if chunk is None else build_sliced(store, opened, lowerings, chunk)
     return refs
-
-
-def _shown(kept: frozenset[Diagram], found: tuple[Diagram, ...]) -> str:
-    names = [f"part {k + 1}" for k, part in enumerate(found) if part in kept]
-    return "build " + " and ".join(names) if names else "multiply out (Gram)"
 
 
 def _result_shape(order: tuple[Leg, ...], shape: tuple[Size, ...]) -> tuple[Size, ...]:
@@ -244,16 +287,6 @@ def names_in(output: object) -> list[str]:
     """The value names in the pytree that the model returns."""
     leaves = torch.utils._pytree.tree_leaves(output)
     return [leaf for leaf in leaves if isinstance(leaf, str)]
-
-
-def _alive(steps: list[Step], wanted: set[str]) -> tuple[Step, ...]:
-    """The steps that some result needs."""
-    kept = []
-    for step in reversed(steps):
-        if step.name in wanted:
-            kept.append(step)
-            wanted |= set(step.inputs)
-    return tuple(reversed(kept))
 
 
 def _note(call: Call) -> str:

@@ -96,5 +96,5 @@ def number_code(scale: sympy.Expr) -> str:
     """An exact scale as a Python expression of N and numbers."""
     if scale.is_number:
         return str(int(scale)) if scale.is_Integer else repr(float(scale))
-    printed = sympy.sstr(scale.xreplace({r: sympy.Float(float(r)) for r in scale.atoms(sympy.Rational) if r.q != 1}))
-    return f"({printed})"
+    long = {r: sympy.Float(float(r), 17) for r in scale.atoms(sympy.Rational) if max(abs(r.p), r.q) > 10**6}
+    return f"({sympy.sstr(scale.xreplace(long), full_prec=True)})"

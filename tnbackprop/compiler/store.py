@@ -59,6 +59,7 @@ class Store:
     built: dict[Key, Ref] = field(default_factory=dict)
     definitions: dict[str, Diagram] = field(default_factory=dict)  # values that are built when first read
     suppliers: dict[str, Callable[[Store], None]] = field(default_factory=dict)  # the same, for native code
+    functions: dict[str, str] = field(default_factory=dict)  # slices: name -> source
     note: str = ""
     prefix: str = "t"
 
@@ -72,11 +73,12 @@ class Store:
             by_code=dict(self.by_code),
             alias=dict(self.alias),
             built=dict(self.built),
+            functions=dict(self.functions),
         )
 
     def adopt(self, other: Store) -> None:
         """Take over what a fork has built."""
-        for name in ("steps", "shapes", "strided", "by_code", "alias", "built"):
+        for name in ("steps", "shapes", "strided", "by_code", "alias", "built", "functions"):
             setattr(self, name, getattr(other, name))
 
     def add(

@@ -90,7 +90,8 @@ class Variance(Quantity):
     """Variance of the individual gradients, shape [*p]: (1/N) Σ_n [∇ℓ_n - mean]², elementwise.
 
     Equal to (1/N) Σ_n [∇ℓ_n]² - [∇L]² for a loss that averages, and computed so where the individual gradients are
-    not built. There float32 cancels when the gradients hardly differ: ``centred=True`` always subtracts first.
+    not built; where they are, the mean is subtracted first. The difference cancels in float32 when the gradients
+    hardly differ: ``centred=True`` always subtracts first.
     `Scale.BACKPACK`: Σ_n [(1/N) ∇ℓ_n]² - [∇L]²/N, that is 1/N of it.
     """
 
@@ -100,7 +101,7 @@ class Variance(Quantity):
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
         G = J.T @ g
-        D = (G - G.sum("n") / N).held(pinned=self.centred)
+        D: Diagram = (G - G.sum("n") / N).held(pinned=self.centred, follows=True)
         return (D * D).sum("n") * _mean_of_squares(self.scale, g)
 
 

@@ -13,14 +13,13 @@ TABLE = Table()
 aten = torch.ops.aten
 
 
-def _max_rule(count: int, index: str, vjp: str) -> Rule:
+def _max_rule(count: int, pooled: str, vjp: str) -> Rule:
     """output[*s, h] = input[*s, y] at the y that the saved index chooses (the first maximum, or a NaN)."""
     space, image = join(SPACE[count]), join(IMAGE[count])
-    flat = f".flatten(-{count})" if count > 1 else ""
     return Rule(
         f"output[*s, {space}] = select(index[*s, {space}], {image}) * input[*s, {image}]",
-        saved={f"index[*s, {space}]": index},
-        forward=f"{{input}}{flat}.gather(-1, {{index}}{flat}).view({{index}}.shape)",
+        saved={"pooled": pooled, f"index[*s, {space}]": "{pooled}[1]"},
+        forward="{pooled}[0]",
         vjp={"input": vjp},
         kinks="the first maximum in row-major order takes all",
     )
@@ -30,7 +29,7 @@ def max_pool(call: Any, count: int) -> Rule:
     stride = call.stride if call.stride not in ((), [], None) else call.kernel_size
     numbers = [list(per_axis(v, count)) for v in (call.kernel_size, stride, call.padding, call.dilation)]
     geometry = f"{join([str(v) for v in numbers])}, {call.ceil_mode}"
-    index = f"torch.ops.aten.max_pool{count}d_with_indices({{input}}, {geometry})[1]"
+    pooled = f"torch.ops.aten.max_pool{count}d_with_indices({{input}}, {geometry})"
     if count > 1:
         vjp = f"torch.ops.aten.max_pool{count}d_with_indices_backward({{cotangent}}, {{input}}, {geometry}, {{index}})"
     else:  # there is no 1d kernel: a plane of height 1
@@ -39,19 +38,19 @@ def max_pool(call: Any, count: int) -> Rule:
             "torch.ops.aten.max_pool2d_with_indices_backward({cotangent}.unsqueeze(-2), {input}.unsqueeze(-2), "
             f"{join([str(v) for v in flat])}, {call.ceil_mode}, {{index}}.unsqueeze(-2)).squeeze(-2)"
         )
-    return _max_rule(count, index, vjp)
+    return _max_rule(count, pooled, vjp)
 
 
 def adaptive_max_pool(call: Any, count: int) -> Rule:
     size = list(per_axis(call.output_size, count))
-    index = f"torch.ops.aten.adaptive_max_pool{count}d({{input}}, {size})[1]"
+    pooled = f"torch.ops.aten.adaptive_max_pool{count}d({{input}}, {size})"
     vjp = f"torch.ops.aten.adaptive_max_pool{count}d_backward({{cotangent}}, {{input}}, {{index}})"
     if count == 1:
         vjp = (
             "torch.ops.aten.adaptive_max_pool2d_backward("
             "{cotangent}.unsqueeze(-2), {input}.unsqueeze(-2), {index}.unsqueeze(-2)).squeeze(-2)"
         )
-    return _max_rule(count, index, vjp)
+    return _max_rule(count, pooled, vjp)
 
 
 def avg_pool(call: Any, count: int) -> Rule:

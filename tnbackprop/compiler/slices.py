@@ -1,0 +1,158 @@
+"""Slice the batch: a term that needs its individual gradients is computed a few samples at a time.
+
+The slice is a function of its own in the source; the term is the sum of the slices (n summed) or their
+concatenation (n open). Exact: a product of operands is taken apart along n whatever the operands are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import sympy
+
+from ..diagram import BATCH, Diagram, Leg, Map, N, Operand, Part, Product, Selection, Tensor
+from .arrange import arranged, sizes_of
+from .contract import Lowering, as_tensor, build, read
+from .cost import Kernel, Terms, Work
+from .listing import alive, lines_of
+from .store import Ref, Step, Store
+
+Legs = tuple[Leg, ...]
+TOTAL = sympy.Symbol("total", integer=True, positive=True)
+"""Inside a slice: the batch size as a number in a scale. N is the size of the slice there."""
+
+
+def build_sliced(store: Store, diagram: Diagram, lowerings: tuple[Lowering, ...], chunk: int) -> Ref:
+    """Like `build`, with every term that has parts along the batch computed `chunk` samples at a time."""
+    products = []
+    for product in diagram.products:
+        if _sliceable(product, diagram.legs):
+            value = _sliced(store, product, diagram.legs, lowerings, chunk)
+            products.append(Product(product.scale, (as_tensor(store, value),)))
+        else:
+            products.append(product)
+    return build(store, Diagram(diagram.legs, tuple(products)), lowerings)
+
+
+def _sliceable(product: Product, legs: Legs) -> bool:
+    """Whether there is a part to cut along n, and nothing pairs samples with each other."""
+    along = [op for op in product.operands if isinstance(op, Part) and BATCH in op.legs]
+    reduced = BATCH not in legs or len(product.operands) > 1
+    return bool(along) and reduced and not _pairs_samples(product, legs)
+
+
+def _pairs_samples(product: Product, legs: Legs) -> bool:
+    if BATCH in product.legs and any(leg.size == N and leg != BATCH for leg in (*product.legs, *legs)):
+        return True
+    inner = [_renamed(op) for op in product.operands if isinstance(op, Part)]
+    return any(_pairs_samples(p, d.legs) for d in inner for p in d.products)
+
+
+def _renamed(part: Part) -> Diagram:
+    return part.diagram.rename(dict(zip(part.diagram.legs, part.legs, strict=True)))
+
+
+def _sliced(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering, ...], chunk: int) -> Ref:
+    own = tuple(leg for leg in legs if leg in set(product.legs))
+    operands = tuple(_open(store, op, lowerings) for op in product.operands)
+    inner = Diagram(own, (Product(sympy.Integer(1), operands),))
+    inputs = _leaves(inner)
+    small = Store(store.rates, chunk, store.itemsize, note=store.note, prefix="u", functions=store.functions)
+    small.shapes |= {name: sizes_of(tensor.legs) for name, tensor in inputs.items()} | {"like": ()}
+    ref = build(small, inner, lowerings)
+    result = arranged(small, ref, tuple((leg,) for leg in own)) or ref.name
+    steps = alive(small.steps, set(small.names_in(result)))
+    uses_like = any("like" in step.inputs for step in steps)
+    parameters = [*inputs, *(["like"] if uses_like else []), *(["total"] if _has_total(steps) else [])]
+    name = _function(store, parameters, steps, result, next(iter(_sliced_names(inputs))), inputs)
+    arguments = [_argument(store, tensor, chunk) for tensor in inputs.values()]
+    arguments += (["like"] if uses_like else []) + (["N"] if "total" in parameters else [])
+    calls = f"{name}({', '.join(arguments)}) for i in range(0, N, {chunk})"
+    axis = own.index(BATCH) if BATCH in own else None
+    code = f"sum({calls})" if axis is None else f"torch.cat([{calls}]{f', {axis}' if axis else ''})"
+    value = store.add(code, sizes_of(own), Kernel.SLICED, _work(steps, store, chunk))
+    return Ref(value, own, own)
+
+
+def _open(store: Store, op: Operand, lowerings: tuple[Lowering, ...]) -> Operand:
+    """A part without the batch is computed once, outside; in the others a scale's N becomes the total."""
+    if not isinstance(op, Part):
+        return op
+    if BATCH not in op.legs:
+        return as_tensor(store, build(store, op.diagram, lowerings)).rename(dict(zip(op.diagram.legs, op.legs, strict=True)))
+    diagram = _renamed(op)
+    products = tuple(_open_product(store, p, diagram.legs, lowerings) for p in diagram.products)
+    return Part(Diagram(diagram.legs, products), op.legs)
+
+
+def _open_product(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering, ...]) -> Product:
+    if BATCH not in product.legs:
+        own = tuple(leg for leg in legs if leg in set(product.legs))
+        value = build(store, Diagram(own, (product,)), lowerings)
+        return Product(sympy.Integer(1), (as_tensor(store, value),))
+    return Product(product.scale.xreplace({N: TOTAL}), tuple(_open(store, op, lowerings) for op in product.operands))
+
+
+def _leaves(diagram: Diagram) -> dict[str, Tensor]:
+    """The runtime tensors that the slice reads, each as it is read first."""
+    found: dict[str, Tensor] = {}
+    for product in diagram.products:
+        for op in product.operands:
+            match op:
+                case Tensor():
+                    found.setdefault(op.name, op)
+                case Map():
+                    found |= {a.name: a for a in op.args if a.name not in found}
+                case Selection():
+                    found.setdefault(op.index.name, op.index)
+                case Part():
+                    inner = _leaves(_renamed(op))
+                    found |= {name: t for name, t in inner.items() if name not in found}
+                case _:
+                    pass
+    return found
+
+
+def _sliced_names(inputs: dict[str, Tensor]) -> list[str]:
+    return [name for name, tensor in inputs.items() if BATCH in tensor.legs]
+
+
+def _argument(store: Store, tensor: Tensor, chunk: int) -> str:
+    ref = read(store, tensor)
+    code = arranged(store, ref, tuple((leg,) for leg in tensor.legs))
+    if BATCH not in tensor.legs:
+        return code
+    return f"{code}[{':, ' * tensor.legs.index(BATCH)}i : i + {chunk}]"
+
+
+def _function(store: Store, parameters: list[str], steps: tuple[Step, ...], result: str, first: str, inputs: dict[str, Tensor]) -> str:
+    axis = inputs[first].legs.index(BATCH)
+    body = [f"    N = {first}.shape[{axis}]", *lines_of(steps, set()), f"    return {result}"]
+    text = "\n".join(body)
+    for known, source in store.functions.items():
+        if source.split("\n", 1)[1] == text and source.startswith(f"def {known}({', '.join(parameters)}):"):
+            return known
+    name = f"slice_{len(store.functions)}"
+    store.functions[name] = f"def {name}({', '.join(parameters)}):\n{text}"
+    return name
+
+
+def _has_total(steps: tuple[Step, ...]) -> bool:
+    return any("total" in step.code for step in steps)
+
+
+def _work(steps: tuple[Step, ...], store: Store, chunk: int) -> Work:
+    """All slices together: the polynomials of one slice hold with n running over the whole batch."""
+    flops: Terms = ()
+    moved: Terms = ()
+    fresh: Terms = ()
+    for step in steps:
+        work = step.work
+        flops, moved = (*flops, *work.flops), (*moved, *work.moved)
+        fresh = (*fresh, *((c, _cut(legs, chunk)) for c, legs in work.fresh))
+    return Work(flops, moved, fresh)
+
+
+def _cut(legs: Legs, chunk: int) -> Legs:
+    return tuple(replace(leg, size=chunk) if leg.size == N else leg for leg in legs)
+

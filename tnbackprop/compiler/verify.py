@@ -1,0 +1,346 @@
+"""Verify: the table of invariants that is checked after every stage.
+
+A row is ``(what holds, check)``; a check yields ``(item, what is wrong)``. It sees what the stage made and, in
+`Context`, what the stages before it made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from ..bind import BoundRule
+from ..diagram import BATCH, COLUMN, Diagram, Leg, N
+from ..errors import InvariantError
+from .derive import Backward, Derived, Extraction, Individual, Native
+from .graph import Call, Graph, is_batch
+from .plan import Plan, names_in
+from .stage import Stage
+from .verify_source import SOURCE
+from .wellformed import Count, count, count_legs, flaws, flaws_of_jacobian, shown
+
+Bound = tuple[tuple[Call, BoundRule], ...]
+Flaws = Iterator[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What was asked for, and what the stages so far have made.
+
+    trainable   dotted names of the model's parameters that require a gradient
+    quantities  names of the quantities
+    """
+
+    trainable: frozenset[str]
+    quantities: tuple[str, ...]
+    graph: Graph | None = None
+    derived: Derived | None = None
+    plan: Plan | None = None
+
+
+Check = Callable[[Any, Context], Flaws]
+T = TypeVar("T")
+
+
+def check(stage: Stage, data: T, context: Context) -> T:
+    """The data, after every invariant of the stage was found to hold. Raises `InvariantError` at the first that does not."""
+    for name, row in INVARIANTS[stage]:
+        for item, wrong in row(data, context):
+            raise InvariantError(f"after {stage}, {name} does not hold for {item!r}: {wrong}\n  This is a bug in tnbackprop or in an extension.")
+    return data
+
+
+def asked(model: torch.nn.Module, quantities: tuple[str, ...]) -> Context:
+    """The context before the first stage."""
+    trainable = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    return Context(frozenset(trainable), quantities)
+
+
+def _read(graph: Graph) -> tuple[str, ...]:
+    """The values that no call makes."""
+    return (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs)
+
+
+# -- capture
+
+
+def _defined_before_use(graph: Graph, context: Context) -> Flaws:
+    defined = set(_read(graph))
+    for call in graph.calls:
+        for name in (value.name for value in call.tensors.values()):
+            if name not in defined:
+                yield call.where, f"operand {name!r} is not defined yet"
+        if call.output.name in defined:
+            yield call.where, f"{call.output.name!r} is defined twice"
+        defined.add(call.output.name)
+    for name in (*names_in(graph.output), *([graph.loss] if graph.loss else [])):
+        if name not in defined:
+            yield name, "it is returned, but nothing defines it"
+
+
+def _values_agree(graph: Graph, context: Context) -> Flaws:
+    for call in graph.calls:
+        for value in (call.output, *call.tensors.values()):
+            if graph.values.get(value.name) != value:
+                yield value.name, f"{call.where} sees {value}, the graph has {graph.values.get(value.name)}"
+
+
+def _batch_once(graph: Graph, context: Context) -> Flaws:
+    for name, value in graph.values.items():
+        factors = [factor for axis in value.axes for factor in axis]
+        if factors.count(N) > 1:
+            yield name, f"the batch is there more than once in {value}"
+        if any(is_batch(factor) and factor != N for factor in factors):
+            yield name, f"a factor of {value} mixes the batch with something else"
+
+
+def _parameters_there(graph: Graph, context: Context) -> Flaws:
+    names = {dotted: name for name, all_names in graph.parameters.items() for dotted in all_names}
+    for dotted in sorted(context.trainable):
+        if dotted not in names:
+            yield dotted, "the parameter requires a gradient, but the graph does not have it"
+        elif not graph.values[names[dotted]].depends_on:
+            yield dotted, "the parameter requires a gradient, but counts as frozen"
+
+
+def _dependence(graph: Graph, context: Context) -> Flaws:
+    for call in graph.calls:
+        upstream = frozenset().union(*(value.depends_on for value in call.tensors.values()))
+        if not call.output.depends_on <= upstream:
+            yield call.output.name, f"no operand depends on {sorted(call.output.depends_on - upstream)}"
+
+
+def _loss_is_scalar(graph: Graph, context: Context) -> Flaws:
+    if graph.loss is not None and count(graph.values[graph.loss].shape) != (1, 0):
+        yield graph.loss, f"the loss is {graph.values[graph.loss]}"
+
+
+# -- bind
+
+
+def _elements(graph: Graph, bound: Bound) -> dict[str, Count | None]:
+    """The elements of every value that a formula may read."""
+    known: dict[str, Count | None] = {name: count(value.shape) for name, value in graph.values.items()}
+    for _, rule in bound:
+        known |= {equation.name: count_legs(equation.legs) for equation in rule.equations}
+        known |= {saved.name: count(saved.shape) for saved in rule.saved}
+    return known
+
+
+def _graph(context: Context) -> Graph:
+    if context.graph is None:
+        raise InvariantError("the graph is not in the context")
+    return context.graph
+
+
+def _all_bound(bound: Bound, context: Context) -> Flaws:
+    names = [call.output.name for call, _ in bound]
+    wanted = [call.output.name for call in _graph(context).calls if call.output.differentiable]
+    for name in [*wanted, *names]:
+        if (name in names) != (name in wanted):
+            yield name, "bound but not differentiable" if name in names else "differentiable but not bound"
+    for call, rule in bound:
+        if not rule.equations or rule.equations[-1].name != call.output.name:
+            yield call.where, f"the last line does not define {call.output.name!r}"
+
+
+def _sizes_of_equations(bound: Bound, context: Context) -> Flaws:
+    graph = _graph(context)
+    for call, rule in bound:
+        for equation in rule.equations:
+            if equation.diagram is not None and equation.diagram.legs != equation.legs:
+                yield equation.name, f"its legs are not those of its formula {equation.diagram}"
+        own, value = count_legs(rule.equations[-1].legs), graph.values[call.output.name]
+        if own != count(value.shape):
+            yield call.output.name, f"the formula gives {shown(own)} elements, the value is {value}"
+
+
+def _formulas(bound: Bound, context: Context) -> Flaws:
+    known = _elements(_graph(context), bound)
+    for call, rule in bound:
+        for equation in rule.equations:
+            if equation.diagram is not None:
+                yield from ((call.where, what) for what in flaws(equation.diagram, known))
+            for jacobian in equation.jacobians.values():
+                yield from ((call.where, what) for what in flaws_of_jacobian(jacobian, known))
+
+
+# -- derive
+
+
+def _all_extracted(derived: Derived, context: Context) -> Flaws:
+    graph = _graph(context)
+    found = [item.parameter for item in derived.schedule if isinstance(item, Extraction)]
+    for name, dotted in graph.parameters.items():
+        wanted = int(graph.values[name].differentiable)
+        if found.count(name) != wanted:
+            yield dotted[0], f"it has {found.count(name)} extractions, not {wanted}"
+    for item in derived.schedule:
+        if isinstance(item, Extraction) and set(item.diagrams) != set(context.quantities):
+            yield graph.parameters[item.parameter][0], f"it has {sorted(item.diagrams)}, asked for were {sorted(context.quantities)}"
+
+
+def _swept_in_order(derived: Derived, context: Context) -> Flaws:
+    """Diagrams read values of the forward and cotangents that were scheduled before them."""
+    known = _elements(_graph(context), derived.bound)
+    for item in derived.schedule:
+        for what, term in _terms(item):
+            if not isinstance(term, Native):
+                yield from ((what, wrong) for wrong in flaws(term, known))
+            elif f"g_{term.cotangent_of}" not in known:
+                yield what, f"the cotangent of {term.cotangent_of!r} is not there yet"
+        made = _made(item, known)
+        for name in made:
+            if name in known:
+                yield name, "it is computed twice"
+        known |= made
+
+
+def _terms(item: Backward | Individual | Extraction) -> list[tuple[str, Diagram | Native]]:
+    """What is computed, each with a name for messages."""
+    match item:
+        case Extraction():
+            return [(f"{quantity} of {item.parameter}", diagram) for quantity, diagram in item.diagrams.items()]
+        case Individual():
+            return [(item.name, item.native)]
+        case Backward():
+            return [(f"g_{item.value}", term) for term in item.terms]
+
+
+def _made(item: Backward | Individual | Extraction, known: Mapping[str, Count | None]) -> dict[str, Count | None]:
+    """The new values and their elements: those of the value, times N for a value made of parameters."""
+    match item:
+        case Extraction():
+            return {}
+        case Individual():
+            return {item.name: _times_batch(known[item.of])}
+        case Backward():
+            own = [count_legs(term.legs) for term in item.terms if not isinstance(term, Native)]
+            return {f"g_{item.value}": own[0] if own else known[item.value]}
+
+
+def _times_batch(elements: Count | None) -> Count | None:
+    return None if elements is None else (elements[0], elements[1] + 1)
+
+
+def _sizes_of_cotangents(derived: Derived, context: Context) -> Flaws:
+    known = _elements(_graph(context), derived.bound)
+    for item in derived.schedule:
+        for what, term in _terms(item) if isinstance(item, Backward) else ():
+            elements = known[item.value]  # type: ignore[union-attr]
+            if isinstance(term, Native) or elements is None:
+                continue
+            own = count_legs(term.legs)
+            if own not in (elements, _times_batch(elements) if not elements[1] else elements):
+                yield what, f"a term has {shown(own)} elements, the value {shown(elements)}: {term}"
+
+
+def _result_legs(derived: Derived, context: Context) -> Flaws:
+    """Copies of the batch leg and columns come first; n is the batch."""
+    for item in derived.schedule:
+        for quantity, diagram in item.diagrams.items() if isinstance(item, Extraction) else ():
+            head = [_is_head(leg) for leg in diagram.legs]
+            if head != sorted(head, reverse=True):
+                yield f"{quantity} of {item.parameter}", f"batch legs do not come first in {diagram}"
+            if any(leg.name == BATCH.name and leg != BATCH for leg in diagram.legs):
+                yield f"{quantity} of {item.parameter}", f"leg n is not the batch in {diagram}"
+
+
+def _is_head(leg: Leg) -> bool:
+    return leg.size == N or leg.name == COLUMN
+
+
+# -- plan
+
+
+def _derived(context: Context) -> Derived:
+    if context.derived is None:
+        raise InvariantError("the diagrams are not in the context")
+    return context.derived
+
+
+def _steps_in_order(plan: Plan, context: Context) -> Flaws:
+    defined = {*_read(_graph(context)), "like"}
+    for step in plan.steps:
+        for name in step.inputs:
+            if name not in defined:
+                yield step.name, f"it reads {name!r}, which is not computed yet: {step.code}"
+        if step.name in defined:
+            yield step.name, f"it is computed twice: {step.code}"
+        defined.add(step.name)
+
+
+def _all_planned(plan: Plan, context: Context) -> Flaws:
+    graph, defined = _graph(context), {*_read(_graph(context)), *(step.name for step in plan.steps)}
+    parameters = [graph.parameters[i.parameter][0] for i in _derived(context).schedule if isinstance(i, Extraction)]
+    for quantity in context.quantities if parameters else ():
+        for dotted in parameters:
+            code = plan.results.get(quantity, {}).get(dotted)
+            if code is None or code.split(".")[0] not in defined:
+                yield f"{quantity} of {dotted}", f"its value {code} is not computed"
+    for name in (*plan.output.values(), *([plan.loss] if plan.loss else [])):
+        if name not in defined:
+            yield name, "it is returned, but not computed"
+
+
+def _shapes_known(plan: Plan, context: Context) -> Flaws:
+    for step in plan.steps:
+        if step.name not in plan.shapes:
+            yield step.name, f"its shape is not known: {step.code}"
+        for size in plan.shapes.get(step.name, ()):
+            if not isinstance(size, int) and size.free_symbols != {N}:
+                yield step.name, f"size {size} is neither a number nor a multiple of N"
+
+
+def _einsum_stays_inside(plan: Plan, context: Context) -> Flaws:
+    """An einsum string is an op of the model or nothing."""
+    own = {call.output.name for call in _graph(context).calls}
+    for step in plan.steps:
+        if ".einsum" in step.code and step.name not in own:
+            yield step.name, f"a contraction was left to einsum: {step.code}"
+
+
+def _work_counted(plan: Plan, context: Context) -> Flaws:
+    for step in plan.steps:
+        for coefficient, legs in (*step.work.flops, *step.work.moved, *step.work.fresh):
+            if coefficient < 0 or any(is_batch(leg.size) and leg.size.free_symbols != {N} for leg in legs):  # type: ignore[union-attr]
+                yield step.name, f"its work {coefficient}·{legs} is no polynomial in leg sizes"
+
+
+def _source(text: str, context: Context, row: Callable[..., Flaws]) -> Flaws:
+    return row(text, frozenset(_read(_graph(context))))
+
+
+INVARIANTS: Mapping[Stage, tuple[tuple[str, Check], ...]] = {
+    Stage.CAPTURE: (
+        ("values are defined once and before use", _defined_before_use),
+        ("calls and graph agree on values", _values_agree),
+        ("a value has the batch at most once", _batch_once),
+        ("every trainable parameter is there", _parameters_there),
+        ("a value depends on what its operands depend on", _dependence),
+        ("the loss is a scalar", _loss_is_scalar),
+    ),
+    Stage.BIND: (
+        ("every differentiable call has its rule", _all_bound),
+        ("a formula has the legs and size of its value", _sizes_of_equations),
+        ("formulas and Jacobians are well-formed", _formulas),
+    ),
+    Stage.DERIVE: (
+        ("every trainable parameter has every quantity once", _all_extracted),
+        ("diagrams are well-formed and read what is there", _swept_in_order),
+        ("a cotangent has the size of its value", _sizes_of_cotangents),
+        ("results have batch legs first", _result_legs),
+    ),
+    Stage.PLAN: (
+        ("steps are computed once and in order", _steps_in_order),
+        ("every result is computed", _all_planned),
+        ("shapes are known", _shapes_known),
+        ("no contraction is left to run-time planning", _einsum_stays_inside),
+        ("work is a polynomial in leg sizes", _work_counted),
+    ),
+    Stage.EMIT: tuple((name, lambda text, context, row=row: _source(text, context, row)) for name, row in SOURCE),
+}
+"""After each stage, what holds and how it is checked."""
