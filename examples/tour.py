@@ -47,7 +47,7 @@ def main() -> None:
     opened = inline(moment)
     stage(
         "5 extract: the second moment, a square of halves (...)",
-        f"m{moment}\n\nand multiplied out, each half's sums done first:\nm{opened}",
+        f"m{moment}\n\nand multiplied out:\nm{opened}",
     )
 
     # The meaning of a diagram: everything materialised, one naive einsum. Both forms mean the same.

@@ -146,7 +146,7 @@ def reference_jacobian(step: Step, name: str, rule: BoundRule, env: Env) -> Tens
     value = env[step.call.tensors[name].name]
 
     def function(v: Tensor) -> Tensor:
-        if rule.forward and "index" not in rule.forward:
+        if rule.forward and "pooled" not in rule.forward:
             return code(rule.forward, env | {step.call.tensors[name].name: v})
         return run(step.call, step.env, **split(step.call, name, v, env))
 

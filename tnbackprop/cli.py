@@ -32,7 +32,8 @@ class _Version(argparse.Action):
     """Looks the version up only when asked: a source tree that is not installed has none."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        parser.exit(message=f"{parser.prog} {importlib.metadata.version('tnbackprop')}\n")
+        print(f"{parser.prog} {importlib.metadata.version('tnbackprop')}")
+        parser.exit()
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tnbackprop", description="Derivative quantities, compiled to plain PyTorch.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the installed version")
-    rows = parser.add_subparsers(dest="command", required=True, metavar="command")
+    rows = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         command.arguments(rows.add_parser(command.name, help=command.help, description=command.help))
     return parser

@@ -50,7 +50,7 @@ def fold_equal(product: Product, output: tuple[Leg, ...]) -> Product | None:
             folded = _fold(one, product.operands[j])
             if folded is not None:
                 rest = tuple(op for k, op in enumerate(product.operands) if k not in (i, j))
-                return Product(product.scale, rest[:i] + folded + rest[i:])
+                return _resummed(product, rest[:i] + folded + rest[i:], output)
     return None
 
 

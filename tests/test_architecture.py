@@ -1,0 +1,190 @@
+"""The shape of the source: imports point one way, files and functions stay small, nothing is hidden or swallowed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "tnbackprop"
+OWN = sorted(PACKAGE.rglob("*.py"))
+ALL = sorted(path for folder in ("tnbackprop", "tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
+
+SYMBOLIC = ("diagram", "canonical", "simplify", "jacobian", "algebra", "reference")
+NOTATION = ("syntax", "legs", "notation", "expand", "regroup", "rule", "bind")
+MATHEMATICS = ("errors", *SYMBOLIC, *NOTATION)
+# What each part of the package may import, of the package. A part not listed here is a question for DESIGN.md.
+MAY_IMPORT = {
+    "errors": (),
+    "diagram": ("errors",),
+    "canonical": ("diagram",),
+    "jacobian": ("diagram",),
+    "reference": ("diagram",),
+    "simplify": ("diagram", "canonical"),
+    "algebra": ("errors", *SYMBOLIC),
+    **{name: ("errors", *SYMBOLIC, *NOTATION) for name in NOTATION},
+    "rules": ("rules", "errors", "diagram", "rule"),
+    "quantities": ("quantities", "errors", "diagram", "algebra"),
+    "compiler": ("compiler", "quantities", *MATHEMATICS),
+    "runtime": ("runtime", "compiler", "quantities", *MATHEMATICS),
+    "front": ("runtime", "compiler", "rules", "quantities", *MATHEMATICS),
+    "__init__": ("front", "runtime", "rules", "quantities", *MATHEMATICS),
+    "demo": ("__init__",),
+    "cli": ("__init__", "errors"),
+    "__main__": ("cli",),
+}  # fmt: skip
+TORCH_FREE = (*MATHEMATICS, "quantities")
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def shown(path: Path, node: ast.AST) -> str:
+    return f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+
+
+def name(path: Path) -> str:
+    """tnbackprop/compiler/plan.py is "compiler.plan"; a package is its __init__."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def part(module: str) -> str:
+    """The first component: "compiler.plan" belongs to "compiler"."""
+    return module.split(".")[0] or "__init__"
+
+
+def imports(path: Path) -> Iterator[tuple[ast.AST, str]]:
+    """Every import as a dotted name: relative ones as ".compiler.plan", seen from the package."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from ((node, f"{node.module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            here = name(path).split(".")
+            base = here[: len(here) - node.level]
+            modules = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from ((node, "." + ".".join([*base, module])) for module in modules)
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def test_every_part_is_listed() -> None:
+    assert {part(name(path)) for path in OWN} <= set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", OWN, ids=name)
+def test_imports_point_one_way(path: Path) -> None:
+    own = part(name(path))
+    for node, module in imports(path):
+        if module.startswith("tnbackprop"):
+            assert own in ("demo", "cli", "__main__"), f"{shown(path, node)}: import {module} relatively"
+        elif module.startswith("."):
+            assert part(module[1:]) in MAY_IMPORT[own], f"{shown(path, node)}: {own} must not import {module[1:]}"
+
+
+def test_the_table_has_no_cycle() -> None:
+    """Whoever may be imported may not import back, notation's own files excepted."""
+    for own, allowed in MAY_IMPORT.items():
+        for other in allowed:
+            inside = other == own or {own, other} <= set(NOTATION) or {own, other} <= set(SYMBOLIC)
+            assert inside or own not in MAY_IMPORT[other], f"{own} and {other}"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """The graph of single modules has no cycle."""
+    graph: dict[str, set[str]] = {}
+    modules = {name(path).removesuffix(".__init__"): path for path in OWN if name(path) != "__init__"}
+    for module, path in modules.items():
+        graph[module] = {m[1:] for _, m in imports(path) if m[1:] in modules and m[1:] != module}
+        if path.stem == "__init__":  # a package and the files that it collects
+            graph[module] = {m for m in graph[module] if not m.startswith(module + ".")}
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join((*above, module))
+        if module not in done:
+            for other in sorted(graph[module]):
+                visit(other, (*above, module))
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+
+
+@pytest.mark.parametrize("path", [p for p in OWN if part(name(p)) in TORCH_FREE], ids=name)
+def test_mathematics_without_torch(path: Path) -> None:
+    for node, module in imports(path):
+        assert module.split(".")[0] != "torch", shown(path, node)
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "quantities").glob("*.py")), ids=name)
+def test_quantities_never_see_a_layer(path: Path) -> None:
+    """No layer type by name, neither of torch.nn nor of ATen."""
+    layers = {"Linear", "Conv1d", "Conv2d", "Conv3d", "BatchNorm2d", "LayerNorm", "Embedding", "ReLU", "MaxPool2d", "nn", "aten"}
+    for node in ast.walk(parsed(path)):
+        word = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+        assert word not in layers, shown(path, node)
+    assert not any(module.startswith(".rules") for _, module in imports(path))
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_are_small(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= 400, f"{path.relative_to(ROOT)} has {lines} lines"
+    for function in functions(path):
+        length = (function.end_lineno or 0) - function.lineno + 1
+        assert length <= 60, f"{shown(path, function)} {function.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_import_inside_a_function(path: Path) -> None:
+    for function in functions(path):
+        for node in ast.walk(function):
+            assert not isinstance(node, ast.Import | ast.ImportFrom), shown(path, node)
+
+
+@pytest.mark.parametrize("path", OWN, ids=name)
+def test_nothing_is_swallowed(path: Path) -> None:
+    """No broad except, no `pass` as the answer to an error, no warning instead of one, no global statement."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            assert caught not in ("everything", "Exception", "BaseException"), f"{shown(path, node)} catches {caught}"
+            assert not all(isinstance(line, ast.Pass) for line in node.body), f"{shown(path, node)} is silent"
+        assert not isinstance(node, ast.Global), f"{shown(path, node)}: a global that changes"
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) != "warnings.warn", f"{shown(path, node)}: raise or say it in explain()"
+
+
+IMPORT_TIME = """
+import time
+import torch
+start = time.perf_counter()
+import tnbackprop
+print(time.perf_counter() - start)
+"""
+
+
+def test_import_is_quick() -> None:
+    """Less than 2 s beyond `import torch`: the better of two, since the machine may be busy."""
+    seconds = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", IMPORT_TIME], cwd=ROOT, capture_output=True, text=True, check=True)
+        seconds.append(float(done.stdout))
+        if seconds[-1] < 2:
+            return
+    assert min(seconds) < 2, seconds
+
+
+def test_nothing_is_emitted_at_import() -> None:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", "import tnbackprop"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr

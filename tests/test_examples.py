@@ -1,0 +1,65 @@
+"""The README's blocks and the examples, executed."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The python blocks are one script; the first prints what stands below it, up to the last digits."""
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(blocks("python")), encoding="utf-8")
+    runpy.run_path(str(script), run_name="__main__")
+    shown = blocks("text")[0]
+    count = len(shown.splitlines())
+    printed = capsys.readouterr().out.splitlines()
+    first, others = "\n".join(printed[:count]) + "\n", printed[count:]
+    assert NUMBER.sub("#", first) == NUMBER.sub("#", shown)
+    numbers, wanted = (list(map(float, NUMBER.findall(text))) for text in (first, shown))
+    assert numbers == pytest.approx(wanted, abs=2e-4)
+    assert others == ["torch.Size([8])", str(dict.fromkeys(("0.weight", "0.bias", "3.weight", "3.bias", "4.gain"), (8,)))]
+
+
+def test_readme_first_screen() -> None:
+    """A promise, ten lines that run, their output."""
+    lines = [line for line in blocks("python")[0].splitlines() if line]
+    assert len(lines) <= 10
+    assert README.index("```text") < README.index("## ")
+
+
+def test_readme_links() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each example asserts what it claims."""
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    assert capsys.readouterr().out
+
+
+def test_tour_shows_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / "tour.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    for formula in (
+        "z[n,o] = Σ_{i} W[o,i] x[n,i] + b[o]",
+        "J[n,o,o',i'] = x[n,i'] δ[o,o']",
+        "G[n,o,i] = (x[n,i] g_z[n,o])",
+        "m[o,i] = Σ_{n} (N) (x[n,i]**2) (g_z[n,o]**2)",
+        "def program(tensors):",
+    ):
+        assert formula in printed
