@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tnbackprop"
 OWN = sorted(PACKAGE.rglob("*.py"))
-ALL = sorted(path for folder in ("tnbackprop", "tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
+ALL = sorted(
+    path for folder in ("tnbackprop", "tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")
+)
 
 SYMBOLIC = ("diagram", "canonical", "simplify", "jacobian", "algebra", "reference")
 NOTATION = ("syntax", "legs", "notation", "expand", "regroup", "rule", "bind")
@@ -27,7 +29,7 @@ MAY_IMPORT = {
     "reference": ("diagram",),
     "simplify": ("diagram", "canonical"),
     "algebra": ("errors", *SYMBOLIC),
-    **{name: ("errors", *SYMBOLIC, *NOTATION) for name in NOTATION},
+    **dict.fromkeys(NOTATION, ("errors", *SYMBOLIC, *NOTATION)),
     "rules": ("rules", "errors", "diagram", "rule"),
     "quantities": ("quantities", "errors", "diagram", "algebra"),
     "compiler": ("compiler", "quantities", *MATHEMATICS),
@@ -59,9 +61,15 @@ def part(module: str) -> str:
     return module.split(".")[0] or "__init__"
 
 
-def imports(path: Path) -> Iterator[tuple[ast.AST, str]]:
-    """Every import as a dotted name: relative ones as ".compiler.plan", seen from the package."""
-    for node in ast.walk(parsed(path)):
+def imports(path: Path, types: bool = True) -> Iterator[tuple[ast.AST, str]]:
+    """Every import as a dotted name: relative ones as ".compiler.plan", seen from the package.
+
+    types   also those that only a type checker makes
+    """
+    tree = parsed(path)
+    if not types:
+        tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -104,7 +112,7 @@ def test_no_module_imports_itself_through_others() -> None:
     graph: dict[str, set[str]] = {}
     modules = {name(path).removesuffix(".__init__"): path for path in OWN if name(path) != "__init__"}
     for module, path in modules.items():
-        graph[module] = {m[1:] for _, m in imports(path) if m[1:] in modules and m[1:] != module}
+        graph[module] = {m[1:] for _, m in imports(path, types=False) if m[1:] in modules and m[1:] != module}
         if path.stem == "__init__":  # a package and the files that it collects
             graph[module] = {m for m in graph[module] if not m.startswith(module + ".")}
     done: set[str] = set()
@@ -129,7 +137,19 @@ def test_mathematics_without_torch(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((PACKAGE / "quantities").glob("*.py")), ids=name)
 def test_quantities_never_see_a_layer(path: Path) -> None:
     """No layer type by name, neither of torch.nn nor of ATen."""
-    layers = {"Linear", "Conv1d", "Conv2d", "Conv3d", "BatchNorm2d", "LayerNorm", "Embedding", "ReLU", "MaxPool2d", "nn", "aten"}
+    layers = {
+        "Linear",
+        "Conv1d",
+        "Conv2d",
+        "Conv3d",
+        "BatchNorm2d",
+        "LayerNorm",
+        "Embedding",
+        "ReLU",
+        "MaxPool2d",
+        "nn",
+        "aten",
+    }
     for node in ast.walk(parsed(path)):
         word = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
         assert word not in layers, shown(path, node)
@@ -186,5 +206,7 @@ def test_import_is_quick() -> None:
 
 
 def test_nothing_is_emitted_at_import() -> None:
-    done = subprocess.run([sys.executable, "-W", "error", "-c", "import tnbackprop"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import tnbackprop"], cwd=ROOT, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr

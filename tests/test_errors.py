@@ -114,7 +114,9 @@ BAD = {
         lambda: Written(lambda f, y: F.mse_loss(f[0], y) + f[1]),
     ),
     "square root of the mean": Bad(
-        UnsupportedError, "not a sum over samples|not linear", loss=lambda: Written(lambda f, y: F.mse_loss(f, y).sqrt())
+        UnsupportedError,
+        "not a sum over samples|not linear",
+        loss=lambda: Written(lambda f, y: F.mse_loss(f, y).sqrt()),
     ),
     "product of two means": Bad(
         UnsupportedError,
@@ -142,7 +144,12 @@ def test_compilation(what: str) -> None:
 
 
 def test_two_of_a_kind_stand_side_by_side() -> None:
-    quantities = (tn.Variance(), tn.Variance("centred", centred=True), tn.BatchGrad(), tn.BatchGrad("raw", tn.Scale.UNSCALED))
+    quantities = (
+        tn.Variance(),
+        tn.Variance("centred", centred=True),
+        tn.BatchGrad(),
+        tn.BatchGrad("raw", tn.Scale.UNSCALED),
+    )
     result = tn.compute(MODEL, nn.MSELoss(), (X, Y), quantities)
     assert list(result) == ["variance", "centred", "batch_grad", "raw"]
     torch.testing.assert_close(result["raw"]["0.bias"], 5 * result["batch_grad"]["0.bias"])

@@ -30,7 +30,8 @@ def test_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert NUMBER.sub("#", first) == NUMBER.sub("#", shown)
     numbers, wanted = (list(map(float, NUMBER.findall(text))) for text in (first, shown))
     assert numbers == pytest.approx(wanted, abs=2e-4)
-    assert others == ["torch.Size([8])", str(dict.fromkeys(("0.weight", "0.bias", "3.weight", "3.bias", "4.gain"), (8,)))]
+    names = ("0.weight", "0.bias", "3.weight", "3.bias", "4.gain")
+    assert others == ["torch.Size([8])", str(dict.fromkeys(names, (8,)))]
 
 
 def test_readme_first_screen() -> None:

@@ -14,12 +14,12 @@ from .cases import CASES, Case, Problem
 
 QUANTITIES = (tn.Grad(), tn.BatchGrad(), tn.BatchL2(), tn.BatchDot(), tn.SecondMoment(), tn.Variance())
 LAWS = (
-    "linear_rank3", "tied_transposed", "reused_convolution", "position_table", "class_token", "merged_inside", "attention",
-    "einsum_mixer", "conv2d_groups", "conv1d", "conv_transpose1d", "cnn", "prelu_channels", "max_pool2d", "avg_pool2d_ceil",
-    "layer_norm", "group_norm", "batch_norm_eval", "cross_entropy_smoothing", "mse_sum", "unused_and_zero_gradient",
+    "linear_rank3", "tied_transposed", "reused_convolution", "position_table", "class_token", "merged_inside",
+    "attention", "einsum_mixer", "conv2d_groups", "conv1d", "conv_transpose1d", "cnn", "prelu_channels", "max_pool2d",
+    "avg_pool2d_ceil", "layer_norm", "group_norm", "batch_norm_eval", "cross_entropy_smoothing", "mse_sum",
+    "unused_and_zero_gradient",
 )  # fmt: skip
 CHOSEN = [case for case in CASES if case.name in LAWS]
-COUPLED = "ignore", "weights"
 
 Results = Mapping[str, Mapping[str, Tensor]]
 
@@ -117,7 +117,9 @@ def test_second_call_and_untouched_model(compiled: tuple[Problem, tn.Program, Re
     assert attributes == {name: set(vars(module)) for name, module in problem.model.named_modules()}
     assert all(torch.equal(value, state[name]) for name, value in problem.model.state_dict().items())
     for parameter in problem.model.parameters():
-        assert parameter.grad is None and not parameter._backward_hooks and not set(vars(parameter)) - {"_backward_hooks"}
+        assert (
+            parameter.grad is None and not parameter._backward_hooks and not set(vars(parameter)) - {"_backward_hooks"}
+        )
 
 
 def test_results_do_not_share_memory_with_the_model(compiled: tuple[Problem, tn.Program, Results]) -> None:
@@ -164,7 +166,8 @@ def test_loss_times_a_constant(case: Case) -> None:
     """c·L: first powers times c, squares times c²."""
     problem = case.build()
     one, other = (
-        tn.compute(problem.model, loss, (problem.x, problem.y), QUANTITIES) for loss in (problem.loss, Times(problem.loss, -2.5))
+        tn.compute(problem.model, loss, (problem.x, problem.y), QUANTITIES)
+        for loss in (problem.loss, Times(problem.loss, -2.5))
     )
     for quantity, by in one.items():
         factor = -2.5 if quantity in ("grad", "batch_grad") else 6.25

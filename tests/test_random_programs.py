@@ -19,7 +19,7 @@ from .models import Apply, Branches, Residual, Reused, WithParameters, Written
 
 QUANTITIES = (tn.Grad(), tn.BatchGrad(), tn.BatchL2(), tn.BatchDot(), tn.SecondMoment(), tn.Variance())
 TOLERANCE = 1e-10
-SETTINGS = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+SETTINGS = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 width = st.integers(1, 3)
 
@@ -38,7 +38,14 @@ class Drawn:
         return f"{self.model}\nloss {self.loss}, x {list(self.x.shape)}, y {list(self.y.shape)}, frozen {frozen}"
 
 
-ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (nn.Tanh, nn.ReLU, nn.Sigmoid, nn.GELU, nn.Softplus, lambda: nn.LeakyReLU(0.3))
+ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
+    nn.Tanh,
+    nn.ReLU,
+    nn.Sigmoid,
+    nn.GELU,
+    nn.Softplus,
+    lambda: nn.LeakyReLU(0.3),
+)
 
 
 def activation() -> st.SearchStrategy[nn.Module]:

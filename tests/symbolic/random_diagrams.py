@@ -157,4 +157,3 @@ def _turned(draw: st.DrawFn, operand: Operand) -> Operand:
         case Window():
             return Window(operand.image, tuple(draw(st.permutations(operand.terms))), operand.offset)
     return operand
-

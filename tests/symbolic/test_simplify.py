@@ -200,7 +200,9 @@ import tnbackprop.{modules}
 import {own}
 assert not any(name == "torch" or name.startswith("torch.") for name in sys.modules), "torch is imported"
 """
-MODULES = "errors diagram canonical simplify jacobian algebra regroup syntax legs expand notation rule bind reference".split()
+MODULES = (
+    "errors diagram canonical simplify jacobian algebra regroup syntax legs expand notation rule bind reference".split()
+)
 
 
 def test_the_symbolic_part_needs_no_torch() -> None:

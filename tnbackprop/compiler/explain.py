@@ -2,114 +2,263 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from .arrange import merged
-from .cost import number, polynomial, size_at
-from .derive import Backward, Native
+from ..algebra import differentiate
+from ..bind import BoundRule, Equation
+from ..diagram import Diagram
+from .alternatives import Alternative, alternatives, conditions, part_names, seconds, work_numbers
+from .cost import number, size_at
+from .derive import Backward, Extraction, Individual, Native
+from .explain_text import body_text, diagram_text, legs_text, milliseconds, shortened, size_text, table
+from .memory import peak_bytes
+from .plan import Choice
+from .polynomials import Symbols, in_batch_text, number_text
+from .stage import Stage
 from .store import Step
 
 if TYPE_CHECKING:
     from . import Compiled
 
-
-def explain(compiled: Compiled) -> str:
-    """The graph, every formula, every diagram, and the plan with its costs."""
-    plan = compiled.plan
-    sections = [
-        ("Graph", [str(compiled.graph)]),
-        ("Formulas", _formulas(compiled)),
-        ("Diagrams", _diagrams(compiled)),
-        ("Choices", _choices(compiled)),
-        (f"Plan (N = {plan.batch})", [_table(compiled)]),
-        ("Totals", _totals(compiled)),
-    ]
-    return "\n\n".join(f"{title}\n{'=' * len(title)}\n" + "\n".join(lines) for title, lines in sections)
+CODE_WIDTH = 72
+SMALL = 0.01
+"""A parameter whose results take a smaller share of the predicted time gets one line for each."""
 
 
-def _formulas(compiled: Compiled) -> list[str]:
-    lines = []
+def explain(compiled: Compiled, stage: Stage | None = None) -> str:
+    """Every stage as text, or one: the graph; formulas and Jacobians; diagrams; choices, path and totals; the source."""
+    shown = (stage,) if stage is not None else (Stage.CAPTURE, Stage.BIND, Stage.DERIVE, Stage.PLAN)
+    sections = [section for key in shown for section in SECTIONS[key]]
+    texts = [(title.format(N=compiled.plan.batch), "\n".join(lines(compiled))) for title, lines in sections]
+    return "\n\n".join(f"{title}\n{'=' * len(title)}\n{text}" for title, text in texts)
+
+
+def _graph(compiled: Compiled) -> Iterator[str]:
+    yield str(compiled.graph)
+
+
+def _formulas(compiled: Compiled) -> Iterator[str]:
+    """For each call the formula and the Jacobians with respect to what depends on a parameter."""
+    graph = compiled.graph
     for call, rule in compiled.derived.bound:
-        lines.append(call.where)
+        yield call.where
+        inner = {equation.name for equation in rule.equations}
+        wanted = inner | {name for name, value in graph.values.items() if value.differentiable}
         for equation in rule.equations:
             if equation.diagram is not None:
-                lines.append(f"  {equation.name}{equation.diagram}")
-            lines += [f"  d {equation.name} / d {name}: {j.diagram}" for name, j in equation.jacobians.items()]
-        lines += [f"  at a kink: {rule.kinks}"] if rule.kinks else []
-    return lines
+                yield f"  {diagram_text(equation.name, equation.diagram, {})}"
+            yield from _jacobians(equation, wanted)
+        yield from _declarations(rule, wanted)
 
 
-def _diagrams(compiled: Compiled) -> list[str]:
-    lines = []
+def _jacobians(equation: Equation, wanted: set[str]) -> Iterator[str]:
+    for name in sorted(wanted):
+        jacobian = equation.jacobians.get(name)
+        how = "declared"
+        if jacobian is None and equation.diagram is not None:
+            jacobian, how = differentiate(equation.diagram, name), "derived"
+        if jacobian is not None:
+            left = f"∂{equation.name}[{legs_text(jacobian.out)}]/∂{name}[{legs_text(jacobian.into)}]"
+            yield f"    {left} = {body_text(jacobian.diagram, {})}" + ("" if how == "derived" else f"  ({how})")
+
+
+def _declarations(rule: BoundRule, wanted: set[str]) -> Iterator[str]:
+    if rule.fallback:
+        yield "    no rule: VJPs by torch.func, one sample at a time"
+    for saved in rule.saved:
+        yield f"    saved {saved.name} = {_bare(saved.code)}"
+    for name, code in rule.vjp.items() if not rule.fallback else ():
+        if name in wanted:
+            yield f"    native VJP to {name}: {shortened(_bare(code), 2 * CODE_WIDTH)}"
+    if rule.kinks:
+        yield f"    at a kink: {rule.kinks}"
+
+
+def _bare(code: str) -> str:
+    """Code without the braces of its placeholders."""
+    return code.replace("{", "").replace("}", "")
+
+
+def _diagrams(compiled: Compiled) -> Iterator[str]:
+    """The cotangents in the order of the sweep, and each quantity as its algebra gave it."""
+    choices = {choice.parameter: choice for choice in compiled.plan.choices}
     for item in compiled.derived.schedule:
-        if isinstance(item, Backward):
-            for term in item.terms:
-                shown = f" by {term.code}" if isinstance(term, Native) else str(term)
-                lines.append(f"g_{item.value}{shown}")
-        else:
-            dotted = compiled.graph.parameters[item.parameter][0]
-            lines += [f"{quantity} of {dotted}{diagram}" for quantity, diagram in item.diagrams.items()]
-    return lines
+        match item:
+            case Backward():
+                yield from (_cotangent(f"g_{item.value}", term) for term in item.terms)
+            case Individual():
+                yield _cotangent(item.name, item.native)
+            case Extraction():
+                dotted = compiled.graph.parameters[item.parameter][0]
+                yield f"{dotted} {compiled.graph.values[item.parameter].axes_text}"
+                yield from (f"  {line}" for line in _algebra(item.diagrams, choices[dotted]))
 
 
-def _choices(compiled: Compiled) -> list[str]:
-    """For each parameter what was predicted for building the individual gradients or multiplying them out."""
-    lines = []
-    for choice in compiled.plan.choices:
-        options = ", ".join(f"{name}: {1e3 * seconds:.3g} ms" for name, seconds in choice.options)
-        lines.append(f"{choice.parameter}: {choice.chosen}  ({options})")
-    return lines
+def _cotangent(name: str, term: Diagram | Native) -> str:
+    if isinstance(term, Native):
+        code = _bare(term.code.replace("{cotangent}", f"g_{term.cotangent_of}"))
+        return f"{name} = {shortened(code, 2 * CODE_WIDTH)}  (native)"
+    return diagram_text(name, term, {})
 
 
-def _table(compiled: Compiled) -> str:
-    rows = [("value", "kernel", "FLOPs", "bytes", "FLOPs polynomial", "code")]
+def _algebra(diagrams: Mapping[str, Diagram], choice: Choice) -> Iterator[str]:
+    names, shown = part_names(diagrams, choice), set[str]()
+    for part, name in names.items():
+        if name not in shown:
+            shown.add(name)
+            yield diagram_text(name, part, {k: v for k, v in names.items() if v != name})
+    for quantity, diagram in diagrams.items():
+        yield diagram_text(quantity, diagram, names)
+
+
+def _choices(compiled: Compiled) -> Iterator[str]:
+    """For each parameter and quantity: what it was computed from, and what the alternatives would have cost."""
+    by_name = {c.parameter: c for c in compiled.plan.choices}
+    yield "ms and FLOPs are those of the quantity alone; what is built once serves all quantities of the parameter."
+    for item in compiled.derived.schedule:
+        if isinstance(item, Extraction):
+            yield ""
+            yield from _choice(compiled, item.diagrams, by_name[compiled.graph.parameters[item.parameter][0]])
+
+
+def _choice(compiled: Compiled, diagrams: Mapping[str, Diagram], choice: Choice) -> Iterator[str]:
+    plan, names, symbols = compiled.plan, part_names(diagrams, choice), Symbols()
+    whole = seconds(plan.steps, plan.rates, plan.batch, plan.itemsize)
+    small = max(option.seconds for option in choice.options) < SMALL * whole
+    blocks = []
+    for quantity, ways in alternatives(diagrams, choice).items():
+        if small:
+            blocks.append(f"  {quantity}: " + "; ".join("  ".join(_way_row(compiled, symbols, way)) for way in ways))
+            continue
+        blocks.append(f"  {quantity}: {ways[0].way.value}" + (f", reads {', '.join(ways[0].reads)}" if ways[0].reads else ""))
+        blocks.append(f"    {diagram_text(quantity, ways[0].diagram, names)}")
+        if len({work_numbers(way, plan) for way in ways}) == 1:
+            ways = ways[:1]
+        blocks += table([_way_row(compiled, symbols, way) for way in ways], "    ", frozenset({1, 2}))
+        blocks += [f"    {text}" for text in conditions(plan, symbols, ways)]
+    built = [names[part] for part in choice.found if part in choice.chosen.kept]
+    yield f"{choice.parameter}   N={plan.batch} {symbols.legend()}"
+    if len(choice.options) > 1:
+        yield f"  all quantities together: {_together(choice, names)}; built: {', '.join(built) or 'nothing'}"
+    yield from blocks
+
+
+def _together(choice: Choice, names: Mapping[Diagram, str]) -> str:
+    shown = []
+    for option in choice.options:
+        what = " and ".join(names[part] for part in choice.found if part in option.kept)
+        shown.append(f"{'build ' + what if what else 'build nothing'} {milliseconds(option.seconds)}")
+    return ", ".join(shown)
+
+
+def _way_row(compiled: Compiled, symbols: Symbols, way: Alternative) -> tuple[str, ...]:
     plan = compiled.plan
-    for step in plan.steps:
-        flops, moved = number(step.work.flops, plan.batch), plan.itemsize * number(step.work.moved, plan.batch)
-        shown = step.code if len(step.code) < 100 else step.code[:97] + "…"
-        formula = str(polynomial(step.work.flops))
-        rows.append((step.name, step.kernel.value, f"{flops:.3g}", f"{moved:.3g}", formula, shown))
-    widths = [max(len(row[k]) for row in rows) for k in range(5)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[5]]) for row in rows
-    )
+    time, flops = work_numbers(way, plan)
+    label = f"{way.way.value}{' of ' + ', '.join(way.reads) if way.reads else ''}{' (chosen)' if way.chosen else ''}"
+    formula = symbols.text(symbols.polynomial(way.flops), plan.batch)
+    return label, milliseconds(time), f"{number_text(flops)} FLOPs", f"= {formula}"
 
 
-def _totals(compiled: Compiled) -> list[str]:
+def _path(compiled: Compiled) -> Iterator[str]:
+    """Every step, grouped by what it is for."""
+    groups: list[tuple[str, list[Step]]] = []
+    for step in compiled.plan.steps:
+        if not groups or groups[-1][0] != step.note:
+            groups.append((step.note, []))
+        groups[-1][1].append(step)
+    rows: list[tuple[str, ...]] = [("value", "kernel", "FLOPs", "bytes", "ms", "FLOPs =", "bytes =", "code")]
+    heads = {}
+    for note, steps in groups:
+        symbols = Symbols()
+        own = [_row(compiled, symbols, step) for step in steps]
+        heads[len(rows)] = f"{note}   {symbols.legend()}".rstrip()
+        rows += own
+    for k, line in enumerate(table(rows, "  ", frozenset({2, 3, 4}))):
+        if k in heads:
+            yield heads[k]
+        yield line
+
+
+def _row(compiled: Compiled, symbols: Symbols, step: Step) -> tuple[str, ...]:
     plan = compiled.plan
-    flops = sum(number(s.work.flops, plan.batch) for s in plan.steps)
-    moved = plan.itemsize * sum(number(s.work.moved, plan.batch) for s in plan.steps)
-    seconds = sum(plan.rates.seconds(s.kernel, s.work, plan.batch, plan.itemsize) for s in plan.steps)
-    return [
-        f"FLOPs {flops:.4g}, bytes {moved:.4g}, predicted {1e3 * seconds:.3g} ms on {plan.rates.name}",
-        f"peak {peak_bytes(compiled):.4g} bytes beside parameters and inputs",
+    flops, moved = number(step.work.flops, plan.batch), plan.itemsize * number(step.work.moved, plan.batch)
+    time = 1e3 * plan.rates.seconds(step.kernel, step.work, plan.batch, plan.itemsize)
+    shown = [
+        symbols.text(scale * symbols.polynomial(terms), plan.batch)
+        for scale, terms in ((1, step.work.flops), (plan.itemsize, step.work.moved))
     ]
+    numbers = (number_text(flops), number_text(moved), f"{time:.3f}")
+    return step.name, step.kernel.value, *numbers, *shown, shortened(step.code, CODE_WIDTH)
 
 
-def peak_bytes(compiled: Compiled) -> float:
-    """The most that is alive at once when every step frees what nobody reads any more; views are free."""
-    plan = compiled.plan
-    last = {name: k for k, step in enumerate(plan.steps) for name in step.inputs}
-    results = {code for by in plan.results.values() for code in by.values()}
-    alive: dict[str, float] = {}
-    peak = 0.0
-    for k, step in enumerate(plan.steps):
-        alive[step.name] = _bytes(compiled, step)
-        peak = max(peak, sum(alive.values()))
-        for name in step.inputs:
-            if last[name] == k and name not in results:
-                alive.pop(name, None)
-    return peak
+def _forward_names(compiled: Compiled) -> set[str]:
+    saved = {saved.name for _, rule in compiled.derived.bound for saved in rule.saved}
+    return saved | {call.output.name for call in compiled.graph.calls}
 
 
-def _bytes(compiled: Compiled, step: Step) -> float:
-    shape = compiled.plan.shapes[step.name]
-    if step.kernel.value == "view":
-        return 0.0
-    count = 1
-    for size in shape:
-        count *= size_at(size, compiled.plan.batch)
-    return float(count * compiled.plan.itemsize)
+def _kept(compiled: Compiled) -> Iterator[str]:
+    """The forward values that a later step reads: derived from the diagrams, not declared."""
+    plan, forward = compiled.plan, _forward_names(compiled)
+    readers: dict[str, list[str]] = {}
+    for step in plan.steps:
+        for name in step.inputs if step.name not in forward else ():
+            if name in forward and step.note not in readers.setdefault(name, []):
+                readers[name].append(step.note)
+    taken = {name: _bytes(compiled, name) for name in readers}
+    rows = []
+    for name, notes in readers.items():
+        shape = "[" + ", ".join(map(str, plan.shapes[name])) + "]"
+        more = f" and {len(notes) - 2} more" if len(notes) > 2 else ""
+        rows.append((name, shape, size_text(taken[name]), "for " + ", ".join(note.split(", ")[0] for note in notes[:2]) + more))
+    yield from table(rows, "  ", frozenset({2}))
+    yield f"  together {size_text(sum(taken.values()))}"
 
 
-__all__ = ["explain", "merged", "peak_bytes"]
+def _bytes(compiled: Compiled, name: str) -> float:
+    """At the item size of the value where the graph knows it, else of the parameters."""
+    value = compiled.graph.values.get(name)
+    total = float(value.dtype.itemsize if value is not None else compiled.plan.itemsize)
+    for size in compiled.plan.shapes[name]:
+        total *= size_at(size, compiled.plan.batch)
+    return total
+
+
+def _totals(compiled: Compiled) -> Iterator[str]:
+    """Forward, backward and quantities; their sums are `program.flops` and `program.bytes`."""
+    plan, forward = compiled.plan, _forward_names(compiled)
+    groups: dict[str, list[Step]] = {"forward": [], "backward": [], "quantities": []}
+    for step in plan.steps:
+        backward = "backward" if step.note.startswith("cotangent of") else "quantities"
+        groups["forward" if step.name in forward else backward].append(step)
+    rows = [("", "steps", "FLOPs", "bytes", "predicted", "in N")]
+    for name, steps in (*groups.items(), ("together", list(plan.steps))):
+        flops = tuple(term for step in steps for term in step.work.flops)
+        moved = tuple(term for step in steps for term in step.work.moved)
+        numbers = (f"{number(flops, plan.batch):.4g}", f"{plan.itemsize * number(moved, plan.batch):.4g}")
+        time = milliseconds(seconds(tuple(steps), plan.rates, plan.batch, plan.itemsize))
+        polynomials = f"{in_batch_text(flops)} FLOPs; {in_batch_text(moved, plan.itemsize)} bytes"
+        rows.append((name, str(len(steps)), *numbers, time, polynomials))
+    yield from table(rows, "  ", frozenset({1, 2, 3, 4}))
+    yield f"  peak {size_text(peak_bytes(plan))} beside parameters and inputs; predictions for {plan.rates.name}"
+
+
+def _source(compiled: Compiled) -> Iterator[str]:
+    yield compiled.source
+
+
+Section = tuple[str, Callable[["Compiled"], Iterator[str]]]
+
+SECTIONS: Mapping[Stage, tuple[Section, ...]] = {
+    Stage.CAPTURE: (("Graph", _graph),),
+    Stage.BIND: (("Formulas and Jacobians", _formulas),),
+    Stage.DERIVE: (("Diagrams", _diagrams),),
+    Stage.PLAN: (
+        ("Choices", _choices),
+        ("Path (N = {N})", _path),
+        ("Kept from the forward", _kept),
+        ("Totals (N = {N})", _totals),
+    ),
+    Stage.EMIT: (("Source", _source),),
+}
+"""What is shown of each stage."""

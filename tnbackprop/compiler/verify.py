@@ -38,7 +38,6 @@ class Context:
     quantities: tuple[str, ...]
     graph: Graph | None = None
     derived: Derived | None = None
-    plan: Plan | None = None
 
 
 Check = Callable[[Any, Context], Flaws]

@@ -13,7 +13,7 @@ SourceCheck = Callable[[str, frozenset[str]], Flaws]
 SYNCHRONISING = frozenset({"item", "tolist", "numpy", "cpu", "nonzero", "masked_select", "unique"})
 """Methods that wait for the device, or whose result has a shape that depends on the data."""
 
-BRANCHING = (ast.If, ast.IfExp, ast.For, ast.While, ast.Try, ast.With, ast.Lambda, ast.BoolOp)
+BRANCHING = (ast.If, ast.IfExp, ast.For, ast.While, ast.Try, ast.With, ast.BoolOp)
 COMPREHENSIONS = (ast.GeneratorExp, ast.ListComp, ast.SetComp, ast.DictComp)
 SLICE = "slice_"
 """How the functions that compute a slice of the batch are called; a loop over slices is the only loop there is."""
@@ -77,6 +77,7 @@ def _reads_known(source: str, tensors: frozenset[str]) -> Flaws:
             names = [node for node in nodes if isinstance(node, ast.Name)]
             loops = [node.target for node in nodes if isinstance(node, ast.comprehension)]
             own = {target.id for target in loops if isinstance(target, ast.Name)}
+            own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
             for name in names:
                 if not isinstance(name.ctx, ast.Store) and name.id not in alive | own:
                     yield f"line {statement.lineno}", f"{name.id!r} is not there: {ast.unparse(statement)}"

@@ -12,8 +12,10 @@ from ..compiler import Compiled
 from ..compiler.capture import plain
 from ..compiler.cost import number, size_at
 from ..compiler.emit import load
-from ..compiler.explain import explain, peak_bytes
+from ..compiler.explain import explain
 from ..compiler.graph import Value
+from ..compiler.memory import peak_bytes
+from ..compiler.stage import Stage
 from ..errors import InputError
 from .result import Result
 
@@ -55,11 +57,17 @@ class Program:
 
     @property
     def peak_bytes(self) -> float:
-        return peak_bytes(self._compiled)
+        return peak_bytes(self._compiled.plan)
 
-    def explain(self) -> str:
-        """Every stage as text: the graph, the formulas, what is derived, the plan with FLOPs and bytes."""
-        return explain(self._compiled)
+    def explain(self, stage: Stage | str | None = None) -> str:
+        """Every stage as text, or one of "capture", "bind", "derive", "plan", "emit" (the source).
+
+        The graph; formulas and Jacobians; the diagrams of all cotangents and quantities; for each parameter and
+        quantity whether the individual gradients are built, with the costs of both; the path with FLOPs and bytes.
+        """
+        if stage is not None and stage not in tuple(Stage):
+            raise InputError(f"no stage {str(stage)!r}: there are {', '.join(Stage)}")
+        return explain(self._compiled, None if stage is None else Stage(stage))
 
     def tensors(self, x: Any, y: Any) -> dict[str, torch.Tensor]:
         """The inputs of the emitted function: parameters, buffers, constants and the batch, by value name."""

@@ -1,0 +1,307 @@
+"""Every invariant is broken once, on what a real compilation made, and names the stage, the item and the fault."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from torch import nn
+
+import tnbackprop as tn
+from tnbackprop.bind import Equation
+from tnbackprop.compiler import Compiled
+from tnbackprop.compiler.cost import Work
+from tnbackprop.compiler.derive import Backward, Extraction, Native
+from tnbackprop.compiler.stage import Stage
+from tnbackprop.compiler.verify import INVARIANTS, Context, asked, check
+from tnbackprop.compiler.wellformed import flaws
+from tnbackprop.diagram import BATCH, Delta, Diagram, Leg, Map, N, Part, Product, Tensor, Window, argument
+from tnbackprop.errors import InvariantError
+
+QUANTITIES = (tn.BatchL2(), tn.Variance())
+
+
+@lru_cache(maxsize=1)
+def made() -> tuple[Compiled, Context]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2))
+    compiled = tn.compile(model, nn.MSELoss(), (torch.randn(4, 1, 5, 5), torch.randn(4, 2)), QUANTITIES).compiled
+    context = asked(model, tuple(q.name for q in QUANTITIES))
+    return compiled, replace(context, graph=compiled.graph, derived=compiled.derived)
+
+
+def products(stage: Stage) -> Any:
+    compiled, _ = made()
+    whole = {
+        Stage.CAPTURE: compiled.graph,
+        Stage.BIND: compiled.derived.bound,
+        Stage.DERIVE: compiled.derived,
+        Stage.PLAN: compiled.plan,
+        Stage.EMIT: compiled.source,
+    }
+    return whole[stage]
+
+
+def changed(items: tuple[Any, ...], position: int, **fields: Any) -> tuple[Any, ...]:
+    """The tuple with other fields in one item."""
+    new = replace(items[position], **fields)
+    return (*items[:position], new, *items[position:][1:])
+
+
+def with_output(graph: Any, position: int, **fields: Any) -> Any:
+    """The graph with another output value of one call, in the call and in the table."""
+    value = replace(graph.calls[position].output, **fields)
+    return replace(graph, calls=changed(graph.calls, position, output=value), values={**graph.values, value.name: value})
+
+
+def with_rule(bound: Any, position: int, **fields: Any) -> Any:
+    call, rule = bound[position]
+    return (*bound[:position], (call, replace(rule, **fields)), *bound[position:][1:])
+
+
+def with_formula(bound: Any, change: Callable[[Diagram], Diagram]) -> Any:
+    """The first call with another formula."""
+    old = bound[0][1].equations[-1]
+    return with_rule(bound, 0, equations=(Equation(old.name, old.legs, change(old.diagram), old.jacobians),))
+
+
+def first(derived: Any, kind: type) -> int:
+    return next(k for k, item in enumerate(derived.schedule) if isinstance(item, kind))
+
+
+def with_quantity(derived: Any, change: Callable[[Diagram], Diagram]) -> Any:
+    k = first(derived, Extraction)
+    diagrams = {name: change(diagram) for name, diagram in derived.schedule[k].diagrams.items()}
+    return replace(derived, schedule=changed(derived.schedule, k, diagrams=diagrams))
+
+
+def cotangents_last(derived: Any) -> Any:
+    return replace(derived, schedule=tuple(sorted(derived.schedule, key=lambda item: isinstance(item, Backward))))
+
+
+def source_with(line: str) -> Callable[[str], str]:
+    return lambda source: source.replace("    results = {", f"    {line}\n    results = {{")
+
+
+@dataclass(frozen=True)
+class Break:
+    """What is done to the product of a stage, and the words of the message."""
+
+    name: str
+    stage: Stage
+    change: Callable[[Any], Any]
+    invariant: str
+    says: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CAPTURE, BIND, DERIVE, PLAN, EMIT = Stage
+N2 = ((N,), (N,))
+
+BREAKS = (
+    Break("reversed", CAPTURE, lambda g: replace(g, calls=g.calls[::-1]), "before use", "not defined yet"),
+    Break("twice", CAPTURE, lambda g: replace(g, calls=(*g.calls, g.calls[-1])), "defined once", "defined twice"),
+    Break("no output", CAPTURE, lambda g: replace(g, output="gone"), "before use", "nothing defines it"),
+    Break(
+        "other value",
+        CAPTURE,
+        lambda g: replace(g, values={**g.values, "layer_1": replace(g.values["layer_1"], axes=())}),
+        "agree",
+        "the graph has layer_1",
+    ),
+    Break("two batches", CAPTURE, lambda g: with_output(g, -1, axes=N2), "at most once", "more than once"),
+    Break("batch times two", CAPTURE, lambda g: with_output(g, -1, axes=((2 * N,),)), "at most once", "mixes the batch"),
+    Break(
+        "no parameter",
+        CAPTURE,
+        lambda g: replace(g, parameters={k: v for k, v in g.parameters.items() if v[0] != "3.bias"}, calls=(), output=None, loss=None),
+        "every trainable",
+        "the graph does not have it",
+    ),
+    Break(
+        "frozen",
+        CAPTURE,
+        lambda g: replace(g, values={k: replace(v, depends_on=frozenset()) for k, v in g.values.items()}, calls=(), output=None, loss=None),
+        "every trainable",
+        "counts as frozen",
+    ),
+    Break(
+        "depends", CAPTURE, lambda g: with_output(g, -1, depends_on=frozenset({"ghost"})), "operands depend on", "ghost"
+    ),
+    Break("loss", CAPTURE, lambda g: replace(g, loss=g.calls[0].output.name), "loss is a scalar", "the loss is layer_0"),
+    Break("unbound", BIND, lambda b: b[1:], "has its rule", "differentiable but not bound"),
+    Break("last line", BIND, lambda b: with_rule(b, 0, equations=b[1][1].equations), "has its rule", "does not define"),
+    Break("formula legs", BIND, lambda b: with_formula(b, lambda d: d.sum("o")), "legs and size", "not those of its formula"),
+    Break(
+        "formula size",
+        BIND,
+        lambda b: with_rule(b, 0, equations=(Equation("layer_0", (BATCH,), None, {}),)),
+        "legs and size",
+        "gives N·1 elements",
+    ),
+    Break("no extraction", DERIVE, lambda d: replace(d, schedule=d.schedule[:-1]), "every quantity once", "0 extractions"),
+    Break(
+        "no quantity",
+        DERIVE,
+        lambda d: replace(d, schedule=changed(d.schedule, first(d, Extraction), diagrams={})),
+        "every quantity once",
+        "asked for were",
+    ),
+    Break("too early", DERIVE, cotangents_last, "read what is there", "not known here"),
+    Break(
+        "cotangent twice",
+        DERIVE,
+        lambda d: replace(d, schedule=(d.schedule[0], *d.schedule)),
+        "read what is there",
+        "computed twice",
+    ),
+    Break(
+        "native too early",
+        DERIVE,
+        lambda d: replace(d, schedule=(Backward("layer_0", (Native("x", "layer_1"),), ""), *d.schedule)),
+        "read what is there",
+        "'layer_1' is not there yet",
+    ),
+    Break(
+        "cotangent size",
+        DERIVE,
+        lambda d: replace(d, schedule=changed(d.schedule, 0, terms=(d.schedule[0].terms[0].sum("n"),))),
+        "size of its value",
+        "a term has",
+    ),
+    Break(
+        "batch last",
+        DERIVE,
+        lambda d: with_quantity(d, lambda q: Diagram((Leg("z", 2), BATCH), ())),
+        "batch legs first",
+        "do not come first",
+    ),
+    Break(
+        "n is no batch",
+        DERIVE,
+        lambda d: with_quantity(d, lambda q: Diagram((Leg("n", 2),), ())),
+        "batch legs first",
+        "leg n is not the batch",
+    ),
+    Break("steps reversed", PLAN, lambda p: replace(p, steps=p.steps[::-1]), "in order", "not computed yet"),
+    Break("step twice", PLAN, lambda p: replace(p, steps=(*p.steps, p.steps[-1])), "in order", "computed twice"),
+    Break("no result", PLAN, lambda p: replace(p, results={}), "every result", "value None is not computed"),
+    Break("no loss", PLAN, lambda p: replace(p, loss="gone"), "every result", "but not computed"),
+    Break("no shape", PLAN, lambda p: replace(p, shapes={}), "shapes are known", "not known"),
+    Break(
+        "strange shape",
+        PLAN,
+        lambda p: replace(p, shapes={**p.shapes, p.steps[-1].name: (sympy.Symbol("q"),)}),
+        "shapes are known",
+        "size q",
+    ),
+    Break(
+        "einsum",
+        PLAN,
+        lambda p: replace(p, steps=changed(p.steps, len(p.steps) - 1, code="torch.einsum('i,i->', y, y)")),
+        "run-time planning",
+        "left to einsum",
+    ),
+    Break(
+        "negative work",
+        PLAN,
+        lambda p: replace(p, steps=changed(p.steps, 0, work=Work(flops=((-1, ()),)))),
+        "polynomial",
+        "its work",
+    ),
+    Break("syntax", EMIT, lambda s: s + "    )", "compiles", "unmatched"),
+    Break("two programs", EMIT, lambda s: s + "\ndef other():\n    return 1\n", "compiles", "not slices and then"),
+    Break("loose line", EMIT, lambda s: s + "\nx = 1\n", "compiles", "beside the functions"),
+    Break("branch", EMIT, source_with("if N: N = 1"), "straight line", "If is no assignment"),
+    Break("conditional", EMIT, source_with("q = 1 if N else 2"), "straight line", "IfExp"),
+    Break("loop", EMIT, source_with("q = [N for _ in range(N)]"), "straight line", "ListComp"),
+    Break("item", EMIT, source_with("q = x.item()"), "straight line", ".item waits"),
+    Break("unknown", EMIT, source_with("q = ghost + 1"), "living values", "'ghost' is not there"),
+    Break("deleted", EMIT, source_with("q = N; del q; r = q"), "living values", "'q' is not there"),
+    Break("tensor", EMIT, source_with("q = tensors['ghost']"), "known tensors", "no such tensor"),
+)
+
+
+@pytest.mark.parametrize("case", BREAKS, ids=str)
+def test_broken(case: Break) -> None:
+    """The message names the stage, the invariant and the fault."""
+    broken = case.change(products(case.stage))
+    with pytest.raises(InvariantError) as error:
+        check(case.stage, broken, made()[1])
+    message = str(error.value)
+    assert message.startswith(f"after {case.stage}, ")
+    assert case.invariant in message.splitlines()[0]
+    assert case.says in message
+
+
+def test_every_invariant_is_broken_once() -> None:
+    names = {name for rows in INVARIANTS.values() for name, _ in rows}
+    broken = {name for name in names for case in BREAKS if case.invariant in name}
+    assert names - broken <= {"formulas and Jacobians are well-formed"}, names - broken
+
+
+@pytest.mark.parametrize("stage", Stage, ids=str)
+def test_what_the_compiler_makes_holds(stage: Stage) -> None:
+    assert check(stage, products(stage), made()[1]) is products(stage)
+
+
+I, J, K = Leg("i", 2), Leg("j", 3), Leg("k", 4)
+X = Tensor("x", (I, J))
+
+
+def one(legs: tuple[Leg, ...], *operands: Any, scale: sympy.Expr = sympy.Integer(1)) -> Diagram:
+    return Diagram(legs, (Product(scale, operands),))
+
+
+FLAWED = (
+    ("twice", one((I, I), X), "an output leg is there twice"),
+    ("sizes", one((Leg("i", 5),), X), "leg i has sizes 5 and 2"),
+    ("unknown", one((I,), Tensor("ghost", (I,))), "ghost[i] is not known here"),
+    ("elements", one((I,), Tensor("x", (I,))), "x[i] reads 2 elements of 6"),
+    ("delta", one((I,), X, Delta((I, J))), "does not join two legs of one size"),
+    ("window", one((I,), X, Window(I, ((0.5, J),))), "a coefficient that is no int"),
+    ("batch window", one((I,), X, Window(I, ((1, BATCH),))), "slides over the batch"),
+    ("map", one((I, J), Map(argument(0) * argument(1), (X,))), "no argument for x1"),
+    ("scale", one((I, J), X, scale=sympy.Symbol("M")), "another symbol than N"),
+    ("part", one((J,), Part(one((I, J), X), (J, J))), "other sizes than its diagram"),
+    ("inside", one((I,), Part(one((I,), Tensor("ghost", (I,))), (I,))), "not known here"),
+)
+
+
+@pytest.mark.parametrize(("diagram", "says"), [row[1:] for row in FLAWED], ids=[row[0] for row in FLAWED])
+def test_flawed_diagram(diagram: Diagram, says: str) -> None:
+    assert any(says in flaw for flaw in flaws(diagram, {"x": (6, 0)}))
+
+
+def test_flaw_in_a_formula_is_found() -> None:
+    """The checks of diagrams are asked for formulas and for results."""
+    bound = products(Stage.BIND)
+    broken = with_formula(bound, lambda d: Diagram(d.legs, (Product(sympy.Symbol("M"), d.products[0].operands),)))
+    with pytest.raises(InvariantError, match="formulas and Jacobians are well-formed"):
+        check(Stage.BIND, broken, made()[1])
+
+
+def test_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All checks together take a small part of a compilation."""
+    spent = 0.0
+
+    def timed(stage: Stage, data: Any, context: Context) -> Any:
+        nonlocal spent
+        start = time.perf_counter()
+        result = check(stage, data, context)
+        spent += time.perf_counter() - start
+        return result
+
+    monkeypatch.setattr("tnbackprop.compiler.check", timed)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    start = time.perf_counter()
+    tn.compile(model, nn.MSELoss(), (torch.randn(3, 6), torch.randn(3, 3)), QUANTITIES)
+    assert 0 < spent < 0.05 * (time.perf_counter() - start)

@@ -1,0 +1,98 @@
+"""Diagrams and tables as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import sympy
+from sympy.printing.str import StrPrinter
+
+from ..diagram import Diagram, Leg, Map, Operand, Part, Product, argument, summed_legs
+
+Names = Mapping[Diagram, str]
+"""Parts that are called by a name instead of being written out."""
+
+
+class _Printer(StrPrinter):  # type: ignore[misc]
+    def _print_Pow(self, expr: sympy.Pow, rational: bool = False) -> str:  # noqa: N802
+        base, exponent = expr.args
+        return f"{base}²" if base.is_Symbol and exponent == 2 else str(super()._print_Pow(expr, rational))
+
+    def _print_Piecewise(self, expr: sympy.Piecewise) -> str:  # noqa: N802
+        *pieces, last = expr.args
+        shown = [f"{self._print(value)} if {self._print(condition)} else " for value, condition in pieces]
+        end = self._print(last[0]) if last[1] is sympy.true else f"{self._print(last[0])} if {self._print(last[1])} else 0"
+        return "(" + "".join(shown) + end + ")"
+
+
+def diagram_text(name: str, diagram: Diagram, names: Names) -> str:
+    """name[legs] = formula"""
+    return f"{name}[{legs_text(diagram.legs)}] = {body_text(diagram, names)}"
+
+
+def body_text(diagram: Diagram, names: Names) -> str:
+    """The formula."""
+    return " + ".join(_product_text(product, diagram.legs, names) for product in diagram.products) or "0"
+
+
+def legs_text(legs: Sequence[Leg]) -> str:
+    return ",".join(leg.name for leg in legs)
+
+
+def _product_text(product: Product, output: tuple[Leg, ...], names: Names) -> str:
+    summed = summed_legs(product, output)
+    shown = []
+    if product.scale != 1 or not product.operands:
+        exact = sympy.sstr(product.scale)
+        exact = exact if len(exact) < 24 else sympy.sstr(product.scale.evalf(6))
+        shown.append(exact if product.scale.is_Atom and product.scale.is_nonnegative else f"({exact})")
+    shown += [f"Σ_{{{legs_text(summed)}}}"] if summed else []
+    operands = [_operand_text(op, names) for op in product.operands]
+    for text in dict.fromkeys(operands):
+        count = operands.count(text)
+        shown.append(text if count == 1 else f"{text}{'²' if count == 2 else f'^{count}'}")
+    return " ".join(shown)
+
+
+def _operand_text(operand: Operand, names: Names) -> str:
+    match operand:
+        case Part() if operand.diagram in names:
+            return f"{names[operand.diagram]}[{legs_text(operand.legs)}]"
+        case Part():
+            inner = operand.diagram.rename(dict(zip(operand.diagram.legs, operand.legs, strict=True)))
+            return f"({body_text(inner, names)})"
+        case Map():
+            shown = {argument(k): sympy.Symbol(str(arg)) for k, arg in enumerate(operand.args)}
+            text = str(_Printer().doprint(operand.expr.xreplace(shown)))
+            plain = text.startswith("(") or operand.expr.is_Function or operand.expr == argument(0) ** 2
+            return text if plain else f"({text})"
+        case _:
+            return str(operand)
+
+
+def table(rows: Sequence[Sequence[str]], indent: str = "  ", right: frozenset[int] = frozenset()) -> list[str]:
+    """Rows with aligned columns; the last column is as long as it is."""
+    widths = [max((len(row[k]) for row in rows), default=0) for k in range(len(rows[0]) - 1)] if rows else []
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(w) if k in right else cell.ljust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=False))]
+        lines.append((indent + "  ".join([*cells, row[-1]])).rstrip())
+    return lines
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"
+
+
+def size_text(count: float) -> str:
+    """Bytes with a unit."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def shortened(code: str, width: int) -> str:
+    code = code.replace("torch.ops.aten.", "aten.").replace("torch.nn.functional.", "F.")
+    return code if len(code) <= width else code[: width - 1] + "…"
