@@ -156,6 +156,33 @@ def test_two_of_a_kind_stand_side_by_side() -> None:
     torch.testing.assert_close(result["centred"]["0.bias"], result["variance"]["0.bias"])
 
 
+def test_quantities_without_a_loss_are_refused() -> None:
+    """Not zeros."""
+    with pytest.raises(TnError, match="loss"):
+        tn.compile(MODEL, None, (X, Y), [tn.Grad()])
+
+
+def test_a_program_without_a_loss() -> None:
+    result = tn.compile(MODEL, None, (X, None), [])(X)
+    assert result.loss is None
+    torch.testing.assert_close(result.output, MODEL(X).detach())
+
+
+def test_nothing_to_differentiate() -> None:
+    """All parameters frozen: the quantity is there, without entries."""
+    model = nn.Linear(3, 2).double().requires_grad_(False)
+    result = tn.compute(model, nn.MSELoss(), (X, Y), [tn.Grad()])
+    assert dict(result["grad"]) == {}
+
+
+def test_the_model_has_another_dtype_now() -> None:
+    model = nn.Linear(3, 2).double()
+    program = tn.compile(model, nn.MSELoss(), (X, Y), [tn.Grad()])
+    model.float()
+    with pytest.raises(InputError, match=r"(?s)weight.*torch.float32.*torch.float64|compile again"):
+        program(X, Y)
+
+
 # ---------------------------------------------------------------- rules
 
 

@@ -344,7 +344,7 @@ def test_diagrams(what: str) -> None:
         check(DIAGRAMS[what], size)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(diagrams(most=3, depth=1))
 def test_random_diagrams(given: Diagram) -> None:
     check(given)

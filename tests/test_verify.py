@@ -33,7 +33,7 @@ def made() -> tuple[Compiled, Context]:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2))
     compiled = tn.compile(model, nn.MSELoss(), (torch.randn(4, 1, 5, 5), torch.randn(4, 2)), QUANTITIES).compiled
     context = asked(model, tuple(q.name for q in QUANTITIES))
-    return compiled, replace(context, graph=compiled.graph, derived=compiled.derived)
+    return compiled, replace(context, graph=compiled.graph)
 
 
 def products(stage: Stage) -> Any:
@@ -57,7 +57,21 @@ def changed(items: tuple[Any, ...], position: int, **fields: Any) -> tuple[Any, 
 def with_output(graph: Any, position: int, **fields: Any) -> Any:
     """The graph with another output value of one call, in the call and in the table."""
     value = replace(graph.calls[position].output, **fields)
-    return replace(graph, calls=changed(graph.calls, position, output=value), values={**graph.values, value.name: value})
+    calls = changed(graph.calls, position, output=value)
+    return replace(graph, calls=calls, values={**graph.values, value.name: value})
+
+
+def without_calls(graph: Any, **fields: Any) -> Any:
+    """Only what is read, with other fields."""
+    return replace(graph, calls=(), output=None, loss=None, **fields)
+
+
+def without_parameter(graph: Any, dotted: str) -> Any:
+    return without_calls(graph, parameters={k: v for k, v in graph.parameters.items() if v[0] != dotted})
+
+
+def all_frozen(graph: Any) -> Any:
+    return without_calls(graph, values={k: replace(v, depends_on=frozenset()) for k, v in graph.values.items()})
 
 
 def with_rule(bound: Any, position: int, **fields: Any) -> Any:
@@ -83,6 +97,12 @@ def with_quantity(derived: Any, change: Callable[[Diagram], Diagram]) -> Any:
 
 def cotangents_last(derived: Any) -> Any:
     return replace(derived, schedule=tuple(sorted(derived.schedule, key=lambda item: isinstance(item, Backward))))
+
+
+def natives_first(derived: Any) -> Any:
+    """Cotangents that native code computes, before those that it reads."""
+    native = [item for item in derived.schedule if isinstance(item, Backward) and isinstance(item.terms[0], Native)]
+    return replace(derived, schedule=(*native, *(item for item in derived.schedule if item not in native)))
 
 
 def source_with(line: str) -> Callable[[str], str]:
@@ -118,28 +138,24 @@ BREAKS = (
         "the graph has layer_1",
     ),
     Break("two batches", CAPTURE, lambda g: with_output(g, -1, axes=N2), "at most once", "more than once"),
-    Break("batch times two", CAPTURE, lambda g: with_output(g, -1, axes=((2 * N,),)), "at most once", "mixes the batch"),
     Break(
-        "no parameter",
-        CAPTURE,
-        lambda g: replace(g, parameters={k: v for k, v in g.parameters.items() if v[0] != "3.bias"}, calls=(), output=None, loss=None),
-        "every trainable",
-        "the graph does not have it",
+        "batch times two", CAPTURE, lambda g: with_output(g, -1, axes=((2 * N,),)), "at most once", "mixes the batch"
     ),
-    Break(
-        "frozen",
-        CAPTURE,
-        lambda g: replace(g, values={k: replace(v, depends_on=frozenset()) for k, v in g.values.items()}, calls=(), output=None, loss=None),
-        "every trainable",
-        "counts as frozen",
-    ),
+    Break("no parameter", CAPTURE, lambda g: without_parameter(g, "3.bias"), "trainable", "graph does not have it"),
+    Break("frozen", CAPTURE, all_frozen, "every trainable", "counts as frozen"),
     Break(
         "depends", CAPTURE, lambda g: with_output(g, -1, depends_on=frozenset({"ghost"})), "operands depend on", "ghost"
     ),
-    Break("loss", CAPTURE, lambda g: replace(g, loss=g.calls[0].output.name), "loss is a scalar", "the loss is layer_0"),
+    Break("loss", CAPTURE, lambda g: replace(g, loss=g.calls[0].output.name), "is a scalar", "the loss is layer_0"),
     Break("unbound", BIND, lambda b: b[1:], "has its rule", "differentiable but not bound"),
     Break("last line", BIND, lambda b: with_rule(b, 0, equations=b[1][1].equations), "has its rule", "does not define"),
-    Break("formula legs", BIND, lambda b: with_formula(b, lambda d: d.sum("o")), "legs and size", "not those of its formula"),
+    Break(
+        "formula legs",
+        BIND,
+        lambda b: with_formula(b, lambda d: d.sum("o")),
+        "legs and size",
+        "not those of its formula",
+    ),
     Break(
         "formula size",
         BIND,
@@ -147,7 +163,13 @@ BREAKS = (
         "legs and size",
         "gives N·1 elements",
     ),
-    Break("no extraction", DERIVE, lambda d: replace(d, schedule=d.schedule[:-1]), "every quantity once", "0 extractions"),
+    Break(
+        "no extraction",
+        DERIVE,
+        lambda d: replace(d, schedule=d.schedule[:-1]),
+        "every quantity once",
+        "it has [], asked for were",
+    ),
     Break(
         "no quantity",
         DERIVE,
@@ -163,13 +185,7 @@ BREAKS = (
         "read what is there",
         "computed twice",
     ),
-    Break(
-        "native too early",
-        DERIVE,
-        lambda d: replace(d, schedule=(Backward("layer_0", (Native("x", "layer_1"),), ""), *d.schedule)),
-        "read what is there",
-        "'layer_1' is not there yet",
-    ),
+    Break("native too early", DERIVE, natives_first, "read what is there", "is not there yet"),
     Break(
         "cotangent size",
         DERIVE,
@@ -253,26 +269,27 @@ def test_what_the_compiler_makes_holds(stage: Stage) -> None:
     assert check(stage, products(stage), made()[1]) is products(stage)
 
 
-I, J, K = Leg("i", 2), Leg("j", 3), Leg("k", 4)
-X = Tensor("x", (I, J))
+ONE = sympy.Integer(1)
+ROW, COLUMN = Leg("i", 2), Leg("j", 3)
+X = Tensor("x", (ROW, COLUMN))
 
 
-def one(legs: tuple[Leg, ...], *operands: Any, scale: sympy.Expr = sympy.Integer(1)) -> Diagram:
+def one(legs: tuple[Leg, ...], *operands: Any, scale: sympy.Expr = ONE) -> Diagram:
     return Diagram(legs, (Product(scale, operands),))
 
 
 FLAWED = (
-    ("twice", one((I, I), X), "an output leg is there twice"),
+    ("twice", one((ROW, ROW), X), "an output leg is there twice"),
     ("sizes", one((Leg("i", 5),), X), "leg i has sizes 5 and 2"),
-    ("unknown", one((I,), Tensor("ghost", (I,))), "ghost[i] is not known here"),
-    ("elements", one((I,), Tensor("x", (I,))), "x[i] reads 2 elements of 6"),
-    ("delta", one((I,), X, Delta((I, J))), "does not join two legs of one size"),
-    ("window", one((I,), X, Window(I, ((0.5, J),))), "a coefficient that is no int"),
-    ("batch window", one((I,), X, Window(I, ((1, BATCH),))), "slides over the batch"),
-    ("map", one((I, J), Map(argument(0) * argument(1), (X,))), "no argument for x1"),
-    ("scale", one((I, J), X, scale=sympy.Symbol("M")), "another symbol than N"),
-    ("part", one((J,), Part(one((I, J), X), (J, J))), "other sizes than its diagram"),
-    ("inside", one((I,), Part(one((I,), Tensor("ghost", (I,))), (I,))), "not known here"),
+    ("unknown", one((ROW,), Tensor("ghost", (ROW,))), "ghost[i] is not known here"),
+    ("elements", one((ROW,), Tensor("x", (ROW,))), "x[i] reads 2 elements of 6"),
+    ("delta", one((ROW,), X, Delta((ROW, COLUMN))), "does not join two legs of one size"),
+    ("window", one((ROW,), X, Window(ROW, ((0.5, COLUMN),))), "a coefficient that is no int"),
+    ("batch window", one((ROW,), X, Window(ROW, ((1, BATCH),))), "slides over the batch"),
+    ("map", one((ROW, COLUMN), Map(argument(0) * argument(1), (X,))), "no argument for x1"),
+    ("scale", one((ROW, COLUMN), X, scale=sympy.Symbol("M")), "another symbol than N"),
+    ("part", one((COLUMN,), Part(one((ROW, COLUMN), X), (COLUMN, COLUMN))), "other sizes than its diagram"),
+    ("inside", one((ROW,), Part(one((ROW,), Tensor("ghost", (ROW,))), (ROW,))), "not known here"),
 )
 
 

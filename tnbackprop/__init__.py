@@ -2,15 +2,32 @@
 
 from .errors import InputError, InvariantError, RuleError, TnError, UnsupportedError
 from .front import compile, compute
-from .quantities import BatchDot, BatchGrad, BatchL2, Grad, Quantity, Scale, SecondMoment, Variance
-from .rule import Rule, Table
+from .quantities import (
+    BatchDot,
+    BatchGrad,
+    BatchL2,
+    DiagGGN,
+    DiagGGNMC,
+    GGNTrace,
+    Grad,
+    Propagation,
+    Quantity,
+    Scale,
+    SecondMoment,
+    Source,
+    SqrtGGN,
+    SqrtGGNMC,
+    Variance,
+)
+from .rule import Root, Rule, Table
 from .rules import RULES
 from .runtime import Program, Result
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "RULES", "BatchDot", "BatchGrad", "BatchL2", "Grad", "InputError", "InvariantError", "Program", "Quantity",
-    "Result", "Rule", "RuleError", "Scale", "SecondMoment", "Table", "TnError", "UnsupportedError", "Variance",
-    "compile", "compute",
+    "RULES", "BatchDot", "BatchGrad", "BatchL2", "DiagGGN", "DiagGGNMC", "GGNTrace", "Grad", "InputError",
+    "InvariantError", "Program", "Propagation", "Quantity", "Result", "Root", "Rule", "RuleError", "Scale",
+    "SecondMoment", "Source", "SqrtGGN", "SqrtGGNMC", "Table", "TnError", "UnsupportedError", "Variance", "compile",
+    "compute",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from .expand import Expander
 from .jacobian import Jacobian
 from .legs import Axes, solve
 from .notation import RESERVED, parse_access, parse_expression, parse_legs, parse_program
-from .rule import Rule
+from .rule import Root, Rule
 from .syntax import Access, Index, Line, Node, accesses, nearest, selects
 
 __all__ = ["Axes", "BoundRule", "Equation", "Saved", "bind"]
@@ -64,6 +64,7 @@ class BoundRule:
     vjp: Mapping[str, str]
     kinks: str
     legs: Mapping[str, tuple[Leg, ...]]
+    root: Root | None = None  # placeholders are runtime value names, and {noise} in the sample
     fallback: str = ""  # where there is no rule: the call, for the report
 
 
@@ -128,7 +129,13 @@ class _Binder:
         self._refuse_mixing(equations)
         saved = tuple(self._saved(key, code) for key, code in self.rule.saved.items())
         return BoundRule(
-            tuple(equations), saved, self._code(self.rule.forward), self._vjp(), self.rule.kinks, self._operand_legs()
+            tuple(equations),
+            saved,
+            self._code(self.rule.forward),
+            self._vjp(),
+            self.rule.kinks,
+            self._operand_legs(),
+            self._root(),
         )
 
     def _check_names(self, operands: Mapping[str, Axes | None]) -> None:
@@ -268,6 +275,10 @@ class _Binder:
             if name not in self.absent and list(self.names.values()).count(self.names[name]) == 1:
                 found[self.names[name]] = bound
         return MappingProxyType(found)
+
+    def _root(self) -> Root | None:
+        root = self.rule.root
+        return root and Root(root.columns, self._code(root.code), self._code(root.sample, "noise"))
 
     def _code(self, code: str, *kept: str) -> str:
         """Torch code with {operand} replaced by {runtime value name}, and by None where it is absent."""

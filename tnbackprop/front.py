@@ -59,7 +59,7 @@ def _bytes(limit: int | str | None) -> int | None:
         return limit
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|[kMGT]i?B)\s*", limit)
     if match is None:
-        raise InputError(f"memory_limit={limit!r} is no amount of memory: write bytes, or a text like '500MB' or '2GiB'")
+        raise InputError(f"memory_limit={limit!r} is no amount of memory: write bytes, or text like '500MB' or '2GiB'")
     unit = match[2].rstrip("B")
     base = 1024 if unit.endswith("i") else 1000
     return int(float(match[1]) * base ** " kMGT".index(unit[:1] or " "))

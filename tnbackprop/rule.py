@@ -13,6 +13,20 @@ Constant = int | float
 
 
 @dataclass(frozen=True)
+class Root:
+    """The square root of a loss's Hessian with respect to its input: Σ_v S_v S_vᵀ = H, all scale of the loss included.
+
+    columns  how many columns S has
+    code     torch code for S, [columns, *input]; may use operands and saved names in braces
+    sample   torch code for one random column s with E[s sᵀ] = H; ``{noise}`` is uniform on (0, 1), shaped as the input
+    """
+
+    columns: int
+    code: str
+    sample: str
+
+
+@dataclass(frozen=True)
 class Rule:
     """What one call of a layer computes, as formulas.
 
@@ -28,7 +42,7 @@ class Rule:
     forward    torch code for the output, where the call itself will not do (a saved mask, say).
     vjp        operand name -> torch code of a native VJP; may use ``{cotangent}``, ``{output}``, operands, saved.
                A lowering: checked against the formula, never the definition.
-    root       for a loss: the square root of its Hessian (issue: second order).
+    root       for a loss: the square root of its Hessian; elementwise losses need none, it follows from the formula.
     kinks      what the derivative is where it does not exist; shown by `explain`.
     """
 
@@ -39,7 +53,7 @@ class Rule:
     saved: Mapping[str, str] = field(default_factory=dict)
     forward: str = ""
     vjp: Mapping[str, str] = field(default_factory=dict)
-    root: str = ""
+    root: Root | None = None
     kinks: str = ""
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ from tnbackprop.reference import evaluate, size_of
 
 Values = Mapping[str, NDArray[Any]]
 
-LAW = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+LAW = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 BATCH_SIZE = 3
 POOL = (BATCH, *(Leg(name, size) for name, size in zip("abcdef", (2, 3, 2, 3, 1, 4), strict=True)))
 FIXED = POOL[1:]

@@ -48,7 +48,7 @@ def compile_program(
     derived = derive(graph, bound, quantities)
     check(Stage.DERIVE, derived, seen)
     planned = plan(graph, derived, LOWERINGS, _rates(model), _itemsize(model), memory_limit)
-    check(Stage.PLAN, planned, seen := replace(seen, derived=derived))
+    check(Stage.PLAN, planned, seen)
     source = emit(graph, planned, f"{type(model).__name__}: {', '.join(q.name for q in quantities)}")
     check(Stage.EMIT, source, seen)
     return Compiled(graph, derived, planned, source)

@@ -1,4 +1,4 @@
-"""The ways in which a quantity of a parameter can be computed, as the planner tried them: explicit or Gram, with costs."""
+"""The ways to compute a quantity of a parameter, as the planner tried them: explicit or Gram, with costs."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ def _way(diagram: Diagram, form: Diagram) -> Way:
         return Way.EXPLICIT
     if _degree(diagram) > 1:
         return Way.GRAM
-    whole = any(set(part.legs) == set(diagram.legs) for p in diagram.products for part in p.operands if isinstance(part, Part))
+    whole = any(
+        set(part.legs) == set(diagram.legs) for p in diagram.products for part in p.operands if isinstance(part, Part)
+    )
     return Way.EXPLICIT if whole else Way.DIRECT
 
 

@@ -7,23 +7,25 @@ sum over the batch is a scalar of the loss, and its cotangent is a constant.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import chain
 
 import sympy
 
 from ..algebra import Cotangents, Uses, differentiate, inline, pull_back, tensor
 from ..bind import BoundRule, Equation, bind
-from ..diagram import BATCH, Delta, Diagram, Leg, N, Product, fresh_names, leaves
+from ..diagram import BATCH, COLUMN, Delta, Diagram, Leg, N, Product, fresh_names, leaves
 from ..errors import UnsupportedError
 from ..jacobian import Jacobian
-from ..quantities import Quantity
+from ..quantities import Propagation, Quantity, Source
 from ..regroup import refine, refinement
 from ..rule import Rule, Rules
 from ..simplify import simplify
 from .fallback import fallback
 from .graph import Call, Graph, Value
+from .roots import LossRoot, loss_root
 from .units import without_units
 
 ONE = Diagram((), (Product(sympy.Integer(1), ()),))
@@ -34,13 +36,15 @@ class Native:
     """A VJP in torch code; placeholders are {runtime value name} and {cotangent}."""
 
     code: str
-    cotangent_of: str
+    cotangent: str
+    of: str  # the value whose cotangent that is
 
 
 @dataclass(frozen=True)
 class Backward:
-    """cotangent of `value` = Σ terms."""
+    """The cotangent of `value`, called `name`, is the sum of the terms."""
 
+    name: str
     value: str
     terms: tuple[Diagram | Native, ...]
     note: str
@@ -63,13 +67,37 @@ class Extraction:
     diagrams: Mapping[str, Diagram]  # by quantity name
 
 
+Schedule = tuple[Backward | Individual | Extraction, ...]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A sweep that runs once for every column of a root, with `variable` for the column at the model's output."""
+
+    variable: str
+    root: LossRoot
+    samples: int  # 0: the exact columns
+    schedule: Schedule
+
+
 @dataclass(frozen=True)
 class Derived:
     """Everything to compute, in an order in which it can be computed."""
 
     bound: tuple[tuple[Call, BoundRule], ...]
-    schedule: tuple[Backward | Individual | Extraction, ...]
+    schedule: Schedule
     scale: sympy.Expr
+    columns: tuple[Columns, ...] = ()
+
+    @property
+    def sweeps(self) -> tuple[Schedule, ...]:
+        """The schedule of the gradient and of each kind of column."""
+        return (self.schedule, *(c.schedule for c in self.columns))
+
+    @property
+    def items(self) -> Iterator[Backward | Individual | Extraction]:
+        """Every item of every sweep."""
+        return chain.from_iterable(self.sweeps)
 
 
 def bind_all(graph: Graph, rules: Rules) -> tuple[tuple[Call, BoundRule], ...]:
@@ -101,21 +129,54 @@ class _Sweep:
     owner: dict[str, Call] = field(default_factory=dict)
     schedule: list[Backward | Individual | Extraction] = field(default_factory=list)
     scales: set[sympy.Expr] = field(default_factory=set)
+    prefix: str = "g"
+    kept: tuple[Leg, ...] = (BATCH,)
 
 
 def derive(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...], quantities: Sequence[Quantity]) -> Derived:
-    """The reverse sweep over bound calls, with the quantities of each parameter as soon as its uses are known."""
-    sweep = _Sweep(graph, quantities)
-    _classify(sweep, bound)
+    """One reverse sweep for the gradient, and one for each kind of column that a quantity propagates."""
+    wanted = dict.fromkeys(q.propagates for q in quantities)
+    sweep = _Sweep(graph, [q for q in quantities if q.propagates.source is Source.GRADIENT])
     if graph.loss is not None:
         sweep.terms[graph.loss] = [ONE]
+    _run(sweep, bound)
+    scale = _scale(sweep)
+    columns = []
+    for propagation in (p for p in wanted if p.source is not Source.GRADIENT):
+        mine = [q for q in quantities if q.propagates == propagation]
+        columns.append(_columns(graph, bound, mine, propagation, scale, len(columns)))
+    return Derived(bound, tuple(sweep.schedule), scale, tuple(columns))
+
+
+def _columns(
+    graph: Graph,
+    bound: tuple[tuple[Call, BoundRule], ...],
+    quantities: Sequence[Quantity],
+    propagation: Propagation,
+    scale: sympy.Expr,
+    number: int,
+) -> Columns:
+    """The sweep of one column of the root: a cotangent like the gradient, whose results carry a column leg of size 1."""
+    root = loss_root(graph, bound)
+    sweep = _Sweep(graph, quantities, scales={scale}, prefix=f"s{number}", kept=(Leg(COLUMN, 1), BATCH))
+    legs = next((r.equations[-1].legs for c, r in bound if c.output == root.output), ())
+    variable = f"column_{number}"
+    sweep.terms[root.output.name] = [tensor(variable, legs)]
+    _run(sweep, bound)
+    samples = propagation.samples if propagation.source is Source.SAMPLE else 0
+    return Columns(variable, root, samples, tuple(sweep.schedule))
+
+
+def _run(sweep: _Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
+    """The reverse sweep over bound calls, with the quantities of each parameter as soon as its uses are known."""
+    graph = sweep.graph
+    _classify(sweep, bound)
     last_use = _first_call_of_each_parameter(graph, bound)
     _extract(sweep, [p for p in last_use if last_use[p] is None])
     for position in reversed(range(len(bound))):
         call, rule = bound[position]
         _sweep_call(sweep, call, rule)
         _extract(sweep, [p for p, first in last_use.items() if first == position])
-    return Derived(bound, tuple(sweep.schedule), _scale(sweep))
 
 
 def _classify(sweep: _Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
@@ -154,7 +215,7 @@ def _sweep_call(sweep: _Sweep, call: Call, rule: BoundRule) -> None:
             trainable.discard(name)
     native = {name for name in trainable & set(rule.vjp) if sweep.samples[name] and sweep.samples[call.output.name]}
     for name in native:
-        sweep.terms.setdefault(name, []).append(Native(rule.vjp[name], call.output.name))
+        sweep.terms.setdefault(name, []).append(Native(rule.vjp[name], f"{sweep.prefix}_{call.output.name}", call.output.name))
     if native:
         _schedule(sweep, call.output.name, rule.equations[-1].legs)
     wanted = _lines_to(rule.equations, trainable - native)
@@ -171,9 +232,9 @@ def _pull_individually(sweep: _Sweep, call: Call, rule: BoundRule, name: str) ->
         _schedule(sweep, output.name, output.legs)
     else:
         uses, g = _all_uses(sweep, output.name)
-        sweep.schedule.append(Backward(output.name, (uses.T @ g,), call.where))
-    own = f"g_{name}_{output.name}"
-    sweep.schedule.append(Individual(own, name, Native(rule.vjp[name], output.name)))
+        sweep.schedule.append(Backward(f"{sweep.prefix}_{output.name}", output.name, (uses.T @ g,), call.where))
+    own = f"{sweep.prefix}_{name}_{output.name}"
+    sweep.schedule.append(Individual(own, name, Native(rule.vjp[name], f"{sweep.prefix}_{output.name}", output.name)))
     sizes = [size for size in sweep.graph.values[name].shape if size != 1]
     out = tuple(Leg(f"a{k}", size) for k, size in enumerate(sizes))
     into = tuple(Leg(f"a{k}'", size) for k, size in enumerate(sizes))
@@ -260,7 +321,7 @@ def _cotangent(sweep: _Sweep, name: str, legs: tuple[Leg, ...]) -> Diagram:
     """What is propagated to `name`: a named tensor, or the constant of a scalar of the loss."""
     if sweep.samples[name]:
         _schedule(sweep, name, legs)
-        return tensor(f"g_{name}", legs)
+        return tensor(f"{sweep.prefix}_{name}", legs)
     total = Diagram(legs, ())
     for term in sweep.terms[name]:
         if isinstance(term, Native) or any(sweep.reads.get(leaf, True) for leaf in leaves(term)):
@@ -291,7 +352,8 @@ def _schedule(sweep: _Sweep, name: str, legs: tuple[Leg, ...]) -> None:
     """Enter the computation of a cotangent, once."""
     if not any(isinstance(item, Backward) and item.value == name for item in sweep.schedule):
         call = sweep.owner.get(name)
-        sweep.schedule.append(Backward(name, tuple(sweep.terms[name]), call.where if call else ""))
+        where = call.where if call else ""
+        sweep.schedule.append(Backward(f"{sweep.prefix}_{name}", name, tuple(sweep.terms[name]), where))
 
 
 def _all_uses(sweep: _Sweep, name: str) -> tuple[Uses, Cotangents]:
@@ -305,7 +367,7 @@ def _all_uses(sweep: _Sweep, name: str) -> tuple[Uses, Cotangents]:
     named = jacobians[0].into if jacobians else tuple(Leg(f"p{k}", size) for k, size in enumerate(sizes))
     legs = _distinct(tuple(Leg(leg.name.rstrip("'") or "p", leg.size) for leg in named)) or (Leg("p", 1),)
     whole = tuple(_with_legs(jacobian, legs) for jacobian in jacobians)
-    return Uses(whole, legs), Cotangents(tuple(g for _, g in pairs), _scale(sweep))
+    return Uses(whole, legs), Cotangents(tuple(g for _, g in pairs), _scale(sweep), sweep.kept)
 
 
 def _distinct(legs: tuple[Leg, ...]) -> tuple[Leg, ...]:

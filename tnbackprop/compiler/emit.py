@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .graph import Graph
 from .listing import lines_of
+from .loops import loop_lines
 from .plan import Plan
 from .store import Step
 
@@ -26,18 +27,27 @@ def emit(graph: Graph, plan: Plan, header: str) -> str:
         lines += [*source.split("\n"), "", ""]
     lines.append("def program(tensors):")
     inputs = (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs)
-    read = {name for step in plan.steps for name in step.inputs} | _read_by_output(graph, plan)
+    read = {name for step, _ in plan.timed for name in step.inputs} | _read_by_output(graph, plan)
     floating = next((n for n in (*graph.parameters, *graph.inputs) if graph.values[n].dtype.is_floating_point), None)
     keep = {name for name in inputs if name in read or name == floating}
     for name in inputs:
         if name in keep or name == graph.inputs[0]:
             lines.append(f"    {name} = tensors[{name!r}]  # [{', '.join(map(str, graph.values[name].shape))}]")
+    lines += [f"    {name} = tensors[{name!r}]" for name in noises(plan)]
     lines.append(_batch_line(graph))
-    if any("like" in step.inputs for step in plan.steps):
+    if any("like" in step.inputs for step, _ in plan.timed):
         lines.append(f"    like = {floating}")
-    lines += lines_of(plan.steps, _read_by_output(graph, plan))
+    needed = {name for loop in plan.loops for name in (loop.root, *loop.reads)}
+    lines += lines_of(plan.steps, _read_by_output(graph, plan) | needed)
+    for loop in plan.loops:
+        lines += loop_lines(loop)
     lines += _return(graph, plan)
     return "\n".join(lines) + "\n"
+
+
+def noises(plan: Plan) -> list[str]:
+    """The names of the random inputs."""
+    return [name for name in plan.shapes if name.startswith("noise_")]
 
 
 def _batch_line(graph: Graph) -> str:

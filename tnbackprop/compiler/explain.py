@@ -10,7 +10,7 @@ from ..bind import BoundRule, Equation
 from ..diagram import Diagram
 from .alternatives import Alternative, alternatives, conditions, part_names, seconds, work_numbers
 from .cost import number, size_at
-from .derive import Backward, Extraction, Individual, Native
+from .derive import Backward, Extraction, Individual, Native, Schedule
 from .explain_text import body_text, diagram_text, legs_text, milliseconds, shortened, size_text, table
 from .memory import peak_bytes
 from .plan import Choice
@@ -27,7 +27,7 @@ SMALL = 0.01
 
 
 def explain(compiled: Compiled, stage: Stage | None = None) -> str:
-    """Every stage as text, or one: the graph; formulas and Jacobians; diagrams; choices, path and totals; the source."""
+    """Every stage but the source as text, or one stage."""
     shown = (stage,) if stage is not None else (Stage.CAPTURE, Stage.BIND, Stage.DERIVE, Stage.PLAN)
     sections = [section for key in shown for section in SECTIONS[key]]
     texts = [(title.format(N=compiled.plan.batch), "\n".join(lines(compiled))) for title, lines in sections]
@@ -80,24 +80,43 @@ def _bare(code: str) -> str:
     return code.replace("{", "").replace("}", "")
 
 
+def _schedules(compiled: Compiled) -> Iterator[tuple[str, Schedule]]:
+    """Every sweep, with what is said above it."""
+    yield "", compiled.derived.schedule
+    for columns in compiled.derived.columns:
+        which = f"{columns.samples} sampled" if columns.samples else "all"
+        yield (
+            f"for each column {columns.variable} of the root at {columns.root.output.name}, {which}:",
+            columns.schedule,
+        )
+
+
+def _choice_of(compiled: Compiled, item: Extraction) -> Choice:
+    """The choice that was made for this extraction."""
+    dotted = compiled.graph.parameters[item.parameter][0]
+    made = [choice for choice in compiled.plan.choices if choice.parameter == dotted]
+    return next(choice for choice in made if set(choice.chosen.results) == set(item.diagrams))
+
+
 def _diagrams(compiled: Compiled) -> Iterator[str]:
     """The cotangents in the order of the sweep, and each quantity as its algebra gave it."""
-    choices = {choice.parameter: choice for choice in compiled.plan.choices}
-    for item in compiled.derived.schedule:
-        match item:
-            case Backward():
-                yield from (_cotangent(f"g_{item.value}", term) for term in item.terms)
-            case Individual():
-                yield _cotangent(item.name, item.native)
-            case Extraction():
-                dotted = compiled.graph.parameters[item.parameter][0]
-                yield f"{dotted} {compiled.graph.values[item.parameter].axes_text}"
-                yield from (f"  {line}" for line in _algebra(item.diagrams, choices[dotted]))
+    for title, schedule in _schedules(compiled):
+        yield from (title,) if title else ()
+        for item in schedule:
+            match item:
+                case Backward():
+                    yield from (_cotangent(item.name, term) for term in item.terms)
+                case Individual():
+                    yield _cotangent(item.name, item.native)
+                case Extraction():
+                    dotted = compiled.graph.parameters[item.parameter][0]
+                    yield f"{dotted} {compiled.graph.values[item.parameter].axes_text}"
+                    yield from (f"  {line}" for line in _algebra(item.diagrams, _choice_of(compiled, item)))
 
 
 def _cotangent(name: str, term: Diagram | Native) -> str:
     if isinstance(term, Native):
-        code = _bare(term.code.replace("{cotangent}", f"g_{term.cotangent_of}"))
+        code = _bare(term.code.replace("{cotangent}", term.cotangent))
         return f"{name} = {shortened(code, 2 * CODE_WIDTH)}  (native)"
     return diagram_text(name, term, {})
 
@@ -114,24 +133,27 @@ def _algebra(diagrams: Mapping[str, Diagram], choice: Choice) -> Iterator[str]:
 
 def _choices(compiled: Compiled) -> Iterator[str]:
     """For each parameter and quantity: what it was computed from, and what the alternatives would have cost."""
-    by_name = {c.parameter: c for c in compiled.plan.choices}
     yield "ms and FLOPs are those of the quantity alone; what is built once serves all quantities of the parameter."
-    for item in compiled.derived.schedule:
-        if isinstance(item, Extraction):
-            yield ""
-            yield from _choice(compiled, item.diagrams, by_name[compiled.graph.parameters[item.parameter][0]])
+    for title, schedule in _schedules(compiled):
+        yield from ("", title) if title else ()
+        for item in schedule:
+            if isinstance(item, Extraction):
+                yield ""
+                yield from _choice(compiled, item.diagrams, _choice_of(compiled, item))
 
 
 def _choice(compiled: Compiled, diagrams: Mapping[str, Diagram], choice: Choice) -> Iterator[str]:
     plan, names, symbols = compiled.plan, part_names(diagrams, choice), Symbols()
-    whole = seconds(plan.steps, plan.rates, plan.batch, plan.itemsize)
+    whole = seconds(tuple(step for step, _ in plan.timed), plan.rates, plan.batch, plan.itemsize)
     small = max(option.seconds for option in choice.options) < SMALL * whole
     blocks = []
     for quantity, ways in alternatives(diagrams, choice).items():
         if small:
             blocks.append(f"  {quantity}: " + "; ".join("  ".join(_way_row(compiled, symbols, way)) for way in ways))
             continue
-        blocks.append(f"  {quantity}: {ways[0].way.value}" + (f", reads {', '.join(ways[0].reads)}" if ways[0].reads else ""))
+        blocks.append(
+            f"  {quantity}: {ways[0].way.value}" + (f", reads {', '.join(ways[0].reads)}" if ways[0].reads else "")
+        )
         blocks.append(f"    {diagram_text(quantity, ways[0].diagram, names)}")
         if len({work_numbers(way, plan) for way in ways}) == 1:
             ways = ways[:1]
@@ -163,9 +185,10 @@ def _way_row(compiled: Compiled, symbols: Symbols, way: Alternative) -> tuple[st
 def _path(compiled: Compiled) -> Iterator[str]:
     """Every step, grouped by what it is for."""
     groups: list[tuple[str, list[Step]]] = []
-    for step in compiled.plan.steps:
-        if not groups or groups[-1][0] != step.note:
-            groups.append((step.note, []))
+    for step, times in compiled.plan.timed:
+        note = step.note if times == 1 else f"{times} × {step.note}"
+        if not groups or groups[-1][0] != note:
+            groups.append((note, []))
         groups[-1][1].append(step)
     rows: list[tuple[str, ...]] = [("value", "kernel", "FLOPs", "bytes", "ms", "FLOPs =", "bytes =", "code")]
     heads = {}
@@ -201,7 +224,7 @@ def _kept(compiled: Compiled) -> Iterator[str]:
     """The forward values that a later step reads: derived from the diagrams, not declared."""
     plan, forward = compiled.plan, _forward_names(compiled)
     readers: dict[str, list[str]] = {}
-    for step in plan.steps:
+    for step, _ in plan.timed:
         for name in step.inputs if step.name not in forward else ():
             if name in forward and step.note not in readers.setdefault(name, []):
                 readers[name].append(step.note)
@@ -210,7 +233,9 @@ def _kept(compiled: Compiled) -> Iterator[str]:
     for name, notes in readers.items():
         shape = "[" + ", ".join(map(str, plan.shapes[name])) + "]"
         more = f" and {len(notes) - 2} more" if len(notes) > 2 else ""
-        rows.append((name, shape, size_text(taken[name]), "for " + ", ".join(note.split(", ")[0] for note in notes[:2]) + more))
+        rows.append(
+            (name, shape, size_text(taken[name]), "for " + ", ".join(note.split(", ")[0] for note in notes[:2]) + more)
+        )
     yield from table(rows, "  ", frozenset({2}))
     yield f"  together {size_text(sum(taken.values()))}"
 
@@ -228,11 +253,11 @@ def _totals(compiled: Compiled) -> Iterator[str]:
     """Forward, backward and quantities; their sums are `program.flops` and `program.bytes`."""
     plan, forward = compiled.plan, _forward_names(compiled)
     groups: dict[str, list[Step]] = {"forward": [], "backward": [], "quantities": []}
-    for step in plan.steps:
+    for step in (step for step, times in plan.timed for _ in range(times)):
         backward = "backward" if step.note.startswith("cotangent of") else "quantities"
         groups["forward" if step.name in forward else backward].append(step)
     rows = [("", "steps", "FLOPs", "bytes", "predicted", "in N")]
-    for name, steps in (*groups.items(), ("together", list(plan.steps))):
+    for name, steps in (*groups.items(), ("together", [step for steps in groups.values() for step in steps])):
         flops = tuple(term for step in steps for term in step.work.flops)
         moved = tuple(term for step in steps for term in step.work.moved)
         numbers = (f"{number(flops, plan.batch):.4g}", f"{plan.itemsize * number(moved, plan.batch):.4g}")

@@ -14,14 +14,18 @@ Names = Mapping[Diagram, str]
 
 
 class _Printer(StrPrinter):  # type: ignore[misc]
-    def _print_Pow(self, expr: sympy.Pow, rational: bool = False) -> str:  # noqa: N802
+    def _print_Pow(self, expr: sympy.Pow, rational: bool = False) -> str:
         base, exponent = expr.args
         return f"{base}²" if base.is_Symbol and exponent == 2 else str(super()._print_Pow(expr, rational))
 
-    def _print_Piecewise(self, expr: sympy.Piecewise) -> str:  # noqa: N802
+    def _print_Piecewise(self, expr: sympy.Piecewise) -> str:
         *pieces, last = expr.args
         shown = [f"{self._print(value)} if {self._print(condition)} else " for value, condition in pieces]
-        end = self._print(last[0]) if last[1] is sympy.true else f"{self._print(last[0])} if {self._print(last[1])} else 0"
+        end = (
+            self._print(last[0])
+            if last[1] is sympy.true
+            else f"{self._print(last[0])} if {self._print(last[1])} else 0"
+        )
         return "(" + "".join(shown) + end + ")"
 
 
@@ -75,7 +79,9 @@ def table(rows: Sequence[Sequence[str]], indent: str = "  ", right: frozenset[in
     widths = [max((len(row[k]) for row in rows), default=0) for k in range(len(rows[0]) - 1)] if rows else []
     lines = []
     for row in rows:
-        cells = [cell.rjust(w) if k in right else cell.ljust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=False))]
+        cells = [
+            cell.rjust(w) if k in right else cell.ljust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=False))
+        ]
         lines.append((indent + "  ".join([*cells, row[-1]])).rstrip())
     return lines
 

@@ -43,13 +43,16 @@ def _int(axis: tuple[Any, ...]) -> int:
 
 
 def _refused(call: Call, why: str) -> UnsupportedError:
-    return UnsupportedError(f"{call.where} has no rule, and torch.func cannot stand in: {why}.\n  Declare one: README, 'Add a layer'.")
+    return UnsupportedError(
+        f"{call.where} has no rule, and torch.func cannot stand in: {why}.\n  Declare one: README, 'Add a layer'."
+    )
 
 
 def _vjp(call: Call, operand: Value) -> str:
     """Torch code of the VJP with respect to one operand: [N, *operand], one sample at a time."""
     batched = [v for v in dict.fromkeys(call.tensors.values()) if v.axes and N in v.axes[0]]
-    single = call_code(_one_sample(call), lambda name: f"{name}_n" if name in {v.name for v in batched} else "{" + name + "}")
+    own_rows = {v.name for v in batched}
+    single = call_code(_one_sample(call), lambda name: f"{name}_n" if name in own_rows else "{" + name + "}")
     for value in batched:
         single = single.replace(f"{value.name}_n", f"{value.name}_n.unsqueeze(0)")
     own = f"{operand.name}_n" if operand in batched else "{" + operand.name + "}"

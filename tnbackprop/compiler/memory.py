@@ -22,9 +22,9 @@ def peak_bytes(plan: Plan) -> float:
     for k, step in enumerate(plan.steps):
         for name in (*step.inputs, step.name):
             last[_owner(base, name)] = k
-    for name in kept:
-        if name is not None:
-            last[_owner(base, name)] = len(plan.steps)
+    for result in kept:
+        if result is not None:
+            last[_owner(base, result)] = len(plan.steps)
     held: dict[str, float] = {}
     peak = 0.0
     for k, step in enumerate(plan.steps):

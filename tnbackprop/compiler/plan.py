@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -12,15 +12,16 @@ import torch
 
 from ..algebra import all_parts, inline, parts
 from ..bind import BoundRule
-from ..diagram import Diagram, Leg, N, Size
+from ..diagram import COLUMN, Diagram, Leg, N, Size
 from ..errors import UnsupportedError
 from .arrange import arranged, sizes_of, text
 from .contract import Lowering, build
 from .cost import Kernel, Rates, Work, number
-from .derive import Backward, Derived, Extraction, Individual, Native
+from .derive import Backward, Columns, Derived, Extraction, Individual, Native, Schedule
 from .forward import call_code, fill, forward_work
 from .graph import Call, Graph
 from .listing import alive
+from .loops import Loop, over_columns
 from .memory import peak_bytes
 from .slices import build_sliced
 from .store import Ref, Step, Store
@@ -63,6 +64,13 @@ class Plan:
     rates: Rates
     shapes: Mapping[str, tuple[Size, ...]]
     functions: Mapping[str, str]  # slices of the batch: name -> source
+    loops: tuple[Loop, ...] = ()
+
+    @property
+    def timed(self) -> Iterator[tuple[Step, int]]:
+        """Every step with the number of times that it runs."""
+        yield from ((step, 1) for step in self.steps)
+        yield from ((step, loop.count) for loop in self.loops for step in loop.steps)
 
 
 def plan(
@@ -95,9 +103,40 @@ def _plan(
     store = Store(rates, graph.example_batch, itemsize)
     _inputs(store, graph)
     _forward(store, graph, {call.output.name: rule for call, rule in derived.bound}, lowerings)
+    choices: list[Choice] = []
+    results = _scheduled(store, graph, derived.schedule, lowerings, chunk, choices)
+    loops = []
+    for columns in derived.columns:
+        variable, root = _root(store, columns, lowerings)
+        mine = _scheduled(store, graph, columns.schedule, lowerings, chunk, choices)
+        stacked = {q for item in columns.schedule if isinstance(item, Extraction) for q in _with_columns(item)}
+        loop, renamed = over_columns(store, variable, root, columns.samples or columns.root.root.columns, mine, stacked)
+        loops.append(loop)
+        results |= renamed
+    output = {name: store.resolve(name) for name in names_in(graph.output)}
+    loss = store.resolve(graph.loss) if graph.loss else None
+    inner = {step.name for loop in loops for step in loop.steps}
+    wanted = {*output.values(), *(code for by in results.values() for code in by.values()), *([loss] if loss else [])}
+    wanted |= {name for loop in loops for name in (loop.root, *loop.reads)}
+    steps = alive((step for step in store.steps if step.name not in inner), wanted)
+    shapes = store.shapes | {out: store.shapes[own] for loop in loops for own, out in loop.outputs}
+    return Plan(
+        steps, _in_order(results, graph), loss, output, tuple(choices), graph.example_batch, itemsize, rates, shapes,
+        store.functions, tuple(loops),
+    )  # fmt: skip
+
+
+def _scheduled(
+    store: Store,
+    graph: Graph,
+    schedule: Schedule,
+    lowerings: tuple[Lowering, ...],
+    chunk: int | None,
+    choices: list[Choice],
+) -> dict[str, dict[str, str]]:
+    """Every item of a sweep; quantity -> parameter name -> value."""
     results: dict[str, dict[str, str]] = {}
-    choices = []
-    for item in derived.schedule:
+    for item in schedule:
         if isinstance(item, Backward):
             _backward(store, graph, item, lowerings)
         elif isinstance(item, Individual):
@@ -108,13 +147,32 @@ def _plan(
             choices.append(choice)
             for quantity, code in codes.items():
                 results.setdefault(quantity, {})[graph.parameters[item.parameter][0]] = code
-    wanted = [graph.loss] if graph.loss else []
-    roots = [*wanted, *names_in(graph.output), *(c.split(".")[0] for by in results.values() for c in by.values())]
-    steps = alive(store.steps, {store.resolve(name) for name in roots})
-    ordered = _in_order(results, graph)
-    output = {name: store.resolve(name) for name in names_in(graph.output)}
-    loss = store.resolve(graph.loss) if graph.loss else None
-    return Plan(steps, ordered, loss, output, tuple(choices), graph.example_batch, itemsize, rates, store.shapes, store.functions)
+    return results
+
+
+def _with_columns(item: Extraction) -> set[str]:
+    """The quantities whose results keep the column leg."""
+    return {q for q, diagram in item.diagrams.items() if any(leg.name == COLUMN for leg in diagram.legs)}
+
+
+def _root(store: Store, columns: Columns, lowerings: tuple[Lowering, ...]) -> tuple[str, str]:
+    """What a loop runs over: the variable, and the value of which it is one row (all columns, or their noise)."""
+    root, number = columns.root, columns.variable.rsplit("_", 1)[-1]
+    store.note = "root of the loss Hessian"
+    code, shape = root.root.sample if columns.samples else root.root.code, root.output.shape
+    if root.curvature is not None:
+        _name(store, build(store, root.curvature, lowerings), f"curvature_{number}")
+        code = code.replace("{curvature}", f"{{curvature_{number}}}")
+    if not columns.samples:
+        store.shapes[columns.variable] = shape
+        count = root.root.columns
+        return columns.variable, store.add(fill(code, store.resolve), (count, *shape), Kernel.NATIVE, name=f"root_{number}", alone=True)
+    noise, draw = f"noise_{number}", f"draw_{number}"
+    store.shapes |= {noise: (columns.samples, *shape), draw: shape}
+    filled = fill(code.replace("{noise}", "{" + draw + "}"), store.resolve)
+    scaled = f"({filled}) * {columns.samples**-0.5!r}" if columns.samples > 1 else filled
+    store.add(scaled, shape, Kernel.NATIVE, name=columns.variable, alone=True)
+    return draw, noise
 
 
 def _in_order(results: dict[str, dict[str, str]], graph: Graph) -> dict[str, dict[str, str]]:
@@ -181,19 +239,19 @@ def _backward(store: Store, graph: Graph, item: Backward, lowerings: tuple[Lower
         else:
             refs.append(build(store, term, lowerings))
     if len(refs) == 1:
-        _name(store, refs[0], f"g_{item.value}")
+        _name(store, refs[0], item.name)
         return
     shape = shape if shape is not None else sizes_of(refs[0].order)
     codes = [_shaped(store, ref, shape) for ref in refs]
     legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(shape))
     work = Work(flops=((len(refs) - 1, legs),), moved=((len(refs) + 1, legs),), fresh=((1, legs),))
-    store.add(" + ".join(codes), shape, Kernel.ELEMENTWISE, work, name=f"g_{item.value}")
+    store.add(" + ".join(codes), shape, Kernel.ELEMENTWISE, work, name=item.name)
 
 
 def _native(store: Store, term: Native, shape: tuple[Size, ...] | None) -> Ref:
     assert shape is not None
-    cotangent = store.resolve(f"g_{term.cotangent_of}")
-    out = store.shapes[term.cotangent_of]
+    cotangent = store.resolve(term.cotangent)
+    out = store.shapes[term.of]
     if not any(N in factor.free_symbols for factor in out if not isinstance(factor, int)):
         out = (N, *out)  # a value of parameters: one cotangent per sample
     shown = cotangent if store.shapes[cotangent] == out else f"{cotangent}.reshape({text(out)})"
@@ -268,8 +326,8 @@ def _built(
 
 def _result_shape(order: tuple[Leg, ...], shape: tuple[Size, ...]) -> tuple[Size, ...]:
     """The legs that are copies of the batch (and columns) first, then the parameter's own shape if it is there."""
-    head = tuple(leg.size for leg in order if leg.size == N or leg.name == "v")
-    rest = [leg for leg in order if leg.size != N and leg.name != "v"]
+    head = tuple(leg.size for leg in order if leg.size == N or leg.name == COLUMN)
+    rest = [leg for leg in order if leg.size != N and leg.name != COLUMN]
     if not rest:
         return head
     whole = prod(int(size) for size in shape) == prod(int(leg.size) for leg in rest)

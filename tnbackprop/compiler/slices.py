@@ -79,7 +79,8 @@ def _open(store: Store, op: Operand, lowerings: tuple[Lowering, ...]) -> Operand
     if not isinstance(op, Part):
         return op
     if BATCH not in op.legs:
-        return as_tensor(store, build(store, op.diagram, lowerings)).rename(dict(zip(op.diagram.legs, op.legs, strict=True)))
+        built = as_tensor(store, build(store, op.diagram, lowerings))
+        return built.rename(dict(zip(op.diagram.legs, op.legs, strict=True)))
     diagram = _renamed(op)
     products = tuple(_open_product(store, p, diagram.legs, lowerings) for p in diagram.products)
     return Part(Diagram(diagram.legs, products), op.legs)
@@ -125,7 +126,9 @@ def _argument(store: Store, tensor: Tensor, chunk: int) -> str:
     return f"{code}[{':, ' * tensor.legs.index(BATCH)}i : i + {chunk}]"
 
 
-def _function(store: Store, parameters: list[str], steps: tuple[Step, ...], result: str, first: str, inputs: dict[str, Tensor]) -> str:
+def _function(
+    store: Store, parameters: list[str], steps: tuple[Step, ...], result: str, first: str, inputs: dict[str, Tensor]
+) -> str:
     axis = inputs[first].legs.index(BATCH)
     body = [f"    N = {first}.shape[{axis}]", *lines_of(steps, set()), f"    return {result}"]
     text = "\n".join(body)

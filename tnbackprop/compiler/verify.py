@@ -15,11 +15,11 @@ import torch
 from ..bind import BoundRule
 from ..diagram import BATCH, COLUMN, Diagram, Leg, N
 from ..errors import InvariantError
-from .derive import Backward, Derived, Extraction, Individual, Native
+from .derive import Backward, Derived, Extraction, Individual, Native, Schedule
 from .graph import Call, Graph, is_batch
 from .plan import Plan, names_in
 from .stage import Stage
-from .verify_source import SOURCE
+from .verify_source import SOURCE, SourceCheck
 from .wellformed import Count, count, count_legs, flaws, flaws_of_jacobian, shown
 
 Bound = tuple[tuple[Call, BoundRule], ...]
@@ -37,7 +37,6 @@ class Context:
     trainable: frozenset[str]
     quantities: tuple[str, ...]
     graph: Graph | None = None
-    derived: Derived | None = None
 
 
 Check = Callable[[Any, Context], Flaws]
@@ -45,10 +44,11 @@ T = TypeVar("T")
 
 
 def check(stage: Stage, data: T, context: Context) -> T:
-    """The data, after every invariant of the stage was found to hold. Raises `InvariantError` at the first that does not."""
+    """The data, where every invariant of the stage holds. Raises `InvariantError` at the first that does not."""
     for name, row in INVARIANTS[stage]:
         for item, wrong in row(data, context):
-            raise InvariantError(f"after {stage}, {name} does not hold for {item!r}: {wrong}\n  This is a bug in tnbackprop or in an extension.")
+            what = f"after {stage}, {name!r} does not hold for {item!r}: {wrong}"
+            raise InvariantError(f"{what}\n  This is a bug in tnbackprop or in an extension.")
     return data
 
 
@@ -170,32 +170,41 @@ def _formulas(bound: Bound, context: Context) -> Flaws:
 # -- derive
 
 
+def _schedules(derived: Derived, context: Context) -> Iterator[tuple[Schedule, dict[str, Count | None]]]:
+    """Every sweep, with the elements of what its diagrams may read before anything is swept."""
+    known = _elements(_graph(context), derived.bound)
+    yield derived.schedule, dict(known)
+    for columns in derived.columns:
+        yield columns.schedule, {**known, columns.variable: known[columns.root.output.name]}
+
+
 def _all_extracted(derived: Derived, context: Context) -> Flaws:
     graph = _graph(context)
-    found = [item.parameter for item in derived.schedule if isinstance(item, Extraction)]
-    for name, dotted in graph.parameters.items():
-        wanted = int(graph.values[name].differentiable)
-        if found.count(name) != wanted:
-            yield dotted[0], f"it has {found.count(name)} extractions, not {wanted}"
-    for item in derived.schedule:
-        if isinstance(item, Extraction) and set(item.diagrams) != set(context.quantities):
-            yield graph.parameters[item.parameter][0], f"it has {sorted(item.diagrams)}, asked for were {sorted(context.quantities)}"
+    found: dict[str, list[str]] = {name: [] for name in graph.parameters}
+    for schedule, _ in _schedules(derived, context):
+        for item in schedule:
+            if isinstance(item, Extraction):
+                found[item.parameter] += item.diagrams
+    for name, quantities in found.items():
+        wanted = context.quantities if graph.values[name].differentiable else ()
+        if sorted(quantities) != sorted(wanted):
+            yield graph.parameters[name][0], f"it has {sorted(quantities)}, asked for were {sorted(wanted)}"
 
 
 def _swept_in_order(derived: Derived, context: Context) -> Flaws:
     """Diagrams read values of the forward and cotangents that were scheduled before them."""
-    known = _elements(_graph(context), derived.bound)
-    for item in derived.schedule:
-        for what, term in _terms(item):
-            if not isinstance(term, Native):
-                yield from ((what, wrong) for wrong in flaws(term, known))
-            elif f"g_{term.cotangent_of}" not in known:
-                yield what, f"the cotangent of {term.cotangent_of!r} is not there yet"
-        made = _made(item, known)
-        for name in made:
-            if name in known:
-                yield name, "it is computed twice"
-        known |= made
+    for schedule, known in _schedules(derived, context):
+        for item in schedule:
+            for what, term in _terms(item):
+                if not isinstance(term, Native):
+                    yield from ((what, wrong) for wrong in flaws(term, known))
+                elif term.cotangent not in known:
+                    yield what, f"the cotangent {term.cotangent!r} is not there yet"
+            made = _made(item, known)
+            for name in made:
+                if name in known:
+                    yield name, "it is computed twice"
+            known |= made
 
 
 def _terms(item: Backward | Individual | Extraction) -> list[tuple[str, Diagram | Native]]:
@@ -206,7 +215,7 @@ def _terms(item: Backward | Individual | Extraction) -> list[tuple[str, Diagram 
         case Individual():
             return [(item.name, item.native)]
         case Backward():
-            return [(f"g_{item.value}", term) for term in item.terms]
+            return [(item.name, term) for term in item.terms]
 
 
 def _made(item: Backward | Individual | Extraction, known: Mapping[str, Count | None]) -> dict[str, Count | None]:
@@ -218,7 +227,7 @@ def _made(item: Backward | Individual | Extraction, known: Mapping[str, Count | 
             return {item.name: _times_batch(known[item.of])}
         case Backward():
             own = [count_legs(term.legs) for term in item.terms if not isinstance(term, Native)]
-            return {f"g_{item.value}": own[0] if own else known[item.value]}
+            return {item.name: own[0] if own else known[item.value]}
 
 
 def _times_batch(elements: Count | None) -> Count | None:
@@ -226,26 +235,29 @@ def _times_batch(elements: Count | None) -> Count | None:
 
 
 def _sizes_of_cotangents(derived: Derived, context: Context) -> Flaws:
-    known = _elements(_graph(context), derived.bound)
-    for item in derived.schedule:
-        for what, term in _terms(item) if isinstance(item, Backward) else ():
-            elements = known[item.value]  # type: ignore[union-attr]
-            if isinstance(term, Native) or elements is None:
+    for schedule, known in _schedules(derived, context):
+        for item in schedule:
+            elements = known.get(item.value) if isinstance(item, Backward) else None
+            if elements is None:
                 continue
-            own = count_legs(term.legs)
-            if own not in (elements, _times_batch(elements) if not elements[1] else elements):
-                yield what, f"a term has {shown(own)} elements, the value {shown(elements)}: {term}"
+            right = (elements,) if elements[1] else (elements, _times_batch(elements))
+            for what, term in _terms(item):
+                if not isinstance(term, Native) and count_legs(term.legs) not in right:
+                    own = shown(count_legs(term.legs))
+                    yield what, f"a term has {own} elements, the value {shown(elements)}: {term}"
 
 
 def _result_legs(derived: Derived, context: Context) -> Flaws:
     """Copies of the batch leg and columns come first; n is the batch."""
-    for item in derived.schedule:
-        for quantity, diagram in item.diagrams.items() if isinstance(item, Extraction) else ():
-            head = [_is_head(leg) for leg in diagram.legs]
+    for schedule, _ in _schedules(derived, context):
+        extracted = [pair for item in schedule if isinstance(item, Extraction) for pair in _terms(item)]
+        for what, diagram in extracted:
+            legs = () if isinstance(diagram, Native) else diagram.legs
+            head = [_is_head(leg) for leg in legs]
             if head != sorted(head, reverse=True):
-                yield f"{quantity} of {item.parameter}", f"batch legs do not come first in {diagram}"
-            if any(leg.name == BATCH.name and leg != BATCH for leg in diagram.legs):
-                yield f"{quantity} of {item.parameter}", f"leg n is not the batch in {diagram}"
+                yield what, f"batch legs do not come first in {diagram}"
+            if any(leg.name == BATCH.name and leg != BATCH for leg in legs):
+                yield what, f"leg n is not the batch in {diagram}"
 
 
 def _is_head(leg: Leg) -> bool:
@@ -255,15 +267,10 @@ def _is_head(leg: Leg) -> bool:
 # -- plan
 
 
-def _derived(context: Context) -> Derived:
-    if context.derived is None:
-        raise InvariantError("the diagrams are not in the context")
-    return context.derived
-
-
 def _steps_in_order(plan: Plan, context: Context) -> Flaws:
-    defined = {*_read(_graph(context)), "like"}
-    for step in plan.steps:
+    defined = {*_read(_graph(context)), "like", *(n for n in plan.shapes if n.startswith("noise_"))}
+    defined |= {loop.variable for loop in plan.loops}
+    for step, _ in plan.timed:
         for name in step.inputs:
             if name not in defined:
                 yield step.name, f"it reads {name!r}, which is not computed yet: {step.code}"
@@ -273,9 +280,10 @@ def _steps_in_order(plan: Plan, context: Context) -> Flaws:
 
 
 def _all_planned(plan: Plan, context: Context) -> Flaws:
-    graph, defined = _graph(context), {*_read(_graph(context)), *(step.name for step in plan.steps)}
-    parameters = [graph.parameters[i.parameter][0] for i in _derived(context).schedule if isinstance(i, Extraction)]
-    for quantity in context.quantities if parameters else ():
+    graph, defined = _graph(context), {*_read(_graph(context)), *(step.name for step, _ in plan.timed)}
+    defined |= {total for loop in plan.loops for _, total in loop.outputs}
+    parameters = [names[0] for name, names in graph.parameters.items() if graph.values[name].differentiable]
+    for quantity in context.quantities:
         for dotted in parameters:
             code = plan.results.get(quantity, {}).get(dotted)
             if code is None or code.split(".")[0] not in defined:
@@ -286,7 +294,7 @@ def _all_planned(plan: Plan, context: Context) -> Flaws:
 
 
 def _shapes_known(plan: Plan, context: Context) -> Flaws:
-    for step in plan.steps:
+    for step, _ in plan.timed:
         if step.name not in plan.shapes:
             yield step.name, f"its shape is not known: {step.code}"
         for size in plan.shapes.get(step.name, ()):
@@ -297,20 +305,20 @@ def _shapes_known(plan: Plan, context: Context) -> Flaws:
 def _einsum_stays_inside(plan: Plan, context: Context) -> Flaws:
     """An einsum string is an op of the model or nothing."""
     own = {call.output.name for call in _graph(context).calls}
-    for step in plan.steps:
+    for step, _ in plan.timed:
         if ".einsum" in step.code and step.name not in own:
             yield step.name, f"a contraction was left to einsum: {step.code}"
 
 
 def _work_counted(plan: Plan, context: Context) -> Flaws:
-    for step in plan.steps:
+    for step, _ in plan.timed:
         for coefficient, legs in (*step.work.flops, *step.work.moved, *step.work.fresh):
-            if coefficient < 0 or any(is_batch(leg.size) and leg.size.free_symbols != {N} for leg in legs):  # type: ignore[union-attr]
+            if coefficient < 0 or not all(isinstance(leg.size, int) or leg.size.free_symbols == {N} for leg in legs):
                 yield step.name, f"its work {coefficient}·{legs} is no polynomial in leg sizes"
 
 
-def _source(text: str, context: Context, row: Callable[..., Flaws]) -> Flaws:
-    return row(text, frozenset(_read(_graph(context))))
+def _of_source(row: SourceCheck) -> Check:
+    return lambda source, context: row(source, frozenset(_read(_graph(context))))
 
 
 INVARIANTS: Mapping[Stage, tuple[tuple[str, Check], ...]] = {
@@ -329,8 +337,8 @@ INVARIANTS: Mapping[Stage, tuple[tuple[str, Check], ...]] = {
     ),
     Stage.DERIVE: (
         ("every trainable parameter has every quantity once", _all_extracted),
-        ("diagrams are well-formed and read what is there", _swept_in_order),
         ("a cotangent has the size of its value", _sizes_of_cotangents),
+        ("diagrams are well-formed and read what is there", _swept_in_order),
         ("results have batch legs first", _result_legs),
     ),
     Stage.PLAN: (
@@ -340,6 +348,6 @@ INVARIANTS: Mapping[Stage, tuple[tuple[str, Check], ...]] = {
         ("no contraction is left to run-time planning", _einsum_stays_inside),
         ("work is a polynomial in leg sizes", _work_counted),
     ),
-    Stage.EMIT: tuple((name, lambda text, context, row=row: _source(text, context, row)) for name, row in SOURCE),
+    Stage.EMIT: tuple((name, _of_source(row)) for name, row in SOURCE),
 }
 """After each stage, what holds and how it is checked."""

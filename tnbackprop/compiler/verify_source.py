@@ -15,8 +15,8 @@ SYNCHRONISING = frozenset({"item", "tolist", "numpy", "cpu", "nonzero", "masked_
 
 BRANCHING = (ast.If, ast.IfExp, ast.For, ast.While, ast.Try, ast.With, ast.BoolOp)
 COMPREHENSIONS = (ast.GeneratorExp, ast.ListComp, ast.SetComp, ast.DictComp)
-SLICE = "slice_"
-"""How the functions that compute a slice of the batch are called; a loop over slices is the only loop there is."""
+SLICE, COLUMN, GATHERED, NOISE = "slice_", "column_", ("sums_", "lists_"), "noise_"
+"""How names begin: functions of a slice of the batch, columns of a root, what gathers their values, random inputs."""
 
 
 @lru_cache(maxsize=1)
@@ -47,23 +47,50 @@ def _compiles(source: str, tensors: frozenset[str]) -> Flaws:
 
 def _straight_line(source: str, tensors: frozenset[str]) -> Flaws:
     for function in _functions(source):
-        for statement in function.body:
-            if not isinstance(statement, ast.Assign | ast.Delete | ast.Return):
+        for statement in _lines(function.body):
+            if not isinstance(statement, ast.Assign | ast.Delete | ast.Return) and not _appends(statement):
                 yield f"line {statement.lineno}", f"{type(statement).__name__} is no assignment, del or return"
         for node in ast.walk(function):
             line = f"line {getattr(node, 'lineno', '?')}"
-            if isinstance(node, BRANCHING) or (isinstance(node, COMPREHENSIONS) and not _over_slices(node)):
+            if isinstance(node, BRANCHING + COMPREHENSIONS) and not _over_pieces(node):
                 yield line, f"{type(node).__name__} in a straight line: {ast.unparse(node)}"
             if isinstance(node, ast.Attribute) and node.attr in SYNCHRONISING:
                 yield line, f".{node.attr} waits for the device: {ast.unparse(node)}"
 
 
-def _over_slices(node: ast.AST) -> bool:
-    """slice_0(…) for i in range(…)"""
-    if not isinstance(node, ast.GeneratorExp | ast.ListComp):
-        return False
-    call = node.elt
-    return isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id.startswith(SLICE)
+def _lines(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements in order; a loop over columns is the assignment of its variable and then its body."""
+    for statement in body:
+        if isinstance(statement, ast.For) and _over_pieces(statement):
+            yield ast.copy_location(ast.Assign([statement.target], statement.iter), statement)
+            yield from _lines(statement.body)
+        else:
+            yield statement
+
+
+def _over_pieces(node: ast.AST) -> bool:
+    """A loop over slices of the batch or columns of a root, or what gathers their values."""
+    match node:
+        case ast.For(target=ast.Name(id=name), iter=ast.Call(func=ast.Attribute(attr="unbind"))):
+            return name.startswith(COLUMN)
+        case ast.IfExp(test=ast.Compare(left=ast.Name(id=name), ops=[ast.Is()])):
+            return name.startswith(GATHERED)
+        case (
+            ast.GeneratorExp(elt=ast.Call(func=ast.Name(id=name))) | ast.ListComp(elt=ast.Call(func=ast.Name(id=name)))
+        ):
+            return name.startswith(SLICE)
+        case ast.ListComp(generators=[ast.comprehension(iter=over)]):
+            return any(isinstance(n, ast.Name) and n.id.startswith(GATHERED) for n in ast.walk(over))
+        case _:
+            return False
+
+
+def _appends(statement: ast.stmt) -> bool:
+    match statement:
+        case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="append"))):
+            return name.startswith(GATHERED)
+        case _:
+            return False
 
 
 def _reads_known(source: str, tensors: frozenset[str]) -> Flaws:
@@ -72,20 +99,21 @@ def _reads_known(source: str, tensors: frozenset[str]) -> Flaws:
     given = {"torch", *dir(builtins), *(function.name for function in functions)}
     for function in functions:
         alive = given | {argument.arg for argument in function.args.args}
-        for statement in function.body:
+        for statement in _lines(function.body):
             nodes = list(ast.walk(statement))
             names = [node for node in nodes if isinstance(node, ast.Name)]
-            loops = [node.target for node in nodes if isinstance(node, ast.comprehension)]
-            own = {target.id for target in loops if isinstance(target, ast.Name)}
+            inner = [n for node in nodes if isinstance(node, ast.comprehension) for n in ast.walk(node.target)]
+            own = {node.id for node in inner if isinstance(node, ast.Name)}
             own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
             for name in names:
                 if not isinstance(name.ctx, ast.Store) and name.id not in alive | own:
                     yield f"line {statement.lineno}", f"{name.id!r} is not there: {ast.unparse(statement)}"
             alive -= {node.id for node in names if isinstance(node.ctx, ast.Del)}
-            alive |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+            alive |= {node.id for node in names if isinstance(node.ctx, ast.Store)} - own
             for node in nodes:
                 if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "tensors":
-                    if not isinstance(node.slice, ast.Constant) or node.slice.value not in tensors:
+                    key = node.slice.value if isinstance(node.slice, ast.Constant) else None
+                    if key not in tensors and not str(key).startswith(NOISE):
                         yield f"line {statement.lineno}", f"no such tensor: {ast.unparse(node)}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from functools import cache
 
 import sympy
 
@@ -36,7 +36,7 @@ def flaws_of_jacobian(jacobian: Jacobian, known: Mapping[str, Count | None]) -> 
     yield from flaws(jacobian.diagram, known)
 
 
-@lru_cache(maxsize=None)
+@cache
 def count(sizes: tuple[Size, ...]) -> Count:
     """The elements of a tensor with these sizes."""
     number, power = 1, 0

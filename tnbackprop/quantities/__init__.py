@@ -1,6 +1,10 @@
 """Quantities: what is propagated and what is extracted, as algebra."""
 
-from .base import Quantity, Scale
+from .base import Propagation, Quantity, Scale, Source
+from .curvature import DiagGGN, DiagGGNMC, GGNTrace, SqrtGGN, SqrtGGNMC
 from .first_order import BatchDot, BatchGrad, BatchL2, Grad, SecondMoment, Variance
 
-__all__ = ["BatchDot", "BatchGrad", "BatchL2", "Grad", "Quantity", "Scale", "SecondMoment", "Variance"]
+__all__ = [
+    "BatchDot", "BatchGrad", "BatchL2", "DiagGGN", "DiagGGNMC", "GGNTrace", "Grad", "Propagation", "Quantity", "Scale",
+    "SecondMoment", "Source", "SqrtGGN", "SqrtGGNMC", "Variance",
+]  # fmt: skip

@@ -10,6 +10,22 @@ from ..algebra import Cotangents, Uses
 from ..diagram import Diagram
 
 
+class Source(Enum):
+    """What is propagated backwards."""
+
+    GRADIENT = "gradient of the loss"
+    ROOT = "columns of the root of the loss Hessian"
+    SAMPLE = "sampled columns of that root"
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """What a quantity needs at the output of every layer; `samples` columns where they are drawn."""
+
+    source: Source = Source.GRADIENT
+    samples: int = 0
+
+
 class Scale(Enum):
     """Which multiples of the individual gradients ∇ℓ_n a quantity is made of; each docstring gives the formulas."""
 
@@ -23,6 +39,11 @@ class Quantity(ABC):
     """Base class. A subclass is a frozen dataclass with a default `name`, its key in the result."""
 
     name: str
+
+    @property
+    def propagates(self) -> Propagation:
+        """What is propagated: the gradient, unless a quantity says otherwise."""
+        return Propagation()
 
     @abstractmethod
     def extract(self, J: Uses, g: Cotangents) -> Diagram:

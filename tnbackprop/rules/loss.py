@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from ..rule import Rule, Table
+from ..rule import Root, Rule, Table
 from .text import access, join, leg_names, literal, refuse, sizes
 
 TABLE = Table()
@@ -154,8 +155,42 @@ def cross_entropy_loss(call: Any) -> Rule:
     return Rule(
         jacobian={"input": f"(w[n, *s] * p[n, c, *s] - t[n, c, *s]){by}"},
         legs={"input": "n, c, *s", "output": "n, *s" if call.reduction == NONE else ""},
-        saved=saved,
+        saved=saved | _softmax_root(call),
+        root=_columns(call) if call.reduction != NONE else None,
     )
+
+
+def _softmax_root(call: Any) -> dict[str, str]:
+    """Saved values of the root of w (diag p - p pᵀ) / divisor: its Cholesky factor, which needs C - 1 columns.
+
+    With tails r_v = p_v + p_{v+1} + …: S[c, v] = [c = v] sqrt(p_v r_{v+1} / r_v) - [c > v] p_c sqrt(p_v / r_v / r_{v+1}).
+    """
+    ones = ", 1" * (len(call.input.axes) - 2)
+    divisor = " / ({input}.shape[0] * {average})" if call.reduction == MEAN else ""
+    return {
+        "tail": "{p}.flip(1).cumsum(1).flip(1).clamp(min=torch.finfo({p}.dtype).tiny)",
+        "part": "({p} / {tail}).sqrt()[:, :-1]",
+        "diagonal": "{part} * {tail}[:, 1:].sqrt()",
+        "below": "{part} / {tail}[:, 1:].sqrt()",
+        "eye": f"torch.eye({{p}}.shape[1], dtype={{p}}.dtype, device={{p}}.device).view(1, {call.input.shape[1]}, -1{ones})",
+        "mask": f"torch.ones_like({{eye}}[0]).view({call.input.shape[1]}, -1).tril(-1).view_as({{eye}})",
+        "factor": "{eye}[:, :, :-1] * {diagonal}.unsqueeze(1) - {mask}[:, :, :-1] * {p}.unsqueeze(2) * {below}.unsqueeze(1)",
+        "root_scale": f"({{w}}{divisor}).sqrt().unsqueeze(1)",
+    }
+
+
+def _columns(call: Any) -> Root:
+    """The columns of each position apart; a sample is sqrt(w / divisor) (p - onehot(y)), y drawn from p by Gumbel's maximum."""
+    classes, positions = call.input.shape[1], math.prod(call.input.shape[2:])
+    code = "{factor}.movedim(2, 0) * {root_scale}"
+    if classes == 1:
+        code = "torch.zeros_like({p}).unsqueeze(0)"
+    elif len(call.input.axes) > 2:
+        eye = f"torch.eye({positions}, dtype={{p}}.dtype, device={{p}}.device).view(1, {positions}, 1, 1, {positions})"
+        code = f"(({code}).flatten(3).unsqueeze(1) * {eye}).reshape(-1, *{{p}}.shape)"
+    drawn = "({p}.log() - (-{noise}.log()).log()).argmax(1)"
+    one_hot = f"torch.nn.functional.one_hot({drawn}, {classes}).movedim(-1, 1)"
+    return Root(max(classes - 1, 1) * positions, code, f"({{p}} - {one_hot}) * {{root_scale}}")
 
 
 @TABLE.rule(aten.nll_loss.default, aten.nll_loss_nd.default, aten.nll_loss2d.default)

@@ -11,11 +11,12 @@ from torch.utils import _pytree as pytree
 from ..compiler import Compiled
 from ..compiler.capture import plain
 from ..compiler.cost import number, size_at
-from ..compiler.emit import load
+from ..compiler.emit import load, noises
 from ..compiler.explain import explain
 from ..compiler.graph import Value
 from ..compiler.memory import peak_bytes
 from ..compiler.stage import Stage
+from ..diagram import N
 from ..errors import InputError
 from .result import Result
 
@@ -48,12 +49,12 @@ class Program:
     @property
     def flops(self) -> float:
         plan = self._compiled.plan
-        return sum(number(step.work.flops, plan.batch) for step in plan.steps)
+        return sum(times * number(step.work.flops, plan.batch) for step, times in plan.timed)
 
     @property
     def bytes(self) -> float:
         plan = self._compiled.plan
-        return plan.itemsize * sum(number(step.work.moved, plan.batch) for step in plan.steps)
+        return plan.itemsize * sum(times * number(step.work.moved, plan.batch) for step, times in plan.timed)
 
     @property
     def peak_bytes(self) -> float:
@@ -85,10 +86,37 @@ class Program:
         return values | batch
 
     @torch.no_grad()
-    def __call__(self, x: Any, y: Any = None) -> Result:
-        """Run on a batch. Raises `InputError` where it does not fit what the program was compiled for."""
-        loss, output, values = self._function(self.tensors(x, y))
+    def __call__(
+        self, x: Any, y: Any = None, *, seed: int | None = None, generator: torch.Generator | None = None
+    ) -> Result:
+        """Run on a batch. Monte-Carlo quantities draw from `generator`, or one seeded with `seed`, or torch's own.
+
+        Raises `InputError` where the batch does not fit what the program was compiled for.
+        """
+        tensors = self.tensors(x, y)
+        tensors |= self._noise(tensors, seed, generator)
+        loss, output, values = self._function(tensors)
         return Result(loss, pytree.tree_unflatten(list(output), self._output_spec), values)
+
+    def _noise(
+        self, tensors: Mapping[str, torch.Tensor], seed: int | None, generator: torch.Generator | None
+    ) -> dict[str, torch.Tensor]:
+        """Uniform noise for every sampled root, drawn outside the emitted function."""
+        graph, plan = self._compiled.graph, self._compiled.plan
+        names = noises(plan)
+        if not names:
+            return {}
+        batch = next(
+            tensors[name].shape[k]
+            for name in graph.inputs
+            for k, size in enumerate(graph.values[name].shape)
+            if size == N
+        )
+        like = next((t for t in tensors.values() if t.is_floating_point()))
+        if seed is not None:
+            generator = torch.Generator(like.device).manual_seed(seed)
+        options = {"dtype": like.dtype, "device": like.device, "generator": generator}
+        return {name: torch.rand([size_at(s, batch) for s in plan.shapes[name]], **options) for name in names}
 
     def __repr__(self) -> str:
         plan = self._compiled.plan

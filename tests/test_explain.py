@@ -1,0 +1,186 @@
+"""What `explain` says is what the plan does: choices, sums, polynomials."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+import pytest
+import sympy
+import torch
+from torch import nn
+
+import tnbackprop as tn
+from benchmarks.models import PROBLEMS
+from tnbackprop.compiler.alternatives import Way, alternatives
+from tnbackprop.compiler.cost import number
+from tnbackprop.compiler.derive import Extraction
+from tnbackprop.compiler.explain_text import body_text
+from tnbackprop.compiler.polynomials import Symbols, in_batch, in_batch_text, without_common_factor
+from tnbackprop.compiler.stage import Stage
+from tnbackprop.diagram import BATCH, Leg, N
+from tnbackprop.errors import InputError
+from tnbackprop.runtime import Program
+
+FIRST_ORDER = (tn.Grad(), tn.BatchL2(), tn.SecondMoment(), tn.Variance())
+
+
+@lru_cache(maxsize=2)
+def net(*quantities: tn.Quantity) -> Program:
+    """3C3D at N = 32."""
+    problem = PROBLEMS["3c3d-32"]
+    model, loss = problem.build(torch.device("cpu"))
+    return tn.compile(model, loss, problem.data(problem.batch, torch.device("cpu")), quantities or (tn.BatchL2(),))
+
+
+@pytest.mark.parametrize(
+    ("parameter", "way"),
+    [("0.weight", Way.EXPLICIT), ("3.weight", Way.EXPLICIT)]
+    + [(name, Way.GRAM) for name in ("6.weight", "10.weight", "12.weight", "14.weight")],
+)
+def test_gram_late_explicit_early(parameter: str, way: Way) -> None:
+    """Squared norms of 3C3D: early convolutions build the individual gradients, late layers never do."""
+    shown = section(net().explain(Stage.PLAN), "Choices")
+    block = next(block for block in shown.split("\n\n") if block.startswith(parameter))
+    assert re.search(rf"batch_l2: {way.value}\b", block)
+    assert re.search(rf"{way.value}[^;\n]* \(chosen\)", block)
+    other = Way.EXPLICIT if way is Way.GRAM else Way.GRAM
+    assert other.value in block
+
+
+def section(text: str, title: str) -> str:
+    """The part of an explanation under a title."""
+    return re.split(r"\n\n(?=[^\n]*\n=+\n)", text.split(f"{title}\n{'=' * len(title)}\n")[1])[0]
+
+
+def test_conditions_between_the_alternatives() -> None:
+    """The condition is the textbook one, in leg sizes, with the numbers of this network; and the batch is said."""
+    shown = section(net().explain(Stage.PLAN), "Choices")
+    dense = next(block for block in shown.split("\n\n") if block.startswith("10.weight"))
+    assert re.search(r"Gram takes fewer FLOPs than explicit where (5·i \+ 5·o|5·o \+ 5·i) < 3·(i·o|o·i)", dense)
+    assert "(here 8,320 < 1.77e+06)" in dense
+    assert "predicted faster: Gram for every N up to 4096" in dense
+
+
+def test_alternatives_are_what_was_tried() -> None:
+    """The chosen one comes first and reads what is built; all quantities together are the chosen option."""
+    compiled = net(*FIRST_ORDER).compiled
+    choices = {choice.parameter: choice for choice in compiled.plan.choices}
+    for item in compiled.derived.schedule:
+        if not isinstance(item, Extraction):
+            continue
+        choice = choices[compiled.graph.parameters[item.parameter][0]]
+        assert choice.chosen.seconds == min(option.seconds for option in choice.options)
+        for quantity, ways in alternatives(item.diagrams, choice).items():
+            assert [way.chosen for way in ways] == [True] + [False] * (len(ways) - 1)
+            assert {step.name for step in ways[0].steps} <= {step.name for step in choice.chosen.steps}, quantity
+            assert len({way.diagram for way in ways}) == len(ways)
+            if ways[0].reads:
+                assert ways[0].way is Way.EXPLICIT
+
+
+def test_linear_quantities_are_not_called_gram() -> None:
+    shown = section(net(*FIRST_ORDER).explain(Stage.PLAN), "Choices")
+    assert "grad: Gram" not in shown
+    assert re.search(r"10\.weight.*\n.*\n  grad: direct", shown)
+    assert re.search(r"3\.weight.*\n.*\n  grad: explicit, reads G", shown)
+
+
+def test_totals_are_those_of_the_program() -> None:
+    program = net(*FIRST_ORDER)
+    text = section(program.explain(Stage.PLAN), "Totals (N = 32)")
+    cells = next(line for line in text.splitlines() if "together" in line).split()
+    assert int(cells[1]) == len(program.compiled.plan.steps)
+    assert float(cells[2]) == pytest.approx(program.flops, rel=1e-3)
+    assert float(cells[3]) == pytest.approx(program.bytes, rel=1e-3)
+    in_n = re.search(r"together.* ms +(.*) FLOPs; (.*) bytes", text)
+    assert in_n is not None
+    assert eval(python(in_n[1]), {"N": 32}) == program.flops
+    assert eval(python(in_n[2]), {"N": 32}) == program.bytes
+
+
+def python(polynomial: str) -> str:
+    """A printed polynomial as Python."""
+    plain = re.sub("([²³⁴⁵⁶⁷⁸⁹])", lambda m: f"**{'⁰¹²³⁴⁵⁶⁷⁸⁹'.index(m[1])}", polynomial)
+    return plain.replace("·", "*").replace(",", "")
+
+
+def test_every_polynomial_evaluates_to_its_number() -> None:
+    """FLOPs and bytes of each step: the printed polynomial at the printed sizes is the number."""
+    plan = net(*FIRST_ORDER).compiled.plan
+    for step in plan.steps:
+        for terms in (step.work.flops, step.work.moved):
+            symbols = Symbols()
+            polynomial = symbols.polynomial(terms)
+            assert symbols.at(polynomial, plan.batch) == number(terms, plan.batch)
+            values = {str(symbol): size for symbol, size in symbols.values.items()} | {"N": plan.batch}
+            printed = python(symbols.text(polynomial, plan.batch))
+            assert eval(printed, {}, values) == number(terms, plan.batch)
+            assert sum(c * 7**power for power, c in in_batch(terms).items()) == number(terms, 7)
+
+
+def test_leg_names_with_two_sizes_stay_apart() -> None:
+    symbols = Symbols()
+    polynomial = symbols.polynomial(((2, (BATCH, Leg("h", 3), Leg("h'", 5))), (1, (Leg("h", 3), Leg("u", 1)))))
+    assert symbols.text(polynomial, 4) == "2·N·h·h2 + h"
+    assert symbols.legend() == "h=3 h2=5"
+    assert symbols.at(polynomial, 4) == 2 * 4 * 15 + 3
+    assert in_batch_text(((2, (BATCH, BATCH, Leg("h", 3))), (1, ()))) == "6·N² + 1"
+
+
+def test_common_factors_leave_a_condition() -> None:
+    a, b = sympy.symbols("a b", positive=True)
+    assert without_common_factor(2 * N * a + 2 * N * b, 4 * N * a * b) == (a + b, 2 * a * b)
+
+
+def test_every_stage_is_shown() -> None:
+    """Formulas with their Jacobians and kinks, cotangents, diagrams before and after, path, kept values, totals."""
+    program = net(*FIRST_ORDER)
+    text = program.explain()
+    for title in ("Graph", "Formulas and Jacobians", "Diagrams", "Choices", "Path (N = 32)", "Totals (N = 32)"):
+        assert f"{title}\n{'=' * len(title)}\n" in text
+    assert "∂layer_10[n,o]/∂p_10_weight[o',i'] = layer_9[n,i'] δ[o,o']" in text
+    assert "at a kink: 0 at 0" in text
+    assert "(0 if layer_10[n,s1] <= 0 else layer_10[n,s1])" in text
+    assert "G[n,o,i] = layer_9[n,i] g_layer_10[n,o]" in text
+    assert re.search(r"batch_l2\[n\] = Σ_\{o,i\} G\[n,o,i\]²", text)
+    assert re.search(r"batch_l2\[n\] = Σ_\{\w,\w\} layer_9\[n,i\]² g_layer_10\[n,o\]²", text)
+    kept = section(text, "Kept from the forward")
+    assert re.search(r"layer_9 +\[N, 1152\] +147 kB +for ", kept)
+    assert "Piecewise" not in text
+    assert all(step.name in section(text, "Path (N = 32)") for step in program.compiled.plan.steps)
+
+
+def test_one_stage() -> None:
+    program = net(*FIRST_ORDER)
+    assert program.explain("capture").startswith("Graph\n")
+    assert program.explain(Stage.EMIT).endswith(program.source)
+    with pytest.raises(InputError, match="no stage 'paln': there are capture, bind, derive, plan, emit"):
+        program.explain("paln")
+
+
+def test_reused_and_unused_parameters_are_explained() -> None:
+    """Two uses make one G; a parameter without a use has zeros and no alternative."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.spare = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(torch.tanh(self.layer(x)))
+
+    x = torch.randn(4, 3)
+    program = tn.compile(Twice(), nn.MSELoss(), (x, x), (tn.BatchL2(), tn.BatchGrad()))
+    text = section(program.explain(), "Diagrams")
+    uses = next(line for line in text.splitlines() if line.startswith("  G[n,") and "+" in line)
+    assert uses.count("g_layer") == 2
+    assert "spare.weight" in text
+
+
+def test_a_part_without_a_name_is_written_out() -> None:
+    compiled = net(*FIRST_ORDER).compiled
+    item = next(item for item in compiled.derived.schedule if isinstance(item, Extraction))
+    diagram = item.diagrams["batch_l2"]
+    assert body_text(diagram, {}).count("(") == 1
+    assert "²" in body_text(diagram, {})

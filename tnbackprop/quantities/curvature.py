@@ -1,0 +1,85 @@
+"""Curvature from the root S of the loss Hessian, S Sᵀ = ∂²L/∂output²: V = Jᵀ S has the GGN as VᵀV.
+
+Dangel et al. 2020, arXiv:1912.10985, Table 1 and Eq. 18-20. The GGN is that of the loss as the user wrote it,
+G = (1/N) Σ_n J_nᵀ H_n J_n for a loss that averages. `…MC` draws columns from the model's own distribution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..algebra import Cotangents, Uses
+from ..diagram import COLUMN, Diagram
+from .base import Propagation, Quantity, Source
+
+
+@dataclass(frozen=True)
+class SqrtGGN(Quantity):
+    """Square root of the GGN, shape [V, N, *p]: GGN = Σ_vn V[v, n] V[v, n]ᵀ. Softmax has V = C - 1 columns."""
+
+    name: str = "sqrt_ggn"
+
+    @property
+    def propagates(self) -> Propagation:
+        return Propagation(Source.ROOT)
+
+    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+        return J.T @ g
+
+
+@dataclass(frozen=True)
+class SqrtGGNMC(Quantity):
+    """Monte-Carlo square root of the GGN, shape [mc_samples, N, *p]: E[Σ_vn V[v, n] V[v, n]ᵀ] = GGN."""
+
+    name: str = "sqrt_ggn_mc"
+    mc_samples: int = 1
+
+    @property
+    def propagates(self) -> Propagation:
+        return Propagation(Source.SAMPLE, self.mc_samples)
+
+    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+        return J.T @ g
+
+
+@dataclass(frozen=True)
+class DiagGGN(Quantity):
+    """Diagonal of the GGN, shape [*p], or of each sample's share of it, [N, *p]: Σ_v (Jᵀ S_v)², elementwise."""
+
+    name: str = "diag_ggn"
+    per_sample: bool = False
+
+    @property
+    def propagates(self) -> Propagation:
+        return Propagation(Source.ROOT)
+
+    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+        V = J.T @ g
+        return (V * V).sum(COLUMN) if self.per_sample else (V * V).sum(COLUMN, "n")
+
+
+@dataclass(frozen=True)
+class DiagGGNMC(DiagGGN):
+    """Monte-Carlo estimate of the diagonal of the GGN, shapes as for `DiagGGN`, with `mc_samples` columns."""
+
+    name: str = "diag_ggn_mc"
+    mc_samples: int = 1
+
+    @property
+    def propagates(self) -> Propagation:
+        return Propagation(Source.SAMPLE, self.mc_samples)
+
+
+@dataclass(frozen=True)
+class GGNTrace(Quantity):
+    """Trace of each sample's share of the GGN block, shape [N]: Σ_v ‖Jᵀ S_v‖²; it sums to tr G over the samples."""
+
+    name: str = "ggn_trace"
+
+    @property
+    def propagates(self) -> Propagation:
+        return Propagation(Source.ROOT)
+
+    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+        V = J.T @ g
+        return (V * V).sum_parameter().sum(COLUMN)
