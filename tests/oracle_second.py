@@ -156,8 +156,8 @@ def kronecker(
     if reduce:
         a, b = a.sum(1, keepdim=True), b.sum(2, keepdim=True)
     a, b = a.unflatten(-1, (groups, -1)), b.unflatten(-1, (groups, -1))
-    A = torch.einsum("ntgi,ntgj->gij", a, a) / (size * positions ** (2 if reduce else 1))
-    B = torch.einsum("nftgo,nfe,netgp->gop", b, H, b)
+    A = torch.einsum("ntgi,ntgj->gij", a, a).contiguous() / (size * positions ** (2 if reduce else 1))
+    B = torch.einsum("nftgo,nfe,netgp->gop", b, H, b).contiguous()
     return Factors(A, B) if groups > 1 else Factors(A[0], B[0])
 
 

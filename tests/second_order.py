@@ -26,9 +26,7 @@ def make(kind: str, **options: object) -> tn.Quantity:
 
 def run(problem: Problem, kind: str, seed: int | None = None, **options: object) -> Mapping[str, Tensor]:
     """One quantity of a problem, in a program of its own."""
-    program = tn.compile(
-        problem.model, problem.loss, (problem.x, problem.y), [make(kind, name="wanted", **options)]
-    )
+    program = tn.compile(problem.model, problem.loss, (problem.x, problem.y), [make(kind, name="wanted", **options)])
     seeded = {} if seed is None else {"seed": seed}
     return program(problem.x, problem.y, **seeded)["wanted"]
 

@@ -90,7 +90,8 @@ def code(text: str, env: Mapping[str, Tensor]) -> Tensor:
 
 
 def reference(diagram: Diagram, env: Env, n: int) -> Tensor:
-    return torch.as_tensor(evaluate(diagram, {name: value.detach().numpy() for name, value in env.items() if isinstance(value, Tensor)}, n))
+    values = {name: value.detach().numpy() for name, value in env.items() if isinstance(value, Tensor)}
+    return torch.as_tensor(evaluate(diagram, values, n))
 
 
 def evaluated(rule: BoundRule, env: Env, output: Tensor) -> Env:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -121,7 +122,8 @@ def test_duplicated_data(reduction: str, factor: float) -> None:
 def test_loss_times_a_constant() -> None:
     """c L has c times the GGN and c² times the empirical Fisher."""
     plain, scaled = (
-        replace(mlp(), y=normal, loss=lambda c=c: Written(lambda f, y: c * F.mse_loss(f, y))).build() for c in (1.0, 2.5)
+        replace(mlp(), y=normal, loss=lambda c=c: Written(lambda f, y: c * F.mse_loss(f, y))).build()
+        for c in (1.0, 2.5)
     )
     before, after = totals(plain), totals(scaled)
     for key, values in before.items():
@@ -221,7 +223,7 @@ def test_rate(kind: str) -> None:
     problem = mlp().build()
     exact = run(problem, "DiagGGN") if kind == "DiagGGNMC" else dense(problem, "KFLR")
     errors = [_mean_error(problem, kind, exact, samples) for samples in (4, 64, 1024)]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert 2.7 < coarse / fine < 5.9, errors
 
 

@@ -139,7 +139,9 @@ def inline(diagram: Diagram, keep: frozenset[Diagram] = frozenset()) -> Diagram:
 
 def _within(operand: Operand, keep: frozenset[Diagram]) -> Operand:
     """A part that stays, with its own parts put back in place."""
-    return Part(inline(operand.diagram, keep), operand.legs, operand.pinned, operand.follows) if isinstance(operand, Part) else operand
+    if not isinstance(operand, Part):
+        return operand
+    return Part(inline(operand.diagram, keep), operand.legs, operand.pinned, operand.follows)
 
 
 def parts(diagram: Diagram) -> tuple[Diagram, ...]:

@@ -109,7 +109,8 @@ class _Binder:
         self.lines = parse_program(rule.formula) if rule.formula.strip() else ()
         if not self.lines and not rule.jacobian:
             raise RuleError("the rule has neither formula nor jacobian", hint="give one of them")
-        self.saved = {parse_access(key).tensor: (parse_access(key), code) for key, code in rule.saved.items() if "[" in key}
+        named = [(parse_access(key), code) for key, code in rule.saved.items() if "[" in key]
+        self.saved = {access.tensor: (access, code) for access, code in named}
         self.opaque = tuple(key for key in rule.saved if "[" not in key)
         self.jacobian = {name: parse_expression(text) for name, text in rule.jacobian.items()}
         self.declared = {name: parse_legs(name, text) for name, text in rule.legs.items()}
@@ -164,7 +165,8 @@ class _Binder:
         if key in self.opaque:
             return Saved(self.names[key], (), (), self._code(code))
         access = parse_access(key)
-        return Saved(self.names[access.tensor], self.legs.flat(access.items), self.legs.shape(access.items), self._code(code))
+        legs, shape = self.legs.flat(access.items), self.legs.shape(access.items)
+        return Saved(self.names[access.tensor], legs, shape, self._code(code))
 
     def _uses(self) -> Iterator[Access]:
         """Every access of the rule that says something about legs."""

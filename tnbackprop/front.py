@@ -43,7 +43,7 @@ def compile(
         if names.count(name) > 1:
             raise InputError(f"two quantities are called {name!r}: give one another name=, its key in the result")
     compiled = compile_program(model, loss, example, list(quantities), rules, _bytes(memory_limit))
-    return Program(model, compiled, loss)
+    return Program(model, compiled, loss, quantities)
 
 
 def compute(

@@ -14,7 +14,6 @@ from .diagram import (
     Tensor,
     Window,
     fresh_names,
-    ordered_union,
 )
 from .errors import UnsupportedError
 from .jacobian import Jacobian
@@ -118,5 +117,5 @@ def _split_operand(operand: Operand, split: dict[Leg, Legs]) -> Operand:
 
 
 def _split_tensor(tensor: Tensor, split: dict[Leg, Legs]) -> Tensor:
-    legs = ordered_union(*(split.get(leg, (leg,)) for leg in tensor.legs))
+    legs = tuple(new for leg in tensor.legs for new in split.get(leg, (leg,)))
     return Tensor(tensor.name, legs)

@@ -75,7 +75,7 @@ def _part(store: Store, op: Operand, lowerings: tuple[Lowering, ...]) -> Operand
 def _mapped(store: Store, op: Operand) -> Operand:
     """A map as the tensor of its values; every other operand as it is, with its runtime value there."""
     if isinstance(op, Map):
-        return as_tensor(store, elementwise(store, op.expr, tuple(read(store, a) for a in op.args)))
+        return as_tensor(store, elementwise(store, op.expr, tuple(diagonal(store, read(store, a)) for a in op.args)))
     if isinstance(op, Tensor):
         read(store, op)
     return op
@@ -105,7 +105,7 @@ def as_tensor(store: Store, ref: Ref) -> Tensor:
 
 def contracted(store: Store, product: Product, legs: tuple[Leg, ...]) -> Ref:
     """A product of tensors along the better of opt_einsum's paths."""
-    refs = [_diagonal(store, read(store, op)) for op in product.operands if isinstance(op, Tensor)]
+    refs = [diagonal(store, read(store, op)) for op in product.operands if isinstance(op, Tensor)]
     refs = [sum_legs(store, ref, _private(ref, k, refs, legs)) for k, ref in enumerate(refs)]
     if len(refs) == 1:
         return refs[0].reordered(legs)
@@ -113,7 +113,7 @@ def contracted(store: Store, product: Product, legs: tuple[Leg, ...]) -> Ref:
     return store.cheapest(plans)
 
 
-def _diagonal(store: Store, ref: Ref) -> Ref:
+def diagonal(store: Store, ref: Ref) -> Ref:
     """A tensor that has a leg twice is read along its diagonal."""
     for k, leg in enumerate(ref.stored):
         if leg in ref.stored[:k]:
@@ -124,7 +124,7 @@ def _diagonal(store: Store, ref: Ref) -> Ref:
             name = store.add(
                 f"{base}.diagonal(dim1={first}, dim2={k})", sizes_of(rest), Kernel.VIEW, strided=True
             )
-            return _diagonal(store, Ref(name, rest, rest))
+            return diagonal(store, Ref(name, rest, rest))
     return ref
 
 

@@ -206,7 +206,7 @@ def _cut(call: str, roles: Roles) -> str:
     for axis, window in enumerate(roles.windows, start=2):
         left, _, length = reach(window)
         size = int(window.image.size)
-        kept = min(size, length - left)
+        kept, left = max(0, min(size, length - left)), min(left, length)
         call += f".narrow({axis}, {left}, {kept})"
         pads.append((0, size - kept))
     if all(pad == (0, 0) for pad in pads):

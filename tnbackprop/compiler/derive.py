@@ -102,7 +102,12 @@ class Derived:
 
 def bind_all(graph: Graph, rules: Rules) -> tuple[tuple[Call, BoundRule], ...]:
     """Every differentiable call with its rule bound; one without a rule falls back on torch.func."""
-    return tuple((call, _bind(call, rules)) for call in graph.calls if call.output.differentiable)
+    return tuple((call, _bind(call, rules)) for call in graph.calls if _needs_rule(call))
+
+
+def _needs_rule(call: Call) -> bool:
+    """A call with parameters behind it, and a module whose forward is its formula."""
+    return call.output.differentiable or isinstance(call.target, type)
 
 
 def _bind(call: Call, rules: Rules) -> BoundRule:
@@ -137,6 +142,9 @@ def derive(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...], quantities: 
     """One reverse sweep for the gradient, and one for each kind of column that a quantity propagates."""
     wanted = dict.fromkeys(q.propagates for q in quantities)
     sweep = _Sweep(graph, [q for q in quantities if q.propagates.source is Source.GRADIENT])
+    if graph.loss is None and wanted:
+        names = ", ".join(q.name for q in quantities)
+        raise UnsupportedError(f"{names} need a loss, and this program has none: pass loss= to compile.")
     if graph.loss is not None:
         sweep.terms[graph.loss] = [ONE]
     _run(sweep, bound)

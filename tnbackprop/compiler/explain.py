@@ -257,7 +257,8 @@ def _totals(compiled: Compiled) -> Iterator[str]:
         backward = "backward" if step.note.startswith("cotangent of") else "quantities"
         groups["forward" if step.name in forward else backward].append(step)
     rows = [("", "steps", "FLOPs", "bytes", "predicted", "in N")]
-    for name, steps in (*groups.items(), ("together", [step for steps in groups.values() for step in steps])):
+    groups["together"] = [step for some in groups.values() for step in some]
+    for name, steps in groups.items():
         flops = tuple(term for step in steps for term in step.work.flops)
         moved = tuple(term for step in steps for term in step.work.moved)
         numbers = (f"{number(flops, plan.batch):.4g}", f"{plan.itemsize * number(moved, plan.batch):.4g}")

@@ -9,7 +9,7 @@ from functools import partial
 
 from ..diagram import Delta, Leg, Map, Operand, Product, Selection, Tensor, Window
 from .arrange import arranged, sizes_of
-from .contract import Lowering, Plan, as_tensor, contracted, read
+from .contract import Lowering, Plan, as_tensor, contracted, diagonal, read
 from .convolve import convolutions
 from .cost import Kernel, Work
 from .pairs import sum_of_squares
@@ -25,8 +25,8 @@ def squares(store: Store, product: Product, legs: Legs) -> list[Plan]:
     if others or not isinstance(op, Map):
         return []
     (tensor,) = op.args
-    gone = tuple(leg for leg in tensor.legs if leg not in legs)
-    return [lambda s: sum_of_squares(s, read(s, tensor), gone).reordered(legs)]
+    gone = tuple(leg for leg in dict.fromkeys(tensor.legs) if leg not in legs)
+    return [lambda s: sum_of_squares(s, diagonal(s, read(s, tensor)), gone).reordered(legs)]
 
 
 def unfolding(store: Store, product: Product, legs: Legs) -> list[Plan]:

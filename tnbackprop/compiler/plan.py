@@ -194,19 +194,29 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule], lowerin
         store.note = _note(call)
         if rule is not None:
             _saved(store, rule)
-        if rule is None or not rule.forward:
-            code = call_code(call, store.resolve)
-        else:
+        for equation in rule.equations[:-1] if rule is not None else ():
+            assert equation.diagram is not None
+            supply = partial(_supply, name=equation.name, diagram=equation.diagram, lowerings=lowerings)
+            store.suppliers[equation.name] = supply
+        if rule is not None and rule.forward:
             code = fill(rule.forward, store.resolve)
+        elif isinstance(call.target, type):
+            code = _from_formula(store, call, rule, lowerings)
+        else:
+            code = call_code(call, store.resolve)
         name, kernel, work = call.output.name, Kernel.NATIVE, forward_work(rule)
         if work.flops and any(len(legs) > 3 for _, legs in work.flops):
             kernel = Kernel.CONVOLUTION
         random = torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ())
         store.add(code, call.output.shape, kernel, work, name=name, alone=random)
-        for equation in rule.equations[:-1] if rule is not None else ():
-            diagram = equation.diagram
-            assert diagram is not None
-            store.suppliers[equation.name] = partial(_supply, name=equation.name, diagram=diagram, lowerings=lowerings)
+
+
+def _from_formula(store: Store, call: Call, rule: BoundRule | None, lowerings: tuple[Lowering, ...]) -> str:
+    """Code for a module whose forward is its rule's formula."""
+    diagram = rule.equations[-1].diagram if rule is not None else None
+    if diagram is None:
+        raise UnsupportedError(f"{call.where} has a rule without a formula: give the rule a forward.")
+    return _shaped(store, build(store, diagram, lowerings), call.output.shape)
 
 
 def _saved(store: Store, rule: BoundRule) -> None:
@@ -338,6 +348,8 @@ def _final(store: Store, code: str, shape: tuple[Size, ...], ref: Ref) -> str:
     """A name for the result, so that no two results share memory with each other or with an input by accident."""
     if code == store.resolve(ref.name):
         return code
+    if any(step.name == store.resolve(ref.name) and ".expand(" in step.code for step in store.steps):
+        code += ".contiguous()"  # a constant result must be one that can be written to
     return store.add(code, shape, Kernel.VIEW, strided=ref.order != ref.stored)
 
 

@@ -72,7 +72,7 @@ def _over_pieces(node: ast.AST) -> bool:
     """A loop over slices of the batch or columns of a root, or what gathers their values."""
     match node:
         case ast.For(target=ast.Name(id=name), iter=ast.Call(func=ast.Attribute(attr="unbind"))):
-            return name.startswith(COLUMN)
+            return name.startswith((COLUMN, "draw_"))
         case ast.IfExp(test=ast.Compare(left=ast.Name(id=name), ops=[ast.Is()])):
             return name.startswith(GATHERED)
         case (

@@ -57,8 +57,8 @@ class KroneckerFactors(LinearOperator):
         legs = self.places
         if math.prod(legs.legs) != math.prod(self.parameter):
             raise InputError(
-                f"{self.label}: {self.blocks} blocks of sizes {list(self._sizes)} make {math.prod(legs.legs)} elements, the "
-                f"parameter has {math.prod(self.parameter)}; the legs must multiply to the parameter's shape"
+                f"{self.label}: {self.blocks} block(s) of {list(self._sizes)} make {math.prod(legs.legs)} elements, "
+                f"the parameter has {math.prod(self.parameter)}; the legs must multiply to the parameter's shape"
             )
         if (legs.blocks, legs.sizes) != (self.blocks, self._sizes):
             raise InputError(
@@ -181,8 +181,8 @@ class KroneckerFactors(LinearOperator):
             slack = math.sqrt(torch.finfo(w.dtype).eps) * w.abs().amax(-1, keepdim=True) * (kind is Kind.FULL)
             if bool((w < -slack).any()):
                 raise InputError(
-                    f"{self._factor(i)} is not positive semi-definite: the smallest eigenvalue is {w.min().item():.3g}, "
-                    f"the largest {w.max().item():.3g}; give a second-moment matrix"
+                    f"{self._factor(i)} is not positive semi-definite: its eigenvalues begin at {w.min().item():.3g} "
+                    f"and end at {w.max().item():.3g}; give a second-moment matrix"
                 )
             values.append(w.clamp(min=0))
             vectors.append(q)

@@ -163,7 +163,8 @@ def cross_entropy_loss(call: Any) -> Rule:
 def _softmax_root(call: Any) -> dict[str, str]:
     """Saved values of the root of w (diag p - p pᵀ) / divisor: its Cholesky factor, which needs C - 1 columns.
 
-    With tails r_v = p_v + p_{v+1} + …: S[c, v] = [c = v] sqrt(p_v r_{v+1} / r_v) - [c > v] p_c sqrt(p_v / r_v / r_{v+1}).
+    With tails r_v = p_v + p_{v+1} + …:
+    S[c, v] = [c = v] sqrt(p_v r_{v+1} / r_v) - [c > v] p_c sqrt(p_v / r_v / r_{v+1}).
     """
     ones = ", 1" * (len(call.input.axes) - 2)
     divisor = " / ({input}.shape[0] * {average})" if call.reduction == MEAN else ""
@@ -172,15 +173,17 @@ def _softmax_root(call: Any) -> dict[str, str]:
         "part": "({p} / {tail}).sqrt()[:, :-1]",
         "diagonal": "{part} * {tail}[:, 1:].sqrt()",
         "below": "{part} / {tail}[:, 1:].sqrt()",
-        "eye": f"torch.eye({{p}}.shape[1], dtype={{p}}.dtype, device={{p}}.device).view(1, {call.input.shape[1]}, -1{ones})",
+        "eye": "torch.eye({p}.shape[1], dtype={p}.dtype, device={p}.device)"
+        f".view(1, {call.input.shape[1]}, -1{ones})",
         "mask": f"torch.ones_like({{eye}}[0]).view({call.input.shape[1]}, -1).tril(-1).view_as({{eye}})",
-        "factor": "{eye}[:, :, :-1] * {diagonal}.unsqueeze(1) - {mask}[:, :, :-1] * {p}.unsqueeze(2) * {below}.unsqueeze(1)",
+        "factor": "{eye}[:, :, :-1] * {diagonal}.unsqueeze(1)"
+        " - {mask}[:, :, :-1] * {p}.unsqueeze(2) * {below}.unsqueeze(1)",
         "root_scale": f"({{w}}{divisor}).sqrt().unsqueeze(1)",
     }
 
 
 def _columns(call: Any) -> Root:
-    """The columns of each position apart; a sample is sqrt(w / divisor) (p - onehot(y)), y drawn from p by Gumbel's maximum."""
+    """The columns of each position apart; a sample is sqrt(w / divisor) (p - onehot(y)), y ~ p by Gumbel's maximum."""
     classes, positions = call.input.shape[1], math.prod(call.input.shape[2:])
     code = "{factor}.movedim(2, 0) * {root_scale}"
     if classes == 1:

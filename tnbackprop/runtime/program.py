@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..compiler.memory import peak_bytes
 from ..compiler.stage import Stage
 from ..diagram import N
 from ..errors import InputError
+from ..quantities import Quantity
 from .result import Result
 
 
@@ -30,9 +31,15 @@ class Program:
     peak_bytes  planned peak of what the program holds, results included, parameters and inputs not
     """
 
-    def __init__(self, model: torch.nn.Module, compiled: Compiled, loss: Callable[..., Any] | None) -> None:
-        self._model, self._compiled = model, compiled
-        self._loss = loss
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        compiled: Compiled,
+        loss: Callable[..., Any] | None,
+        quantities: Sequence[Quantity],
+    ) -> None:
+        self._model, self._compiled, self._loss = model, compiled, loss
+        self._quantities = {quantity.name: quantity for quantity in quantities}
         self._function = load(compiled.source)
         self._fixed = dict(compiled.graph.constants)
         self._output_spec = pytree.tree_structure(compiled.graph.output)
@@ -73,13 +80,19 @@ class Program:
     def tensors(self, x: Any, y: Any) -> dict[str, torch.Tensor]:
         """The inputs of the emitted function: parameters, buffers, constants and the batch, by value name."""
         graph = self._compiled.graph
-        flat, spec = pytree.tree_flatten((plain(x), plain(y)))
+        leaves, spec = pytree.tree_flatten((plain(x), plain(y)))
+        flat = [leaf for leaf in leaves if leaf is not None]
         if spec != graph.in_spec:
             raise InputError(f"the batch has the structure {spec}, but the program was compiled for {graph.in_spec}")
         values = dict(self._fixed)
         own = _named_tensors(self._model, self._loss)
         for name, dotted in graph.parameters.items():
             values[name] = own[dotted[0]]
+            if values[name].dtype != graph.values[name].dtype:
+                raise InputError(
+                    f"parameter {dotted[0]!r} has dtype {values[name].dtype} now, but the program was compiled for "
+                    f"{graph.values[name].dtype}: compile again"
+                )
         for name, dotted_name in graph.buffers.items():
             values[name] = own[dotted_name]
         batch = _check_batch(dict(zip(graph.inputs, flat, strict=True)), graph.values)
@@ -96,6 +109,7 @@ class Program:
         tensors = self.tensors(x, y)
         tensors |= self._noise(tensors, seed, generator)
         loss, output, values = self._function(tensors)
+        values = {name: values.get(name, {}) for name in self._quantities}
         return Result(loss, pytree.tree_unflatten(list(output), self._output_spec), values)
 
     def _noise(
