@@ -1,0 +1,187 @@
+"""Kronecker factors by tie and cut: derived from the diagram of Jᵀ S, not declared per layer.
+
+The GGN block is (JᵀS)(JᵀS)ᵀ. Its legs n (and v) and the positions over which JᵀS is summed are cut; the parameter's
+legs then fall into components. *Expand* ties the positions of the two copies of a component, *reduce* sums each copy
+over them first (Eschenhagen et al. 2023, arXiv:2311.00636). Every cut leg contributes 1/size once, to each component
+but the one with the cotangent, which carries all scale of the loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import sympy
+
+from .algebra import Cotangents, Uses, all_parts, inline
+from .diagram import BATCH, COLUMN, Diagram, Leg, Operand, Product, operand_tensors
+from .errors import UnsupportedError
+from .simplify import simplify
+
+Legs = tuple[Leg, ...]
+
+
+class Sharing(Enum):
+    """What a layer's weight that is used at many positions is taken to be: one use each, or one use of their sum."""
+
+    EXPAND = "expand"
+    REDUCE = "reduce"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Diagrams of the factors, each with legs [blocks, d, d'], in the order of the parameter's axes."""
+
+    diagrams: tuple[Diagram, ...]
+    blocks: Legs  # legs that all factors share: the block is block-diagonal along them
+    legs: tuple[Legs, ...]  # the parameter's legs of each factor
+    assumption: str
+
+
+@dataclass(frozen=True)
+class _Component:
+    operands: tuple[Operand, ...]
+    own: Legs  # the parameter's legs
+
+
+def kronecker(J: Uses, g: Cotangents, sharing: Sharing, scale: sympy.Expr) -> Factors:  # noqa: N803
+    """Factors of (Jᵀg)(Jᵀg)ᵀ·scale. Raises `UnsupportedError`, with the reason, where the cut does not separate."""
+    gradient = inline(J.T @ g)
+    if not gradient.products:
+        return _nothing(J)
+    each = [_of_use(product, J.legs, _cotangents(g), sharing) for product in gradient.products]
+    first = each[0]
+    if any((f.blocks, f.legs) != (first.blocks, first.legs) for f in each):
+        raise UnsupportedError(f"the uses of the parameter have different Kronecker structure: {gradient}")
+    if len(each) > 1 and sharing is Sharing.REDUCE:
+        raise UnsupportedError(
+            f"the parameter is used {len(each)} times, and the reduce approximation of several uses is not defined here.\n"
+            "  Ask for Sharing.EXPAND, which takes the uses as positions."
+        )
+    diagrams = []
+    for k, diagram in enumerate(first.diagrams):
+        total = diagram
+        for other in each[1:]:
+            total = total + other.diagrams[k]
+        tied_to_loss = _has_cotangent(diagram, _cotangents(g))
+        diagrams.append(simplify(total * scale if tied_to_loss else total / len(each)))
+    return Factors(tuple(diagrams), first.blocks, first.legs, first.assumption)
+
+
+def _cotangents(g: Cotangents) -> frozenset[str]:
+    return frozenset(t.name for d in g.each for p in d.products for op in p.operands for t in operand_tensors(op))
+
+
+def _has_cotangent(diagram: Diagram, names: frozenset[str]) -> bool:
+    return any(_is_cotangent(op, names) for p in diagram.products for op in p.operands)
+
+
+def _is_cotangent(op: Operand, names: frozenset[str]) -> bool:
+    return any(t.name in names for t in operand_tensors(op))
+
+
+def _of_use(product: Product, parameter: Legs, names: frozenset[str], sharing: Sharing) -> Factors:
+    """The factors of one product of Jᵀg."""
+    seeds = [op for op in product.operands if _is_cotangent(op, names)]
+    free = {leg for leg in product.legs if leg in parameter or leg == BATCH or leg.name == COLUMN}
+    summed = [leg for op in seeds for leg in op.legs if leg not in free]
+    candidates = [leg for leg in dict.fromkeys(summed) if any(leg in op.legs for op in product.operands if op not in seeds)]
+    cut = _minimal_cut(product, parameter, candidates, names)
+    components = _components(product, parameter, cut, names)
+    # Positions that only the cotangent has are positions as well: a bias is used at each of them.
+    alone = [leg for leg in dict.fromkeys(summed) if leg not in candidates]
+    positions = (*cut, *alone)
+    blocks = tuple(leg for leg in parameter if sum(leg in _legs(c.operands) for c in components) > 1)
+    owned = [tuple(leg for leg in c.own if leg not in blocks) for c in components]
+    order = sorted(range(len(components)), key=lambda k: [parameter.index(leg) for leg in owned[k]] or [-1])
+    _check_order(parameter, blocks, [owned[k] for k in order], product)
+    diagrams = []
+    for k in order:
+        loss = any(_is_cotangent(op, names) for op in components[k].operands)
+        factor = _tied(components[k].operands, owned[k], blocks, positions, sharing)
+        size = sympy.Mul(BATCH.size, *(leg.size for leg in cut), *(leg.size for leg in cut if sharing is Sharing.REDUCE))
+        diagrams.append(factor * (product.scale**2 if loss else 1 / size))
+    return Factors(tuple(diagrams), blocks, tuple(owned[k] for k in order), _assumption(cut, sharing, len(components)))
+
+
+def _assumption(cut: Legs, sharing: Sharing, count: int) -> str:
+    if count == 1:
+        return "none over the samples: one factor"
+    positions = f"{', '.join(map(str, cut))} {'tied' if sharing is Sharing.EXPAND else 'summed'}" if cut else "no positions"
+    return f"the factors are independent over the samples; {positions} ({sharing.value})"
+
+
+def _minimal_cut(product: Product, parameter: Legs, candidates: list[Leg], names: frozenset[str]) -> Legs:
+    """The candidates that must be cut to get as many components with parameter legs as possible."""
+    cut = list(candidates)
+    most = len(_components(product, parameter, tuple(cut), names))
+    for leg in candidates:
+        rest = tuple(other for other in cut if other != leg)
+        if len(_components(product, parameter, rest, names)) == most:
+            cut = list(rest)
+    return tuple(cut)
+
+
+def _components(product: Product, parameter: Legs, cut: Legs, names: frozenset[str]) -> list[_Component]:
+    """Operands joined by legs that are not cut; the parameter's legs do not join the cotangent with the others."""
+    groups = [[op] for op in product.operands]
+    merged = True
+    while merged:
+        merged = False
+        for i in range(len(groups)):
+            for j in range(i + 1, len(groups)):
+                if _joined(groups[i], groups[j], parameter, cut, names):
+                    groups[i] += groups.pop(j)
+                    merged = True
+                    break
+            if merged:
+                break
+    found = [_Component(tuple(g), tuple(leg for leg in parameter if leg in _legs(tuple(g)))) for g in groups]
+    return [c for c in found if c.own or any(_is_cotangent(op, names) for op in c.operands)]
+
+
+def _joined(one: list[Operand], other: list[Operand], parameter: Legs, cut: Legs, names: frozenset[str]) -> bool:
+    shared = set(_legs(tuple(one))) & set(_legs(tuple(other)))
+    seeds = [any(_is_cotangent(op, names) for op in group) for group in (one, other)]
+    if seeds[0] != seeds[1]:
+        shared -= set(parameter)
+    return any(leg not in cut and leg != BATCH and leg.name != COLUMN for leg in shared)
+
+
+def _legs(operands: tuple[Operand, ...]) -> Legs:
+    return tuple(dict.fromkeys(leg for op in operands for leg in op.legs))
+
+
+def _tied(operands: tuple[Operand, ...], own: Legs, blocks: Legs, positions: Legs, sharing: Sharing) -> Diagram:
+    """Two copies of a component with n (and tied positions) in common: legs [blocks, own, own']."""
+    tied = {BATCH, *blocks, *(positions if sharing is Sharing.EXPAND else ())}
+    every = _legs(operands)
+    tied |= {leg for leg in every if leg.name == COLUMN}
+    copy = {leg: Leg(f"{leg.name}_copy", leg.size) for leg in every if leg not in tied}
+    twin = tuple(op.rename(copy) for op in operands)
+    primed = tuple(copy[leg] for leg in own)
+    half = tuple(leg for leg in every if leg in tied or leg in own)
+    one = Diagram(half, (Product(sympy.Integer(1), operands),)).held()
+    other = Diagram(tuple(copy.get(leg, leg) for leg in half), (Product(sympy.Integer(1), twin),)).held()
+    present = set(every)
+    product = (one * other).products[0]
+    legs = (*(leg for leg in blocks if leg in present), *own, *primed)
+    return Diagram(legs, (product,))
+
+
+def _check_order(parameter: Legs, blocks: Legs, owned: list[Legs], product: Product) -> None:
+    """Blocks first, then each factor's legs next to each other: so that kron(*factors) is row-major."""
+    flat = (*blocks, *(leg for legs in owned for leg in legs))
+    if flat != tuple(leg for leg in parameter if leg.size != 1 or leg in flat):
+        raise UnsupportedError(
+            f"the Kronecker factors interleave the parameter's axes [{', '.join(map(str, parameter))}]: {product}\n"
+            "  Ask for DiagGGN, or store the parameter with the axes of each factor side by side."
+        )
+
+
+def _nothing(J: Uses) -> Factors:  # noqa: N803
+    zero = Diagram((*J.legs, *(Leg(f"{leg.name}_copy", leg.size) for leg in J.legs)), ())
+    return Factors((zero,), (), (J.legs,), "the parameter has no use: zero")
+
+
+__all__ = ["Factors", "Sharing", "all_parts", "kronecker"]

@@ -1,0 +1,59 @@
+"""Kronecker-factored curvature: A ⊗ B from the rule alone. One class propagates, `approximate.py` separates.
+
+KFAC: Martens & Grosse 2015, arXiv:1503.05671; convolutions: Grosse & Martens 2016, arXiv:1602.01407; KFLR: Botev et
+al. 2017, arXiv:1706.03662. All scale of the loss sits in the factor with the cotangent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import sympy
+
+from ..algebra import Cotangents, Uses
+from ..approximate import Factors, Sharing, kronecker
+from .base import Propagation, Quantity, Source
+
+
+class Fisher(Enum):
+    """Which columns KFAC propagates: drawn from the model's own distribution, or the gradients of the labels."""
+
+    MC = "mc"
+    EMPIRICAL = "empirical"
+
+
+@dataclass(frozen=True)
+class KFLR(Quantity):
+    """Kronecker factors of the GGN from the exact root: Σ_v Σ_n. Values are `KroneckerFactors` for [*p]."""
+
+    name: str = "kflr"
+    sharing: Sharing = Sharing.EXPAND
+
+    @property
+    def propagates(self) -> Propagation:
+        return Propagation(Source.ROOT)
+
+    def extract(self, J: Uses, g: Cotangents) -> Factors:
+        return kronecker(J, g, self.sharing, sympy.Integer(1))
+
+
+@dataclass(frozen=True)
+class KFAC(Quantity):
+    """Kronecker factors of the Fisher information, from `mc_samples` drawn columns or from the gradients.
+
+    The empirical Fisher is (1/N) Σ_n ∇ℓ_n ∇ℓ_nᵀ for a loss that averages, Σ_n ∇ℓ_n ∇ℓ_nᵀ for one that sums.
+    """
+
+    name: str = "kfac"
+    mc_samples: int = 1
+    fisher: Fisher = Fisher.MC
+    sharing: Sharing = Sharing.EXPAND
+
+    @property
+    def propagates(self) -> Propagation:
+        return Propagation(Source.SAMPLE, self.mc_samples) if self.fisher is Fisher.MC else Propagation()
+
+    def extract(self, J: Uses, g: Cotangents) -> Factors:
+        scale = sympy.Integer(1) if self.fisher is Fisher.MC else 1 / g.scale
+        return kronecker(J, g, self.sharing, scale)
