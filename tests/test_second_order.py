@@ -184,16 +184,22 @@ SAMPLED = (
 
 
 def test_seeds() -> None:
-    """The same seed gives the same columns, another one others; without one the value is that of seed 0."""
+    """The same seed gives the same columns, another one others; without one torch's own generator is drawn from."""
     problem = mlp().build()
-    quantity = make("DiagGGNMC", mc_samples=2)
-    program = tn.compile(problem.model, problem.loss, (problem.x, problem.y), [quantity])
-    default, zero, again, other = (
-        program(problem.x, problem.y, **seed)["diag_ggn_mc"]["0.weight"]
-        for seed in ({}, {"seed": 0}, {"seed": 0}, {"seed": 1})
-    )
-    assert torch.equal(zero, again) and torch.equal(zero, default)
-    assert error(other, zero) > DIFFERENT
+    program = tn.compile(problem.model, problem.loss, (problem.x, problem.y), [make("DiagGGNMC", mc_samples=2)])
+
+    def value(**noise: object) -> Tensor:
+        return program(problem.x, problem.y, **noise)["diag_ggn_mc"]["0.weight"]
+
+    zero = value(seed=0)
+    assert torch.equal(zero, value(seed=0))
+    assert torch.equal(zero, value(generator=torch.Generator().manual_seed(0)))
+    torch.manual_seed(0)
+    assert torch.equal(zero, value())
+    assert error(value(), zero) > DIFFERENT
+    state = torch.random.get_rng_state()
+    assert error(value(seed=1), zero) > DIFFERENT
+    assert torch.equal(state, torch.random.get_rng_state())
 
 
 def test_one_seed_one_draw() -> None:

@@ -2,7 +2,12 @@
 
 from .errors import InputError, InvariantError, RuleError, TnError, UnsupportedError
 from .front import compile, compute
+from .approximate import Sharing
+from .linalg import Damping, KroneckerFactors
 from .quantities import (
+    KFAC,
+    KFLR,
+    Fisher,
     BatchDot,
     BatchGrad,
     BatchL2,
@@ -26,7 +31,7 @@ from .runtime import Program, Result
 __version__ = "0.1.0"
 
 __all__ = [
-    "RULES", "BatchDot", "BatchGrad", "BatchL2", "DiagGGN", "DiagGGNMC", "GGNTrace", "Grad", "InputError",
+    "KFAC", "KFLR", "RULES", "Damping", "Fisher", "KroneckerFactors", "Sharing", "BatchDot", "BatchGrad", "BatchL2", "DiagGGN", "DiagGGNMC", "GGNTrace", "Grad", "InputError",
     "InvariantError", "Program", "Propagation", "Quantity", "Result", "Root", "Rule", "RuleError", "Scale",
     "SecondMoment", "Source", "SqrtGGN", "SqrtGGNMC", "Table", "TnError", "UnsupportedError", "Variance", "compile",
     "compute",

@@ -13,7 +13,7 @@ from enum import Enum
 
 import sympy
 
-from .algebra import Cotangents, Uses, all_parts, inline
+from .algebra import Cotangents, Uses, inline
 from .diagram import BATCH, COLUMN, Diagram, Leg, Operand, Product, operand_tensors
 from .errors import UnsupportedError
 from .simplify import simplify
@@ -35,6 +35,7 @@ class Factors:
     diagrams: tuple[Diagram, ...]
     blocks: Legs  # legs that all factors share: the block is block-diagonal along them
     legs: tuple[Legs, ...]  # the parameter's legs of each factor
+    parameter: Legs  # all of them, row-major
     assumption: str
 
 
@@ -65,7 +66,7 @@ def kronecker(J: Uses, g: Cotangents, sharing: Sharing, scale: sympy.Expr) -> Fa
             total = total + other.diagrams[k]
         tied_to_loss = _has_cotangent(diagram, _cotangents(g))
         diagrams.append(simplify(total * scale if tied_to_loss else total / len(each)))
-    return Factors(tuple(diagrams), first.blocks, first.legs, first.assumption)
+    return Factors(tuple(diagrams), first.blocks, first.legs, J.legs, first.assumption)
 
 
 def _cotangents(g: Cotangents) -> frozenset[str]:
@@ -94,14 +95,13 @@ def _of_use(product: Product, parameter: Legs, names: frozenset[str], sharing: S
     blocks = tuple(leg for leg in parameter if sum(leg in _legs(c.operands) for c in components) > 1)
     owned = [tuple(leg for leg in c.own if leg not in blocks) for c in components]
     order = sorted(range(len(components)), key=lambda k: [parameter.index(leg) for leg in owned[k]] or [-1])
-    _check_order(parameter, blocks, [owned[k] for k in order], product)
     diagrams = []
     for k in order:
         loss = any(_is_cotangent(op, names) for op in components[k].operands)
         factor = _tied(components[k].operands, owned[k], blocks, positions, sharing)
         size = sympy.Mul(BATCH.size, *(leg.size for leg in cut), *(leg.size for leg in cut if sharing is Sharing.REDUCE))
         diagrams.append(factor * (product.scale**2 if loss else 1 / size))
-    return Factors(tuple(diagrams), blocks, tuple(owned[k] for k in order), _assumption(cut, sharing, len(components)))
+    return Factors(tuple(diagrams), blocks, tuple(owned[k] for k in order), parameter, _assumption(cut, sharing, len(components)))
 
 
 def _assumption(cut: Legs, sharing: Sharing, count: int) -> str:
@@ -160,28 +160,11 @@ def _tied(operands: tuple[Operand, ...], own: Legs, blocks: Legs, positions: Leg
     copy = {leg: Leg(f"{leg.name}_copy", leg.size) for leg in every if leg not in tied}
     twin = tuple(op.rename(copy) for op in operands)
     primed = tuple(copy[leg] for leg in own)
-    half = tuple(leg for leg in every if leg in tied or leg in own)
-    one = Diagram(half, (Product(sympy.Integer(1), operands),)).held()
-    other = Diagram(tuple(copy.get(leg, leg) for leg in half), (Product(sympy.Integer(1), twin),)).held()
-    present = set(every)
-    product = (one * other).products[0]
-    legs = (*(leg for leg in blocks if leg in present), *own, *primed)
-    return Diagram(legs, (product,))
-
-
-def _check_order(parameter: Legs, blocks: Legs, owned: list[Legs], product: Product) -> None:
-    """Blocks first, then each factor's legs next to each other: so that kron(*factors) is row-major."""
-    flat = (*blocks, *(leg for legs in owned for leg in legs))
-    if flat != tuple(leg for leg in parameter if leg.size != 1 or leg in flat):
-        raise UnsupportedError(
-            f"the Kronecker factors interleave the parameter's axes [{', '.join(map(str, parameter))}]: {product}\n"
-            "  Ask for DiagGGN, or store the parameter with the axes of each factor side by side."
-        )
+    legs = (*(leg for leg in blocks if leg in set(every)), *own, *primed)
+    return simplify(Diagram(legs, (Product(sympy.Integer(1), operands + twin),)))
 
 
 def _nothing(J: Uses) -> Factors:  # noqa: N803
     zero = Diagram((*J.legs, *(Leg(f"{leg.name}_copy", leg.size) for leg in J.legs)), ())
-    return Factors((zero,), (), (J.legs,), "the parameter has no use: zero")
+    return Factors((zero,), (), (J.legs,), J.legs, "the parameter has no use: zero")
 
-
-__all__ = ["Factors", "Sharing", "all_parts", "kronecker"]

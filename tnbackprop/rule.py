@@ -16,14 +16,16 @@ Constant = int | float
 class Root:
     """The square root of a loss's Hessian with respect to its input: Σ_v S_v S_vᵀ = H, all scale of the loss included.
 
-    columns  how many columns S has
+    columns  how many columns S has for each position
     code     torch code for S, [columns, *input]; may use operands and saved names in braces
+    mixes    the axes of the input that the Hessian mixes (the classes); positions along the others are apart
     sample   torch code for one random column s with E[s sᵀ] = H; ``{noise}`` is uniform on (0, 1), shaped as the input
     """
 
     columns: int
     code: str
     sample: str
+    mixes: tuple[int, ...] = (1,)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from itertools import chain
 
 import sympy
 
+from ..approximate import Factors
 from ..algebra import Cotangents, Uses, differentiate, inline, pull_back, tensor
 from ..bind import BoundRule, Equation, bind
 from ..diagram import BATCH, COLUMN, Delta, Diagram, Leg, N, Product, fresh_names, leaves
@@ -64,7 +65,8 @@ class Extraction:
     """All quantities of one parameter."""
 
     parameter: str  # value name
-    diagrams: Mapping[str, Diagram]  # by quantity name
+    diagrams: Mapping[str, Diagram]  # by quantity name; factor k of a quantity is "name#k"
+    factors: Mapping[str, Factors] = field(default_factory=dict)  # quantities whose values have several factors
 
 
 Schedule = tuple[Backward | Individual | Extraction, ...]
@@ -398,4 +400,17 @@ def _with_legs(jacobian: Jacobian, legs: tuple[Leg, ...]) -> Jacobian:
 def _extract(sweep: _Sweep, parameters: list[str]) -> None:
     for name in parameters:
         uses, g = _all_uses(sweep, name)
-        sweep.schedule.append(Extraction(name, {q.name: q.extract(uses, g) for q in sweep.quantities}))
+        diagrams: dict[str, Diagram] = {}
+        factors: dict[str, Factors] = {}
+        for quantity in sweep.quantities:
+            try:
+                found = quantity.extract(uses, g)
+            except UnsupportedError as error:
+                dotted = sweep.graph.parameters[name][0]
+                raise UnsupportedError(f"parameter {dotted!r}, quantity {quantity.name!r}: {error}") from None
+            if isinstance(found, Factors):
+                factors[quantity.name] = found
+                diagrams |= {f"{quantity.name}#{k}": diagram for k, diagram in enumerate(found.diagrams)}
+            else:
+                diagrams[quantity.name] = found
+        sweep.schedule.append(Extraction(name, diagrams, factors))

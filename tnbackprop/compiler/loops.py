@@ -27,7 +27,8 @@ class Loop:
     def reads(self) -> tuple[str, ...]:
         """The values from outside that the loop reads."""
         own = {step.name for step in self.steps} | {self.variable}
-        return tuple(dict.fromkeys(name for step in self.steps for name in step.inputs if name not in own))
+        inputs = [*(name for step in self.steps for name in step.inputs), *(value for value, _ in self.outputs)]
+        return tuple(dict.fromkeys(name for name in inputs if name not in own))
 
 
 Results = Mapping[str, Mapping[str, str]]

@@ -20,11 +20,15 @@ from .cost import Kernel, Rates, Work, number
 from .derive import Backward, Columns, Derived, Extraction, Individual, Native, Schedule
 from .forward import call_code, fill, forward_work
 from .graph import Call, Graph
+from .hessian_root import hessian_root
 from .listing import alive
 from .loops import Loop, over_columns
 from .memory import peak_bytes
 from .slices import build_sliced
 from .store import Ref, Step, Store
+
+INDEFINITE = "#indefinite"
+"""Key of the checks that a loss Hessian is positive semi-definite, among the results."""
 
 MOST_PARTS = 4
 """Up to here every subset of parts is tried; beyond it, parts are decided one after the other."""
@@ -106,13 +110,16 @@ def _plan(
     choices: list[Choice] = []
     results = _scheduled(store, graph, derived.schedule, lowerings, chunk, choices)
     loops = []
+    checks: dict[str, str] = {}
     for columns in derived.columns:
-        variable, root = _root(store, columns, lowerings)
+        variable, root = _root(store, graph, columns, lowerings, checks)
         mine = _scheduled(store, graph, columns.schedule, lowerings, chunk, choices)
         stacked = {q for item in columns.schedule if isinstance(item, Extraction) for q in _with_columns(item)}
         loop, renamed = over_columns(store, variable, root, columns.samples or columns.root.root.columns, mine, stacked)
         loops.append(loop)
         results |= renamed
+    if checks:
+        results[INDEFINITE] = checks
     output = {name: store.resolve(name) for name in names_in(graph.output)}
     loss = store.resolve(graph.loss) if graph.loss else None
     inner = {step.name for loop in loops for step in loop.steps}
@@ -155,7 +162,9 @@ def _with_columns(item: Extraction) -> set[str]:
     return {q for q, diagram in item.diagrams.items() if any(leg.name == COLUMN for leg in diagram.legs)}
 
 
-def _root(store: Store, columns: Columns, lowerings: tuple[Lowering, ...]) -> tuple[str, str]:
+def _root(
+    store: Store, graph: Graph, columns: Columns, lowerings: tuple[Lowering, ...], checks: dict[str, str]
+) -> tuple[str, str]:
     """What a loop runs over: the variable, and the value of which it is one row (all columns, or their noise)."""
     root, number = columns.root, columns.variable.rsplit("_", 1)[-1]
     store.note = "root of the loss Hessian"
@@ -163,6 +172,9 @@ def _root(store: Store, columns: Columns, lowerings: tuple[Lowering, ...]) -> tu
     if root.curvature is not None:
         _name(store, build(store, root.curvature, lowerings), f"curvature_{number}")
         code = code.replace("{curvature}", f"{{curvature_{number}}}")
+    if root.calls:
+        name, checks[f"indefinite_{number}"] = hessian_root(store, graph, root, number)
+        code = code.replace("{hessian_root}", "{" + name + "}")
     if not columns.samples:
         store.shapes[columns.variable] = shape
         count = root.root.columns
@@ -178,7 +190,7 @@ def _root(store: Store, columns: Columns, lowerings: tuple[Lowering, ...]) -> tu
 def _in_order(results: dict[str, dict[str, str]], graph: Graph) -> dict[str, dict[str, str]]:
     """Parameters in the order of the model, not of the sweep."""
     names = [dotted[0] for dotted in graph.parameters.values()]
-    return {q: {name: by[name] for name in names if name in by} for q, by in results.items()}
+    return {q: {name: by[name] for name in (*names, *by) if name in by} for q, by in results.items()}
 
 
 def _inputs(store: Store, graph: Graph) -> None:
@@ -299,7 +311,8 @@ def _extract(
     codes = {}
     for quantity, ref in refs.items():
         store.note = f"{quantity} of {dotted}"
-        shape = _result_shape(ref.order, graph.values[item.parameter].shape)
+        whole = "#" not in quantity
+        shape = _result_shape(ref.order, graph.values[item.parameter].shape) if whole else sizes_of(ref.order)
         codes[quantity] = _final(store, _shaped(store, ref, shape), shape, ref)
     return codes, Choice(dotted, tuple(found), options, best)
 

@@ -95,6 +95,6 @@ def torch_code(expr: sympy.Expr, arguments: dict[sympy.Symbol, str]) -> str:
 def number_code(scale: sympy.Expr) -> str:
     """An exact scale as a Python expression of N and numbers."""
     if scale.is_number:
-        return str(int(scale)) if scale.is_Integer else repr(float(scale))
+        return str(int(scale)) if scale.is_Integer and abs(scale) < 2**53 else repr(float(scale))
     long = {r: sympy.Float(float(r), 17) for r in scale.atoms(sympy.Rational) if max(abs(r.p), r.q) > 10**6}
     return f"({sympy.sstr(scale.xreplace(long), full_prec=True)})"

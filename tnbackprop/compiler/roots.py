@@ -11,7 +11,7 @@ from math import prod
 
 from ..algebra import differentiate
 from ..bind import BoundRule
-from ..diagram import BATCH, Delta, Diagram, Leg, Product
+from ..diagram import BATCH, Delta, Diagram, Leg, N, Product
 from ..errors import UnsupportedError
 from ..rule import Root
 from .graph import Call, Graph, Value
@@ -24,6 +24,7 @@ class LossRoot:
     output: Value
     root: Root
     curvature: Diagram | None
+    calls: tuple[Call, ...] = ()  # the loss's own calls, where its Hessian is taken by torch.func: {hessian_root}
 
 
 def loss_root(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...]) -> LossRoot:
@@ -31,35 +32,65 @@ def loss_root(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...]) -> LossRo
     if not isinstance(graph.output, str):
         raise UnsupportedError("the GGN needs a model with one output tensor, and this one returns several.")
     output = graph.values[graph.output]
-    calls = [(call, rule) for call, rule in bound if call.output.name == graph.loss]
-    if not calls or output.name not in {v.name for v in calls[0][0].tensors.values()}:
+    call, rule = next((call, rule) for call, rule in bound if call.output.name == graph.loss)
+    found = None
+    if output.name in {v.name for v in call.tensors.values()}:
+        found = LossRoot(output, _apart(rule.root, output), None) if rule.root else _elementwise(rule, output)
+    return found or _from_hessian(graph, output)
+
+
+def _from_hessian(graph: Graph, output: Value) -> LossRoot:
+    """Any other loss: its Hessian by torch.func, one column of the output at a time, and an eigendecomposition."""
+    if not output.axes or output.axes[0] != (N,):
         raise UnsupportedError(
-            "the loss is more than one call on the model's output, so the root of its Hessian is not known.\n"
-            "  Use one of torch's losses, or declare a rule with a root for yours: tnbackprop.Root."
+            f"the root of this loss's Hessian needs an output with the batch alone on axis 0, and it is {output}.\n"
+            "  Use one of torch's losses directly, or declare a rule with a root: tnbackprop.Root."
         )
-    call, rule = calls[0]
-    if rule.root is not None:
-        return LossRoot(output, rule.root, None)
-    return _elementwise(call, rule, output)
+    reached = {output.name}
+    calls = []
+    for call in graph.calls:
+        if reached & {v.name for v in call.tensors.values()}:
+            reached.add(call.output.name)
+            calls.append(call)
+    size = prod(int(s) for s in output.shape[1:])
+    normal = "1.4142135623730951 * torch.erfinv((2 * {noise} - 1) * 0.9999999)"
+    shape = ", ".join(str(s) for s in output.shape)
+    sample = f"({{hessian_root}}.reshape({size}, N, {size}) * ({normal}).reshape(N, {size}).t().unsqueeze(-1)).sum(0).reshape({shape})"
+    return LossRoot(output, Root(size, "{hessian_root} * 1", sample, ()), None, tuple(calls))
 
 
-def _elementwise(call: Call, rule: BoundRule, output: Value) -> LossRoot:
+def _apart(root: Root, output: Value) -> Root:
+    """The columns of every position of a sample apart: its Hessian does not mix them, so its columns may not either."""
+    factors = [(size, axis in root.mixes) for axis, sizes in enumerate(output.axes) for size in sizes]
+    free = [int(size) for size, mixed in factors if size != N and not mixed]
+    if prod(free) == 1:
+        return root
+    ones = [str(size) if size != N and not mixed else "1" for size, mixed in factors]
+    eye = f"torch.eye({prod(free)}, dtype={{{output.name}}}.dtype, device={{{output.name}}}.device).reshape({prod(free)}, {', '.join(ones)})"
+    spread = f"({root.code}).reshape({root.columns}, 1, {', '.join(str(size) for size, _ in factors)}) * {eye}"
+    shape = ", ".join(str(size) for size in output.shape)
+    columns = root.columns * prod(free)
+    return Root(columns, f"({spread}).reshape({columns}, {shape})", root.sample, root.mixes)
+
+
+def _elementwise(rule: BoundRule, output: Value) -> LossRoot | None:
+    """The root of a loss with a diagonal Hessian; None for any other."""
     diagram = rule.equations[-1].diagram
     first = differentiate(diagram, output.name) if diagram is not None and len(rule.equations) == 1 else None
     if first is None:
-        raise UnsupportedError(f"{call.where} has no root of its Hessian.\n  Declare one in its rule: tnbackprop.Root.")
+        return None
     second = differentiate(first.diagram, output.name)
     products = [] if second is None else [_diagonal(p, first.into, second.into) for p in second.diagram.products]
     if any(p is None for p in products):
-        raise UnsupportedError(f"{call.where} has a Hessian that is not diagonal: declare its root (tnbackprop.Root).")
+        return None
     curvature = Diagram(first.into, tuple(p for p in products if p is not None))
     curvature = curvature.rename({leg: BATCH for leg in first.into if leg.size == BATCH.size})
-    size = prod(int(s) for s in output.shape[1:])
     shape = ", ".join(str(s) for s in output.shape)
-    code = f"torch.diag_embed({{curvature}}.sqrt().reshape(N, {size}), dim1=0, dim2=2).reshape({size}, {shape})"
+    one = Root(1, f"{{curvature}}.sqrt().reshape(1, {shape})", "", ())
+    root = _apart(one, output)
     normal = "1.4142135623730951 * torch.erfinv((2 * {noise} - 1) * 0.9999999)"
     sample = f"{{curvature}}.sqrt().reshape({shape}) * {normal}"
-    return LossRoot(output, Root(size, code, sample), curvature)
+    return LossRoot(output, Root(root.columns, root.code, sample, ()), curvature)
 
 
 def _diagonal(product: Product, first: tuple[Leg, ...], second: tuple[Leg, ...]) -> Product | None:

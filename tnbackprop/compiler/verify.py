@@ -137,10 +137,14 @@ def _graph(context: Context) -> Graph:
 
 def _all_bound(bound: Bound, context: Context) -> Flaws:
     names = [call.output.name for call, _ in bound]
-    wanted = [call.output.name for call in _graph(context).calls if call.output.differentiable]
+    calls = _graph(context).calls
+    wanted = [call.output.name for call in calls if call.output.differentiable]
+    by_formula = [call.output.name for call in calls if isinstance(call.target, type)]
     for name in [*wanted, *names]:
-        if (name in names) != (name in wanted):
-            yield name, "bound but not differentiable" if name in names else "differentiable but not bound"
+        if name not in names:
+            yield name, "differentiable but not bound"
+        elif name not in (*wanted, *by_formula):
+            yield name, "bound but not differentiable"
     for call, rule in bound:
         if not rule.equations or rule.equations[-1].name != call.output.name:
             yield call.where, f"the last line does not define {call.output.name!r}"
@@ -184,7 +188,7 @@ def _all_extracted(derived: Derived, context: Context) -> Flaws:
     for schedule, _ in _schedules(derived, context):
         for item in schedule:
             if isinstance(item, Extraction):
-                found[item.parameter] += item.diagrams
+                found[item.parameter] += dict.fromkeys(name.split("#")[0] for name in item.diagrams)
     for name, quantities in found.items():
         wanted = context.quantities if graph.values[name].differentiable else ()
         if sorted(quantities) != sorted(wanted):
@@ -285,9 +289,9 @@ def _all_planned(plan: Plan, context: Context) -> Flaws:
     parameters = [names[0] for name, names in graph.parameters.items() if graph.values[name].differentiable]
     for quantity in context.quantities:
         for dotted in parameters:
-            code = plan.results.get(quantity, {}).get(dotted)
-            if code is None or code.split(".")[0] not in defined:
-                yield f"{quantity} of {dotted}", f"its value {code} is not computed"
+            codes = [by.get(dotted) for key, by in plan.results.items() if key.split("#")[0] == quantity]
+            if not any(codes) or any(code is not None and code not in defined for code in codes):
+                yield f"{quantity} of {dotted}", f"its value {codes} is not computed"
     for name in (*plan.output.values(), *([plan.loss] if plan.loss else [])):
         if name not in defined:
             yield name, "it is returned, but not computed"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..algebra import Cotangents, Uses
+from ..approximate import Factors
 from ..diagram import Diagram
 
 
@@ -46,5 +47,5 @@ class Quantity(ABC):
         return Propagation()
 
     @abstractmethod
-    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+    def extract(self, J: Uses, g: Cotangents) -> Diagram | Factors:
         """The quantity of one parameter: `J.T @ g` has legs [n, *parameter]; every other leg comes from algebra."""

@@ -183,17 +183,12 @@ def _softmax_root(call: Any) -> dict[str, str]:
 
 
 def _columns(call: Any) -> Root:
-    """The columns of each position apart; a sample is sqrt(w / divisor) (p - onehot(y)), y ~ p by Gumbel's maximum."""
-    classes, positions = call.input.shape[1], math.prod(call.input.shape[2:])
-    code = "{factor}.movedim(2, 0) * {root_scale}"
-    if classes == 1:
-        code = "torch.zeros_like({p}).unsqueeze(0)"
-    elif len(call.input.axes) > 2:
-        eye = f"torch.eye({positions}, dtype={{p}}.dtype, device={{p}}.device).view(1, {positions}, 1, 1, {positions})"
-        code = f"(({code}).flatten(3).unsqueeze(1) * {eye}).reshape(-1, *{{p}}.shape)"
+    """A sample is sqrt(w / divisor) (p - onehot(y)), with y drawn from p by Gumbel's maximum."""
+    classes = call.input.shape[1]
+    code = "{factor}.movedim(2, 0) * {root_scale}" if classes > 1 else "torch.zeros_like({p}).unsqueeze(0)"
     drawn = "({p}.log() - (-{noise}.log()).log()).argmax(1)"
     one_hot = f"torch.nn.functional.one_hot({drawn}, {classes}).movedim(-1, 1)"
-    return Root(max(classes - 1, 1) * positions, code, f"({{p}} - {one_hot}) * {{root_scale}}")
+    return Root(max(classes - 1, 1), code, f"({{p}} - {one_hot}) * {{root_scale}}")
 
 
 @TABLE.rule(aten.nll_loss.default, aten.nll_loss_nd.default, aten.nll_loss2d.default)

@@ -14,11 +14,13 @@ from ..compiler.cost import number, size_at
 from ..compiler.emit import load, noises
 from ..compiler.explain import explain
 from ..compiler.graph import Value
+from ..compiler.plan import INDEFINITE
 from ..compiler.memory import peak_bytes
 from ..compiler.stage import Stage
 from ..diagram import N
 from ..errors import InputError
 from ..quantities import Quantity
+from .assemble import assemble
 from .result import Result
 
 
@@ -109,7 +111,13 @@ class Program:
         tensors = self.tensors(x, y)
         tensors |= self._noise(tensors, seed, generator)
         loss, output, values = self._function(tensors)
-        values = {name: values.get(name, {}) for name in self._quantities}
+        for smallest in values.get(INDEFINITE, {}).values():
+            if smallest < -1e-5:
+                raise InputError(
+                    f"the loss Hessian is indefinite (smallest eigenvalue {float(smallest):.3g} of the largest): it has "
+                    "no real square root, and the GGN is no longer one.\n  Use a loss that is convex in the output."
+                )
+        values = {name: assemble(self._compiled, values, name) for name in self._quantities}
         return Result(loss, pytree.tree_unflatten(list(output), self._output_spec), values)
 
     def _noise(
