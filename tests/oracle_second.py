@@ -125,6 +125,7 @@ class Factors:
 
     A: Tensor
     B: Tensor
+    bias: Tensor  # B over all groups, [G O, G O]
 
     def to_dense(self) -> Tensor:
         """B ⊗ A for the row-major weight [O, *I]; block-diagonal over the groups."""
@@ -158,15 +159,17 @@ def kronecker(
     a, b = a.unflatten(-1, (groups, -1)), b.unflatten(-1, (groups, -1))
     A = torch.einsum("ntgi,ntgj->gij", a, a).contiguous() / (size * positions ** (2 if reduce else 1))
     B = torch.einsum("nftgo,nfe,netgp->gop", b, H, b).contiguous()
-    return Factors(A, B) if groups > 1 else Factors(A[0], B[0])
+    if groups == 1:
+        return Factors(A[0], B[0], B[0])
+    whole = b.flatten(-2)
+    return Factors(A, B, torch.einsum("nfto,nfe,netp->op", whole, H, whole).contiguous())
 
 
 def bias_block(
     model: nn.Module, layer: str, loss: nn.Module, x: Tensor, y: Tensor, *, reduce: bool, empirical: bool = False
 ) -> Tensor:
-    """The same for the bias, whose input is the number 1 at each position: A = 1, so the block is B."""
-    factors = kronecker(model, layer, loss, x, y, reduce=reduce, empirical=empirical)
-    return factors.B if factors.B.ndim == 2 else torch.block_diag(*factors.B)
+    """The same for the bias, whose input is the number 1 at each position: A = 1, so the block is B over all groups."""
+    return kronecker(model, layer, loss, x, y, reduce=reduce, empirical=empirical).bias
 
 
 def _layer(model: nn.Module, module: nn.Module, sample: Tensor) -> tuple[Tensor, Tensor]:

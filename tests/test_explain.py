@@ -14,7 +14,7 @@ import tnbackprop as tn
 from benchmarks.models import PROBLEMS
 from tnbackprop.compiler.alternatives import Way, alternatives
 from tnbackprop.compiler.cost import number
-from tnbackprop.compiler.derive import Extraction
+from tnbackprop.compiler.derived import Extraction
 from tnbackprop.compiler.explain_text import body_text
 from tnbackprop.compiler.polynomials import Symbols, in_batch, in_batch_text, without_common_factor
 from tnbackprop.compiler.stage import Stage

@@ -17,7 +17,7 @@ import tnbackprop as tn
 from tnbackprop.bind import Equation
 from tnbackprop.compiler import Compiled
 from tnbackprop.compiler.cost import Work
-from tnbackprop.compiler.derive import Backward, Extraction, Native
+from tnbackprop.compiler.derived import Backward, Extraction, Native
 from tnbackprop.compiler.stage import Stage
 from tnbackprop.compiler.verify import INVARIANTS, Context, asked, check
 from tnbackprop.compiler.wellformed import flaws

@@ -72,6 +72,7 @@ class Cotangents:
     each: tuple[Diagram, ...]
     scale: sympy.Expr
     kept: tuple[Leg, ...] = (BATCH,)
+    names: frozenset[str] = frozenset()  # of the runtime values that are cotangents
 
 
 def pull_back(jacobian: Jacobian, g: Diagram, keep: tuple[Leg, ...], into: tuple[Leg, ...]) -> Diagram:

@@ -50,7 +50,7 @@ def kronecker(J: Uses, g: Cotangents, sharing: Sharing, scale: sympy.Expr) -> Fa
     gradient = inline(J.T @ g)
     if not gradient.products:
         return _nothing(J)
-    each = [_of_use(product, J.legs, _cotangents(g), sharing) for product in gradient.products]
+    each = [_of_use(product, J.legs, g.names, sharing) for product in gradient.products]
     first = each[0]
     if any((f.blocks, f.legs) != (first.blocks, first.legs) for f in each):
         raise UnsupportedError(f"the uses of the parameter have different Kronecker structure: {gradient}")
@@ -64,13 +64,9 @@ def kronecker(J: Uses, g: Cotangents, sharing: Sharing, scale: sympy.Expr) -> Fa
         total = diagram
         for other in each[1:]:
             total = total + other.diagrams[k]
-        tied_to_loss = _has_cotangent(diagram, _cotangents(g))
+        tied_to_loss = _has_cotangent(diagram, g.names)
         diagrams.append(simplify(total * scale if tied_to_loss else total / len(each)))
     return Factors(tuple(diagrams), first.blocks, first.legs, J.legs, first.assumption)
-
-
-def _cotangents(g: Cotangents) -> frozenset[str]:
-    return frozenset(t.name for d in g.each for p in d.products for op in p.operands for t in operand_tensors(op))
 
 
 def _has_cotangent(diagram: Diagram, names: frozenset[str]) -> bool:

@@ -1,105 +1,25 @@
-"""Derive: from the captured graph and its bound rules to diagrams for every cotangent and every result.
-
-One reverse sweep. The cotangent of a value that has the batch is computed once and named; a value made of
-parameters only (a transposed weight, A @ B) has one cotangent per sample, which stays a diagram; a value behind the
-sum over the batch is a scalar of the loss, and its cotangent is a constant.
-"""
+"""Derive: from the captured graph and its bound rules to diagrams for every cotangent and every result."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import reduce
-from itertools import chain
+from collections.abc import Sequence
 
 import sympy
 
-from ..approximate import Factors
-from ..algebra import Cotangents, Uses, differentiate, inline, pull_back, tensor
-from ..bind import BoundRule, Equation, bind
-from ..diagram import BATCH, COLUMN, Delta, Diagram, Leg, N, Product, fresh_names, leaves
+from ..algebra import tensor
+from ..bind import BoundRule, bind
+from ..diagram import BATCH, COLUMN, Diagram, Leg, Product
 from ..errors import UnsupportedError
-from ..jacobian import Jacobian
 from ..quantities import Propagation, Quantity, Source
-from ..regroup import refine, refinement
 from ..rule import Rule, Rules
-from ..simplify import simplify
+from .derived import Columns, Derived
 from .fallback import fallback
 from .graph import Call, Graph, Value
-from .roots import LossRoot, loss_root
+from .roots import loss_root
+from .sweep import Sweep, run, scale_of
 from .units import without_units
 
 ONE = Diagram((), (Product(sympy.Integer(1), ()),))
-
-
-@dataclass(frozen=True)
-class Native:
-    """A VJP in torch code; placeholders are {runtime value name} and {cotangent}."""
-
-    code: str
-    cotangent: str
-    of: str  # the value whose cotangent that is
-
-
-@dataclass(frozen=True)
-class Backward:
-    """The cotangent of `value`, called `name`, is the sum of the terms."""
-
-    name: str
-    value: str
-    terms: tuple[Diagram | Native, ...]
-    note: str
-
-
-@dataclass(frozen=True)
-class Individual:
-    """The cotangent of a value made of parameters, one per sample, by native code: [N, *value]."""
-
-    name: str
-    of: str
-    native: Native
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """All quantities of one parameter."""
-
-    parameter: str  # value name
-    diagrams: Mapping[str, Diagram]  # by quantity name; factor k of a quantity is "name#k"
-    factors: Mapping[str, Factors] = field(default_factory=dict)  # quantities whose values have several factors
-
-
-Schedule = tuple[Backward | Individual | Extraction, ...]
-
-
-@dataclass(frozen=True)
-class Columns:
-    """A sweep that runs once for every column of a root, with `variable` for the column at the model's output."""
-
-    variable: str
-    root: LossRoot
-    samples: int  # 0: the exact columns
-    schedule: Schedule
-
-
-@dataclass(frozen=True)
-class Derived:
-    """Everything to compute, in an order in which it can be computed."""
-
-    bound: tuple[tuple[Call, BoundRule], ...]
-    schedule: Schedule
-    scale: sympy.Expr
-    columns: tuple[Columns, ...] = ()
-
-    @property
-    def sweeps(self) -> tuple[Schedule, ...]:
-        """The schedule of the gradient and of each kind of column."""
-        return (self.schedule, *(c.schedule for c in self.columns))
-
-    @property
-    def items(self) -> Iterator[Backward | Individual | Extraction]:
-        """Every item of every sweep."""
-        return chain.from_iterable(self.sweeps)
 
 
 def bind_all(graph: Graph, rules: Rules) -> tuple[tuple[Call, BoundRule], ...]:
@@ -125,32 +45,17 @@ def _bind(call: Call, rules: Rules) -> BoundRule:
     return without_units(bind(rule, axes, names, call.output.name, call.output.axes, call.where))
 
 
-@dataclass
-class _Sweep:
-    graph: Graph
-    quantities: Sequence[Quantity]
-    terms: dict[str, list[Diagram | Native]] = field(default_factory=dict)
-    uses: dict[str, list[tuple[Jacobian, Diagram]]] = field(default_factory=dict)
-    samples: dict[str, bool] = field(default_factory=dict)  # value -> has the batch leg
-    reads: dict[str, bool] = field(default_factory=dict)  # value -> depends on the samples at all
-    owner: dict[str, Call] = field(default_factory=dict)
-    schedule: list[Backward | Individual | Extraction] = field(default_factory=list)
-    scales: set[sympy.Expr] = field(default_factory=set)
-    prefix: str = "g"
-    kept: tuple[Leg, ...] = (BATCH,)
-
-
 def derive(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...], quantities: Sequence[Quantity]) -> Derived:
     """One reverse sweep for the gradient, and one for each kind of column that a quantity propagates."""
     wanted = dict.fromkeys(q.propagates for q in quantities)
-    sweep = _Sweep(graph, [q for q in quantities if q.propagates.source is Source.GRADIENT])
+    sweep = Sweep(graph, [q for q in quantities if q.propagates.source is Source.GRADIENT])
     if graph.loss is None and wanted:
         names = ", ".join(q.name for q in quantities)
         raise UnsupportedError(f"{names} need a loss, and this program has none: pass loss= to compile.")
     if graph.loss is not None:
         sweep.terms[graph.loss] = [ONE]
-    _run(sweep, bound)
-    scale = _scale(sweep)
+    run(sweep, bound)
+    scale = scale_of(sweep)
     columns = []
     for propagation in (p for p in wanted if p.source is not Source.GRADIENT):
         mine = [q for q in quantities if q.propagates == propagation]
@@ -168,249 +73,12 @@ def _columns(
 ) -> Columns:
     """The sweep of one column of the root: a cotangent like the gradient, whose results carry a column leg of size 1."""
     root = loss_root(graph, bound)
-    sweep = _Sweep(graph, quantities, scales={scale}, prefix=f"s{number}", kept=(Leg(COLUMN, 1), BATCH))
+    sweep = Sweep(graph, quantities, scales={scale}, prefix=f"s{number}", kept=(Leg(COLUMN, 1), BATCH), variable=f"column_{number}")
     legs = next((r.equations[-1].legs for c, r in bound if c.output == root.output), ())
     variable = f"column_{number}"
     sweep.terms[root.output.name] = [tensor(variable, legs)]
-    _run(sweep, bound)
+    run(sweep, bound)
     samples = propagation.samples if propagation.source is Source.SAMPLE else 0
     return Columns(variable, root, samples, tuple(sweep.schedule))
 
 
-def _run(sweep: _Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
-    """The reverse sweep over bound calls, with the quantities of each parameter as soon as its uses are known."""
-    graph = sweep.graph
-    _classify(sweep, bound)
-    last_use = _first_call_of_each_parameter(graph, bound)
-    _extract(sweep, [p for p in last_use if last_use[p] is None])
-    for position in reversed(range(len(bound))):
-        call, rule = bound[position]
-        _sweep_call(sweep, call, rule)
-        _extract(sweep, [p for p, first in last_use.items() if first == position])
-
-
-def _classify(sweep: _Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
-    graph = sweep.graph
-    for name, value in graph.values.items():
-        sweep.samples[name] = any(N in axis for axis in value.axes)
-        sweep.reads[name] = name in graph.inputs
-    rules = {call.output.name: rule for call, rule in bound}
-    for call in graph.calls:
-        reads = any(sweep.reads[v.name] for v in call.tensors.values())
-        sweep.reads[call.output.name] = reads
-        for equation in rules[call.output.name].equations if call.output.name in rules else ():
-            sweep.samples[equation.name] = BATCH in equation.legs
-            sweep.reads[equation.name] = reads
-            sweep.owner[equation.name] = call
-
-
-def _first_call_of_each_parameter(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...]) -> dict[str, int | None]:
-    """For each trainable parameter the first call that depends on it: after that call no use is left."""
-    found: dict[str, int | None] = {}
-    for name in graph.parameters:
-        if graph.values[name].depends_on:
-            users = [k for k, (call, _) in enumerate(bound) if name in {v.name for v in call.tensors.values()}]
-            found[name] = min(users, default=None)
-    return found
-
-
-def _sweep_call(sweep: _Sweep, call: Call, rule: BoundRule) -> None:
-    """Pull the cotangent of the call's output back to its operands, along the rule's lines or by native code."""
-    if not _reached(sweep, call.output.name):
-        return
-    trainable = {v.name for v in call.tensors.values() if v.differentiable}
-    for name in trainable & set(rule.vjp):
-        if rule.fallback and not sweep.samples[name]:
-            _pull_individually(sweep, call, rule, name)
-            trainable.discard(name)
-    native = {name for name in trainable & set(rule.vjp) if sweep.samples[name] and sweep.samples[call.output.name]}
-    for name in native:
-        sweep.terms.setdefault(name, []).append(Native(rule.vjp[name], f"{sweep.prefix}_{call.output.name}", call.output.name))
-    if native:
-        _schedule(sweep, call.output.name, rule.equations[-1].legs)
-    wanted = _lines_to(rule.equations, trainable - native)
-    for equation in reversed(rule.equations):
-        for operand in _operands(equation):
-            if operand in wanted and _reached(sweep, equation.name):
-                _pull(sweep, call, equation, operand)
-
-
-def _pull_individually(sweep: _Sweep, call: Call, rule: BoundRule, name: str) -> None:
-    """Native code for a parameter gives its individual VJPs as a value; the use is then the identity."""
-    output = rule.equations[-1]
-    if sweep.samples[output.name]:
-        _schedule(sweep, output.name, output.legs)
-    else:
-        uses, g = _all_uses(sweep, output.name)
-        sweep.schedule.append(Backward(f"{sweep.prefix}_{output.name}", output.name, (uses.T @ g,), call.where))
-    own = f"{sweep.prefix}_{name}_{output.name}"
-    sweep.schedule.append(Individual(own, name, Native(rule.vjp[name], f"{sweep.prefix}_{output.name}", output.name)))
-    sizes = [size for size in sweep.graph.values[name].shape if size != 1]
-    out = tuple(Leg(f"a{k}", size) for k, size in enumerate(sizes))
-    into = tuple(Leg(f"a{k}'", size) for k, size in enumerate(sizes))
-    deltas = tuple(Delta(pair) for pair in zip(out, into, strict=True))
-    identity = Jacobian(Diagram((*out, *into), (Product(sympy.Integer(1), deltas),)), out, into)
-    sweep.uses.setdefault(name, []).append((identity, tensor(own, (BATCH, *out))))
-
-
-def _operands(equation: Equation) -> tuple[str, ...]:
-    from_formula = leaves(equation.diagram) if equation.diagram is not None else ()
-    return tuple(dict.fromkeys((*from_formula, *equation.jacobians)))
-
-
-def _lines_to(equations: tuple[Equation, ...], operands: set[str]) -> set[str]:
-    """The operands and the lines through which they reach the output."""
-    wanted = set(operands)
-    for equation in equations[:-1]:
-        if wanted & set(_operands(equation)):
-            wanted.add(equation.name)
-    return wanted
-
-
-def _reached(sweep: _Sweep, name: str) -> bool:
-    return bool(sweep.terms.get(name)) or bool(sweep.uses.get(name))
-
-
-def _pull(sweep: _Sweep, call: Call, equation: Equation, operand: str) -> None:
-    jacobian = equation.jacobians.get(operand)
-    if jacobian is None and equation.diagram is not None:
-        jacobian = differentiate(equation.diagram, operand)
-    if jacobian is None or not jacobian.diagram.products:
-        return
-    if equation.name in sweep.uses:
-        jacobian, cotangent = _composed(sweep, equation.name, jacobian)
-    else:
-        cotangent = _cotangent(sweep, equation.name, equation.legs)
-    out_samples, in_samples = sweep.samples[equation.name], sweep.samples[operand]
-    if out_samples and in_samples:
-        _check_diagonal(call, operand, jacobian)
-    if sweep.reads[operand] and not in_samples and out_samples:
-        raise UnsupportedError(f"{call.where} mixes samples: '{operand}' is a sum over the batch.")
-    if in_samples or sweep.reads[operand]:
-        into = tuple(BATCH if leg.size == N else leg for leg in jacobian.into)
-        term = pull_back(jacobian, cotangent, (), into)
-        if in_samples and not out_samples:
-            sweep.scales |= {_batch_power(p.scale) for p in term.products}
-        sweep.terms.setdefault(operand, []).append(term)
-    elif sweep.reads[equation.name] and not out_samples:
-        raise UnsupportedError(
-            f"the loss has a term in the parameters {', '.join(sorted(call.output.depends_on))} alone ({call.where}), "
-            "which belongs to no sample.\n"
-            "  Add the regulariser's derivatives yourself, and compile the loss without it."
-        )
-    else:
-        sweep.uses.setdefault(operand, []).append((jacobian, cotangent))
-
-
-def _batch_power(scale: sympy.Expr) -> sympy.Expr:
-    """1/N if the scale has that factor (a loss that averages), 1 if N does not occur."""
-    power = sympy.degree(sympy.numer(scale), N) - sympy.degree(sympy.denom(scale), N) if scale.has(N) else 0
-    return N ** sympy.Integer(power)
-
-
-def _scale(sweep: _Sweep) -> sympy.Expr:
-    if len(sweep.scales) > 1:
-        raise UnsupportedError(
-            f"the loss both averages and sums over samples ({sweep.scales}): split it in two losses."
-        )
-    return next(iter(sweep.scales), sympy.Integer(1))
-
-
-def _check_diagonal(call: Call, operand: str, jacobian: Jacobian) -> None:
-    """Each product of a Jacobian between two values with a batch must have δ[n, n']."""
-    before = next(leg for leg in jacobian.into if leg.size == N)
-    same = {Delta((BATCH, before)), Delta((before, BATCH))}
-    if not all(same & set(p.operands) for p in jacobian.diagram.products):
-        raise UnsupportedError(
-            f"{call.where} mixes samples: its output for one sample depends on '{operand}' of another.\n"
-            "  In a batch norm, call model.eval(); else rewrite the layer so that it treats samples apart."
-        )
-
-
-def _cotangent(sweep: _Sweep, name: str, legs: tuple[Leg, ...]) -> Diagram:
-    """What is propagated to `name`: a named tensor, or the constant of a scalar of the loss."""
-    if sweep.samples[name]:
-        _schedule(sweep, name, legs)
-        return tensor(f"{sweep.prefix}_{name}", legs)
-    total = Diagram(legs, ())
-    for term in sweep.terms[name]:
-        if isinstance(term, Native) or any(sweep.reads.get(leaf, True) for leaf in leaves(term)):
-            raise UnsupportedError(
-                f"the loss is not a sum over samples: {sweep.owner[name].where} comes after the sum and is not linear."
-            )
-        total = total + term
-    return simplify(total)
-
-
-def _composed(sweep: _Sweep, name: str, jacobian: Jacobian) -> tuple[Jacobian, Diagram]:
-    """For a value made of parameters: its Jacobian and its cotangent per sample, with the same legs."""
-    uses, g = _all_uses(sweep, name)
-    if not jacobian.out:
-        return jacobian, inline((uses.T @ g).sum_parameter())
-    sizes = refinement(tuple(leg.size for leg in jacobian.out), tuple(leg.size for leg in uses.legs))
-    jacobian = refine(jacobian, out=sizes)
-    refined = tuple(refine(j, into=sizes) for j in uses.jacobians)
-    cotangent = inline(Uses(refined, refined[0].into).T @ g)
-    kept = cotangent.legs[: len(cotangent.legs) - len(sizes)]
-    taken = {leg.name for p in cotangent.products for leg in p.legs} | {leg.name for leg in jacobian.diagram.legs}
-    fresh = {leg: Leg(next(fresh_names(taken, f"{leg.name}{k}_")), leg.size) for k, leg in enumerate(jacobian.out)}
-    jacobian = Jacobian(jacobian.diagram.rename(fresh), tuple(fresh[leg] for leg in jacobian.out), jacobian.into)
-    return jacobian, cotangent.rename(dict(zip(cotangent.legs[len(kept) :], jacobian.out, strict=True)))
-
-
-def _schedule(sweep: _Sweep, name: str, legs: tuple[Leg, ...]) -> None:
-    """Enter the computation of a cotangent, once."""
-    if not any(isinstance(item, Backward) and item.value == name for item in sweep.schedule):
-        call = sweep.owner.get(name)
-        where = call.where if call else ""
-        sweep.schedule.append(Backward(f"{sweep.prefix}_{name}", name, tuple(sweep.terms[name]), where))
-
-
-def _all_uses(sweep: _Sweep, name: str) -> tuple[Uses, Cotangents]:
-    """Every use of a value that is made of parameters, with the legs that all of them can read it with."""
-    pairs = sweep.uses.get(name, [])
-    value = sweep.graph.values.get(name)
-    sizes = tuple(size for size in value.shape if size != 1) if value is not None else ()
-    if pairs:
-        sizes = reduce(refinement, (tuple(leg.size for leg in jacobian.into) for jacobian, _ in pairs))
-    jacobians = [refine(jacobian, into=sizes) for jacobian, _ in pairs]
-    named = jacobians[0].into if jacobians else tuple(Leg(f"p{k}", size) for k, size in enumerate(sizes))
-    legs = _distinct(tuple(Leg(leg.name.rstrip("'") or "p", leg.size) for leg in named)) or (Leg("p", 1),)
-    whole = tuple(_with_legs(jacobian, legs) for jacobian in jacobians)
-    return Uses(whole, legs), Cotangents(tuple(g for _, g in pairs), _scale(sweep), sweep.kept)
-
-
-def _distinct(legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
-    seen: list[Leg] = []
-    for leg in legs:
-        name = "p_n" if leg.name == BATCH.name else leg.name
-        while any(other.name == name for other in seen):
-            name += "_"
-        seen.append(Leg(name, leg.size))
-    return tuple(seen)
-
-
-def _with_legs(jacobian: Jacobian, legs: tuple[Leg, ...]) -> Jacobian:
-    """A parameter of one element has one leg of size 1, so that its results differ from sums over it."""
-    if jacobian.into:
-        return jacobian
-    return Jacobian(Diagram((*jacobian.diagram.legs, *legs), jacobian.diagram.products), jacobian.out, legs)
-
-
-def _extract(sweep: _Sweep, parameters: list[str]) -> None:
-    for name in parameters:
-        uses, g = _all_uses(sweep, name)
-        diagrams: dict[str, Diagram] = {}
-        factors: dict[str, Factors] = {}
-        for quantity in sweep.quantities:
-            try:
-                found = quantity.extract(uses, g)
-            except UnsupportedError as error:
-                dotted = sweep.graph.parameters[name][0]
-                raise UnsupportedError(f"parameter {dotted!r}, quantity {quantity.name!r}: {error}") from None
-            if isinstance(found, Factors):
-                factors[quantity.name] = found
-                diagrams |= {f"{quantity.name}#{k}": diagram for k, diagram in enumerate(found.diagrams)}
-            else:
-                diagrams[quantity.name] = found
-        sweep.schedule.append(Extraction(name, diagrams, factors))

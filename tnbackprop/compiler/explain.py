@@ -10,7 +10,7 @@ from ..bind import BoundRule, Equation
 from ..diagram import Diagram
 from .alternatives import Alternative, alternatives, conditions, part_names, seconds, work_numbers
 from .cost import number, size_at
-from .derive import Backward, Extraction, Individual, Native, Schedule
+from .derived import Backward, Extraction, Individual, Native, Schedule
 from .explain_text import body_text, diagram_text, legs_text, milliseconds, shortened, size_text, table
 from .memory import peak_bytes
 from .plan import Choice

@@ -17,7 +17,7 @@ from ..errors import UnsupportedError
 from .arrange import arranged, sizes_of, text
 from .contract import Lowering, build
 from .cost import Kernel, Rates, Work, number
-from .derive import Backward, Columns, Derived, Extraction, Individual, Native, Schedule
+from .derived import Backward, Columns, Derived, Extraction, Individual, Native, Schedule
 from .forward import call_code, fill, forward_work
 from .graph import Call, Graph
 from .hessian_root import hessian_root

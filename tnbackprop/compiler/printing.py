@@ -62,6 +62,9 @@ class _Printer(PythonCodePrinter):  # type: ignore[misc]
 
     def _print_Piecewise(self, expr: sympy.Piecewise) -> str:
         pieces = [(self._print(value), condition) for value, condition in expr.args]
+        if len(pieces) > 1 and all(value.is_number for value, _ in expr.args):  # where() of numbers would be float32
+            like = min(str(symbol) for symbol in expr.free_symbols)
+            pieces[-1] = (f"torch.full_like({like}, {pieces[-1][0]})", pieces[-1][1])
         code: str = pieces[-1][0]
         if pieces[-1][1] is not sympy.true:
             code = f"torch.where({self._condition(pieces[-1][1])}, {code}, 0)"

@@ -15,7 +15,7 @@ import torch
 from ..bind import BoundRule
 from ..diagram import BATCH, COLUMN, Diagram, Leg, N
 from ..errors import InvariantError
-from .derive import Backward, Derived, Extraction, Individual, Native, Schedule
+from .derived import Backward, Derived, Extraction, Individual, Native, Schedule
 from .graph import Call, Graph, is_batch
 from .plan import Plan, names_in
 from .stage import Stage

@@ -15,6 +15,9 @@ SYNCHRONISING = frozenset({"item", "tolist", "numpy", "cpu", "nonzero", "masked_
 
 BRANCHING = (ast.If, ast.IfExp, ast.For, ast.While, ast.Try, ast.With, ast.BoolOp)
 COMPREHENSIONS = (ast.GeneratorExp, ast.ListComp, ast.SetComp, ast.DictComp)
+LOSS = "loss_"
+"""How the function of a loss is called whose Hessian is taken by torch.func."""
+
 SLICE, COLUMN, GATHERED, NOISE = "slice_", "column_", ("sums_", "lists_"), "noise_"
 """How names begin: functions of a slice of the batch, columns of a root, what gathers their values, random inputs."""
 
@@ -38,7 +41,7 @@ def _compiles(source: str, tensors: frozenset[str]) -> Flaws:
         yield f"line {parsed.lineno}", f"{parsed.msg}: {(parsed.text or '').strip()}"
         return
     names = [function.name for function in _functions(source)]
-    if names[-1:] != ["program"] or not all(name.startswith(SLICE) for name in names[:-1]):
+    if names[-1:] != ["program"] or not all(name.startswith((SLICE, LOSS)) for name in names[:-1]):
         yield "program", f"the source defines {names}, not slices and then the program"
     for node in parsed.body:
         if not isinstance(node, ast.FunctionDef | ast.Import | ast.Expr):

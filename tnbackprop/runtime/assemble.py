@@ -9,7 +9,7 @@ import torch
 
 from ..approximate import Factors
 from ..compiler import Compiled
-from ..compiler.derive import Extraction
+from ..compiler.derived import Extraction
 from ..linalg import KroneckerFactors, Layout
 
 Values = Mapping[str, Mapping[str, torch.Tensor]]
