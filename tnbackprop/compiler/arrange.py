@@ -8,7 +8,7 @@ from math import prod
 import sympy
 
 from ..diagram import Leg, Size
-from .cost import Kernel, Work
+from .cost import Kernel, Work, size_at
 from .store import Ref, Store
 
 Groups = tuple[tuple[Leg, ...], ...]
@@ -133,7 +133,40 @@ def placed(store: Store, ref: Ref, groups: Groups) -> str:
 
 
 def copy_seconds(store: Store, ref: Ref, groups: Groups) -> float:
-    """What `placed` would cost: nothing for a view or for a copy that is there already."""
+    """What `placed` would cost: nothing for a view or for a copy that is there already.
+
+    A copy runs along its innermost leg; short runs and strides are what makes it slow (measured on a CPU).
+    """
     if not copies(store, ref, groups) or arranged(store, ref, groups) in store.by_code:
         return 0.0
-    return store.rates.seconds(Kernel.COPY, copy_work(ref.stored), store.batch, store.itemsize)
+    seconds = store.rates.seconds(Kernel.COPY, copy_work(ref.stored), store.batch, store.itemsize)
+    return seconds * (store.rates.copy_factor + store.rates.copy_run / _run(store, ref, groups))
+
+
+def _run(store: Store, ref: Ref, groups: Groups) -> int:
+    """How many elements lie next to each other both in memory and in the copy, along its innermost leg."""
+    flat = [leg for group in groups for leg in group if leg.size != 1]
+    name = store.resolve(ref.name)
+    if not flat:
+        return 1
+    if name in store.units:
+        units = [leg for k, leg in enumerate(ref.stored) if k in store.units[name]]
+        return size_at(flat[-1].size, store.batch) if flat[-1] in units else 1
+    run, stored = 1, [leg for leg in ref.stored if leg.size != 1]
+    while flat and stored and flat[-1] == stored[-1]:
+        run *= size_at(flat.pop().size, store.batch)
+        stored.pop()
+    return run
+
+
+def matrix_seconds(store: Store, ref: Ref, head: Groups, rows: tuple[Leg, ...], columns: tuple[Leg, ...]) -> float:
+    """What it costs to have a value as [head, rows, columns], possibly as the transpose of a copy."""
+    return min(copy_seconds(store, ref, (*head, rows, columns)), copy_seconds(store, ref, (*head, columns, rows)))
+
+
+def matrix(store: Store, ref: Ref, head: Groups, rows: tuple[Leg, ...], columns: tuple[Leg, ...]) -> str:
+    """Code for a value as [head, rows, columns]; matmul reads a transposed copy as well as a straight one."""
+    straight, turned = (*head, rows, columns), (*head, columns, rows)
+    if copy_seconds(store, ref, straight) <= copy_seconds(store, ref, turned):
+        return placed(store, ref, straight)
+    return f"{placed(store, ref, turned)}.mT"

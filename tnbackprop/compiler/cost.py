@@ -49,6 +49,8 @@ class Rates:
     launch: float
     fresh_bandwidth: float
     fresh_threshold: float  # allocations below this are served from memory already mapped
+    copy_factor: float = 1.0  # a permuting copy takes (factor + run / length of its inner run) times its bytes
+    copy_run: float = 0.0
 
     def seconds(self, kernel: Kernel, work: Work, batch: int, itemsize: int) -> float:
         """max(FLOPs/rate, bytes/bandwidth) + launch + the price of fresh pages."""
@@ -80,6 +82,8 @@ CPU = Rates(
     launch=4e-6,
     fresh_bandwidth=3e9,
     fresh_threshold=32e6,
+    copy_factor=0.1,
+    copy_run=10.0,
 )
 # One server GPU, float32 without tensor cores.
 CUDA = Rates(

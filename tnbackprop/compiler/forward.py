@@ -11,7 +11,7 @@ import torch
 
 from ..bind import BoundRule
 from ..diagram import Selection, Tensor, Window
-from .cost import Work
+from .cost import Kernel, Work
 from .graph import Call, Value
 
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
@@ -58,17 +58,20 @@ def fill(code: str, resolve: Callable[[str], str]) -> str:
     return _PLACEHOLDER.sub(lambda match: resolve(match[1]), code)
 
 
-def forward_work(rule: BoundRule | None) -> Work:
-    """FLOPs and bytes of a forward, read off its formula: 2 per multiply-add over all legs that are not images."""
+def forward_work(rule: BoundRule | None) -> tuple[Kernel, Work]:
+    """The kind of kernel, FLOPs and bytes of a forward, read off its formula: 2 per multiply-add, images not counted."""
     if rule is None or rule.equations[-1].diagram is None:
-        return Work()
-    flops, moved = [], []
-    for product in rule.equations[-1].diagram.products:
-        images = {op.image for op in product.operands if isinstance(op, Window)}
-        chosen = {leg for op in product.operands if isinstance(op, Selection) for leg in op.choice}
-        legs = tuple(leg for leg in product.legs if leg not in images | chosen)
-        tensors = [op for op in product.operands if isinstance(op, Tensor)]
-        flops.append((2 if len(tensors) > 1 else 1, legs))
-        moved += [(1, t.legs) for t in tensors]
+        return Kernel.NATIVE, Work()
     output = rule.equations[-1].legs
-    return Work(tuple(flops), (*moved, (1, output)), ((1, output),))
+    kernel, flops, moved = Kernel.ELEMENTWISE, [], []
+    for product in rule.equations[-1].diagram.products:
+        windows = [op for op in product.operands if isinstance(op, Window)]
+        chosen = {leg for op in product.operands if isinstance(op, Selection) for leg in op.choice}
+        legs = tuple(leg for leg in product.legs if leg not in {w.image for w in windows} | chosen)
+        tensors = [op for op in product.operands if isinstance(op, Tensor)]
+        every = tuple(leg for leg in output if leg not in legs)
+        flops.append((2 if len(tensors) > 1 else 1, (*legs, *every)))
+        moved += [(1, t.legs) for t in tensors]
+        if len(tensors) > 1 and any(leg not in output for leg in legs):
+            kernel = Kernel.CONVOLUTION if windows else Kernel.MM
+    return kernel, Work(tuple(flops), (*moved, (1, output)), ((1, output),))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import sympy
 
 from ..diagram import Leg, Size, argument, ordered_union
-from .arrange import Groups, arranged, copies, copy_seconds, copy_work, merged, placed, sizes_of
+from .arrange import Groups, arranged, copies, copy_work, matrix, matrix_seconds, merged, placed, sizes_of
 from .cost import Kernel, Work
 from .printing import torch_code
 from .store import Ref, Store
@@ -145,29 +145,30 @@ class Product2:
         return tuple(merged(group) for group in (self.head, self.left, self.right) if group)
 
     @property
-    def groups(self) -> tuple[Groups, Groups]:
-        head: Groups = (self.head,) if self.head else ()
-        return (*head, self.left, self.summed), (*head, self.summed, self.right)
+    def leading(self) -> Groups:
+        return (self.head,) if self.head else ()
 
     def seconds(self, store: Store, output: Legs | None) -> float:
         """The kernel, the copies that its operands need, and the copy that a wrong order of the result costs."""
-        pairs = zip((self.first, self.second), self.groups, strict=True)
-        total = sum(copy_seconds(store, ref, groups) for ref, groups in pairs)
+        total = matrix_seconds(store, self.first, self.leading, self.left, self.summed)
+        total += matrix_seconds(store, self.second, self.leading, self.summed, self.right)
         if output is not None and _real(self.legs) != _real(output):
             total += store.rates.seconds(Kernel.COPY, copy_work(self.legs), store.batch, store.itemsize)
         return total + store.rates.seconds(self.kernel, self.work, store.batch, store.itemsize)
 
     def code(self, store: Store) -> str:
         """mv, mm, or bmm with the missing axis put in and taken out again."""
-        one, two = self.groups
-        if self.head:
-            missing = (".squeeze(1)" if not self.left else "") + (".squeeze(-1)" if not self.right else "")
-            return f"torch.bmm({placed(store, self.first, one)}, {placed(store, self.second, two)}){missing}"
-        if not self.left:
-            return f"torch.mv({placed(store, self.second, two[::-1])}, {placed(store, self.first, one[1:])})"
-        if not self.right:
-            return f"torch.mv({placed(store, self.first, one)}, {placed(store, self.second, two[:1])})"
-        return f"torch.mm({placed(store, self.first, one)}, {placed(store, self.second, two)})"
+        if not self.head and not self.left:
+            vector = placed(store, self.first, (self.summed,))
+            return f"torch.mv({matrix(store, self.second, (), self.right, self.summed)}, {vector})"
+        one = matrix(store, self.first, self.leading, self.left, self.summed)
+        if not self.head and not self.right:
+            return f"torch.mv({one}, {placed(store, self.second, (self.summed,))})"
+        two = matrix(store, self.second, self.leading, self.summed, self.right)
+        if not self.head:
+            return f"torch.mm({one}, {two})"
+        missing = (".squeeze(1)" if not self.left else "") + (".squeeze(-1)" if not self.right else "")
+        return f"torch.bmm({one}, {two}){missing}"
 
 
 def _matmul(store: Store, a: Ref, b: Ref, output: Legs, ordered: bool) -> Ref:

@@ -25,7 +25,7 @@ from .listing import alive
 from .loops import Loop, over_columns
 from .memory import peak_bytes
 from .slices import build_sliced
-from .store import Ref, Step, Store
+from .store import NO_WORK, Ref, Step, Store
 
 INDEFINITE = "#indefinite"
 """Key of the checks that a loss Hessian is positive semi-definite, among the results."""
@@ -216,9 +216,8 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule], lowerin
             code = _from_formula(store, call, rule, lowerings)
         else:
             code = call_code(call, store.resolve)
-        name, kernel, work = call.output.name, Kernel.NATIVE, forward_work(rule)
-        if work.flops and any(len(legs) > 3 for _, legs in work.flops):
-            kernel = Kernel.CONVOLUTION
+        name, (kernel, work) = call.output.name, forward_work(rule)
+        store.works[name] = kernel, work
         random = torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ())
         store.add(code, call.output.shape, kernel, work, name=name, alone=random)
 
@@ -279,8 +278,10 @@ def _native(store: Store, term: Native, shape: tuple[Size, ...] | None) -> Ref:
     shown = cotangent if store.shapes[cotangent] == out else f"{cotangent}.reshape({text(out)})"
     code = fill(term.code.replace("{cotangent}", shown), store.resolve)
     legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(shape))
-    work = Work(flops=((2, legs),), moved=((3, legs),), fresh=((1, legs),))
-    name = store.add(code, shape, Kernel.NATIVE, work)
+    kernel, forward = store.works.get(term.of, (Kernel.NATIVE, NO_WORK))
+    moved = (*forward.moved, (1, legs)) if forward.moved else ((3, legs),)
+    work = Work(forward.flops or ((2, legs),), moved, ((1, legs),))
+    name = store.add(code, shape, kernel, work)
     return Ref(name, legs, legs)
 
 
@@ -338,12 +339,23 @@ def _options(
 def _built(
     store: Store, item: Extraction, kept: frozenset[Diagram], lowerings: tuple[Lowering, ...], chunk: int | None
 ) -> dict[str, Ref]:
-    """Every quantity of the parameter when the parts in `kept` are built and all others are multiplied out."""
+    """Every quantity of the parameter when the parts in `kept` are built; each may still be multiplied out."""
+    dotted = store.note.rsplit(" of ", 1)[-1]
+
+    def one(diagram: Diagram, trial: Store) -> Ref:
+        return build(trial, diagram, lowerings) if chunk is None else build_sliced(trial, diagram, lowerings, chunk)
+
+    if chunk is None:
+        for part in sorted(kept, key=lambda part: len(parts(part))):
+            store.note = f"individual gradients of {dotted}"
+            build(store, inline(part, kept - {part}), lowerings)
     refs = {}
     for quantity, diagram in item.diagrams.items():
-        store.note = f"{quantity} of {store.note.rsplit(' of ', 1)[-1]}"
-        opened = inline(diagram, kept)
-        refs[quantity] = build(store, opened, lowerings) if chunk is None else build_sliced(store, opened, lowerings, chunk)
+        store.note = f"{quantity} of {dotted}"
+        ways = [inline(diagram, kept)]
+        if kept and not any(part.follows for part in all_parts(diagram)):
+            ways.append(inline(diagram))
+        refs[quantity] = store.cheapest(partial(one, way) for way in ways)
     return refs
 
 

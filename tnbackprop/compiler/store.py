@@ -54,11 +54,13 @@ class Store:
     steps: list[Step] = field(default_factory=list)
     shapes: dict[str, tuple[Size, ...]] = field(default_factory=dict)
     strided: set[str] = field(default_factory=set)  # values whose memory is not row-major: merging legs copies
+    units: dict[str, tuple[int, ...]] = field(default_factory=dict)  # strided values: axes of stride 1
     by_code: dict[str, str] = field(default_factory=dict)
     alias: dict[str, str] = field(default_factory=dict)
     built: dict[Key, Ref] = field(default_factory=dict)
     definitions: dict[str, Diagram] = field(default_factory=dict)  # values that are built when first read
     suppliers: dict[str, Callable[[Store], None]] = field(default_factory=dict)  # the same, for native code
+    works: dict[str, tuple[Kernel, Work]] = field(default_factory=dict)  # of the calls of the forward, for their VJPs
     functions: dict[str, str] = field(default_factory=dict)  # slices: name -> source
     note: str = ""
     prefix: str = "t"
@@ -70,6 +72,7 @@ class Store:
             steps=list(self.steps),
             shapes=dict(self.shapes),
             strided=set(self.strided),
+            units=dict(self.units),
             by_code=dict(self.by_code),
             alias=dict(self.alias),
             built=dict(self.built),
@@ -78,7 +81,7 @@ class Store:
 
     def adopt(self, other: Store) -> None:
         """Take over what a fork has built."""
-        for name in ("steps", "shapes", "strided", "by_code", "alias", "built", "functions"):
+        for name in ("steps", "shapes", "strided", "units", "by_code", "alias", "built", "functions"):
             setattr(self, name, getattr(other, name))
 
     def add(

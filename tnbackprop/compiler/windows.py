@@ -83,4 +83,6 @@ def _view(store: Store, tensor: Tensor, windows: list[Window]) -> Tensor:
                 legs[axis] = leg
                 legs.append(inner)
     name = store.add(code, sizes_of(tuple(legs)), Kernel.VIEW, strided=True)
+    unit = [leg for w in windows if w.image == ref.order[-1] for c, leg in w.terms if c == 1]
+    store.units[name] = tuple(legs.index(leg) for leg in unit)
     return Tensor(name, tuple(legs))
