@@ -67,8 +67,8 @@ class Rates:
 CPU = Rates(
     "cpu",
     {
-        Kernel.ELEMENTWISE: 8e9,
-        Kernel.REDUCE: 8e9,
+        Kernel.ELEMENTWISE: 16e9,
+        Kernel.REDUCE: 16e9,
         Kernel.COPY: 8e9,
         Kernel.MM: 140e9,
         Kernel.BMM: 120e9,
@@ -78,12 +78,12 @@ CPU = Rates(
         Kernel.NATIVE: 20e9,
         Kernel.SLICED: 60e9,
     },
-    bandwidth=16e9,
+    bandwidth=24e9,
     launch=4e-6,
     fresh_bandwidth=3e9,
     fresh_threshold=32e6,
-    copy_factor=0.1,
-    copy_run=10.0,
+    copy_factor=0.15,
+    copy_run=15.0,
 )
 # One server GPU, float32 without tensor cores.
 CUDA = Rates(

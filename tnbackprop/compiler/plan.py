@@ -329,17 +329,23 @@ def _options(
     allowed = [s for s in subsets if all(p.diagram in s or not s & set(parts(p.diagram)) for p in followers)]
     options = []
     for subset in allowed:
-        trial, start = store.fork(), len(store.steps)
-        refs = _built(trial, item, subset, lowerings, chunk)
-        results = {quantity: trial.resolve(ref.name) for quantity, ref in refs.items()}
-        options.append(Option(subset, trial.seconds(start), tuple(trial.steps[start:]), results))
+        for free in (True, False) if subset else (True,):
+            trial, start = store.fork(), len(store.steps)
+            refs = _built(trial, item, subset, lowerings, chunk, free)
+            results = {quantity: trial.resolve(ref.name) for quantity, ref in refs.items()}
+            options.append(Option(subset, trial.seconds(start), tuple(trial.steps[start:]), results))
     return tuple(options)
 
 
 def _built(
-    store: Store, item: Extraction, kept: frozenset[Diagram], lowerings: tuple[Lowering, ...], chunk: int | None
+    store: Store,
+    item: Extraction,
+    kept: frozenset[Diagram],
+    lowerings: tuple[Lowering, ...],
+    chunk: int | None,
+    free: bool = True,
 ) -> dict[str, Ref]:
-    """Every quantity of the parameter when the parts in `kept` are built; each may still be multiplied out."""
+    """Every quantity of the parameter when the parts in `kept` are built; if `free`, each may still be multiplied out."""
     dotted = store.note.rsplit(" of ", 1)[-1]
 
     def one(diagram: Diagram, trial: Store) -> Ref:
@@ -353,7 +359,7 @@ def _built(
     for quantity, diagram in item.diagrams.items():
         store.note = f"{quantity} of {dotted}"
         ways = [inline(diagram, kept)]
-        if kept and not any(part.follows for part in all_parts(diagram)):
+        if free and kept and not any(part.follows for part in all_parts(diagram)):
             ways.append(inline(diagram))
         refs[quantity] = store.cheapest(partial(one, way) for way in ways)
     return refs
