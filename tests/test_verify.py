@@ -209,7 +209,7 @@ BREAKS = (
     ),
     Break("steps reversed", PLAN, lambda p: replace(p, steps=p.steps[::-1]), "in order", "not computed yet"),
     Break("step twice", PLAN, lambda p: replace(p, steps=(*p.steps, p.steps[-1])), "in order", "computed twice"),
-    Break("no result", PLAN, lambda p: replace(p, results={}), "every result", "value None is not computed"),
+    Break("no result", PLAN, lambda p: replace(p, results={}), "every result", "value [] is not computed"),
     Break("no loss", PLAN, lambda p: replace(p, loss="gone"), "every result", "but not computed"),
     Break("no shape", PLAN, lambda p: replace(p, shapes={}), "shapes are known", "not known"),
     Break(

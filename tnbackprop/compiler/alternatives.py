@@ -74,7 +74,7 @@ def alternatives(diagrams: Mapping[str, Diagram], choice: Choice) -> dict[str, t
     for quantity, diagram in diagrams.items():
         ways: dict[Diagram, Alternative] = {}
         for option in (choice.chosen, *choice.options):
-            form = inline(diagram, option.kept)
+            form = option.forms[quantity]
             if form not in ways:
                 steps = alive(option.steps, {option.results[quantity]})
                 reads = tuple(dict.fromkeys(names[part.diagram] for part in all_parts(form)))

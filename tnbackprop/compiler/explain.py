@@ -168,7 +168,7 @@ def _choice(compiled: Compiled, diagrams: Mapping[str, Diagram], choice: Choice)
 
 def _together(choice: Choice, names: Mapping[Diagram, str]) -> str:
     shown = []
-    for option in choice.options:
+    for option in (o for o in choice.options if o.free):
         what = " and ".join(names[part] for part in choice.found if part in option.kept)
         shown.append(f"{'build ' + what if what else 'build nothing'} {milliseconds(option.seconds)}")
     return ", ".join(shown)

@@ -42,6 +42,8 @@ class Option:
     seconds: float
     steps: tuple[Step, ...]
     results: Mapping[str, str]  # quantity -> value name, of a step or of something built before
+    forms: Mapping[str, Diagram]  # quantity -> the diagram that was built
+    free: bool  # whether a quantity could be multiplied out all the same
 
 
 @dataclass(frozen=True)
@@ -310,7 +312,7 @@ def _extract(
     best = min(options, key=lambda option: option.seconds)
     refs = _built(store, item, best.kept, lowerings, chunk)
     codes = {}
-    for quantity, ref in refs.items():
+    for quantity, (ref, _) in refs.items():
         store.note = f"{quantity} of {dotted}"
         whole = "#" not in quantity
         shape = _result_shape(ref.order, graph.values[item.parameter].shape) if whole else sizes_of(ref.order)
@@ -331,9 +333,10 @@ def _options(
     for subset in allowed:
         for free in (True, False) if subset else (True,):
             trial, start = store.fork(), len(store.steps)
-            refs = _built(trial, item, subset, lowerings, chunk, free)
-            results = {quantity: trial.resolve(ref.name) for quantity, ref in refs.items()}
-            options.append(Option(subset, trial.seconds(start), tuple(trial.steps[start:]), results))
+            built = _built(trial, item, subset, lowerings, chunk, free)
+            results = {quantity: trial.resolve(ref.name) for quantity, (ref, _) in built.items()}
+            forms = {quantity: form for quantity, (_, form) in built.items()}
+            options.append(Option(subset, trial.seconds(start), tuple(trial.steps[start:]), results, forms, free))
     return tuple(options)
 
 
@@ -344,7 +347,7 @@ def _built(
     lowerings: tuple[Lowering, ...],
     chunk: int | None,
     free: bool = True,
-) -> dict[str, Ref]:
+) -> dict[str, tuple[Ref, Diagram]]:
     """Every quantity of the parameter when the parts in `kept` are built; if `free`, each may still be multiplied out."""
     dotted = store.note.rsplit(" of ", 1)[-1]
 
@@ -355,14 +358,14 @@ def _built(
         for part in sorted(kept, key=lambda part: len(parts(part))):
             store.note = f"individual gradients of {dotted}"
             build(store, inline(part, kept - {part}), lowerings)
-    refs = {}
+    found = {}
     for quantity, diagram in item.diagrams.items():
         store.note = f"{quantity} of {dotted}"
         ways = [inline(diagram, kept)]
         if free and kept and not any(part.follows for part in all_parts(diagram)):
             ways.append(inline(diagram))
-        refs[quantity] = store.cheapest(partial(one, way) for way in ways)
-    return refs
+        found[quantity] = store.cheapest_of([(partial(one, way), way) for way in ways])
+    return found
 
 
 def _result_shape(order: tuple[Leg, ...], shape: tuple[Size, ...]) -> tuple[Size, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from ..canonical import Key
 from ..diagram import Diagram, Leg, Size
@@ -12,6 +13,7 @@ from ..errors import InvariantError
 from .cost import Kernel, Rates, Work
 
 NO_WORK = Work()
+T = TypeVar("T")
 _NAMES = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
 
 
@@ -126,14 +128,18 @@ class Store:
 
     def cheapest(self, plans: Iterable[Callable[[Store], Ref]]) -> Ref:
         """Try each plan on a fork and adopt the one that is predicted fastest; the first wins a tie."""
-        best: tuple[float, Store, Ref] | None = None
-        for plan in plans:
+        return self.cheapest_of([(plan, None) for plan in plans])[0]
+
+    def cheapest_of(self, plans: Iterable[tuple[Callable[[Store], Ref], T]]) -> tuple[Ref, T]:
+        """The same for plans that carry something, which comes back with the value."""
+        best: tuple[float, Store, Ref, T] | None = None
+        for plan, carried in plans:
             trial = self.fork()
             ref = plan(trial)
             seconds = trial.seconds(len(self.steps))
             if best is None or seconds < best[0]:
-                best = (seconds, trial, ref)
+                best = (seconds, trial, ref, carried)
         if best is None:
             raise InvariantError("no plan to choose from")
         self.adopt(best[1])
-        return best[2]
+        return best[2], best[3]
