@@ -12,8 +12,8 @@ from ..quantities import Quantity
 from ..rule import Rules
 from .capture import capture
 from .cost import RATES, Rates
-from .derived import Derived
 from .derive import bind_all, derive
+from .derived import Derived
 from .emit import emit
 from .graph import Graph
 from .lower import LOWERINGS

@@ -10,9 +10,10 @@ import sympy
 
 from ..algebra import all_parts, inline
 from ..diagram import Diagram, Part
+from .choose import Choice
 from .cost import Rates, Terms, number
 from .listing import alive
-from .plan import Choice, Plan
+from .plan import Plan
 from .polynomials import Symbols, number_text, without_common_factor
 from .store import Step
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
 from math import prod
 
 import torch
 
-from ..algebra import all_parts, inline, parts
 from ..bind import BoundRule
 from ..diagram import COLUMN, Diagram, Leg, N, Size
 from ..errors import UnsupportedError
 from .arrange import arranged, sizes_of, text
+from .choose import Choice, build_all, choose
 from .contract import Lowering, build
-from .cost import Kernel, Rates, Work, number
+from .cost import Kernel, Rates, Work
 from .derived import Backward, Columns, Derived, Extraction, Individual, Native, Schedule
 from .forward import call_code, fill, forward_work
 from .graph import Call, Graph
@@ -24,37 +23,10 @@ from .hessian_root import hessian_root
 from .listing import alive
 from .loops import Loop, over_columns
 from .memory import peak_bytes
-from .slices import build_sliced
 from .store import NO_WORK, Ref, Step, Store
 
 INDEFINITE = "#indefinite"
 """Key of the checks that a loss Hessian is positive semi-definite, among the results."""
-
-MOST_PARTS = 4
-"""Up to here every subset of parts is tried; beyond it, parts are decided one after the other."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """A set of parts to build, tried out: all steps that it takes, and which of them gives each quantity."""
-
-    kept: frozenset[Diagram]
-    seconds: float
-    steps: tuple[Step, ...]
-    results: Mapping[str, str]  # quantity -> value name, of a step or of something built before
-    forms: Mapping[str, Diagram]  # quantity -> the diagram that was built
-    free: bool  # whether a quantity could be multiplied out all the same
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was decided for one parameter: which of its parts are built."""
-
-    parameter: str
-    found: tuple[Diagram, ...]
-    options: tuple[Option, ...]
-    chosen: Option
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -307,65 +279,15 @@ def _extract(
     """All results of one parameter, with the set of parts that makes them cheapest together."""
     dotted = graph.parameters[item.parameter][0]
     store.note = f"{dotted}"
-    found = {part: None for diagram in item.diagrams.values() for part in parts(diagram)}
-    options = _options(store, item, tuple(found), lowerings, chunk)
-    best = min(options, key=lambda option: option.seconds)
-    refs = _built(store, item, best.kept, lowerings, chunk)
+    choice = choose(store, item, dotted, lowerings, chunk)
+    refs = build_all(store, item, choice.chosen.kept, lowerings, chunk)
     codes = {}
     for quantity, (ref, _) in refs.items():
         store.note = f"{quantity} of {dotted}"
         whole = "#" not in quantity
         shape = _result_shape(ref.order, graph.values[item.parameter].shape) if whole else sizes_of(ref.order)
         codes[quantity] = _final(store, _shaped(store, ref, shape), shape, ref)
-    return codes, Choice(dotted, tuple(found), options, best)
-
-
-def _options(
-    store: Store, item: Extraction, found: tuple[Diagram, ...], lowerings: tuple[Lowering, ...], chunk: int | None
-) -> tuple[Option, ...]:
-    """Every subset of parts that may be built, tried on a fork."""
-    subsets = [frozenset(s) for size in range(len(found) + 1) for s in combinations(found, size)]
-    if len(found) > MOST_PARTS:
-        subsets = [frozenset(found[:k]) for k in range(len(found) + 1)]
-    followers = [p for d in item.diagrams.values() for p in all_parts(d) if p.follows]
-    allowed = [s for s in subsets if all(p.diagram in s or not s & set(parts(p.diagram)) for p in followers)]
-    options = []
-    for subset in allowed:
-        for free in (True, False) if subset else (True,):
-            trial, start = store.fork(), len(store.steps)
-            built = _built(trial, item, subset, lowerings, chunk, free)
-            results = {quantity: trial.resolve(ref.name) for quantity, (ref, _) in built.items()}
-            forms = {quantity: form for quantity, (_, form) in built.items()}
-            options.append(Option(subset, trial.seconds(start), tuple(trial.steps[start:]), results, forms, free))
-    return tuple(options)
-
-
-def _built(
-    store: Store,
-    item: Extraction,
-    kept: frozenset[Diagram],
-    lowerings: tuple[Lowering, ...],
-    chunk: int | None,
-    free: bool = True,
-) -> dict[str, tuple[Ref, Diagram]]:
-    """Every quantity of the parameter when the parts in `kept` are built; if `free`, each may still be multiplied out."""
-    dotted = store.note.rsplit(" of ", 1)[-1]
-
-    def one(diagram: Diagram, trial: Store) -> Ref:
-        return build(trial, diagram, lowerings) if chunk is None else build_sliced(trial, diagram, lowerings, chunk)
-
-    if chunk is None:
-        for part in sorted(kept, key=lambda part: len(parts(part))):
-            store.note = f"individual gradients of {dotted}"
-            build(store, inline(part, kept - {part}), lowerings)
-    found = {}
-    for quantity, diagram in item.diagrams.items():
-        store.note = f"{quantity} of {dotted}"
-        ways = [inline(diagram, kept)]
-        if free and kept and not any(part.follows for part in all_parts(diagram)):
-            ways.append(inline(diagram))
-        found[quantity] = store.cheapest_of([(partial(one, way), way) for way in ways])
-    return found
+    return codes, choice
 
 
 def _result_shape(order: tuple[Leg, ...], shape: tuple[Size, ...]) -> tuple[Size, ...]:

@@ -13,7 +13,7 @@ import sympy
 from ..diagram import BATCH, Diagram, Leg, Map, N, Operand, Part, Product, Selection, Tensor
 from .arrange import arranged, sizes_of
 from .contract import Lowering, as_tensor, build, read
-from .cost import Kernel, Terms, Work
+from .cost import Kernel, Terms, Work, number
 from .listing import alive, lines_of
 from .store import Ref, Step, Store
 
@@ -22,11 +22,15 @@ TOTAL = sympy.Symbol("total", integer=True, positive=True)
 """Inside a slice: the batch size as a number in a scale. N is the size of the slice there."""
 
 
+LARGE = 2
+"""A term is sliced if it allocates this many times its result."""
+
+
 def build_sliced(store: Store, diagram: Diagram, lowerings: tuple[Lowering, ...], chunk: int) -> Ref:
     """Like `build`, with every term that has parts along the batch computed `chunk` samples at a time."""
     products = []
     for product in diagram.products:
-        if _sliceable(product, diagram.legs):
+        if _sliceable(product, diagram.legs) and _large(store, product, diagram.legs, lowerings):
             value = _sliced(store, product, diagram.legs, lowerings, chunk)
             products.append(Product(product.scale, (as_tensor(store, value),)))
         else:
@@ -35,10 +39,17 @@ def build_sliced(store: Store, diagram: Diagram, lowerings: tuple[Lowering, ...]
 
 
 def _sliceable(product: Product, legs: Legs) -> bool:
-    """Whether there is a part to cut along n, and nothing pairs samples with each other."""
-    along = [op for op in product.operands if isinstance(op, Part) and BATCH in op.legs]
+    """Whether n runs through a product that is more than its value, and nothing pairs samples with each other."""
     reduced = BATCH not in legs or len(product.operands) > 1
-    return bool(along) and reduced and not _pairs_samples(product, legs)
+    return BATCH in product.legs and reduced and not _pairs_samples(product, legs)
+
+
+def _large(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering, ...]) -> bool:
+    """Whether some value on the way is much larger than the result."""
+    trial, start = store.fork(), len(store.steps)
+    ref = build(trial, Diagram(legs, (product,)), lowerings)
+    largest = max((number(step.work.fresh, store.batch) for step in trial.steps[start:]), default=0.0)
+    return largest > LARGE * number(((1, ref.order),), store.batch)
 
 
 def _pairs_samples(product: Product, legs: Legs) -> bool:

@@ -1,0 +1,107 @@
+"""Choose: which halves of a parameter's quantities are built once, and which are multiplied out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+
+from ..algebra import all_parts, inline, parts
+from ..diagram import Diagram
+from .contract import Lowering, build
+from .cost import number
+from .derived import Extraction
+from .slices import build_sliced
+from .store import Ref, Step, Store
+
+MOST_PARTS = 4
+"""Up to here every subset of parts is tried; beyond it, parts are decided one after the other."""
+
+
+@dataclass(frozen=True, eq=False)
+class Option:
+    """A set of parts to build, tried out: all steps that it takes, and which of them gives each quantity."""
+
+    kept: frozenset[Diagram]
+    seconds: float
+    steps: tuple[Step, ...]
+    results: Mapping[str, str]  # quantity -> value name, of a step or of something built before
+    forms: Mapping[str, Diagram]  # quantity -> the diagram that was built
+    free: bool  # whether a quantity could be multiplied out all the same
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided for one parameter: which of its parts are built."""
+
+    parameter: str
+    found: tuple[Diagram, ...]
+    options: tuple[Option, ...]
+    chosen: Option
+
+
+def choose(store: Store, item: Extraction, dotted: str, lowerings: tuple[Lowering, ...], chunk: int | None) -> Choice:
+    """The fastest option; when the batch is sliced to save memory, the fastest of those with small allocations."""
+    found = tuple(dict.fromkeys(part for diagram in item.diagrams.values() for part in parts(diagram)))
+    options = _options(store, item, found, lowerings, chunk)
+    candidates = options
+    if chunk is not None:
+        largest = {option: _largest(option, store.batch) for option in options}
+        candidates = tuple(option for option in options if largest[option] <= 2 * min(largest.values()))
+    return Choice(dotted, found, options, min(candidates, key=lambda option: option.seconds))
+
+
+def _largest(option: Option, batch: int) -> float:
+    """Elements of the largest allocation."""
+    return max((number(step.work.fresh, batch) for step in option.steps), default=0.0)
+
+
+def _options(
+    store: Store, item: Extraction, found: tuple[Diagram, ...], lowerings: tuple[Lowering, ...], chunk: int | None
+) -> tuple[Option, ...]:
+    """Every subset of parts that may be built, tried on a fork."""
+    subsets = [frozenset(s) for size in range(len(found) + 1) for s in combinations(found, size)]
+    if len(found) > MOST_PARTS:
+        subsets = [frozenset(found[:k]) for k in range(len(found) + 1)]
+    followers = [p for d in item.diagrams.values() for p in all_parts(d) if p.follows]
+    allowed = [s for s in subsets if all(p.diagram in s or not s & set(parts(p.diagram)) for p in followers)]
+    options = []
+    for subset in allowed:
+        for free in (True, False) if subset else (True,):
+            trial, start = store.fork(), len(store.steps)
+            built = build_all(trial, item, subset, lowerings, chunk, free)
+            results = {quantity: trial.resolve(ref.name) for quantity, (ref, _) in built.items()}
+            forms = {quantity: form for quantity, (_, form) in built.items()}
+            options.append(Option(subset, trial.seconds(start), tuple(trial.steps[start:]), results, forms, free))
+    return tuple(options)
+
+
+def build_all(
+    store: Store,
+    item: Extraction,
+    kept: frozenset[Diagram],
+    lowerings: tuple[Lowering, ...],
+    chunk: int | None,
+    free: bool = True,
+) -> dict[str, tuple[Ref, Diagram]]:
+    """Every quantity of the parameter when the parts in `kept` are built; if `free`, each may still be multiplied out."""
+    dotted = store.note.rsplit(" of ", 1)[-1]
+
+    def one(diagram: Diagram, trial: Store) -> Ref:
+        return build(trial, diagram, lowerings) if chunk is None else build_sliced(trial, diagram, lowerings, chunk)
+
+    if chunk is None:
+        for part in sorted(kept, key=lambda part: len(parts(part))):
+            store.note = f"individual gradients of {dotted}"
+            build(store, inline(part, kept - {part}), lowerings)
+    found = {}
+    for quantity, diagram in item.diagrams.items():
+        store.note = f"{quantity} of {dotted}"
+        ways = [inline(diagram, kept)]
+        if free and kept and not any(part.follows for part in all_parts(diagram)):
+            ways.append(inline(diagram))
+        found[quantity] = store.cheapest_of([(partial(one, way), way) for way in ways])
+    return found
+
+
