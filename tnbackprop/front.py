@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch.utils import _pytree as pytree
 
-from .compiler import compile_program
+from .compiler import Compiled, compile_program
 from .errors import InputError
 from .quantities import Quantity
 from .rule import Rules
@@ -38,10 +40,7 @@ def compile(
 
     Raises `InputError`, `UnsupportedError` and `RuleError`.
     """
-    names = [quantity.name for quantity in quantities]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two quantities are called {name!r}: give one another name=, its key in the result")
+    _check_names(quantities)
     compiled = compile_program(model, loss, example, list(quantities), rules, _bytes(memory_limit))
     return Program(model, compiled, loss, quantities)
 
@@ -49,8 +48,39 @@ def compile(
 def compute(
     model: torch.nn.Module, loss: Loss | None, batch: tuple[Any, Any], quantities: Sequence[Quantity]
 ) -> Result:
-    """Compile and run once."""
-    return compile(model, loss, batch, quantities)(*batch)
+    """Compile (once per model, loss, quantities and shapes) and run.
+
+    A model whose parameters, modes (train, eval) or trainable flags changed is compiled again; one whose layers
+    changed otherwise is not noticed: use `compile` there.
+    """
+    key = _signature(model, loss, batch, quantities)
+    programs = _PROGRAMS.setdefault(model, {})
+    if key not in programs:
+        _check_names(quantities)
+        programs[key] = compile_program(model, loss, batch, list(quantities), RULES)
+    return Program(model, programs[key], loss, quantities)(*batch)
+
+
+_PROGRAMS: WeakKeyDictionary[torch.nn.Module, dict[Hashable, Compiled]] = WeakKeyDictionary()
+"""What `compute` has compiled; forgotten with the model."""
+
+
+def _signature(
+    model: torch.nn.Module, loss: Loss | None, batch: tuple[Any, Any], quantities: Sequence[Quantity]
+) -> Hashable:
+    """Everything that a compilation depends on, the batch size apart."""
+    leaves, spec = pytree.tree_flatten(batch)
+    inputs = tuple((leaf.shape[1:], leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+    state = tuple((name, p.shape, p.dtype, p.device, p.requires_grad) for name, p in model.named_parameters())
+    modes = tuple(module.training for module in model.modules())
+    return loss, tuple(quantities), inputs, str(spec), state, modes
+
+
+def _check_names(quantities: Sequence[Quantity]) -> None:
+    names = [quantity.name for quantity in quantities]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two quantities are called {name!r}: give one another name=, its key in the result")
 
 
 def _bytes(limit: int | str | None) -> int | None:

@@ -1,0 +1,53 @@
+"""tn.compute: compiled once per model, loss, quantities and shapes; compiled again where one of them changed."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import tnbackprop as tn
+from tnbackprop import front
+
+from . import oracle
+
+
+def test_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[int] = []
+    original = front.compile_program
+
+    def counted(*args: object, **options: object) -> object:
+        compiled.append(1)
+        return original(*args, **options)
+
+    monkeypatch.setattr(front, "compile_program", counted)
+    model, loss = nn.Sequential(nn.Linear(3, 4), nn.Dropout(), nn.Linear(4, 2)).double().eval(), nn.MSELoss()
+    for batch in (5, 2, 5):
+        x, y = torch.randn(batch, 3).double(), torch.randn(batch, 2).double()
+        got = tn.compute(model, loss, (x, y), [tn.BatchL2()])["batch_l2"]
+        for name, want in oracle.batch_l2(model, loss, x, y).items():
+            torch.testing.assert_close(got[name], want)
+    assert len(compiled) == 1
+    model[0].bias.requires_grad_(False)
+    assert "0.bias" not in tn.compute(model, loss, (x, y), [tn.BatchL2()])["batch_l2"]
+    model.train()
+    tn.compute(model, loss, (x, y), [tn.BatchL2()])
+    assert len(compiled) == 3
+
+
+def test_forgotten_with_the_model() -> None:
+    gc.collect()
+    before = len(front._PROGRAMS)
+    model = nn.Linear(3, 2)
+    tn.compute(model, nn.MSELoss(), (torch.randn(4, 3), torch.randn(4, 2)), [tn.Grad()])
+    assert len(front._PROGRAMS) == before + 1
+    del model
+    gc.collect()
+    assert len(front._PROGRAMS) == before
+
+
+def test_two_of_a_name() -> None:
+    with pytest.raises(tn.InputError, match="two quantities are called 'grad'"):
+        tn.compute(nn.Linear(3, 2), nn.MSELoss(), (torch.randn(4, 3), torch.randn(4, 2)), [tn.Grad(), tn.Grad()])
