@@ -109,13 +109,17 @@ def _assumption(cut: Legs, sharing: Sharing, count: int) -> str:
 
 def _minimal_cut(product: Product, parameter: Legs, candidates: list[Leg], names: frozenset[str]) -> Legs:
     """The candidates that must be cut to get as many components with parameter legs as possible."""
-    cut = list(candidates)
-    most = len(_components(product, parameter, tuple(cut), names))
+
+    def separated(cut: Legs) -> int:
+        return sum(bool(component.own) for component in _components(product, parameter, cut, names))
+
+    cut = tuple(candidates)
+    most = separated(cut)
     for leg in candidates:
         rest = tuple(other for other in cut if other != leg)
-        if len(_components(product, parameter, rest, names)) == most:
-            cut = list(rest)
-    return tuple(cut)
+        if separated(rest) == most:
+            cut = rest
+    return cut
 
 
 def _components(product: Product, parameter: Legs, cut: Legs, names: frozenset[str]) -> list[_Component]:

@@ -1,4 +1,4 @@
-"""The root of any loss's Hessian: columns by forward over reverse, then an eigendecomposition per sample.
+"""The root of any loss's Hessian: columns by reverse over reverse, then an eigendecomposition per sample.
 
 The loss is a sum over samples, so one product with the same tangent for all of them gives that column of each block.
 """
@@ -25,7 +25,7 @@ def hessian_root(store: Store, graph: Graph, root: LossRoot, number: str) -> tup
     base = store.resolve(output.name)
     eye = f"torch.eye({size}, dtype={base}.dtype, device={base}.device).reshape({size}, 1, {text(output.shape[1:])})"
     gradient = f"torch.func.grad(lambda o: loss_{number}({own}))"
-    column = f"torch.func.vmap(lambda e: torch.func.jvp({gradient}, ({base},), (e.expand({shape}),))[1])({eye})"
+    column = f"torch.func.vmap(lambda e: torch.func.vjp({gradient}, {base})[1](e.expand({shape}))[0])({eye})"
     hessian = store.add(column, (size, *output.shape), Kernel.NATIVE, name=f"hessian_{number}")
     eigen = store.add(f"torch.linalg.eigh({hessian}.reshape({size}, N, {size}).transpose(0, 1))", (), Kernel.NATIVE, name=f"eigen_{number}")
     positive = f"{eigen}[0].clamp(min=0).sqrt().unsqueeze(1)"
