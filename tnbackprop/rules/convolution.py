@@ -19,11 +19,9 @@ def convolution(call: Any, count: int) -> Rule:
         refuse(call, f"the input has {len(call.input.axes)} axes, not {count + 2}", "Give it a batch axis.")
     stride, dilation = per_axis(call.stride, count), per_axis(call.dilation, count)
     kernel = call.weight.shape[2:]
-    symmetric = True
     if call.padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         padding = tuple(t // 2 for t in total)  # the odd one out goes to the right
-        symmetric = all(t % 2 == 0 for t in total)
     else:
         padding = per_axis(0 if call.padding == "valid" else call.padding, count)
     where = [f"s{a}*{p} + d{a}*{k} - p{a}" for a, (p, k) in enumerate(zip(SPACE[count], KERNEL[count], strict=True))]
@@ -35,18 +33,7 @@ def convolution(call: Any, count: int) -> Rule:
         | {f"s{a}": stride[a] for a in range(count)}
         | {f"d{a}": dilation[a] for a in range(count)}
         | {f"p{a}": padding[a] for a in range(count)},
-        vjp=_vjp(stride, padding, dilation, call.groups) if symmetric else {},
     )
-
-
-def _vjp(stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int) -> dict[str, str]:
-    """The native kernels."""
-    geometry = f"{list(stride)}, {list(padding)}, {list(dilation)}, False, {[0] * len(stride)}, {groups}"
-    code = "torch.ops.aten.convolution_backward({{cotangent}}, {{input}}, {{weight}}, None, {}, {})[{}]"
-    return {
-        "input": code.format(geometry, [True, False, False], 0),
-        "weight": code.format(geometry, [False, True, False], 1),
-    }
 
 
 def transposed_convolution(call: Any, count: int) -> Rule:
