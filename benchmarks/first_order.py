@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         if not contender.available:
             print(f"left out: {contender.name} ({contender.needs} is not installed)")
     output = options.output or RESULTS / f"first_order_{device.type}.json"
-    results: dict[str, Any] = {**_machine(device, options), "problems": {}}
+    results: dict[str, Any] = {**machine(device, options), "problems": {}}
     for name in options.problem or list(PROBLEMS):
         batch = options.batch or PROBLEMS[name].batch
         results["problems"][name] = _time(Setting(PROBLEMS[name], batch, device), options)
@@ -150,9 +150,9 @@ def _print_peak(options: argparse.Namespace, device: torch.device) -> int:
     return 0
 
 
-def _machine(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+def machine(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    versions = {package: _version(package) for package in PACKAGES}
+    versions = {package: version(package) for package in PACKAGES}
     return {"device": name, "threads": options.threads, "python": platform.python_version(), "versions": versions}
 
 
@@ -162,7 +162,7 @@ def _processor() -> str:
     return found.group(1) if found else platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -36,7 +36,7 @@ from .curvature import (
     facts,
     ours,
 )
-from .first_order import RESULTS, _machine, _version
+from .first_order import RESULTS, machine, version
 from .models import PROBLEMS, Problem, net_3c3d, net_all_cnn_c
 from .report import plot, tables
 from .timing import MALLOC_ENVIRONMENT, peak_bytes, ratios, round_robin
@@ -107,8 +107,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.peak_of:
         return _print_peak(options, device)
     _left_out()
-    results: dict[str, Any] = {**_machine(device, options), "problems": {}}
-    results["versions"]["curvlinops-for-pytorch"] = _version("curvlinops-for-pytorch")
+    results: dict[str, Any] = {**machine(device, options), "problems": {}}
+    results["versions"]["curvlinops-for-pytorch"] = version("curvlinops-for-pytorch")
     for name in options.problem or list(SECOND_ORDER):
         batch = options.batch or SECOND_ORDER[name].batch
         results["problems"][name] = _time(Setting(SECOND_ORDER[name], batch, device), options)

@@ -12,8 +12,6 @@ import torch
 from torch import nn
 
 import tnbackprop as tn
-from tnbackprop.algebra import Cotangents, Uses
-from tnbackprop.diagram import Diagram, N
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Alignment(tn.Quantity):
 
     name: str = "alignment"
 
-    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+    def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Diagram:
         G = J.T @ g
         return (G * G.sum("n").held()).sum_parameter()
 
@@ -33,10 +31,10 @@ class GradientNoise(tn.Quantity):
 
     name: str = "gradient_noise"
 
-    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+    def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Diagram:
         G = (J.T @ g) / g.scale
-        D = (G - G.sum("n") / N).held()
-        return (D * D).sum_parameter().sum("n") / N
+        D = (G - G.sum("n") / tn.N).held()
+        return (D * D).sum_parameter().sum("n") / tn.N
 
 
 def main() -> None:

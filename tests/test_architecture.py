@@ -19,7 +19,7 @@ ALL = sorted(
 
 SYMBOLIC = ("diagram", "canonical", "simplify", "jacobian", "algebra", "reference")
 NOTATION = ("syntax", "legs", "notation", "expand", "regroup", "rule", "bind")
-MATHEMATICS = ("errors", *SYMBOLIC, *NOTATION)
+MATHEMATICS = ("errors", *SYMBOLIC, *NOTATION, "approximate")
 # What each part of the package may import, of the package. A part not listed here is a question for DESIGN.md.
 MAY_IMPORT = {
     "errors": (),
@@ -29,13 +29,15 @@ MAY_IMPORT = {
     "reference": ("diagram",),
     "simplify": ("diagram", "canonical"),
     "algebra": ("errors", *SYMBOLIC),
+    "approximate": ("errors", "diagram", "simplify", "algebra"),
     **dict.fromkeys(NOTATION, ("errors", *SYMBOLIC, *NOTATION)),
+    "linalg": ("linalg", "errors"),
     "rules": ("rules", "errors", "diagram", "rule"),
-    "quantities": ("quantities", "errors", "diagram", "algebra"),
+    "quantities": ("quantities", "errors", "diagram", "algebra", "approximate"),
     "compiler": ("compiler", "quantities", *MATHEMATICS),
-    "runtime": ("runtime", "compiler", "quantities", *MATHEMATICS),
+    "runtime": ("runtime", "compiler", "quantities", "linalg", *MATHEMATICS),
     "front": ("runtime", "compiler", "rules", "quantities", *MATHEMATICS),
-    "__init__": ("front", "runtime", "rules", "quantities", *MATHEMATICS),
+    "__init__": ("front", "runtime", "rules", "quantities", "linalg", *MATHEMATICS),
     "demo": ("__init__",),
     "cli": ("__init__", "errors"),
     "__main__": ("cli",),

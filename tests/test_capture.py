@@ -3,120 +3,22 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tnbackprop.compiler.capture import capture
-from tnbackprop.compiler.graph import Graph, Value
 from tnbackprop.diagram import N
-from tnbackprop.errors import InputError, UnsupportedError
+from tnbackprop.errors import InputError
+
+from .capturing import Function, captured, check_contract, run, targets
 
 aten = torch.ops.aten
-
-
-def concrete(value: Any, batch: int) -> Any:
-    """A size expression at N = batch."""
-    if isinstance(value, tuple):
-        return tuple(concrete(v, batch) for v in value)
-    if isinstance(value, sympy.Basic):
-        number = value.subs(N, batch)
-        return int(number) if number.is_Integer else float(number)
-    return value
-
-
-def run(graph: Graph, model: nn.Module, x: Any, y: Any) -> dict[str, Any]:
-    """All values of the graph, by calling its targets; checks every shape, factor and dtype on the way."""
-    leaves = [leaf for leaf in pytree.tree_leaves((x, y)) if leaf is not None]
-    batch = next(leaf.shape[0] for leaf in leaves if leaf.ndim)
-    env: dict[str, Any] = dict(zip(graph.inputs, leaves, strict=True))
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    env |= {value: parameters[names[0]] for value, names in graph.parameters.items()}
-    env |= {value: model.get_buffer(name) for value, name in graph.buffers.items()} | dict(graph.constants)
-
-    def operand(value: Any) -> Any:
-        if isinstance(value, Value):
-            return env[value.name]
-        return [operand(v) for v in value] if isinstance(value, tuple) else concrete(value, batch)
-
-    for call in graph.calls:
-        arguments = {name: operand(value) for name, value in call.arguments.items()}
-        if call.module is not None:
-            own = {n.replace(".", "_") for n, _ in [*call.module.named_parameters(), *call.module.named_buffers()]}
-            result = call.module(**{k: v for k, v in arguments.items() if k not in own})
-        else:
-            schema = [a.name for a in call.target._schema.arguments]
-            result = call.target(**{n: arguments["input" if n == "self" else n] for n in schema})
-        result = result[0] if isinstance(result, tuple) else result
-        assert tuple(result.shape) == tuple(math.prod(concrete(a, batch)) for a in call.output.axes), str(call.output)
-        assert result.dtype == call.output.dtype
-        env[call.output.name] = result
-    return env
-
-
-def take(tensor: Any, size: int) -> Any:
-    """The same samples repeated to a batch of `size`."""
-    return tensor[torch.arange(size) % len(tensor)] if tensor is not None and tensor.ndim else tensor
-
-
-def captured(
-    model: nn.Module, x: Any, y: Any = None, loss: Any = None, rules: Any = None, sizes: tuple[int, ...] = (1, 2, 5)
-) -> Graph:
-    """Capture, compare with the model for several batch sizes, and check the contract of the graph."""
-    before = {name: dict(m.__dict__) for name, m in model.named_modules()}
-    graph = capture(model, loss, (x, y), rules or {})
-    assert {name: dict(m.__dict__) for name, m in model.named_modules()} == before
-    for size in sizes:
-        xs, ys = pytree.tree_map(functools.partial(take, size=size), (x, y))
-        env = run(graph, model, xs, ys)
-        args, kwargs = (xs, {}) if isinstance(xs, tuple) else ((), xs) if isinstance(xs, dict) else ((xs,), {})
-        expected = model(*args, **kwargs)
-        torch.testing.assert_close(pytree.tree_map(env.__getitem__, graph.output), expected)
-        if loss is not None:
-            torch.testing.assert_close(env[str(graph.loss)], loss(expected, ys))
-    check_contract(graph, model)
-    return graph
-
-
-def check_contract(graph: Graph, model: nn.Module) -> None:
-    """Names are unique identifiers, arguments are plain, values are defined before they are used."""
-    known = {*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs}
-    for call in graph.calls:
-        assert all(value.name in known and graph.values[value.name] is value for value in call.tensors.values())
-        assert call.output.name.isidentifier() and call.output.name not in known | {"N", "n", "torch"}
-        known.add(call.output.name)
-        for value in pytree.tree_leaves(dict(call.arguments)):
-            assert not isinstance(value, Tensor | torch.SymInt | torch.fx.Node | list)
-        inside = frozenset().union(*(value.depends_on for value in call.tensors.values()))
-        assert call.output.depends_on <= inside
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {name for v in graph.parameters for name in graph.values[v].depends_on} == trainable
-    if graph.loss is not None:
-        assert graph.loss == "loss"
-
-
-class Function(nn.Module):
-    """A model given by a function of (model, inputs)."""
-
-    def __init__(self, function: Callable[..., Any], **parts: Any) -> None:
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *args: Tensor) -> Any:
-        return self.function(self, *args)
-
-
-def targets(graph: Graph) -> list[str]:
-    return [call.target._schema.name.split("::")[1] for call in graph.calls]
 
 
 def cnn() -> nn.Sequential:
@@ -224,10 +126,6 @@ def test_programs(forward: Callable[..., Any]) -> None:
         env = run(graph, model, xs.clone(), None)
         torch.testing.assert_close(pytree.tree_map(env.__getitem__, graph.output), model(xs.clone()))
     check_contract(graph, model)
-
-
-def _attend(h: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(h, h, h)
 
 
 def _write(h: Tensor) -> Tensor:
@@ -347,68 +245,11 @@ def test_patches_are_undone_when_export_fails() -> None:
         capture(model, None, (torch.randn(4, 3), None), {Gate: lambda layer: ""})
     assert "forward" not in model[0].__dict__
 
-
-REFUSED: list[tuple[str, Callable[..., Any], str]] = [
-    ("gram", lambda m, x: m.a(x) @ m.a(x).T, "two batch axes"),
-    ("merge", lambda m, x: m.a(x).T.reshape(-1, 3), "mixes samples"),
-    ("view", lambda m, x: m.a(x).view(3, -1), "mixes samples"),
-    ("shift", lambda m, x: m.a(x)[1:], "no multiple of the batch size"),
-    ("flip", lambda m, x: m.a(x).flip(0), "along the batch axis"),
-    ("softmax", lambda m, x: m.a(x).softmax(0), "along the batch axis"),
-    ("centre", lambda m, x: m.a(x) - m.a(x).mean(0), "mixes samples"),
-    ("half", lambda m, x: m.a(torch.cat([x, x]))[: 2 * x.shape[0] : 2], "along the batch axis"),
-    ("interleaved", lambda m, x: m.a(x).repeat_interleave(2, 0)[: x.shape[0]], "along the batch axis"),
-    ("einsum", lambda m, x: torch.einsum("nd,md->md", m.a(x), x), "2 letters"),
-    ("sequence", lambda m, x: _attend(m.a(x)[None, None]), "batch first"),
-    ("positions", lambda m, x: F.conv1d(m.a(x).T[None], torch.ones(3, 3, 3), padding=1), "batch first"),
-    ("recurrence", lambda m, x: m.lstm(m.a(x)[:, None])[0], "one batch size"),
-    ("normalised", lambda m, x: F.normalize(m.a(x), dim=0), "mixes samples"),
-    ("permute", lambda m, x: m.a(x)[torch.randperm(x.shape[0])], "picks samples"),
-    ("first", lambda m, x: m.a(x)[0], "single samples"),
-    ("fixed", lambda m, x: m.a(x).view(4, -1), "one batch size"),
-    ("branch", lambda m, x: m.a(x) if x.sum() > 0 else x, "torch.where"),
-    ("long", lambda m, x: m.a(x) if x.shape[0] > 2 else x, "one batch size"),
-    ("length", lambda m, x: m.a(x) / len(x), r"not len\(x\)"),
-    ("item", lambda m, x: m.a(x) * x.sum().item(), "depend on the data"),
-    ("mask", lambda m, x: m.a(x)[x > 0], "depend"),
-    ("complex", lambda m, x: torch.fft.fft(m.a(x)), "complex"),
-    ("counter", lambda m, x: m.a(x) + m.count.add_(1), "writes to 'count'"),
-    ("batch norm", lambda m, x: m.bn(m.a(x)), r"model.eval\(\)"),
-]
-
-
-@pytest.mark.parametrize("name,forward,message", REFUSED, ids=[row[0] for row in REFUSED])
-def test_refused(name: str, forward: Callable[..., Any], message: str) -> None:
-    model = Function(forward, a=nn.Linear(3, 3), bn=nn.BatchNorm1d(3), lstm=nn.LSTM(3, 2))
-    model.register_buffer("count", torch.zeros(()))
-    with pytest.raises(UnsupportedError, match=message):
-        capture(model, None, (torch.randn(4, 3), None), {})
-
-
-X, Y = torch.randn(4, 3), torch.randint(3, (4,))
-
-WRONG: list[tuple[str, Any, Any, Any, str]] = [
-    ("model", F.relu, None, (X, Y), "not a torch.nn.Module"),
-    ("loss", nn.Linear(3, 3), "mse", (X, Y), "loss is str"),
-    ("pair", nn.Linear(3, 3), None, X, "pair"),
-    ("sizes", nn.Linear(3, 3), None, (X, Y[:2]), "x has batch size 4 but y has 2"),
-    ("empty", nn.Linear(3, 3), None, (X[:0], Y[:0]), "empty"),
-    ("option", nn.Linear(3, 3), None, ((X, 3), Y), "x.1. is int"),
-    ("vector loss", nn.Linear(3, 3), nn.CrossEntropyLoss(reduction="none"), (X, Y), r"\[N\]"),
-    ("tensor loss", nn.Linear(3, 3), lambda o, y: 1.0, (X, Y), "float"),
-    ("dtype", nn.Sequential(nn.Linear(3, 3)), None, (X.long(), Y), r"module '0' \(Linear\).*dtype"),
-    ("target", nn.Linear(3, 3), nn.CrossEntropyLoss(), (X, Y.float()), "the loss"),
-    ("shape", nn.Sequential(nn.Linear(4, 3)), None, (X, Y), r"module '0' \(Linear\)"),
-    ("arguments", nn.Linear(3, 3), None, ((X, X), Y), "positional"),
-]
-
-
-@pytest.mark.parametrize("name,model,loss,example,message", WRONG, ids=[row[0] for row in WRONG])
-def test_wrong_input(name: str, model: Any, loss: Any, example: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        capture(model, loss, example, {})
-
-
-def test_complex_input_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="complex"):
-        capture(nn.Linear(3, 3), None, (torch.zeros(2, 3, dtype=torch.complex64), None), {})
+def test_one_tensor_twice() -> None:
+    """The same object as x and y, or twice in x, is two inputs: each is read where the model reads it."""
+    x = torch.randn(4, 3)
+    graph = captured(nn.Linear(3, 3), x, x, nn.MSELoss())
+    assert graph.inputs == ("x", "y")
+    assert graph.calls[0].input.name == "x" and graph.calls[-1].arguments["target"].name == "y"
+    graph = captured(Function(lambda m, a, b: m.a(a) - b, a=nn.Linear(3, 3)), (x, x))
+    assert graph.calls[0].input.name == "x_0" and graph.calls[1].other.name == "x_1"

@@ -1,18 +1,20 @@
 """tnbackprop: declare a layer once as an einsum formula, get every derivative quantity as plain PyTorch."""
 
+from .algebra import Cotangents, Uses
+from .approximate import Sharing
+from .diagram import Diagram, N
 from .errors import InputError, InvariantError, RuleError, TnError, UnsupportedError
 from .front import compile, compute
-from .approximate import Sharing
 from .linalg import Damping, KroneckerFactors
 from .quantities import (
     KFAC,
     KFLR,
-    Fisher,
     BatchDot,
     BatchGrad,
     BatchL2,
     DiagGGN,
     DiagGGNMC,
+    Fisher,
     GGNTrace,
     Grad,
     Propagation,
@@ -31,8 +33,8 @@ from .runtime import Program, Result
 __version__ = "0.1.0"
 
 __all__ = [
-    "KFAC", "KFLR", "RULES", "Damping", "Fisher", "KroneckerFactors", "Sharing", "BatchDot", "BatchGrad", "BatchL2", "DiagGGN", "DiagGGNMC", "GGNTrace", "Grad", "InputError",
-    "InvariantError", "Program", "Propagation", "Quantity", "Result", "Root", "Rule", "RuleError", "Scale",
-    "SecondMoment", "Source", "SqrtGGN", "SqrtGGNMC", "Table", "TnError", "UnsupportedError", "Variance", "compile",
-    "compute",
+    "KFAC", "KFLR", "RULES", "BatchDot", "BatchGrad", "BatchL2", "Cotangents", "Damping", "DiagGGN", "DiagGGNMC",
+    "Diagram", "Fisher", "GGNTrace", "Grad", "InputError", "InvariantError", "KroneckerFactors", "N", "Program",
+    "Propagation", "Quantity", "Result", "Root", "Rule", "RuleError", "Scale", "SecondMoment", "Sharing", "Source",
+    "SqrtGGN", "SqrtGGNMC", "Table", "TnError", "UnsupportedError", "Uses", "Variance", "compile", "compute",
 ]  # fmt: skip

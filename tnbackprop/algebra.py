@@ -175,8 +175,8 @@ def _taken_out(operand: Operand, name: str) -> Iterable[tuple[Tensor, tuple[Oper
             for position, arg in enumerate(operand.args):
                 if arg.name == name:
                     # The second derivative of |x| and sign(x) is 0 wherever it exists.
-                    derivative = sympy.diff(operand.expr, argument(position)).replace(sympy.DiracDelta, lambda *_: sympy.Integer(0))
-                    yield arg, map_of(derivative, operand.args)
+                    derivative = sympy.diff(operand.expr, argument(position))
+                    yield arg, map_of(derivative.replace(sympy.DiracDelta, lambda *_: sympy.Integer(0)), operand.args)
         case Selection() if operand.index.name == name:
             raise InvariantError(f"{name} is an index and has no derivative")
         case Part():

@@ -45,7 +45,7 @@ class _Component:
     own: Legs  # the parameter's legs
 
 
-def kronecker(J: Uses, g: Cotangents, sharing: Sharing, scale: sympy.Expr) -> Factors:  # noqa: N803
+def kronecker(J: Uses, g: Cotangents, sharing: Sharing, scale: sympy.Expr) -> Factors:
     """Factors of (Jᵀg)(Jᵀg)ᵀ·scale. Raises `UnsupportedError`, with the reason, where the cut does not separate."""
     gradient = inline(J.T @ g)
     if not gradient.products:
@@ -56,8 +56,8 @@ def kronecker(J: Uses, g: Cotangents, sharing: Sharing, scale: sympy.Expr) -> Fa
         raise UnsupportedError(f"the uses of the parameter have different Kronecker structure: {gradient}")
     if len(each) > 1 and sharing is Sharing.REDUCE:
         raise UnsupportedError(
-            f"the parameter is used {len(each)} times, and the reduce approximation of several uses is not defined here.\n"
-            "  Ask for Sharing.EXPAND, which takes the uses as positions."
+            f"the parameter is used {len(each)} times, and the reduce approximation of several uses is not defined "
+            "here.\n  Ask for Sharing.EXPAND, which takes the uses as positions."
         )
     diagrams = []
     for k, diagram in enumerate(first.diagrams):
@@ -82,7 +82,8 @@ def _of_use(product: Product, parameter: Legs, names: frozenset[str], sharing: S
     seeds = [op for op in product.operands if _is_cotangent(op, names)]
     free = {leg for leg in product.legs if leg in parameter or leg == BATCH or leg.name == COLUMN}
     summed = [leg for op in seeds for leg in op.legs if leg not in free]
-    candidates = [leg for leg in dict.fromkeys(summed) if any(leg in op.legs for op in product.operands if op not in seeds)]
+    others = _legs(tuple(op for op in product.operands if op not in seeds))
+    candidates = [leg for leg in dict.fromkeys(summed) if leg in others]
     cut = _minimal_cut(product, parameter, candidates, names)
     components = _components(product, parameter, cut, names)
     # Positions that only the cotangent has are positions as well: a bias is used at each of them.
@@ -95,15 +96,17 @@ def _of_use(product: Product, parameter: Legs, names: frozenset[str], sharing: S
     for k in order:
         loss = any(_is_cotangent(op, names) for op in components[k].operands)
         factor = _tied(components[k].operands, owned[k], blocks, positions, sharing)
-        size = sympy.Mul(BATCH.size, *(leg.size for leg in cut), *(leg.size for leg in cut if sharing is Sharing.REDUCE))
-        diagrams.append(factor * (product.scale**2 if loss else 1 / size))
-    return Factors(tuple(diagrams), blocks, tuple(owned[k] for k in order), parameter, _assumption(cut, sharing, len(components)))
+        uses = sympy.Mul(*(leg.size for leg in cut)) ** (2 if sharing is Sharing.REDUCE else 1)
+        diagrams.append(factor * (product.scale**2 if loss else 1 / (BATCH.size * uses)))
+    assumption = _assumption(cut, sharing, len(components))
+    return Factors(tuple(diagrams), blocks, tuple(owned[k] for k in order), parameter, assumption)
 
 
 def _assumption(cut: Legs, sharing: Sharing, count: int) -> str:
     if count == 1:
         return "none over the samples: one factor"
-    positions = f"{', '.join(map(str, cut))} {'tied' if sharing is Sharing.EXPAND else 'summed'}" if cut else "no positions"
+    tied = "tied" if sharing is Sharing.EXPAND else "summed"
+    positions = f"{', '.join(map(str, cut))} {tied}" if cut else "no positions"
     return f"the factors are independent over the samples; {positions} ({sharing.value})"
 
 
@@ -164,7 +167,7 @@ def _tied(operands: tuple[Operand, ...], own: Legs, blocks: Legs, positions: Leg
     return simplify(Diagram(legs, (Product(sympy.Integer(1), operands + twin),)))
 
 
-def _nothing(J: Uses) -> Factors:  # noqa: N803
+def _nothing(J: Uses) -> Factors:
     zero = Diagram((*J.legs, *(Leg(f"{leg.name}_copy", leg.size) for leg in J.legs)), ())
     return Factors((zero,), (), (J.legs,), J.legs, "the parameter has no use: zero")
 

@@ -70,7 +70,9 @@ def _signature(
 ) -> Hashable:
     """Everything that a compilation depends on, the batch size apart."""
     leaves, spec = pytree.tree_flatten(batch)
-    inputs = tuple((leaf.shape[1:], leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+    inputs = tuple(
+        (leaf.shape[1:], leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
+    )
     state = tuple((name, p.shape, p.dtype, p.device, p.requires_grad) for name, p in model.named_parameters())
     modes = tuple(module.training for module in model.modules())
     return loss, tuple(quantities), inputs, str(spec), state, modes

@@ -55,7 +55,7 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
         raise InputError(f"loss is {type(loss).__name__}: pass a function (output, y) -> scalar, a module, or None")
     if not isinstance(example, tuple | list) or len(example) != 2:
         raise InputError("example must be the pair (x, y)")
-    x, y = plain(example[0]), plain(example[1])
+    x, y = _distinct((plain(example[0]), plain(example[1])))
     batch = batch_size((x, y))
     return _any_size(Wrapped(model, loss), (x, y), batch, rules)
 
@@ -178,6 +178,19 @@ def _failing_module(wrapped: Wrapped, trace: TracebackType | None) -> str:
     if found == "loss":
         return "the loss"
     return f"module {path!r} ({type(wrapped.get_submodule(found)).__name__})" if path else "the model itself"
+
+
+def _distinct(example: tuple[Any, Any]) -> tuple[Any, Any]:
+    """A tensor that appears twice as two: torch.export reads all appearances of one object from the last input."""
+    seen: set[int] = set()
+
+    def copy(leaf: Any) -> Any:
+        repeated = isinstance(leaf, Tensor) and id(leaf) in seen
+        seen.add(id(leaf))
+        return leaf.detach().clone() if repeated else leaf
+
+    distinct: tuple[Any, Any] = pytree.tree_map(copy, example)
+    return distinct
 
 
 def _resized(example: tuple[Any, Any], batch: int, size: int) -> tuple[Any, Any]:

@@ -56,7 +56,7 @@ def derive(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...], quantities: 
         sweep.terms[graph.loss] = [ONE]
     run(sweep, bound)
     scale = scale_of(sweep)
-    columns = []
+    columns: list[Columns] = []
     for propagation in (p for p in wanted if p.source is not Source.GRADIENT):
         mine = [q for q in quantities if q.propagates == propagation]
         columns.append(_columns(graph, bound, mine, propagation, scale, len(columns)))
@@ -71,11 +71,12 @@ def _columns(
     scale: sympy.Expr,
     number: int,
 ) -> Columns:
-    """The sweep of one column of the root: a cotangent like the gradient, whose results carry a column leg of size 1."""
+    """The sweep of one column of the root: a cotangent like the gradient; its results have a column leg of size 1."""
     root = loss_root(graph, bound)
-    sweep = Sweep(graph, quantities, scales={scale}, prefix=f"s{number}", kept=(Leg(COLUMN, 1), BATCH), variable=f"column_{number}")
-    legs = next((r.equations[-1].legs for c, r in bound if c.output == root.output), ())
     variable = f"column_{number}"
+    kept = (Leg(COLUMN, 1), BATCH)
+    sweep = Sweep(graph, quantities, scales={scale}, prefix=f"s{number}", kept=kept, variable=variable)
+    legs = next((r.equations[-1].legs for c, r in bound if c.output == root.output), ())
     sweep.terms[root.output.name] = [tensor(variable, legs)]
     run(sweep, bound)
     samples = propagation.samples if propagation.source is Source.SAMPLE else 0

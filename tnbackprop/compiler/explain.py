@@ -9,11 +9,11 @@ from ..algebra import differentiate
 from ..bind import BoundRule, Equation
 from ..diagram import Diagram
 from .alternatives import Alternative, alternatives, conditions, part_names, seconds, work_numbers
+from .choose import Choice
 from .cost import number, size_at
 from .derived import Backward, Extraction, Individual, Native, Schedule
 from .explain_text import body_text, diagram_text, legs_text, milliseconds, shortened, size_text, table
 from .memory import peak_bytes
-from .plan import Choice
 from .polynomials import Symbols, in_batch_text, number_text
 from .stage import Stage
 from .store import Step

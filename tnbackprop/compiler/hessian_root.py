@@ -27,7 +27,8 @@ def hessian_root(store: Store, graph: Graph, root: LossRoot, number: str) -> tup
     gradient = f"torch.func.grad(lambda o: loss_{number}({own}))"
     column = f"torch.func.vmap(lambda e: torch.func.vjp({gradient}, {base})[1](e.expand({shape}))[0])({eye})"
     hessian = store.add(column, (size, *output.shape), Kernel.NATIVE, name=f"hessian_{number}")
-    eigen = store.add(f"torch.linalg.eigh({hessian}.reshape({size}, N, {size}).transpose(0, 1))", (), Kernel.NATIVE, name=f"eigen_{number}")
+    blocks = f"{hessian}.reshape({size}, N, {size}).transpose(0, 1)"
+    eigen = store.add(f"torch.linalg.eigh({blocks})", (), Kernel.NATIVE, name=f"eigen_{number}")
     positive = f"{eigen}[0].clamp(min=0).sqrt().unsqueeze(1)"
     code = f"({eigen}[1] * {positive}).permute(2, 0, 1).reshape({size}, {shape})"
     name = store.add(code, (size, *output.shape), Kernel.NATIVE, name=f"hessian_root_{number}")
@@ -45,6 +46,6 @@ def _function(store: Store, graph: Graph, root: LossRoot, name: str) -> list[str
         code = call_code(call, lambda n: n)
         needed = tuple(v.name for v in call.tensors.values())
         steps.append(Step(call.output.name, code, needed, Kernel.NATIVE, NO_WORK))
-    body = [f"    N = {root.output.name}.shape[0]", *lines_of(tuple(steps), {str(graph.loss)}), f"    return {graph.loss}"]
-    store.functions[name] = "\n".join([f"def {name}({', '.join(inputs)}):", *body])
+    body = [f"    N = {root.output.name}.shape[0]", *lines_of(tuple(steps), {str(graph.loss)})]
+    store.functions[name] = "\n".join([f"def {name}({', '.join(inputs)}):", *body, f"    return {graph.loss}"])
     return inputs

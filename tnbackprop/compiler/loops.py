@@ -5,9 +5,14 @@ A result that keeps the column leg is the concatenation of what the columns give
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ..diagram import Size
+from .arrange import text
+from .cost import Kernel
 from .listing import alive, lines_of
 from .store import Step, Store
 
@@ -56,26 +61,59 @@ def over_columns(
     return Loop(variable, root, count, steps, outputs, concatenated), renamed
 
 
-def loop_lines(loop: Loop) -> list[str]:
-    """The loop as source. Sums are accumulated as they come, concatenations at the end."""
-    kept = {value for value, _ in loop.outputs}
+def loop_lines(loop: Loop, shapes: Mapping[str, tuple[Size, ...]]) -> list[str]:
+    """The loop as source. Sums are added up as they come; a concatenation is allocated once and filled in place."""
     summed = [(value, total) for value, total in loop.outputs if total not in loop.stacked]
     stacked = [(value, total) for value, total in loop.outputs if total in loop.stacked]
-    name = loop.variable.rsplit("_", 1)[-1]
-    lines = [f"    # {loop.count} columns, one at a time", f"    sums_{name}, lists_{name} = [0] * {len(summed)}, []"]
-    lines.append(f"    for {loop.variable} in {loop.root}.unbind(0):")
-    lines += [f"    {line}" for line in lines_of(loop.steps, kept)]
+    number = loop.variable.rsplit("_", 1)[-1]
+    slots = {total: f"slot{total.removeprefix('total')}" for _, total in stacked}
+    lines = [f"    # {loop.count} columns, one at a time", f"    sums_{number} = [0] * {len(summed)}"]
+    for value, total in stacked:
+        lines.append(f"    {total} = like.new_empty(({text((loop.count, *shapes[value][1:]))},))")
+    rows = ", ".join(f"{name}.unbind(0)" for name in (loop.root, *slots))
+    targets = ", ".join([loop.variable, *slots.values()])
+    lines.append(f"    for {targets} in {f'zip({rows})' if slots else rows}:")
+    steps, copied = _filling(loop, stacked, slots, shapes)
+    lines += [f"    {line}" for line in lines_of(steps, {value for value, _ in loop.outputs})]
+    lines += [f"        {slots[total]}[:] = {value}.squeeze(0)" for value, total in copied]
     values = ", ".join(value for value, _ in summed)
-    lines.append(f"        sums_{name} = [a + b for a, b in zip(sums_{name}, [{values}])]")
-    if stacked:
-        lines.append(f"        lists_{name} = [*lists_{name}, [{', '.join(value for value, _ in stacked)}]]")
-    lines.append(f"    del {', '.join([loop.variable, *kept_names(loop)])}")
-    lines += [f"    {total} = sums_{name}[{k}]" for k, (_, total) in enumerate(summed)]
-    lines += [f"    {total} = torch.cat([each[{k}] for each in lists_{name}])" for k, (_, total) in enumerate(stacked)]
-    return [*lines, f"    del sums_{name}, lists_{name}"]
-
-
-def kept_names(loop: Loop) -> list[str]:
-    """Values of the last turn that would stay alive."""
+    lines.append(f"        sums_{number} = [a + b for a, b in zip(sums_{number}, [{values}])]")
     own = {step.name for step in loop.steps}
-    return [value for value in dict.fromkeys(value for value, _ in loop.outputs) if value in own]
+    left = [value for value in dict.fromkeys(value for value, _ in loop.outputs) if value in own]
+    lines.append(f"    del {', '.join([loop.variable, *slots.values(), *left])}")
+    lines += [f"    {total} = sums_{number}[{k}]" for k, (_, total) in enumerate(summed)]
+    return [*lines, f"    del sums_{number}"]
+
+
+_VIEWS = re.compile(r"(\.(reshape|unsqueeze|squeeze|expand|contiguous)\([^()]*\))+")
+
+
+def _filling(
+    loop: Loop, stacked: list[tuple[str, str]], slots: Mapping[str, str], shapes: Mapping[str, tuple[Size, ...]]
+) -> tuple[tuple[Step, ...], list[tuple[str, str]]]:
+    """Steps that write straight into a slot where a product or matmul can, and the outputs that must be copied."""
+    by_name = {step.name: step for step in loop.steps}
+    written: dict[str, Step] = {}
+    copied = []
+    for value, total in stacked:
+        base = by_name.get(value)
+        while base is not None and base.kernel is Kernel.VIEW:
+            source = base.inputs[0] if base.inputs else ""
+            base = by_name.get(source) if _VIEWS.fullmatch(base.code.removeprefix(source)) else None
+        out = f"{slots[total]}.view({text(shapes[base.name])})" if base is not None else ""
+        code = _into(base.code, out) if base is not None and base.name not in written else None
+        if base is None or code is None:
+            copied.append((value, total))
+        else:
+            written[base.name] = replace(base, code=code)
+    return tuple(written.get(step.name, step) for step in loop.steps), copied
+
+
+def _into(code: str, out: str) -> str | None:
+    """The same product or matmul with out=; None for other code."""
+    node = ast.parse(code, mode="eval").body
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        return f"torch.mul({ast.unparse(node.left)}, {ast.unparse(node.right)}, out={out})"
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.mm", "torch.bmm"):
+        return f"{code[:-1]}, out={out})"
+    return None

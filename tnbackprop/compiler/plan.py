@@ -100,11 +100,16 @@ def _plan(
     wanted = {*output.values(), *(code for by in results.values() for code in by.values()), *([loss] if loss else [])}
     wanted |= {name for loop in loops for name in (loop.root, *loop.reads)}
     steps = alive((step for step in store.steps if step.name not in inner), wanted)
-    shapes = store.shapes | {out: store.shapes[own] for loop in loops for own, out in loop.outputs}
+    shapes = store.shapes | {out: _total(loop, store.shapes[own], out) for loop in loops for own, out in loop.outputs}
     return Plan(
         steps, _in_order(results, graph), loss, output, tuple(choices), graph.example_batch, itemsize, rates, shapes,
         store.functions, tuple(loops),
     )  # fmt: skip
+
+
+def _total(loop: Loop, shape: tuple[Size, ...], total: str) -> tuple[Size, ...]:
+    """The shape of what a loop gives: a concatenation has a row per column."""
+    return (loop.count, *shape[1:]) if total in loop.stacked else shape
 
 
 def _scheduled(

@@ -55,7 +55,8 @@ def _from_hessian(graph: Graph, output: Value) -> LossRoot:
     size = prod(int(s) for s in output.shape[1:])
     normal = "1.4142135623730951 * torch.erfinv((2 * {noise} - 1) * 0.9999999)"
     shape = ", ".join(str(s) for s in output.shape)
-    sample = f"({{hessian_root}}.reshape({size}, N, {size}) * ({normal}).reshape(N, {size}).t().unsqueeze(-1)).sum(0).reshape({shape})"
+    drawn = f"({normal}).reshape(N, {size}).t().unsqueeze(-1)"
+    sample = f"({{hessian_root}}.reshape({size}, N, {size}) * {drawn}).sum(0).reshape({shape})"
     return LossRoot(output, Root(size, "{hessian_root} * 1", sample, ()), None, tuple(calls))
 
 
@@ -66,7 +67,8 @@ def _apart(root: Root, output: Value) -> Root:
     if prod(free) == 1:
         return root
     ones = [str(size) if size != N and not mixed else "1" for size, mixed in factors]
-    eye = f"torch.eye({prod(free)}, dtype={{{output.name}}}.dtype, device={{{output.name}}}.device).reshape({prod(free)}, {', '.join(ones)})"
+    like = f"dtype={{{output.name}}}.dtype, device={{{output.name}}}.device"
+    eye = f"torch.eye({prod(free)}, {like}).reshape({prod(free)}, {', '.join(ones)})"
     spread = f"({root.code}).reshape({root.columns}, 1, {', '.join(str(size) for size, _ in factors)}) * {eye}"
     shape = ", ".join(str(size) for size in output.shape)
     columns = root.columns * prod(free)

@@ -90,7 +90,8 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
             trainable.discard(name)
     native = {name for name in trainable & set(rule.vjp) if sweep.samples[name] and sweep.samples[call.output.name]}
     for name in native:
-        sweep.terms.setdefault(name, []).append(Native(rule.vjp[name], f"{sweep.prefix}_{call.output.name}", call.output.name))
+        pulled = Native(rule.vjp[name], f"{sweep.prefix}_{call.output.name}", call.output.name)
+        sweep.terms.setdefault(name, []).append(pulled)
     if native:
         _schedule(sweep, call.output.name, rule.equations[-1].legs)
     wanted = _lines_to(rule.equations, trainable - native)
@@ -242,7 +243,8 @@ def _all_uses(sweep: Sweep, name: str) -> tuple[Uses, Cotangents]:
     named = jacobians[0].into if jacobians else tuple(Leg(f"p{k}", size) for k, size in enumerate(sizes))
     legs = _distinct(tuple(Leg(leg.name.rstrip("'") or "p", leg.size) for leg in named)) or (Leg("p", 1),)
     whole = tuple(_with_legs(jacobian, legs) for jacobian in jacobians)
-    return Uses(whole, legs), Cotangents(tuple(g for _, g in pairs), scale_of(sweep), sweep.kept, _cotangent_names(sweep))
+    cotangents = tuple(g for _, g in pairs)
+    return Uses(whole, legs), Cotangents(cotangents, scale_of(sweep), sweep.kept, _cotangent_names(sweep))
 
 
 def _cotangent_names(sweep: Sweep) -> frozenset[str]:

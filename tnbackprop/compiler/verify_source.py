@@ -76,6 +76,9 @@ def _over_pieces(node: ast.AST) -> bool:
     match node:
         case ast.For(target=ast.Name(id=name), iter=ast.Call(func=ast.Attribute(attr="unbind"))):
             return name.startswith((COLUMN, "draw_"))
+        case ast.For(target=ast.Tuple(elts=[ast.Name(id=name), *_]), iter=ast.Call(func=ast.Name(id="zip"), args=rows)):
+            fixed = all(isinstance(r, ast.Call) and isinstance(r.func, ast.Attribute) and r.func.attr == "unbind" for r in rows)
+            return name.startswith((COLUMN, "draw_")) and fixed
         case ast.IfExp(test=ast.Compare(left=ast.Name(id=name), ops=[ast.Is()])):
             return name.startswith(GATHERED)
         case (

@@ -3,11 +3,9 @@
 from .base import Propagation, Quantity, Scale, Source
 from .curvature import DiagGGN, DiagGGNMC, GGNTrace, SqrtGGN, SqrtGGNMC
 from .first_order import BatchDot, BatchGrad, BatchL2, Grad, SecondMoment, Variance
-
 from .kronecker import KFAC, KFLR, Fisher
 
 __all__ = [
-    "KFAC", "KFLR", "Fisher",
-    "BatchDot", "BatchGrad", "BatchL2", "DiagGGN", "DiagGGNMC", "GGNTrace", "Grad", "Propagation", "Quantity", "Scale",
-    "SecondMoment", "Source", "SqrtGGN", "SqrtGGNMC", "Variance",
+    "KFAC", "KFLR", "BatchDot", "BatchGrad", "BatchL2", "DiagGGN", "DiagGGNMC", "Fisher", "GGNTrace", "Grad",
+    "Propagation", "Quantity", "Scale", "SecondMoment", "Source", "SqrtGGN", "SqrtGGNMC", "Variance",
 ]  # fmt: skip

@@ -74,7 +74,7 @@ class BatchDot(Quantity):
 class SecondMoment(Quantity):
     """Uncentred second moment of the individual gradients, shape [*p]: (1/N) Σ_n [∇ℓ_n]², elementwise.
 
-    `Scale.BACKPACK`: Σ_n [(1/N) ∇ℓ_n]² for a loss that averages (its `sum_grad_squared`).
+    `Scale.BACKPACK`: its `sum_grad_squared`, Σ_n [(1/N) ∇ℓ_n]² for a loss that averages, Σ_n [∇ℓ_n]² for a sum.
     """
 
     name: str = "second_moment"
@@ -82,7 +82,8 @@ class SecondMoment(Quantity):
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
         G = J.T @ g
-        return (G * G).sum("n") * _mean_of_squares(self.scale, g)
+        factor = sympy.Integer(1) if self.scale is Scale.BACKPACK else _mean_of_squares(g)
+        return (G * G).sum("n") * factor
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Variance(Quantity):
     Equal to (1/N) Σ_n [∇ℓ_n]² - [∇L]² for a loss that averages, and computed so where the individual gradients are
     not built; where they are, the mean is subtracted first. The difference cancels in float32 when the gradients
     hardly differ: ``centred=True`` always subtracts first.
-    `Scale.BACKPACK`: Σ_n [(1/N) ∇ℓ_n]² - [∇L]²/N, that is 1/N of it.
+    `Scale.BACKPACK`: the variance of the (1/N) ∇ℓ_n for a loss that averages, that is 1/N² of it; no other for a sum.
     """
 
     name: str = "variance"
@@ -102,13 +103,14 @@ class Variance(Quantity):
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
         G = J.T @ g
         D: Diagram = (G - G.sum("n") / N).held(pinned=self.centred, follows=True)
-        return (D * D).sum("n") * _mean_of_squares(self.scale, g)
+        factor = 1 / N if self.scale is Scale.BACKPACK else _mean_of_squares(g)
+        return (D * D).sum("n") * factor
 
 
 def _linear(scale: Scale, g: Cotangents) -> Scalar:
     return 1 / g.scale if scale is Scale.UNSCALED else sympy.Integer(1)
 
 
-def _mean_of_squares(scale: Scale, g: Cotangents) -> Scalar:
+def _mean_of_squares(g: Cotangents) -> Scalar:
     """From Σ G² of the scaled gradients to the mean of the unscaled squares."""
-    return sympy.Integer(1) if scale is Scale.BACKPACK else 1 / (N * g.scale**2)
+    return 1 / (N * g.scale**2)

@@ -37,9 +37,9 @@ def _kronecker(factors: Factors, tensors: list[torch.Tensor], shape: tuple[int, 
     sized = []
     for legs, tensor in zip(factors.legs, tensors, strict=True):
         d = prod(int(leg.size) for leg in legs)
-        sized.append(tensor.reshape(*blocks, d, d) if tensor.numel() == prod(blocks) * d * d else tensor.expand(*blocks, d, d))
+        whole = tensor.numel() == prod(blocks) * d * d
+        sized.append(tensor.reshape(*blocks, d, d) if whole else tensor.expand(*blocks, d, d))
     place = {leg: k for k, leg in enumerate(factors.parameter)}
-    layout = Layout(
-        tuple(int(leg.size) for leg in factors.parameter), tuple(tuple(place[leg] for leg in legs) for legs in factors.legs)
-    )
+    sizes = tuple(int(leg.size) for leg in factors.parameter)
+    layout = Layout(sizes, tuple(tuple(place[leg] for leg in legs) for legs in factors.legs))
     return KroneckerFactors(tuple(sized), shape, assumption=factors.assumption, layout=layout, name=name)

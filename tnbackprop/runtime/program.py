@@ -14,8 +14,8 @@ from ..compiler.cost import number, size_at
 from ..compiler.emit import load, noises
 from ..compiler.explain import explain
 from ..compiler.graph import Value
-from ..compiler.plan import INDEFINITE
 from ..compiler.memory import peak_bytes
+from ..compiler.plan import INDEFINITE
 from ..compiler.stage import Stage
 from ..diagram import N
 from ..errors import InputError
@@ -114,8 +114,8 @@ class Program:
         for smallest in values.get(INDEFINITE, {}).values():
             if smallest < -1e-5:
                 raise InputError(
-                    f"the loss Hessian is indefinite (smallest eigenvalue {float(smallest):.3g} of the largest): it has "
-                    "no real square root, and the GGN is no longer one.\n  Use a loss that is convex in the output."
+                    f"the loss Hessian is indefinite (smallest eigenvalue {float(smallest):.3g} of the largest): it "
+                    "has no real square root, and the GGN is no longer one.\n  Use a loss that is convex in the output."
                 )
         values = {name: assemble(self._compiled, values, name) for name in self._quantities}
         return Result(loss, pytree.tree_unflatten(list(output), self._output_spec), values)
@@ -134,11 +134,14 @@ class Program:
             for k, size in enumerate(graph.values[name].shape)
             if size == N
         )
-        like = next((t for t in tensors.values() if t.is_floating_point()))
+        like = next(t for t in tensors.values() if t.is_floating_point())
         if seed is not None:
             generator = torch.Generator(like.device).manual_seed(seed)
-        options = {"dtype": like.dtype, "device": like.device, "generator": generator}
-        return {name: torch.rand([size_at(s, batch) for s in plan.shapes[name]], **options) for name in names}
+        shapes = {name: [size_at(s, batch) for s in plan.shapes[name]] for name in names}
+        return {
+            name: torch.rand(shape, dtype=like.dtype, device=like.device, generator=generator)
+            for name, shape in shapes.items()
+        }
 
     def __repr__(self) -> str:
         plan = self._compiled.plan
