@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-PEERS  := backpack-for-pytorch opacus
+# curvlinops, and what it imports.
+PEERS  := backpack-for-pytorch opacus curvlinops-for-pytorch einconv linear_operator tqdm jaxtyping wadler-lindig
 
 WORKERS := 2
 

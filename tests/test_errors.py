@@ -36,7 +36,7 @@ CALLS: dict[str, tuple[Any, Any, str]] = {
     "scalar": (X[0, 0], Y, r"input 'x' has shape \[\], but .* \[N, 3\]"),
     "batch sizes": (X, Y[:4], r"input 'y' has 4 samples, but 'x' has 5"),
     "empty batch": (X[:0], Y[:0], r"the batch is empty"),
-    "no y": (X, None, r"input 'y' is NoneType, not a tensor|structure"),
+    "no y": (X, None, r"input 'y' is NoneType, not a tensor"),
     "dict instead of tensor": ({"x": X}, Y, r"structure"),
     "tuple instead of tensor": ((X, X), Y, r"structure"),
     "array instead of tensor": (X.numpy(), Y, r"input 'x' is ndarray, not a tensor"),
@@ -256,3 +256,11 @@ def test_an_op_without_a_rule_is_named() -> None:
 def test_errors_have_one_base() -> None:
     for error in (InputError, RuleError, UnsupportedError):
         assert issubclass(error, TnError)
+
+
+def test_a_tensor_where_none_was_compiled() -> None:
+    model = nn.Linear(3, 2).double()
+    program = tn.compile(model, lambda output, y: output.square().mean(), (X, None), [tn.Grad()])
+    assert "grad" in program(X)
+    with pytest.raises(InputError, match="compiled for None"):
+        program(X, Y)

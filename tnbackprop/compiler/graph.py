@@ -111,6 +111,7 @@ class Graph:
     loss: str | None
     example_batch: int
     in_spec: Any = None  # torch.utils._pytree spec of (x, y)
+    absent: tuple[int, ...] = ()  # which of its leaves are None: they are no inputs
 
     def __str__(self) -> str:
         """A table: one line per call with its output, shape, op, operands and module."""

@@ -355,6 +355,7 @@ class _Translator:
             loss=loss,
             example_batch=batch,
             in_spec=pytree.tree_flatten(example)[1],
+            absent=tuple(k for k, leaf in enumerate(pytree.tree_leaves(example)) if leaf is None),
         )
 
 

@@ -83,9 +83,11 @@ class Program:
         """The inputs of the emitted function: parameters, buffers, constants and the batch, by value name."""
         graph = self._compiled.graph
         leaves, spec = pytree.tree_flatten((plain(x), plain(y)))
-        flat = [leaf for leaf in leaves if leaf is not None]
         if spec != graph.in_spec:
             raise InputError(f"the batch has the structure {spec}, but the program was compiled for {graph.in_spec}")
+        if any(leaves[k] is not None for k in graph.absent):
+            raise InputError("the batch has a tensor where the program was compiled for None: compile again with it")
+        flat = [leaf for k, leaf in enumerate(leaves) if k not in graph.absent]
         values = dict(self._fixed)
         own = _named_tensors(self._model, self._loss)
         for name, dotted in graph.parameters.items():
