@@ -85,7 +85,7 @@ def build_all(
     chunk: int | None,
     free: bool = True,
 ) -> dict[str, tuple[Ref, Diagram]]:
-    """Every quantity of the parameter when the parts in `kept` are built; if `free`, each may be multiplied out still."""
+    """Every quantity of the parameter with the parts in `kept` built; if `free`, each may be multiplied out still."""
     dotted = store.note.rsplit(" of ", 1)[-1]
 
     def one(diagram: Diagram, trial: Store) -> Ref:

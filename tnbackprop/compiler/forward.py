@@ -59,7 +59,7 @@ def fill(code: str, resolve: Callable[[str], str]) -> str:
 
 
 def forward_work(rule: BoundRule | None) -> tuple[Kernel, Work]:
-    """The kind of kernel, FLOPs and bytes of a forward, read off its formula: 2 per multiply-add, images not counted."""
+    """The kind of kernel, FLOPs and bytes of a forward, read off its formula: 2 per multiply-add, no images."""
     if rule is None or rule.equations[-1].diagram is None:
         return Kernel.NATIVE, Work()
     output = rule.equations[-1].legs

@@ -157,7 +157,8 @@ def _root(
     if not columns.samples:
         store.shapes[columns.variable] = shape
         count = root.root.columns
-        return columns.variable, store.add(fill(code, store.resolve), (count, *shape), Kernel.NATIVE, name=f"root_{number}", alone=True)
+        filled = fill(code, store.resolve)
+        return columns.variable, store.add(filled, (count, *shape), Kernel.NATIVE, name=f"root_{number}", alone=True)
     noise, draw = f"noise_{number}", f"draw_{number}"
     store.shapes |= {noise: (columns.samples, *shape), draw: shape}
     filled = fill(code.replace("{noise}", "{" + draw + "}"), store.resolve)
