@@ -1,0 +1,57 @@
+"""Ops without a rule: VJPs by torch.func, right, and named in the report; an op that mixes samples is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tnbackprop as tn
+
+from . import oracle
+from .test_first_order import QUANTITIES, assert_equal
+
+
+class Unknown(nn.Module):
+    """i0 of a value, hypot of a value and a parameter, the inverse of a parameter: none has a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.matrix, self.leg = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.special.i0(self.first(x))
+        return self.last(torch.hypot(hidden, self.leg) @ torch.linalg.inv(self.matrix))
+
+
+def test_values_and_report() -> None:
+    torch.manual_seed(0)
+    model, loss = Unknown().double(), nn.MSELoss()
+    x, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    program = tn.compile(model, loss, (x, y), QUANTITIES)
+    for batch in (5, 1):
+        result = program(x[:batch], y[:batch])
+        for quantity in QUANTITIES:
+            want = getattr(oracle, quantity.name)(model, loss, x[:batch], y[:batch])
+            assert_equal(result[quantity.name], want, quantity.name)
+    report = program.explain()
+    for op in ("aten.special_i0.default", "aten.hypot.default", "aten.linalg_inv.default"):
+        assert op in report
+    assert report.count("torch.func") >= 3
+
+
+class Mixing(nn.Module):
+    """Every sample sees the ranks of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.renorm(self.first(x), 2, 1, 0.1)
+
+
+def test_an_op_that_mixes_samples() -> None:
+    with pytest.raises(tn.UnsupportedError, match=r"renorm.*mixes samples"):
+        tn.compile(Mixing(), nn.MSELoss(), (torch.randn(4, 3), torch.randn(4, 2)), [tn.Grad()])
