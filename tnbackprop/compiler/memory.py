@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .cost import Kernel, number, size_at
+from .loops import Loop
 from .store import Step
 
 if TYPE_CHECKING:
@@ -16,25 +17,42 @@ def peak_bytes(plan: Plan) -> float:
 
     A view keeps its base alive and takes nothing; a slice takes its own values for as long as it runs.
     """
-    base = {step.name: _base(step, plan) for step in plan.steps}
-    kept = {code for by in plan.results.values() for code in by.values()} | set(plan.output.values()) | {plan.loss}
-    last: dict[str, int] = {}
-    for k, step in enumerate(plan.steps):
-        for name in (*step.inputs, step.name):
-            last[_owner(base, name)] = k
-    for result in kept:
-        if result is not None:
-            last[_owner(base, result)] = len(plan.steps)
+    steps = [step for step, _ in plan.timed]
+    base = {step.name: _base(step, plan) for step in steps}
+    last = _last_uses(plan, steps, base)
+    totals = {loop.steps[0].name: _totals(loop, plan) for loop in plan.loops if loop.steps}
     held: dict[str, float] = {}
     peak = 0.0
-    for k, step in enumerate(plan.steps):
+    for k, step in enumerate(steps):
+        if step.name in totals:
+            held[f"totals of {step.name}"] = totals[step.name]
         if base[step.name] is None:
-            held[step.name] = _bytes(step, plan)
+            held[step.name] = _bytes(step.name, plan)
         inside = plan.itemsize * number(step.work.fresh, plan.batch) if step.kernel is Kernel.SLICED else 0.0
         peak = max(peak, sum(held.values()) + inside)
-        for name in [name for name in held if last[name] == k]:
+        for name in [name for name in held if last.get(name, len(steps)) == k]:
             del held[name]
     return peak
+
+
+def _last_uses(plan: Plan, steps: list[Step], base: dict[str, str | None]) -> dict[str, int]:
+    """After which step a value is free. What a loop reads from outside lives until its last turn ends."""
+    last: dict[str, int] = {}
+    for k, step in enumerate(steps):
+        for name in (*step.inputs, step.name):
+            last[_owner(base, name)] = k
+    end = len(plan.steps)
+    for loop in plan.loops:
+        end += len(loop.steps)
+        for name in (loop.root, *loop.reads):
+            last[_owner(base, name)] = max(end - 1, last.get(_owner(base, name), 0))
+    kept = {code for by in plan.results.values() for code in by.values()} | set(plan.output.values()) | {plan.loss}
+    return last | {_owner(base, name): len(steps) for name in kept if name is not None}
+
+
+def _totals(loop: Loop, plan: Plan) -> float:
+    """What a loop gathers: sums twice (the old and the new), concatenations once."""
+    return sum(_bytes(total, plan) * (1 if total in loop.stacked else 2) for _, total in loop.outputs)
 
 
 def _base(step: Step, plan: Plan) -> str | None:
@@ -50,8 +68,8 @@ def _owner(base: dict[str, str | None], name: str) -> str:
     return name
 
 
-def _bytes(step: Step, plan: Plan) -> float:
+def _bytes(name: str, plan: Plan) -> float:
     total = float(plan.itemsize)
-    for size in plan.shapes[step.name]:
+    for size in plan.shapes[name]:
         total *= size_at(size, plan.batch)
     return total
