@@ -18,7 +18,7 @@ COMPREHENSIONS = (ast.GeneratorExp, ast.ListComp, ast.SetComp, ast.DictComp)
 LOSS = "loss_"
 """How the function of a loss is called whose Hessian is taken by torch.func."""
 
-SLICE, COLUMN, GATHERED, NOISE = "slice_", "column_", ("sums_", "lists_"), "noise_"
+SLICE, COLUMN, GATHERED, NOISE = "slice_", "column_", "sums_", "noise_"
 """How names begin: functions of a slice of the batch, columns of a root, what gathers their values, random inputs."""
 
 
@@ -51,7 +51,7 @@ def _compiles(source: str, tensors: frozenset[str]) -> Flaws:
 def _straight_line(source: str, tensors: frozenset[str]) -> Flaws:
     for function in _functions(source):
         for statement in _lines(function.body):
-            if not isinstance(statement, ast.Assign | ast.Delete | ast.Return) and not _appends(statement):
+            if not isinstance(statement, ast.Assign | ast.Delete | ast.Return):
                 yield f"line {statement.lineno}", f"{type(statement).__name__} is no assignment, del or return"
         for node in ast.walk(function):
             line = f"line {getattr(node, 'lineno', '?')}"
@@ -82,22 +82,12 @@ def _over_pieces(node: ast.AST) -> bool:
             return name.startswith((COLUMN, "draw_"))
         case ast.For(target=ast.Tuple(elts=[ast.Name(id=name), *_]), iter=ast.Call(func=ast.Name(id="zip"), args=rows)):
             return name.startswith((COLUMN, "draw_")) and all(_unbound(row) for row in rows)
-        case ast.IfExp(test=ast.Compare(left=ast.Name(id=name), ops=[ast.Is()])):
-            return name.startswith(GATHERED)
         case (
             ast.GeneratorExp(elt=ast.Call(func=ast.Name(id=name))) | ast.ListComp(elt=ast.Call(func=ast.Name(id=name)))
         ):
             return name.startswith(SLICE)
         case ast.ListComp(generators=[ast.comprehension(iter=over)]):
             return any(isinstance(n, ast.Name) and n.id.startswith(GATHERED) for n in ast.walk(over))
-        case _:
-            return False
-
-
-def _appends(statement: ast.stmt) -> bool:
-    match statement:
-        case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="append"))):
-            return name.startswith(GATHERED)
         case _:
             return False
 
