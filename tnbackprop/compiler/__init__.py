@@ -46,9 +46,11 @@ def compile_program(
     check(Stage.CAPTURE, graph, seen)
     bound = bind_all(graph, rules)
     check(Stage.BIND, bound, seen := replace(seen, graph=graph))
-    derived = derive(graph, bound, quantities)
+    rates = _rates(model)
+    width = max(1, rates.rows // graph.example_batch) if memory_limit is None else 1
+    derived = derive(graph, bound, quantities, width)
     check(Stage.DERIVE, derived, seen)
-    planned = plan(graph, derived, LOWERINGS, _rates(model), _itemsize(model), memory_limit)
+    planned = plan(graph, derived, LOWERINGS, rates, _itemsize(model), memory_limit)
     check(Stage.PLAN, planned, seen)
     source = emit(graph, planned, f"{type(model).__name__}: {', '.join(q.name for q in quantities)}")
     check(Stage.EMIT, source, seen)

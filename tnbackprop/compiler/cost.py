@@ -51,6 +51,7 @@ class Rates:
     fresh_threshold: float  # allocations below this are served from memory already mapped
     copy_factor: float = 1.0  # a permuting copy takes (factor + run / length of its inner run) times its bytes
     copy_run: float = 0.0
+    rows: int = 32  # samples times columns that ride through the layers together
 
     def seconds(self, kernel: Kernel, work: Work, batch: int, itemsize: int) -> float:
         """max(FLOPs/rate, bytes/bandwidth) + launch + the price of fresh pages."""
@@ -104,6 +105,7 @@ CUDA = Rates(
     launch=5e-6,
     fresh_bandwidth=3.5e12,
     fresh_threshold=1e15,
+    rows=4096,
 )
 RATES = {"cpu": CPU, "cuda": CUDA}
 

@@ -12,7 +12,7 @@ from ..diagram import BATCH, COLUMN, Diagram, Leg, Product
 from ..errors import UnsupportedError
 from ..quantities import Propagation, Quantity, Source
 from ..rule import Rule, Rules
-from .derived import Columns, Derived
+from .derived import Columns, Derived, column_leg
 from .fallback import fallback
 from .graph import Call, Graph, Value
 from .roots import loss_root
@@ -45,8 +45,13 @@ def _bind(call: Call, rules: Rules) -> BoundRule:
     return without_units(bind(rule, axes, names, call.output.name, call.output.axes, call.where))
 
 
-def derive(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...], quantities: Sequence[Quantity]) -> Derived:
-    """One reverse sweep for the gradient, and one for each kind of column that a quantity propagates."""
+def derive(
+    graph: Graph, bound: tuple[tuple[Call, BoundRule], ...], quantities: Sequence[Quantity], width: int = 1
+) -> Derived:
+    """One reverse sweep for the gradient, and one for each kind of column that a quantity propagates.
+
+    width  the most columns that may ride through the layers together
+    """
     wanted = dict.fromkeys(q.propagates for q in quantities)
     sweep = Sweep(graph, [q for q in quantities if q.propagates.source is Source.GRADIENT])
     if graph.loss is None and wanted:
@@ -59,7 +64,7 @@ def derive(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...], quantities: 
     columns: list[Columns] = []
     for propagation in (p for p in wanted if p.source is not Source.GRADIENT):
         mine = [q for q in quantities if q.propagates == propagation]
-        columns.append(_columns(graph, bound, mine, propagation, scale, len(columns)))
+        columns.append(_columns(graph, bound, mine, propagation, scale, len(columns), width))
     return Derived(bound, tuple(sweep.schedule), scale, tuple(columns))
 
 
@@ -70,16 +75,25 @@ def _columns(
     propagation: Propagation,
     scale: sympy.Expr,
     number: int,
+    width: int,
 ) -> Columns:
-    """The sweep of one column of the root: a cotangent like the gradient; its results have a column leg of size 1."""
+    """The sweep of columns of the root: cotangents like the gradient, with a column leg of their own if several."""
     root = loss_root(graph, bound)
     variable = f"column_{number}"
-    kept = (Leg(COLUMN, 1), BATCH)
-    sweep = Sweep(graph, quantities, scales={scale}, prefix=f"s{number}", kept=kept, variable=variable)
-    legs = next((r.equations[-1].legs for c, r in bound if c.output == root.output), ())
-    sweep.terms[root.output.name] = [tensor(variable, legs)]
-    run(sweep, bound)
     samples = propagation.samples if propagation.source is Source.SAMPLE else 0
-    return Columns(variable, root, samples, tuple(sweep.schedule))
+    width = _even(samples or root.columns, width)
+    lead = column_leg(width)
+    kept = (Leg(COLUMN, width), BATCH)
+    sweep = Sweep(graph, quantities, scales={scale}, prefix=f"s{number}", lead=lead, kept=kept, variable=variable)
+    legs = next((r.equations[-1].legs for c, r in bound if c.output == root.output), ())
+    sweep.terms[root.output.name] = [tensor(variable, (*lead, *legs))]
+    run(sweep, bound)
+    return Columns(variable, root, samples, (*lead, *legs), tuple(sweep.schedule), width)
+
+
+def _even(count: int, width: int) -> int:
+    """At most `width` columns at a time, so that all rounds have as many as possible."""
+    rounds = -(-count // min(width, count))
+    return -(-count // rounds)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
+from math import prod
 
 import sympy
 
 from ..approximate import Factors
 from ..bind import BoundRule
-from ..diagram import Diagram
+from ..diagram import COLUMN, Diagram, Leg
 from .graph import Call
 from .roots import LossRoot
 
@@ -57,12 +58,53 @@ Schedule = tuple[Backward | Individual | Extraction, ...]
 
 @dataclass(frozen=True)
 class Columns:
-    """A sweep that runs once for every column of a root, with `variable` for the column at the model's output."""
+    """A sweep that runs once for every `width` columns, with `variable` for them at the value where they start.
+
+    A single column has no leg of its own; several are the leg `lead`, in front of all others.
+    """
 
     variable: str
-    root: LossRoot
+    start: LossRoot | Basis
     samples: int  # 0: the exact columns
+    legs: tuple[Leg, ...]  # of the variable
     schedule: Schedule
+    width: int = 1
+
+    @property
+    def count(self) -> int:
+        """How many columns there are."""
+        return self.samples or self.start.columns
+
+    @property
+    def lead(self) -> tuple[Leg, ...]:
+        return column_leg(self.width)
+
+    @property
+    def number(self) -> str:
+        return self.variable.rsplit("_", 1)[-1]
+
+    @property
+    def weight(self) -> str:
+        """The variable of the columns' weights."""
+        return f"weight_{self.number}"
+
+
+@dataclass(frozen=True)
+class Basis:
+    """One-hot columns at a value, the same for every sample, and the weight of each of them (None: 1)."""
+
+    value: str
+    legs: tuple[Leg, ...]  # of the value, without the batch
+    weight: Diagram | None = None  # [*legs, n]
+
+    @property
+    def columns(self) -> int:
+        return prod(int(leg.size) for leg in self.legs)
+
+
+def column_leg(width: int) -> tuple[Leg, ...]:
+    """The leg of several columns that ride through the layers together."""
+    return (Leg(COLUMN, width),) if width > 1 else ()
 
 
 @dataclass(frozen=True)

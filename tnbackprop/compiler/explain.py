@@ -86,7 +86,7 @@ def _schedules(compiled: Compiled) -> Iterator[tuple[str, Schedule]]:
     for columns in compiled.derived.columns:
         which = f"{columns.samples} sampled" if columns.samples else "all"
         yield (
-            f"for each column {columns.variable} of the root at {columns.root.output.name}, {which}:",
+            f"for each column {columns.variable} of the root at {columns.start.value}, {which}:",
             columns.schedule,
         )
 

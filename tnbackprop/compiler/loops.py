@@ -13,20 +13,27 @@ from dataclasses import dataclass, replace
 from ..diagram import Size
 from .arrange import text
 from .cost import Kernel
+from .derived import Columns
 from .listing import alive, lines_of
 from .store import Step, Store
 
 
 @dataclass(frozen=True)
 class Loop:
-    """for `variable` in `root`: `steps`; `outputs` are pairs (value inside, its total outside)."""
+    """for `variable` in `root`, `width` rows at a time: `steps`; `outputs` are pairs (value inside, its total outside)."""
 
     variable: str
     root: str
-    count: int
+    columns: int
+    width: int
     steps: tuple[Step, ...]
     outputs: tuple[tuple[str, str], ...]
     stacked: frozenset[str]  # those of the totals that are concatenated
+
+    @property
+    def count(self) -> int:
+        """How often the loop runs."""
+        return -(-self.columns // self.width)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -40,7 +47,7 @@ Results = Mapping[str, Mapping[str, str]]
 
 
 def over_columns(
-    store: Store, variable: str, root: str, count: int, results: Results, stacked: set[str]
+    store: Store, variable: str, root: str, columns: Columns, results: Results, stacked: set[str]
 ) -> tuple[Loop, dict[str, dict[str, str]]]:
     """The loop, and the results with the names of the totals in place of the values inside."""
     inside = {variable}
@@ -58,7 +65,7 @@ def over_columns(
     steps = alive((s for s in store.steps if s.name in inside), {value for value, _ in totals})
     outputs = tuple((value, total) for (value, _), total in totals.items())
     concatenated = frozenset(total for (_, stack), total in totals.items() if stack)
-    return Loop(variable, root, count, steps, outputs, concatenated), renamed
+    return Loop(variable, root, columns.count, columns.width, steps, outputs, concatenated), renamed
 
 
 def loop_lines(loop: Loop, shapes: Mapping[str, tuple[Size, ...]]) -> list[str]:
@@ -67,21 +74,25 @@ def loop_lines(loop: Loop, shapes: Mapping[str, tuple[Size, ...]]) -> list[str]:
     stacked = [(value, total) for value, total in loop.outputs if total in loop.stacked]
     number = loop.variable.rsplit("_", 1)[-1]
     slots = {total: f"slot{total.removeprefix('total')}" for _, total in stacked}
-    lines = [f"    # {loop.count} columns, one at a time", f"    sums_{number} = [0] * {len(summed)}"]
+    rows = f"split({loop.width})" if loop.width > 1 else "unbind(0)"
+    lines = [f"    # {loop.columns} columns, {loop.width} at a time", f"    sums_{number} = [0] * {len(summed)}"]
     for value, total in stacked:
-        lines.append(f"    {total} = like.new_empty(({text((loop.count, *shapes[value][1:]))},))")
-    rows = ", ".join(f"{name}.unbind(0)" for name in (loop.root, *slots))
+        lines.append(f"    {total} = like.new_empty(({text((loop.count * loop.width, *shapes[value][1:]))},))")
+    rows = ", ".join(f"{name}.{rows}" for name in (loop.root, *slots))
     targets = ", ".join([loop.variable, *slots.values()])
     lines.append(f"    for {targets} in {f'zip({rows})' if slots else rows}:")
     steps, copied = _filling(loop, stacked, slots, shapes)
     lines += [f"    {line}" for line in lines_of(steps, {value for value, _ in loop.outputs})]
-    lines += [f"        {slots[total]}[:] = {value}.squeeze(0)" for value, total in copied]
+    squeezed = "" if loop.width > 1 else ".squeeze(0)"
+    lines += [f"        {slots[total]}[:] = {value}{squeezed}" for value, total in copied]
     values = ", ".join(value for value, _ in summed)
     lines.append(f"        sums_{number} = [a + b for a, b in zip(sums_{number}, [{values}])]")
     own = {step.name for step in loop.steps}
     left = [value for value in dict.fromkeys(value for value, _ in loop.outputs) if value in own]
     lines.append(f"    del {', '.join([loop.variable, *slots.values(), *left])}")
     lines += [f"    {total} = sums_{number}[{k}]" for k, (_, total) in enumerate(summed)]
+    if loop.count * loop.width > loop.columns:
+        lines += [f"    {total} = {total}[:{loop.columns}]" for _, total in stacked]
     return [*lines, f"    del sums_{number}"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
@@ -15,14 +15,14 @@ from ..errors import UnsupportedError
 from .arrange import arranged, sizes_of, text
 from .choose import Choice, build_all, choose
 from .contract import Lowering, build
-from .cost import Kernel, Rates, Work
-from .derived import Backward, Columns, Derived, Extraction, Individual, Native, Schedule
+from .cost import Kernel, Rates, Terms, Work
+from .derived import Backward, Derived, Extraction, Individual, Native, Schedule
 from .forward import call_code, fill, forward_work
 from .graph import Call, Graph
-from .hessian_root import hessian_root
 from .listing import alive
 from .loops import Loop, over_columns
 from .memory import peak_bytes
+from .root_steps import root_steps
 from .store import NO_WORK, Ref, Step, Store
 
 INDEFINITE = "#indefinite"
@@ -86,12 +86,13 @@ def _plan(
     loops = []
     checks: dict[str, str] = {}
     for columns in derived.columns:
-        variable, root = _root(store, graph, columns, lowerings, checks)
-        mine = _scheduled(store, graph, columns.schedule, lowerings, chunk, choices)
-        stacked = {q for item in columns.schedule if isinstance(item, Extraction) for q in _with_columns(item)}
-        loop, renamed = over_columns(store, variable, root, columns.samples or columns.root.root.columns, mine, stacked)
-        loops.append(loop)
-        results |= renamed
+        variable, root = root_steps(store, graph, columns, lowerings, checks)
+        mine = _scheduled(store, graph, columns.schedule, lowerings, chunk, choices, columns.lead)
+        if columns.width < columns.count:
+            stacked = {q for item in columns.schedule if isinstance(item, Extraction) for q in _with_columns(item)}
+            loop, mine = over_columns(store, variable, root, columns, mine, stacked)
+            loops.append(loop)
+        results |= mine
     if checks:
         results[INDEFINITE] = checks
     output = {name: store.resolve(name) for name in names_in(graph.output)}
@@ -109,7 +110,7 @@ def _plan(
 
 def _total(loop: Loop, shape: tuple[Size, ...], total: str) -> tuple[Size, ...]:
     """The shape of what a loop gives: a concatenation has a row per column."""
-    return (loop.count, *shape[1:]) if total in loop.stacked else shape
+    return (loop.columns, *shape[1:]) if total in loop.stacked else shape
 
 
 def _scheduled(
@@ -119,14 +120,15 @@ def _scheduled(
     lowerings: tuple[Lowering, ...],
     chunk: int | None,
     choices: list[Choice],
+    lead: tuple[Leg, ...] = (),
 ) -> dict[str, dict[str, str]]:
     """Every item of a sweep; quantity -> parameter name -> value."""
     results: dict[str, dict[str, str]] = {}
     for item in schedule:
         if isinstance(item, Backward):
-            _backward(store, graph, item, lowerings)
+            _backward(store, graph, item, lowerings, lead)
         elif isinstance(item, Individual):
-            ref = _native(store, item.native, (N, *graph.values[item.of].shape))
+            ref = _native(store, item.native, (N, *graph.values[item.of].shape), lead)
             _name(store, ref, item.name)
         else:
             codes, choice = _extract(store, graph, item, lowerings, chunk)
@@ -139,32 +141,6 @@ def _scheduled(
 def _with_columns(item: Extraction) -> set[str]:
     """The quantities whose results keep the column leg."""
     return {q for q, diagram in item.diagrams.items() if any(leg.name == COLUMN for leg in diagram.legs)}
-
-
-def _root(
-    store: Store, graph: Graph, columns: Columns, lowerings: tuple[Lowering, ...], checks: dict[str, str]
-) -> tuple[str, str]:
-    """What a loop runs over: the variable, and the value of which it is one row (all columns, or their noise)."""
-    root, number = columns.root, columns.variable.rsplit("_", 1)[-1]
-    store.note = "root of the loss Hessian"
-    code, shape = root.root.sample if columns.samples else root.root.code, root.output.shape
-    if root.curvature is not None:
-        _name(store, build(store, root.curvature, lowerings), f"curvature_{number}")
-        code = code.replace("{curvature}", f"{{curvature_{number}}}")
-    if root.calls:
-        name, checks[f"indefinite_{number}"] = hessian_root(store, graph, root, number)
-        code = code.replace("{hessian_root}", "{" + name + "}")
-    if not columns.samples:
-        store.shapes[columns.variable] = shape
-        count = root.root.columns
-        filled = fill(code, store.resolve)
-        return columns.variable, store.add(filled, (count, *shape), Kernel.NATIVE, name=f"root_{number}", alone=True)
-    noise, draw = f"noise_{number}", f"draw_{number}"
-    store.shapes |= {noise: (columns.samples, *shape), draw: shape}
-    filled = fill(code.replace("{noise}", "{" + draw + "}"), store.resolve)
-    scaled = f"({filled}) * {columns.samples**-0.5!r}" if columns.samples > 1 else filled
-    store.add(scaled, shape, Kernel.NATIVE, name=columns.variable, alone=True)
-    return draw, noise
 
 
 def _in_order(results: dict[str, dict[str, str]], graph: Graph) -> dict[str, dict[str, str]]:
@@ -229,40 +205,50 @@ def _name(store: Store, ref: Ref, name: str) -> None:
         store.add(code, sizes_of(ref.order), Kernel.VIEW, name=name, strided=True)
 
 
-def _backward(store: Store, graph: Graph, item: Backward, lowerings: tuple[Lowering, ...]) -> None:
+def _backward(
+    store: Store, graph: Graph, item: Backward, lowerings: tuple[Lowering, ...], lead: tuple[Leg, ...]
+) -> None:
     """One cotangent: the sum of what its users send, each by native code or by its diagram."""
     store.note = f"cotangent of {item.value}" + (f", {item.note}" if item.note else "")
     shape = graph.values[item.value].shape if item.value in graph.values else None
     refs = []
     for term in item.terms:
         if isinstance(term, Native):
-            refs.append(_native(store, term, shape))
+            refs.append(_native(store, term, shape, lead))
         else:
             refs.append(build(store, term, lowerings))
     if len(refs) == 1:
         _name(store, refs[0], item.name)
         return
-    shape = shape if shape is not None else sizes_of(refs[0].order)
+    shape = (*sizes_of(lead), *shape) if shape is not None else sizes_of(refs[0].order)
     codes = [_shaped(store, ref, shape) for ref in refs]
     legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(shape))
     work = Work(flops=((len(refs) - 1, legs),), moved=((len(refs) + 1, legs),), fresh=((1, legs),))
     store.add(" + ".join(codes), shape, Kernel.ELEMENTWISE, work, name=item.name)
 
 
-def _native(store: Store, term: Native, shape: tuple[Size, ...] | None) -> Ref:
+def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tuple[Leg, ...]) -> Ref:
+    """Native code; over the columns that ride together by vmap."""
     assert shape is not None
     cotangent = store.resolve(term.cotangent)
     out = store.shapes[term.of]
     if not any(N in factor.free_symbols for factor in out if not isinstance(factor, int)):
         out = (N, *out)  # a value of parameters: one cotangent per sample
+    out = (*sizes_of(lead), *out)
     shown = cotangent if store.shapes[cotangent] == out else f"{cotangent}.reshape({text(out)})"
-    code = fill(term.code.replace("{cotangent}", shown), store.resolve)
-    legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(shape))
+    code = fill(term.code.replace("{cotangent}", "each" if lead else shown), store.resolve)
+    code = f"torch.func.vmap(lambda each: {code})({shown})" if lead else code
+    legs = (*lead, *(Leg(f"a{k}", size) for k, size in enumerate(shape)))
     kernel, forward = store.works.get(term.of, (Kernel.NATIVE, NO_WORK))
-    moved = (*forward.moved, (1, legs)) if forward.moved else ((3, legs),)
-    work = Work(forward.flops or ((2, legs),), moved, ((1, legs),))
-    name = store.add(code, shape, kernel, work)
+    scaled = replace(forward, flops=_times(forward.flops, lead), moved=_times(forward.moved, lead))
+    moved = (*scaled.moved, (1, legs)) if scaled.moved else ((3, legs),)
+    work = Work(scaled.flops or ((2, legs),), moved, ((1, legs),))
+    name = store.add(code, sizes_of(legs), kernel, work)
     return Ref(name, legs, legs)
+
+
+def _times(terms: Terms, lead: tuple[Leg, ...]) -> Terms:
+    return tuple((c, (*lead, *legs)) for c, legs in terms)
 
 
 def _shaped(store: Store, ref: Ref, shape: tuple[Size, ...]) -> str:

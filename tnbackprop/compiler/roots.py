@@ -26,6 +26,14 @@ class LossRoot:
     curvature: Diagram | None
     calls: tuple[Call, ...] = ()  # the loss's own calls, where its Hessian is taken by torch.func: {hessian_root}
 
+    @property
+    def columns(self) -> int:
+        return self.root.columns
+
+    @property
+    def value(self) -> str:
+        return self.output.name
+
 
 def loss_root(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...]) -> LossRoot:
     """The root for the single loss call on the model's only output. Raises `UnsupportedError` where there is none."""

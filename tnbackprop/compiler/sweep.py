@@ -39,6 +39,7 @@ class Sweep:
     scales: set[sympy.Expr] = field(default_factory=set)
     prefix: str = "g"
     variable: str = ""  # the column at the model's output
+    lead: tuple[Leg, ...] = ()  # the leg of columns that ride together
     kept: tuple[Leg, ...] = (BATCH,)
 
 
@@ -116,7 +117,7 @@ def _pull_individually(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> 
     into = tuple(Leg(f"a{k}'", size) for k, size in enumerate(sizes))
     deltas = tuple(Delta(pair) for pair in zip(out, into, strict=True))
     identity = Jacobian(Diagram((*out, *into), (Product(sympy.Integer(1), deltas),)), out, into)
-    sweep.uses.setdefault(name, []).append((identity, tensor(own, (BATCH, *out))))
+    sweep.uses.setdefault(name, []).append((identity, tensor(own, (*sweep.lead, BATCH, *out))))
 
 
 def _operands(equation: Equation) -> tuple[str, ...]:
@@ -154,7 +155,7 @@ def _pull(sweep: Sweep, call: Call, equation: Equation, operand: str) -> None:
         raise UnsupportedError(f"{call.where} mixes samples: '{operand}' is a sum over the batch.")
     if in_samples or sweep.reads[operand]:
         into = tuple(BATCH if leg.size == N else leg for leg in jacobian.into)
-        term = pull_back(jacobian, cotangent, (), into)
+        term = pull_back(jacobian, cotangent, sweep.lead, into)
         if in_samples and not out_samples:
             sweep.scales |= {_batch_power(p.scale) for p in term.products}
         sweep.terms.setdefault(operand, []).append(term)
@@ -197,7 +198,7 @@ def _cotangent(sweep: Sweep, name: str, legs: tuple[Leg, ...]) -> Diagram:
     """What is propagated to `name`: a named tensor, or the constant of a scalar of the loss."""
     if sweep.samples[name]:
         _schedule(sweep, name, legs)
-        return tensor(f"{sweep.prefix}_{name}", legs)
+        return tensor(f"{sweep.prefix}_{name}", (*sweep.lead, *legs))
     total = Diagram(legs, ())
     for term in sweep.terms[name]:
         if isinstance(term, Native) or any(sweep.reads.get(leaf, True) for leaf in leaves(term)):

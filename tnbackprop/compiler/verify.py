@@ -174,37 +174,38 @@ def _formulas(bound: Bound, context: Context) -> Flaws:
 # -- derive
 
 
-def _schedules(derived: Derived, context: Context) -> Iterator[tuple[Schedule, dict[str, Count | None]]]:
-    """Every sweep, with the elements of what its diagrams may read before anything is swept."""
+def _schedules(derived: Derived, context: Context) -> Iterator[tuple[Schedule, dict[str, Count | None], int]]:
+    """Every sweep, with the elements of what its diagrams may read before anything is swept, and its columns."""
     known = _elements(_graph(context), derived.bound)
-    yield derived.schedule, dict(known)
+    yield derived.schedule, dict(known), 1
+    gradient = {name for item in derived.schedule for name in _made(item, known)}
     for columns in derived.columns:
-        yield columns.schedule, {**known, columns.variable: known[columns.root.output.name]}
+        own = {columns.variable: count_legs(columns.legs), columns.weight: count_legs((*columns.lead, BATCH))}
+        yield columns.schedule, {**known, **dict.fromkeys(gradient), **own}, columns.width
 
 
 def _all_extracted(derived: Derived, context: Context) -> Flaws:
     graph = _graph(context)
     found: dict[str, list[str]] = {name: [] for name in graph.parameters}
-    for schedule, _ in _schedules(derived, context):
-        for item in schedule:
-            if isinstance(item, Extraction):
-                found[item.parameter] += dict.fromkeys(name.split("#")[0] for name in item.diagrams)
+    for item in derived.items:
+        if isinstance(item, Extraction):
+            found[item.parameter] += dict.fromkeys(name.split("#")[0] for name in item.diagrams)
     for name, quantities in found.items():
         wanted = context.quantities if graph.values[name].differentiable else ()
-        if sorted(quantities) != sorted(wanted):
+        if set(quantities) != set(wanted):
             yield graph.parameters[name][0], f"it has {sorted(quantities)}, asked for were {sorted(wanted)}"
 
 
 def _swept_in_order(derived: Derived, context: Context) -> Flaws:
     """Diagrams read values of the forward and cotangents that were scheduled before them."""
-    for schedule, known in _schedules(derived, context):
+    for schedule, known, width in _schedules(derived, context):
         for item in schedule:
             for what, term in _terms(item):
                 if not isinstance(term, Native):
                     yield from ((what, wrong) for wrong in flaws(term, known))
                 elif term.cotangent not in known:
                     yield what, f"the cotangent {term.cotangent!r} is not there yet"
-            made = _made(item, known)
+            made = _made(item, known, width)
             for name in made:
                 if name in known:
                     yield name, "it is computed twice"
@@ -222,29 +223,32 @@ def _terms(item: Backward | Individual | Extraction) -> list[tuple[str, Diagram 
             return [(item.name, term) for term in item.terms]
 
 
-def _made(item: Backward | Individual | Extraction, known: Mapping[str, Count | None]) -> dict[str, Count | None]:
+def _made(
+    item: Backward | Individual | Extraction, known: Mapping[str, Count | None], width: int = 1
+) -> dict[str, Count | None]:
     """The new values and their elements: those of the value, times N for a value made of parameters."""
     match item:
         case Extraction():
             return {}
         case Individual():
-            return {item.name: _times_batch(known[item.of])}
+            return {item.name: _times(known[item.of], width, 1)}
         case Backward():
             own = [count_legs(term.legs) for term in item.terms if not isinstance(term, Native)]
-            return {item.name: own[0] if own else known[item.value]}
+            return {item.name: own[0] if own else _times(known[item.value], width)}
 
 
-def _times_batch(elements: Count | None) -> Count | None:
-    return None if elements is None else (elements[0], elements[1] + 1)
+def _times(elements: Count | None, width: int, batches: int = 0) -> Count | None:
+    return None if elements is None else (elements[0] * width, elements[1] + batches)
 
 
 def _sizes_of_cotangents(derived: Derived, context: Context) -> Flaws:
-    for schedule, known in _schedules(derived, context):
+    for schedule, known, width in _schedules(derived, context):
         for item in schedule:
             elements = known.get(item.value) if isinstance(item, Backward) else None
             if elements is None:
                 continue
-            right = (elements,) if elements[1] else (elements, _times_batch(elements))
+            elements = (elements[0] * width, elements[1])
+            right = (elements,) if elements[1] else (elements, _times(elements, 1, 1))
             for what, term in _terms(item):
                 if not isinstance(term, Native) and count_legs(term.legs) not in right:
                     own = shown(count_legs(term.legs))
@@ -253,15 +257,14 @@ def _sizes_of_cotangents(derived: Derived, context: Context) -> Flaws:
 
 def _result_legs(derived: Derived, context: Context) -> Flaws:
     """Copies of the batch leg and columns come first; n is the batch."""
-    for schedule, _ in _schedules(derived, context):
-        extracted = [pair for item in schedule if isinstance(item, Extraction) for pair in _terms(item)]
-        for what, diagram in extracted:
-            legs = () if isinstance(diagram, Native) else diagram.legs
-            head = [_is_head(leg) for leg in legs]
-            if head != sorted(head, reverse=True):
-                yield what, f"batch legs do not come first in {diagram}"
-            if any(leg.name == BATCH.name and leg != BATCH for leg in legs):
-                yield what, f"leg n is not the batch in {diagram}"
+    extracted = [pair for item in derived.items if isinstance(item, Extraction) for pair in _terms(item)]
+    for what, diagram in extracted:
+        legs = () if isinstance(diagram, Native) else diagram.legs
+        head = [_is_head(leg) for leg in legs]
+        if head != sorted(head, reverse=True):
+            yield what, f"batch legs do not come first in {diagram}"
+        if any(leg.name == BATCH.name and leg != BATCH for leg in legs):
+            yield what, f"leg n is not the batch in {diagram}"
 
 
 def _is_head(leg: Leg) -> bool:

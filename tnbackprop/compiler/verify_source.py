@@ -71,17 +71,17 @@ def _lines(body: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield statement
 
 
-def _unbound(node: ast.expr) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "unbind"
+def _rows(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("unbind", "split")
 
 
 def _over_pieces(node: ast.AST) -> bool:
     """A loop over slices of the batch or columns of a root, or what gathers their values."""
     match node:
-        case ast.For(target=ast.Name(id=name), iter=ast.Call(func=ast.Attribute(attr="unbind"))):
+        case ast.For(target=ast.Name(id=name), iter=over) if _rows(over):
             return name.startswith((COLUMN, "draw_"))
         case ast.For(target=ast.Tuple(elts=[ast.Name(id=name), *_]), iter=ast.Call(func=ast.Name(id="zip"), args=rows)):
-            return name.startswith((COLUMN, "draw_")) and all(_unbound(row) for row in rows)
+            return name.startswith((COLUMN, "draw_")) and all(_rows(row) for row in rows)
         case (
             ast.GeneratorExp(elt=ast.Call(func=ast.Name(id=name))) | ast.ListComp(elt=ast.Call(func=ast.Name(id=name)))
         ):
