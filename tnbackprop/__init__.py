@@ -17,6 +17,7 @@ from .quantities import (
     Fisher,
     GGNTrace,
     Grad,
+    HessianDiag,
     Propagation,
     Quantity,
     Scale,
@@ -34,7 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KFAC", "KFLR", "RULES", "BatchDot", "BatchGrad", "BatchL2", "Cotangents", "Damping", "DiagGGN", "DiagGGNMC",
-    "Diagram", "Fisher", "GGNTrace", "Grad", "InputError", "InvariantError", "KroneckerFactors", "N", "Program",
+    "Diagram", "Fisher", "GGNTrace", "Grad", "HessianDiag", "InputError", "InvariantError", "KroneckerFactors", "N", "Program",
     "Propagation", "Quantity", "Result", "Root", "Rule", "RuleError", "Scale", "SecondMoment", "Sharing", "Source",
     "SqrtGGN", "SqrtGGNMC", "Table", "TnError", "UnsupportedError", "Uses", "Variance", "compile", "compute",
 ]  # fmt: skip

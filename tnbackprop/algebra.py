@@ -7,7 +7,7 @@ quantities see of a parameter: ``J.T @ g``.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import sympy
@@ -73,6 +73,15 @@ class Cotangents:
     scale: sympy.Expr
     kept: tuple[Leg, ...] = (BATCH,)
     names: frozenset[str] = frozenset()  # of the runtime values that are cotangents
+    weight: Diagram | None = None  # of each column: the matrix that is propagated is Σ_v weight_v g_v g_vᵀ
+    partner: tuple[Diagram, ...] = ()  # the other side of columns that come in pairs: Σ_v g_v partner_vᵀ
+
+    def dual(self, J: Uses) -> Diagram:
+        """W with Σ_v V_v W_vᵀ = Jᵀ M J for V = Jᵀ g and the matrix M that is propagated; V itself for a root."""
+        if self.partner:
+            return J.T @ replace(self, each=self.partner, partner=())
+        V = J.T @ self
+        return V if self.weight is None else V * self.weight
 
 
 def pull_back(jacobian: Jacobian, g: Diagram, keep: tuple[Leg, ...], into: tuple[Leg, ...]) -> Diagram:
@@ -119,6 +128,28 @@ def differentiate(diagram: Diagram, name: str) -> Jacobian | None:
     if into is None:
         return None
     return Jacobian(simplify(Diagram(diagram.legs + into, tuple(products))), diagram.legs, into)
+
+
+def diagonal(second: Jacobian) -> Diagram | None:
+    """The weights of a second derivative that is diagonal, with its output legs; None for any other.
+
+    A value made of parameters has no sample, but its cotangent has: the batch leg is then only among the output legs.
+    """
+    first = second.out if len(second.out) == len(second.into) else tuple(leg for leg in second.out if leg != BATCH)
+    products = [_on_diagonal(p, first, second.into) for p in second.diagram.products]
+    found = tuple(p for p in products if p is not None)
+    return Diagram(second.out, found) if len(found) == len(products) else None
+
+
+def _on_diagonal(product: Product, first: tuple[Leg, ...], second: tuple[Leg, ...]) -> Product | None:
+    """The product without the deltas that make it diagonal; None if they do not."""
+    pairs = [frozenset(pair) for pair in zip(first, second, strict=True)]
+    deltas = [op for op in product.operands if isinstance(op, Delta) and frozenset(op.legs) in pairs]
+    rest = tuple(op for op in product.operands if op not in deltas)
+    back = dict(zip(second, first, strict=True))
+    if len({frozenset(d.legs) for d in deltas}) != len(pairs):
+        return None
+    return Product(product.scale, tuple(op.rename(back) for op in rest))
 
 
 def inline(diagram: Diagram, keep: frozenset[Diagram] = frozenset()) -> Diagram:

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 
 import sympy
 
-from ..algebra import tensor
 from ..bind import BoundRule, bind
-from ..diagram import BATCH, COLUMN, Diagram, Leg, Product
+from ..diagram import Diagram, Product
 from ..errors import UnsupportedError
-from ..quantities import Propagation, Quantity, Source
+from ..quantities import Quantity, Source
 from ..rule import Rule, Rules
-from .derived import Columns, Derived, column_leg
+from .columns import Setting, columns_of
+from .derived import Columns, Derived
 from .fallback import fallback
 from .graph import Call, Graph, Value
-from .roots import loss_root
 from .sweep import Sweep, run, scale_of
 from .units import without_units
 
@@ -62,38 +61,8 @@ def derive(
     run(sweep, bound)
     scale = scale_of(sweep)
     columns: list[Columns] = []
+    setting = Setting(graph, bound, scale, width, sweep)
     for propagation in (p for p in wanted if p.source is not Source.GRADIENT):
         mine = [q for q in quantities if q.propagates == propagation]
-        columns.append(_columns(graph, bound, mine, propagation, scale, len(columns), width))
+        columns += columns_of(setting, mine, propagation, len(columns))
     return Derived(bound, tuple(sweep.schedule), scale, tuple(columns))
-
-
-def _columns(
-    graph: Graph,
-    bound: tuple[tuple[Call, BoundRule], ...],
-    quantities: Sequence[Quantity],
-    propagation: Propagation,
-    scale: sympy.Expr,
-    number: int,
-    width: int,
-) -> Columns:
-    """The sweep of columns of the root: cotangents like the gradient, with a column leg of their own if several."""
-    root = loss_root(graph, bound)
-    variable = f"column_{number}"
-    samples = propagation.samples if propagation.source is Source.SAMPLE else 0
-    width = _even(samples or root.columns, width)
-    lead = column_leg(width)
-    kept = (Leg(COLUMN, width), BATCH)
-    sweep = Sweep(graph, quantities, scales={scale}, prefix=f"s{number}", lead=lead, kept=kept, variable=variable)
-    legs = next((r.equations[-1].legs for c, r in bound if c.output == root.output), ())
-    sweep.terms[root.output.name] = [tensor(variable, (*lead, *legs))]
-    run(sweep, bound)
-    return Columns(variable, root, samples, (*lead, *legs), tuple(sweep.schedule), width)
-
-
-def _even(count: int, width: int) -> int:
-    """At most `width` columns at a time, so that all rounds have as many as possible."""
-    rounds = -(-count // min(width, count))
-    return -(-count // rounds)
-
-

@@ -17,7 +17,10 @@ from .store import NO_WORK, Step, Store
 
 
 def hessian_root(store: Store, graph: Graph, root: LossRoot, number: str) -> tuple[str, str]:
-    """Names of the root [D, N, *output], and of its smallest eigenvalue relative to the largest."""
+    """Names of the root [D, N, *output], and of its smallest eigenvalue relative to the largest.
+
+    Of a signed one, the columns are roots of the magnitudes, and the second name is that of their signs, [D, N].
+    """
     output = root.output
     size, shape = prod(int(s) for s in output.shape[1:]), text(output.shape)
     inputs = _function(store, graph, root, f"loss_{number}")
@@ -29,9 +32,12 @@ def hessian_root(store: Store, graph: Graph, root: LossRoot, number: str) -> tup
     hessian = store.add(column, (size, *output.shape), Kernel.NATIVE, name=f"hessian_{number}")
     blocks = f"{hessian}.reshape({size}, N, {size}).transpose(0, 1)"
     eigen = store.add(f"torch.linalg.eigh({blocks})", (), Kernel.NATIVE, name=f"eigen_{number}")
-    positive = f"{eigen}[0].clamp(min=0).sqrt().unsqueeze(1)"
+    size_of = "abs()" if root.signed else "clamp(min=0)"
+    positive = f"{eigen}[0].{size_of}.sqrt().unsqueeze(1)"
     code = f"({eigen}[1] * {positive}).permute(2, 0, 1).reshape({size}, {shape})"
     name = store.add(code, (size, *output.shape), Kernel.NATIVE, name=f"hessian_root_{number}")
+    if root.signed:
+        return name, f"{eigen}[0].sign().t()"
     smallest = f"{eigen}[0].min() / {eigen}[0].abs().max().clamp(min=torch.finfo({base}.dtype).tiny)"
     return name, store.add(smallest, (), Kernel.NATIVE, name=f"indefinite_{number}")
 

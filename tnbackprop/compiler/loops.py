@@ -20,15 +20,15 @@ from .store import Step, Store
 
 @dataclass(frozen=True)
 class Loop:
-    """for `variable` in `root`, `width` rows at a time: `steps`; `outputs` are pairs (value inside, its total outside)."""
+    """For each variable in its rows, `width` at a time: `steps`; `outputs` are pairs (value inside, its total outside)."""
 
-    variable: str
-    root: str
+    rows: Mapping[str, str]  # variable -> the value whose rows it takes
     columns: int
     width: int
     steps: tuple[Step, ...]
     outputs: tuple[tuple[str, str], ...]
     stacked: frozenset[str]  # those of the totals that are concatenated
+    begin: Mapping[str, str]  # those of the totals that go on from a value
 
     @property
     def count(self) -> int:
@@ -38,8 +38,9 @@ class Loop:
     @property
     def reads(self) -> tuple[str, ...]:
         """The values from outside that the loop reads."""
-        own = {step.name for step in self.steps} | {self.variable}
-        inputs = [*(name for step in self.steps for name in step.inputs), *(value for value, _ in self.outputs)]
+        own = {step.name for step in self.steps} | set(self.rows)
+        inputs = [name for step in self.steps for name in step.inputs]
+        inputs += [*(value for value, _ in self.outputs), *self.rows.values(), *self.begin.values()]
         return tuple(dict.fromkeys(name for name in inputs if name not in own))
 
 
@@ -47,40 +48,45 @@ Results = Mapping[str, Mapping[str, str]]
 
 
 def over_columns(
-    store: Store, variable: str, root: str, columns: Columns, results: Results, stacked: set[str]
+    store: Store, rows: Mapping[str, str], columns: Columns, results: Results, stacked: set[str], earlier: Results
 ) -> tuple[Loop, dict[str, dict[str, str]]]:
-    """The loop, and the results with the names of the totals in place of the values inside."""
-    inside = {variable}
+    """The loop, and the results with the names of the totals in place of the values inside.
+
+    A result that an earlier sweep has contributed to goes on from there.
+    """
+    inside = set(rows)
     for step in store.steps:
         if inside & set(step.inputs):
             inside.add(step.name)
-    totals: dict[tuple[str, bool], str] = {}
+    totals: dict[tuple[str, bool, str], str] = {}
     renamed: dict[str, dict[str, str]] = {}
     for quantity, by in results.items():
         for name, value in by.items():
-            key = (value, quantity in stacked)
-            if value in inside or key[1]:
-                totals.setdefault(key, f"total_{variable.rsplit('_', 1)[-1]}_{len(totals)}")
+            key = (value, quantity in stacked, earlier.get(quantity, {}).get(name, ""))
+            if value in inside or key[1] or key[2]:
+                totals.setdefault(key, f"total_{columns.number}_{len(totals)}")
             renamed.setdefault(quantity, {})[name] = totals.get(key, value)
-    steps = alive((s for s in store.steps if s.name in inside), {value for value, _ in totals})
-    outputs = tuple((value, total) for (value, _), total in totals.items())
-    concatenated = frozenset(total for (_, stack), total in totals.items() if stack)
-    return Loop(variable, root, columns.count, columns.width, steps, outputs, concatenated), renamed
+    steps = alive((s for s in store.steps if s.name in inside), {value for value, _, _ in totals})
+    outputs = tuple((value, total) for (value, _, _), total in totals.items())
+    concatenated = frozenset(total for (_, stack, _), total in totals.items() if stack)
+    begin = {total: start for (_, _, start), total in totals.items() if start}
+    return Loop(rows, columns.count, columns.width, steps, outputs, concatenated, begin), renamed
 
 
 def loop_lines(loop: Loop, shapes: Mapping[str, tuple[Size, ...]]) -> list[str]:
     """The loop as source. Sums are added up as they come; a concatenation is allocated once and filled in place."""
     summed = [(value, total) for value, total in loop.outputs if total not in loop.stacked]
     stacked = [(value, total) for value, total in loop.outputs if total in loop.stacked]
-    number = loop.variable.rsplit("_", 1)[-1]
+    number = next(iter(loop.rows)).rsplit("_", 1)[-1]
     slots = {total: f"slot{total.removeprefix('total')}" for _, total in stacked}
-    rows = f"split({loop.width})" if loop.width > 1 else "unbind(0)"
-    lines = [f"    # {loop.columns} columns, {loop.width} at a time", f"    sums_{number} = [0] * {len(summed)}"]
+    cut = f"split({loop.width})" if loop.width > 1 else "unbind(0)"
+    start = ", ".join(loop.begin.get(total, "0") for _, total in summed)
+    lines = [f"    # {loop.columns} columns, {loop.width} at a time", f"    sums_{number} = [{start}]"]
     for value, total in stacked:
         lines.append(f"    {total} = like.new_empty(({text((loop.count * loop.width, *shapes[value][1:]))},))")
-    rows = ", ".join(f"{name}.{rows}" for name in (loop.root, *slots))
-    targets = ", ".join([loop.variable, *slots.values()])
-    lines.append(f"    for {targets} in {f'zip({rows})' if slots else rows}:")
+    rows = ", ".join(f"{name}.{cut}" for name in (*loop.rows.values(), *slots))
+    targets = ", ".join([*loop.rows, *slots.values()])
+    lines.append(f"    for {targets} in {f'zip({rows})' if ',' in targets else rows}:")
     steps, copied = _filling(loop, stacked, slots, shapes)
     lines += [f"    {line}" for line in lines_of(steps, {value for value, _ in loop.outputs})]
     squeezed = "" if loop.width > 1 else ".squeeze(0)"
@@ -89,7 +95,7 @@ def loop_lines(loop: Loop, shapes: Mapping[str, tuple[Size, ...]]) -> list[str]:
     lines.append(f"        sums_{number} = [a + b for a, b in zip(sums_{number}, [{values}])]")
     own = {step.name for step in loop.steps}
     left = [value for value in dict.fromkeys(value for value, _ in loop.outputs) if value in own]
-    lines.append(f"    del {', '.join([loop.variable, *slots.values(), *left])}")
+    lines.append(f"    del {', '.join([*loop.rows, *slots.values(), *left])}")
     lines += [f"    {total} = sums_{number}[{k}]" for k, (_, total) in enumerate(summed)]
     if loop.count * loop.width > loop.columns:
         lines += [f"    {total} = {total}[:{loop.columns}]" for _, total in stacked]

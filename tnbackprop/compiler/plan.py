@@ -20,7 +20,7 @@ from .derived import Backward, Derived, Extraction, Individual, Native, Schedule
 from .forward import call_code, fill, forward_work
 from .graph import Call, Graph
 from .listing import alive
-from .loops import Loop, over_columns
+from .loops import Loop, Results, over_columns
 from .memory import peak_bytes
 from .root_steps import root_steps
 from .store import NO_WORK, Ref, Step, Store
@@ -85,27 +85,47 @@ def _plan(
     results = _scheduled(store, graph, derived.schedule, lowerings, chunk, choices)
     loops = []
     checks: dict[str, str] = {}
-    for columns in derived.columns:
-        variable, root = root_steps(store, graph, columns, lowerings, checks)
+    # Sweeps without a loop come first: what a loop sums may go on from their results.
+    for columns in sorted(derived.columns, key=lambda c: c.width < c.count):
+        rows = root_steps(store, graph, columns, lowerings, checks)
         mine = _scheduled(store, graph, columns.schedule, lowerings, chunk, choices, columns.lead)
         if columns.width < columns.count:
             stacked = {q for item in columns.schedule if isinstance(item, Extraction) for q in _with_columns(item)}
-            loop, mine = over_columns(store, variable, root, columns, mine, stacked)
+            loop, mine = over_columns(store, rows, columns, mine, stacked, results)
             loops.append(loop)
-        results |= mine
+        else:
+            mine = _together(store, mine, results)
+        for quantity, by in mine.items():
+            results.setdefault(quantity, {}).update(by)
     if checks:
         results[INDEFINITE] = checks
     output = {name: store.resolve(name) for name in names_in(graph.output)}
     loss = store.resolve(graph.loss) if graph.loss else None
     inner = {step.name for loop in loops for step in loop.steps}
     wanted = {*output.values(), *(code for by in results.values() for code in by.values()), *([loss] if loss else [])}
-    wanted |= {name for loop in loops for name in (loop.root, *loop.reads)}
+    wanted |= {name for loop in loops for name in loop.reads}
     steps = alive((step for step in store.steps if step.name not in inner), wanted)
     shapes = store.shapes | {out: _total(loop, store.shapes[own], out) for loop in loops for own, out in loop.outputs}
     return Plan(
         steps, _in_order(results, graph), loss, output, tuple(choices), graph.example_batch, itemsize, rates, shapes,
         store.functions, tuple(loops),
     )  # fmt: skip
+
+
+def _together(store: Store, mine: Results, earlier: Results) -> dict[str, dict[str, str]]:
+    """The results of a sweep added to what earlier sweeps have contributed."""
+    return {
+        quantity: {name: _sum(store, earlier.get(quantity, {}).get(name), value) for name, value in by.items()}
+        for quantity, by in mine.items()
+    }
+
+
+def _sum(store: Store, one: str | None, other: str) -> str:
+    if one is None:
+        return other
+    legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(store.shapes[other]))
+    work = Work(flops=((1, legs),), moved=((3, legs),), fresh=((1, legs),))
+    return store.add(f"{one} + {other}", store.shapes[other], Kernel.ELEMENTWISE, work)
 
 
 def _total(loop: Loop, shape: tuple[Size, ...], total: str) -> tuple[Size, ...]:

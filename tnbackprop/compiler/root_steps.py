@@ -2,53 +2,78 @@
 
 from __future__ import annotations
 
-from ..diagram import Size
-from .arrange import arranged, sizes_of
+from ..diagram import BATCH, N, Size
+from .arrange import arranged, sizes_of, text
 from .contract import Lowering, build
 from .cost import Kernel
-from .derived import Columns
+from .derived import Basis, Columns
 from .forward import fill
 from .graph import Graph
 from .hessian_root import hessian_root
-from .store import Store
+from .store import Ref, Store
 
 
 def root_steps(
     store: Store, graph: Graph, columns: Columns, lowerings: tuple[Lowering, ...], checks: dict[str, str]
-) -> tuple[str, str]:
-    """What a loop runs over: its variable, and the value whose rows that takes (all columns, or their noise).
+) -> dict[str, str]:
+    """What a loop runs over: variable -> the value whose rows it takes (the columns or their noise; their weights).
 
-    Where all columns ride together there is no loop, and the columns are entered under their own name.
+    Where all columns ride together there is no loop, and the rows are entered under the variable's name.
     """
+    if isinstance(columns.start, Basis):
+        return _basis(store, columns, columns.start, lowerings)
     root, number = columns.start, columns.number
     store.note = "root of the loss Hessian"
     code, shape = root.root.sample if columns.samples else root.root.code, root.output.shape
+    rows: dict[str, str] = {}
     if root.curvature is not None:
-        ref = build(store, root.curvature, lowerings)
-        store.alias[f"curvature_{number}"] = store.resolve(ref.name)
-        if ref.order != ref.stored:
-            view = arranged(store, ref, tuple((leg,) for leg in ref.order))
-            store.alias[f"curvature_{number}"] = store.add(view, sizes_of(ref.order), Kernel.VIEW, strided=True)
+        _named(store, build(store, root.curvature, lowerings), f"curvature_{number}")
         code = code.replace("{curvature}", f"{{curvature_{number}}}")
     if root.calls:
-        name, checks[f"indefinite_{number}"] = hessian_root(store, graph, root, number)
+        name, extra = hessian_root(store, graph, root, number)
         code = code.replace("{hessian_root}", "{" + name + "}")
-    return _drawn(store, columns, code, shape) if columns.samples else _exact(store, columns, code, shape)
+        if root.signed:
+            rows |= _rows(store, columns, columns.weight, extra, (N,))
+        else:
+            checks[f"indefinite_{number}"] = extra
+    if columns.samples:
+        return _drawn(store, columns, code, shape)
+    return _rows(store, columns, columns.variable, fill(code, store.resolve), shape) | rows
 
 
-def _exact(store: Store, columns: Columns, code: str, shape: tuple[Size, ...]) -> tuple[str, str]:
-    """All columns at once, with columns of zeros to fill up the last round."""
-    filled = fill(code, store.resolve)
+def _named(store: Store, ref: Ref, name: str) -> None:
+    """Call a built value `name`, in the order of its legs."""
+    store.alias[name] = store.resolve(ref.name)
+    if ref.order != ref.stored:
+        view = arranged(store, ref, tuple((leg,) for leg in ref.order))
+        store.alias[name] = store.add(view, sizes_of(ref.order), Kernel.VIEW, strided=True)
+
+
+def _basis(store: Store, columns: Columns, basis: Basis, lowerings: tuple[Lowering, ...]) -> dict[str, str]:
+    """One-hot columns, and their weights."""
+    store.note = f"columns at {basis.value}"
+    count, shape = basis.columns, sizes_of(basis.legs)
+    eye = f"torch.eye({count}, dtype=like.dtype, device=like.device).reshape({text((count, *shape))})"
+    rows = _rows(store, columns, columns.variable, eye, shape)
+    if basis.weight is not None:
+        ref = build(store, basis.weight, lowerings)
+        code = arranged(store, ref, (tuple(leg for leg in ref.order if leg != BATCH), (BATCH,)))
+        rows |= _rows(store, columns, columns.weight, code, (N,))
+    return rows
+
+
+def _rows(store: Store, columns: Columns, variable: str, code: str, shape: tuple[Size, ...]) -> dict[str, str]:
+    """All rows at once, with rows of zeros to fill up the last round."""
     rows = -(-columns.count // columns.width) * columns.width
     if rows > columns.count:
-        filled = f"torch.nn.functional.pad({filled}, ({'0, 0, ' * len(shape)}0, {rows - columns.count}))"
-    name = columns.variable.replace("column", "root")
-    root = store.add(filled, (rows, *shape), Kernel.NATIVE, name=name, alone=True)
-    _entered(store, columns, columns.variable, root, shape)
-    return columns.variable, root
+        code = f"torch.nn.functional.pad({code}, ({'0, 0, ' * len(shape)}0, {rows - columns.count}))"
+    name = variable.replace("column", "root") if variable == columns.variable else f"{variable}_rows"
+    root = store.add(code, (rows, *shape), Kernel.NATIVE, name=name, alone=True)
+    _entered(store, columns, variable, root, shape)
+    return {variable: root}
 
 
-def _drawn(store: Store, columns: Columns, code: str, shape: tuple[Size, ...]) -> tuple[str, str]:
+def _drawn(store: Store, columns: Columns, code: str, shape: tuple[Size, ...]) -> dict[str, str]:
     """A column for each row of noise."""
     noise, draw = (columns.variable.replace("column", word) for word in ("noise", "draw"))
     store.shapes[noise] = (columns.samples, *shape)
@@ -59,7 +84,7 @@ def _drawn(store: Store, columns: Columns, code: str, shape: tuple[Size, ...]) -
         filled = f"torch.func.vmap(lambda each: {filled})({store.resolve(draw)})"
     scaled = f"({filled}) * {columns.samples**-0.5!r}" if columns.samples > 1 else filled
     store.add(scaled, (*sizes_of(columns.lead), *shape), Kernel.NATIVE, name=columns.variable, alone=True)
-    return draw, noise
+    return {draw: noise}
 
 
 def _entered(store: Store, columns: Columns, name: str, rows: str, shape: tuple[Size, ...]) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from ..algebra import differentiate
+from ..algebra import diagonal, differentiate
 from ..bind import BoundRule
-from ..diagram import BATCH, Delta, Diagram, Leg, N, Product
+from ..diagram import BATCH, Diagram, N
 from ..errors import UnsupportedError
 from ..rule import Root
 from .graph import Call, Graph, Value
@@ -25,6 +25,7 @@ class LossRoot:
     root: Root
     curvature: Diagram | None
     calls: tuple[Call, ...] = ()  # the loss's own calls, where its Hessian is taken by torch.func: {hessian_root}
+    signed: bool = False  # negative curvature is in the columns' weights
 
     @property
     def columns(self) -> int:
@@ -35,7 +36,7 @@ class LossRoot:
         return self.output.name
 
 
-def loss_root(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...]) -> LossRoot:
+def loss_root(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...], signed: bool = False) -> LossRoot:
     """The root for the single loss call on the model's only output. Raises `UnsupportedError` where there is none."""
     if not isinstance(graph.output, str):
         raise UnsupportedError("the GGN needs a model with one output tensor, and this one returns several.")
@@ -44,10 +45,10 @@ def loss_root(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...]) -> LossRo
     found = None
     if output.name in {v.name for v in call.tensors.values()}:
         found = LossRoot(output, _apart(rule.root, output), None) if rule.root else _elementwise(rule, output)
-    return found or _from_hessian(graph, output)
+    return found or _from_hessian(graph, output, signed)
 
 
-def _from_hessian(graph: Graph, output: Value) -> LossRoot:
+def _from_hessian(graph: Graph, output: Value, signed: bool) -> LossRoot:
     """Any other loss: its Hessian by torch.func, one column of the output at a time, and an eigendecomposition."""
     if not output.axes or output.axes[0] != (N,):
         raise UnsupportedError(
@@ -65,7 +66,7 @@ def _from_hessian(graph: Graph, output: Value) -> LossRoot:
     shape = ", ".join(str(s) for s in output.shape)
     drawn = f"({normal}).reshape(N, {size}).t().unsqueeze(-1)"
     sample = f"({{hessian_root}}.reshape({size}, N, {size}) * {drawn}).sum(0).reshape({shape})"
-    return LossRoot(output, Root(size, "{hessian_root} * 1", sample, ()), None, tuple(calls))
+    return LossRoot(output, Root(size, "{hessian_root} * 1", sample, ()), None, tuple(calls), signed)
 
 
 def _apart(root: Root, output: Value) -> Root:
@@ -90,10 +91,9 @@ def _elementwise(rule: BoundRule, output: Value) -> LossRoot | None:
     if first is None:
         return None
     second = differentiate(first.diagram, output.name)
-    products = [] if second is None else [_diagonal(p, first.into, second.into) for p in second.diagram.products]
-    if any(p is None for p in products):
+    curvature = diagonal(second) if second is not None else Diagram(first.into, ())
+    if curvature is None:
         return None
-    curvature = Diagram(first.into, tuple(p for p in products if p is not None))
     curvature = curvature.rename({leg: BATCH for leg in first.into if leg.size == BATCH.size})
     shape = ", ".join(str(s) for s in output.shape)
     one = Root(1, f"{{curvature}}.sqrt().reshape(1, {shape})", "", ())
@@ -101,14 +101,3 @@ def _elementwise(rule: BoundRule, output: Value) -> LossRoot | None:
     normal = "1.4142135623730951 * torch.erfinv((2 * {noise} - 1) * 0.9999999)"
     sample = f"{{curvature}}.sqrt().reshape({shape}) * {normal}"
     return LossRoot(output, Root(root.columns, root.code, sample, ()), curvature)
-
-
-def _diagonal(product: Product, first: tuple[Leg, ...], second: tuple[Leg, ...]) -> Product | None:
-    """The product without the deltas that make it diagonal; None if they do not."""
-    pairs = [frozenset(pair) for pair in zip(first, second, strict=True)]
-    deltas = [op for op in product.operands if isinstance(op, Delta) and frozenset(op.legs) in pairs]
-    rest = tuple(op for op in product.operands if op not in deltas)
-    back = dict(zip(second, first, strict=True))
-    if len({frozenset(d.legs) for d in deltas}) != len(pairs):
-        return None
-    return Product(product.scale, tuple(op.rename(back) for op in rest))

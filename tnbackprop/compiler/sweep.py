@@ -34,6 +34,7 @@ class Sweep:
     uses: dict[str, list[tuple[Jacobian, Diagram]]] = field(default_factory=dict)
     samples: dict[str, bool] = field(default_factory=dict)  # value -> has the batch leg
     reads: dict[str, bool] = field(default_factory=dict)  # value -> depends on the samples at all
+    depends: dict[str, frozenset[str]] = field(default_factory=dict)  # value -> the trainable parameters behind it
     owner: dict[str, Call] = field(default_factory=dict)
     schedule: list[Backward | Individual | Extraction] = field(default_factory=list)
     scales: set[sympy.Expr] = field(default_factory=set)
@@ -41,6 +42,12 @@ class Sweep:
     variable: str = ""  # the column at the model's output
     lead: tuple[Leg, ...] = ()  # the leg of columns that ride together
     kept: tuple[Leg, ...] = (BATCH,)
+    weight: Diagram | None = None  # of the columns
+    partial: bool = False  # it starts inside the model: what it does not reach has nothing to add
+
+    def reached(self, name: str) -> bool:
+        """Whether something is propagated to the value."""
+        return bool(self.terms.get(name)) or bool(self.uses.get(name))
 
 
 def run(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
@@ -60,6 +67,7 @@ def _classify(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
     for name, value in graph.values.items():
         sweep.samples[name] = any(N in axis for axis in value.axes)
         sweep.reads[name] = name in graph.inputs
+        sweep.depends[name] = frozenset(value.depends_on)
     rules = {call.output.name: rule for call, rule in bound}
     for call in graph.calls:
         reads = any(sweep.reads[v.name] for v in call.tensors.values())
@@ -68,6 +76,8 @@ def _classify(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
             sweep.samples[equation.name] = BATCH in equation.legs
             sweep.reads[equation.name] = reads
             sweep.owner[equation.name] = call
+            behind = (sweep.depends.get(name, frozenset()) for name in operands_of(equation))
+            sweep.depends.setdefault(equation.name, frozenset().union(*behind))
 
 
 def _first_call_of_each_parameter(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...]) -> dict[str, int | None]:
@@ -82,7 +92,7 @@ def _first_call_of_each_parameter(graph: Graph, bound: tuple[tuple[Call, BoundRu
 
 def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
     """Pull the cotangent of the call's output back to its operands, along the rule's lines or by native code."""
-    if not _reached(sweep, call.output.name):
+    if not any(sweep.reached(equation.name) for equation in rule.equations):
         return
     trainable = {v.name for v in call.tensors.values() if v.differentiable}
     for name in trainable & set(rule.vjp):
@@ -90,6 +100,7 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
             _pull_individually(sweep, call, rule, name)
             trainable.discard(name)
     native = {name for name in trainable & set(rule.vjp) if sweep.samples[name] and sweep.samples[call.output.name]}
+    native = native if sweep.reached(call.output.name) else set()
     for name in native:
         pulled = Native(rule.vjp[name], f"{sweep.prefix}_{call.output.name}", call.output.name)
         sweep.terms.setdefault(name, []).append(pulled)
@@ -97,8 +108,8 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
         _schedule(sweep, call.output.name, rule.equations[-1].legs)
     wanted = _lines_to(rule.equations, trainable - native)
     for equation in reversed(rule.equations):
-        for operand in _operands(equation):
-            if operand in wanted and _reached(sweep, equation.name):
+        for operand in operands_of(equation):
+            if operand in wanted and sweep.reached(equation.name):
                 _pull(sweep, call, equation, operand)
 
 
@@ -108,7 +119,7 @@ def _pull_individually(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> 
     if sweep.samples[output.name]:
         _schedule(sweep, output.name, output.legs)
     else:
-        uses, g = _all_uses(sweep, output.name)
+        uses, g = all_uses(sweep, output.name)
         sweep.schedule.append(Backward(f"{sweep.prefix}_{output.name}", output.name, (uses.T @ g,), call.where))
     own = f"{sweep.prefix}_{name}_{output.name}"
     sweep.schedule.append(Individual(own, name, Native(rule.vjp[name], f"{sweep.prefix}_{output.name}", output.name)))
@@ -120,7 +131,7 @@ def _pull_individually(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> 
     sweep.uses.setdefault(name, []).append((identity, tensor(own, (*sweep.lead, BATCH, *out))))
 
 
-def _operands(equation: Equation) -> tuple[str, ...]:
+def operands_of(equation: Equation) -> tuple[str, ...]:
     from_formula = leaves(equation.diagram) if equation.diagram is not None else ()
     return tuple(dict.fromkeys((*from_formula, *equation.jacobians)))
 
@@ -129,13 +140,9 @@ def _lines_to(equations: tuple[Equation, ...], operands: set[str]) -> set[str]:
     """The operands and the lines through which they reach the output."""
     wanted = set(operands)
     for equation in equations[:-1]:
-        if wanted & set(_operands(equation)):
+        if wanted & set(operands_of(equation)):
             wanted.add(equation.name)
     return wanted
-
-
-def _reached(sweep: Sweep, name: str) -> bool:
-    return bool(sweep.terms.get(name)) or bool(sweep.uses.get(name))
 
 
 def _pull(sweep: Sweep, call: Call, equation: Equation, operand: str) -> None:
@@ -144,10 +151,7 @@ def _pull(sweep: Sweep, call: Call, equation: Equation, operand: str) -> None:
         jacobian = differentiate(equation.diagram, operand)
     if jacobian is None or not jacobian.diagram.products:
         return
-    if equation.name in sweep.uses:
-        jacobian, cotangent = _composed(sweep, equation.name, jacobian)
-    else:
-        cotangent = _cotangent(sweep, equation.name, equation.legs)
+    jacobian, cotangent = cotangent_of(sweep, equation, jacobian)
     out_samples, in_samples = sweep.samples[equation.name], sweep.samples[operand]
     if out_samples and in_samples:
         _check_diagonal(call, operand, jacobian)
@@ -167,6 +171,13 @@ def _pull(sweep: Sweep, call: Call, equation: Equation, operand: str) -> None:
         )
     else:
         sweep.uses.setdefault(operand, []).append((jacobian, cotangent))
+
+
+def cotangent_of(sweep: Sweep, equation: Equation, jacobian: Jacobian) -> tuple[Jacobian, Diagram]:
+    """What is propagated to the value of a line, and the line's Jacobian with legs that fit it."""
+    if equation.name in sweep.uses:
+        return _composed(sweep, equation.name, jacobian)
+    return jacobian, _cotangent(sweep, equation.name, equation.legs)
 
 
 def _batch_power(scale: sympy.Expr) -> sympy.Expr:
@@ -211,7 +222,7 @@ def _cotangent(sweep: Sweep, name: str, legs: tuple[Leg, ...]) -> Diagram:
 
 def _composed(sweep: Sweep, name: str, jacobian: Jacobian) -> tuple[Jacobian, Diagram]:
     """For a value made of parameters: its Jacobian and its cotangent per sample, with the same legs."""
-    uses, g = _all_uses(sweep, name)
+    uses, g = all_uses(sweep, name)
     if not jacobian.out:
         return jacobian, inline((uses.T @ g).sum_parameter())
     sizes = refinement(tuple(leg.size for leg in jacobian.out), tuple(leg.size for leg in uses.legs))
@@ -233,7 +244,7 @@ def _schedule(sweep: Sweep, name: str, legs: tuple[Leg, ...]) -> None:
         sweep.schedule.append(Backward(f"{sweep.prefix}_{name}", name, tuple(sweep.terms[name]), where))
 
 
-def _all_uses(sweep: Sweep, name: str) -> tuple[Uses, Cotangents]:
+def all_uses(sweep: Sweep, name: str) -> tuple[Uses, Cotangents]:
     """Every use of a value that is made of parameters, with the legs that all of them can read it with."""
     pairs = sweep.uses.get(name, [])
     value = sweep.graph.values.get(name)
@@ -245,7 +256,8 @@ def _all_uses(sweep: Sweep, name: str) -> tuple[Uses, Cotangents]:
     legs = _distinct(tuple(Leg(leg.name.rstrip("'") or "p", leg.size) for leg in named)) or (Leg("p", 1),)
     whole = tuple(_with_legs(jacobian, legs) for jacobian in jacobians)
     cotangents = tuple(g for _, g in pairs)
-    return Uses(whole, legs), Cotangents(cotangents, scale_of(sweep), sweep.kept, _cotangent_names(sweep))
+    names = _cotangent_names(sweep)
+    return Uses(whole, legs), Cotangents(cotangents, scale_of(sweep), sweep.kept, names, sweep.weight)
 
 
 def _cotangent_names(sweep: Sweep) -> frozenset[str]:
@@ -271,19 +283,26 @@ def _with_legs(jacobian: Jacobian, legs: tuple[Leg, ...]) -> Jacobian:
 
 
 def _extract(sweep: Sweep, parameters: list[str]) -> None:
-    for name in parameters:
-        uses, g = _all_uses(sweep, name)
-        diagrams: dict[str, Diagram] = {}
-        factors: dict[str, Factors] = {}
-        for quantity in sweep.quantities:
-            try:
-                found = quantity.extract(uses, g)
-            except UnsupportedError as error:
-                dotted = sweep.graph.parameters[name][0]
-                raise UnsupportedError(f"parameter {dotted!r}, quantity {quantity.name!r}: {error}") from None
-            if isinstance(found, Factors):
-                factors[quantity.name] = found
-                diagrams |= {f"{quantity.name}#{k}": diagram for k, diagram in enumerate(found.diagrams)}
-            else:
-                diagrams[quantity.name] = found
-        sweep.schedule.append(Extraction(name, diagrams, factors))
+    for name in parameters if sweep.quantities else ():
+        if sweep.partial and not sweep.uses.get(name):
+            continue
+        uses, g = all_uses(sweep, name)
+        sweep.schedule.append(extraction(sweep, name, uses, g))
+
+
+def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction:
+    """All quantities of one parameter."""
+    diagrams: dict[str, Diagram] = {}
+    factors: dict[str, Factors] = {}
+    for quantity in sweep.quantities:
+        try:
+            found = quantity.extract(uses, g)
+        except UnsupportedError as error:
+            dotted = sweep.graph.parameters[name][0]
+            raise UnsupportedError(f"parameter {dotted!r}, quantity {quantity.name!r}: {error}") from None
+        if isinstance(found, Factors):
+            factors[quantity.name] = found
+            diagrams |= {f"{quantity.name}#{k}": diagram for k, diagram in enumerate(found.diagrams)}
+        else:
+            diagrams[quantity.name] = found
+    return Extraction(name, diagrams, factors)

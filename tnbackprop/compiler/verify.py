@@ -276,7 +276,7 @@ def _is_head(leg: Leg) -> bool:
 
 def _steps_in_order(plan: Plan, context: Context) -> Flaws:
     defined = {*_read(_graph(context)), "like", *(n for n in plan.shapes if n.startswith("noise_"))}
-    defined |= {loop.variable for loop in plan.loops}
+    defined |= {variable for loop in plan.loops for variable in loop.rows}
     for step, _ in plan.timed:
         for name in step.inputs:
             if name not in defined:

@@ -3,9 +3,10 @@
 from .base import Propagation, Quantity, Scale, Source
 from .curvature import DiagGGN, DiagGGNMC, GGNTrace, SqrtGGN, SqrtGGNMC
 from .first_order import BatchDot, BatchGrad, BatchL2, Grad, SecondMoment, Variance
+from .hessian import HessianDiag
 from .kronecker import KFAC, KFLR, Fisher
 
 __all__ = [
-    "KFAC", "KFLR", "BatchDot", "BatchGrad", "BatchL2", "DiagGGN", "DiagGGNMC", "Fisher", "GGNTrace", "Grad",
+    "KFAC", "KFLR", "BatchDot", "BatchGrad", "BatchL2", "DiagGGN", "DiagGGNMC", "Fisher", "GGNTrace", "Grad", "HessianDiag",
     "Propagation", "Quantity", "Scale", "SecondMoment", "Source", "SqrtGGN", "SqrtGGNMC", "Variance",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ class Source(Enum):
     GRADIENT = "gradient of the loss"
     ROOT = "columns of the root of the loss Hessian"
     SAMPLE = "sampled columns of that root"
+    HESSIAN = "columns of that root, and of what else the Hessian has at every layer, with weights"
 
 
 @dataclass(frozen=True)

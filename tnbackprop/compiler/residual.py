@@ -1,0 +1,148 @@
+"""Residual: what the Hessian has beyond the GGN. Line by line, Σ_z g_z ∂²z/∂u∂w for the operands u, w of the line z.
+
+The Hessian of L is Σ Jᵀ (∂²L/∂output²) J plus, for every line of every rule, Dᵤᵀ R_uw D_w with the derivatives D of
+the line's operands by the parameters (Dangel et al. 2020, arXiv:1912.10985, App. A.3; here on any graph).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+
+import sympy
+
+from ..algebra import diagonal, differentiate, pull_back
+from ..bind import BoundRule, Equation
+from ..diagram import BATCH, Diagram, Leg, N, leaves
+from ..errors import UnsupportedError
+from ..jacobian import Jacobian
+from ..simplify import simplify
+from .graph import Call
+from .sweep import Sweep, cotangent_of, operands_of
+
+Legs = tuple[Leg, ...]
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A residual that is diagonal in `value`, which has these legs: Σ_i D_i weight[i] D_iᵀ."""
+
+    value: str
+    legs: Legs
+    weight: Diagram
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Any other: Σ_i D_i (R D)_iᵀ, with i along `value`; `other` is where R leads, times two where that is not `value`."""
+
+    value: str
+    other: str
+    residual: Jacobian
+    factor: int
+
+
+def residuals(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...], behind: set[str]) -> list[Weighted | Paired]:
+    """Of every line that the gradient reaches, those of the loss (`behind` the model's output) left out."""
+    weights: dict[tuple[str, tuple[object, ...]], Weighted] = {}
+    pairs: list[Paired] = []
+    for call, rule in bound:
+        if call.output.name in behind:
+            continue
+        for equation in rule.equations:
+            for found in _of_line(sweep, call, rule, equation):
+                if isinstance(found, Paired):
+                    pairs.append(found)
+                    continue
+                place = (found.value, tuple(leg.size for leg in found.legs))
+                weights[place] = _added(weights[place], found) if place in weights else found
+    return [*weights.values(), *pairs]
+
+
+def _added(one: Weighted, other: Weighted) -> Weighted:
+    same = other.weight.rename(dict(zip(other.weight.legs, one.weight.legs, strict=True)))
+    return Weighted(one.value, one.legs, simplify(one.weight + same))
+
+
+def _of_line(sweep: Sweep, call: Call, rule: BoundRule, equation: Equation) -> Iterator[Weighted | Paired]:
+    depends = {name: found for name in operands_of(equation) if (found := sweep.depends.get(name))}
+    if rule.fallback and call.output.differentiable:
+        raise UnsupportedError(
+            f"{call.where} has no rule, so its second derivative is not known, and the Hessian needs it.\n"
+            "  Declare a rule (README, 'Add a layer'), or ask for the GGN: DiagGGN."
+        )
+    if not depends or not sweep.reached(equation.name):
+        return
+    pulled = {name: _pulled(sweep, equation, name) for name in depends}
+    for u, w in combinations_with_replacement(depends, 2):
+        if not depends[u] & depends[w] or pulled[u] is None:
+            continue
+        first = pulled[u]
+        assert first is not None
+        _check_saved(call, rule, equation, first)
+        second = _total(equation, first, w)
+        if second is None:
+            continue
+        weight = diagonal(second) if u == w else None
+        if weight is not None:
+            legs = tuple(leg for leg in weight.legs if leg != BATCH or sweep.samples[u])
+            yield Weighted(u, legs, weight)
+        else:
+            yield _pair(u, w, second)
+
+
+def _pulled(sweep: Sweep, equation: Equation, name: str) -> Diagram | None:
+    """Jᵀ g of one line for one operand; its legs are those of the operand (n among them where the operand has it)."""
+    jacobian = _jacobian(equation, name)
+    if jacobian is None:
+        return None
+    jacobian, g = cotangent_of(sweep, equation, jacobian)
+    # Names that no line has: these legs stay open while other Jacobians are multiplied on.
+    into = tuple(BATCH if leg.size == N else Leg(f"{leg.name}~", leg.size) for leg in jacobian.into)
+    keep = () if BATCH in into else (BATCH,)
+    return pull_back(jacobian, g, keep, into)
+
+
+def _jacobian(equation: Equation, name: str) -> Jacobian | None:
+    if name in equation.jacobians:
+        return equation.jacobians[name]
+    return differentiate(equation.diagram, name) if equation.diagram is not None else None
+
+
+def _check_saved(call: Call, rule: BoundRule, equation: Equation, diagram: Diagram) -> None:
+    """A declared Jacobian may read a saved value that depends on the operand in a way that nobody has declared."""
+    unknown = {saved.name for saved in rule.saved} & set(leaves(diagram))
+    if equation.jacobians and unknown:
+        raise UnsupportedError(
+            f"{call.where} declares its Jacobian with saved values, whose derivative is not known, and the Hessian "
+            "needs it.\n  Write the layer as a formula, or ask for the GGN: DiagGGN."
+        )
+
+
+def _total(equation: Equation, pulled: Diagram, name: str) -> Jacobian | None:
+    """∂(Jᵀg)/∂operand, also through the line's own value where a declared Jacobian reads that."""
+    direct = differentiate(pulled, name)
+    inner = differentiate(pulled, equation.name)
+    jacobian = _jacobian(equation, name)
+    if inner is None or jacobian is None:
+        return direct if direct is not None and direct.diagram.products else None
+    own = inner.diagram.rename(dict(zip(inner.into, jacobian.out, strict=True)))
+    into = direct.into if direct is not None else tuple(Leg(f"{leg.name}'", leg.size) for leg in inner.out)
+    if [leg.size for leg in into] != [leg.size for leg in jacobian.into]:
+        raise UnsupportedError(f"{name} is read with different shapes in one line: {pulled}")
+    chained = pull_back(jacobian, own, inner.out, into)
+    total = chained if direct is None else simplify(direct.diagram + chained)
+    return Jacobian(total, inner.out, into) if total.products else None
+
+
+def _pair(u: str, w: str, second: Jacobian) -> Paired:
+    """Columns along the operand with fewer elements."""
+    factor = 1 if u == w else 2
+    if _count(second.into) < _count(second.out):
+        return Paired(w, u, Jacobian(second.diagram, second.into, second.out), factor)
+    return Paired(u, w, second, factor)
+
+
+def _count(legs: Legs) -> sympy.Expr:
+    return sympy.Mul(*(leg.size for leg in legs if leg.size != N))

@@ -1,0 +1,32 @@
+"""The Hessian and its approximations by diagonals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..algebra import Cotangents, Uses
+from ..diagram import COLUMN, Diagram
+from .base import Propagation, Quantity, Source
+
+
+@dataclass(frozen=True)
+class HessianDiag(Quantity):
+    """Diagonal of the Hessian of the loss as written, shape [*p], or of each sample's share of it, [N, *p]. Exact.
+
+    diag ∇²L = Σ_v (Jᵀ S_v)² + Σ_i w_i (D_i)²: columns of the root of the loss Hessian, and for every layer with a
+    second derivative one column per element of its input, with the weight Σ_z g_z ∂²z/∂u². Dangel et al. 2020,
+    arXiv:1912.10985, App. A.3, on any graph: residual connections, products of values, parameters that are used twice.
+    The cost is that of one sweep per element of such an input: meant for few of them. Raises `UnsupportedError` for a
+    layer without a rule.
+    """
+
+    name: str = "hessian_diag"
+    per_sample: bool = False
+
+    @property
+    def propagates(self) -> Propagation:
+        return Propagation(Source.HESSIAN)
+
+    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+        V, W = J.T @ g, g.dual(J)
+        return (V * W).sum(COLUMN) if self.per_sample else (V * W).sum(COLUMN, "n")
