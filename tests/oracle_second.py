@@ -116,6 +116,22 @@ def hessian_diag(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> Val
     return {name: H.diagonal().reshape(theta[name].shape) for name, H in blocks.items()}
 
 
+def hessian_diag_per_sample(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> Values:
+    """[N, *p]: the same for a loss in which every sample has parameters of its own."""
+    theta = parameters(model)
+    found = {}
+    for name, p in theta.items():
+
+        def value(own: Tensor, name: str = name) -> Tensor:
+            each = [functional_call(model, theta | {name: own[n]}, (x[n : n + 1],)) for n in range(len(x))]
+            return loss(torch.cat(each), y)
+
+        copies = p.expand(len(x), *p.shape).clone()
+        H = jacrev(grad(value))(copies).reshape(copies.numel(), copies.numel())
+        found[name] = H.diagonal().reshape(copies.shape)
+    return found
+
+
 # Kronecker factors of linear and convolution layers, written out.
 
 

@@ -136,6 +136,8 @@ def diagonal(second: Jacobian) -> Diagram | None:
     A value made of parameters has no sample, but its cotangent has: the batch leg is then only among the output legs.
     """
     first = second.out if len(second.out) == len(second.into) else tuple(leg for leg in second.out if leg != BATCH)
+    if len(first) != len(second.into):
+        return None
     products = [_on_diagonal(p, first, second.into) for p in second.diagram.products]
     found = tuple(p for p in products if p is not None)
     return Diagram(second.out, found) if len(found) == len(products) else None

@@ -69,7 +69,8 @@ def _from_loss(
 ) -> Columns:
     """Columns of the root, at the model's output: cotangents like the gradient."""
     legs = next((r.equations[-1].legs for c, r in setting.bound if c.output == root.output), ())
-    lead = column_leg(width := _even(samples or root.columns, setting.width))
+    width = _divisor(samples, setting.width) if samples else _even(root.columns, setting.width)
+    lead = column_leg(width)
     variable, weight = f"column_{number}", None
     if root.signed:
         weight = tensor(f"weight_{number}", (*lead, BATCH))
@@ -166,6 +167,11 @@ def _begin(sweep: Sweep, value: str, term: Diagram, sampled: bool) -> None:
     deltas = tuple(Delta(pair) for pair in zip(own, primed, strict=True))
     identity = Jacobian(Diagram((*own, *primed), (Product(ONE, deltas),)), own, primed)
     sweep.uses[value] = [(identity, tensor(name, term.legs))]
+
+
+def _divisor(count: int, width: int) -> int:
+    """The most at a time that come out even: a draw cannot be filled up."""
+    return next(k for k in range(min(width, count), 0, -1) if count % k == 0)
 
 
 def _even(count: int, width: int) -> int:

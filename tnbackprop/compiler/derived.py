@@ -70,6 +70,13 @@ class Columns:
     schedule: Schedule
     width: int = 1
 
+    def __str__(self) -> str:
+        if isinstance(self.start, Basis):
+            weighted = "" if self.start.weight is None else ", weighted"
+            return f"the {self.count} one-hot columns at {self.start.value}{weighted}"
+        which = f"{self.samples} sampled" if self.samples else "all"
+        return f"the root at {self.start.value}, {which}"
+
     @property
     def count(self) -> int:
         """How many columns there are."""

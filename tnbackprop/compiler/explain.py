@@ -84,11 +84,7 @@ def _schedules(compiled: Compiled) -> Iterator[tuple[str, Schedule]]:
     """Every sweep, with what is said above it."""
     yield "", compiled.derived.schedule
     for columns in compiled.derived.columns:
-        which = f"{columns.samples} sampled" if columns.samples else "all"
-        yield (
-            f"for each column {columns.variable} of the root at {columns.start.value}, {which}:",
-            columns.schedule,
-        )
+        yield f"for each column {columns.variable} of {columns}:", columns.schedule
 
 
 def _choice_of(compiled: Compiled, item: Extraction) -> Choice:

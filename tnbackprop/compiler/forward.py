@@ -14,7 +14,7 @@ from ..diagram import Selection, Tensor, Window
 from .cost import Kernel, Work
 from .graph import Call, Value
 
-_PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
+PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
 def call_code(call: Call, resolve: Callable[[str], str]) -> str:
@@ -55,7 +55,7 @@ def literal(value: Any, resolve: Callable[[str], str]) -> str:
 
 def fill(code: str, resolve: Callable[[str], str]) -> str:
     """Code with its {value} placeholders replaced."""
-    return _PLACEHOLDER.sub(lambda match: resolve(match[1]), code)
+    return PLACEHOLDER.sub(lambda match: resolve(match[1]), code)
 
 
 def forward_work(rule: BoundRule | None) -> tuple[Kernel, Work]:

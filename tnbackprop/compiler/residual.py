@@ -6,20 +6,22 @@ the line's operands by the parameters (Dangel et al. 2020, arXiv:1912.10985, App
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
 import sympy
 
-from ..algebra import diagonal, differentiate, pull_back
+from ..algebra import diagonal, differentiate, inline, pull_back, tensor
 from ..bind import BoundRule, Equation
-from ..diagram import BATCH, Diagram, Leg, N, leaves
+from ..diagram import BATCH, Diagram, Leg, N, Part, Product, Tensor, leaves
 from ..errors import UnsupportedError
 from ..jacobian import Jacobian
 from ..simplify import simplify
+from .forward import PLACEHOLDER
 from .graph import Call
-from .sweep import Sweep, cotangent_of, operands_of
+from .sweep import Sweep, cotangent_of, jacobian_of, operands_of
 
 Legs = tuple[Leg, ...]
 
@@ -74,16 +76,18 @@ def _of_line(sweep: Sweep, call: Call, rule: BoundRule, equation: Equation) -> I
         )
     if not depends or not sweep.reached(equation.name):
         return
-    pulled = {name: _pulled(sweep, equation, name) for name in depends}
+    cotangents: dict[str, Diagram] = {}
+    pulled = {name: _pulled(sweep, equation, name, cotangents) for name in depends}
     for u, w in combinations_with_replacement(depends, 2):
         if not depends[u] & depends[w] or pulled[u] is None:
             continue
         first = pulled[u]
         assert first is not None
-        _check_saved(call, rule, equation, first)
+        _check_saved(sweep, call, rule, equation, first)
         second = _total(equation, first, w)
         if second is None:
             continue
+        second = Jacobian(_filled(second.diagram, cotangents[u]), second.out, second.into)
         weight = diagonal(second) if u == w else None
         if weight is not None:
             legs = tuple(leg for leg in weight.legs if leg != BATCH or sweep.samples[u])
@@ -92,27 +96,43 @@ def _of_line(sweep: Sweep, call: Call, rule: BoundRule, equation: Equation) -> I
             yield _pair(u, w, second)
 
 
-def _pulled(sweep: Sweep, equation: Equation, name: str) -> Diagram | None:
+_FORM = re.compile(r"\{\w+\}\.(dtype|device|shape|numel\(\))")
+"""What of a value does not vary with its numbers."""
+COTANGENT = "~g"
+"""Stands for the cotangent while its line is differentiated again: what it is made of may be an operand, too."""
+
+
+def _pulled(sweep: Sweep, equation: Equation, name: str, cotangents: dict[str, Diagram]) -> Diagram | None:
     """Jᵀ g of one line for one operand; its legs are those of the operand (n among them where the operand has it)."""
-    jacobian = _jacobian(equation, name)
+    jacobian = jacobian_of(equation, name)
     if jacobian is None:
         return None
-    jacobian, g = cotangent_of(sweep, equation, jacobian)
+    jacobian, cotangents[name] = cotangent_of(sweep, equation, jacobian)
+    g = tensor(COTANGENT, cotangents[name].legs)
     # Names that no line has: these legs stay open while other Jacobians are multiplied on.
     into = tuple(BATCH if leg.size == N else Leg(f"{leg.name}~", leg.size) for leg in jacobian.into)
     keep = () if BATCH in into else (BATCH,)
     return pull_back(jacobian, g, keep, into)
 
 
-def _jacobian(equation: Equation, name: str) -> Jacobian | None:
-    if name in equation.jacobians:
-        return equation.jacobians[name]
-    return differentiate(equation.diagram, name) if equation.diagram is not None else None
+def _filled(diagram: Diagram, g: Diagram) -> Diagram:
+    """The cotangent in the place of its stand-in."""
+    products = []
+    for p in diagram.products:
+        named = (op for op in p.operands if isinstance(op, Tensor) and op.name == COTANGENT)
+        parts = tuple(Part(g, op.legs) for op in named)
+        others = tuple(op for op in p.operands if not (isinstance(op, Tensor) and op.name == COTANGENT))
+        products.append(Product(p.scale, (*others, *parts)))
+    return inline(Diagram(diagram.legs, tuple(products)))
 
 
-def _check_saved(call: Call, rule: BoundRule, equation: Equation, diagram: Diagram) -> None:
+def _check_saved(sweep: Sweep, call: Call, rule: BoundRule, equation: Equation, diagram: Diagram) -> None:
     """A declared Jacobian may read a saved value that depends on the operand in a way that nobody has declared."""
-    unknown = {saved.name for saved in rule.saved} & set(leaves(diagram))
+    varying = {name for name, behind in sweep.depends.items() if behind}
+    for saved in rule.saved:
+        if varying & set(PLACEHOLDER.findall(_FORM.sub("", saved.code))):
+            varying.add(saved.name)
+    unknown = varying & {saved.name for saved in rule.saved} & set(leaves(diagram))
     if equation.jacobians and unknown:
         raise UnsupportedError(
             f"{call.where} declares its Jacobian with saved values, whose derivative is not known, and the Hessian "
@@ -124,11 +144,11 @@ def _total(equation: Equation, pulled: Diagram, name: str) -> Jacobian | None:
     """∂(Jᵀg)/∂operand, also through the line's own value where a declared Jacobian reads that."""
     direct = differentiate(pulled, name)
     inner = differentiate(pulled, equation.name)
-    jacobian = _jacobian(equation, name)
+    jacobian = jacobian_of(equation, name)
     if inner is None or jacobian is None:
         return direct if direct is not None and direct.diagram.products else None
     own = inner.diagram.rename(dict(zip(inner.into, jacobian.out, strict=True)))
-    into = direct.into if direct is not None else tuple(Leg(f"{leg.name}'", leg.size) for leg in inner.out)
+    into = direct.into if direct is not None else tuple(Leg(f"{leg.name}~'", leg.size) for leg in jacobian.into)
     if [leg.size for leg in into] != [leg.size for leg in jacobian.into]:
         raise UnsupportedError(f"{name} is read with different shapes in one line: {pulled}")
     chained = pull_back(jacobian, own, inner.out, into)

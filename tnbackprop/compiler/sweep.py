@@ -13,7 +13,7 @@ from functools import reduce
 
 import sympy
 
-from ..algebra import Cotangents, Uses, differentiate, inline, pull_back, tensor
+from ..algebra import Cotangents, Uses, diagonal, differentiate, inline, pull_back, tensor
 from ..approximate import Factors
 from ..bind import BoundRule, Equation
 from ..diagram import BATCH, Delta, Diagram, Leg, N, Product, fresh_names, leaves
@@ -101,6 +101,8 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
             trainable.discard(name)
     native = {name for name in trainable & set(rule.vjp) if sweep.samples[name] and sweep.samples[call.output.name]}
     native = native if sweep.reached(call.output.name) else set()
+    # What does not depend on the columns, as an activation's derivative does not, is computed once for all of them.
+    native -= {name for name in native if sweep.variable and _elementwise(rule.equations[-1], name)}
     for name in native:
         pulled = Native(rule.vjp[name], f"{sweep.prefix}_{call.output.name}", call.output.name)
         sweep.terms.setdefault(name, []).append(pulled)
@@ -131,6 +133,18 @@ def _pull_individually(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> 
     sweep.uses.setdefault(name, []).append((identity, tensor(own, (*sweep.lead, BATCH, *out))))
 
 
+def _elementwise(equation: Equation, operand: str) -> bool:
+    jacobian = jacobian_of(equation, operand)
+    return jacobian is not None and diagonal(jacobian) is not None
+
+
+def jacobian_of(equation: Equation, operand: str) -> Jacobian | None:
+    """The Jacobian of one line with respect to an operand, declared or derived; None where it has neither."""
+    if operand in equation.jacobians:
+        return equation.jacobians[operand]
+    return differentiate(equation.diagram, operand) if equation.diagram is not None else None
+
+
 def operands_of(equation: Equation) -> tuple[str, ...]:
     from_formula = leaves(equation.diagram) if equation.diagram is not None else ()
     return tuple(dict.fromkeys((*from_formula, *equation.jacobians)))
@@ -146,9 +160,7 @@ def _lines_to(equations: tuple[Equation, ...], operands: set[str]) -> set[str]:
 
 
 def _pull(sweep: Sweep, call: Call, equation: Equation, operand: str) -> None:
-    jacobian = equation.jacobians.get(operand)
-    if jacobian is None and equation.diagram is not None:
-        jacobian = differentiate(equation.diagram, operand)
+    jacobian = jacobian_of(equation, operand)
     if jacobian is None or not jacobian.diagram.products:
         return
     jacobian, cotangent = cotangent_of(sweep, equation, jacobian)
