@@ -36,8 +36,8 @@ Renaming = Mapping[Leg, Leg]
 BATCH = Leg("n", N)
 """The batch leg. Derivatives never cross it."""
 
-COLUMN = "v"
-"""Name of the leg that counts the columns of a square root."""
+COLUMN, COLUMN_COPY = "ν", "μ"
+"""Names of the leg that counts columns (of a root, say), and of its copy. No rule has one: they are not ASCII."""
 
 
 def argument(position: int) -> sympy.Symbol:
@@ -246,7 +246,12 @@ class Diagram:
 
     def sum_parameter(self) -> Diagram:
         """Sum every output leg but the batch leg, its copies and root columns."""
-        return self.sum(*(leg.name for leg in self.legs if leg.size != N and leg.name != COLUMN))
+        return self.sum(*(leg.name for leg in self.legs if not is_head(leg)))
+
+    def ordered(self, *names: str) -> Diagram:
+        """The same value with the output legs of these names first."""
+        first = tuple(self.leg(name) for name in names)
+        return Diagram((*first, *(leg for leg in self.legs if leg not in first)), self.products)
 
     def relabel(self, **names: str) -> Diagram:
         """Rename output legs by name: ``G.relabel(n="m")``."""
@@ -268,6 +273,11 @@ class Diagram:
 
     def __str__(self) -> str:
         return f"[{_names(self.legs)}] = {self.body()}"
+
+
+def is_head(leg: Leg) -> bool:
+    """Whether it counts samples or columns: such legs come first in a result."""
+    return leg.size == N or leg.name in (COLUMN, COLUMN_COPY)
 
 
 def ordered_union(*groups: tuple[Leg, ...]) -> tuple[Leg, ...]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
-from ..algebra import Cotangents, Uses, pull_back, tensor
+from ..algebra import Cotangents, pull_back, tensor
 from ..bind import BoundRule
 from ..diagram import BATCH, COLUMN, Delta, Diagram, Leg, N, Product, Tensor
 from ..jacobian import Jacobian
@@ -15,11 +15,12 @@ from ..quantities import Propagation, Quantity, Source
 from .derived import Backward, Basis, Columns, column_leg
 from .graph import Call, Graph
 from .residual import Paired, Weighted, residuals
-from .roots import LossRoot, loss_root
+from .roots import LossRoot, loss_root, output_of
 from .sweep import Sweep, all_uses, extraction, run
 
 Bound = tuple[tuple[Call, BoundRule], ...]
 ONE = sympy.Integer(1)
+EVERY = 2**62
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ def columns_of(
     setting: Setting, quantities: Sequence[Quantity], propagation: Propagation, first: int
 ) -> Iterator[Columns]:
     """The sweeps that quantities with this propagation need, numbered from `first`."""
+    if propagation.together:
+        setting = replace(setting, width=EVERY)
+    if propagation.source is Source.IDENTITY:
+        yield _from_output(setting, quantities, first)
+        return
     if propagation.source is not Source.HESSIAN:
         samples = propagation.samples if propagation.source is Source.SAMPLE else 0
         yield _from_loss(setting, quantities, loss_root(setting.graph, setting.bound), samples, first)
@@ -53,6 +59,13 @@ def columns_of(
             yield _from_basis(setting, quantities, found, number, partial=True)
         else:
             yield _from_pair(setting, quantities, found, number)
+
+
+def _from_output(setting: Setting, quantities: Sequence[Quantity], number: int) -> Columns:
+    """One-hot columns at the model's output."""
+    output = output_of(setting.graph, "Jacobians")
+    legs = next((r.equations[-1].legs for c, r in setting.bound if c.output == output), ())
+    return _from_basis(setting, quantities, Weighted(output.name, legs, None), number, partial=False)
 
 
 def _behind(graph: Graph, output: str) -> set[str]:
@@ -85,9 +98,11 @@ def _from_basis(
 ) -> Columns:
     """One-hot columns with a weight for each sample."""
     own = _own(found.legs)
-    start = Basis(found.value, own, Diagram((*own, BATCH), found.weight.products))
+    rows = None if found.weight is None else Diagram((*own, BATCH), found.weight.products)
+    start = Basis(found.value, own, rows)
     lead = column_leg(width := _even(start.columns, setting.width))
-    sweep = _sweep(setting, quantities, number, width, tensor(f"weight_{number}", (*lead, BATCH)), partial)
+    weight = None if rows is None else tensor(f"weight_{number}", (*lead, BATCH))
+    sweep = _sweep(setting, quantities, number, width, weight, partial)
     _start(sweep, found.value, found.legs)
     run(sweep, setting.bound)
     return Columns(sweep.variable, start, 0, (*lead, *own), tuple(sweep.schedule), width)

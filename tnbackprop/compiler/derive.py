@@ -53,8 +53,9 @@ def derive(
     """
     wanted = dict.fromkeys(q.propagates for q in quantities)
     sweep = Sweep(graph, [q for q in quantities if q.propagates.source is Source.GRADIENT])
-    if graph.loss is None and wanted:
-        names = ", ".join(q.name for q in quantities)
+    needing = [q.name for q in quantities if q.propagates.source is not Source.IDENTITY]
+    if graph.loss is None and needing:
+        names = ", ".join(needing)
         raise UnsupportedError(f"{names} need a loss, and this program has none: pass loss= to compile.")
     if graph.loss is not None:
         sweep.terms[graph.loss] = [ONE]

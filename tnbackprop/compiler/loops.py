@@ -20,7 +20,7 @@ from .store import Step, Store
 
 @dataclass(frozen=True)
 class Loop:
-    """For each variable in its rows, `width` at a time: `steps`; `outputs` are pairs (value inside, its total outside)."""
+    """For each variable in its rows, `width` at a time: `steps`; `outputs` are pairs (value inside, total outside)."""
 
     rows: Mapping[str, str]  # variable -> the value whose rows it takes
     columns: int

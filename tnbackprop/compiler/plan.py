@@ -10,7 +10,7 @@ from math import prod
 import torch
 
 from ..bind import BoundRule
-from ..diagram import COLUMN, Diagram, Leg, N, Size
+from ..diagram import COLUMN, Diagram, Leg, N, Size, is_head
 from ..errors import UnsupportedError
 from .arrange import arranged, sizes_of, text
 from .choose import Choice, build_all, choose
@@ -304,8 +304,8 @@ def _extract(
 
 def _result_shape(order: tuple[Leg, ...], shape: tuple[Size, ...]) -> tuple[Size, ...]:
     """The legs that are copies of the batch (and columns) first, then the parameter's own shape if it is there."""
-    head = tuple(leg.size for leg in order if leg.size == N or leg.name == COLUMN)
-    rest = [leg for leg in order if leg.size != N and leg.name != COLUMN]
+    head = tuple(leg.size for leg in order if is_head(leg))
+    rest = [leg for leg in order if not is_head(leg)]
     if not rest:
         return head
     whole = prod(int(size) for size in shape) == prod(int(leg.size) for leg in rest)

@@ -28,16 +28,16 @@ Legs = tuple[Leg, ...]
 
 @dataclass(frozen=True)
 class Weighted:
-    """A residual that is diagonal in `value`, which has these legs: Σ_i D_i weight[i] D_iᵀ."""
+    """A residual that is diagonal in `value`, which has these legs: Σ_i D_i weight[i] D_iᵀ. None: the weight is 1."""
 
     value: str
     legs: Legs
-    weight: Diagram
+    weight: Diagram | None
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Any other: Σ_i D_i (R D)_iᵀ, with i along `value`; `other` is where R leads, times two where that is not `value`."""
+    """Any other: Σ_i D_i (R D)_iᵀ, with i along `value`. R leads to `other`; twice, where that is not `value`."""
 
     value: str
     other: str
@@ -63,6 +63,7 @@ def residuals(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...], behind: s
 
 
 def _added(one: Weighted, other: Weighted) -> Weighted:
+    assert one.weight is not None and other.weight is not None
     same = other.weight.rename(dict(zip(other.weight.legs, one.weight.legs, strict=True)))
     return Weighted(one.value, one.legs, simplify(one.weight + same))
 

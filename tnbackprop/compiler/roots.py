@@ -38,14 +38,19 @@ class LossRoot:
 
 def loss_root(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...], signed: bool = False) -> LossRoot:
     """The root for the single loss call on the model's only output. Raises `UnsupportedError` where there is none."""
-    if not isinstance(graph.output, str):
-        raise UnsupportedError("the GGN needs a model with one output tensor, and this one returns several.")
-    output = graph.values[graph.output]
+    output = output_of(graph, "the GGN")
     call, rule = next((call, rule) for call, rule in bound if call.output.name == graph.loss)
     found = None
     if output.name in {v.name for v in call.tensors.values()}:
         found = LossRoot(output, _apart(rule.root, output), None) if rule.root else _elementwise(rule, output)
     return found or _from_hessian(graph, output, signed)
+
+
+def output_of(graph: Graph, what: str) -> Value:
+    """The model's only output. Raises `UnsupportedError` where there are several."""
+    if not isinstance(graph.output, str):
+        raise UnsupportedError(f"{what} needs a model with one output tensor, and this one returns several.")
+    return graph.values[graph.output]
 
 
 def _from_hessian(graph: Graph, output: Value, signed: bool) -> LossRoot:

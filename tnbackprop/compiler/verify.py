@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..bind import BoundRule
-from ..diagram import BATCH, COLUMN, Diagram, Leg, N
+from ..diagram import BATCH, Diagram, N, is_head
 from ..errors import InvariantError
 from .derived import Backward, Derived, Extraction, Individual, Native, Schedule
 from .graph import Call, Graph, is_batch
@@ -260,15 +260,11 @@ def _result_legs(derived: Derived, context: Context) -> Flaws:
     extracted = [pair for item in derived.items if isinstance(item, Extraction) for pair in _terms(item)]
     for what, diagram in extracted:
         legs = () if isinstance(diagram, Native) else diagram.legs
-        head = [_is_head(leg) for leg in legs]
+        head = [is_head(leg) for leg in legs]
         if head != sorted(head, reverse=True):
             yield what, f"batch legs do not come first in {diagram}"
         if any(leg.name == BATCH.name and leg != BATCH for leg in legs):
             yield what, f"leg n is not the batch in {diagram}"
-
-
-def _is_head(leg: Leg) -> bool:
-    return leg.size == N or leg.name == COLUMN
 
 
 # -- plan

@@ -1,12 +1,14 @@
 """Quantities: what is propagated and what is extracted, as algebra."""
 
 from .base import Propagation, Quantity, Scale, Source
-from .curvature import DiagGGN, DiagGGNMC, GGNTrace, SqrtGGN, SqrtGGNMC
+from .curvature import DiagGGN, DiagGGNMC, GGNGram, GGNTrace, SqrtGGN, SqrtGGNMC
 from .first_order import BatchDot, BatchGrad, BatchL2, Grad, SecondMoment, Variance
 from .hessian import HessianDiag
+from .jacobian import NTK, Jacobians
 from .kronecker import KFAC, KFLR, Fisher
 
 __all__ = [
-    "KFAC", "KFLR", "BatchDot", "BatchGrad", "BatchL2", "DiagGGN", "DiagGGNMC", "Fisher", "GGNTrace", "Grad", "HessianDiag",
-    "Propagation", "Quantity", "Scale", "SecondMoment", "Source", "SqrtGGN", "SqrtGGNMC", "Variance",
+    "KFAC", "KFLR", "NTK", "BatchDot", "BatchGrad", "BatchL2", "DiagGGN", "DiagGGNMC", "Fisher", "GGNGram", "GGNTrace",
+    "Grad", "HessianDiag", "Jacobians", "Propagation", "Quantity", "Scale", "SecondMoment", "Source", "SqrtGGN",
+    "SqrtGGNMC", "Variance",
 ]  # fmt: skip

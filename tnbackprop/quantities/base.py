@@ -17,6 +17,7 @@ class Source(Enum):
     GRADIENT = "gradient of the loss"
     ROOT = "columns of the root of the loss Hessian"
     SAMPLE = "sampled columns of that root"
+    IDENTITY = "the elements of the model's output, one column for each"
     HESSIAN = "columns of that root, and of what else the Hessian has at every layer, with weights"
 
 
@@ -26,6 +27,7 @@ class Propagation:
 
     source: Source = Source.GRADIENT
     samples: int = 0
+    together: bool = False  # all columns at once, for a quantity that multiplies them with each other
 
 
 class Scale(Enum):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..algebra import Cotangents, Uses
-from ..diagram import COLUMN, Diagram
+from ..diagram import COLUMN, COLUMN_COPY, Diagram
 from .base import Propagation, Quantity, Source
 
 
@@ -68,6 +68,25 @@ class DiagGGNMC(DiagGGN):
     @property
     def propagates(self) -> Propagation:
         return Propagation(Source.SAMPLE, self.mc_samples)
+
+
+@dataclass(frozen=True)
+class GGNGram(Quantity):
+    """Gram matrix of the columns of the root, V Vᵀ, shape [V, N, V, N]: its non-zero spectrum is that of the GGN block.
+
+    [v, n, w, m] = ⟨V[v, n], V[w, m]⟩; summed over the parameters, that of the whole GGN. Dangel et al. 2022,
+    arXiv:2106.02624, Sec. 2.
+    """
+
+    name: str = "ggn_gram"
+
+    @property
+    def propagates(self) -> Propagation:
+        return Propagation(Source.ROOT, together=True)
+
+    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+        V = J.T @ g
+        return (V * V.relabel(n="m", **{COLUMN: COLUMN_COPY})).sum_parameter()
 
 
 @dataclass(frozen=True)
