@@ -8,6 +8,7 @@ from .front import compile, compute
 from .linalg import Damping, KroneckerFactors
 from .products import Blocks, CurvatureProduct, fisher_product, ggn_product, hessian_product
 from .quantities import (
+    BL89,
     KFAC,
     KFLR,
     NTK,
@@ -20,6 +21,7 @@ from .quantities import (
     GGNGram,
     GGNTrace,
     Grad,
+    HesScale,
     HessianDiag,
     Jacobians,
     Propagation,
@@ -38,6 +40,7 @@ from .runtime import Program, Result
 __version__ = "0.1.0"
 
 __all__ = [
+    "BL89",
     "KFAC",
     "KFLR",
     "NTK",
@@ -56,6 +59,7 @@ __all__ = [
     "GGNGram",
     "GGNTrace",
     "Grad",
+    "HesScale",
     "HessianDiag",
     "InputError",
     "InvariantError",

@@ -130,6 +130,26 @@ def differentiate(diagram: Diagram, name: str) -> Jacobian | None:
     return Jacobian(simplify(Diagram(diagram.legs + into, tuple(products))), diagram.legs, into)
 
 
+def identity(legs: tuple[Leg, ...]) -> Jacobian:
+    """The Jacobian of a value by itself."""
+    into = tuple(Leg(f"{leg.name}'", leg.size) for leg in legs)
+    deltas = tuple(Delta(pair) for pair in zip(legs, into, strict=True))
+    return Jacobian(Diagram((*legs, *into), (Product(sympy.Integer(1), deltas),)), legs, into)
+
+
+def squared(jacobian: Jacobian) -> Jacobian:
+    """J∘J, elementwise: what the diagonal of a matrix is propagated with where all else of it is dropped."""
+    return Jacobian(inline(jacobian.diagram * jacobian.diagram), jacobian.out, jacobian.into)
+
+
+def on_diagonal(second: Jacobian) -> Diagram:
+    """The diagonal of a second derivative, whatever else it has; legs are its output legs."""
+    sampled = len(second.out) == len(second.into)
+    first = second.out if sampled else tuple(leg for leg in second.out if leg != BATCH)
+    same = second.diagram.rename(dict(zip(second.into, first, strict=True)))
+    return simplify(Diagram(second.out, same.products))
+
+
 def diagonal(second: Jacobian) -> Diagram | None:
     """The weights of a second derivative that is diagonal, with its output legs; None for any other.
 

@@ -280,7 +280,10 @@ class _Binder:
 
     def _root(self) -> Root | None:
         root = self.rule.root
-        return root and Root(root.columns, self._code(root.code), self._code(root.sample, "noise"), root.mixes)
+        if root is None:
+            return None
+        code, sample = self._code(root.code), self._code(root.sample, "noise")
+        return Root(root.columns, code, sample, root.mixes, self._code(root.elementwise))
 
     def _code(self, code: str, *kept: str) -> str:
         """Torch code with {operand} replaced by {runtime value name}, and by None where it is absent."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import combinations
 
 import sympy
 
@@ -156,12 +157,26 @@ def _resummed(before: Product, operands: tuple[Operand, ...], output: tuple[Leg,
     return Product(sympy.Mul(before.scale, *lost), operands)
 
 
+def join_windows(product: Product, output: tuple[Leg, ...]) -> Product | None:
+    """Π[i=s·p+d·k] Π[i=s·p+d·k'] = Π[i=s·p+d·k] δ[k,k']: two windows that differ in one leg agree there."""
+    windows = [(k, op) for k, op in enumerate(product.operands) if isinstance(op, Window)]
+    for (_, one), (k, other) in combinations(windows, 2):
+        if (one.image, one.offset, len(one.terms)) != (other.image, other.offset, len(other.terms)):
+            continue
+        apart = [(a, b) for a, b in zip(one.terms, other.terms, strict=True) if a != b]
+        if len(apart) == 1 and apart[0][0][0] == apart[0][1][0] and apart[0][0][1].size == apart[0][1][1].size:
+            delta = Delta((apart[0][0][1], apart[0][1][1]))
+            return Product(product.scale, (*product.operands[:k], delta, *product.operands[k + 1 :]))
+    return None
+
+
 REWRITES: tuple[Callable[[Product, tuple[Leg, ...]], Product | None], ...] = (
     remove_delta,
     trim_window,
     split_leg,
     fold_constant,
     fold_equal,
+    join_windows,
 )
 
 

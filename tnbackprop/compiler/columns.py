@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import sympy
 
-from ..algebra import Cotangents, pull_back, tensor
+from ..algebra import Cotangents, pull_back, squared, tensor
 from ..bind import BoundRule
-from ..diagram import BATCH, COLUMN, Delta, Diagram, Leg, N, Product, Tensor
-from ..jacobian import Jacobian
+from ..diagram import BATCH, COLUMN, Diagram, Leg, N, Product, Tensor
 from ..quantities import Propagation, Quantity, Source
-from .derived import Backward, Basis, Columns, column_leg
+from ..simplify import simplify
+from .derived import Basis, Columns, column_leg
 from .graph import Call, Graph
-from .residual import Paired, Weighted, residuals
-from .roots import LossRoot, loss_root, output_of
-from .sweep import Sweep, all_uses, extraction, run
+from .residual import Paired, Weighted, residual_diagonal, residuals
+from .roots import LossRoot, elementwise_root, loss_root, output_of
+from .sweep import Sweep, add, all_uses, extraction, run
 
 Bound = tuple[tuple[Call, BoundRule], ...]
 ONE = sympy.Integer(1)
@@ -43,6 +44,11 @@ def columns_of(
     if propagation.source is Source.IDENTITY:
         yield _from_output(setting, quantities, first)
         return
+    if propagation.source in (Source.DIAGONAL, Source.ELEMENTWISE):
+        root = loss_root(setting.graph, setting.bound, signed=True)
+        root = elementwise_root(root) if propagation.source is Source.ELEMENTWISE else root
+        yield _diagonals(setting, quantities, root, first)
+        return
     if propagation.source is not Source.HESSIAN:
         samples = propagation.samples if propagation.source is Source.SAMPLE else 0
         yield _from_loss(setting, quantities, loss_root(setting.graph, setting.bound), samples, first)
@@ -52,11 +58,11 @@ def columns_of(
         yield _from_loss(setting, quantities, root, 0, first)
     else:
         at_loss = Weighted(root.value, root.curvature.legs, root.curvature)
-        yield _from_basis(setting, quantities, at_loss, first, partial=False)
+        yield _from_basis(setting, quantities, at_loss, first, inside=False)
     behind = _behind(setting.graph, root.value)
     for number, found in enumerate(residuals(setting.gradient, setting.bound, behind), start=first + 1):
         if isinstance(found, Weighted):
-            yield _from_basis(setting, quantities, found, number, partial=True)
+            yield _from_basis(setting, quantities, found, number, inside=True)
         else:
             yield _from_pair(setting, quantities, found, number)
 
@@ -64,8 +70,29 @@ def columns_of(
 def _from_output(setting: Setting, quantities: Sequence[Quantity], number: int) -> Columns:
     """One-hot columns at the model's output."""
     output = output_of(setting.graph, "Jacobians")
-    legs = next((r.equations[-1].legs for c, r in setting.bound if c.output == output), ())
-    return _from_basis(setting, quantities, Weighted(output.name, legs, None), number, partial=False)
+    legs = _output_legs(setting, output.name)
+    return _from_basis(setting, quantities, Weighted(output.name, legs, None), number, inside=False)
+
+
+def _diagonals(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, number: int) -> Columns:
+    """The diagonal of the Hessian at every value, each from those behind it by J∘J and its own second derivative."""
+    legs = _output_legs(setting, root.value)
+    own = column_leg(root.columns)
+    variable = f"column_{number}"
+    sweep = _sweep(setting, quantities, number, 1, inside=False, prefix="h")
+    sweep.kept, sweep.along = (BATCH,), squared
+    sweep.beside = partial(residual_diagonal, setting.gradient)
+    product = [Tensor(variable, (*own, *legs))] * 2
+    if root.signed:
+        product.append(Tensor(f"weight_{number}", (*own, BATCH)))
+    start = Diagram(legs, (Product(ONE, tuple(product)),))
+    sweep.terms[root.value] = [simplify(start)]
+    run(sweep, setting.bound)
+    return Columns(variable, root, 0, (*own, *legs), tuple(sweep.schedule), root.columns, summed=True)
+
+
+def _output_legs(setting: Setting, name: str) -> tuple[Leg, ...]:
+    return next((r.equations[-1].legs for c, r in setting.bound if c.output.name == name), ())
 
 
 def _behind(graph: Graph, output: str) -> set[str]:
@@ -81,7 +108,7 @@ def _from_loss(
     setting: Setting, quantities: Sequence[Quantity], root: LossRoot, samples: int, number: int
 ) -> Columns:
     """Columns of the root, at the model's output: cotangents like the gradient."""
-    legs = next((r.equations[-1].legs for c, r in setting.bound if c.output == root.output), ())
+    legs = _output_legs(setting, root.value)
     width = _divisor(samples, setting.width) if samples else _even(root.columns, setting.width)
     lead = column_leg(width)
     variable, weight = f"column_{number}", None
@@ -94,7 +121,7 @@ def _from_loss(
 
 
 def _from_basis(
-    setting: Setting, quantities: Sequence[Quantity], found: Weighted, number: int, partial: bool
+    setting: Setting, quantities: Sequence[Quantity], found: Weighted, number: int, inside: bool
 ) -> Columns:
     """One-hot columns with a weight for each sample."""
     own = _own(found.legs)
@@ -102,7 +129,7 @@ def _from_basis(
     start = Basis(found.value, own, rows)
     lead = column_leg(width := _even(start.columns, setting.width))
     weight = None if rows is None else tensor(f"weight_{number}", (*lead, BATCH))
-    sweep = _sweep(setting, quantities, number, width, weight, partial)
+    sweep = _sweep(setting, quantities, number, width, weight, inside)
     _start(sweep, found.value, found.legs)
     run(sweep, setting.bound)
     return Columns(sweep.variable, start, 0, (*lead, *own), tuple(sweep.schedule), width)
@@ -126,7 +153,7 @@ def _from_pair(setting: Setting, quantities: Sequence[Quantity], found: Paired, 
     into = tuple(BATCH if leg.size == N else leg for leg in found.residual.into)
     keep = lead if sampled[found.other] else (*lead, BATCH)
     led = pull_back(found.residual, tensor(one.variable, (*lead, *own)), keep, into)
-    _begin(other, found.other, led * found.factor, sampled[found.other])
+    add(other, found.other, led * found.factor, sampled[found.other])
     run(other, setting.bound)
     schedule = [*one.schedule, *other.schedule]
     for name in setting.graph.parameters:
@@ -152,13 +179,13 @@ def _sweep(
     number: int,
     width: int,
     weight: Diagram | None = None,
-    partial: bool = True,
+    inside: bool = True,
     prefix: str = "s",
 ) -> Sweep:
     kept = (Leg(COLUMN, width), BATCH)
     return Sweep(
         setting.graph, quantities, scales={setting.scale}, prefix=f"{prefix}{number}", variable=f"column_{number}",
-        lead=column_leg(width), kept=kept, weight=weight, partial=partial,
+        lead=column_leg(width), kept=kept, weight=weight, partial=inside,
     )  # fmt: skip
 
 
@@ -167,21 +194,7 @@ def _start(sweep: Sweep, value: str, legs: tuple[Leg, ...]) -> None:
     column = Product(ONE, (Tensor(sweep.variable, (*sweep.lead, *_own(legs))),))
     sampled = any(leg.size == N for leg in legs)
     batched = tuple(BATCH if leg.size == N else leg for leg in legs) if sampled else (BATCH, *legs)
-    _begin(sweep, value, Diagram((*sweep.lead, *batched), (column,)), sampled)
-
-
-def _begin(sweep: Sweep, value: str, term: Diagram, sampled: bool) -> None:
-    """Propagate from a value with a batch, or from one that is made of parameters."""
-    if sampled:
-        sweep.terms[value] = [term]
-        return
-    name = f"{sweep.prefix}_{value}"
-    sweep.schedule.append(Backward(name, value, (term,), "the start of columns"))
-    own = tuple(leg for leg in term.legs if leg not in sweep.lead and leg != BATCH)
-    primed = tuple(Leg(f"{leg.name}'", leg.size) for leg in own)
-    deltas = tuple(Delta(pair) for pair in zip(own, primed, strict=True))
-    identity = Jacobian(Diagram((*own, *primed), (Product(ONE, deltas),)), own, primed)
-    sweep.uses[value] = [(identity, tensor(name, term.legs))]
+    add(sweep, value, Diagram((*sweep.lead, *batched), (column,)), sampled)
 
 
 def _divisor(count: int, width: int) -> int:

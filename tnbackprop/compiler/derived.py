@@ -69,6 +69,7 @@ class Columns:
     legs: tuple[Leg, ...]  # of the variable
     schedule: Schedule
     width: int = 1
+    summed: bool = False  # the sweep sums them where they start, and carries none of them
 
     def __str__(self) -> str:
         if isinstance(self.start, Basis):
@@ -85,6 +86,11 @@ class Columns:
     @property
     def lead(self) -> tuple[Leg, ...]:
         return column_leg(self.width)
+
+    @property
+    def carried(self) -> tuple[Leg, ...]:
+        """The leg of columns that the sweep's cotangents have."""
+        return () if self.summed else self.lead
 
     @property
     def number(self) -> str:

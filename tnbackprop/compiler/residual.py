@@ -13,7 +13,7 @@ from itertools import combinations_with_replacement
 
 import sympy
 
-from ..algebra import diagonal, differentiate, inline, pull_back, tensor
+from ..algebra import diagonal, differentiate, inline, on_diagonal, pull_back, tensor
 from ..bind import BoundRule, Equation
 from ..diagram import BATCH, Diagram, Leg, N, Part, Product, Tensor, leaves
 from ..errors import UnsupportedError
@@ -77,18 +77,10 @@ def _of_line(sweep: Sweep, call: Call, rule: BoundRule, equation: Equation) -> I
         )
     if not depends or not sweep.reached(equation.name):
         return
-    cotangents: dict[str, Diagram] = {}
-    pulled = {name: _pulled(sweep, equation, name, cotangents) for name in depends}
     for u, w in combinations_with_replacement(depends, 2):
-        if not depends[u] & depends[w] or pulled[u] is None:
-            continue
-        first = pulled[u]
-        assert first is not None
-        _check_saved(sweep, call, rule, equation, first)
-        second = _total(equation, first, w)
+        second = _second(sweep, call, rule, equation, u, w) if depends[u] & depends[w] else None
         if second is None:
             continue
-        second = Jacobian(_filled(second.diagram, cotangents[u]), second.out, second.into)
         weight = diagonal(second) if u == w else None
         if weight is not None:
             legs = tuple(leg for leg in weight.legs if leg != BATCH or sweep.samples[u])
@@ -103,13 +95,22 @@ COTANGENT = "~g"
 """Stands for the cotangent while its line is differentiated again: what it is made of may be an operand, too."""
 
 
-def _pulled(sweep: Sweep, equation: Equation, name: str, cotangents: dict[str, Diagram]) -> Diagram | None:
-    """Jᵀ g of one line for one operand; its legs are those of the operand (n among them where the operand has it)."""
-    jacobian = jacobian_of(equation, name)
+def _second(
+    sweep: Sweep, call: Call, rule: BoundRule, equation: Equation, u: str, w: str
+) -> Jacobian | None:
+    """Σ_z g_z ∂²z/∂u∂w of one line: out are the legs of u (and n), into those of w. None: it is zero."""
+    jacobian = jacobian_of(equation, u)
     if jacobian is None:
         return None
-    jacobian, cotangents[name] = cotangent_of(sweep, equation, jacobian)
-    g = tensor(COTANGENT, cotangents[name].legs)
+    jacobian, cotangent = cotangent_of(sweep, equation, jacobian)
+    pulled = _pulled(jacobian, tensor(COTANGENT, cotangent.legs))
+    _check_saved(sweep, call, rule, equation, pulled)
+    second = _total(equation, pulled, w)
+    return second and Jacobian(_filled(second.diagram, cotangent), second.out, second.into)
+
+
+def _pulled(jacobian: Jacobian, g: Diagram) -> Diagram:
+    """Jᵀ g of one line for one operand; its legs are those of the operand (n among them where the operand has it)."""
     # Names that no line has: these legs stay open while other Jacobians are multiplied on.
     into = tuple(BATCH if leg.size == N else Leg(f"{leg.name}~", leg.size) for leg in jacobian.into)
     keep = () if BATCH in into else (BATCH,)
@@ -155,6 +156,17 @@ def _total(equation: Equation, pulled: Diagram, name: str) -> Jacobian | None:
     chained = pull_back(jacobian, own, inner.out, into)
     total = chained if direct is None else simplify(direct.diagram + chained)
     return Jacobian(total, inner.out, into) if total.products else None
+
+
+def residual_diagonal(
+    sweep: Sweep, call: Call, rule: BoundRule, equation: Equation, operand: str
+) -> Diagram | None:
+    """diag R_uu of one line, [n, *operand]: what is not on the diagonal, and other operands, are left out."""
+    if not sweep.reached(equation.name):
+        return None
+    second = _second(sweep, call, rule, equation, operand, operand)
+    found = None if second is None else on_diagonal(second)
+    return found if found is not None and found.products else None
 
 
 def _pair(u: str, w: str, second: Jacobian) -> Paired:

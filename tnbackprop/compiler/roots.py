@@ -6,7 +6,7 @@ diagonal, its entries are the second derivative, and the columns are their squar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from ..algebra import diagonal, differentiate
@@ -44,6 +44,13 @@ def loss_root(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...], signed: b
     if output.name in {v.name for v in call.tensors.values()}:
         found = LossRoot(output, _apart(rule.root, output), None) if rule.root else _elementwise(rule, output)
     return found or _from_hessian(graph, output, signed)
+
+
+def elementwise_root(found: LossRoot) -> LossRoot:
+    """One column with the squared entries that the rule gives where outputs are taken not to mix, if it does."""
+    code = found.root.elementwise
+    root = replace(found.root, columns=1, code=f"({code}).sqrt().unsqueeze(0)")
+    return replace(found, root=root) if code else found
 
 
 def output_of(graph: Graph, what: str) -> Value:
@@ -86,7 +93,7 @@ def _apart(root: Root, output: Value) -> Root:
     spread = f"({root.code}).reshape({root.columns}, 1, {', '.join(str(size) for size, _ in factors)}) * {eye}"
     shape = ", ".join(str(size) for size in output.shape)
     columns = root.columns * prod(free)
-    return Root(columns, f"({spread}).reshape({columns}, {shape})", root.sample, root.mixes)
+    return replace(root, columns=columns, code=f"({spread}).reshape({columns}, {shape})")
 
 
 def _elementwise(rule: BoundRule, output: Value) -> LossRoot | None:

@@ -7,16 +7,16 @@ the loss, and its cotangent is a constant.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
 import sympy
 
-from ..algebra import Cotangents, Uses, diagonal, differentiate, inline, pull_back, tensor
+from ..algebra import Cotangents, Uses, diagonal, differentiate, identity, inline, pull_back, tensor
 from ..approximate import Factors
 from ..bind import BoundRule, Equation
-from ..diagram import BATCH, Delta, Diagram, Leg, N, Product, fresh_names, leaves
+from ..diagram import BATCH, Delta, Diagram, Leg, N, fresh_names, leaves
 from ..errors import UnsupportedError
 from ..jacobian import Jacobian
 from ..quantities import Quantity
@@ -43,6 +43,8 @@ class Sweep:
     lead: tuple[Leg, ...] = ()  # the leg of columns that ride together
     kept: tuple[Leg, ...] = (BATCH,)
     weight: Diagram | None = None  # of the columns
+    along: Callable[[Jacobian], Jacobian] | None = None  # what is propagated with in the place of a Jacobian
+    beside: Callable[[Call, BoundRule, Equation, str], Diagram | None] | None = None  # what a line adds to an operand
     partial: bool = False  # it starts inside the model: what it does not reach has nothing to add
 
     def reached(self, name: str) -> bool:
@@ -101,6 +103,10 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
             trainable.discard(name)
     native = {name for name in trainable & set(rule.vjp) if sweep.samples[name] and sweep.samples[call.output.name]}
     native = native if sweep.reached(call.output.name) else set()
+    if sweep.along is not None:  # native code is J, and may not be what is propagated with
+        if rule.fallback:
+            raise UnsupportedError(f"{call.where} has no rule, and only its VJP is known.\n  Declare one: README.")
+        native = {name for name in native if _unchanged(sweep.along, rule.equations[-1], name)}
     # What does not depend on the columns, as an activation's derivative does not, is computed once for all of them.
     native -= {name for name in native if sweep.variable and _elementwise(rule.equations[-1], name)}
     for name in native:
@@ -112,7 +118,7 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
     for equation in reversed(rule.equations):
         for operand in operands_of(equation):
             if operand in wanted and sweep.reached(equation.name):
-                _pull(sweep, call, equation, operand)
+                _pull(sweep, call, rule, equation, operand)
 
 
 def _pull_individually(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> None:
@@ -127,10 +133,12 @@ def _pull_individually(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> 
     sweep.schedule.append(Individual(own, name, Native(rule.vjp[name], f"{sweep.prefix}_{output.name}", output.name)))
     sizes = [size for size in sweep.graph.values[name].shape if size != 1]
     out = tuple(Leg(f"a{k}", size) for k, size in enumerate(sizes))
-    into = tuple(Leg(f"a{k}'", size) for k, size in enumerate(sizes))
-    deltas = tuple(Delta(pair) for pair in zip(out, into, strict=True))
-    identity = Jacobian(Diagram((*out, *into), (Product(sympy.Integer(1), deltas),)), out, into)
-    sweep.uses.setdefault(name, []).append((identity, tensor(own, (*sweep.lead, BATCH, *out))))
+    sweep.uses.setdefault(name, []).append((identity(out), tensor(own, (*sweep.lead, BATCH, *out))))
+
+
+def _unchanged(along: Callable[[Jacobian], Jacobian], equation: Equation, operand: str) -> bool:
+    jacobian = jacobian_of(equation, operand)
+    return jacobian is not None and along(jacobian).diagram == simplify(jacobian.diagram)
 
 
 def _elementwise(equation: Equation, operand: str) -> bool:
@@ -159,10 +167,14 @@ def _lines_to(equations: tuple[Equation, ...], operands: set[str]) -> set[str]:
     return wanted
 
 
-def _pull(sweep: Sweep, call: Call, equation: Equation, operand: str) -> None:
+def _pull(sweep: Sweep, call: Call, rule: BoundRule, equation: Equation, operand: str) -> None:
     jacobian = jacobian_of(equation, operand)
     if jacobian is None or not jacobian.diagram.products:
         return
+    if sweep.beside is not None and (more := sweep.beside(call, rule, equation, operand)) is not None:
+        add(sweep, operand, more, sweep.samples[operand])
+    if sweep.along is not None:
+        jacobian = sweep.along(jacobian)
     jacobian, cotangent = cotangent_of(sweep, equation, jacobian)
     out_samples, in_samples = sweep.samples[equation.name], sweep.samples[operand]
     if out_samples and in_samples:
@@ -190,6 +202,17 @@ def cotangent_of(sweep: Sweep, equation: Equation, jacobian: Jacobian) -> tuple[
     if equation.name in sweep.uses:
         return _composed(sweep, equation.name, jacobian)
     return jacobian, _cotangent(sweep, equation.name, equation.legs)
+
+
+def add(sweep: Sweep, value: str, term: Diagram, sampled: bool) -> None:
+    """Propagate a term to a value: one with a batch, or one made of parameters (then [*lead, n, *value])."""
+    if sampled:
+        sweep.terms.setdefault(value, []).append(term)
+        return
+    name = f"{sweep.prefix}_{value}_{len(sweep.schedule)}"
+    sweep.schedule.append(Backward(name, value, (term,), "of its own"))
+    own = tuple(leg for leg in term.legs if leg not in sweep.lead and leg != BATCH)
+    sweep.uses.setdefault(value, []).append((identity(own), tensor(name, term.legs)))
 
 
 def _batch_power(scale: sympy.Expr) -> sympy.Expr:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -181,7 +182,8 @@ def _schedules(derived: Derived, context: Context) -> Iterator[tuple[Schedule, d
     gradient = {name for item in derived.schedule for name in _made(item, known)}
     for columns in derived.columns:
         own = {columns.variable: count_legs(columns.legs), columns.weight: count_legs((*columns.lead, BATCH))}
-        yield columns.schedule, {**known, **dict.fromkeys(gradient), **own}, columns.width
+        width = prod(int(leg.size) for leg in columns.carried)
+        yield columns.schedule, {**known, **dict.fromkeys(gradient), **own}, width
 
 
 def _all_extracted(derived: Derived, context: Context) -> Flaws:

@@ -3,12 +3,12 @@
 from .base import Propagation, Quantity, Scale, Source
 from .curvature import DiagGGN, DiagGGNMC, GGNGram, GGNTrace, SqrtGGN, SqrtGGNMC
 from .first_order import BatchDot, BatchGrad, BatchL2, Grad, SecondMoment, Variance
-from .hessian import HessianDiag
+from .hessian import BL89, HesScale, HessianDiag
 from .jacobian import NTK, Jacobians
 from .kronecker import KFAC, KFLR, Fisher
 
 __all__ = [
-    "KFAC", "KFLR", "NTK", "BatchDot", "BatchGrad", "BatchL2", "DiagGGN", "DiagGGNMC", "Fisher", "GGNGram", "GGNTrace",
-    "Grad", "HessianDiag", "Jacobians", "Propagation", "Quantity", "Scale", "SecondMoment", "Source", "SqrtGGN",
-    "SqrtGGNMC", "Variance",
+    "BL89", "KFAC", "KFLR", "NTK", "BatchDot", "BatchGrad", "BatchL2", "DiagGGN", "DiagGGNMC", "Fisher", "GGNGram",
+    "GGNTrace", "Grad", "HesScale", "HessianDiag", "Jacobians", "Propagation", "Quantity", "Scale",
+    "SecondMoment", "Source", "SqrtGGN", "SqrtGGNMC", "Variance",
 ]  # fmt: skip

@@ -18,6 +18,8 @@ class Source(Enum):
     ROOT = "columns of the root of the loss Hessian"
     SAMPLE = "sampled columns of that root"
     IDENTITY = "the elements of the model's output, one column for each"
+    DIAGONAL = "the diagonal of the Hessian at every value, each from the next"
+    ELEMENTWISE = "the same, from a loss whose outputs are taken not to mix"
     HESSIAN = "columns of that root, and of what else the Hessian has at every layer, with weights"
 
 

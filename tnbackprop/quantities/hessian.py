@@ -30,3 +30,40 @@ class HessianDiag(Quantity):
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
         V, W = J.T @ g, g.dual(J)
         return (V * W).sum(COLUMN) if self.per_sample else (V * W).sum(COLUMN, "n")
+
+
+@dataclass(frozen=True)
+class HesScale(Quantity):
+    """Approximate diagonal of the Hessian, shape [*p], or of each sample's share, [N, *p], at the cost of a gradient.
+
+    h_u = (J∘J)ᵀ h_z + Σ_z g_z ∂²z/∂u², from the exact diagonal at the model's output back: what is not on the diagonal
+    is dropped at every layer. Exact for the last layer. Elsayed & Mahmood 2022, arXiv:2210.11639; Elsayed et al. 2024,
+    arXiv:2406.03276. Several uses of a parameter count each for itself. Raises `UnsupportedError` for a layer without
+    a rule.
+    """
+
+    name: str = "hesscale"
+    per_sample: bool = False
+
+    @property
+    def propagates(self) -> Propagation:
+        return Propagation(Source.DIAGONAL)
+
+    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+        h = J.T @ g  # J is J∘J here
+        return h if self.per_sample else h.sum("n")
+
+
+@dataclass(frozen=True)
+class BL89(HesScale):
+    """The recursion of `HesScale` from a softmax taken elementwise: h = t p (1 - p) / N with targets t, not p (1 - p) / N.
+
+    Becker & Le Cun 1989, as Elsayed & Mahmood 2022 (arXiv:2210.11639) apply it to classification. The same as
+    `HesScale` for losses that do not mix outputs.
+    """
+
+    name: str = "bl89"
+
+    @property
+    def propagates(self) -> Propagation:
+        return Propagation(Source.ELEMENTWISE)
