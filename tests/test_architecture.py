@@ -39,6 +39,8 @@ MAY_IMPORT = {
     "front": ("runtime", "compiler", "rules", "quantities", *MATHEMATICS),
     "products": ("front", "compiler", "quantities", "errors"),
     "__init__": ("products", "front", "runtime", "rules", "quantities", "linalg", *MATHEMATICS),
+    "drawing": ("drawing", "runtime", "compiler", *MATHEMATICS),
+    "__init__": ("front", "drawing", "runtime", "rules", "quantities", "linalg", *MATHEMATICS),
     "demo": ("__init__",),
     "cli": ("__init__", "errors"),
     "__main__": ("cli",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,11 @@ def test_readme_links() -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each example asserts what it claims."""
+def test_example(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each example asserts what it claims; one that writes files is given a folder."""
+    monkeypatch.setattr(sys, "argv", [name, str(tmp_path)])
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
     assert capsys.readouterr().out
 

@@ -3,6 +3,7 @@
 from .algebra import Cotangents, Uses
 from .approximate import Sharing
 from .diagram import Diagram, N
+from .drawing import Drawing, draw
 from .errors import InputError, InvariantError, RuleError, TnError, UnsupportedError
 from .front import compile, compute
 from .linalg import Damping, KroneckerFactors
@@ -40,53 +41,10 @@ from .runtime import Program, Result
 __version__ = "0.1.0"
 
 __all__ = [
-    "BL89",
-    "KFAC",
-    "KFLR",
-    "NTK",
-    "RULES",
-    "BatchDot",
-    "BatchGrad",
-    "BatchL2",
-    "Blocks",
-    "Cotangents",
-    "CurvatureProduct",
-    "Damping",
-    "DiagGGN",
-    "DiagGGNMC",
-    "Diagram",
-    "Fisher",
-    "GGNGram",
-    "GGNTrace",
-    "Grad",
-    "HesScale",
-    "HessianDiag",
-    "InputError",
-    "InvariantError",
-    "Jacobians",
-    "KroneckerFactors",
-    "N",
-    "Program",
-    "Propagation",
-    "Quantity",
-    "Result",
-    "Root",
-    "Rule",
-    "RuleError",
-    "Scale",
-    "SecondMoment",
-    "Sharing",
-    "Source",
-    "SqrtGGN",
-    "SqrtGGNMC",
-    "Table",
-    "TnError",
-    "UnsupportedError",
-    "Uses",
-    "Variance",
-    "compile",
-    "compute",
-    "fisher_product",
-    "ggn_product",
-    "hessian_product",
+    "BL89", "KFAC", "KFLR", "N", "NTK", "RULES", "BatchDot", "BatchGrad", "BatchL2", "Blocks", "Cotangents",
+    "CurvatureProduct", "Damping", "DiagGGN", "DiagGGNMC", "Diagram", "Drawing", "Fisher", "GGNGram", "GGNTrace",
+    "Grad", "HesScale", "HessianDiag", "InputError", "InvariantError", "Jacobians", "KroneckerFactors", "Program",
+    "Propagation", "Quantity", "Result", "Root", "Rule", "RuleError", "Scale", "SecondMoment", "Sharing",
+    "Source", "SqrtGGN", "SqrtGGNMC", "Table", "TnError", "UnsupportedError", "Uses", "Variance", "compile",
+    "compute", "draw", "fisher_product", "ggn_product", "hessian_product",
 ]  # fmt: skip

@@ -66,12 +66,16 @@ def _operand_text(operand: Operand, names: Names) -> str:
             inner = operand.diagram.rename(dict(zip(operand.diagram.legs, operand.legs, strict=True)))
             return f"({body_text(inner, names)})"
         case Map():
-            shown = {argument(k): sympy.Symbol(str(arg)) for k, arg in enumerate(operand.args)}
-            text = str(_Printer().doprint(operand.expr.xreplace(shown)))
+            text = map_text(operand.expr, [str(arg) for arg in operand.args])
             plain = text.startswith("(") or operand.expr.is_Function or operand.expr == argument(0) ** 2
             return text if plain else f"({text})"
         case _:
             return str(operand)
+
+
+def map_text(expr: sympy.Expr, args: Sequence[str]) -> str:
+    """The expression of a map with these texts for its arguments."""
+    return str(_Printer().doprint(expr.xreplace({argument(k): sympy.Symbol(arg) for k, arg in enumerate(args)})))
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "  ", right: frozenset[int] = frozenset()) -> list[str]:
