@@ -73,6 +73,7 @@ class Cotangents:
     scale: sympy.Expr
     kept: tuple[Leg, ...] = (BATCH,)
     names: frozenset[str] = frozenset()  # of the runtime values that are cotangents
+    averaged: bool = False  # each stands for one side of a matrix for the whole batch, which has its name
     weight: Diagram | None = None  # of each column: the matrix that is propagated is Σ_v weight_v g_v g_vᵀ
     partner: tuple[Diagram, ...] = ()  # the other side of columns that come in pairs: Σ_v g_v partner_vᵀ
 

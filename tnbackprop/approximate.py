@@ -14,7 +14,7 @@ from enum import Enum
 import sympy
 
 from .algebra import Cotangents, Uses, inline
-from .diagram import BATCH, COLUMN, Diagram, Leg, Operand, Product, operand_tensors
+from .diagram import BATCH, COLUMN, Diagram, Leg, Operand, Product, Tensor, operand_tensors
 from .errors import UnsupportedError
 from .simplify import simplify
 
@@ -50,9 +50,10 @@ def kronecker(J: Uses, g: Cotangents, sharing: Sharing, scale: sympy.Expr) -> Fa
     gradient = inline(J.T @ g)
     if not gradient.products:
         return _nothing(J)
-    each = [_of_use(product, J.legs, g.names, sharing) for product in gradient.products]
+    each = [_of_use(product, J.legs, g, sharing) for product in gradient.products]
     first = each[0]
-    if any((f.blocks, f.legs) != (first.blocks, first.legs) for f in each):
+    structures = {(f.blocks, f.legs, tuple(_has_cotangent(d, g.names) for d in f.diagrams)) for f in each}
+    if len(structures) > 1:
         raise UnsupportedError(f"the uses of the parameter have different Kronecker structure: {gradient}")
     if len(each) > 1 and sharing is Sharing.REDUCE:
         raise UnsupportedError(
@@ -77,8 +78,9 @@ def _is_cotangent(op: Operand, names: frozenset[str]) -> bool:
     return any(t.name in names for t in operand_tensors(op))
 
 
-def _of_use(product: Product, parameter: Legs, names: frozenset[str], sharing: Sharing) -> Factors:
+def _of_use(product: Product, parameter: Legs, g: Cotangents, sharing: Sharing) -> Factors:
     """The factors of one product of Jᵀg."""
+    names = g.names
     seeds = [op for op in product.operands if _is_cotangent(op, names)]
     free = {leg for leg in product.legs if leg in parameter or leg == BATCH or leg.name == COLUMN}
     summed = [leg for op in seeds for leg in op.legs if leg not in free]
@@ -95,7 +97,8 @@ def _of_use(product: Product, parameter: Legs, names: frozenset[str], sharing: S
     diagrams = []
     for k in order:
         loss = any(_is_cotangent(op, names) for op in components[k].operands)
-        factor = _tied(components[k].operands, owned[k], blocks, positions, sharing)
+        averaged = names if g.averaged else frozenset()
+        factor = _tied(components[k].operands, owned[k], blocks, positions, sharing, averaged)
         uses = sympy.Mul(*(leg.size for leg in cut)) ** (2 if sharing is Sharing.REDUCE else 1)
         diagrams.append(factor * (product.scale**2 if loss else 1 / (BATCH.size * uses)))
     assumption = _assumption(cut, sharing, len(components))
@@ -116,6 +119,9 @@ def _minimal_cut(product: Product, parameter: Legs, candidates: list[Leg], names
     def separated(cut: Legs) -> int:
         return sum(bool(component.own) for component in _components(product, parameter, cut, names))
 
+    # Of two cuts that separate as much, the one along positions: those are the legs that data share, not parameters.
+    data = _legs(tuple(op for op in product.operands if BATCH in op.legs and not _is_cotangent(op, names)))
+    candidates = sorted(candidates, key=lambda leg: leg in data)
     cut = tuple(candidates)
     most = separated(cut)
     for leg in candidates:
@@ -155,8 +161,13 @@ def _legs(operands: tuple[Operand, ...]) -> Legs:
     return tuple(dict.fromkeys(leg for op in operands for leg in op.legs))
 
 
-def _tied(operands: tuple[Operand, ...], own: Legs, blocks: Legs, positions: Legs, sharing: Sharing) -> Diagram:
-    """Two copies of a component with n (and tied positions) in common: legs [blocks, own, own']."""
+def _tied(
+    operands: tuple[Operand, ...], own: Legs, blocks: Legs, positions: Legs, sharing: Sharing, averaged: frozenset[str]
+) -> Diagram:
+    """Two copies of a component with n (and tied positions) in common: legs [blocks, own, own'].
+
+    averaged  tensors that stand for one side of a matrix for the whole batch: their two copies are that matrix
+    """
     tied = {BATCH, *blocks, *(positions if sharing is Sharing.EXPAND else ())}
     every = _legs(operands)
     tied |= {leg for leg in every if leg.name == COLUMN}
@@ -164,7 +175,16 @@ def _tied(operands: tuple[Operand, ...], own: Legs, blocks: Legs, positions: Leg
     twin = tuple(op.rename(copy) for op in operands)
     primed = tuple(copy[leg] for leg in own)
     legs = (*(leg for leg in blocks if leg in set(every)), *own, *primed)
-    return simplify(Diagram(legs, (Product(sympy.Integer(1), operands + twin),)))
+    sides = [k for k, op in enumerate(operands) if isinstance(op, Tensor) and op.name in averaged]
+    matrices = tuple(_matrix(operands[k], twin[k]) for k in sides)
+    rest = tuple(op for pair in (operands, twin) for k, op in enumerate(pair) if k not in sides)
+    mean = 1 / BATCH.size if sides and BATCH in _legs(rest) else sympy.Integer(1)
+    return simplify(Diagram(legs, (Product(mean, (*matrices, *rest)),)))
+
+
+def _matrix(one: Operand, other: Operand) -> Tensor:
+    assert isinstance(one, Tensor) and isinstance(other, Tensor)
+    return Tensor(one.name, tuple(leg for leg in (*one.legs, *other.legs) if leg != BATCH))
 
 
 def _nothing(J: Uses) -> Factors:

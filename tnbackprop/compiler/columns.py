@@ -13,6 +13,7 @@ from ..bind import BoundRule
 from ..diagram import BATCH, COLUMN, Diagram, Leg, N, Product, Tensor
 from ..quantities import Propagation, Quantity, Source
 from ..simplify import simplify
+from .averaged import copied, run_averaged
 from .derived import Basis, Columns, column_leg
 from .graph import Call, Graph
 from .residual import Paired, Weighted, residual_diagonal, residuals
@@ -43,6 +44,9 @@ def columns_of(
         setting = replace(setting, width=EVERY)
     if propagation.source is Source.IDENTITY:
         yield _from_output(setting, quantities, first)
+        return
+    if propagation.source is Source.AVERAGE:
+        yield _averages(setting, quantities, loss_root(setting.graph, setting.bound), first)
         return
     if propagation.source in (Source.DIAGONAL, Source.ELEMENTWISE):
         root = loss_root(setting.graph, setting.bound, signed=True)
@@ -91,6 +95,19 @@ def _diagonals(setting: Setting, quantities: Sequence[Quantity], root: LossRoot,
     return Columns(variable, root, 0, (*own, *legs), tuple(sweep.schedule), root.columns, summed=True)
 
 
+def _averages(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, number: int) -> Columns:
+    """One matrix for the whole batch at every value, from the sum of the loss Hessians at the output."""
+    legs, own = _output_legs(setting, root.value), column_leg(root.columns)
+    sweep = _sweep(setting, quantities, number, 1, inside=False, prefix="k")
+    sweep.kept = (BATCH,)
+    plain = _own(legs)
+    other = dict(zip(plain, copied(plain), strict=True))
+    column = Tensor(f"column_{number}", (*own, *legs))
+    start = Diagram((*plain, *copied(plain)), (Product(ONE, (column, column.rename(other))),))
+    run_averaged(sweep, setting.bound, root.value, start)
+    return Columns(column.name, root, 0, (*own, *legs), tuple(sweep.schedule), root.columns, summed=True)
+
+
 def _output_legs(setting: Setting, name: str) -> tuple[Leg, ...]:
     return next((r.equations[-1].legs for c, r in setting.bound if c.output.name == name), ())
 
@@ -114,7 +131,7 @@ def _from_loss(
     variable, weight = f"column_{number}", None
     if root.signed:
         weight = tensor(f"weight_{number}", (*lead, BATCH))
-    sweep = _sweep(setting, quantities, number, width, weight)
+    sweep = _sweep(setting, quantities, number, width, weight, inside=False)
     sweep.terms[root.value] = [tensor(variable, (*lead, *legs))]
     run(sweep, setting.bound)
     return Columns(variable, root, samples, (*lead, *legs), tuple(sweep.schedule), width)
@@ -168,9 +185,7 @@ def _from_pair(setting: Setting, quantities: Sequence[Quantity], found: Paired, 
 def _split(g: Cotangents, count: int) -> Cotangents:
     """The first `count` uses belong to the columns, the others to their partners."""
     zero = [Diagram(each.legs, ()) for each in g.each]
-    return Cotangents(
-        (*g.each[:count], *zero[count:]), g.scale, g.kept, g.names, None, (*zero[:count], *g.each[count:])
-    )
+    return replace(g, each=(*g.each[:count], *zero[count:]), partner=(*zero[:count], *g.each[count:]))
 
 
 def _sweep(

@@ -229,7 +229,8 @@ def _backward(
     store: Store, graph: Graph, item: Backward, lowerings: tuple[Lowering, ...], lead: tuple[Leg, ...]
 ) -> None:
     """One cotangent: the sum of what its users send, each by native code or by its diagram."""
-    store.note = f"cotangent of {item.value}" + (f", {item.note}" if item.note else "")
+    what = f"cotangent of {item.value}" if item.value else "averaged matrix"
+    store.note = what + (f", {item.note}" if item.note else "")
     shape = graph.values[item.value].shape if item.value in graph.values else None
     refs = []
     for term in item.terms:

@@ -55,7 +55,7 @@ class Sweep:
 def run(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
     """The reverse sweep over bound calls, with the quantities of each parameter as soon as its uses are known."""
     graph = sweep.graph
-    _classify(sweep, bound)
+    classify(sweep, bound)
     last_use = _first_call_of_each_parameter(graph, bound)
     _extract(sweep, [p for p in last_use if last_use[p] is None])
     for position in reversed(range(len(bound))):
@@ -64,7 +64,7 @@ def run(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
         _extract(sweep, [p for p, first in last_use.items() if first == position])
 
 
-def _classify(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
+def classify(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
     graph = sweep.graph
     for name, value in graph.values.items():
         sweep.samples[name] = any(N in axis for axis in value.axes)
@@ -292,7 +292,7 @@ def all_uses(sweep: Sweep, name: str) -> tuple[Uses, Cotangents]:
     whole = tuple(_with_legs(jacobian, legs) for jacobian in jacobians)
     cotangents = tuple(g for _, g in pairs)
     names = _cotangent_names(sweep)
-    return Uses(whole, legs), Cotangents(cotangents, scale_of(sweep), sweep.kept, names, sweep.weight)
+    return Uses(whole, legs), Cotangents(cotangents, scale_of(sweep), sweep.kept, names, weight=sweep.weight)
 
 
 def _cotangent_names(sweep: Sweep) -> frozenset[str]:

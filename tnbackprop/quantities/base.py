@@ -20,6 +20,7 @@ class Source(Enum):
     IDENTITY = "the elements of the model's output, one column for each"
     DIAGONAL = "the diagonal of the Hessian at every value, each from the next"
     ELEMENTWISE = "the same, from a loss whose outputs are taken not to mix"
+    AVERAGE = "one matrix for the whole batch at every value"
     HESSIAN = "columns of that root, and of what else the Hessian has at every layer, with weights"
 
 

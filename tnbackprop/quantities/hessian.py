@@ -56,7 +56,7 @@ class HesScale(Quantity):
 
 @dataclass(frozen=True)
 class BL89(HesScale):
-    """The recursion of `HesScale` from a softmax taken elementwise: h = t p (1 - p) / N with targets t, not p (1 - p) / N.
+    """`HesScale` from a softmax taken elementwise: h = t p (1 - p) / N with the targets t, not p (1 - p) / N.
 
     Becker & Le Cun 1989, as Elsayed & Mahmood 2022 (arXiv:2210.11639) apply it to classification. The same as
     `HesScale` for losses that do not mix outputs.

@@ -39,6 +39,25 @@ class KFLR(Quantity):
 
 
 @dataclass(frozen=True)
+class KFRA(Quantity):
+    """Kronecker factors with B from one matrix for the whole batch, Ḡ_u = (1/N) Σ_n J_nᵀ Ḡ_z J_n; A as in `KFLR`.
+
+    Botev et al. 2017, arXiv:1706.03662, on any graph. The same as `KFLR` for one sample. At every value of F features
+    a dense F times F matrix: meant for small layers; refuses past `memory_limit` (or the memory of the machine).
+    """
+
+    name: str = "kfra"
+    sharing: Sharing = Sharing.EXPAND
+
+    @property
+    def propagates(self) -> Propagation:
+        return Propagation(Source.AVERAGE)
+
+    def extract(self, J: Uses, g: Cotangents) -> Factors:
+        return kronecker(J, g, self.sharing, sympy.Integer(1))
+
+
+@dataclass(frozen=True)
 class KFAC(Quantity):
     """Kronecker factors of the Fisher information, from `mc_samples` drawn columns or from the gradients.
 
