@@ -36,10 +36,14 @@ MAY_IMPORT = {
     "quantities": ("quantities", "errors", "diagram", "algebra", "approximate"),
     "compiler": ("compiler", "quantities", *MATHEMATICS),
     "runtime": ("runtime", "compiler", "quantities", "linalg", *MATHEMATICS),
-    "front": ("runtime", "compiler", "rules", "quantities", *MATHEMATICS),
+    "declare": ("rules", *MATHEMATICS),
+    "layer": ("compiler", "rules", *MATHEMATICS),
+    "front": ("declare", "runtime", "compiler", "quantities", *MATHEMATICS),
     "products": ("front", "compiler", "quantities", "errors"),
     "drawing": ("drawing", "runtime", "compiler", *MATHEMATICS),
-    "__init__": ("products", "drawing", "front", "runtime", "rules", "quantities", "linalg", *MATHEMATICS),
+    "__init__": (
+        "declare", "layer", "products", "drawing", "front", "runtime", "rules", "quantities", "linalg", *MATHEMATICS
+    ),
     "demo": ("__init__",),
     "cli": ("__init__", "errors"),
     "__main__": ("cli",),

@@ -2,10 +2,12 @@
 
 from .algebra import Cotangents, Uses
 from .approximate import Sharing
+from .declare import REGISTRY, primitive, registered, rule
 from .diagram import Diagram, N
 from .drawing import Drawing, draw
 from .errors import InputError, InvariantError, RuleError, TnError, UnsupportedError
 from .front import compile, compute
+from .layer import EinsumLayer, einsum_layer
 from .linalg import Damping, KroneckerFactors
 from .products import Blocks, CurvatureProduct, fisher_product, ggn_product, hessian_product
 from .quantities import (
@@ -35,8 +37,9 @@ from .quantities import (
     SqrtGGNMC,
     Variance,
 )
-from .rule import Root, Rule, Table
+from .rule import Primitive, Root, Rule, Table
 from .rules import RULES
+from .rules.declared import Declared
 from .runtime import Program, Result
 
 __version__ = "0.1.0"
@@ -47,6 +50,7 @@ __all__ = [
     "KFLR",
     "KFRA",
     "NTK",
+    "REGISTRY",
     "RULES",
     "BatchDot",
     "BatchGrad",
@@ -55,10 +59,12 @@ __all__ = [
     "Cotangents",
     "CurvatureProduct",
     "Damping",
+    "Declared",
     "DiagGGN",
     "DiagGGNMC",
     "Diagram",
     "Drawing",
+    "EinsumLayer",
     "Fisher",
     "GGNGram",
     "GGNTrace",
@@ -70,6 +76,7 @@ __all__ = [
     "Jacobians",
     "KroneckerFactors",
     "N",
+    "Primitive",
     "Program",
     "Propagation",
     "Quantity",
@@ -91,7 +98,11 @@ __all__ = [
     "compile",
     "compute",
     "draw",
+    "einsum_layer",
     "fisher_product",
     "ggn_product",
     "hessian_product",
+    "primitive",
+    "registered",
+    "rule",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -19,7 +20,7 @@ from .notation import RESERVED, parse_access, parse_expression, parse_legs, pars
 from .rule import Root, Rule
 from .syntax import Access, Index, Line, Node, accesses, nearest, selects
 
-__all__ = ["Axes", "BoundRule", "Equation", "Saved", "bind"]
+__all__ = ["Axes", "BoundRule", "Equation", "Saved", "bind", "output_axes"]
 
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 
@@ -88,8 +89,22 @@ def bind(
     """
     if isinstance(rule, str):
         rule = Rule(formula=rule)
-    try:
+    with _placed(where):
         return _Binder(rule, operands, names, output, output_axes, where).bind()
+
+
+def output_axes(rule: Rule, operands: Mapping[str, Axes | None], where: str) -> Axes:
+    """The axes that the formula gives its output, where nothing else says them; the same errors as `bind`."""
+    with _placed(where):
+        binder = _Binder(rule, operands, {name: name for name in operands}, "output", None, where)
+        return tuple((size,) for size in binder.legs.shape(binder.lines[-1].left.items))
+
+
+@contextmanager
+def _placed(where: str) -> Iterator[None]:
+    """Errors in the text say which call it is the rule of."""
+    try:
+        yield
     except RuleError as error:
         place = f"in the rule of {where}"
         raise RuleError(error.what, error.text, error.column, "\n".join(filter(None, (error.hint, place)))) from None
@@ -102,7 +117,7 @@ class _Binder:
         operands: Mapping[str, Axes | None],
         names: Mapping[str, str],
         output: str,
-        output_axes: Axes,
+        output_axes: Axes | None,
         where: str,
     ) -> None:
         self.rule, self.output, self.where = rule, output, where
@@ -115,13 +130,16 @@ class _Binder:
         self.jacobian = {name: parse_expression(text) for name, text in rule.jacobian.items()}
         self.declared = {name: parse_legs(name, text) for name, text in rule.legs.items()}
         self.absent = frozenset(name for name, axes in operands.items() if axes is None)
-        self.axes = {name: axes for name, axes in operands.items() if axes is not None} | {"output": output_axes}
+        self.axes = {name: axes for name, axes in operands.items() if axes is not None}
         own = [line.left.tensor for line in self.lines[:-1]] + list(self.saved)
         self.own = tuple(own)
         self.names = {name: names[name] for name, axes in operands.items() if axes is not None}
         self.names |= {name: f"{output}_{name}" for name in (*own, *self.opaque)} | {"output": output}
         self._check_names(operands)
-        self.legs = solve(self._uses(), self.axes, own, rule.constants, where)
+        if output_axes is not None:
+            self.axes["output"] = output_axes
+        unknown = own if output_axes is not None else [*own, "output"]
+        self.legs = solve(self._uses(), self.axes, unknown, rule.constants, where)
         self.expander = Expander(self.legs, rule.constants, self.names, self.absent)
 
     def bind(self) -> BoundRule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,10 +11,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .compiler import Compiled, compile_program
+from .declare import Declaration, identity, resolve
 from .errors import InputError
 from .quantities import Quantity
-from .rule import Rules
-from .rules import RULES
 from .runtime import Program, Result
 
 Loss = Callable[..., torch.Tensor]
@@ -26,7 +25,7 @@ def compile(
     example: tuple[Any, Any],
     quantities: Sequence[Quantity],
     *,
-    rules: Rules = RULES,
+    rules: Mapping[Any, Declaration] | None = None,
     memory_limit: int | str | None = None,
 ) -> Program:
     """Compile a model with its loss and quantities to a program.
@@ -35,34 +34,42 @@ def compile(
     loss          ``loss(output, y)`` -> scalar, a sum or mean over samples
     example       a batch ``(x, y)``; shapes other than the batch size are fixed by it
     quantities    what to compute: ``[tn.BatchL2(), tn.Variance()]``
-    rules         from target to rule; ``tn.RULES | {MyLayer: my_rule}`` adds your own
+    rules         from target to rule: ``tn.RULES | {MyLayer: my_rule}`` adds your own; None: the built-in rules and
+                  those that `tn.rule` registered
     memory_limit  bytes (or "2GiB") that intermediate values may take at the example's batch size
 
     Raises `InputError`, `UnsupportedError` and `RuleError`.
     """
     _check_names(quantities)
-    compiled = compile_program(model, loss, example, list(quantities), rules, _bytes(memory_limit))
+    compiled = compile_program(model, loss, example, list(quantities), resolve(rules), _bytes(memory_limit))
     return Program(model, compiled, loss, quantities)
 
 
 def compute(
-    model: torch.nn.Module, loss: Loss | None, batch: tuple[Any, Any], quantities: Sequence[Quantity]
+    model: torch.nn.Module,
+    loss: Loss | None,
+    batch: tuple[Any, Any],
+    quantities: Sequence[Quantity],
+    *,
+    rules: Mapping[Any, Declaration] | None = None,
 ) -> Result:
-    """Compile (once per model, loss, quantities and shapes) and run.
+    """Compile (once per model, loss, quantities, rules and shapes) and run.
 
     A model whose parameters, modes (train, eval) or trainable flags changed is compiled again; one whose layers
-    changed otherwise is not noticed: use `compile` there.
+    changed otherwise is not noticed: use `compile` there. Rows of `rules` are told apart by identity: define them once.
     """
-    key = _signature(model, loss, batch, quantities)
+    key = _signature(model, loss, batch, quantities), identity(rules)
     programs = _PROGRAMS.setdefault(model, {})
     if key not in programs:
         _check_names(quantities)
-        programs[key] = compile_program(model, loss, batch, list(quantities), RULES)
-    return Program(model, programs[key], loss, quantities)(*batch)
+        resolved = resolve(rules)
+        compiled = compile_program(model, loss, batch, list(quantities), resolved)
+        programs[key] = compiled, (rules, resolved)
+    return Program(model, programs[key][0], loss, quantities)(*batch)
 
 
-_PROGRAMS: WeakKeyDictionary[torch.nn.Module, dict[Hashable, Compiled]] = WeakKeyDictionary()
-"""What `compute` has compiled; forgotten with the model."""
+_PROGRAMS: WeakKeyDictionary[torch.nn.Module, dict[Hashable, tuple[Compiled, object]]] = WeakKeyDictionary()
+"""What `compute` has compiled, with the rows that its key names by identity; forgotten with the model."""
 
 
 def _signature(

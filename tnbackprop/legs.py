@@ -240,6 +240,15 @@ def solve(
     return Legs(where, constants, solver.stars, solver.sizes, _legs_of(list(names), solver.sizes), solver.axes)
 
 
+def compare(uses: Iterable[Access], axes: Mapping[str, Axes], constants: Mapping[str, object], where: str) -> None:
+    """What tensors of known axes say about the legs, while others are still to come. Raises as `solve` does."""
+    known = [use for use in uses if use.tensor in axes and not any(isinstance(i, Star | Rest) for i in use.items)]
+    solver = _Solver(where, constants, _extents(axes, where), {})
+    _settle(solver, solver.count, known)
+    _presets(solver, _names_of(known, solver))
+    _settle(solver, solver.measure, known)
+
+
 def _extents(axes: Mapping[str, Axes], where: str) -> dict[str, list[Extent | None] | None]:
     found: dict[str, list[Extent | None] | None] = {}
     for name, sizes in axes.items():

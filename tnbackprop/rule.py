@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import update_wrapper
 from types import MappingProxyType
 from typing import Any
 
@@ -64,12 +65,36 @@ class Rule:
         for name in ("jacobian", "legs", "constants", "saved", "vjp"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled as what it was made of: a module may carry its rule."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return Rule, tuple(dict(v) if isinstance(v, MappingProxyType) else v for v in values)
+
+
+class Primitive:
+    """A function that a rule can describe: `primitive` makes it, and it is called like the function itself.
+
+    A plain function leaves no trace in the graph of a model that calls it; while a model is captured, `stand_in` is
+    what a call runs.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        update_wrapper(self, function)
+        self.function = function
+        self.stand_in: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.stand_in or self.function)(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"primitive {self.function.__name__}"
+
 
 RuleFunction = Callable[[Any], Rule | str]
-"""A row: from a `Call` (or, for a module target, the module) to its rule."""
+"""A row: from a `Call` (for a module target: from the module) to its rule."""
 
 Rules = Mapping[Any, RuleFunction]
-"""From a target (ATen overload, function, or module class) to its row."""
+"""From a target (an operator's overload, a primitive, or a module class) to its row."""
 
 
 class Table(dict[Any, RuleFunction]):
@@ -82,7 +107,7 @@ class Table(dict[Any, RuleFunction]):
             for target in targets:
                 if target in self and not override:
                     raise RuleError(f"two rules for {target}: pass override=True to replace the earlier one")
-                self[target] = row
+            self.update(dict.fromkeys(targets, row))
             return row
 
         return enter

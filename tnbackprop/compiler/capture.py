@@ -17,7 +17,7 @@ from ..errors import InputError, UnsupportedError
 from ..rule import Rules
 from .graph import Graph
 from .inplace import mutates_view
-from .opaque import Opaque, opaque_modules
+from .opaque import Opaque, opaque_calls
 from .translate import translate
 
 Loss = Callable[..., Any]
@@ -134,7 +134,7 @@ def _export(
 ) -> tuple[torch.export.ExportedProgram, dict[str, Opaque]]:
     shapes = pytree.tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.ndim else None, example)
     with (
-        opaque_modules(wrapped, rules) as opaque,
+        opaque_calls(wrapped, rules) as opaque,
         torch.backends.opt_einsum.flags(enabled=False),
         torch.enable_grad(),
     ):

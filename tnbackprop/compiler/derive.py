@@ -8,7 +8,7 @@ import sympy
 
 from ..bind import BoundRule, bind
 from ..diagram import Diagram, Product
-from ..errors import UnsupportedError
+from ..errors import RuleError, UnsupportedError
 from ..quantities import Quantity, Source
 from ..rule import Rule, Rules
 from .columns import Setting, columns_of
@@ -27,15 +27,20 @@ def bind_all(graph: Graph, rules: Rules) -> tuple[tuple[Call, BoundRule], ...]:
 
 
 def _needs_rule(call: Call) -> bool:
-    """A call with parameters behind it, and a module whose forward is its formula."""
-    return call.output.differentiable or isinstance(call.target, type)
+    """A call with parameters behind it, and one whose forward is that of its rule."""
+    return call.output.differentiable or call.by_rule
 
 
 def _bind(call: Call, rules: Rules) -> BoundRule:
     row = rules.get(call.target)
     if row is None:
         return fallback(call)
-    rule = row(call.module if isinstance(call.target, type) else call)
+    rule = row(call if call.module is None else call.module)
+    if not isinstance(rule, Rule | str):
+        raise RuleError(
+            f"the row for {call.where} returned {type(rule).__name__}",
+            hint='return a Rule, or its formula as text: "output[n, o] = weight[o, i] * input[n, i]"',
+        )
     values = {name: value for name, value in call.arguments.items() if isinstance(value, Value) or value is None}
     values |= call.tensors
     axes = {name: None if v is None else v.axes for name, v in values.items()}

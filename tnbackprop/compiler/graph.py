@@ -42,7 +42,8 @@ class Value:
         return bool(self.depends_on)
 
 
-def _op_text(target: Any) -> str:
+def op_text(target: Any) -> str:
+    """An operator with its overload, the name of a class, "primitive f"."""
     return target.__name__ if isinstance(target, type) else str(target)
 
 
@@ -55,7 +56,7 @@ def _product(factors: tuple[Size, ...]) -> Size:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an ATen overload or of a module that has a rule.
+    """One call of an operator's overload, or of a module or a primitive that has a rule.
 
     `arguments` follow the operator's schema, all defaults filled in; `self` is renamed `input`. Tensors are
     `Value`s (lists of them stay tuples); everything else is a plain Python number, string, bool, tuple, None.
@@ -76,6 +77,11 @@ class Call:
             raise AttributeError(f"{self.__dict__.get('target')} has no argument {name!r}") from None
 
     @property
+    def by_rule(self) -> bool:
+        """A module or a primitive: its forward is that of its rule, for there is no operator to call."""
+        return not isinstance(self.target, torch._ops.OpOverload)
+
+    @property
     def tensors(self) -> dict[str, Value]:
         """Tensor arguments by name; element k of a list argument `tensors` is `tensors0`, `tensors1`, …"""
         found: dict[str, Value] = {}
@@ -90,7 +96,8 @@ class Call:
     def where(self) -> str:
         """For messages: "aten.relu.default in module 'features.1' (ReLU)"."""
         kind = f" ({self.module_type})" if self.module_type else ""
-        return f"{self.target} in module {self.path!r}{kind}" if self.path else f"{self.target} in the model"
+        shown = op_text(self.target)
+        return f"{shown} in module {self.path!r}{kind}" if self.path else f"{shown} in the model"
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ class Graph:
         rows = [("value", "shape", "op", "operands", "module")]
         for call in self.calls:
             operands = ", ".join(value.name for value in call.tensors.values())
-            rows.append((call.output.name, call.output.axes_text, _op_text(call.target), operands, call.path))
+            rows.append((call.output.name, call.output.axes_text, op_text(call.target), operands, call.path))
         widths = [max(len(row[k]) for row in rows) for k in range(5)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join(["reads  " + ", ".join(named), *lines, f"gives  output {self.output}, loss {self.loss}"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..diagram import Size
 from ..errors import UnsupportedError
 from .graph import Value
 from .names import Names
+from .opaque import named_tensors
 from .sizes import Sizes
 
 
@@ -48,7 +48,7 @@ def enter(
     """Values for every parameter (used or not), and for the buffers, constants and inputs of the exported program."""
     entered = Entered()
     known = _parameters(entered, wrapped.get_submodule("model"), names)
-    tables = _tensors(wrapped)
+    tables = named_tensors(wrapped)
     leaves = iter(pytree.tree_flatten_with_path(example)[0])
     placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
     for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
@@ -95,11 +95,6 @@ def _lifted(entered: Entered, model: nn.Module, target: str, tensor: Tensor, nam
     else:
         entered.constants[value.name] = tensor.detach()
     return value
-
-
-def _tensors(module: nn.Module) -> Mapping[str, Tensor]:
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    return {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
 
 
 def _refuse_complex(name: str, tensor: Tensor) -> None:

@@ -1,8 +1,9 @@
-"""Modules that have a rule of their own: one opaque op each while the model is exported."""
+"""Modules and primitives that have a rule of their own: one opaque op each while the model is exported."""
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import RuleError, UnsupportedError
-from ..rule import Rules
+from ..rule import Primitive, Rules
 
 NAMESPACE = "tnbackprop_capture"
 
@@ -28,34 +29,40 @@ class OpaqueCall:
 
 @dataclass
 class Opaque:
-    """A module with a rule, for the time of one capture."""
+    """A module or a primitive with a rule, for the time of one capture. `function` is what a call really runs."""
 
-    module: nn.Module
-    target: type[nn.Module]
-    path: str
+    target: type[nn.Module] | Primitive
+    function: Callable[..., Any]
+    signature: inspect.Signature
+    module: nn.Module | None = None
+    path: str = ""
     calls: list[OpaqueCall] = field(default_factory=list)
 
     @property
-    def tensor_names(self) -> tuple[str, ...]:
-        """Dotted names of the parameters and buffers, each tensor once per name."""
-        named = [
-            *self.module.named_parameters(remove_duplicate=False),
-            *self.module.named_buffers(remove_duplicate=False),
-        ]
-        return tuple(name for name, _ in named)
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters and buffers by dotted name, each tensor once per name."""
+        return {} if self.module is None else named_tensors(self.module)
 
-    def arguments(self, site: int, inputs: tuple[Any, ...], tensors: tuple[Any, ...]) -> dict[str, Any]:
-        """Operands of a call by name: the names of forward's signature, then the module's own tensors."""
+    def __str__(self) -> str:
+        return str(self.target) if self.module is None else f"module {self.path!r} ({type(self.module).__name__})"
+
+    def called(self, site: int, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call, with `inputs` for its tensors."""
         call = self.calls[site]
         leaves = [inputs[leaf.position] if isinstance(leaf, _Position) else leaf for leaf in call.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, call.spec)
-        bound = inspect.signature(type(self.module).forward).bind(self.module, *args, **kwargs)
+        return args, kwargs
+
+    def arguments(self, site: int, inputs: tuple[Any, ...], tensors: tuple[Any, ...]) -> dict[str, Any]:
+        """Operands of a call by name: the names of the signature, then the module's own tensors."""
+        args, kwargs = self.called(site, inputs)
+        bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        named = {name: _tuples(value) for name, value in list(bound.arguments.items())[1:]}
-        for name, value in zip(self.tensor_names, tensors, strict=True):
+        named = {name: _tuples(value) for name, value in bound.arguments.items()}
+        for name, value in zip(self.tensors, tensors, strict=True):
             name = name.replace(".", "_")
             if name in named:
-                raise RuleError(f"{self.target.__name__}: {name!r} is both an argument of forward and a parameter")
+                raise RuleError(f"{self}: {name!r} is both an argument of forward and a parameter")
             named[name] = value
         return named
 
@@ -66,26 +73,38 @@ class _Position:
 
 
 @contextmanager
-def opaque_modules(model: nn.Module, rules: Rules) -> Iterator[dict[str, Opaque]]:
-    """While active, each outermost submodule with a rule runs as one op; yields them by op name."""
+def opaque_calls(model: nn.Module, rules: Rules) -> Iterator[dict[str, Opaque]]:
+    """While active, each outermost submodule and each primitive with a rule runs as one op; yields them by op name."""
     library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
     found: dict[str, Opaque] = {}
     patched: list[tuple[nn.Module, Any]] = []
+    primitives = [target for target in rules if isinstance(target, Primitive)]
     try:
         for path, module in _outermost(model, rules):
             target = rule_class(module, rules)
             assert target is not None
-            name = f"{type(module).__name__}_{len(found)}"
-            found[name] = Opaque(module, target, path)
-            original = module.forward
-            forward = _opaque_forward(library, name, found[name], original)
+            name = _op_name(type(module).__name__, len(found))
+            found[name] = Opaque(target, module.forward, _signature(module), module, path)
+            forward = _op(library, name, found[name])
             patched.append((module, module.__dict__.get("forward")))
             module.__dict__["forward"] = forward
+        for primitive in primitives:
+            name = _op_name(primitive.function.__name__, len(found))
+            found[name] = Opaque(primitive, primitive.function, inspect.signature(primitive.function))
+            primitive.stand_in = _op(library, name, found[name])
         yield found
     finally:
         for module, own in patched:
             _restore(module, own)
+        for primitive in primitives:
+            primitive.stand_in = None
         library._destroy()  # type: ignore[no-untyped-call]
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by dotted name, one that is there twice under both names."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
 
 
 def rule_class(module: nn.Module, rules: Rules) -> type[nn.Module] | None:
@@ -94,6 +113,19 @@ def rule_class(module: nn.Module, rules: Rules) -> type[nn.Module] | None:
         if cls in rules and issubclass(cls, nn.Module):
             return cls
     return None
+
+
+def _op_name(wanted: str, number: int) -> str:
+    return re.sub(r"\W", "_", wanted, flags=re.ASCII) + f"_{number}"
+
+
+def _signature(module: nn.Module) -> inspect.Signature:
+    """That of forward, or the module's own attribute where forward takes anything."""
+    own = getattr(module, "signature", None)
+    if isinstance(own, inspect.Signature):
+        return own
+    forward = inspect.signature(type(module).forward)
+    return forward.replace(parameters=list(forward.parameters.values())[1:])
 
 
 def _outermost(model: nn.Module, rules: Rules, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -105,26 +137,25 @@ def _outermost(model: nn.Module, rules: Rules, path: str = "") -> Iterator[tuple
             yield name, module
 
 
-def _opaque_forward(
-    library: torch.library.Library, name: str, opaque: Opaque, original: Callable[..., Any]
-) -> Callable[..., Any]:
+def _op(library: torch.library.Library, name: str, opaque: Opaque) -> Callable[..., Tensor]:
+    """Define the op; returns what is called instead of the function."""
     module = opaque.module
 
     def run(inputs: list[Tensor], tensors: list[Tensor], site: int) -> Tensor:
-        call = opaque.calls[site]
-        leaves = [inputs[leaf.position] if isinstance(leaf, _Position) else leaf for leaf in call.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, call.spec)
-        state = dict(zip(opaque.tensor_names, tensors, strict=True))
-        patched = module.__dict__.pop("forward")
-        try:
-            with torch.nn.utils.stateless._reparametrize_module(module, state):
-                output = original(*args, **kwargs)
-        finally:
-            module.__dict__["forward"] = patched
+        args, kwargs = opaque.called(site, inputs)
+        if module is None:
+            output = opaque.function(*args, **kwargs)
+        else:
+            state = dict(zip(opaque.tensors, tensors, strict=True))
+            patched = module.__dict__.pop("forward")
+            try:
+                with torch.nn.utils.stateless._reparametrize_module(module, state):
+                    output = opaque.function(*args, **kwargs)
+            finally:
+                module.__dict__["forward"] = patched
         if not isinstance(output, Tensor):
             raise UnsupportedError(
-                f"module {opaque.path!r} ({type(module).__name__}) has a rule but returns {type(output).__name__}: "
-                "a rule describes one output tensor. Split the module"
+                f"{opaque} has a rule but returns {type(output).__name__}: a rule describes one output tensor. Split it"
             )
         return output.clone() if any(output is t for t in (*inputs, *tensors)) else output
 
@@ -132,7 +163,7 @@ def _opaque_forward(
     torch.library.register_fake(f"{NAMESPACE}::{name}", run, lib=library)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
+    def stand_in(*args: Any, **kwargs: Any) -> Tensor:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         inputs: list[Tensor] = []
         for k, leaf in enumerate(leaves):
@@ -140,14 +171,10 @@ def _opaque_forward(
                 leaves[k] = _Position(len(inputs))
                 inputs.append(leaf)
         opaque.calls.append(OpaqueCall(leaves, spec))
-        named = {
-            **dict(module.named_parameters(remove_duplicate=False)),
-            **dict(module.named_buffers(remove_duplicate=False)),
-        }
-        output: Tensor = op(inputs, [named[n] for n in opaque.tensor_names], len(opaque.calls) - 1)
+        output: Tensor = op(inputs, list(opaque.tensors.values()), len(opaque.calls) - 1)
         return output
 
-    return forward
+    return stand_in
 
 
 def _restore(module: nn.Module, own: Any) -> None:

@@ -18,7 +18,7 @@ from .contract import Lowering, build
 from .cost import Kernel, Rates, Terms, Work
 from .derived import Backward, Derived, Extraction, Individual, Native, Schedule
 from .forward import call_code, fill, forward_work
-from .graph import Call, Graph
+from .graph import Call, Graph, op_text
 from .listing import alive
 from .loops import Loop, Results, over_columns
 from .memory import peak_bytes
@@ -188,7 +188,7 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule], lowerin
             store.suppliers[equation.name] = supply
         if rule is not None and rule.forward:
             code = fill(rule.forward, store.resolve)
-        elif isinstance(call.target, type):
+        elif call.by_rule:
             code = _from_formula(store, call, rule, lowerings)
         else:
             code = call_code(call, store.resolve)
@@ -199,7 +199,7 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule], lowerin
 
 
 def _from_formula(store: Store, call: Call, rule: BoundRule | None, lowerings: tuple[Lowering, ...]) -> str:
-    """Code for a module whose forward is its rule's formula."""
+    """Code for a call whose forward is its rule's formula."""
     diagram = rule.equations[-1].diagram if rule is not None else None
     if diagram is None:
         raise UnsupportedError(f"{call.where} has a rule without a formula: give the rule a forward.")
@@ -329,5 +329,5 @@ def names_in(output: object) -> list[str]:
 
 
 def _note(call: Call) -> str:
-    return f"{call.path or 'model'}: {str(call.target).removeprefix('aten.')}"
+    return f"{call.path or 'model'}: {op_text(call.target).removeprefix('aten.')}"
 

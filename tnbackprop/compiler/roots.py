@@ -73,6 +73,12 @@ def _from_hessian(graph: Graph, output: Value, signed: bool) -> LossRoot:
         if reached & {v.name for v in call.tensors.values()}:
             reached.add(call.output.name)
             calls.append(call)
+    for call in calls:
+        if call.by_rule:
+            raise UnsupportedError(
+                f"the root of the Hessian of {call.where} does not follow from its rule: the loss is not elementwise "
+                "in the model's output.\n  Declare it: tnbackprop.Rule(…, root=tnbackprop.Root(…))."
+            )
     size = prod(int(s) for s in output.shape[1:])
     normal = "1.4142135623730951 * torch.erfinv((2 * {noise} - 1) * 0.9999999)"
     shape = ", ".join(str(s) for s in output.shape)

@@ -76,7 +76,9 @@ def classify(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
         sweep.reads[call.output.name] = reads
         for equation in rules[call.output.name].equations if call.output.name in rules else ():
             sweep.samples[equation.name] = BATCH in equation.legs
-            sweep.reads[equation.name] = reads
+            # a line of parameters alone reads no sample, whatever the others read; a saved tensor may
+            own = any(sweep.reads.get(name, reads) for name in operands_of(equation))
+            sweep.reads[equation.name] = reads if equation.name == call.output.name else own
             sweep.owner[equation.name] = call
             behind = (sweep.depends.get(name, frozenset()) for name in operands_of(equation))
             sweep.depends.setdefault(equation.name, frozenset().union(*behind))

@@ -112,15 +112,14 @@ class _Translator:
         assert isinstance(target, torch._ops.OpOverload)
         arguments = self._arguments(node)
         if target.namespace == NAMESPACE:
-            module = self.opaque[target._schema.name.split("::")[1]]
-            site = arguments.pop("site")
-            named = module.arguments(site, arguments["inputs"], arguments["tensors"])
+            opaque = self.opaque[target._schema.name.split("::")[1]]
+            named = opaque.arguments(arguments["site"], arguments["inputs"], arguments["tensors"])
             self.env[node] = self._emit(
                 node,
-                module.target,
+                opaque.target,
                 {k: self.sizes.converted(v) for k, v in named.items()},
                 node.meta["val"],
-                module=module,
+                opaque=opaque,
             )
             return
         if is_mutation(target):
@@ -140,14 +139,14 @@ class _Translator:
         self.env[owner(node)] = output
 
     def _emit(
-        self, node: Node, target: Any, arguments: dict[str, Any], val: Any, name: str = "", module: Opaque | None = None
+        self, node: Node, target: Any, arguments: dict[str, Any], val: Any, name: str = "", opaque: Opaque | None = None
     ) -> Value:
         """Append a call with the output `val` (or alias its input) and return the output."""
         where = self._where(node)
         shape = self.sizes.shape(val, where)
         if val.dtype.is_complex:
             raise UnsupportedError(f"{where} makes a complex tensor {show(shape)}: complex tensors are not supported")
-        return self._append(node, target, arguments, shape, val.dtype, name, module)
+        return self._append(node, target, arguments, shape, val.dtype, name, opaque)
 
     def _append(
         self,
@@ -157,7 +156,7 @@ class _Translator:
         shape: tuple[Size, ...],
         dtype: torch.dtype,
         name: str = "",
-        module: Opaque | None = None,
+        opaque: Opaque | None = None,
     ) -> Value:
         where = self._where(node)
         target, arguments = canonical(target, arguments, shape)
@@ -182,10 +181,10 @@ class _Translator:
         check_mixing(target, arguments, output, self.ranges, where)
         self._follow_batch(target, arguments, inputs, output, where)
         _, path, kind = module_of(node)
-        if module is not None:
-            path, kind = module.path.removeprefix("model").removeprefix("."), type(module.module).__name__
+        own = opaque.module if opaque is not None else None
+        if opaque is not None and own is not None:
+            path, kind = opaque.path.removeprefix("model").removeprefix("."), type(own).__name__
         self.values[output.name] = output
-        own = module.module if module is not None else None
         self.calls.append(Call(target, MappingProxyType(arguments), output, path, kind, own))
         return output
 

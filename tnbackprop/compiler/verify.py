@@ -140,7 +140,7 @@ def _all_bound(bound: Bound, context: Context) -> Flaws:
     names = [call.output.name for call, _ in bound]
     calls = _graph(context).calls
     wanted = [call.output.name for call in calls if call.output.differentiable]
-    by_formula = [call.output.name for call in calls if isinstance(call.target, type)]
+    by_formula = [call.output.name for call in calls if call.by_rule]
     for name in [*wanted, *names]:
         if name not in names:
             yield name, "differentiable but not bound"

@@ -1,0 +1,182 @@
+"""A module from a formula."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .bind import Axes
+from .compiler.formula import formula_function
+from .compiler.opaque import named_tensors
+from .diagram import N
+from .errors import InputError, RuleError
+from .legs import compare
+from .notation import parse_program
+from .rule import Constant, Rule
+from .rules.declared import Declared
+from .syntax import Access, Factors, Line, Star, accesses, nearest
+
+Initialiser = Callable[[Tensor], object]
+BATCH = "n"
+
+
+def einsum_layer(formula: str, **tensors: Any) -> EinsumLayer:
+    """A module whose forward is the formula, with parameters of the given shapes.
+
+        tn.einsum_layer("output[n, *s, o] = weight[o, i] * input[n, *s, i] + bias[o]", weight=(8, 5), bias=(8,))
+
+    Each name that the formula reads is given as a shape, for a parameter; as a pair ``(shape, initialiser)``, where
+    ``initialiser(tensor)`` fills it in place (`torch.nn.init`); as an `nn.Parameter`; as a tensor, for a buffer; or as
+    a number, for a constant (``eps=1e-5``; a capital letter says the size of its leg). The others are forward's
+    arguments, in the order in which the formula reads them, and have the batch: leg n, or where the formula has no
+    leg n the first one of the output. A parameter without an initialiser is drawn as `nn.Linear` draws its weight,
+    uniform with Kaiming's bound and a = √5; with a single axis it is zero.
+
+    Raises `RuleError` where the formula is none, a shape does not fit it, or a name is missing or not read.
+    """
+    return EinsumLayer(formula, tensors)
+
+
+class EinsumLayer(Declared):
+    """What `einsum_layer` makes. It brings its rule along: nothing is registered."""
+
+    def __init__(self, formula: str, tensors: Mapping[str, Any]) -> None:
+        super().__init__()
+        lines = parse_program(formula)
+        read = _read(lines)
+        words = {word for leg in re.findall(r"\w+", formula) for word in (leg, leg.upper())}
+        for name, given in tensors.items():
+            if name not in (words if _is_number(given) else read):
+                raise RuleError(f"'{name}' is given, but the formula does not read it", hint=nearest(name, read))
+        self.constants: dict[str, Constant] = {}
+        self.initialisers: dict[str, Initialiser] = {}
+        for name, given in tensors.items():
+            self._enter(name, given)
+        self.batch = _batch_item(lines)
+        self.inputs = {name: first for name, first in read.items() if name not in tensors}
+        for name, first in self.inputs.items():
+            if not any(str(item) == self.batch for item in first.items):
+                hint = f"pass its shape, {name}=(…), or a tensor; only arguments of forward are left out"
+                raise first.place.error(f"'{name}' is not given and has no batch leg '{self.batch}'", hint)
+        if not self.inputs:
+            raise RuleError("the formula reads no input: every name is given", hint="leave out what forward receives")
+        self.rule: Rule = Rule(formula, constants=self.constants)
+        uses = [*(line.left for line in lines), *(a for line in lines for a in accesses(line.right))]
+        compare(uses, {name: _axes(t) for name, t in named_tensors(self).items()}, self.constants, "einsum_layer")
+        kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        self.signature = inspect.Signature([inspect.Parameter(name, kinds) for name in self.inputs])
+        self.reset_parameters()
+
+    def _enter(self, name: str, given: Any) -> None:
+        """One keyword: a constant, a buffer or a parameter."""
+        if _is_number(given):
+            self.constants[name] = given
+            return
+        if hasattr(self, name) or name in ("rule", "signature", "inputs", "batch"):
+            raise RuleError(f"'{name}' is an attribute of every module: choose another name in the formula")
+        if isinstance(given, nn.Parameter):
+            self.register_parameter(name, given)
+            return
+        if isinstance(given, Tensor):
+            self.register_buffer(name, given)
+            return
+        shape, initialiser = given if _is_pair(given) else (given, None)
+        if not isinstance(shape, tuple | list) or not all(type(size) is int and size > 0 for size in shape):
+            raise RuleError(
+                f"{name}={given!r} is none of what a name can be",
+                hint="give a shape (8, 5), a pair (shape, initialiser), a tensor or a number",
+            )
+        self.register_parameter(name, nn.Parameter(torch.empty(*shape)))
+        self.initialisers[name] = initialiser or (_kaiming if len(shape) > 1 else nn.init.zeros_)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters that were given as shapes again."""
+        with torch.no_grad():
+            for name, initialise in self.initialisers.items():
+                initialise(self.get_parameter(name))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The formula's output. Raises `RuleError` where a shape does not fit."""
+        given = self.signature.bind(*args, **kwargs).arguments
+        for name, value in given.items():
+            if not isinstance(value, Tensor):
+                raise InputError(f"einsum_layer: '{name}' is {type(value).__name__}, not a tensor")
+        tensors = {**named_tensors(self), **given}
+        shapes = tuple((name, self._axes_of(name, t), t.dtype) for name, t in tensors.items())
+        constants = tuple(self.constants.items())
+        device = next(iter(tensors.values())).device.type
+        output: Tensor = _function(self.rule.formula, constants, shapes, tuple(self.inputs), device)(tensors)
+        return output
+
+    def _axes_of(self, name: str, tensor: Tensor) -> Axes:
+        """The sizes of a tensor; of an input N on the batch axis, so that the plan holds for every batch."""
+        if name not in self.inputs:
+            return _axes(tensor)
+        items = self.inputs[name].items
+        place = next(k for k, item in enumerate(items) if str(item) == self.batch)
+        if any(isinstance(item, Star) for item in items[:place]):
+            place -= len(items)
+        if not -tensor.ndim <= place < tensor.ndim:
+            raise InputError(f"einsum_layer: '{name}' has {tensor.ndim} axes, but the formula says {self.inputs[name]}")
+        return tuple((N,) if k == place % tensor.ndim else (int(size),) for k, size in enumerate(tensor.shape))
+
+    def extra_repr(self) -> str:
+        own = [f"{name} {list(tensor.shape)}" for name, tensor in named_tensors(self).items()]
+        own += [f"{name} = {value}" for name, value in self.constants.items()]
+        return "\n".join([*(line.strip() for line in self.rule.formula.strip().split("\n")), ", ".join(own)])
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # planning is no part of a graph
+@lru_cache(maxsize=512)
+def _function(
+    formula: str,
+    constants: tuple[tuple[str, Constant], ...],
+    shapes: tuple[tuple[str, Axes, torch.dtype], ...],
+    inputs: tuple[str, ...],
+    device: str,
+) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """The forward at these shapes, planned once."""
+    operands = {name: (axes, dtype) for name, axes, dtype in shapes}
+    return formula_function(Rule(formula, constants=dict(constants)), operands, inputs, device, "einsum_layer")
+
+
+def _read(lines: tuple[Line, ...]) -> dict[str, Access]:
+    """Every tensor that the formula reads and does not define, with its first access."""
+    made = {line.left.tensor for line in lines} | {"delta"}
+    found: dict[str, Access] = {}
+    for line in lines:
+        for access in accesses(line.right):
+            if access.tensor not in made:
+                found.setdefault(access.tensor, access)
+    return found
+
+
+def _batch_item(lines: tuple[Line, ...]) -> str:
+    """The leg n; where there is none, the first one of the output."""
+    every = [item for line in lines for access in (line.left, *accesses(line.right)) for item in access.items]
+    if any(isinstance(item, Factors) and item.names == (BATCH,) for item in every):
+        return BATCH
+    return next((str(item) for item in lines[-1].left.items), BATCH)
+
+
+def _is_number(given: Any) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool)
+
+
+def _is_pair(given: Any) -> bool:
+    return isinstance(given, tuple) and len(given) == 2 and callable(given[1])
+
+
+def _axes(tensor: Tensor) -> Axes:
+    return tuple((int(size),) for size in tensor.shape)
+
+
+def _kaiming(tensor: Tensor) -> None:
+    nn.init.kaiming_uniform_(tensor, a=sqrt(5))
