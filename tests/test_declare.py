@@ -1,4 +1,4 @@
-"""Declaring layers: the registry, its targets, its conflicts; primitives, custom operators, losses."""
+"""Declaring layers: the registry, its targets, its conflicts; primitives, custom operators."""
 
 from __future__ import annotations
 
@@ -18,21 +18,8 @@ from tnbackprop import RuleError, UnsupportedError
 from tnbackprop.declare import REGISTRY
 
 from . import oracle, oracle_second
-from .second_order import assert_equal, products
-
-X, Y = (torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
-FORMULA = "output[n, i] = gain[i] * input[n, i]**3"
-
-
-class Power(nn.Module):
-    """gain · x^p; written so that no einsum would say it at once."""
-
-    def __init__(self, power: int = 3) -> None:
-        super().__init__()
-        self.gain, self.power = nn.Parameter(torch.tensor([0.5, -1.0, 2.0])), power
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.gain * input**self.power
+from .declaring import FORMULA, Power, X, Y, check, network, targets
+from .second_order import assert_equal
 
 
 class Cube(Power):
@@ -78,30 +65,6 @@ def empty_registry() -> Iterator[None]:
     """Nothing that a test registers outlives it."""
     with tn.registered():
         yield
-
-
-def network(layer: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), layer, nn.Linear(3, 3)).double()
-
-
-QUANTITIES = (tn.Grad(), tn.BatchGrad(), tn.BatchL2(), tn.Variance())
-
-
-def check(model: nn.Module, loss: nn.Module | None = None, rules: Any = None) -> tn.Program:
-    """Compile; the first-order quantities, the diagonal and the root of the GGN are those of the oracles."""
-    loss = loss or nn.MSELoss()
-    program = tn.compile(model, loss, (X, Y), (*QUANTITIES, tn.DiagGGN(), tn.SqrtGGN()), rules=rules)
-    result = program(X, Y)
-    for quantity in QUANTITIES:
-        assert_equal(result[quantity.name], getattr(oracle, quantity.name)(model, loss, X, Y), quantity.name)
-    assert_equal(result["diag_ggn"], oracle_second.diag_ggn(model, loss, X, Y), "diag_ggn")
-    assert_equal(products(result["sqrt_ggn"]), oracle_second.ggn_blocks(model, loss, X, Y), "sqrt_ggn")
-    return program
-
-
-def targets(program: tn.Program) -> list[Any]:
-    return [call.target for call in program.compiled.graph.calls]
 
 
 # ---------------------------------------------------------------- three ways to one Rule
@@ -155,6 +118,20 @@ def test_most_specific_class(rules: dict[str, str]) -> None:
         assert Cube in targets(check(network(SignedCube())))
 
 
+class Shifted(Power):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
+
+
+def test_a_subclass_with_its_own_forward() -> None:
+    """The rule of the base would be wrong."""
+    tn.rule(Power)(FORMULA)
+    with pytest.raises(RuleError, match=r"module '2' \(Shifted\) has a forward of its own.*of Power: give Shifted"):
+        check(network(Shifted()))
+    tn.rule(Shifted)(f"{FORMULA} + 1")
+    assert Shifted in targets(check(network(Shifted())))
+
+
 def test_passed_rules_leave_the_registry_aside() -> None:
     tn.rule(Power)("output[n, i] = 0 * gain[i] * input[n, i]")
     assert Power not in targets(check(network(Power()), rules=tn.RULES))
@@ -163,7 +140,7 @@ def test_passed_rules_leave_the_registry_aside() -> None:
 def test_an_importable_file(tmp_path: Path) -> None:
     """A file of rules like the built-in ones; importing it registers them, `registered` undoes that."""
     path = tmp_path / "my_rules.py"
-    path.write_text(f"import tnbackprop as tn\nfrom {__name__} import Power\n"
+    path.write_text(f"import tnbackprop as tn\nfrom {Power.__module__} import Power\n"
                     f"@tn.rule(Power)\ndef power(layer):\n    return '{FORMULA}'\n")  # fmt: skip
     spec = importlib.util.spec_from_file_location("my_rules", path)
     assert spec is not None and spec.loader is not None
@@ -315,67 +292,6 @@ def test_declared() -> None:
 def test_a_rule_for_one_declared_class() -> None:
     with tn.registered({Carried: power_row}):
         assert Carried in targets(check(network(Carried(2))))
-
-
-# ---------------------------------------------------------------- losses
-
-
-class LogCosh(nn.Module):
-    """Mean of log cosh of the difference."""
-
-    reduction = "mean"
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return (input - target).cosh().log().mean()
-
-
-class Mahalanobis(nn.Module):
-    """(1/2N) Σ_n ‖P (f_n - y_n)‖²."""
-
-    reduction = "mean"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("factor", torch.tensor([[1.0, 0.5, 0.0], [0.0, 2.0, -1.0], [0.3, 0.0, 1.0]]))
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return ((input - target) @ self.factor.T).square().sum() / (2 * input.shape[0])
-
-
-MAHALANOBIS = """d[n, r] = factor[r, c] * input[n, c] - factor[r, c] * target[n, c]
-                 output[] = d[n, r]**2 / (2 * N)"""
-ROOT = tn.Root(
-    columns=3,
-    code="({factor}.unsqueeze(1) / {input}.shape[0]**0.5).expand(3, {input}.shape[0], 3)",
-    sample="(2 * ({noise} < 0.5).to({input}.dtype) - 1) @ {factor} / {input}.shape[0]**0.5",
-)
-LOSSES: dict[str, tuple[type[nn.Module], tn.Rule]] = {
-    "elementwise": (LogCosh, tn.Rule("output[] = log(cosh(input[n, c] - target[n, c])) / (N * C)")),
-    "root": (Mahalanobis, tn.Rule(MAHALANOBIS, root=ROOT)),
-}
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_loss(name: str) -> None:
-    """The formula of a loss gives the Hessian, its root, and samples with that covariance."""
-    loss, model = LOSSES[name][0]().double(), network(Power())
-    with tn.registered({LOSSES[name][0]: LOSSES[name][1]}):
-        assert LOSSES[name][0] in targets(check(model, loss))
-        program = tn.compile(model, loss, (X, Y), [tn.DiagGGNMC(mc_samples=4000), tn.KFLR()])
-    result, want = program(X, Y, seed=0), oracle_second.ggn(model, loss, X, Y)
-    for parameter, block in want.items():
-        sampled = result["diag_ggn_mc"][parameter].reshape(-1)
-        assert 0 < float((sampled - block.diagonal()).norm() / block.diagonal().norm()) < 0.1
-    torch.testing.assert_close(result["kflr"]["3.bias"].to_dense(), want["3.bias"])
-
-
-def test_loss_without_a_root() -> None:
-    with tn.registered({Mahalanobis: MAHALANOBIS}):
-        loss = Mahalanobis().double()
-        assert "grad" in tn.compute(network(Power()), loss, (X, Y), [tn.Grad()])
-        message = r"(?s)Hessian of Mahalanobis in .*not elementwise.*root=tnbackprop.Root"
-        with pytest.raises(UnsupportedError, match=message):
-            tn.compile(network(Power()), loss, (X, Y), [tn.DiagGGN()])
 
 
 # ---------------------------------------------------------------- misuse

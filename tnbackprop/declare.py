@@ -1,10 +1,10 @@
 """Rules of one's own: the registry that `compile` reads where no ``rules=`` are passed, and functions as targets.
 
 A layer is declared by nothing (a module written with operations that have rules), by its formula, or by its Jacobian:
-`Rule` holds either. A rule is entered for a target, which is a module class (and its subclasses, until one of them has
-a rule of its own), an operator (an overload, or a `torch.library.custom_op`), or a `primitive`. What is entered is a
-function of the module (of the `Call` for the other targets), so that a rule may depend on options, or a constant
-`Rule` or text. Two ways lead to `compile`:
+`Rule` holds either. A rule is entered for a target, which is a module class, an operator (an overload, or a
+`torch.library.custom_op`), or a `primitive`. A subclass has the rule of its nearest base; one with a forward of its own
+needs a rule of its own. What is entered is a function of the module (of the `Call` for the other targets), so that a
+rule may depend on options, or a constant `Rule` or text. Two ways lead to `compile`:
 
     rules = tn.RULES | {MyLayer: "output[n, i] = gain[i] * exp(input[n, i])"}     passed: tn.compile(…, rules=rules)
 

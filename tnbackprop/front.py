@@ -64,7 +64,7 @@ def compute(
         _check_names(quantities)
         resolved = resolve(rules)
         compiled = compile_program(model, loss, batch, list(quantities), resolved)
-        programs[key] = compiled, (rules, resolved)
+        programs[key] = compiled, (dict(rules or {}), resolved)
     return Program(model, programs[key][0], loss, quantities)(*batch)
 
 

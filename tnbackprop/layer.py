@@ -27,7 +27,7 @@ Initialiser = Callable[[Tensor], object]
 BATCH = "n"
 
 
-def einsum_layer(formula: str, **tensors: Any) -> EinsumLayer:
+def einsum_layer(formula: str, /, **tensors: Any) -> EinsumLayer:
     """A module whose forward is the formula, with parameters of the given shapes.
 
         tn.einsum_layer("output[n, *s, o] = weight[o, i] * input[n, *s, i] + bias[o]", weight=(8, 5), bias=(8,))
@@ -51,27 +51,20 @@ class EinsumLayer(Declared):
         super().__init__()
         lines = parse_program(formula)
         read = _read(lines)
-        words = {word for leg in re.findall(r"\w+", formula) for word in (leg, leg.upper())}
-        for name, given in tensors.items():
-            if name not in (words if _is_number(given) else read):
-                raise RuleError(f"'{name}' is given, but the formula does not read it", hint=nearest(name, read))
+        _check_names(formula, tensors, read)
         self.constants: dict[str, Constant] = {}
         self.initialisers: dict[str, Initialiser] = {}
         for name, given in tensors.items():
             self._enter(name, given)
         self.batch = _batch_item(lines)
         self.inputs = {name: first for name, first in read.items() if name not in tensors}
-        for name, first in self.inputs.items():
-            if not any(str(item) == self.batch for item in first.items):
-                hint = f"pass its shape, {name}=(…), or a tensor; only arguments of forward are left out"
-                raise first.place.error(f"'{name}' is not given and has no batch leg '{self.batch}'", hint)
-        if not self.inputs:
-            raise RuleError("the formula reads no input: every name is given", hint="leave out what forward receives")
+        _check_inputs(self.inputs, self.batch)
         self.rule: Rule = Rule(formula, constants=self.constants)
         uses = [*(line.left for line in lines), *(a for line in lines for a in accesses(line.right))]
-        compare(uses, {name: _axes(t) for name, t in named_tensors(self).items()}, self.constants, "einsum_layer")
-        kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        self.signature = inspect.Signature([inspect.Parameter(name, kinds) for name in self.inputs])
+        own = {name: _axes(tensor) for name, tensor in named_tensors(self).items()}
+        compare(uses, own, self.constants, "einsum_layer")
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        self.signature = inspect.Signature([inspect.Parameter(name, kind) for name in self.inputs])
         self.reset_parameters()
 
     def _enter(self, name: str, given: Any) -> None:
@@ -93,7 +86,7 @@ class EinsumLayer(Declared):
                 f"{name}={given!r} is none of what a name can be",
                 hint="give a shape (8, 5), a pair (shape, initialiser), a tensor or a number",
             )
-        self.register_parameter(name, nn.Parameter(torch.empty(*shape)))
+        self.register_parameter(name, nn.Parameter(torch.empty(tuple(shape))))
         self.initialisers[name] = initialiser or (_kaiming if len(shape) > 1 else nn.init.zeros_)
 
     def reset_parameters(self) -> None:
@@ -156,6 +149,26 @@ def _read(lines: tuple[Line, ...]) -> dict[str, Access]:
             if access.tensor not in made:
                 found.setdefault(access.tensor, access)
     return found
+
+
+def _check_names(formula: str, tensors: Mapping[str, Any], read: Mapping[str, Access]) -> None:
+    """What is given is read: a tensor by its legs, a number by its name or as the size of a leg."""
+    words = {word for leg in re.findall(r"\w+", formula) for word in (leg, leg.upper())}
+    for name, given in tensors.items():
+        if name not in (words if _is_number(given) else read):
+            raise RuleError(f"'{name}' is given, but the formula does not read it", hint=nearest(name, read))
+        if _is_number(given) and name in read:
+            raise read[name].place.error(f"'{name}' is a number, but the formula reads {read[name]}", "give its shape")
+
+
+def _check_inputs(inputs: Mapping[str, Access], batch: str) -> None:
+    """What is not given is an argument of forward, and those have the batch."""
+    for name, first in inputs.items():
+        if not any(str(item) == batch for item in first.items):
+            hint = f"pass its shape, {name}=(…), or a tensor; only arguments of forward are left out"
+            raise first.place.error(f"'{name}' is not given and has no batch leg '{batch}'", hint)
+    if not inputs:
+        raise RuleError("the formula reads no input: every name is given", hint="leave out what forward receives")
 
 
 def _batch_item(lines: tuple[Line, ...]) -> str:

@@ -73,16 +73,21 @@ class _Position:
 
 
 @contextmanager
-def opaque_calls(model: nn.Module, rules: Rules) -> Iterator[dict[str, Opaque]]:
+def opaque_calls(wrapped: nn.Module, rules: Rules) -> Iterator[dict[str, Opaque]]:
     """While active, each outermost submodule and each primitive with a rule runs as one op; yields them by op name."""
     library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
     found: dict[str, Opaque] = {}
     patched: list[tuple[nn.Module, Any]] = []
     primitives = [target for target in rules if isinstance(target, Primitive)]
     try:
-        for path, module in _outermost(model, rules):
+        for path, module in _outermost(wrapped, rules):
             target = rule_class(module, rules)
             assert target is not None
+            if target.forward not in (type(module).forward, nn.Module.forward):
+                raise RuleError(
+                    f"module {path!r} ({type(module).__name__}) has a forward of its own, but its rule would be that "
+                    f"of {target.__name__}: give {type(module).__name__} a rule"
+                )
             name = _op_name(type(module).__name__, len(found))
             found[name] = Opaque(target, module.forward, _signature(module), module, path)
             forward = _op(library, name, found[name])
@@ -128,13 +133,13 @@ def _signature(module: nn.Module) -> inspect.Signature:
     return forward.replace(parameters=list(forward.parameters.values())[1:])
 
 
-def _outermost(model: nn.Module, rules: Rules, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Modules with a rule that are inside no other such module, each once."""
+def _outermost(wrapped: nn.Module, rules: Rules) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with a rule that are inside no other such module, each once, with their path below the model."""
     inside: set[nn.Module] = set()
-    for name, module in model.named_modules(prefix=path):
+    for name, module in wrapped.named_modules():
         if module not in inside and rule_class(module, rules) is not None:
             inside.update(module.modules())
-            yield name, module
+            yield name.removeprefix("model").removeprefix("."), module
 
 
 def _op(library: torch.library.Library, name: str, opaque: Opaque) -> Callable[..., Tensor]:

@@ -183,7 +183,7 @@ class _Translator:
         _, path, kind = module_of(node)
         own = opaque.module if opaque is not None else None
         if opaque is not None and own is not None:
-            path, kind = opaque.path.removeprefix("model").removeprefix("."), type(own).__name__
+            path, kind = opaque.path, type(own).__name__
         self.values[output.name] = output
         self.calls.append(Call(target, MappingProxyType(arguments), output, path, kind, own))
         return output
