@@ -41,6 +41,7 @@ Plan = Callable[[Store], Ref]
 X, Y = argument(0), argument(1)
 a, b, c, d, e, f = letters("abcdef")
 n = BATCH
+g = Leg("g", 4)
 MOST_WAYS = 60
 
 
@@ -90,6 +91,7 @@ def run(store: Store, ref: Ref, values: dict[str, torch.Tensor], size: int) -> t
     """Each step with nothing but its inputs; its shape is what the store says."""
     env = {"like": torch.zeros((), dtype=torch.float64)} | values
     base = {"torch": torch, "N": size}
+    exec("\n".join(store.functions.values()), base)
     for step in store.steps:
         env[step.name] = eval(step.code, base | {name: env[name] for name in step.inputs})
         planned = tuple(size_at(s, size) for s in store.shapes[step.name])
@@ -327,6 +329,9 @@ DIAGRAMS = {
     "window_three_terms": one("ab", Window(f, ((1, a), (1, b), (2, c)), -2), t("x", f), t("y", c)),
     "window_image_kept": one("fb", Window(f, ((1, b), (1, a))), t("x", f, a)),
     "windows_of_one_image": one("bd", Window(f, ((1, b), (1, a))), Window(f, ((1, d), (1, c))), t("x", f, n)),
+    "windows_that_slide_together": one(
+        "ca", Window(f, ((1, b), (1, a))), t("x", f, n), Window(g, ((1, b), (1, c))), t("x", g, n)
+    ),
     "selection": one("na", Selection(t("I", n), (a,)), t("x", n)),
     "selection_of_two": one("nac", Selection(t("I", n), (a, c)), t("x", n)),
     "selection_summed": one("n", Selection(t("I", n), (a, c)), t("x", n, a, c)),

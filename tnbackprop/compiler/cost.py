@@ -16,11 +16,17 @@ Terms = tuple[tuple[int, tuple[Leg, ...]], ...]
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs and elements moved by one kernel; `fresh` are the elements that it newly allocates."""
+    """FLOPs and elements moved by one step; `fresh` are the elements that it newly allocates.
+
+    inside     elements that it holds beside its result while it runs
+    launches   kernels that it starts
+    """
 
     flops: Terms = ()
     moved: Terms = ()
     fresh: Terms = ()
+    inside: Terms = ()
+    launches: int = 1
 
 
 class Kernel(Enum):
@@ -37,6 +43,7 @@ class Kernel(Enum):
     GENERAL = "einsum"
     NATIVE = "native"
     SLICED = "sliced batch"
+    SHIFTED = "shifted windows"
 
 
 @dataclass(frozen=True)
@@ -54,14 +61,15 @@ class Rates:
     rows: int = 32  # samples times columns that ride through the layers together
 
     def seconds(self, kernel: Kernel, work: Work, batch: int, itemsize: int) -> float:
-        """max(FLOPs/rate, bytes/bandwidth) + launch + the price of fresh pages."""
+        """max(FLOPs/rate, bytes/bandwidth) + launches + the price of fresh pages."""
         if kernel is Kernel.VIEW:
             return 0.0
         compute = number(work.flops, batch) / self.flops.get(kernel, self.flops[Kernel.GENERAL])
         traffic = number(work.moved, batch) * itemsize / self.bandwidth
         fresh = number(work.fresh, batch) * itemsize
         pages = fresh / self.fresh_bandwidth if fresh > self.fresh_threshold else 0.0
-        return max(compute, traffic) + self.launch + pages
+        busy = compute + traffic if kernel is Kernel.SHIFTED else max(compute, traffic)  # it multiplies, then it adds
+        return busy + self.launch * work.launches + pages
 
 
 # Two threads of a server CPU, float32; measured, see benchmarks/first_order.py. Only the ratios matter.
@@ -78,6 +86,7 @@ CPU = Rates(
         Kernel.GENERAL: 40e9,
         Kernel.NATIVE: 20e9,
         Kernel.SLICED: 60e9,
+        Kernel.SHIFTED: 120e9,
     },
     bandwidth=24e9,
     launch=4e-6,
@@ -100,6 +109,7 @@ CUDA = Rates(
         Kernel.GENERAL: 20e12,
         Kernel.NATIVE: 10e12,
         Kernel.SLICED: 10e12,
+        Kernel.SHIFTED: 40e12,
     },
     bandwidth=3.5e12,
     launch=5e-6,

@@ -13,6 +13,7 @@ from .contract import Lowering, Plan, as_tensor, contracted, diagonal, read
 from .convolve import convolutions
 from .cost import Kernel, Work
 from .pairs import sum_of_squares
+from .shifts import shifts
 from .store import Ref, Store
 from .windows import unfolded
 
@@ -78,4 +79,4 @@ def _one_hot(store: Store, operand: Selection) -> Tensor:
     return as_tensor(store, Ref(name, legs, legs))
 
 
-LOWERINGS: tuple[Lowering, ...] = (squares, convolutions, unfolding)
+LOWERINGS: tuple[Lowering, ...] = (squares, convolutions, shifts, unfolding)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def peak_bytes(plan: Plan) -> float:
     """The peak when every step frees what nobody reads any more, results included, inputs and parameters not.
 
-    A view keeps its base alive and takes nothing; a slice takes its own values for as long as it runs.
+    A view keeps its base alive and takes nothing; a call takes its own values for as long as it runs.
     """
     steps = [step for step, _ in plan.timed]
     base = {step.name: _base(step, plan) for step in steps}
@@ -28,7 +28,7 @@ def peak_bytes(plan: Plan) -> float:
             held[f"totals of {step.name}"] = totals[step.name]
         if base[step.name] is None:
             held[step.name] = _bytes(step.name, plan)
-        inside = plan.itemsize * number(step.work.fresh, plan.batch) if step.kernel is Kernel.SLICED else 0.0
+        inside = plan.itemsize * number(step.work.inside, plan.batch)
         peak = max(peak, sum(held.values()) + inside)
         for name in [name for name in held if last.get(name, len(steps)) == k]:
             del held[name]

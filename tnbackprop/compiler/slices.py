@@ -71,6 +71,7 @@ def _sliced(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowerin
     small = Store(store.rates, chunk, store.itemsize, note=store.note, prefix="u", functions=store.functions)
     small.shapes |= {name: sizes_of(tensor.legs) for name, tensor in inputs.items()} | {"like": ()}
     ref = build(small, inner, lowerings)
+    store.functions |= small.functions
     result = arranged(small, ref, tuple((leg,) for leg in own)) or ref.name
     steps = alive(small.steps, set(small.names_in(result)))
     uses_like = any("like" in step.inputs for step in steps)
@@ -164,7 +165,7 @@ def _work(steps: tuple[Step, ...], store: Store, chunk: int) -> Work:
         work = step.work
         flops, moved = (*flops, *work.flops), (*moved, *work.moved)
         fresh = (*fresh, *((c, _cut(legs, chunk)) for c, legs in work.fresh))
-    return Work(flops, moved, fresh)
+    return Work(flops, moved, fresh, inside=fresh)
 
 
 def _cut(legs: Legs, chunk: int) -> Legs:

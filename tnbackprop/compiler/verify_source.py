@@ -7,6 +7,8 @@ import builtins
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
+from .shifts import WINDOW_GRAM
+
 Flaws = Iterator[tuple[str, str]]
 SourceCheck = Callable[[str, frozenset[str]], Flaws]
 
@@ -21,6 +23,9 @@ LOSS = "loss_"
 SLICE, COLUMN, GATHERED, NOISE = "slice_", "column_", "sums_", "noise_"
 """How names begin: functions of a slice of the batch, columns of a root, what gathers their values, random inputs."""
 
+FIXED = frozenset({WINDOW_GRAM})
+"""Functions of constant text, with loops over sizes: their own tests check them, here only what calls them is read."""
+
 
 @lru_cache(maxsize=1)
 def _parsed(source: str) -> ast.Module | SyntaxError:
@@ -30,9 +35,14 @@ def _parsed(source: str) -> ast.Module | SyntaxError:
         return error
 
 
-def _functions(source: str) -> list[ast.FunctionDef]:
+def _defined(source: str) -> list[ast.FunctionDef]:
     module = _parsed(source)
     return [node for node in module.body if isinstance(node, ast.FunctionDef)] if isinstance(module, ast.Module) else []
+
+
+def _functions(source: str) -> list[ast.FunctionDef]:
+    """The functions that are written for this program."""
+    return [function for function in _defined(source) if ast.get_source_segment(source, function) not in FIXED]
 
 
 def _compiles(source: str, tensors: frozenset[str]) -> Flaws:
@@ -95,7 +105,7 @@ def _over_pieces(node: ast.AST) -> bool:
 def _reads_known(source: str, tensors: frozenset[str]) -> Flaws:
     """Line by line: every name that is read was assigned and not deleted; the tensors are the program's own."""
     functions = _functions(source)
-    given = {"torch", *dir(builtins), *(function.name for function in functions)}
+    given = {"torch", *dir(builtins), *(function.name for function in _defined(source))}
     for function in functions:
         alive = given | {argument.arg for argument in function.args.args}
         for statement in _lines(function.body):
