@@ -18,6 +18,7 @@ from tnbackprop.bind import Equation
 from tnbackprop.compiler import Compiled
 from tnbackprop.compiler.cost import Work
 from tnbackprop.compiler.derived import Backward, Extraction, Native
+from tnbackprop.compiler.shifts import WINDOW_GRAM
 from tnbackprop.compiler.stage import Stage
 from tnbackprop.compiler.verify import INVARIANTS, Context, asked, check
 from tnbackprop.compiler.wellformed import flaws
@@ -235,6 +236,8 @@ BREAKS = (
     ),
     Break("syntax", EMIT, lambda s: s + "    )", "compiles", "unmatched"),
     Break("two programs", EMIT, lambda s: s + "\ndef other():\n    return 1\n", "compiles", "not slices and then"),
+    Break("other text", EMIT, lambda s: WINDOW_GRAM.replace("@", "+") + "\n" + s, "compiles", "not slices and then"),
+    Break("no such function", EMIT, source_with("q = window_gram(N)"), "living values", "'window_gram' is not there"),
     Break("loose line", EMIT, lambda s: s + "\nx = 1\n", "compiles", "beside the functions"),
     Break("branch", EMIT, source_with("if N: N = 1"), "straight line", "If is no assignment"),
     Break("conditional", EMIT, source_with("q = 1 if N else 2"), "straight line", "IfExp"),
