@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,7 +21,12 @@ from .second_order import DIFFERENT, assert_equal, error, run
 
 BY_NAME = {case.name: case for case in CASES}
 # The diagonal Hessian of MSE is exact one layer further back.
-LAST = {"cnn": ("6.", ), "residual": ("1.", "0.body.2."), "layer_norm": ("2.", "1."), "cross_entropy_positions": ("0.",)}
+LAST = {
+    "cnn": ("6.",),
+    "residual": ("1.", "0.body.2."),
+    "layer_norm": ("2.", "1."),
+    "cross_entropy_positions": ("0.",),
+}
 
 
 def chain(activation: Callable[[], nn.Module], loss: Callable[[], nn.Module] = nn.CrossEntropyLoss) -> Case:
@@ -44,13 +50,16 @@ def recursion(problem: Problem, at_output: Callable[[Tensor, Tensor], Tensor]) -
         g, h = G[n : n + 1], H[n : n + 1]
         for (name, layer), value in zip(reversed(layers), reversed(values[:-1]), strict=True):
             u = value[n : n + 1]
-            theta = {key: p.detach() for key, p in layer.named_parameters()}
-            for key, p in theta.items():
-                run_with = lambda q, key=key: functional_call(layer, theta | {key: q}, (u,))  # noqa: E731
-                found.setdefault(f"{name}.{key}", []).append(through(run_with, p, g, h))
+            for key, p in layer.named_parameters():
+                by_parameter = partial(with_parameter, layer, u, key)
+                found.setdefault(f"{name}.{key}", []).append(through(by_parameter, p.detach(), g, h))
             g, h = torch.autograd.functional.vjp(layer, u, g)[1], through(layer, u, g, h)
     order = [key for key, _ in problem.model.named_parameters()]
     return {key: torch.stack(found[key]) for key in order}
+
+
+def with_parameter(layer: nn.Module, u: Tensor, name: str, value: Tensor) -> Tensor:
+    return functional_call(layer, {name: value}, (u,))
 
 
 def through(layer: Callable[[Tensor], Tensor], u: Tensor, g: Tensor, h: Tensor) -> Tensor:

@@ -189,12 +189,7 @@ def definition(problem: Problem, pieces: Pieces, *, reduce: bool = False, empiri
     return whole.reshape(whole.shape[: len(pieces.legs)].numel(), -1)
 
 
-LEAVES_O = pytest.mark.xfail(
-    strict=True,
-    reason="the cut goes through o, which U and the cotangent share, and leaves the positions t whole",
-)
-"""Both cuts give two components; the one through t is the definition, and exact where there is one position."""
-DEFINED = [pytest.param(*key, marks=LEAVES_O if key == ("tucker", "core") else (), id="-".join(key)) for key in PIECES]
+DEFINED = [pytest.param(*key, id="-".join(key)) for key in PIECES]
 
 
 @pytest.mark.parametrize("sharing", SHARING)

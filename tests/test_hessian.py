@@ -21,7 +21,9 @@ from .second_order import DIFFERENT, assert_equal, error, run
 
 BY_NAME = {case.name: case for case in CASES}
 NO_ORACLE = {"hardsigmoid"}  # torch has no second derivative of it
-PER_SAMPLE = ("cnn", "attention", "residual", "layer_norm", "reused_module", "weight_normalized", "merged_output", "mlp_sum")
+PER_SAMPLE = (
+    "cnn", "attention", "residual", "layer_norm", "reused_module", "weight_normalized", "merged_output", "mlp_sum",
+)  # fmt: skip
 
 
 def want(problem: Problem) -> oracle_second.Values:

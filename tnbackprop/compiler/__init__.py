@@ -10,6 +10,7 @@ import torch
 
 from ..quantities import Quantity
 from ..rule import Rules
+from .averaged import check_memory
 from .capture import capture
 from .cost import RATES, Rates
 from .derive import bind_all, derive
@@ -17,6 +18,7 @@ from .derived import Derived
 from .emit import emit
 from .graph import Graph
 from .lower import LOWERINGS
+from .memory import machine_bytes, peak_bytes
 from .plan import Plan, plan
 from .stage import Stage
 from .verify import asked, check
@@ -46,11 +48,15 @@ def compile_program(
     check(Stage.CAPTURE, graph, seen)
     bound = bind_all(graph, rules)
     check(Stage.BIND, bound, seen := replace(seen, graph=graph))
-    rates = _rates(model)
-    width = max(1, rates.rows // graph.example_batch) if memory_limit is None else 1
-    derived = derive(graph, bound, quantities, width)
+    rates, itemsize = _rates(model), _itemsize(model)
+    derived = derive(graph, bound, quantities, max(1, rates.rows // graph.example_batch))
     check(Stage.DERIVE, derived, seen)
-    planned = plan(graph, derived, LOWERINGS, rates, _itemsize(model), memory_limit)
+    check_memory(derived, itemsize, memory_limit or machine_bytes(_device(model)))
+    planned = plan(graph, derived, LOWERINGS, rates, itemsize)
+    if memory_limit is not None and peak_bytes(planned) > memory_limit:
+        derived = derive(graph, bound, quantities)
+        check(Stage.DERIVE, derived, seen)
+        planned = plan(graph, derived, LOWERINGS, rates, itemsize, memory_limit)
     check(Stage.PLAN, planned, seen)
     source = emit(graph, planned, f"{type(model).__name__}: {', '.join(q.name for q in quantities)}")
     check(Stage.EMIT, source, seen)
@@ -58,8 +64,11 @@ def compile_program(
 
 
 def _rates(model: torch.nn.Module) -> Rates:
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    return RATES.get(device, RATES["cpu"])
+    return RATES.get(_device(model).type, RATES["cpu"])
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _itemsize(model: torch.nn.Module) -> int:

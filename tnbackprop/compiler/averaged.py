@@ -6,10 +6,9 @@ well, and where paths merge they add. A block is dense, features times features;
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import combinations_with_replacement
-from math import prod
+from math import isqrt, prod
 
 from ..algebra import pull_back, tensor
 from ..bind import BoundRule, Equation
@@ -17,9 +16,9 @@ from ..diagram import BATCH, Diagram, Leg, N, Product
 from ..errors import UnsupportedError
 from ..jacobian import Jacobian
 from ..simplify import simplify
-from .derived import Backward, Native, Schedule
+from .derived import Backward, Derived, Native
 from .graph import Call
-from .sweep import Sweep, all_uses, classify, extraction, jacobian_of, operands_of
+from .sweep import Sweep, all_uses, classify, cotangent_of, extraction, jacobian_of, operands_of
 
 Legs = tuple[Leg, ...]
 Bound = tuple[tuple[Call, BoundRule], ...]
@@ -71,6 +70,8 @@ def run_averaged(sweep: Sweep, bound: Bound, output: str, start: Diagram) -> Non
     for call, rule, equation in reversed(lines):
         if (equation.name, equation.name) in averages.blocks:
             _through(averages, call, rule, equation)
+        elif sweep.uses.get(equation.name):
+            _through_parameters(sweep, equation)
     for name in sweep.graph.parameters:
         if sweep.graph.values[name].depends_on:
             uses, g = all_uses(sweep, name)
@@ -91,11 +92,6 @@ def _through(averages: Averages, call: Call, rule: BoundRule, equation: Equation
             continue
         if sweep.samples[operand]:
             moved[operand] = jacobian
-        elif not sweep.samples[name]:
-            raise UnsupportedError(
-                f"{call.where} computes a value from parameters alone, and KFRA is not defined for those.\n"
-                "  Ask for KFLR or KFAC."
-            )
         else:
             averages.named(name, name)
             sweep.uses.setdefault(operand, []).append((jacobian, tensor(block_name(name, name), equation.legs)))
@@ -106,6 +102,14 @@ def _through(averages: Averages, call: Call, rule: BoundRule, equation: Equation
     for one, other in combinations_with_replacement(moved, 2):
         _both_sides(averages, (one, moved[one]), (other, moved[other]), name)
     averages.blocks = {pair: terms for pair, terms in averages.blocks.items() if name not in pair}
+
+
+def _through_parameters(sweep: Sweep, equation: Equation) -> None:
+    """A value made of parameters: its uses are uses of what it is made of."""
+    for operand in operands_of(equation):
+        jacobian = jacobian_of(equation, operand) if sweep.depends.get(operand) else None
+        if jacobian is not None and jacobian.diagram.products:
+            sweep.uses.setdefault(operand, []).append(cotangent_of(sweep, equation, jacobian))
 
 
 def _one_side(averages: Averages, operand: str, jacobian: Jacobian, name: str, other: str) -> None:
@@ -140,8 +144,25 @@ def _mean(diagram: Diagram) -> tuple[Product, ...]:
     return tuple(Product(p.scale / N if BATCH in p.legs else p.scale, p.operands) for p in diagram.products)
 
 
-def matrices(schedule: Schedule) -> Iterator[tuple[str, int]]:
-    """Every block with its number of elements."""
-    for item in schedule:
-        if isinstance(item, Backward) and not item.value and not isinstance(item.terms[0], Native):
-            yield item.note, prod(int(leg.size) for leg in item.terms[0].legs)
+def check_memory(derived: Derived, itemsize: int, limit: int) -> None:
+    """Refuse before anything is planned, where a single matrix does not fit. Raises `UnsupportedError`."""
+    blocks = [item for item in derived.items if isinstance(item, Backward) and not item.value]
+    sizes = {item.note: _elements(item.terms[0]) for item in blocks}
+    worst = max(sizes, key=lambda note: sizes[note], default=None)
+    if worst is not None and sizes[worst] * itemsize > limit:
+        rows = isqrt(sizes[worst])
+        amount, value = _shown(sizes[worst] * itemsize), worst.split(" and ")[0]
+        raise UnsupportedError(
+            f"KFRA needs a matrix of {rows} x {rows} features ({amount}) for {value}, and memory_limit is "
+            f"{_shown(limit)}.\n  Ask for KFLR or KFAC, which need no such matrix."
+        )
+
+
+def _elements(term: Diagram | Native) -> int:
+    assert isinstance(term, Diagram)
+    return prod(int(leg.size) for leg in term.legs)
+
+
+def _shown(size: int) -> str:
+    unit, name = next((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (1, "bytes")) if size >= u)
+    return f"{size / unit:.4g} {name}"

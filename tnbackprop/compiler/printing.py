@@ -100,4 +100,5 @@ def number_code(scale: sympy.Expr) -> str:
     if scale.is_number:
         return str(int(scale)) if scale.is_Integer and abs(scale) < 2**53 else repr(float(scale))
     long = {r: sympy.Float(float(r), 17) for r in scale.atoms(sympy.Rational) if max(abs(r.p), r.q) > 10**6}
-    return f"({sympy.sstr(scale.xreplace(long), full_prec=True)})"
+    exact = scale.xreplace(long).replace(lambda e: e.is_number and not (e.is_Rational or e.is_Float), sympy.Float)
+    return f"({sympy.sstr(exact, full_prec=True)})"
