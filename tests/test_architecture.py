@@ -39,10 +39,12 @@ MAY_IMPORT = {
     "declare": ("rules", *MATHEMATICS),
     "layer": ("compiler", "rules", *MATHEMATICS),
     "front": ("declare", "runtime", "compiler", "quantities", *MATHEMATICS),
+    "kernels": ("front", "quantities", "errors"),
     "products": ("front", "compiler", "quantities", "errors"),
     "drawing": ("drawing", "runtime", "compiler", *MATHEMATICS),
     "__init__": (
-        "declare", "layer", "products", "drawing", "front", "runtime", "rules", "quantities", "linalg", *MATHEMATICS
+        "declare", "kernels", "layer", "products", "drawing", "front", "runtime", "rules", "quantities", "linalg",
+        *MATHEMATICS,
     ),
     "demo": ("__init__",),
     "cli": ("__init__", "errors"),

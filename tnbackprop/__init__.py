@@ -7,6 +7,7 @@ from .diagram import Diagram, N
 from .drawing import Drawing, draw
 from .errors import InputError, InvariantError, RuleError, TnError, UnsupportedError
 from .front import compile, compute
+from .kernels import ntk
 from .layer import EinsumLayer, einsum_layer
 from .linalg import Damping, KroneckerFactors
 from .products import Blocks, CurvatureProduct, fisher_product, ggn_product, hessian_product
@@ -40,7 +41,7 @@ from .quantities import (
 from .rule import Primitive, Root, Rule, Table
 from .rules import RULES
 from .rules.declared import Declared
-from .runtime import Program, Result
+from .runtime import Indefinite, Program, Result
 
 __version__ = "0.1.0"
 
@@ -71,6 +72,7 @@ __all__ = [
     "Grad",
     "HesScale",
     "HessianDiag",
+    "Indefinite",
     "InputError",
     "InvariantError",
     "Jacobians",
@@ -102,6 +104,7 @@ __all__ = [
     "fisher_product",
     "ggn_product",
     "hessian_product",
+    "ntk",
     "primitive",
     "registered",
     "rule",

@@ -14,7 +14,7 @@ from .compiler import Compiled, compile_program
 from .declare import Declaration, identity, resolve
 from .errors import InputError
 from .quantities import Quantity
-from .runtime import Program, Result
+from .runtime import Indefinite, Program, Result
 
 Loss = Callable[..., torch.Tensor]
 
@@ -27,6 +27,7 @@ def compile(
     *,
     rules: Mapping[Any, Declaration] | None = None,
     memory_limit: int | str | None = None,
+    indefinite: Indefinite = Indefinite.REFUSE,
 ) -> Program:
     """Compile a model with its loss and quantities to a program.
 
@@ -37,12 +38,13 @@ def compile(
     rules         from target to rule: ``tn.RULES | {MyLayer: my_rule}`` adds your own; None: the built-in rules and
                   those that `tn.rule` registered
     memory_limit  bytes (or "2GiB") that intermediate values may take at the example's batch size
+    indefinite    a loss Hessian with negative eigenvalues has no square root: refuse, or clip them to zero
 
     Raises `InputError`, `UnsupportedError` and `RuleError`.
     """
     _check_names(quantities)
     compiled = compile_program(model, loss, example, list(quantities), resolve(rules), _bytes(memory_limit))
-    return Program(model, compiled, loss, quantities)
+    return Program(model, compiled, loss, quantities, indefinite)
 
 
 def compute(

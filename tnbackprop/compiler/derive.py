@@ -68,7 +68,8 @@ def derive(
     scale = scale_of(sweep)
     columns: list[Columns] = []
     setting = Setting(graph, bound, scale, width, sweep)
-    for propagation in (p for p in wanted if p.source is not Source.GRADIENT):
+    trainable = any(graph.values[name].depends_on for name in graph.parameters)
+    for propagation in (p for p in wanted if p.source is not Source.GRADIENT and trainable):
         mine = [q for q in quantities if q.propagates == propagation]
         columns += columns_of(setting, mine, propagation, len(columns))
     return Derived(bound, tuple(sweep.schedule), scale, tuple(columns))

@@ -25,7 +25,7 @@ def emit(graph: Graph, plan: Plan, header: str) -> str:
     lines = [f'"""{header}"""', "", "import torch", "", ""]
     for source in plan.functions.values():
         lines += [*source.split("\n"), "", ""]
-    lines.append("def program(tensors):")
+    lines.append("def program(tensors, progress=iter):" if plan.loops else "def program(tensors):")
     inputs = (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs)
     read = {name for step, _ in plan.timed for name in step.inputs} | _read_by_output(graph, plan)
     floating = next((n for n in (*graph.parameters, *graph.inputs) if graph.values[n].dtype.is_floating_point), None)

@@ -86,7 +86,7 @@ def loop_lines(loop: Loop, shapes: Mapping[str, tuple[Size, ...]]) -> list[str]:
         lines.append(f"    {total} = like.new_empty(({text((loop.count * loop.width, *shapes[value][1:]))},))")
     rows = ", ".join(f"{name}.{cut}" for name in (*loop.rows.values(), *slots))
     targets = ", ".join([*loop.rows, *slots.values()])
-    lines.append(f"    for {targets} in {f'zip({rows})' if ',' in targets else rows}:")
+    lines.append(f"    for {targets} in progress({f'zip({rows})' if ',' in targets else rows}):")
     steps, copied = _filling(loop, stacked, slots, shapes)
     lines += [f"    {line}" for line in lines_of(steps, {value for value, _ in loop.outputs})]
     squeezed = "" if loop.width > 1 else ".squeeze(0)"

@@ -29,6 +29,8 @@ def root_steps(
     if root.curvature is not None:
         _named(store, build(store, root.curvature, lowerings), f"curvature_{number}")
         code = code.replace("{curvature}", f"{{curvature_{number}}}")
+        if any(p.operands for p in root.curvature.products):  # else it is a number
+            checks[f"indefinite_{number}"] = _smallest(store, f"curvature_{number}")
     if root.calls:
         name, extra = hessian_root(store, graph, root, number)
         code = code.replace("{hessian_root}", "{" + name + "}")
@@ -39,6 +41,13 @@ def root_steps(
     if columns.samples:
         return _drawn(store, columns, code, shape)
     return _rows(store, columns, columns.variable, fill(code, store.resolve), shape) | rows
+
+
+def _smallest(store: Store, name: str) -> str:
+    """The smallest entry relative to the largest."""
+    value = store.resolve(name)
+    code = f"{value}.min() / {value}.abs().max().clamp(min=torch.finfo({value}.dtype).tiny)"
+    return store.add(code, (), Kernel.NATIVE)
 
 
 def _named(store: Store, ref: Ref, name: str) -> None:

@@ -114,8 +114,8 @@ def _elementwise(rule: BoundRule, output: Value) -> LossRoot | None:
         return None
     curvature = curvature.rename({leg: BATCH for leg in first.into if leg.size == BATCH.size})
     shape = ", ".join(str(s) for s in output.shape)
-    one = Root(1, f"{{curvature}}.sqrt().reshape(1, {shape})", "", ())
+    one = Root(1, f"{{curvature}}.clamp(min=0).sqrt().reshape(1, {shape})", "", ())
     root = _apart(one, output)
     normal = "1.4142135623730951 * torch.erfinv((2 * {noise} - 1) * 0.9999999)"
-    sample = f"{{curvature}}.sqrt().reshape({shape}) * {normal}"
+    sample = f"{{curvature}}.clamp(min=0).sqrt().reshape({shape}) * {normal}"
     return LossRoot(output, Root(root.columns, root.code, sample, ()), curvature)

@@ -88,10 +88,12 @@ def _rows(node: ast.expr) -> bool:
 def _over_pieces(node: ast.AST) -> bool:
     """A loop over slices of the batch or columns of a root, or what gathers their values."""
     match node:
-        case ast.For(target=ast.Name(id=name), iter=over) if _rows(over):
-            return name.startswith((COLUMN, "draw_"))
-        case ast.For(target=ast.Tuple(elts=[ast.Name(id=name), *_]), iter=ast.Call(func=ast.Name(id="zip"), args=rows)):
-            return name.startswith((COLUMN, "draw_")) and all(_rows(row) for row in rows)
+        case ast.For(target=target, iter=ast.Call(func=ast.Name(id="progress"), args=[over])):
+            first = target.elts[0] if isinstance(target, ast.Tuple) else target
+            zipped = isinstance(over, ast.Call) and isinstance(over.func, ast.Name) and over.func.id == "zip"
+            rows = over.args if isinstance(over, ast.Call) and zipped else [over]
+            named = isinstance(first, ast.Name) and first.id.startswith((COLUMN, "draw_"))
+            return named and all(_rows(row) for row in rows)
         case (
             ast.GeneratorExp(elt=ast.Call(func=ast.Name(id=name))) | ast.ListComp(elt=ast.Call(func=ast.Name(id=name)))
         ):

@@ -1,6 +1,6 @@
 """What runs: the program, its checks and its result."""
 
-from .program import Program
+from .program import Indefinite, Program
 from .result import Result
 
-__all__ = ["Program", "Result"]
+__all__ = ["Indefinite", "Program", "Result"]

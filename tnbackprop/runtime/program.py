@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -21,7 +22,15 @@ from ..diagram import N
 from ..errors import InputError
 from ..quantities import Quantity
 from .assemble import assemble
+from .progress import bar
 from .result import Result
+
+
+class Indefinite(Enum):
+    """What to do with a loss Hessian that has negative eigenvalues, where its square root is asked for."""
+
+    REFUSE = "refuse"
+    CLIP = "clip"
 
 
 class Program:
@@ -39,8 +48,9 @@ class Program:
         compiled: Compiled,
         loss: Callable[..., Any] | None,
         quantities: Sequence[Quantity],
+        indefinite: Indefinite = Indefinite.REFUSE,
     ) -> None:
-        self._model, self._compiled, self._loss = model, compiled, loss
+        self._model, self._compiled, self._loss, self._indefinite = model, compiled, loss, indefinite
         self._quantities = {quantity.name: quantity for quantity in quantities}
         self._function = load(compiled.source)
         self._fixed = dict(compiled.graph.constants)
@@ -104,20 +114,30 @@ class Program:
 
     @torch.no_grad()
     def __call__(
-        self, x: Any, y: Any = None, *, seed: int | None = None, generator: torch.Generator | None = None
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
     ) -> Result:
         """Run on a batch. Monte-Carlo quantities draw from `generator`, or one seeded with `seed`, or torch's own.
+
+        progress  a bar for loops over columns (exact curvature with many classes)
 
         Raises `InputError` where the batch does not fit what the program was compiled for.
         """
         tensors = self.tensors(x, y)
         tensors |= self._noise(tensors, seed, generator)
-        loss, output, values = self._function(tensors)
+        follow = {"progress": bar} if progress and self._compiled.plan.loops else {}
+        loss, output, values = self._function(tensors, **follow)
         for smallest in values.get(INDEFINITE, {}).values():
-            if smallest < -1e-5:
+            if smallest < -1e-5 and self._indefinite is Indefinite.REFUSE:
                 raise InputError(
                     f"the loss Hessian is indefinite (smallest eigenvalue {float(smallest):.3g} of the largest): it "
-                    "has no real square root, and the GGN is no longer one.\n  Use a loss that is convex in the output."
+                    "has no real square root, and the GGN is no longer one.\n  Use a loss that is convex in the "
+                    "output, ask for HessianDiag, or compile with indefinite=tn.Indefinite.CLIP."
                 )
         values = {name: assemble(self._compiled, values, name) for name in self._quantities}
         return Result(loss, pytree.tree_unflatten(list(output), self._output_spec), values)
