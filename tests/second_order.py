@@ -15,7 +15,7 @@ TOLERANCE = 1e-9
 FLOOR = 1e-3  # errors are relative to the largest entry, but not to one below this: it may be exactly zero
 DIFFERENT = 1e-3  # two things that are not equal differ at least by this
 IMPRECISE = ("hardsigmoid",)  # torch's derivative keeps 1/6 in float32, and has no derivative of its own
-ENUMS = {"sharing": "Sharing", "fisher": "Fisher"}
+ENUMS = {"sharing": "Sharing", "fisher": "Fisher", "bias": "Bias"}
 
 
 def make(kind: str, **options: object) -> tn.Quantity:

@@ -8,8 +8,9 @@ but the one with the cotangent, which carries all scale of the loss.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from functools import reduce
 
 import sympy
 
@@ -37,6 +38,7 @@ class Factors:
     legs: tuple[Legs, ...]  # the parameter's legs of each factor
     parameter: Legs  # all of them, row-major
     assumption: str
+    means: tuple[Diagram | None, ...] = ()  # [blocks, d]: the mean of one copy of a factor without the cotangent
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,11 @@ class _Component:
     own: Legs  # the parameter's legs
 
 
-def kronecker(J: Uses, g: Cotangents, sharing: Sharing, scale: sympy.Expr) -> Factors:
-    """Factors of (Jᵀg)(Jᵀg)ᵀ·scale. Raises `UnsupportedError`, with the reason, where the cut does not separate."""
+def kronecker(J: Uses, g: Cotangents, sharing: Sharing, scale: sympy.Expr, means: bool = False) -> Factors:
+    """Factors of (Jᵀg)(Jᵀg)ᵀ·scale. Raises `UnsupportedError`, with the reason, where the cut does not separate.
+
+    means  also the means of the factors' halves, which join a weight with the bias behind it
+    """
     gradient = inline(J.T @ g)
     if not gradient.products:
         return _nothing(J)
@@ -62,12 +67,18 @@ def kronecker(J: Uses, g: Cotangents, sharing: Sharing, scale: sympy.Expr) -> Fa
         )
     diagrams = []
     for k, diagram in enumerate(first.diagrams):
-        total = diagram
-        for other in each[1:]:
-            total = total + other.diagrams[k]
+        total = _total([f.diagrams[k] for f in each])
         tied_to_loss = _has_cotangent(diagram, g.names)
         diagrams.append(simplify(total * scale if tied_to_loss else total / len(each)))
-    return Factors(tuple(diagrams), first.blocks, first.legs, J.legs, first.assumption)
+    if not means:
+        return replace(first, diagrams=tuple(diagrams), means=())
+    halves = [[mean for f in each if (mean := f.means[k]) is not None] for k in range(len(first.means))]
+    averages = tuple(simplify(_total(half) / len(half)) if half else None for half in halves)
+    return replace(first, diagrams=tuple(diagrams), means=averages)
+
+
+def _total(diagrams: list[Diagram]) -> Diagram:
+    return reduce(lambda a, b: a + b, diagrams)
 
 
 def _has_cotangent(diagram: Diagram, names: frozenset[str]) -> bool:
@@ -94,15 +105,18 @@ def _of_use(product: Product, parameter: Legs, g: Cotangents, sharing: Sharing) 
     blocks = tuple(leg for leg in parameter if sum(leg in _legs(c.operands) for c in components) > 1)
     owned = [tuple(leg for leg in c.own if leg not in blocks) for c in components]
     order = sorted(range(len(components)), key=lambda k: [parameter.index(leg) for leg in owned[k]] or [-1])
-    diagrams = []
+    diagrams: list[Diagram] = []
+    means: list[Diagram | None] = []
     for k in order:
         loss = any(_is_cotangent(op, names) for op in components[k].operands)
         averaged = names if g.averaged else frozenset()
         factor = _tied(components[k].operands, owned[k], blocks, positions, sharing, averaged)
         uses = sympy.Mul(*(leg.size for leg in cut)) ** (2 if sharing is Sharing.REDUCE else 1)
         diagrams.append(factor * (product.scale**2 if loss else 1 / (BATCH.size * uses)))
+        half = Diagram((*blocks, *owned[k]), (Product(sympy.Integer(1), components[k].operands),))
+        means.append(None if loss else half / sympy.Mul(BATCH.size, *(leg.size for leg in cut)))
     assumption = _assumption(cut, sharing, len(components))
-    return Factors(tuple(diagrams), blocks, tuple(owned[k] for k in order), parameter, assumption)
+    return Factors(tuple(diagrams), blocks, tuple(owned[k] for k in order), parameter, assumption, tuple(means))
 
 
 def _assumption(cut: Legs, sharing: Sharing, count: int) -> str:

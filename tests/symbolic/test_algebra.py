@@ -27,6 +27,8 @@ from random_diagrams import (
 from tnbackprop.algebra import Cotangents, Uses, differentiate, inline, map_of, parts, pull_back, tensor
 from tnbackprop.diagram import (
     BATCH,
+    COLUMN,
+    COLUMN_COPY,
     Diagram,
     Leg,
     Map,
@@ -140,9 +142,10 @@ def test_held_holds_once() -> None:
 
 
 def test_sum_parameter_keeps_batch_legs_and_columns() -> None:
-    m, v = Leg("m", N), Leg("v", 4)
-    given = Diagram((n, v, a, m, b), (product(t("x", n, v, a, m, b)),))
-    assert given.sum_parameter().legs == (n, v, m)
+    m, v, w = Leg("m", N), Leg(COLUMN, 4), Leg(COLUMN_COPY, 4)
+    given = Diagram((n, v, a, m, w, b), (product(t("x", n, v, a, m, w, b)),))
+    assert given.sum_parameter().legs == (n, v, m, w)
+    assert given.ordered("m", COLUMN).legs == (m, v, n, a, w, b)
 
 
 # ---------------------------------------------------------------- Jacobians

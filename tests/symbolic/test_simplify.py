@@ -45,6 +45,7 @@ def test_does_not_depend_on_names_and_orders(pair: tuple[Diagram, Diagram]) -> N
     assert key(simplify(one)) == key(simplify(other)), f"{simplify(one)}\n{simplify(other)}"
 
 
+a2, b2 = Leg("p", a.size), Leg("q", b.size)
 i4, i6, i12 = Leg("i", 4), Leg("i", 6), Leg("i", 12)
 REWRITTEN = {
     # what: (before, after)
@@ -95,6 +96,14 @@ REWRITTEN = {
     "window squared": (
         diagram("fa", product(Window(f, ((2, a),), 1), Window(f, ((2, a),), 1))),
         diagram("fa", product(Window(f, ((2, a),), 1))),
+    ),
+    "windows that differ in one leg": (
+        diagram("f", product(Window(f, ((2, a), (1, b)), -1), t("x", b), Window(f, ((2, a), (1, b2)), -1), t("y", b2))),
+        diagram("f", product(Window(f, ((2, a), (1, b)), -1), t("x", b), t("y", b))),
+    ),
+    "windows that differ in two legs stay": (
+        diagram("f", product(Window(f, ((2, a), (1, b))), Window(f, ((2, a2), (1, b2))), t("x", a, a2, b, b2))),
+        diagram("f", product(Window(f, ((2, a), (1, b))), Window(f, ((2, a2), (1, b2))), t("x", a, a2, b, b2))),
     ),
     "selection squared": (
         diagram("a", product(Selection(t("I"), (a,)), Selection(t("I"), (a,)))),

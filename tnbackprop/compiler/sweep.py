@@ -340,6 +340,7 @@ def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction
         if isinstance(found, Factors):
             factors[quantity.name] = found
             diagrams |= {f"{quantity.name}#{k}": diagram for k, diagram in enumerate(found.diagrams)}
+            diagrams |= {f"{quantity.name}#mean{k}": m for k, m in enumerate(found.means) if m is not None}
         else:
             diagrams[quantity.name] = found
     return Extraction(name, diagrams, factors)

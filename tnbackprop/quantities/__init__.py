@@ -5,10 +5,10 @@ from .curvature import DiagGGN, DiagGGNMC, GGNGram, GGNTrace, SqrtGGN, SqrtGGNMC
 from .first_order import BatchDot, BatchGrad, BatchL2, Grad, SecondMoment, Variance
 from .hessian import BL89, HesScale, HessianDiag
 from .jacobian import NTK, Jacobians
-from .kronecker import KFAC, KFLR, KFRA, Fisher
+from .kronecker import KFAC, KFLR, KFRA, Bias, Fisher
 
 __all__ = [
-    "BL89", "KFAC", "KFLR", "KFRA", "NTK", "BatchDot", "BatchGrad", "BatchL2", "DiagGGN", "DiagGGNMC", "Fisher",
-    "GGNGram", "GGNTrace", "Grad", "HesScale", "HessianDiag", "Jacobians", "Propagation", "Quantity", "Scale",
-    "SecondMoment", "Source", "SqrtGGN", "SqrtGGNMC", "Variance",
+    "BL89", "KFAC", "KFLR", "KFRA", "NTK", "BatchDot", "BatchGrad", "BatchL2", "Bias", "DiagGGN", "DiagGGNMC",
+    "Fisher", "GGNGram", "GGNTrace", "Grad", "HesScale", "HessianDiag", "Jacobians", "Propagation", "Quantity",
+    "Scale", "SecondMoment", "Source", "SqrtGGN", "SqrtGGNMC", "Variance",
 ]  # fmt: skip

@@ -2,6 +2,9 @@
 
 KFAC: Martens & Grosse 2015, arXiv:1503.05671; convolutions: Grosse & Martens 2016, arXiv:1602.01407; KFLR: Botev et
 al. 2017, arXiv:1706.03662. All scale of the loss sits in the factor with the cotangent.
+
+`Bias.JOINED`: the block of [weight, bias], a matrix [out, in + 1], is under the weight's name, and the bias has none. A
+bias without a weight that shares its factor (a norm's, a grouped convolution's) keeps its own.
 """
 
 from __future__ import annotations
@@ -23,19 +26,27 @@ class Fisher(Enum):
     EMPIRICAL = "empirical"
 
 
+class Bias(Enum):
+    """Whether a bias has a block of its own, or one with the weight of its layer, whose input then ends in a 1."""
+
+    OWN = "own"
+    JOINED = "joined"
+
+
 @dataclass(frozen=True)
 class KFLR(Quantity):
     """Kronecker factors of the GGN from the exact root: Σ_v Σ_n. Values are `KroneckerFactors` for [*p]."""
 
     name: str = "kflr"
     sharing: Sharing = Sharing.EXPAND
+    bias: Bias = Bias.OWN
 
     @property
     def propagates(self) -> Propagation:
         return Propagation(Source.ROOT)
 
     def extract(self, J: Uses, g: Cotangents) -> Factors:
-        return kronecker(J, g, self.sharing, sympy.Integer(1))
+        return kronecker(J, g, self.sharing, sympy.Integer(1), self.bias is Bias.JOINED)
 
 
 @dataclass(frozen=True)
@@ -48,13 +59,14 @@ class KFRA(Quantity):
 
     name: str = "kfra"
     sharing: Sharing = Sharing.EXPAND
+    bias: Bias = Bias.OWN
 
     @property
     def propagates(self) -> Propagation:
         return Propagation(Source.AVERAGE)
 
     def extract(self, J: Uses, g: Cotangents) -> Factors:
-        return kronecker(J, g, self.sharing, sympy.Integer(1))
+        return kronecker(J, g, self.sharing, sympy.Integer(1), self.bias is Bias.JOINED)
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,7 @@ class KFAC(Quantity):
     mc_samples: int = 1
     fisher: Fisher = Fisher.MC
     sharing: Sharing = Sharing.EXPAND
+    bias: Bias = Bias.OWN
 
     @property
     def propagates(self) -> Propagation:
@@ -75,4 +88,4 @@ class KFAC(Quantity):
 
     def extract(self, J: Uses, g: Cotangents) -> Factors:
         scale = sympy.Integer(1) if self.fisher is Fisher.MC else 1 / g.scale
-        return kronecker(J, g, self.sharing, scale)
+        return kronecker(J, g, self.sharing, scale, self.bias is Bias.JOINED)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from math import prod
 
 import torch
 
 from ..approximate import Factors
+from ..canonical import key
 from ..compiler import Compiled
 from ..compiler.derived import Extraction
 from ..linalg import KroneckerFactors, Layout
@@ -20,16 +22,49 @@ def assemble(compiled: Compiled, values: Values, quantity: str) -> Mapping[str, 
     if quantity in values:
         return values[quantity]
     graph = compiled.graph
+    items = [item for item in compiled.derived.items if isinstance(item, Extraction) and quantity in item.factors]
+    names = {item.parameter: graph.parameters[item.parameter][0] for item in items}
+    joined = _joined({names[item.parameter]: item.factors[quantity] for item in items})
     found: dict[str, object] = {}
-    for item in compiled.derived.items:
-        if isinstance(item, Extraction) and quantity in item.factors:
-            dotted = graph.parameters[item.parameter][0]
-            factors = item.factors[quantity]
-            tensors = [values[f"{quantity}#{k}"][dotted] for k in range(len(factors.diagrams))]
-            shape = tuple(int(size) for size in graph.values[item.parameter].shape)
+    for item in items:
+        dotted, factors = names[item.parameter], item.factors[quantity]
+        tensors = [values[f"{quantity}#{k}"][dotted] for k in range(len(factors.diagrams))]
+        shape = tuple(int(size) for size in graph.values[item.parameter].shape)
+        if dotted in joined:
+            (k,) = (k for k, mean in enumerate(factors.means) if mean is not None)
+            tensors[k] = _with_one(tensors[k], values[f"{quantity}#mean{k}"][dotted])
+            found[dotted] = _with_bias(factors, tensors, f"{dotted}, {joined[dotted]}")
+        elif dotted not in joined.values():
             found[dotted] = _kronecker(factors, tensors, shape, dotted)
-    names = [dotted[0] for dotted in graph.parameters.values()]
-    return {name: found[name] for name in names if name in found}
+    order = [dotted[0] for dotted in graph.parameters.values()]
+    return {name: found[name] for name in order if name in found}
+
+
+def _joined(factors: Mapping[str, Factors]) -> dict[str, str]:
+    """Weight -> bias: the bias's only factor is the weight's factor with the cotangent."""
+    alone = {key(f.diagrams[0]): name for name, f in factors.items() if f.means == (None,)}
+    found: dict[str, str] = {}
+    for name, f in factors.items():
+        loss = [diagram for diagram, mean in zip(f.diagrams, f.means, strict=False) if mean is None]
+        if len(f.means) == 2 and len(loss) == 1 and not f.blocks and key(loss[0]) in alone:
+            found[name] = alone[key(loss[0])]
+    return found
+
+
+def _with_one(A: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """The factor of an input that ends in a 1."""
+    d = mean.numel()
+    column = mean.reshape(d, 1)
+    top = torch.cat([A.reshape(d, d), column], 1)
+    return torch.cat([top, torch.cat([column.T, torch.ones_like(column[:1])], 1)])
+
+
+def _with_bias(factors: Factors, tensors: list[torch.Tensor], name: str) -> KroneckerFactors:
+    """The block of [weight, bias] as a matrix [out, in + 1]."""
+    first = factors.means.index(None)
+    B, A = tensors[first], tensors[1 - first]
+    d = math.isqrt(B.numel())
+    return KroneckerFactors((B.reshape(d, d), A), (d, len(A)), assumption=factors.assumption, name=name)
 
 
 def _kronecker(factors: Factors, tensors: list[torch.Tensor], shape: tuple[int, ...], name: str) -> KroneckerFactors:
