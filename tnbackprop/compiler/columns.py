@@ -11,6 +11,7 @@ import sympy
 from ..algebra import Cotangents, pull_back, squared, tensor
 from ..bind import BoundRule
 from ..diagram import BATCH, COLUMN, Diagram, Leg, N, Product, Tensor
+from ..errors import InvariantError
 from ..quantities import Propagation, Quantity, Source
 from ..simplify import simplify
 from .averaged import copied, run_averaged
@@ -42,22 +43,31 @@ def columns_of(
     """The sweeps that quantities with this propagation need, numbered from `first`."""
     if propagation.together:
         setting = replace(setting, width=EVERY)
-    if propagation.source is Source.IDENTITY:
-        yield _from_output(setting, quantities, first)
-        return
-    if propagation.source is Source.AVERAGE:
-        yield _averages(setting, quantities, loss_root(setting.graph, setting.bound), first)
-        return
-    if propagation.source in (Source.DIAGONAL, Source.ELEMENTWISE):
-        root = loss_root(setting.graph, setting.bound, signed=True)
-        root = elementwise_root(root) if propagation.source is Source.ELEMENTWISE else root
-        yield _diagonals(setting, quantities, root, first)
-        return
-    if propagation.source is not Source.HESSIAN:
-        samples = propagation.samples if propagation.source is Source.SAMPLE else 0
-        yield _from_loss(setting, quantities, loss_root(setting.graph, setting.bound), samples, first)
-        return
-    root = loss_root(setting.graph, setting.bound, signed=True)
+    match propagation.source:
+        case Source.IDENTITY:
+            yield _from_output(setting, quantities, first)
+        case Source.AVERAGE:
+            yield _averages(setting, quantities, _root(setting), first)
+        case Source.DIAGONAL:
+            yield _diagonals(setting, quantities, _root(setting, signed=True), first)
+        case Source.ELEMENTWISE:
+            yield _diagonals(setting, quantities, elementwise_root(_root(setting, signed=True)), first)
+        case Source.HESSIAN:
+            yield from _hessian(setting, quantities, _root(setting, signed=True), first)
+        case Source.ROOT:
+            yield _from_loss(setting, quantities, _root(setting), 0, first)
+        case Source.SAMPLE:
+            yield _from_loss(setting, quantities, _root(setting), propagation.samples, first)
+        case Source.GRADIENT:
+            raise InvariantError("the gradient is no column")
+
+
+def _root(setting: Setting, signed: bool = False) -> LossRoot:
+    return loss_root(setting.graph, setting.bound, signed)
+
+
+def _hessian(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, first: int) -> Iterator[Columns]:
+    """Columns of the loss Hessian, and of the residual of every line before it."""
     if root.curvature is None:
         yield _from_loss(setting, quantities, root, 0, first)
     else:

@@ -77,7 +77,7 @@ def _rows(store: Store, columns: Columns, variable: str, code: str, shape: tuple
     if rows > columns.count:
         code = f"torch.nn.functional.pad({code}, ({'0, 0, ' * len(shape)}0, {rows - columns.count}))"
     name = variable.replace("column", "root") if variable == columns.variable else f"{variable}_rows"
-    root = store.add(code, (rows, *shape), Kernel.NATIVE, name=name, alone=True)
+    root = store.add(code, (rows, *shape), Kernel.NATIVE, name=name)
     _entered(store, columns, variable, root, shape)
     return {variable: root}
 
