@@ -327,7 +327,7 @@ def test_indefinite_losses_are_refused_or_clipped(loss: Callable[[], nn.Module],
 
 def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bar for the rounds, and the same numbers."""
-    problem = replace(mlp(), batch=40).build()
+    problem = replace(mlp(), batch=200).build()
     program = tn.compile(problem.model, problem.loss, (problem.x, problem.y), [tn.DiagGGN()])
     assert "in progress(" in program.source
     rounds: list[int] = []

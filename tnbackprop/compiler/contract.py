@@ -91,6 +91,9 @@ def read(store: Store, tensor: Tensor) -> Ref:
     if name not in store.shapes:
         store.suppliers[name](store)
         name = store.resolve(tensor.name)
+    base = store.views.get(name)
+    if base is not None and [leg.size for leg in base.order] == [leg.size for leg in tensor.legs]:
+        return base.renamed(tensor.legs)  # a permuted view is its base, in the memory order of that
     return Ref(name, tensor.legs, tensor.legs)
 
 
@@ -100,6 +103,7 @@ def as_tensor(store: Store, ref: Ref) -> Tensor:
         return Tensor(ref.name, ref.order)
     code = arranged(store, ref, tuple((leg,) for leg in ref.order))
     name = store.add(code, sizes_of(ref.order), Kernel.VIEW, strided=True)
+    store.views[name] = ref
     return Tensor(name, ref.order)
 
 

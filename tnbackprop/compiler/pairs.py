@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import sympy
 
 from ..diagram import Leg, Size, argument, ordered_union
-from .arrange import Groups, arranged, copies, copy_work, matrix, matrix_seconds, merged, placed, sizes_of
+from .arrange import Groups, arranged, copies, copy_seconds, copy_work, matrix, matrix_seconds, merged, placed, sizes_of
 from .cost import Kernel, Work
 from .printing import torch_code
 from .store import Ref, Store
@@ -116,6 +116,29 @@ def _dotted(store: Store, a: Ref, b: Ref, summed: Legs) -> Ref:
     return Ref(name, kept, kept)
 
 
+def _weighed(store: Store, large: Ref, small: Ref, summed: Legs) -> Ref:
+    """Σ large·small over all legs of the small one, in the memory order of the large one: no copy of it."""
+    kept = tuple(leg for leg in large.stored if leg not in summed)
+    weights = arranged(store, small, tuple((leg,) if leg in small.stored else () for leg in large.stored))
+    dims = ", ".join(str(k) for k, leg in enumerate(large.stored) if leg in summed)
+    code = f"({arranged(store, Ref(large.name, large.stored, large.stored), tuple((leg,) for leg in large.stored))}"
+    name = store.add(
+        f"{code} * {weights}).sum({dims if ',' not in dims else f'({dims})'})", sizes_of(kept), Kernel.REDUCE,
+        _weighing(large),
+    )  # fmt: skip
+    return Ref(name, kept, kept)
+
+
+def _weighing(large: Ref) -> Work:
+    return Work(flops=((2, large.stored),), moved=((4, large.stored),), fresh=((1, large.stored),))
+
+
+def _weighing_seconds(store: Store, large: Ref, small: Ref) -> float:
+    order = tuple((leg,) if leg in small.stored else () for leg in large.stored)
+    copies_small = copy_seconds(store, small, tuple(group for group in order if group))
+    return copies_small + store.rates.seconds(Kernel.REDUCE, _weighing(large), store.batch, store.itemsize)
+
+
 @dataclass(frozen=True)
 class Product2:
     """One way to write Σ first·second as mm or bmm: legs of the result are head + left + right."""
@@ -176,6 +199,10 @@ def _matmul(store: Store, a: Ref, b: Ref, output: Legs, ordered: bool) -> Ref:
     ways = [_oriented(*pair, output, follow) for follow in (ordered, False) for pair in ((a, b), (b, a))]
     ways += [replace(w, summed=tuple(leg for leg in w.second.stored if leg in w.summed)) for w in ways]
     best = min(ways, key=lambda way: way.seconds(store, output if ordered else None))
+    if not best.head and not (best.left and best.right):
+        large, small = (best.first, best.second) if best.left else (best.second, best.first)
+        if _weighing_seconds(store, large, small) < best.seconds(store, output if ordered else None):
+            return _weighed(store, large, small, best.summed)
     name = store.add(best.code(store), best.shape, best.kernel, best.work)
     return Ref(name, best.legs, best.legs)
 

@@ -50,6 +50,12 @@ class Plan:
         yield from ((step, 1) for step in self.steps)
         yield from ((step, loop.count) for loop in self.loops for step in loop.steps)
 
+    @property
+    def seconds(self) -> float:
+        """Predicted, at the example's batch size."""
+        each = ((self.rates.seconds(s.kernel, s.work, self.batch, self.itemsize), times) for s, times in self.timed)
+        return sum(seconds * times for seconds, times in each)
+
 
 def plan(
     graph: Graph,

@@ -56,6 +56,7 @@ class Store:
     steps: list[Step] = field(default_factory=list)
     shapes: dict[str, tuple[Size, ...]] = field(default_factory=dict)
     strided: set[str] = field(default_factory=set)  # values whose memory is not row-major: merging legs copies
+    views: dict[str, Ref] = field(default_factory=dict)  # permuted views: the value that they are views of
     units: dict[str, tuple[int, ...]] = field(default_factory=dict)  # strided values: axes of stride 1
     by_code: dict[str, str] = field(default_factory=dict)
     alias: dict[str, str] = field(default_factory=dict)
@@ -74,6 +75,7 @@ class Store:
             steps=list(self.steps),
             shapes=dict(self.shapes),
             strided=set(self.strided),
+            views=dict(self.views),
             units=dict(self.units),
             by_code=dict(self.by_code),
             alias=dict(self.alias),
@@ -83,7 +85,7 @@ class Store:
 
     def adopt(self, other: Store) -> None:
         """Take over what a fork has built."""
-        for name in ("steps", "shapes", "strided", "units", "by_code", "alias", "built", "functions"):
+        for name in ("steps", "shapes", "strided", "views", "units", "by_code", "alias", "built", "functions"):
             setattr(self, name, getattr(other, name))
 
     def add(
