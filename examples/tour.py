@@ -1,4 +1,4 @@
-"""One Linear layer through all stages, each printed: text, diagram, Jacobian, G, second moment, plan, source.
+"""One Linear layer through all stages, each printed: text, graph, diagram, Jacobian, G, second moment, plan, source.
 
 Every stage is a function from frozen data to frozen data; nothing here knows what a Linear is except its text.
 """
@@ -23,30 +23,35 @@ def main() -> None:
 
     stage("1 declare: the rule's text", TEXT)
 
+    model = nn.Sequential(nn.Linear(3, 2))
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    program = tn.compile(model, nn.MSELoss(), (x, y), quantities=[tn.SecondMoment()])
+    stage("2 capture: the model and the loss as calls", program.explain("capture").strip())
+
     # The text meets the operands of one call: N samples, 3 inputs, 2 outputs. One tuple of factors per axis.
     operands = {"input": ((N,), (3,)), "weight": ((2,), (3,)), "bias": ((2,),)}
     names = {"input": "x", "weight": "W", "bias": "b"}
     bound = bind(tn.Rule(TEXT), operands, names, "z", ((N,), (2,)), "the tour")
     (equation,) = bound.equations
     assert equation.diagram is not None
-    stage("2 bind: a diagram over runtime values", f"{equation.name}{equation.diagram}")
+    stage("3 bind: a diagram over runtime values", f"{equation.name}{equation.diagram}")
 
     # The Jacobian is derived: the operand is taken out of the diagram, its legs are left open and joined by deltas.
     jacobian = differentiate(equation.diagram, "W")
     assert jacobian is not None
-    stage("3 derive: the Jacobian by W", f"J{jacobian.diagram}")
+    stage("4 derive: the Jacobian by W", f"J{jacobian.diagram}")
 
     # What a quantity is given: all uses of the parameter, and what was propagated to each of them.
     weight_legs = equation.diagram.products[0].operands[0].legs  # W[o, i]
     J = Uses((jacobian,), weight_legs)
     g = Cotangents((tensor("g_z", equation.legs),), scale=1 / N)
     G = J.T @ g
-    stage("4 derive: the individual gradients, deltas simplified away", f"G{G}")
+    stage("5 simplify: the individual gradients, without the deltas", f"G{G}")
 
     moment = tn.SecondMoment().extract(J, g)
     opened = inline(moment)
     stage(
-        "5 extract: the second moment, a square of halves (...)",
+        "6 extract: the second moment, a square of halves (...)",
         f"m{moment}\n\nand multiplied out:\nm{opened}",
     )
 
@@ -54,18 +59,13 @@ def main() -> None:
     values = {"x": np.arange(12.0).reshape(4, 3), "g_z": np.arange(8.0).reshape(4, 2) - 3}
     first, second = (evaluate(diagram, values, 4) for diagram in (moment, opened))
     assert np.array_equal(first, second)
-    stage("6 reference: the meaning of both at N = 4", str(first))
+    stage("7 reference: the meaning of both at N = 4", str(first))
 
-    model = nn.Sequential(nn.Linear(3, 2))
-    x, y = torch.randn(4, 3), torch.randn(4, 2)
-    program = tn.compile(model, nn.MSELoss(), (x, y), quantities=[tn.SecondMoment()])
-    steps = "\n".join(f"{step.name:10} {step.kernel.value:12} {step.code}" for step in program.compiled.plan.steps)
-    choices = "\n".join(f"{choice.parameter}: {choice.chosen}" for choice in program.compiled.plan.choices)
-    stage("7 plan: build the half or multiply out, then torch calls", f"{choices}\n\n{steps}")
-    stage("8 emit: what runs", program.source.strip())
+    stage("8 plan and lower: build the half or multiply out, then torch calls", program.explain("plan").strip())
+    stage("9 emit: what runs", program.source.strip())
 
     result = program(x, y)
-    stage("9 run", f"loss {result.loss:.4f}\n{result['second_moment']['0.weight']}")
+    stage("10 run", f"loss {result.loss:.4f}\n{result['second_moment']['0.weight']}")
 
 
 def stage(title: str, text: str) -> None:
