@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+ARGUMENTS = {"draw.py": ("{folder}",), "second_order.py": ("--quick", "--output", "{folder}/plot.png")}
 NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
 
 
@@ -52,7 +53,8 @@ def test_example(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each example asserts what it claims; one that writes files is given a folder."""
-    monkeypatch.setattr(sys, "argv", [name, str(tmp_path)])
+    arguments = (argument.format(folder=tmp_path) for argument in ARGUMENTS.get(name, ()))
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
     assert capsys.readouterr().out
 
@@ -60,7 +62,14 @@ def test_example(
 def test_tour_shows_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(ROOT / "examples" / "tour.py"), run_name="__main__")
     printed = capsys.readouterr().out
+    stages = (
+        "declare", "capture", "bind", "derive", "simplify", "extract", "reference", "plan and lower", "emit", "run",
+    )  # fmt: skip
+    titles = re.findall(r"^(\d+) ([a-z ]+)", printed, flags=re.MULTILINE)
+    assert titles == [(str(k), stage) for k, stage in enumerate(stages, start=1)]
+    assert max(map(len, printed.splitlines())) < 200
     for formula in (
+        "layer_0  [N, 2]  aten.linear.default",
         "z[n,o] = Σ_{i} W[o,i] x[n,i] + b[o]",
         "J[n,o,o',i'] = x[n,i'] δ[o,o']",
         "G[n,o,i] = (x[n,i] g_z[n,o])",
