@@ -35,7 +35,7 @@ def emit(graph: Graph, plan: Plan, header: str) -> str:
             lines.append(f"    {name} = tensors[{name!r}]  # [{', '.join(map(str, graph.values[name].shape))}]")
     lines += [f"    {name} = tensors[{name!r}]" for name in noises(plan)]
     lines.append(_batch_line(graph))
-    if any("like" in step.inputs for step, _ in plan.timed) or any(loop.stacked for loop in plan.loops):
+    if any("like" in step.inputs for step, _ in plan.timed) or any(loop.outputs for loop in plan.loops):
         lines.append(f"    like = {floating}")
     needed = {name for loop in plan.loops for name in loop.reads}
     lines += lines_of(plan.steps, _read_by_output(graph, plan) | needed)

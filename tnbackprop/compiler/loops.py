@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -74,32 +75,66 @@ def over_columns(
 
 
 def loop_lines(loop: Loop, shapes: Mapping[str, tuple[Size, ...]]) -> list[str]:
-    """The loop as source. Sums are added up as they come; a concatenation is allocated once and filled in place."""
+    """The loop as source. Totals are allocated once: sums are added up in place, a concatenation is filled in."""
     summed = [(value, total) for value, total in loop.outputs if total not in loop.stacked]
     stacked = [(value, total) for value, total in loop.outputs if total in loop.stacked]
-    number = next(iter(loop.rows)).rsplit("_", 1)[-1]
     slots = {total: f"slot{total.removeprefix('total')}" for _, total in stacked}
     cut = f"split({loop.width})" if loop.width > 1 else "unbind(0)"
-    start = ", ".join(loop.begin.get(total, "0") for _, total in summed)
-    lines = [f"    # {loop.columns} columns, {loop.width} at a time", f"    sums_{number} = [{start}]"]
+    lines = [f"    # {loop.columns} columns, {loop.width} at a time"]
+    for value, total in summed:
+        zeros = f"like.new_zeros(({text(shapes[value])}{',' if shapes[value] else ''}))"
+        lines.append(f"    {total} = {f'{loop.begin[total]}.clone()' if total in loop.begin else zeros}")
     for value, total in stacked:
         lines.append(f"    {total} = like.new_empty(({text((loop.count * loop.width, *shapes[value][1:]))},))")
     rows = ", ".join(f"{name}.{cut}" for name in (*loop.rows.values(), *slots))
     targets = ", ".join([*loop.rows, *slots.values()])
     lines.append(f"    for {targets} in progress({f'zip({rows})' if ',' in targets else rows}):")
     steps, copied = _filling(loop, stacked, slots, shapes)
-    lines += [f"    {line}" for line in lines_of(steps, {value for value, _ in loop.outputs})]
+    steps, added = _adding(loop, steps, summed, shapes)
+    kept = {value for value, _ in (*copied, *added)} | {value for value, _ in stacked}
+    lines += [f"    {line}" for line in lines_of(steps, kept)]
     squeezed = "" if loop.width > 1 else ".squeeze(0)"
     lines += [f"        {slots[total]}[:] = {value}{squeezed}" for value, total in copied]
-    values = ", ".join(value for value, _ in summed)
-    lines.append(f"        sums_{number} = [a + b for a, b in zip(sums_{number}, [{values}])]")
-    own = {step.name for step in loop.steps}
-    left = [value for value in dict.fromkeys(value for value, _ in loop.outputs) if value in own]
+    lines += [f"        {total} = {total}.add_({value})" for value, total in added]
+    own = {step.name for step in steps}
+    left = [value for value in dict.fromkeys(value for value, _ in loop.outputs) if value in own and value in kept]
     lines.append(f"    del {', '.join([*loop.rows, *slots.values(), *left])}")
-    lines += [f"    {total} = sums_{number}[{k}]" for k, (_, total) in enumerate(summed)]
     if loop.count * loop.width > loop.columns:
         lines += [f"    {total} = {total}[:{loop.columns}]" for _, total in stacked]
-    return [*lines, f"    del sums_{number}"]
+    return lines
+
+
+def _adding(
+    loop: Loop, steps: tuple[Step, ...], summed: list[tuple[str, str]], shapes: Mapping[str, tuple[Size, ...]]
+) -> tuple[tuple[Step, ...], list[tuple[str, str]]]:
+    """Matmuls that add to a total themselves, where nothing else reads them, and the values that are added after."""
+    by_name = {step.name: step for step in steps}
+    readers = Counter(name for step in steps for name in step.inputs) + Counter(value for value, _ in loop.outputs)
+    replaced: dict[str, Step | None] = {}
+    added = []
+    for value, total in summed:
+        chain = [by_name.get(value)]
+        while (step := chain[-1]) is not None and _is_view(step):
+            chain.append(by_name.get(step.inputs[0]))
+        base = chain[-1]
+        alone = all(step is not None and readers[step.name] == 1 for step in chain)
+        if base is None or not alone or not base.code.startswith("torch.mm("):
+            added.append((value, total))
+            continue
+        shown = total if shapes[base.name] == shapes[value] else f"{total}.view({text(shapes[base.name])})"
+        replaced |= {step.name: None for step in chain if step is not None}
+        code = f"{total}.view({text(shapes[value])})"
+        own = f"{shown}.addmm_({base.code.removeprefix('torch.mm(')[:-1]}){code.removeprefix(total)}"
+        replaced[base.name] = replace(base, name=total, code=own)
+    kept = (replaced.get(step.name, step) for step in steps)
+    return tuple(step for step in kept if step is not None), added
+
+
+def _is_view(step: Step) -> bool:
+    """Whether it only sees its first input in another shape."""
+    return step.kernel is Kernel.VIEW and bool(step.inputs) and bool(
+        _VIEWS.fullmatch(step.code.removeprefix(step.inputs[0]))
+    )
 
 
 _VIEWS = re.compile(r"(\.(reshape|unsqueeze|squeeze|expand|contiguous)\([^()]*\))+")
@@ -115,8 +150,7 @@ def _filling(
     for value, total in stacked:
         base = by_name.get(value)
         while base is not None and base.kernel is Kernel.VIEW:
-            source = base.inputs[0] if base.inputs else ""
-            base = by_name.get(source) if _VIEWS.fullmatch(base.code.removeprefix(source)) else None
+            base = by_name.get(base.inputs[0]) if _is_view(base) else None
         out = f"{slots[total]}.view({text(shapes[base.name])})" if base is not None else ""
         code = _into(base.code, out) if base is not None and base.name not in written else None
         if base is None or code is None:

@@ -65,8 +65,8 @@ def _last_uses(plan: Plan, steps: list[Step], base: dict[str, str | None]) -> di
 
 
 def _totals(loop: Loop, plan: Plan) -> float:
-    """What a loop gathers: sums twice (the old and the new), concatenations once."""
-    return sum(_bytes(total, plan) * (1 if total in loop.stacked else 2) for _, total in loop.outputs)
+    """What a loop gathers."""
+    return sum(_bytes(total, plan) for _, total in loop.outputs)
 
 
 def _base(step: Step, plan: Plan) -> str | None:

@@ -20,8 +20,8 @@ COMPREHENSIONS = (ast.GeneratorExp, ast.ListComp, ast.SetComp, ast.DictComp)
 LOSS = "loss_"
 """How the function of a loss is called whose Hessian is taken by torch.func."""
 
-SLICE, COLUMN, GATHERED, NOISE = "slice_", "column_", "sums_", "noise_"
-"""How names begin: functions of a slice of the batch, columns of a root, what gathers their values, random inputs."""
+SLICE, COLUMN, NOISE = "slice_", "column_", "noise_"
+"""How names begin: functions of a slice of the batch, columns of a root, random inputs."""
 
 FIXED = frozenset({WINDOW_GRAM})
 """Functions of constant text, with loops over sizes: their own tests check them, here only what calls them is read."""
@@ -86,7 +86,7 @@ def _rows(node: ast.expr) -> bool:
 
 
 def _over_pieces(node: ast.AST) -> bool:
-    """A loop over slices of the batch or columns of a root, or what gathers their values."""
+    """A loop over slices of the batch or columns of a root."""
     match node:
         case ast.For(target=target, iter=ast.Call(func=ast.Name(id="progress"), args=[over])):
             first = target.elts[0] if isinstance(target, ast.Tuple) else target
@@ -98,8 +98,6 @@ def _over_pieces(node: ast.AST) -> bool:
             ast.GeneratorExp(elt=ast.Call(func=ast.Name(id=name))) | ast.ListComp(elt=ast.Call(func=ast.Name(id=name)))
         ):
             return name.startswith(SLICE)
-        case ast.ListComp(generators=[ast.comprehension(iter=over)]):
-            return any(isinstance(n, ast.Name) and n.id.startswith(GATHERED) for n in ast.walk(over))
         case _:
             return False
 
