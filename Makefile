@@ -8,7 +8,7 @@ PEERS  := backpack-for-pytorch opacus curvlinops-for-pytorch einconv linear_oper
 
 WORKERS := 2
 
-.PHONY: help venv demo test check bench plan-choice clean
+.PHONY: help venv demo test check bench bench-curvature plan-choice clean
 .NOTPARALLEL:
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test    install, then run the tests"
 	@echo "make check   ruff and mypy"
 	@echo "make bench   install the peers, then time the first-order quantities (BENCH='--device cuda' for options)"
+	@echo "make bench-curvature  the same for curvature and Kronecker factors"
 	@echo "make plan-choice  time both plans of every parameter of 3C3D against what the compiler chose"
 	@echo "make clean   remove .venv and every cache"
 
@@ -48,6 +49,9 @@ check: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-peers
 	$(BIN)/python -m benchmarks.first_order $(BENCH)
+
+bench-curvature: $(VENV)/.installed-peers
+	$(BIN)/python -m benchmarks.second_order $(BENCH)
 
 plan-choice: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.plan_choice $(BENCH)

@@ -166,3 +166,12 @@ def test_a_layer_without_a_rule_is_refused() -> None:
     problem = Case("no_rule", model).build()
     with pytest.raises(tn.UnsupportedError, match="has no rule, so its second derivative is not known"):
         run(problem, "HessianDiag")
+
+
+def test_shares_with_the_ggn() -> None:
+    """Beside DiagGGN the columns of the root are swept once: equal roots are one value, and equal code is one step."""
+    problem = mlp(nn.ReLU).build()
+    batch = (problem.x, problem.y)
+    alone = tn.compile(problem.model, problem.loss, batch, [tn.DiagGGN()])
+    both = tn.compile(problem.model, problem.loss, batch, [tn.DiagGGN(), tn.HessianDiag()])
+    assert len(both.compiled.plan.steps) == len(alone.compiled.plan.steps)

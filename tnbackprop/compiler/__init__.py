@@ -25,7 +25,7 @@ from .verify import asked, check
 
 WIDER = 4
 CLEARLY = 0.9
-"""As many columns as the device likes ride together, or `WIDER` times as many, where that is predicted clearly faster."""
+"""As many columns ride together as the device likes, or `WIDER` times as many where that looks clearly faster."""
 
 
 @dataclass(frozen=True)
