@@ -1,7 +1,7 @@
 """tnbackprop: declare a layer once as an einsum formula, get every derivative quantity as plain PyTorch."""
 
 from .algebra import Cotangents, Uses
-from .approximate import Sharing
+from .approximate import Factors, Sharing
 from .declare import REGISTRY, primitive, registered, rule
 from .diagram import Diagram, N
 from .drawing import Drawing, draw
@@ -68,6 +68,7 @@ __all__ = [
     "Diagram",
     "Drawing",
     "EinsumLayer",
+    "Factors",
     "Fisher",
     "GGNGram",
     "GGNTrace",

@@ -39,6 +39,7 @@ class Choice:
     found: tuple[Diagram, ...]
     options: tuple[Option, ...]
     chosen: Option
+    item: Extraction
 
 
 def choose(store: Store, item: Extraction, dotted: str, lowerings: tuple[Lowering, ...], chunk: int | None) -> Choice:
@@ -49,7 +50,7 @@ def choose(store: Store, item: Extraction, dotted: str, lowerings: tuple[Lowerin
     if chunk is not None:
         largest = {option: _largest(option, store.batch) for option in options}
         candidates = tuple(option for option in options if largest[option] <= 2 * min(largest.values()))
-    return Choice(dotted, found, options, min(candidates, key=lambda option: option.seconds))
+    return Choice(dotted, found, options, min(candidates, key=lambda option: option.seconds), item)
 
 
 def _largest(option: Option, batch: int) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import sympy
 
@@ -59,7 +60,8 @@ def convolutions(store: Store, product: Product, legs: Legs) -> list[Plan]:
     if roles is None:
         return []
     if roles.of_image is None:
-        return [partial(_input_vjp, roles=r, legs=legs) for r in (roles, roles.swapped())]
+        readings = sorted((roles, roles.swapped()), key=lambda r: prod(int(leg.size) for leg in r.twos))
+        return [partial(_input_vjp, roles=r, legs=legs) for r in readings]  # of two that cost the same, the small kernel
     if roles.of_one is not None:
         roles = roles.swapped()
     return [partial(_weight_vjp, roles=roles, legs=legs), partial(_forward, roles=roles, legs=legs)]

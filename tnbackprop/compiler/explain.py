@@ -89,9 +89,7 @@ def _schedules(compiled: Compiled) -> Iterator[tuple[str, Schedule]]:
 
 def _choice_of(compiled: Compiled, item: Extraction) -> Choice:
     """The choice that was made for this extraction."""
-    dotted = compiled.graph.parameters[item.parameter][0]
-    made = [choice for choice in compiled.plan.choices if choice.parameter == dotted]
-    return next(choice for choice in made if set(choice.chosen.results) == set(item.diagrams))
+    return next(choice for choice in compiled.plan.choices if choice.item is item)
 
 
 def _diagrams(compiled: Compiled) -> Iterator[str]:
