@@ -60,8 +60,9 @@ def convolutions(store: Store, product: Product, legs: Legs) -> list[Plan]:
     if roles is None:
         return []
     if roles.of_image is None:
+        # Of two that cost the same, the one with the small kernel comes first.
         readings = sorted((roles, roles.swapped()), key=lambda r: prod(int(leg.size) for leg in r.twos))
-        return [partial(_input_vjp, roles=r, legs=legs) for r in readings]  # of two that cost the same, the small kernel
+        return [partial(_input_vjp, roles=r, legs=legs) for r in readings]
     if roles.of_one is not None:
         roles = roles.swapped()
     return [partial(_weight_vjp, roles=roles, legs=legs), partial(_forward, roles=roles, legs=legs)]
