@@ -23,6 +23,7 @@ MATHEMATICS = ("errors", *SYMBOLIC, *NOTATION, "approximate")
 # What each part of the package may import, of the package. A part not listed here is a question for DESIGN.md.
 MAY_IMPORT = {
     "errors": (),
+    "version": (),
     "diagram": ("errors",),
     "canonical": ("diagram",),
     "jacobian": ("diagram",),
@@ -42,9 +43,10 @@ MAY_IMPORT = {
     "kernels": ("front", "quantities", "errors"),
     "products": ("front", "compiler", "quantities", "errors"),
     "drawing": ("drawing", "runtime", "compiler", *MATHEMATICS),
+    "generation": ("generation", "version", "declare", "compiler", "quantities", *MATHEMATICS),
     "__init__": (
-        "declare", "kernels", "layer", "products", "drawing", "front", "runtime", "rules", "quantities", "linalg",
-        *MATHEMATICS,
+        "declare", "generation", "kernels", "layer", "products", "drawing", "front", "runtime", "rules", "quantities",
+        "linalg", "version", *MATHEMATICS,
     ),
     "demo": ("__init__",),
     "cli": ("__init__", "errors"),

@@ -7,6 +7,7 @@ from .diagram import Diagram, N
 from .drawing import Drawing, draw
 from .errors import InputError, InvariantError, RuleError, TnError, UnsupportedError
 from .front import compile, compute
+from .generation import Generated, Target, generate
 from .kernels import ntk
 from .layer import EinsumLayer, einsum_layer
 from .linalg import Damping, KroneckerFactors
@@ -43,8 +44,7 @@ from .rule import Primitive, Root, Rule, Table
 from .rules import RULES
 from .rules.declared import Declared
 from .runtime import Indefinite, Program, Result
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "BL89",
@@ -72,6 +72,7 @@ __all__ = [
     "Fisher",
     "GGNGram",
     "GGNTrace",
+    "Generated",
     "Grad",
     "HesScale",
     "HessianDiag",
@@ -96,6 +97,7 @@ __all__ = [
     "SqrtGGN",
     "SqrtGGNMC",
     "Table",
+    "Target",
     "TnError",
     "UnsupportedError",
     "Uses",
@@ -105,6 +107,7 @@ __all__ = [
     "draw",
     "einsum_layer",
     "fisher_product",
+    "generate",
     "ggn_product",
     "hessian_product",
     "ntk",

@@ -17,12 +17,15 @@ Size: TypeAlias = int | sympy.Expr
 Scalar: TypeAlias = int | float | sympy.Expr
 
 N = sympy.Symbol("N", integer=True, positive=True)
-"""The batch size, the only symbolic size."""
+"""The batch size."""
+
+V = sympy.Symbol("V", integer=True, positive=True)
+"""How many columns are handed to a layer on its own. These two are the only symbolic sizes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """An index with a name and a size (an int, or a sympy expression in the batch size N)."""
+    """An index with a name and a size (an int, or a sympy expression in N or V)."""
 
     name: str
     size: Size

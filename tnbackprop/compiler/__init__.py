@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 
+from ..errors import UnsupportedError
 from ..quantities import Quantity
 from ..rule import Rules
 from .averaged import check_memory
 from .capture import capture
 from .cost import RATES, Rates
-from .derive import bind_all, derive
+from .derive import bind_all, derive, needs_rule
 from .derived import Derived
 from .emit import emit
 from .graph import Graph
+from .layer import Layer, opened
 from .lower import LOWERINGS
 from .memory import machine_bytes, peak_bytes
 from .plan import Plan, plan
@@ -69,6 +71,33 @@ def compile_program(
     source = emit(graph, planned, f"{type(model).__name__}: {', '.join(q.name for q in quantities)}")
     check(Stage.EMIT, source, seen)
     return Compiled(graph, derived, planned, source)
+
+
+def compile_layer(module: torch.nn.Module, x: Any, quantities: Sequence[Quantity], rules: Rules) -> Layer:
+    """The same stages for a module on its own, up to the diagrams; what is computed of them is planned by `part`."""
+    graph = capture(module, None, (x, None), rules)
+    seen = asked(module, tuple(q.name for q in quantities))
+    graph = opened(check(Stage.CAPTURE, graph, seen))
+    check(Stage.CAPTURE, graph, seen)
+    for call in graph.calls:
+        if needs_rule(call) and call.target not in rules:
+            raise UnsupportedError(
+                f"{call.where} has no rule, so there is no formula to generate code from.\n"
+                "  Declare one: rules=tn.RULES | {...} (examples/add_a_layer.py)."
+            )
+    bound = bind_all(graph, rules)
+    check(Stage.BIND, bound, seen := replace(seen, graph=graph))
+    derived = derive(graph, bound, quantities)
+    check(Stage.DERIVE, derived, seen)
+    return Layer(graph, derived, _rates(module), _itemsize(module))
+
+
+def part(layer: Layer, results: Sequence[tuple[str, str]], output: Any = None) -> Plan:
+    """The steps for some (quantity, parameter) and for some values, and for nothing else."""
+    chosen = layer.chosen(results)
+    graph = replace(layer.graph, output=output)
+    planned = plan(graph, chosen, LOWERINGS, layer.rates, layer.itemsize)
+    return check(Stage.PLAN, planned, replace(asked(torch.nn.Module(), ()), graph=graph))
 
 
 def _rates(model: torch.nn.Module) -> Rates:

@@ -10,16 +10,17 @@ import sympy
 
 from ..algebra import Cotangents, pull_back, squared, tensor
 from ..bind import BoundRule
-from ..diagram import BATCH, COLUMN, Diagram, Leg, N, Product, Tensor
-from ..errors import InvariantError
+from ..diagram import BATCH, COLUMN, Diagram, Leg, N, Product, Size, Tensor, V
+from ..errors import InvariantError, UnsupportedError
 from ..quantities import Propagation, Quantity, Source
 from ..simplify import simplify
 from .averaged import copied, run_averaged
-from .derived import Basis, Columns, column_leg
+from .derived import Basis, Columns, Given, column_leg
 from .graph import Call, Graph
+from .layer import COLUMNS
 from .residual import Paired, Weighted, residual_diagonal, residuals
 from .roots import LossRoot, elementwise_root, loss_root, output_of
-from .sweep import Sweep, add, all_uses, extraction, run
+from .sweep import Sweep, add, all_uses, extraction, run, schedule
 
 Bound = tuple[tuple[Call, BoundRule], ...]
 ONE = sympy.Integer(1)
@@ -43,7 +44,11 @@ def columns_of(
     """The sweeps that quantities with this propagation need, numbered from `first`."""
     if propagation.together:
         setting = replace(setting, width=EVERY)
-    match propagation.source:
+    source = propagation.source
+    if setting.graph.cotangent and source is not Source.IDENTITY:
+        yield _given(setting, quantities, propagation, first)
+        return
+    match source:
         case Source.IDENTITY:
             yield _from_output(setting, quantities, first)
         case Source.AVERAGE:
@@ -84,13 +89,31 @@ def _hessian(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, f
 def _from_output(setting: Setting, quantities: Sequence[Quantity], number: int) -> Columns:
     """One-hot columns at the model's output."""
     output = output_of(setting.graph, "Jacobians")
-    legs = _output_legs(setting, output.name)
+    legs = output_legs(setting.bound, output.name)
     return _from_basis(setting, quantities, Weighted(output.name, legs, None), number, inside=False)
+
+
+def _given(setting: Setting, quantities: Sequence[Quantity], propagation: Propagation, number: int) -> Columns:
+    """Columns that are handed in at the output of a layer on its own."""
+    if propagation.source is not Source.ROOT:
+        names = ", ".join(q.name for q in quantities)
+        raise UnsupportedError(f"{names} need the Hessian of a loss: a layer on its own has none.\n  Pass loss=.")
+    output = output_of(setting.graph, "the GGN")
+    legs = output_legs(setting.bound, output.name)
+    sweep = _sweep(setting, quantities, number, V)
+    sweep.variable = COLUMNS
+    sweep.terms[output.name] = [tensor(COLUMNS, (*sweep.lead, *legs))]
+    run(sweep, setting.bound)
+    for name in setting.graph.inputs:
+        if sweep.terms.get(name):
+            schedule(sweep, name)
+    start = Given(output.name, output.shape)
+    return Columns(COLUMNS, start, 0, (*sweep.lead, *legs), tuple(sweep.schedule), V)
 
 
 def _diagonals(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, number: int) -> Columns:
     """The diagonal of the Hessian at every value, each from those behind it by J∘J and its own second derivative."""
-    legs = _output_legs(setting, root.value)
+    legs = output_legs(setting.bound, root.value)
     own = column_leg(root.columns)
     variable = f"column_{number}"
     sweep = _sweep(setting, quantities, number, 1, inside=False, prefix="h")
@@ -107,7 +130,7 @@ def _diagonals(setting: Setting, quantities: Sequence[Quantity], root: LossRoot,
 
 def _averages(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, number: int) -> Columns:
     """One matrix for the whole batch at every value, from the sum of the loss Hessians at the output."""
-    legs, own = _output_legs(setting, root.value), column_leg(root.columns)
+    legs, own = output_legs(setting.bound, root.value), column_leg(root.columns)
     sweep = _sweep(setting, quantities, number, 1, inside=False, prefix="k")
     sweep.kept = (BATCH,)
     plain = _own(legs)
@@ -118,8 +141,9 @@ def _averages(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, 
     return Columns(column.name, root, 0, (*own, *legs), tuple(sweep.schedule), root.columns, summed=True)
 
 
-def _output_legs(setting: Setting, name: str) -> tuple[Leg, ...]:
-    return next((r.equations[-1].legs for c, r in setting.bound if c.output.name == name), ())
+def output_legs(bound: Bound, name: str) -> tuple[Leg, ...]:
+    """The legs of the value of a call."""
+    return next((r.equations[-1].legs for c, r in bound if c.output.name == name), ())
 
 
 def _behind(graph: Graph, output: str) -> set[str]:
@@ -135,7 +159,7 @@ def _from_loss(
     setting: Setting, quantities: Sequence[Quantity], root: LossRoot, samples: int, number: int
 ) -> Columns:
     """Columns of the root, at the model's output: cotangents like the gradient."""
-    legs = _output_legs(setting, root.value)
+    legs = output_legs(setting.bound, root.value)
     width = _divisor(samples, setting.width) if samples else _even(root.columns, setting.width)
     lead = column_leg(width)
     variable, weight = f"column_{number}", None
@@ -182,14 +206,14 @@ def _from_pair(setting: Setting, quantities: Sequence[Quantity], found: Paired, 
     led = pull_back(found.residual, tensor(one.variable, (*lead, *own)), keep, into)
     add(other, found.other, led * found.factor, sampled[found.other])
     run(other, setting.bound)
-    schedule = [*one.schedule, *other.schedule]
+    joint = [*one.schedule, *other.schedule]
     for name in setting.graph.parameters:
         if one.uses.get(name) and other.uses.get(name):
             both = _sweep(setting, quantities, number, width)
             both.uses[name] = [*one.uses[name], *other.uses[name]]
             uses, g = all_uses(both, name)
-            schedule.append(extraction(both, name, uses, _split(g, len(one.uses[name]))))
-    return Columns(one.variable, start, 0, (*lead, *own), tuple(schedule), width)
+            joint.append(extraction(both, name, uses, _split(g, len(one.uses[name]))))
+    return Columns(one.variable, start, 0, (*lead, *own), tuple(joint), width)
 
 
 def _split(g: Cotangents, count: int) -> Cotangents:
@@ -202,7 +226,7 @@ def _sweep(
     setting: Setting,
     quantities: Sequence[Quantity],
     number: int,
-    width: int,
+    width: Size,
     weight: Diagram | None = None,
     inside: bool = True,
     prefix: str = "s",

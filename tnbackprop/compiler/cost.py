@@ -8,7 +8,7 @@ from enum import Enum
 
 import sympy
 
-from ..diagram import Leg, N, Size
+from ..diagram import Leg, N, Size, V
 
 Terms = tuple[tuple[int, tuple[Leg, ...]], ...]
 """A polynomial: Σ coefficient · Π sizes."""
@@ -120,9 +120,13 @@ CUDA = Rates(
 RATES = {"cpu": CPU, "cuda": CUDA}
 
 
+COLUMNS = 8
+"""What V is taken to be."""
+
+
 def size_at(size: Size, batch: int) -> int:
     """The size as a number at this batch size."""
-    return size if isinstance(size, int) else int(size.subs(N, batch))
+    return size if isinstance(size, int) else int(size.xreplace({N: batch, V: COLUMNS}))
 
 
 def number(terms: Terms, batch: int) -> float:
@@ -144,4 +148,4 @@ def polynomial(terms: Terms) -> sympy.Expr:
 
 
 def _symbol(leg: Leg) -> sympy.Symbol:
-    return N if leg.size == N else sympy.Symbol(leg.name.rstrip("'"), integer=True, positive=True)
+    return leg.size if leg.size in (N, V) else sympy.Symbol(leg.name.rstrip("'"), integer=True, positive=True)

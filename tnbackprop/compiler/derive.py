@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import sympy
 
+from ..algebra import tensor
 from ..bind import BoundRule, bind
 from ..diagram import Diagram, Product
 from ..errors import RuleError, UnsupportedError
-from ..quantities import Quantity, Source
-from ..rule import Rule, Rules
-from .columns import Setting, columns_of
+from ..quantities import Propagation, Quantity, Source
+from ..rule import Rule, RuleFunction, Rules
+from .columns import Setting, columns_of, output_legs
 from .derived import Columns, Derived
 from .fallback import fallback
-from .graph import Call, Graph, Value
-from .sweep import Sweep, run, scale_of
+from .graph import Call, Graph, Value, op_text
+from .sweep import Sweep, run, scale_of, schedule
 from .units import without_units
 
 ONE = Diagram((), (Product(sympy.Integer(1), ()),))
@@ -23,10 +24,10 @@ ONE = Diagram((), (Product(sympy.Integer(1), ()),))
 
 def bind_all(graph: Graph, rules: Rules) -> tuple[tuple[Call, BoundRule], ...]:
     """Every differentiable call with its rule bound; one without a rule falls back on torch.func."""
-    return tuple((call, _bind(call, rules)) for call in graph.calls if _needs_rule(call))
+    return tuple((call, _bind(call, rules)) for call in graph.calls if needs_rule(call))
 
 
-def _needs_rule(call: Call) -> bool:
+def needs_rule(call: Call) -> bool:
     """A call with parameters behind it, and one whose forward is that of its rule."""
     return call.output.differentiable or call.by_rule
 
@@ -35,18 +36,37 @@ def _bind(call: Call, rules: Rules) -> BoundRule:
     row = rules.get(call.target)
     if row is None:
         return fallback(call)
+    rule = rule_of(call, row)
+    values = {name: value for name, value in call.arguments.items() if isinstance(value, Value) or value is None}
+    values |= call.tensors
+    axes = {name: None if v is None else v.axes for name, v in values.items()}
+    names = {name: v.name for name, v in values.items() if v is not None}
+    return without_units(bind(rule, axes, names, call.output.name, call.output.axes, call.where))
+
+
+def rule_of(call: Call, row: RuleFunction) -> Rule:
+    """What the row says about this call."""
     rule = row(call if call.module is None else call.module)
     if not isinstance(rule, Rule | str):
         raise RuleError(
             f"the row for {call.where} returned {type(rule).__name__}",
             hint='return a Rule, or its formula as text: "output[n, o] = weight[o, i] * input[n, i]"',
         )
-    values = {name: value for name, value in call.arguments.items() if isinstance(value, Value) or value is None}
-    values |= call.tensors
-    axes = {name: None if v is None else v.axes for name, v in values.items()}
-    names = {name: v.name for name, v in values.items() if v is not None}
-    rule = rule if isinstance(rule, Rule) else Rule(rule)
-    return without_units(bind(rule, axes, names, call.output.name, call.output.axes, call.where))
+    return rule if isinstance(rule, Rule) else Rule(rule)
+
+
+def rules_text(derived: Derived, rules: Rules) -> Iterator[str]:
+    """The rule of every call that has derivatives, with the constants that it names."""
+    for call, bound in derived.bound:
+        target = op_text(call.target)
+        if bound.fallback:
+            yield f"{target}: no rule, by torch.func"
+            continue
+        rule = rule_of(call, rules[call.target])
+        lines = [line.strip() for line in rule.formula.strip().splitlines()]
+        lines += [f"∂output/∂{name} = {text}" for name, text in rule.jacobian.items()]
+        constants = ", ".join(f"{name}={value}" for name, value in rule.constants.items())
+        yield "\n    ".join([f"{target}{f' with {constants}' if constants else ''}:", *lines])
 
 
 def derive(
@@ -56,20 +76,32 @@ def derive(
 
     width  the most columns that may ride through the layers together
     """
-    wanted = dict.fromkeys(q.propagates for q in quantities)
+    given = bool(graph.cotangent)
+    wanted = dict.fromkeys(_propagation(q, given) for q in quantities)
     sweep = Sweep(graph, [q for q in quantities if q.propagates.source is Source.GRADIENT])
     needing = [q.name for q in quantities if q.propagates.source is not Source.IDENTITY]
-    if graph.loss is None and needing:
+    if graph.loss is None and needing and not given:
         names = ", ".join(needing)
         raise UnsupportedError(f"{names} need a loss, and this program has none: pass loss= to compile.")
-    if graph.loss is not None:
+    if given:
+        sweep.terms[graph.output] = [tensor(graph.cotangent, output_legs(bound, graph.output))]
+    elif graph.loss is not None:
         sweep.terms[graph.loss] = [ONE]
     run(sweep, bound)
+    for name in graph.inputs if given else ():
+        if sweep.terms.get(name):
+            schedule(sweep, name)
     scale = scale_of(sweep)
     columns: list[Columns] = []
     setting = Setting(graph, bound, scale, width, sweep)
     trainable = any(graph.values[name].depends_on for name in graph.parameters)
     for propagation in (p for p in wanted if p.source is not Source.GRADIENT and trainable):
-        mine = [q for q in quantities if q.propagates == propagation]
+        mine = [q for q in quantities if _propagation(q, given) == propagation]
         columns += columns_of(setting, mine, propagation, len(columns))
     return Derived(bound, tuple(sweep.schedule), scale, tuple(columns))
+
+
+def _propagation(quantity: Quantity, given: bool) -> Propagation:
+    """Columns that are handed in are drawn already, and there is one set of them."""
+    found = quantity.propagates
+    return Propagation(Source.ROOT) if given and found.source in (Source.ROOT, Source.SAMPLE) else found

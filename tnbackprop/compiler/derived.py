@@ -11,7 +11,7 @@ import sympy
 
 from ..approximate import Factors
 from ..bind import BoundRule
-from ..diagram import COLUMN, Diagram, Leg
+from ..diagram import COLUMN, Diagram, Leg, Size, V
 from .graph import Call
 from .roots import LossRoot
 
@@ -64,14 +64,16 @@ class Columns:
     """
 
     variable: str
-    start: LossRoot | Basis
+    start: LossRoot | Basis | Given
     samples: int  # 0: the exact columns
     legs: tuple[Leg, ...]  # of the variable
     schedule: Schedule
-    width: int = 1
+    width: Size = 1
     summed: bool = False  # the sweep sums them where they start, and carries none of them
 
     def __str__(self) -> str:
+        if isinstance(self.start, Given):
+            return f"the {self.count} columns that are handed in at {self.start.value}"
         if isinstance(self.start, Basis):
             weighted = "" if self.start.weight is None else ", weighted"
             return f"the {self.count} one-hot columns at {self.start.value}{weighted}"
@@ -79,9 +81,14 @@ class Columns:
         return f"the root at {self.start.value}, {which}"
 
     @property
-    def count(self) -> int:
+    def count(self) -> Size:
         """How many columns there are."""
         return self.samples or self.start.columns
+
+    @property
+    def looped(self) -> bool:
+        """Whether they ride through the layers in several rounds."""
+        return bool(self.width != self.count)
 
     @property
     def lead(self) -> tuple[Leg, ...]:
@@ -103,6 +110,15 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class Given:
+    """Columns at the output of a layer on its own: the program's input, as many as the caller has."""
+
+    value: str
+    shape: tuple[Size, ...]  # of the value
+    columns: Size = V
+
+
+@dataclass(frozen=True)
 class Basis:
     """One-hot columns at a value, the same for every sample, and the weight of each of them (None: 1)."""
 
@@ -115,9 +131,9 @@ class Basis:
         return prod(int(leg.size) for leg in self.legs)
 
 
-def column_leg(width: int) -> tuple[Leg, ...]:
+def column_leg(width: Size) -> tuple[Leg, ...]:
     """The leg of several columns that ride through the layers together."""
-    return (Leg(COLUMN, width),) if width > 1 else ()
+    return (Leg(COLUMN, width),) if width != 1 else ()
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,7 @@ class Graph:
     example_batch: int
     in_spec: Any = None  # torch.utils._pytree spec of (x, y)
     absent: tuple[int, ...] = ()  # which of its leaves are None: they are no inputs
+    cotangent: str = ""  # of a layer on its own: the input that is the cotangent of its output
 
     def __str__(self) -> str:
         """A table: one line per call with its output, shape, op, operands and module."""

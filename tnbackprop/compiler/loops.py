@@ -71,7 +71,7 @@ def over_columns(
     outputs = tuple((value, total) for (value, _, _), total in totals.items())
     concatenated = frozenset(total for (_, stack, _), total in totals.items() if stack)
     begin = {total: start for (_, _, start), total in totals.items() if start}
-    return Loop(rows, columns.count, columns.width, steps, outputs, concatenated, begin), renamed
+    return Loop(rows, int(columns.count), int(columns.width), steps, outputs, concatenated, begin), renamed
 
 
 def loop_lines(loop: Loop, shapes: Mapping[str, tuple[Size, ...]]) -> list[str]:
@@ -88,7 +88,7 @@ def loop_lines(loop: Loop, shapes: Mapping[str, tuple[Size, ...]]) -> list[str]:
         lines.append(f"    {total} = like.new_empty(({text((loop.count * loop.width, *shapes[value][1:]))},))")
     rows = ", ".join(f"{name}.{cut}" for name in (*loop.rows.values(), *slots))
     targets = ", ".join([*loop.rows, *slots.values()])
-    lines.append(f"    for {targets} in progress({f'zip({rows})' if ',' in targets else rows}):")
+    lines.append(f"    for {targets} in progress({f'zip({rows}, strict=True)' if ',' in targets else rows}):")
     steps, copied = _filling(loop, stacked, slots, shapes)
     steps, added = _adding(loop, steps, summed, shapes)
     kept = {value for value, _ in (*copied, *added)} | {value for value, _ in stacked}

@@ -92,10 +92,10 @@ def _plan(
     loops = []
     checks: dict[str, str] = {}
     # Sweeps without a loop come first: what a loop sums may go on from their results.
-    for columns in sorted(derived.columns, key=lambda c: c.width < c.count):
+    for columns in sorted(derived.columns, key=lambda c: c.looped):
         rows = root_steps(store, graph, columns, lowerings, checks)
         mine = _scheduled(store, graph, columns.schedule, lowerings, chunk, choices, columns.carried)
-        if columns.width < columns.count:
+        if columns.looped:
             stacked = {q for item in columns.schedule if isinstance(item, Extraction) for q in _with_columns(item)}
             loop, mine = over_columns(store, rows, columns, mine, stacked, results)
             loops.append(loop)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from ..diagram import Leg, N
-from .cost import Terms
+from ..diagram import Leg, N, V
+from .cost import COLUMNS, Terms
 
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -37,7 +37,7 @@ class Symbols:
 
     def at(self, polynomial: sympy.Expr, batch: int) -> float:
         """The number that a polynomial is at this batch size."""
-        return float(polynomial.xreplace({**self.values, N: batch}))
+        return float(polynomial.xreplace({**self.values, N: batch, V: COLUMNS}))
 
     def text(self, polynomial: sympy.Expr, batch: int) -> str:
         """2·N·o·i + N·o, the largest term first."""
@@ -52,7 +52,7 @@ class Symbols:
         coefficient, rest = term.as_coeff_Mul()
         powers = rest.as_powers_dict()
         shown = [] if coefficient == 1 and rest != 1 else [number_text(float(coefficient))]
-        for symbol in (N, *self.values):
+        for symbol in (N, V, *self.values):
             power = int(powers.get(symbol, 0))
             if power:
                 shown.append(str(symbol) + (str(power).translate(_SUPERSCRIPT) if power > 1 else ""))

@@ -6,7 +6,7 @@ from ..diagram import BATCH, N, Size
 from .arrange import arranged, sizes_of, text
 from .contract import Lowering, build
 from .cost import Kernel
-from .derived import Basis, Columns
+from .derived import Basis, Columns, Given
 from .forward import fill
 from .graph import Graph
 from .hessian_root import hessian_root
@@ -20,6 +20,9 @@ def root_steps(
 
     Where all columns ride together there is no loop, and the rows are entered under the variable's name.
     """
+    if isinstance(columns.start, Given):
+        store.shapes[columns.variable] = (columns.start.columns, *columns.start.shape)
+        return {}
     if isinstance(columns.start, Basis):
         return _basis(store, columns, columns.start, lowerings)
     root, number = columns.start, columns.number
@@ -73,9 +76,9 @@ def _basis(store: Store, columns: Columns, basis: Basis, lowerings: tuple[Loweri
 
 def _rows(store: Store, columns: Columns, variable: str, code: str, shape: tuple[Size, ...]) -> dict[str, str]:
     """All rows at once, with rows of zeros to fill up the last round."""
-    rows = -(-columns.count // columns.width) * columns.width
+    rows = -(-int(columns.count) // int(columns.width)) * int(columns.width)
     if rows > columns.count:
-        code = f"torch.nn.functional.pad({code}, ({'0, 0, ' * len(shape)}0, {rows - columns.count}))"
+        code = f"torch.nn.functional.pad({code}, ({'0, 0, ' * len(shape)}0, {rows - int(columns.count)}))"
     name = variable.replace("column", "root") if variable == columns.variable else f"{variable}_rows"
     root = store.add(code, (rows, *shape), Kernel.NATIVE, name=name)
     _entered(store, columns, variable, root, shape)
@@ -98,7 +101,7 @@ def _drawn(store: Store, columns: Columns, code: str, shape: tuple[Size, ...]) -
 
 def _entered(store: Store, columns: Columns, name: str, rows: str, shape: tuple[Size, ...]) -> None:
     """The loop's variable; without a loop, the rows themselves."""
-    if columns.width < columns.count:
+    if columns.looped:
         store.shapes[name] = (*sizes_of(columns.lead), *shape)
     elif columns.lead:
         store.alias[name] = rows

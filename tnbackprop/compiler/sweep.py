@@ -115,7 +115,7 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
         pulled = Native(rule.vjp[name], f"{sweep.prefix}_{call.output.name}", call.output.name)
         sweep.terms.setdefault(name, []).append(pulled)
     if native:
-        _schedule(sweep, call.output.name, rule.equations[-1].legs)
+        schedule(sweep, call.output.name)
     wanted = _lines_to(rule.equations, trainable - native)
     for equation in reversed(rule.equations):
         for operand in operands_of(equation):
@@ -127,7 +127,7 @@ def _pull_individually(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> 
     """Native code for a parameter gives its individual VJPs as a value; the use is then the identity."""
     output = rule.equations[-1]
     if sweep.samples[output.name]:
-        _schedule(sweep, output.name, output.legs)
+        schedule(sweep, output.name)
     else:
         uses, g = all_uses(sweep, output.name)
         sweep.schedule.append(Backward(f"{sweep.prefix}_{output.name}", output.name, (uses.T @ g,), call.where))
@@ -245,7 +245,7 @@ def _check_diagonal(call: Call, operand: str, jacobian: Jacobian) -> None:
 def _cotangent(sweep: Sweep, name: str, legs: tuple[Leg, ...]) -> Diagram:
     """What is propagated to `name`: a named tensor, or the constant of a scalar of the loss."""
     if sweep.samples[name]:
-        _schedule(sweep, name, legs)
+        schedule(sweep, name)
         return tensor(f"{sweep.prefix}_{name}", (*sweep.lead, *legs))
     total = Diagram(legs, ())
     for term in sweep.terms[name]:
@@ -273,7 +273,7 @@ def _composed(sweep: Sweep, name: str, jacobian: Jacobian) -> tuple[Jacobian, Di
     return jacobian, cotangent.rename(dict(zip(cotangent.legs[len(kept) :], jacobian.out, strict=True)))
 
 
-def _schedule(sweep: Sweep, name: str, legs: tuple[Leg, ...]) -> None:
+def schedule(sweep: Sweep, name: str) -> None:
     """Enter the computation of a cotangent, once."""
     if not any(isinstance(item, Backward) and item.value == name for item in sweep.schedule):
         call = sweep.owner.get(name)

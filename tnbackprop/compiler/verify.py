@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any, TypeVar
 
 import torch
 
 from ..bind import BoundRule
-from ..diagram import BATCH, Diagram, N, is_head
+from ..diagram import BATCH, Diagram, N, V, is_head
 from ..errors import InvariantError
 from .derived import Backward, Derived, Extraction, Individual, Native, Schedule
 from .graph import Call, Graph, is_batch
+from .layer import COLUMNS
 from .plan import Plan, names_in
 from .stage import Stage
 from .verify_source import SOURCE, SourceCheck
@@ -182,7 +182,7 @@ def _schedules(derived: Derived, context: Context) -> Iterator[tuple[Schedule, d
     gradient = {name for item in derived.schedule for name in _made(item, known)}
     for columns in derived.columns:
         own = {columns.variable: count_legs(columns.legs), columns.weight: count_legs((*columns.lead, BATCH))}
-        width = prod(int(leg.size) for leg in columns.carried)
+        width, _ = count_legs(columns.carried)
         yield columns.schedule, {**known, **dict.fromkeys(gradient), **own}, width
 
 
@@ -275,6 +275,7 @@ def _result_legs(derived: Derived, context: Context) -> Flaws:
 def _steps_in_order(plan: Plan, context: Context) -> Flaws:
     defined = {*_read(_graph(context)), "like", *(n for n in plan.shapes if n.startswith("noise_"))}
     defined |= {variable for loop in plan.loops for variable in loop.rows}
+    defined |= {COLUMNS} if _graph(context).cotangent else set()
     for step, _ in plan.timed:
         for name in step.inputs:
             if name not in defined:
@@ -303,8 +304,8 @@ def _shapes_known(plan: Plan, context: Context) -> Flaws:
         if step.name not in plan.shapes:
             yield step.name, f"its shape is not known: {step.code}"
         for size in plan.shapes.get(step.name, ()):
-            if not isinstance(size, int) and size.free_symbols != {N}:
-                yield step.name, f"size {size} is neither a number nor a multiple of N"
+            if not isinstance(size, int) and not size.free_symbols <= {N, V}:
+                yield step.name, f"size {size} is neither a number nor a multiple of N or V"
 
 
 def _einsum_stays_inside(plan: Plan, context: Context) -> Flaws:
@@ -318,7 +319,7 @@ def _einsum_stays_inside(plan: Plan, context: Context) -> Flaws:
 def _work_counted(plan: Plan, context: Context) -> Flaws:
     for step, _ in plan.timed:
         for coefficient, legs in (*step.work.flops, *step.work.moved, *step.work.fresh):
-            if coefficient < 0 or not all(isinstance(leg.size, int) or leg.size.free_symbols == {N} for leg in legs):
+            if coefficient < 0 or not all(isinstance(leg.size, int) or leg.size.free_symbols <= {N, V} for leg in legs):
                 yield step.name, f"its work {coefficient}·{legs} is no polynomial in leg sizes"
 
 

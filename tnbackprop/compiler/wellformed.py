@@ -7,11 +7,14 @@ from functools import cache
 
 import sympy
 
-from ..diagram import Delta, Diagram, Leg, Map, N, Operand, Part, Product, Selection, Size, Tensor, Window, argument
+from ..diagram import Delta, Diagram, Leg, Map, N, Operand, Part, Product, Selection, Size, Tensor, V, Window, argument
 from ..jacobian import Jacobian
 
 Count = tuple[int, int]
 """Elements as (number, power of N)."""
+
+ANY = 1009
+"""What V counts for: a prime that no size is."""
 
 
 def flaws(diagram: Diagram, known: Mapping[str, Count | None]) -> Iterator[str]:
@@ -44,7 +47,7 @@ def count(sizes: tuple[Size, ...]) -> Count:
         if isinstance(size, int):
             number *= size
         else:
-            factor, symbols = size.as_coeff_Mul()
+            factor, symbols = size.xreplace({V: sympy.Integer(ANY)}).as_coeff_Mul()
             number *= int(factor)
             power += int(sympy.degree(symbols, N))
     return number, power

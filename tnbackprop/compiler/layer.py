@@ -1,0 +1,84 @@
+"""A layer on its own: a graph without a loss, to which the cotangent of its output is handed, and columns of them.
+
+It goes through the same stages as a model. The inputs count as differentiable, so that what is pulled back to them is a
+result as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..diagram import N
+from ..errors import UnsupportedError
+from .cost import Rates
+from .derived import Backward, Derived, Extraction, Individual, Schedule
+from .graph import Graph, Value
+
+COTANGENT, COLUMNS = "cotangent", "columns"
+
+
+def opened(graph: Graph) -> Graph:
+    """The graph of a layer with the cotangent as its last input, and with inputs that are differentiable.
+
+    Raises `UnsupportedError` where it has several outputs, or one without a batch.
+    """
+    if not isinstance(graph.output, str):
+        raise UnsupportedError("a layer on its own needs one output tensor, and this one returns several.")
+    output = graph.values[graph.output]
+    if not any(N in axis for axis in output.axes):
+        raise UnsupportedError(f"the layer's output {output} does not depend on the samples.")
+    values = dict(graph.values)
+    for name in graph.inputs:
+        if values[name].dtype.is_floating_point:
+            values[name] = replace(values[name], depends_on=values[name].depends_on | {name})
+    calls = []
+    for call in graph.calls:
+        arguments = {name: _known(argument, values) for name, argument in call.arguments.items()}
+        behind = frozenset().union(*(values[v.name].depends_on for v in call.tensors.values()))
+        own = behind if call.output.dtype.is_floating_point else frozenset()
+        values[call.output.name] = replace(call.output, depends_on=own)
+        calls.append(replace(call, arguments=arguments, output=values[call.output.name]))
+    values[COTANGENT] = replace(values[graph.output], name=COTANGENT, depends_on=frozenset())
+    return replace(graph, calls=tuple(calls), values=values, inputs=(*graph.inputs, COTANGENT), cotangent=COTANGENT)
+
+
+def _known(argument: Any, values: dict[str, Value]) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(_known(each, values) for each in argument)
+    return values[argument.name] if isinstance(argument, Value) else argument
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer's diagrams, and what planning them needs."""
+
+    graph: Graph
+    derived: Derived
+    rates: Rates
+    itemsize: int
+
+    @property
+    def pulled_back(self) -> Iterator[tuple[str, str, bool]]:
+        """What is propagated to the inputs: (value, its cotangent, whether that is of columns)."""
+        for k, schedule in enumerate(self.derived.sweeps):
+            for item in schedule:
+                if isinstance(item, Backward) and item.value in self.graph.inputs:
+                    yield item.value, item.name, k > 0
+
+    def chosen(self, results: Sequence[tuple[str, str]]) -> Derived:
+        """Without the extractions of everything but these (quantity, parameter)."""
+        columns = tuple(replace(c, schedule=self._only(c.schedule, results)) for c in self.derived.columns)
+        return replace(self.derived, schedule=self._only(self.derived.schedule, results), columns=columns)
+
+    def _only(self, schedule: Schedule, results: Sequence[tuple[str, str]]) -> Schedule:
+        kept: list[Backward | Individual | Extraction] = []
+        for item in schedule:
+            if isinstance(item, Extraction):
+                dotted = self.graph.parameters[item.parameter][0]
+                diagrams = {q: d for q, d in item.diagrams.items() if (q.partition("#")[0], dotted) in results}
+                item = replace(item, diagrams=diagrams)
+            if not isinstance(item, Extraction) or item.diagrams:
+                kept.append(item)
+        return tuple(kept)

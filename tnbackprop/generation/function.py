@@ -1,0 +1,194 @@
+"""One function of a generated file: its arguments are what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+
+from ..approximate import Factors
+from ..compiler.arrange import text
+from ..compiler.derived import Backward, Derived, Extraction, Native
+from ..compiler.explain_text import diagram_text
+from ..compiler.graph import Graph
+from ..compiler.layer import COLUMNS, COTANGENT
+from ..compiler.listing import lines_of
+from ..compiler.plan import Plan
+from ..compiler.polynomials import Symbols
+from ..diagram import Diagram, Size, Tensor, leaves
+from ..errors import UnsupportedError
+from .names import Names
+from .text import definition, docstring, statement
+
+LARGEST = 4096
+"""Elements of a constant that may stand in a file."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of a generated file; `returns` is code, `doc` its lines."""
+
+    name: str
+    arguments: tuple[str, ...]
+    body: tuple[str, ...]
+    returns: str
+    doc: tuple[str, ...] = field(default=())
+
+    @property
+    def lines(self) -> list[str]:
+        """The source."""
+        body = [*self.body, f"    return {self.returns}"]
+        head = definition(f"def {self.name}({', '.join(self.arguments)}):", body)
+        return [*head, *docstring(self.doc), *(row for line in body for row in statement(line))]
+
+    def call(self, values: Mapping[str, str]) -> str:
+        """Code that calls it, given code for every argument."""
+        return f"{self.name}({', '.join(values[name] for name in self.arguments)})"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a function may read: value -> its shape, in the order of arguments, and constants by value."""
+
+    shapes: Mapping[str, tuple[Size, ...]]
+    constants: Mapping[str, torch.Tensor]
+    floating: Sequence[str]
+    names: Names
+
+
+def function(
+    name: str, plan: Plan, returned: Sequence[str], returns: str, inputs: Inputs, doc: Iterable[str] = ()
+) -> Function:
+    """The steps of a plan as a function that returns code in the values `returned`."""
+    shown = inputs.names.code
+    steps = tuple(replace(s, code=shown(s.code), inputs=tuple(map(shown, s.inputs))) for s in plan.steps)
+    lines = lines_of(steps, {shown(value) for value in returned})
+    codes = [*(step.code for step in plan.steps), returns]
+    every = " ".join(codes)
+    read = {value for step in plan.steps for value in step.inputs} | set(returned)
+    arguments = [value for value in inputs.shapes if value in read]
+    constants = [value for value in inputs.constants if value in read]
+    head: list[str] = []
+    needs_like = "like" in read or bool(constants)
+    floating = [value for value in inputs.floating if value in arguments]
+    if needs_like and not floating:
+        arguments = [value for value in inputs.shapes if value in arguments or value == inputs.floating[0]]
+        floating = [inputs.floating[0]]
+    for size in ("N", "V"):
+        if uses(every, size):
+            found = _axis_of(arguments, inputs, size) or _axis_of(inputs.shapes, inputs, size)
+            if found is None:
+                raise UnsupportedError(f"{name}: nothing that it may read has an axis of size {size}")
+            arguments = [value for value in inputs.shapes if value in arguments or value == found[0]]
+            head.append(f"    {size} = {shown(found[0])}.shape[{found[1]}]")
+    head += [f"    like = {shown(floating[0])}"] if needs_like else []
+    head += [f"    {value} = {literal(value, inputs.constants[value])}" for value in constants]
+    return Function(name, tuple(shown(a) for a in arguments), (*head, *lines), shown(returns), tuple(doc))
+
+
+def uses(code: str, name: str) -> bool:
+    """Whether code reads a name."""
+    return any(f"{name}" == word for word in _words(code))
+
+
+def _words(code: str) -> list[str]:
+    return "".join(char if char.isalnum() or char in "_." else " " for char in code).split()
+
+
+def _axis_of(values: Iterable[str], inputs: Inputs, size: str) -> tuple[str, int] | None:
+    for value in values:
+        for axis, own in enumerate(inputs.shapes[value]):
+            if str(own) == size:
+                return value, axis
+    return None
+
+
+def literal(name: str, tensor: torch.Tensor) -> str:
+    """Code for a constant tensor. Raises `UnsupportedError` where it is too large for a file."""
+    if tensor.numel() > LARGEST:
+        raise UnsupportedError(
+            f"the constant {name} has {tensor.numel()} elements, too many for a source file.\n"
+            "  Register it as a buffer of the model: then it is read from the state_dict."
+        )
+    dtype = "like.dtype" if tensor.is_floating_point() else tensor.dtype
+    return f"torch.tensor({tensor.tolist()!r}, dtype={dtype}, device=like.device)"
+
+
+def factors_code(factors: Factors, codes: Sequence[str], shapes: Mapping[str, tuple[Size, ...]]) -> str:
+    """(factor, …) as square matrices [d, d], or [blocks, d, d]."""
+    blocks = [prod(int(leg.size) for leg in factors.blocks)] if factors.blocks else []
+    shown = []
+    for legs, code in zip(factors.legs, codes, strict=True):
+        d = prod(int(leg.size) for leg in legs)
+        own = shapes[code]
+        square = (*blocks, d, d)
+        if prod(int(size) for size in own) != prod(square):
+            shown.append(f"{code}.expand({text(square)})")
+        else:
+            shown.append(code if tuple(own) == square else f"{code}.reshape({text(square)})")
+    return f"({', '.join(shown)}{',' if len(shown) == 1 else ''})"
+
+
+def formulas(derived: Derived, diagrams: Mapping[str, Diagram], last: str = "") -> Iterator[str]:
+    """The diagrams, and the cotangents that they read (and `last`), as formulas. What is handed in goes by its name."""
+    swept = {item.name: item for schedule in derived.sweeps for item in schedule if isinstance(item, Backward)}
+    handed = {name: item.terms[0] for name, item in swept.items() if len(item.terms) == 1 and _is_input(item.terms[0])}
+    aliases = Names({name: _tensor_of(term) for name, term in handed.items()})
+    wanted: dict[str, None] = {}
+
+    def visit(name: str) -> None:
+        if name in swept and name not in wanted and (name not in handed or name == last):
+            for term in swept[name].terms:
+                for leaf in leaves(term) if isinstance(term, Diagram) else (term.cotangent,):
+                    visit(leaf)
+            wanted[name] = None
+
+    for leaf in [leaf for diagram in diagrams.values() for leaf in leaves(diagram)] + [last] * bool(last):
+        visit(leaf)
+    for name in wanted:
+        lines = [_term_text(name, term) for term in swept[name].terms]
+        yield from (aliases.code(line if not k else line.replace(" = ", " += ", 1)) for k, line in enumerate(lines))
+    yield from (aliases.code(diagram_text(name, diagram, {})) for name, diagram in diagrams.items())
+
+
+def _term_text(name: str, term: Diagram | Native) -> str:
+    if isinstance(term, Diagram):
+        return diagram_text(name, term, {})
+    code = term.code.replace("{cotangent}", term.cotangent).replace("{", "").replace("}", "")
+    return f"{name} = {code}"
+
+
+def _is_input(term: Diagram | Native) -> bool:
+    return isinstance(term, Diagram) and bool(_tensor_of(term))
+
+
+def _tensor_of(term: Diagram | Native) -> str:
+    """The name of what is handed in, where the term is that and nothing else."""
+    if isinstance(term, Native) or len(term.products) != 1 or term.products[0].scale != 1:
+        return ""
+    operands = term.products[0].operands
+    only = operands[0] if len(operands) == 1 else None
+    return only.name if isinstance(only, Tensor) and only.name in (COTANGENT, COLUMNS) else ""
+
+
+def refuse_random(graph: Graph) -> None:
+    """Raises `UnsupportedError` for an operation that draws: what a file computes could not be checked."""
+    for call in graph.calls:
+        if torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ()):
+            raise UnsupportedError(f"{call.where} is random, and a file could not be checked: call model.eval() first.")
+
+
+def flops(plan: Plan) -> str:
+    """FLOPs of a plan as a polynomial, with its legend."""
+    symbols = Symbols()
+    terms = tuple(term for step, _ in plan.timed for term in step.work.flops)
+    if not terms:
+        return "no FLOPs"
+    shown = symbols.text(symbols.polynomial(terms), plan.batch)
+    return f"{shown} FLOPs" + (f" ({symbols.legend()})" if symbols.values else "")
+
+
+def extractions(derived: Derived) -> Iterator[Extraction]:
+    return (item for item in derived.items if isinstance(item, Extraction))

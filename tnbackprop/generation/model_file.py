@@ -1,0 +1,237 @@
+"""Target model: the program of a whole model with its loss as one file, with the mapping of names as plain data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..compiler import Compiled, compile_program
+from ..compiler.arrange import text
+from ..compiler.capture import plain
+from ..compiler.derive import rules_text
+from ..compiler.emit import noises
+from ..compiler.explain_text import diagram_text
+from ..compiler.graph import Graph
+from ..compiler.listing import alive
+from ..compiler.plan import INDEFINITE, Plan
+from ..compiler.store import Step
+from ..diagram import N
+from ..errors import InputError
+from ..quantities import Quantity
+from ..rule import Rules
+from ..version import __version__
+from . import model_checking as checking
+from .checking import bounds as bounds_of
+from .checking import lines_of_text
+from .function import Inputs, extractions, flops, function, literal, refuse_random
+from .generated import Target
+from .names import Names
+from .straight import tidied
+from .text import data, docstring, quoted, sizes, statement
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """What a file is written from."""
+
+    compiled: Compiled
+    quantities: Sequence[Quantity]
+    title: str
+    rules: Sequence[str]
+    bounds: Mapping[str, tuple[Any, ...]]  # value -> (shape, least, largest)
+
+
+def model_source(
+    model: torch.nn.Module,
+    loss: Callable[..., torch.Tensor],
+    example: Any,
+    quantities: Sequence[Quantity],
+    rules: Rules,
+) -> tuple[str, Target, str, tuple[str, ...]]:
+    """The file, and what `Generated` says of it."""
+    if not isinstance(example, tuple | list) or len(example) != 2:
+        raise InputError("example= of a whole model is a batch (x, y)")
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"cannot generate from {type(model).__name__}: give a torch.nn.Module")
+    compiled = compile_program(model, loss, (example[0], example[1]), quantities, rules)
+    refuse_random(compiled.graph)
+    title = f"{type(model).__name__} with {getattr(loss, '__name__', type(loss).__name__)}"
+    bounds = _bounds(compiled, model, example)
+    file = ModelFile(compiled, quantities, title, tuple(rules_text(compiled.derived, rules)), bounds)
+    write = checking.with_records(lambda recorded: _source(file, recorded), file.compiled, quantities)
+    return write, Target.MODEL, title, ("compute", "program")
+
+
+def _bounds(compiled: Compiled, model: torch.nn.Module, example: Any) -> dict[str, tuple[Any, ...]]:
+    """Between which numbers the check draws every input, parameter and buffer."""
+    graph = compiled.graph
+    leaves = [leaf for leaf in pytree.tree_leaves((plain(example[0]), plain(example[1]))) if leaf is not None]
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = {value: named[dotted[0]].detach() for value, dotted in graph.parameters.items()}
+    tensors |= {value: named[dotted] for value, dotted in graph.buffers.items()}
+    tensors |= dict(zip(graph.inputs, leaves, strict=True))
+    found = {}
+    for value, tensor in tensors.items():
+        shape = tuple("N" if size == N else size for size in graph.values[value].shape)
+        found[value] = (shape, *bounds_of(tensor, value in graph.inputs))
+    return found
+
+
+def _source(file: ModelFile, recorded: checking.Recorded) -> str:
+    compiled = file.compiled
+    graph = compiled.graph
+    lines = [*_header(file), "", "import sys", "", "import torch", ""]
+    lines += ["# value in the program: name in the model"]
+    lines += data("PARAMETERS", {value: dotted[0] for value, dotted in graph.parameters.items()})
+    lines += data("BUFFERS", dict(graph.buffers))
+    lines += ["# leaves of (x, y), in order", *statement(f"INPUTS = {graph.inputs!r}")]
+    lines += statement(f"BATCH = {_batch(graph)!r}")
+    lines += ["# quantity: {parameter: the shapes of its Kronecker factors}", *data("FACTORS", _factors(compiled))]
+    lines += ["# value: (shape, least and largest value that the check draws)", *data("ARGUMENTS", file.bounds)]
+    lines += ["", "", *_program(compiled), "", "", *_tensors(compiled)]
+    single = isinstance(graph.output, str)
+    compute = _COMPUTE.replace("OUTPUT", "output[0]" if single else "output")
+    lines += lines_of_text(compute.replace("INDEFINITE", quoted(repr(INDEFINITE))))
+    lines += _split(compiled)
+    lines += checking.check_lines(compiled, file.quantities, recorded)
+    return "\n".join(lines) + "\n"
+
+
+def _batch(graph: Graph) -> str:
+    """The input that says how many samples there are."""
+    return next(name for name in graph.inputs if graph.values[name].shape[:1] == (N,))
+
+
+def _header(file: ModelFile) -> list[str]:
+    compiled = file.compiled
+    graph = compiled.graph
+    key = hashlib.sha256("\n".join([*file.rules, __version__]).encode()).hexdigest()[:16]
+    shapes = ", ".join(f"{name} {sizes(graph.values[name].shape)}" for name in graph.inputs)
+    rules = dict.fromkeys(row for rule in file.rules for row in rule.split("\n"))
+    about = [
+        f"{file.title}: derivative quantities in plain PyTorch.",
+        f"Generated by tnbackprop {__version__} from a model, a loss and an example batch; needs torch only.",
+        "`python FILE --check` compares with autograd; its exit status is 0 where all agree.",
+        "`compute(model, x, y)` gives (loss, output, {quantity: {parameter: value}}); a state_dict does for the model.",
+        f"Quantities: {', '.join(repr(quantity) for quantity in file.quantities) or 'none'}.",
+        f"Inputs, for any batch size N: {shapes}. {flops(compiled.plan)}.",
+        "",
+        f"Rules (hash of their text and the version: {key}):",
+        *(f"    {row}" for row in rules),
+        "",
+        "Quantities of each parameter (g and s are cotangents of the value that they are named after):",
+    ]
+    for item in extractions(compiled.derived):
+        dotted = graph.parameters[item.parameter][0]
+        about += [f"    {dotted}: {diagram_text(name, diagram, {})}" for name, diagram in item.diagrams.items()]
+    return docstring(about, "")
+
+
+def _factors(compiled: Compiled) -> dict[str, dict[str, tuple[tuple[int, ...], ...]]]:
+    """The square shape of every Kronecker factor."""
+    found: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {}
+    for item in extractions(compiled.derived):
+        for quantity, factors in item.factors.items():
+            blocks = (prod(int(leg.size) for leg in factors.blocks),) if factors.blocks else ()
+            squares = tuple((*blocks, *[prod(int(leg.size) for leg in legs)] * 2) for legs in factors.legs)
+            found.setdefault(quantity, {})[compiled.graph.parameters[item.parameter][0]] = squares
+    return found
+
+
+def _program(compiled: Compiled) -> list[str]:
+    """The program's own source, in lines that are not too long."""
+    return tidied(compiled.source.partition("import torch")[2].strip("\n"))
+
+
+def _tensors(compiled: Compiled) -> list[str]:
+    """Constants and noise, as functions of the batch."""
+    graph, plan = compiled.graph, compiled.plan
+    lines = ["def constants(like):", '    """Tensors that belong to the program, not to the model."""']
+    entries = [f"{name!r}: {literal(name, value)}" for name, value in graph.constants.items()]
+    lines += statement(f"    return {{{', '.join(entries)}}}")
+    lines += ["", "", "def noise(N, like, generator):", '    """Uniform numbers for drawn columns."""']
+    options = "dtype=like.dtype, device=like.device, generator=generator"
+    entries = [f"{name!r}: torch.rand(({text(plan.shapes[name])},), {options})" for name in noises(plan)]
+    return [*lines, *statement(f"    return {{{', '.join(entries)}}}")]
+
+
+def _split(compiled: Compiled) -> list[str]:
+    """The output, and the loss as a function of it, for the check; nothing where the output is not one value."""
+    graph, plan = compiled.graph, compiled.plan
+    if not checking.splits(compiled) or plan.loss is None:
+        return []
+    output = plan.output[graph.output]
+    order = (*graph.inputs, *graph.parameters, *graph.buffers)
+    shapes: dict[str, tuple[Any, ...]] = {value: graph.values[value].shape for value in order}
+    floating = [value for value in order if graph.values[value].dtype.is_floating_point]
+    inputs = Inputs(shapes, graph.constants, floating, Names({}))
+    forward = _only(compiled, alive(plan.steps, {output}))
+    behind = {step.name for step in forward.steps}
+    after = alive(plan.steps, {plan.loss})
+    loss = _only(compiled, tuple(step for step in after if step.name not in behind))
+    lines = function("forward", forward, [output], output, inputs, ["The model's output."]).lines
+    whole = Inputs({**shapes, output: plan.shapes[output]}, graph.constants, floating, Names({}))
+    value = function("loss_of", loss, [plan.loss], plan.loss, whole, ["The loss of an output."]).lines
+    return ["", "", *lines, "", "", *value, "", "", *statement(f"OUTPUT = {output!r}")]
+
+
+def _only(compiled: Compiled, steps: tuple[Step, ...]) -> Plan:
+    """The plan with these steps and nothing else."""
+    return replace(compiled.plan, steps=steps, loops=(), results={}, functions={})
+
+
+_COMPUTE = '''
+def compute(model, x, y=None, generator=None):
+    """(loss, output, {quantity: {parameter: value}}) of a batch; Kronecker factors are tuples of matrices.
+
+    model      a module with these parameters and buffers, or {name: tensor} (a state_dict)
+    x, y       tensors, or trees of them, as the model and the loss take them
+    generator  for what is drawn
+    """
+    state = model
+    if isinstance(model, torch.nn.Module):
+        state = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = {value: state[name] for value, name in (PARAMETERS | BUFFERS).items()}
+    given = leaves((x, y))
+    if len(given) != len(INPUTS):
+        raise ValueError(f"the batch has {len(given)} tensors, not {len(INPUTS)}: {INPUTS}")
+    tensors |= dict(zip(INPUTS, given, strict=True))
+    like = next(value for value in tensors.values() if value.is_floating_point())
+    tensors |= constants(like) | noise(len(tensors[BATCH]), like, generator)
+    with torch.no_grad():
+        loss, output, results = program(tensors)
+    return loss, OUTPUT, assembled(results)
+
+
+def assembled(results):
+    """Kronecker factors as square matrices, under the name of their quantity."""
+    for smallest in results.pop(INDEFINITE, {}).values():
+        if smallest < -1e-5:
+            raise ValueError("the loss Hessian is indefinite: it has no real square root")
+    for quantity, by_name in FACTORS.items():
+        results[quantity] = {
+            name: tuple(square(results[f"{quantity}#{k}"][name], shape) for k, shape in enumerate(shapes))
+            for name, shapes in by_name.items()
+        }
+    return {quantity: by_name for quantity, by_name in results.items() if "#" not in quantity}
+
+
+def square(factor, shape):
+    """A factor that is the same everywhere is stored once."""
+    return factor.reshape(shape) if factor.numel() == torch.Size(shape).numel() else factor.expand(shape)
+
+
+def leaves(tree):
+    """The tensors of a tree of tuples, lists and dictionaries, in order."""
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, (tuple, list)):
+        return [leaf for branch in tree for leaf in leaves(branch)]
+    return [] if tree is None else [tree]
+'''

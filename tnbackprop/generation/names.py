@@ -1,0 +1,60 @@
+"""What the values of a graph are called in a generated file."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import keyword
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..compiler.layer import COLUMNS, COTANGENT, Layer
+
+RESERVED = frozenset({
+    "torch", "sys", "N", "V", "like", "each", "forward", "compute", "check", "state", "results", "values",
+    "module", "ext", "g_inp", "g_out", "bpQuantities", "ctx", "self", COTANGENT, COLUMNS, *keyword.kwlist,
+    *(name for name in dir(builtins) if name != "input"),
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Names:
+    """value of the graph -> argument; everything else keeps its name."""
+
+    of: Mapping[str, str]
+
+    def code(self, text: str) -> str:
+        """Code or a formula with the values renamed; keywords of calls stay."""
+        if not self.of:
+            return text
+        names = "|".join(sorted(map(re.escape, self.of), key=len, reverse=True))
+        return re.sub(rf"(?<![\w.])({names})(?!\w|=[^=])", lambda match: self.of[match[1]], text)
+
+
+def layer_names(module: torch.nn.Module, layer: Layer) -> Names:
+    """Arguments are called as in the module: its parameters, and the names of forward's arguments."""
+    graph = layer.graph
+    wanted = {value: dotted[0].replace(".", "_") for value, dotted in graph.parameters.items()}
+    wanted |= {value: dotted.replace(".", "_") for value, dotted in graph.buffers.items()}
+    signature = [p.name for p in inspect.signature(module.forward).parameters.values()]
+    inputs = [name for name in graph.inputs if name != COTANGENT]
+    for k, value in enumerate(inputs):
+        by_key = value.partition("_")[2]
+        wanted[value] = by_key if by_key in signature else signature[k] if k < len(signature) else value
+    taken = RESERVED | {*graph.values, *(e.name for _, rule in layer.derived.bound for e in rule.equations)}
+    found: dict[str, str] = {}
+    for value, name in wanted.items():
+        free = name.isidentifier() and (name not in taken or name == value) and name not in found.values()
+        found[value] = name if free and not re.fullmatch(r"t\d+", name) else value
+    return Names(found)
+
+
+def formula_names(layer: Layer, names: Names) -> Names:
+    """The same for formulas: a rule's inner lines are called as in the rule, where there is only one such line."""
+    lines = [(call.output.name, e.name) for call, rule in layer.derived.bound for e in rule.equations[:-1]]
+    inner = {name: name.removeprefix(f"{output}_") for output, name in lines}
+    short = {name: line for name, line in inner.items() if list(inner.values()).count(line) == 1}
+    return Names({**names.of, **short})

@@ -1,0 +1,41 @@
+"""Quantities as they are asked for: objects, or their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .. import quantities as all_quantities
+from ..errors import InputError, UnsupportedError
+from ..quantities import Bias, Quantity
+from ..syntax import nearest
+
+KEYS: dict[str, type[Quantity]] = {
+    str(cls.__dataclass_fields__["name"].default): cls
+    for name in all_quantities.__all__
+    if isinstance(cls := getattr(all_quantities, name), type) and issubclass(cls, Quantity) and cls is not Quantity
+}
+
+
+def named(quantities: Sequence[Quantity | str] | str) -> list[Quantity]:
+    """Each as an object; a text is keys with commas between. Raises `InputError` for one that is not there."""
+    parts = quantities.split(",") if isinstance(quantities, str) else quantities
+    found = [_quantity(part) for part in parts]
+    names = [quantity.name for quantity in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two quantities are called {name!r}: give one another name=")
+    return found
+
+
+def _quantity(part: object) -> Quantity:
+    if isinstance(part, Quantity):
+        if getattr(part, "bias", None) is Bias.JOINED:
+            raise UnsupportedError(
+                f"{part.name} joins weight and bias in one block, and a generated file has a function for each "
+                "parameter.\n  Ask for Bias.OWN."
+            )
+        return part
+    if not isinstance(part, str) or part.strip() not in KEYS:
+        hint = nearest(part.strip(), KEYS) if isinstance(part, str) else f"give {', '.join(sorted(KEYS))}"
+        raise InputError(f"unknown quantity {part!r}: {hint}")
+    return KEYS[part.strip()]()  # type: ignore[call-arg]
