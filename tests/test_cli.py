@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command line: exit status 0, 1 where verify finds something wrong, 2 with one message for misuse."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_demo_keeps_another_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "program.py"
     path.write_text("mine", encoding="utf-8")
-    assert main(["demo", "--output", str(tmp_path), *QUICK]) == 1
+    assert main(["demo", "--output", str(tmp_path), *QUICK]) == 2
     assert "--force" in capsys.readouterr().err
     assert path.read_text(encoding="utf-8") == "mine"
 
 
 def test_demo_refuses_a_batch_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--output", str(tmp_path), "--batch", "5000"]) == 1
+    assert main(["demo", "--output", str(tmp_path), "--batch", "5000"]) == 2
     assert "5000" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -64,5 +64,5 @@ def test_a_missing_extra_is_named() -> None:
         "sys.exit(main(['demo']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "tnbackprop[examples]" in done.stderr

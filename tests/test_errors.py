@@ -213,6 +213,21 @@ RULES = {
 }
 
 
+@pytest.mark.parametrize("quantity", [tn.Grad(), tn.DiagGGN(), tn.Jacobians()])
+@pytest.mark.parametrize(
+    ("text", "name"), [("output[n, i] = input[n, i]", "scale"), ("output[n, i] = ONE * scale[i]", "input")]
+)
+def test_a_rule_that_leaves_out_an_operand(text: str, name: str, quantity: tn.Quantity) -> None:
+    """It would have zero derivatives; frozen it may be left out."""
+    model = nn.Sequential(nn.Linear(3, 3), Scaled(), nn.Linear(3, 2)).double()
+    rules = tn.RULES | {Scaled: tn.Rule(text, constants={"ONE": 1})}
+    with pytest.raises(RuleError, match=rf"never reads '{name}': its derivatives would be zero\nadd {name}\[legs\]"):
+        tn.compile(model, nn.MSELoss(), (X, Y), [quantity], rules=rules)
+    model[1].requires_grad_(False)
+    if name == "scale":
+        assert list(tn.compile(model, nn.MSELoss(), (X, Y), [quantity], rules=rules)(X, Y)[quantity.name])
+
+
 @pytest.mark.parametrize("what", RULES)
 def test_rules_point_into_the_text(what: str) -> None:
     text, message = RULES[what]

@@ -5,7 +5,7 @@ from .approximate import Factors, Sharing
 from .declare import REGISTRY, primitive, registered, rule
 from .diagram import Diagram, N
 from .drawing import Drawing, draw
-from .errors import InputError, InvariantError, RuleError, TnError, UnsupportedError
+from .errors import InputError, InvariantError, RuleError, TnError, UnsupportedError, VerificationError
 from .front import compile, compute
 from .generation import Generated, Target, generate
 from .kernels import ntk
@@ -44,6 +44,7 @@ from .rule import Primitive, Root, Rule, Table
 from .rules import RULES
 from .rules.declared import Declared
 from .runtime import Indefinite, Program, Result
+from .verification import Verification, verify
 from .version import __version__ as __version__
 
 __all__ = [
@@ -102,6 +103,9 @@ __all__ = [
     "UnsupportedError",
     "Uses",
     "Variance",
+    "Verification",
+    "VerificationError",
+    "__version__",
     "compile",
     "compute",
     "draw",
@@ -114,4 +118,5 @@ __all__ = [
     "primitive",
     "registered",
     "rule",
+    "verify",
 ]  # fmt: skip

@@ -44,13 +44,64 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=30, help="rounds of the timing (default 30)")
 
 
+TARGET = """\
+path.py:Name is an object of a Python file: a torch.nn.Module, its class or a function without arguments that makes it,
+or a tnbackprop Program; for verify also a rule. The file may define
+  example()        that returns the batch (x, y), or
+  example_input    x, a tensor or its shape, and example_target, y (default: random numbers, or random classes)
+  loss             a function (output, y) or a loss module
+  RULES            the table of rules to compile with, tn.RULES | {MyLayer: my_rule}
+"""
+LOSSES = ("cross_entropy", "mse", "none")
+
+
+def _target_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = TARGET
+    parser.add_argument("target", metavar="path.py:Name", help="what to look at, see below")
+    parser.add_argument("--input", metavar="N,…", help="shape of x, the batch first: 8,3,32,32 (default: the file's)")
+    help = "the loss (default: the file's; else cross_entropy for integer targets, mse for others)"
+    parser.add_argument("--loss", choices=LOSSES, help=help)
+    help = "key of a quantity; may be repeated, or several with commas"
+    parser.add_argument("--quantity", metavar="KEY", action="append", help=help)
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    _target_arguments(parser)
+    parser.add_argument("--module", metavar="NAME", help="for a rule: its module's class, or an instance, in the file")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
+
+
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    _target_arguments(parser)
+    parser.add_argument("--format", choices=("text", "markdown", "html"), default="text", help="(default text)")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write here instead of to the terminal")
+    parser.add_argument("--force", action="store_true", help="replace a file that is already there")
+
+
+def _draw_arguments(parser: argparse.ArgumentParser) -> None:
+    _target_arguments(parser)
+    parser.add_argument("--parameter", metavar="NAME", help="draw the quantity of this parameter, not the model")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help=".svg, .dot or .tex")
+    parser.add_argument("--force", action="store_true", help="replace a file that is already there")
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", default="first_order", help="which benchmark (default first_order)")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="its own options, see its --help")
+
+
 COMMANDS = (
     Command("demo", "per-sample quantities of a small CNN on handwritten digits", "demo", _demo_arguments, "examples"),
+    Command("explain", "formulas, diagrams, path and costs, layer by layer", "commands.explain", _explain_arguments),
+    Command("verify", "a rule or a model against torch.func; 1 if it is wrong", "commands.verify", _verify_arguments),
+    Command("draw", "a picture of a model, or of one quantity", "commands.draw", _draw_arguments),
+    Command("bench", "a benchmark of the repository", "commands.bench", _bench_arguments),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, or 1 with the reason on stderr."""
+    """Run the command line and return its exit status: 0, 1 (verify: it is wrong), 2 with the reason on stderr."""
     commands = {command.name: command for command in COMMANDS}
     arguments = _parser().parse_args(argv)
     command = commands[arguments.command]
@@ -65,12 +116,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"Install it with: pip install 'tnbackprop[{command.extra}]'",
             file=sys.stderr,
         )
-        return 1
+        return 2
     try:
         status: int = module.run(arguments)
     except (TnError, OSError) as error:
         print(f"tnbackprop {command.name}: {error}", file=sys.stderr)
-        return 1
+        return 2
     return status
 
 

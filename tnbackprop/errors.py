@@ -35,3 +35,7 @@ class InputError(TnError):
 
 class InvariantError(TnError):
     """A stage produced data that breaks its own contract: a bug in tnbackprop or in an extension."""
+
+
+class VerificationError(TnError):
+    """A rule or a program does not compute what the module does; the message names the first wrong entry."""

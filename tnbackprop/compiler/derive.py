@@ -8,7 +8,7 @@ import sympy
 
 from ..algebra import tensor
 from ..bind import BoundRule, bind
-from ..diagram import Diagram, Product
+from ..diagram import Diagram, Product, leaves
 from ..errors import RuleError, UnsupportedError
 from ..quantities import Propagation, Quantity, Source
 from ..rule import Rule, RuleFunction, Rules
@@ -69,6 +69,20 @@ def rules_text(derived: Derived, rules: Rules) -> Iterator[str]:
         yield "\n    ".join([f"{target}{f' with {constants}' if constants else ''}:", *lines])
 
 
+def _check_read(bound: tuple[tuple[Call, BoundRule], ...]) -> None:
+    """A layer of one's own whose rule leaves out a parameter, or an input, would have zero derivatives by it."""
+    for call, rule in bound:
+        diagrams = [equation.diagram for equation in rule.equations if equation.diagram is not None]
+        read = {name for diagram in diagrams for name in leaves(diagram)} | set(rule.vjp)
+        read |= {name for equation in rule.equations for name in equation.jacobians}
+        for name, value in call.tensors.items() if call.by_rule and not rule.fallback else ():
+            if value.differentiable and value.name not in read:
+                raise RuleError(
+                    f"the rule of {call.where} never reads '{name}': its derivatives would be zero",
+                    hint=f"add {name}[legs] to the formula or to jacobian=, or freeze it: requires_grad_(False)",
+                )
+
+
 def derive(
     graph: Graph, bound: tuple[tuple[Call, BoundRule], ...], quantities: Sequence[Quantity], width: int = 1
 ) -> Derived:
@@ -76,6 +90,8 @@ def derive(
 
     width  the most columns that may ride through the layers together
     """
+    if quantities:
+        _check_read(bound)
     given = bool(graph.cotangent)
     wanted = dict.fromkeys(_propagation(q, given) for q in quantities)
     sweep = Sweep(graph, [q for q in quantities if q.propagates.source is Source.GRADIENT])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from . import Compiled
 
 CODE_WIDTH = 72
+STEP_HEADER = ("value", "kernel", "FLOPs", "bytes", "ms", "FLOPs =", "bytes =", "code")
 SMALL = 0.01
 """A parameter whose results take a smaller share of the predicted time gets one line for each."""
 
@@ -48,11 +49,11 @@ def _formulas(compiled: Compiled) -> Iterator[str]:
         for equation in rule.equations:
             if equation.diagram is not None:
                 yield f"  {diagram_text(equation.name, equation.diagram, {})}"
-            yield from _jacobians(equation, wanted)
-        yield from _declarations(rule, wanted)
+            yield from jacobian_lines(equation, wanted)
+        yield from declaration_lines(rule, wanted)
 
 
-def _jacobians(equation: Equation, wanted: set[str]) -> Iterator[str]:
+def jacobian_lines(equation: Equation, wanted: set[str]) -> Iterator[str]:
     for name in sorted(wanted):
         jacobian = equation.jacobians.get(name)
         how = "declared"
@@ -63,7 +64,7 @@ def _jacobians(equation: Equation, wanted: set[str]) -> Iterator[str]:
             yield f"    {left} = {body_text(jacobian.diagram, {})}" + ("" if how == "derived" else f"  ({how})")
 
 
-def _declarations(rule: BoundRule, wanted: set[str]) -> Iterator[str]:
+def declaration_lines(rule: BoundRule, wanted: set[str]) -> Iterator[str]:
     if rule.fallback:
         yield "    no rule: VJPs by torch.func, one sample at a time"
     for saved in rule.saved:
@@ -87,7 +88,7 @@ def _schedules(compiled: Compiled) -> Iterator[tuple[str, Schedule]]:
         yield f"for each column {columns.variable} of {columns}:", columns.schedule
 
 
-def _choice_of(compiled: Compiled, item: Extraction) -> Choice:
+def choice_of(compiled: Compiled, item: Extraction) -> Choice:
     """The choice that was made for this extraction."""
     return next(choice for choice in compiled.plan.choices if choice.item is item)
 
@@ -105,7 +106,7 @@ def _diagrams(compiled: Compiled) -> Iterator[str]:
                 case Extraction():
                     dotted = compiled.graph.parameters[item.parameter][0]
                     yield f"{dotted} {compiled.graph.values[item.parameter].axes_text}"
-                    yield from (f"  {line}" for line in _algebra(item.diagrams, _choice_of(compiled, item)))
+                    yield from (f"  {line}" for line in algebra_lines(item.diagrams, choice_of(compiled, item)))
 
 
 def _cotangent(name: str, term: Diagram | Native) -> str:
@@ -115,7 +116,7 @@ def _cotangent(name: str, term: Diagram | Native) -> str:
     return diagram_text(name, term, {})
 
 
-def _algebra(diagrams: Mapping[str, Diagram], choice: Choice) -> Iterator[str]:
+def algebra_lines(diagrams: Mapping[str, Diagram], choice: Choice) -> Iterator[str]:
     names, shown = part_names(diagrams, choice), set[str]()
     for part, name in names.items():
         if name not in shown:
@@ -133,10 +134,10 @@ def _choices(compiled: Compiled) -> Iterator[str]:
         for item in schedule:
             if isinstance(item, Extraction):
                 yield ""
-                yield from _choice(compiled, item.diagrams, _choice_of(compiled, item))
+                yield from choice_lines(compiled, item.diagrams, choice_of(compiled, item))
 
 
-def _choice(compiled: Compiled, diagrams: Mapping[str, Diagram], choice: Choice) -> Iterator[str]:
+def choice_lines(compiled: Compiled, diagrams: Mapping[str, Diagram], choice: Choice) -> Iterator[str]:
     plan, names, symbols = compiled.plan, part_names(diagrams, choice), Symbols()
     whole = seconds(tuple(step for step, _ in plan.timed), plan.rates, plan.batch, plan.itemsize)
     small = max(option.seconds for option in choice.options) < SMALL * whole
@@ -184,11 +185,11 @@ def _path(compiled: Compiled) -> Iterator[str]:
         if not groups or groups[-1][0] != note:
             groups.append((note, []))
         groups[-1][1].append(step)
-    rows: list[tuple[str, ...]] = [("value", "kernel", "FLOPs", "bytes", "ms", "FLOPs =", "bytes =", "code")]
+    rows: list[tuple[str, ...]] = [STEP_HEADER]
     heads = {}
     for note, steps in groups:
         symbols = Symbols()
-        own = [_row(compiled, symbols, step) for step in steps]
+        own = [step_row(compiled, symbols, step) for step in steps]
         heads[len(rows)] = f"{note}   {symbols.legend()}".rstrip()
         rows += own
     for k, line in enumerate(table(rows, "  ", frozenset({2, 3, 4}))):
@@ -197,7 +198,7 @@ def _path(compiled: Compiled) -> Iterator[str]:
         yield line
 
 
-def _row(compiled: Compiled, symbols: Symbols, step: Step) -> tuple[str, ...]:
+def step_row(compiled: Compiled, symbols: Symbols, step: Step) -> tuple[str, ...]:
     plan = compiled.plan
     flops, moved = number(step.work.flops, plan.batch), plan.itemsize * number(step.work.moved, plan.batch)
     time = 1e3 * plan.rates.seconds(step.kernel, step.work, plan.batch, plan.itemsize)
@@ -215,7 +216,13 @@ def _forward_names(compiled: Compiled) -> set[str]:
 
 
 def _kept(compiled: Compiled) -> Iterator[str]:
-    """The forward values that a later step reads: derived from the diagrams, not declared."""
+    rows, together = kept_rows(compiled)
+    yield from table(rows, "  ", frozenset({2}))
+    yield f"  together {together}"
+
+
+def kept_rows(compiled: Compiled) -> tuple[list[tuple[str, ...]], str]:
+    """The forward values that a later step reads: derived from the diagrams, not declared. And their bytes together."""
     plan, forward = compiled.plan, _forward_names(compiled)
     readers: dict[str, list[str]] = {}
     for step, _ in plan.timed:
@@ -223,15 +230,14 @@ def _kept(compiled: Compiled) -> Iterator[str]:
             if name in forward and step.note not in readers.setdefault(name, []):
                 readers[name].append(step.note)
     taken = {name: _bytes(compiled, name) for name in readers}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, notes in readers.items():
         shape = "[" + ", ".join(map(str, plan.shapes[name])) + "]"
         more = f" and {len(notes) - 2} more" if len(notes) > 2 else ""
         rows.append(
             (name, shape, size_text(taken[name]), "for " + ", ".join(note.split(", ")[0] for note in notes[:2]) + more)
         )
-    yield from table(rows, "  ", frozenset({2}))
-    yield f"  together {size_text(sum(taken.values()))}"
+    return rows, size_text(sum(taken.values()))
 
 
 def _bytes(compiled: Compiled, name: str) -> float:
@@ -244,13 +250,23 @@ def _bytes(compiled: Compiled, name: str) -> float:
 
 
 def _totals(compiled: Compiled) -> Iterator[str]:
+    yield from table(total_rows(compiled), "  ", frozenset({1, 2, 3, 4}))
+    yield f"  {peak_text(compiled)}"
+
+
+def peak_text(compiled: Compiled) -> str:
+    plan = compiled.plan
+    return f"peak {size_text(peak_bytes(plan))} beside parameters and inputs; predictions for {plan.rates.name}"
+
+
+def total_rows(compiled: Compiled) -> list[tuple[str, ...]]:
     """Forward, backward and quantities; their sums are `program.flops` and `program.bytes`."""
     plan, forward = compiled.plan, _forward_names(compiled)
     groups: dict[str, list[Step]] = {"forward": [], "backward": [], "quantities": []}
     for step in (step for step, times in plan.timed for _ in range(times)):
         backward = "backward" if step.note.startswith("cotangent of") else "quantities"
         groups["forward" if step.name in forward else backward].append(step)
-    rows = [("", "steps", "FLOPs", "bytes", "predicted", "in N")]
+    rows: list[tuple[str, ...]] = [("", "steps", "FLOPs", "bytes", "predicted", "in N")]
     groups["together"] = [step for some in groups.values() for step in some]
     for name, steps in groups.items():
         flops = tuple(term for step in steps for term in step.work.flops)
@@ -259,8 +275,7 @@ def _totals(compiled: Compiled) -> Iterator[str]:
         time = milliseconds(seconds(tuple(steps), plan.rates, plan.batch, plan.itemsize))
         polynomials = f"{in_batch_text(flops)} FLOPs; {in_batch_text(moved, plan.itemsize)} bytes"
         rows.append((name, str(len(steps)), *numbers, time, polynomials))
-    yield from table(rows, "  ", frozenset({1, 2, 3, 4}))
-    yield f"  peak {size_text(peak_bytes(plan))} beside parameters and inputs; predictions for {plan.rates.name}"
+    return rows
 
 
 def _source(compiled: Compiled) -> Iterator[str]:

@@ -64,7 +64,9 @@ class Opaque:
             if name in named:
                 raise RuleError(f"{self}: {name!r} is both an argument of forward and a parameter")
             named[name] = value
-        return named
+        parts = [] if self.module is None else self.module.modules()
+        absent = (name for part in parts for name, p in part._parameters.items() if p is None)
+        return {**dict.fromkeys(absent), **named}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Indefinite(Enum):
 class Program:
     """A compiled model, loss and list of quantities. Call it with ``(x, y)`` of any batch size.
 
+    model, loss, quantities, indefinite   what was compiled, the quantities by their key in the result
     source      the Python source that runs
     flops       planned floating-point operations for the example batch
     bytes       planned bytes read and written for the example batch
@@ -50,8 +51,8 @@ class Program:
         quantities: Sequence[Quantity],
         indefinite: Indefinite = Indefinite.REFUSE,
     ) -> None:
-        self._model, self._compiled, self._loss, self._indefinite = model, compiled, loss, indefinite
-        self._quantities = {quantity.name: quantity for quantity in quantities}
+        self.model, self.loss, self.indefinite, self._compiled = model, loss, indefinite, compiled
+        self.quantities = {quantity.name: quantity for quantity in quantities}
         self._function = load(compiled.source)
         self._fixed = dict(compiled.graph.constants)
         self._output_spec = pytree.tree_structure(compiled.graph.output)
@@ -99,7 +100,7 @@ class Program:
             raise InputError("the batch has a tensor where the program was compiled for None: compile again with it")
         flat = [leaf for k, leaf in enumerate(leaves) if k not in graph.absent]
         values = dict(self._fixed)
-        own = _named_tensors(self._model, self._loss)
+        own = _named_tensors(self.model, self.loss)
         for name, dotted in graph.parameters.items():
             values[name] = own[dotted[0]]
             if values[name].dtype != graph.values[name].dtype:
@@ -133,13 +134,13 @@ class Program:
         follow = {"progress": bar} if progress and self._compiled.plan.loops else {}
         loss, output, values = self._function(tensors, **follow)
         for smallest in values.get(INDEFINITE, {}).values():
-            if smallest < -1e-5 and self._indefinite is Indefinite.REFUSE:
+            if smallest < -1e-5 and self.indefinite is Indefinite.REFUSE:
                 raise InputError(
                     f"the loss Hessian is indefinite (smallest eigenvalue {float(smallest):.3g} of the largest): it "
                     "has no real square root, and the GGN is no longer one.\n  Use a loss that is convex in the "
                     "output, ask for HessianDiag, or compile with indefinite=tn.Indefinite.CLIP."
                 )
-        values = {name: assemble(self._compiled, values, name) for name in self._quantities}
+        values = {name: assemble(self._compiled, values, name) for name in self.quantities}
         return Result(loss, pytree.tree_unflatten(list(output), self._output_spec), values)
 
     def _noise(

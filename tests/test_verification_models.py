@@ -1,0 +1,124 @@
+"""`tn.verify` of models and programs, and the oracle that it compares with."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tnbackprop as tn
+from tnbackprop.verification import oracle
+from tnbackprop.verification.models import in_float64
+from tnbackprop.verification.oracle import Problem
+
+from . import oracle as first_order
+from . import oracle_second
+from .cases import CASES
+from .models import Apply
+from .verified import AFFINE, DAMPED, FIRST, Affine, Damped
+
+BY_NAME = {case.name: case for case in CASES}
+NETS = ("cnn", "attention", "layer_norm", "tied_transposed", "residual")
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_models(name: str) -> None:
+    case = BY_NAME[name].build()
+    report = tn.verify(case.model, case.x, case.y, loss=case.loss, quantities=(tn.BatchL2(), tn.DiagGGN(), tn.NTK()))
+    assert report.ok, report
+    assert {"formula", "Jacobian", "batch_l2", "diag_ggn", "ntk"} <= {row.what for row in report.rows}
+
+
+def test_a_program_in_its_own_dtype() -> None:
+    """float32, drawn classes; the source that is compared is the one that runs; the model is as it was."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    x, y = torch.randn(4, 1, 4, 4), torch.randint(3, (4,))
+    quantities = [tn.BatchL2(scale=tn.Scale.UNSCALED), tn.Variance(scale=tn.Scale.BACKPACK), tn.KFAC(), tn.DiagGGNMC()]
+    program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), quantities)
+    for report in (tn.verify(program), tn.verify(program, x, y)):
+        assert report.ok, report
+        assert {note.what for note in report.left_out} == {"kfac", "diag_ggn_mc"}
+    assert all(torch.equal(before[name], p) and p.dtype == torch.float32 for name, p in model.named_parameters())
+    assert in_float64(program, model.double()).source == program.source
+
+
+def test_a_wrong_program_is_found() -> None:
+    """Rules are right, the quantity is not: the factor is said."""
+    model = nn.Linear(3, 2).double()
+    program = tn.compile(model, nn.MSELoss(), (torch.randn(4, 3).double(), torch.randn(4, 2).double()), [tn.BatchL2()])
+    assert tn.verify(program).ok
+    right = program._function
+
+    def wrong(tensors: dict[str, Tensor]) -> Any:
+        loss, output, values = right(tensors)
+        return loss, output, {"batch_l2": {name: 2 * value for name, value in values["batch_l2"].items()}}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tnbackprop.runtime.program.load", lambda source: wrong)
+        with pytest.raises(tn.VerificationError, match=r"batch_l2 of 'weight'\[axis0=0\]: the program[^§]*2 times"):
+            tn.verify(program)
+
+
+def test_an_operation_without_a_rule_is_left_out() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), Apply(lambda t: torch.cumsum(t, 1)), nn.Linear(3, 2))
+    report = tn.verify(model, (4, 3), quantities=(tn.Grad(),))
+    assert report.ok
+    assert any("cumsum" in note.what and "no rule" in note.why for note in report.left_out)
+    assert any(note.what == "hessian_diag" for note in tn.verify(model, (2, 3)).left_out)
+    with pytest.raises(tn.UnsupportedError, match="second derivative is not known"):
+        tn.verify(model, (4, 3), quantities=(tn.HessianDiag(),))
+
+
+def test_rules_of_a_model() -> None:
+    """A wrong rule is found in the model that uses it."""
+    model = nn.Sequential(nn.Linear(3, 3), Damped(3))
+    rules = tn.RULES | {Damped: lambda layer: DAMPED.replace("3/2", "2")}
+    with pytest.raises(tn.VerificationError, match=r"the model Sequential is wrong: formula[^§]*1\.33333 times"):
+        tn.verify(model, (2, 3), rules=rules, quantities=FIRST)
+
+
+def test_it_leaves_the_generator_alone() -> None:
+    module = Affine(2, 2)
+    torch.manual_seed(3)
+    want = torch.rand(2)
+    torch.manual_seed(3)
+    tn.verify(AFFINE, module=module, quantities=FIRST)
+    assert torch.equal(torch.rand(2), want)
+
+
+# ---------------------------------------------------------------- the oracle
+
+
+def test_the_oracle_knows_nothing_of_the_package() -> None:
+    tree = ast.parse(Path(oracle.__file__).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, ast.unparse(node)
+            assert str(node.module).split(".")[0] in ("torch", "__future__", "collections", "dataclasses", "typing")
+
+
+@pytest.mark.parametrize("name", ["mlp_sum", "cross_entropy_weights_ignore", "tied_transposed"])
+def test_the_oracle_against_the_other_one(name: str) -> None:
+    """That of the tests was written before, from the definitions."""
+    case = BY_NAME.get(name) or next(c for c in CASES if "ignore" in c.name)
+    p = case.build()
+    forward = lambda theta, x: torch.func.functional_call(p.model, dict(theta), (x,))  # noqa: E731
+    problem = Problem(forward, p.loss, first_order.parameters(p.model), p.x, p.y, len(p.x))
+    pairs = [
+        (oracle.gradient(problem), first_order.grad(p.model, p.loss, p.x, p.y)),
+        (oracle.individual(problem), first_order.batch_grad(p.model, p.loss, p.x, p.y)),
+        (oracle.variance(problem), first_order.variance(p.model, p.loss, p.x, p.y)),
+        (oracle.ggn_diagonal(problem, False), oracle_second.diag_ggn(p.model, p.loss, p.x, p.y)),
+        (oracle.ggn_traces(problem), oracle_second.ggn_trace(p.model, p.loss, p.x, p.y)),
+        (oracle.hessian_diagonal(problem, False), oracle_second.hessian_diag(p.model, p.loss, p.x, p.y)),
+        (oracle.hessian_diagonal(problem, True), oracle_second.hessian_diag_per_sample(p.model, p.loss, p.x, p.y)),
+    ]
+    for got, want in pairs:
+        assert list(got) == list(want)
+        for key, value in want.items():
+            torch.testing.assert_close(got[key], value, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,1 @@
+"""The sub-commands: a module each, with ``run(arguments) -> exit status``."""

@@ -1,0 +1,173 @@
+"""A model or a program on one batch: the rule of every call, then every quantity of every parameter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from ..compiler.capture import batch_size, model_arguments, plain
+from ..declare import Declaration
+from ..errors import InputError, UnsupportedError
+from ..front import compile
+from ..quantities import Quantity, Source
+from ..reference import size_of
+from ..runtime import Program
+from .calls import BUILD_ERRORS, tensors_of, trace
+from .draws import unsettled
+from .oracle import Problem
+from .quantities import ALL, check_quantities
+from .report import LeftOut
+from .rules import Finding, check_rule, subjects
+
+Batch = tuple[Any, Any]
+
+
+def try_model(
+    model: nn.Module,
+    batch: Batch,
+    loss: Any,
+    quantities: Sequence[Quantity] | None,
+    rules: Mapping[Any, Declaration] | None,
+) -> Iterator[Finding]:
+    if batch[0] is None:
+        raise InputError("a model is verified on a batch: verify(model, x), or the shape of x: verify(model, (8, 3))")
+    model = _finite(model, filled(batch[0]))
+    x, y = filled(batch[0]), filled(batch[1])
+    if loss is None:
+        y = torch.randn_like(_run(model, x)) if y is None else y
+    programs, left_out = programs_for(model, loss or nn.MSELoss(), (x, y), quantities or ALL, rules, bool(quantities))
+    for program in programs:
+        yield from _program_case(program, (x, y), program is programs[0])
+    yield from left_out
+
+
+def try_program(program: Program, batch: Batch, quantities: Sequence[Quantity] | None) -> Iterator[Finding]:
+    if quantities is not None:
+        raise InputError("a program has its own quantities: compile it with those, or pass the model to verify")
+    model = program.model
+    x, y = batch if batch[0] is not None else _batch_for(program)
+    model = _finite(model, filled(x))
+    yield from _program_case(in_float64(program, model), (filled(x), filled(y)), True)
+
+
+def _program_case(program: Program, batch: Batch, with_rules: bool) -> Iterator[Finding]:
+    size = batch_size(batch)
+    for n in dict.fromkeys((size, 1)):
+        x, y = pytree.tree_map(lambda t, n=n: t[:n] if isinstance(t, Tensor) and t.ndim else t, batch)
+        case = f"N = {n}, x {', '.join(str(list(t.shape)) for t in tensors_of(x))}"
+        if with_rules:
+            for subject in subjects(trace(program, x, y, n), case, "", None):
+                yield from check_rule(subject)
+        yield from compare_quantities(program, x, y, n, case)
+
+
+def compare_quantities(program: Program, x: Any, y: Any, size: int, case: str) -> Iterator[Finding]:
+    model, loss = program.model, program.loss
+    output = _run(model, x)
+    if not isinstance(output, Tensor) or not output.ndim or output.shape[0] % size:
+        yield LeftOut("quantities", "the output is not one tensor with the samples along axis 0")
+        return
+
+    def forward(theta: Mapping[str, Tensor], x: Any) -> Tensor:
+        args, kwargs = model_arguments(model, x)
+        result: Tensor = functional_call(model, dict(theta), args, kwargs)
+        return result
+
+    theta = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    problem = Problem(forward, loss, theta, x, y, size)
+    values = program(x, y, seed=0)
+    yield from check_quantities(problem, program.quantities, dict(values), case)
+
+
+def programs_for(
+    model: nn.Module,
+    loss: Any,
+    example: Batch,
+    quantities: Sequence[Quantity],
+    rules: Mapping[Any, Declaration] | None,
+    asked: bool = False,
+) -> tuple[list[Program], list[LeftOut]]:
+    """One program for all that propagate alike; what is refused is left out, unless somebody `asked` for it."""
+    groups: dict[Source, list[Quantity]] = {}
+    for quantity in quantities:
+        groups.setdefault(quantity.propagates.source, []).append(quantity)
+    waiting = list(groups.values())
+    programs: list[Program] = []
+    left_out: list[LeftOut] = []
+    while waiting:
+        group = waiting.pop(0)
+        try:
+            programs.append(compile(model, loss, example, group, rules=rules))
+        except UnsupportedError as error:
+            if asked or (len(group) == 1 and not programs and not waiting):
+                raise
+            waiting = [[quantity] for quantity in group if len(group) > 1] + waiting
+            left_out += [LeftOut(group[0].name, str(error).splitlines()[0])] if len(group) == 1 else []
+    return programs, left_out
+
+
+def in_float64(program: Program, model: nn.Module) -> Program:
+    """The same program, its source unchanged, for a copy of its model in float64."""
+
+    def double(dtype: torch.dtype) -> torch.dtype:
+        return torch.float64 if dtype.is_floating_point else dtype
+
+    compiled = program.compiled
+    values = {name: replace(value, dtype=double(value.dtype)) for name, value in compiled.graph.values.items()}
+    constants = {name: tensor.to("cpu", double(tensor.dtype)) for name, tensor in compiled.graph.constants.items()}
+    graph = replace(compiled.graph, values=MappingProxyType(values), constants=MappingProxyType(constants))
+    loss = copy.deepcopy(program.loss).double().cpu() if isinstance(program.loss, nn.Module) else program.loss
+    return Program(model, replace(compiled, graph=graph), loss, list(program.quantities.values()), program.indefinite)
+
+
+def _finite(model: nn.Module, x: Any) -> nn.Module:
+    """A copy in float64 with noise on its parameters, or without where that leaves the domain of the forward."""
+    noisy = unsettled(model)
+    output, again = _run(noisy, x), _run(noisy, x)
+    if any(not torch.equal(a, b) for a, b in zip(tensors_of(output), tensors_of(again), strict=True)):
+        raise InputError(f"{type(model).__name__} gives another output each time (dropout?): call .eval() first")
+    finite = all(bool(torch.isfinite(t).all()) for t in tensors_of(output))
+    return noisy if finite else copy.deepcopy(model).double().cpu()
+
+
+def _run(model: nn.Module, x: Any) -> Any:
+    args, kwargs = model_arguments(model, x)
+    try:
+        with torch.no_grad():
+            return model(*args, **kwargs)
+    except BUILD_ERRORS as error:
+        shapes = ", ".join(str(list(t.shape)) for t in tensors_of(x))
+        raise InputError(f"{type(model).__name__} fails on x {shapes}: {error}\n  Pass x that fits it.") from error
+
+
+def filled(x: Any) -> Any:
+    """Shapes as random tensors, tensors in float64."""
+    if isinstance(x, tuple | list) and x and all(isinstance(size, int) for size in x):
+        return torch.randn(x, dtype=torch.float64)
+
+    def converted(leaf: Any) -> Any:
+        return leaf.detach().cpu().double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return pytree.tree_map(converted, plain(x))
+
+
+def _batch_for(program: Program) -> Batch:
+    """A batch of three samples for a program: normal numbers, and the first indices where it wants integers."""
+    graph = program.compiled.graph
+    leaves: list[Any] = [None] * (len(graph.inputs) + len(graph.absent))
+    kept = [k for k in range(len(leaves)) if k not in graph.absent]
+    for k, name in zip(kept, graph.inputs, strict=True):
+        value = graph.values[name]
+        shape = [size_of(size, 3) for size in value.shape]
+        floating = value.dtype.is_floating_point
+        leaves[k] = torch.randn(shape).double() if floating else torch.randint(2, shape).to(value.dtype)
+    batch: Batch = pytree.tree_unflatten(leaves, graph.in_spec)
+    return batch

@@ -1,0 +1,154 @@
+"""Every quantity of a program against torch.func: what must be found, by class of quantity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quantities import (
+    BL89,
+    KFAC,
+    KFLR,
+    KFRA,
+    NTK,
+    BatchDot,
+    BatchGrad,
+    BatchL2,
+    DiagGGN,
+    DiagGGNMC,
+    GGNGram,
+    GGNTrace,
+    Grad,
+    HesScale,
+    HessianDiag,
+    Jacobians,
+    Quantity,
+    Scale,
+    SecondMoment,
+    SqrtGGN,
+    SqrtGGNMC,
+    Variance,
+)
+from . import oracle
+from .diagnose import likely
+from .oracle import Problem, Values
+from .report import LeftOut, Row, deviation, wrong_entries
+from .rules import LIMIT, Finding, first_entry
+
+Expected = Callable[[Problem, Any], Values]
+"""What torch.func finds, for a problem and a quantity with its options."""
+
+ALL: tuple[Quantity, ...] = (
+    Grad(), BatchGrad(), BatchL2(), BatchDot(), SecondMoment(), Variance(), SqrtGGN(), DiagGGN(),
+    DiagGGN("diag_ggn_per_sample", per_sample=True), GGNTrace(), GGNGram(), HessianDiag(),
+    HessianDiag("hessian_diag_per_sample", per_sample=True), Jacobians(), NTK(),
+)  # fmt: skip
+"""What is compared where nobody says which."""
+FEW: tuple[Quantity, ...] = (BatchGrad(),)
+"""What is compared with every further shape and option."""
+
+
+def _scaled(values: Values, factor: float) -> Values:
+    return {name: factor * value for name, value in values.items()}
+
+
+def _linear(problem: Problem, quantity: Any, power: int) -> float:
+    """From the gradients as the loss scales them to the scale of the quantity."""
+    return float(problem.scale**-power) if quantity.scale is Scale.UNSCALED else 1.0
+
+
+def _moment(problem: Problem, quantity: SecondMoment) -> Values:
+    factor = problem.size * problem.scale**2 if quantity.scale is Scale.BACKPACK else 1.0
+    return _scaled(oracle.second_moment(problem), factor)
+
+
+def _variance(problem: Problem, quantity: Variance) -> Values:
+    return _scaled(oracle.variance(problem), problem.scale**2 if quantity.scale is Scale.BACKPACK else 1.0)
+
+
+def _spectrum(blocks: Tensor, columns: int) -> Tensor:
+    """The eigenvalues of Σ_n G_n, the largest first, as many as there are columns of all samples."""
+    values = torch.linalg.eigvalsh(blocks.sum(0)).flip(0)
+    return torch.cat([values, values.new_zeros(columns)])[:columns]
+
+
+EXPECTED: Mapping[type[Quantity], Expected] = {
+    Grad: lambda problem, _: oracle.gradient(problem),
+    BatchGrad: lambda problem, q: _scaled(oracle.individual(problem), _linear(problem, q, 1)),
+    BatchL2: lambda problem, q: _scaled(oracle.squared_norms(problem), _linear(problem, q, 2)),
+    BatchDot: lambda problem, q: _scaled(oracle.dot_products(problem), _linear(problem, q, 2)),
+    SecondMoment: _moment,
+    Variance: _variance,
+    SqrtGGN: lambda problem, _: oracle.ggn_blocks(problem),
+    DiagGGN: lambda problem, q: oracle.ggn_diagonal(problem, q.per_sample),
+    GGNTrace: lambda problem, _: oracle.ggn_traces(problem),
+    GGNGram: lambda problem, _: oracle.ggn_blocks(problem),
+    HessianDiag: lambda problem, q: oracle.hessian_diagonal(problem, q.per_sample),
+    Jacobians: lambda problem, _: oracle.jacobians(problem),
+    NTK: lambda problem, _: oracle.ntk(problem),
+}
+NOT_COMPARED: Mapping[type[Quantity], str] = {
+    DiagGGNMC: "it is drawn: only its mean over many draws is the diagonal of the GGN",
+    SqrtGGNMC: "it is drawn: only its mean over many draws is a root of the GGN",
+    KFLR: "it approximates a block of the GGN, and torch.func has only the block itself",
+    KFRA: "it approximates a block of the GGN, and torch.func has only the block itself",
+    KFAC: "it approximates a block of the Fisher, and torch.func has only the block itself",
+    HesScale: "it approximates the diagonal of the Hessian; compare HessianDiag",
+    BL89: "it approximates the diagonal of the Hessian; compare HessianDiag",
+}
+
+
+def check_quantities(
+    problem: Problem, quantities: Mapping[str, Quantity], values: Mapping[str, Mapping[str, Any]], case: str
+) -> Iterator[Finding]:
+    """A row for each quantity of each parameter.
+
+    quantities  by their key in `values`
+    values      quantity -> parameter -> value, as a program gives it
+    """
+    for key, quantity in quantities.items():
+        why = _left_out(problem, quantity)
+        if why:
+            yield LeftOut(key, why)
+            continue
+        want = EXPECTED[type(quantity)](problem, quantity)
+        for name, wanted in want.items():
+            if name not in values[key]:
+                yield Row(key, f"'{name}'", case, tuple(wanted.shape), float("inf"), "  the program has no value")
+                return
+            yield _compare(key, name, quantity, values[key][name], wanted, case)
+
+
+def _left_out(problem: Problem, quantity: Quantity) -> str:
+    """Why a quantity is not compared; "" where it is."""
+    if type(quantity) in NOT_COMPARED:
+        return NOT_COMPARED[type(quantity)]
+    if type(quantity) not in EXPECTED:
+        return f"{type(quantity).__name__} is not one of tnbackprop's: nothing says what it must be"
+    outputs = problem.output.numel()
+    largest = max((p.numel() for p in problem.theta.values()), default=0)
+    pairs = isinstance(quantity, SqrtGGN | DiagGGN | GGNTrace | GGNGram | HessianDiag)
+    entries = largest * max(largest, outputs) * problem.size if pairs else largest * outputs
+    return f"{entries} entries to compare with: give verify a smaller model or batch" if entries > 10 * LIMIT else ""
+
+
+def _compare(key: str, name: str, quantity: Quantity, got: Tensor, want: Tensor, case: str) -> Row:
+    axes = tuple(f"axis{k}" for k in range(want.ndim))
+    if isinstance(quantity, SqrtGGN):  # a root is only fixed up to a rotation of its columns: Σ_v V_v V_vᵀ is compared
+        V = got.reshape(*got.shape[:2], -1)
+        got = torch.einsum("vnp,vnq->npq", V, V)
+    if isinstance(quantity, GGNGram):  # so is its Gram matrix: the spectrum is compared
+        columns = got.shape[0] * got.shape[1]
+        got = torch.linalg.eigvalsh(got.reshape(columns, columns)).flip(0)
+        want, axes = _spectrum(want, columns), ("eigenvalue",)
+    wrong = ""
+    if got.shape != want.shape:
+        wrong = f"  shape {list(got.shape)}, not {list(want.shape)}"
+    elif wrong_entries(got, want).any():
+        cause = likely(got, want, axes, {})
+        wrong = first_entry(f"{key} of '{name}'", "the program", "torch.func", got, want, axes)
+        wrong += f"\n  likely: {cause}" if cause else ""
+    return Row(key, f"'{name}'", case, tuple(want.shape), deviation(got, want), wrong)
