@@ -27,6 +27,7 @@ class Net(nn.Sequential):
 class Sized(nn.Linear): ...
 
 net = Net()
+sized = nn.Linear(3, 2)
 example_input = (4, 1, 4, 4)
 number = 3
 
@@ -358,3 +359,18 @@ def test_as_a_process(file: Path) -> None:
         )  # fmt: skip
         assert done.returncode == status
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("target", [("--model", "--loss", "cross_entropy"), ("--target", "torch")])
+def test_generate(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: tuple[str, ...]) -> None:
+    """A file that agrees with autograd on its own, and is not written over."""
+    output = tmp_path / "generated.py"
+    name, shape = ("Net", "4,1,4,4") if "--model" in target else ("Affine", "4,3")
+    spec = f"{file}:Net" if name == "Net" else f"{file}:sized"
+    arguments = ["generate", spec, "--input", shape, "--quantity", "batch_grad", *target, "-o", str(output)]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.strip() == str(output)
+    checked = subprocess.run([sys.executable, str(output), "--check"], capture_output=True, text=True, check=True)
+    assert "agree" in checked.stdout
+    assert main(arguments) == 2
+    assert "--force" in capsys.readouterr().err

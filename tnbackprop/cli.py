@@ -86,6 +86,15 @@ def _draw_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace a file that is already there")
 
 
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    _target_arguments(parser)
+    parser.add_argument("--target", dest="kind", choices=("torch", "backpack", "autograd"), default="torch",
+                        help="functions, BackPACK extensions, or an autograd function (default torch)")  # fmt: skip
+    parser.add_argument("--model", action="store_true", help="the whole model with its loss, as one program")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help="the Python file to write")
+    parser.add_argument("--force", action="store_true", help="replace a file that is already there")
+
+
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", default="first_order", help="which benchmark (default first_order)")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="its own options, see its --help")
@@ -96,6 +105,7 @@ COMMANDS = (
     Command("explain", "formulas, diagrams, path and costs, layer by layer", "commands.explain", _explain_arguments),
     Command("verify", "a rule or a model against torch.func; 1 if it is wrong", "commands.verify", _verify_arguments),
     Command("draw", "a picture of a model, or of one quantity", "commands.draw", _draw_arguments),
+    Command("generate", "a file that needs torch only", "commands.generate", _generate_arguments),
     Command("bench", "a benchmark of the repository", "commands.bench", _bench_arguments),
 )
 

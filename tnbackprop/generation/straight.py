@@ -40,7 +40,7 @@ def _unused(function: ast.FunctionDef) -> set[int]:
     read: set[str] = set()
     for line in reversed(function.body):
         match line:
-            case ast.Assign(targets=[ast.Name(id=name)]) if name not in read:
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Subscript() | ast.Name()) if name not in read:
                 found.add(line.lineno)
                 continue
         names = (node for node in ast.walk(line) if isinstance(node, ast.Name))
