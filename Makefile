@@ -8,13 +8,14 @@ PEERS  := backpack-for-pytorch opacus curvlinops-for-pytorch einconv linear_oper
 
 WORKERS := 2
 
-.PHONY: help venv demo test check bench bench-curvature plan-choice clean
+.PHONY: help venv demo test check docs bench bench-curvature plan-choice clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    install, then show the main job on handwritten digits"
 	@echo "make test    install, then run the tests"
-	@echo "make check   ruff and mypy"
+	@echo "make check   ruff, mypy and the guide"
+	@echo "make docs    build the guide into site/"
 	@echo "make bench   install the peers, then time the first-order quantities (BENCH='--device cuda' for options)"
 	@echo "make bench-curvature  the same for curvature and Kronecker factors"
 	@echo "make plan-choice  time both plans of every parameter of 3C3D against what the compiler chose"
@@ -46,6 +47,11 @@ test: $(VENV)/.installed-test
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict tnbackprop
+	$(MAKE) docs
+
+# The variable is mkdocs-material's own switch for a notice that has nothing to do with the build.
+docs: $(VENV)/.installed-test
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(VENV)/.installed-peers
 	$(BIN)/python -m benchmarks.first_order $(BENCH)
@@ -57,5 +63,5 @@ plan-choice: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.plan_choice $(BENCH)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis tnbackprop-demo
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis tnbackprop-demo site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

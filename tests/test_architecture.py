@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tnbackprop"
 OWN = sorted(PACKAGE.rglob("*.py"))
 ALL = sorted(
-    path for folder in ("tnbackprop", "tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")
+    path for folder in ("tnbackprop", "tests", "benchmarks", "examples", "docs") for path in (ROOT / folder).rglob("*.py")
 )
 
 SYMBOLIC = ("diagram", "canonical", "simplify", "jacobian", "algebra", "reference")

@@ -16,8 +16,15 @@ ARGUMENTS = {"draw.py": ("{folder}",), "second_order.py": ("--quick", "--output"
 NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def same_text(printed: str, shown: str) -> None:
+    """Equal up to the last digits of numbers with a point."""
+    assert NUMBER.sub("#", printed) == NUMBER.sub("#", shown)
+    numbers, wanted = (list(map(float, NUMBER.findall(text))) for text in (printed, shown))
+    assert numbers == pytest.approx(wanted, abs=2e-4)
 
 
 def test_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,9 +36,7 @@ def test_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     count = len(shown.splitlines())
     printed = capsys.readouterr().out.splitlines()
     first, others = "\n".join(printed[:count]) + "\n", printed[count:]
-    assert NUMBER.sub("#", first) == NUMBER.sub("#", shown)
-    numbers, wanted = (list(map(float, NUMBER.findall(text))) for text in (first, shown))
-    assert numbers == pytest.approx(wanted, abs=2e-4)
+    same_text(first, shown)
     names = ("0.weight", "0.bias", "3.weight", "3.bias", "4.gain")
     assert others == ["torch.Size([8])", str(dict.fromkeys(names, (8,)))]
 

@@ -1,0 +1,116 @@
+"""What of the guide is made at build time: the table of operations and the pictures.
+
+The table is made of the rule tables and of tests/cases.py: every case is captured, and each operation is shown with the
+formula that its row gives for the first call. Nothing in it is written by hand.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+import tnbackprop as tn
+from tests.cases import CASES, RANDOM_CASES, Case
+from tnbackprop.compiler.capture import capture
+from tnbackprop.compiler.graph import op_text
+from tnbackprop.drawing import formulas, quantity
+from tnbackprop.rule import Rule
+from tnbackprop.rules import TABLES, declared
+
+Uses = Mapping[Any, tuple[str, Rule | str]]
+"""Target -> the first case that has it, and the rule of that call."""
+
+HEAD = """# Operations
+
+Made at build time from the rule tables and `tests/cases.py`; {rows} targets, {covered} of them in a case. A formula is
+that of the first call that a case makes: leg names, numbers and sizes are of this call. "As …": the same row as that
+target, and no case of its own. Every case is compared with `torch.func` on the forward, for every first-order quantity.
+
+An operation that is not here falls back on `torch.func` (`program.explain()` names it) or is refused: [Errors](errors.md).
+A module with a rule of its own, or one made by `tn.einsum_layer`, is one call: [Add a layer](add-a-layer.md).
+"""
+
+
+def found_in(cases: Iterable[Case]) -> Uses:
+    """Capture the cases."""
+    found: dict[Any, tuple[str, Rule | str]] = {}
+    for case in cases:
+        problem = case.build()
+        for call in capture(problem.model, problem.loss, (problem.x, problem.y), tn.RULES).calls:
+            if call.target in tn.RULES and call.target not in found:
+                found[call.target] = case.name, tn.RULES[call.target](call)
+    return found
+
+
+def operations(cases: Iterable[Case] = CASES + RANDOM_CASES) -> str:
+    """The page, one section for each family of rules."""
+    found = found_in(cases)
+    families = [family for family in TABLES if family is not declared]
+    rows = sum(len(family.TABLE) for family in families)
+    lines = [HEAD.format(rows=rows, covered=len(found))]
+    for family in families:
+        lines += [f"\n## {_title(family)}\n", "| target | formula | case |", "|---|---|---|"]
+        lines += _rows(family.TABLE, found)
+    return "\n".join(lines) + "\n"
+
+
+def _title(family: ModuleType) -> str:
+    """The first words of the module's docstring."""
+    return re.split(r"[.:;(\n]", family.__doc__ or family.__name__)[0].strip()
+
+
+def _rows(table: tn.Table, found: Uses) -> Iterator[str]:
+    sharing = {id(table[target]): target for target in reversed(found) if target in table}
+    for target, row in table.items():
+        name, rule = found.get(target, ("", None))
+        shown = _formula(rule) if rule is not None else f"as `{op_text(sharing[id(row)])}`" if id(row) in sharing else ""
+        yield f"| `{op_text(target)}` | {shown} | {f'`{name}`' if name else ''} |"
+
+
+def _formula(rule: Rule | str) -> str:
+    """A formula, or declared Jacobians, with what is saved and the derivative at a kink."""
+    rule = rule if isinstance(rule, Rule) else Rule(rule)
+    lines = [_code(line) for line in rule.formula.strip().splitlines()]
+    lines += [_code(f"∂output/∂{name} = {text}") for name, text in rule.jacobian.items()]
+    if rule.saved:
+        lines.append("saved: " + ", ".join(map(_code, rule.saved)))
+    if rule.root is not None:
+        lines.append(f"root: {rule.root.columns} columns")
+    if rule.kinks:
+        lines.append(f"at a kink: {_escaped(rule.kinks)}")
+    return "<br>".join(lines)
+
+
+def _code(text: str) -> str:
+    return f"<code>{_escaped(text.strip())}</code>"
+
+
+def _escaped(text: str) -> str:
+    """HTML that means nothing to Markdown: a table cell may hold no pipe, and no pair of asterisks."""
+    return "".join(f"&#{ord(char)};" if char in "|*_`" else html.escape(char) for char in text)
+
+
+def _convolution() -> tn.Program:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(48, 2))
+    batch = torch.randn(4, 1, 8, 8), torch.randint(2, (4,))
+    return tn.compile(model, nn.CrossEntropyLoss(), batch, [tn.BatchGrad(), tn.SecondMoment(), tn.KFAC()])
+
+
+def pictures() -> dict[str, str]:
+    """File name -> SVG."""
+    program = _convolution()
+    rows = {"input_2": "r", "input_3": "c"}
+    drawn: dict[str, Callable[[], tn.Drawing]] = {
+        "formula": lambda: tn.draw(formulas(program, "0"), names={"p_0_weight": "W", "p_0_bias": "b", "layer_0": "z"} | rows),
+        "second_moment": lambda: tn.draw(quantity(program, "second_moment", "0.weight"), names={"g_layer_0": "g"} | rows),
+        "kfac": lambda: tn.draw(quantity(program, "kfac", "0.weight"), names={"s0_layer_0": "S"} | rows),
+        "model": lambda: tn.draw(program),
+    }  # fmt: skip
+    return {f"{name}.svg": make().svg for name, make in drawn.items()}
