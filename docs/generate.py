@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -32,7 +32,8 @@ Made at build time from the rule tables and `tests/cases.py`; {rows} targets, {c
 that of the first call that a case makes: leg names, numbers and sizes are of this call. "As …": the same row as that
 target, and no case of its own. Every case is compared with `torch.func` on the forward, for every first-order quantity.
 
-An operation that is not here falls back on `torch.func` (`program.explain()` names it) or is refused: [Errors](errors.md).
+An operation that is not here falls back on `torch.func`, which `program.explain()` says, or is refused:
+[Errors](errors.md).
 A module with a rule of its own, or one made by `tn.einsum_layer`, is one call: [Add a layer](add-a-layer.md).
 """
 
@@ -68,9 +69,12 @@ def _title(family: ModuleType) -> str:
 def _rows(table: tn.Table, found: Uses) -> Iterator[str]:
     sharing = {id(table[target]): target for target in reversed(found) if target in table}
     for target, row in table.items():
-        name, rule = found.get(target, ("", None))
-        shown = _formula(rule) if rule is not None else f"as `{op_text(sharing[id(row)])}`" if id(row) in sharing else ""
-        yield f"| `{op_text(target)}` | {shown} | {f'`{name}`' if name else ''} |"
+        shown, case = "", ""
+        if target in found:
+            shown, case = _formula(found[target][1]), f"`{found[target][0]}`"
+        elif id(row) in sharing:
+            shown = f"as `{op_text(sharing[id(row)])}`"
+        yield f"| `{op_text(target)}` | {shown} | {case} |"
 
 
 def _formula(rule: Rule | str) -> str:
@@ -106,11 +110,11 @@ def _convolution() -> tn.Program:
 def pictures() -> dict[str, str]:
     """File name -> SVG."""
     program = _convolution()
-    rows = {"input_2": "r", "input_3": "c"}
-    drawn: dict[str, Callable[[], tn.Drawing]] = {
-        "formula": lambda: tn.draw(formulas(program, "0"), names={"p_0_weight": "W", "p_0_bias": "b", "layer_0": "z"} | rows),
-        "second_moment": lambda: tn.draw(quantity(program, "second_moment", "0.weight"), names={"g_layer_0": "g"} | rows),
-        "kfac": lambda: tn.draw(quantity(program, "kfac", "0.weight"), names={"s0_layer_0": "S"} | rows),
-        "model": lambda: tn.draw(program),
-    }  # fmt: skip
-    return {f"{name}.svg": make().svg for name, make in drawn.items()}
+    r, g = {"input_2": "r", "input_3": "c"}, {"g_layer_0": "g"}
+    drawn = {
+        "formula": tn.draw(formulas(program, "0"), names={"p_0_weight": "W", "p_0_bias": "b", "layer_0": "z"} | r),
+        "second_moment": tn.draw(quantity(program, "second_moment", "0.weight"), names=g | r),
+        "kfac": tn.draw(quantity(program, "kfac", "0.weight"), names={"s0_layer_0": "S"} | r),
+        "model": tn.draw(program),
+    }
+    return {f"{name}.svg": drawing.svg for name, drawing in drawn.items()}
