@@ -13,9 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tnbackprop"
 OWN = sorted(PACKAGE.rglob("*.py"))
-ALL = sorted(
-    path for folder in ("tnbackprop", "tests", "benchmarks", "examples", "docs") for path in (ROOT / folder).rglob("*.py")
-)
+FOLDERS = ("tnbackprop", "tests", "benchmarks", "examples", "docs")
+ALL = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 SYMBOLIC = ("diagram", "canonical", "simplify", "jacobian", "algebra", "reference")
 NOTATION = ("syntax", "legs", "notation", "expand", "regroup", "rule", "bind")
