@@ -105,7 +105,6 @@ __all__ = [
     "Variance",
     "Verification",
     "VerificationError",
-    "__version__",
     "compile",
     "compute",
     "draw",
