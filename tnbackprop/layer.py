@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from math import sqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,11 @@ def einsum_layer(formula: str, /, **tensors: Any) -> EinsumLayer:
 class EinsumLayer(Declared):
     """What `einsum_layer` makes. It brings its rule along: nothing is registered."""
 
+    planned: ClassVar[Callable[..., Callable[[Mapping[str, Tensor]], Tensor]]]
+
     def __init__(self, formula: str, tensors: Mapping[str, Any]) -> None:
         super().__init__()
+        self._prepare()
         lines = parse_program(formula)
         read = _read(lines)
         _check_names(formula, tensors, read)
@@ -95,6 +98,15 @@ class EinsumLayer(Declared):
             for name, initialise in self.initialisers.items():
                 initialise(self.get_parameter(name))
 
+    def _prepare(self) -> None:
+        """Planning is no part of a graph; saying so imports torch's compiler, paid for by users of this class."""
+        if not hasattr(EinsumLayer, "planned"):
+            EinsumLayer.planned = staticmethod(torch.compiler.disable(_function))  # type: ignore[no-untyped-call]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._prepare()
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The formula's output. Raises `RuleError` where a shape does not fit."""
         given = self.signature.bind(*args, **kwargs).arguments
@@ -105,7 +117,7 @@ class EinsumLayer(Declared):
         shapes = tuple((name, self._axes_of(name, t), t.dtype) for name, t in tensors.items())
         constants = tuple(self.constants.items())
         device = next(iter(tensors.values())).device.type
-        output: Tensor = _function(self.rule.formula, constants, shapes, tuple(self.inputs), device)(tensors)
+        output: Tensor = self.planned(self.rule.formula, constants, shapes, tuple(self.inputs), device)(tensors)
         return output
 
     def _axes_of(self, name: str, tensor: Tensor) -> Axes:
@@ -126,7 +138,6 @@ class EinsumLayer(Declared):
         return "\n".join([*(line.strip() for line in self.rule.formula.strip().split("\n")), ", ".join(own)])
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # planning is no part of a graph
 @lru_cache(maxsize=512)
 def _function(
     formula: str,
