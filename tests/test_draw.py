@@ -174,6 +174,7 @@ def test_tikz(name: str, what: str) -> None:
     assert text.count(r"\node") == drawn.svg.count("<text") + silent
 
 
+@pytest.mark.slow
 def test_same_input_same_text() -> None:
     """In another process with another hash seed as well."""
     code = (

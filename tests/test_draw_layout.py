@@ -14,6 +14,8 @@ from tnbackprop.drawing.scene import Box, End, Scene, Wire
 
 from .drawn import DIAGRAMS, PICTURES, ROW, drawable, joined, one, wanted
 
+pytestmark = pytest.mark.slow  # every box against every other, in all pictures
+
 
 def leaves(scene: Scene, prefix: End = ()) -> Iterator[tuple[End, Box]]:
     """Every box with something written or drawn in it, frames not."""

@@ -93,7 +93,8 @@ def build_all(
         return build(trial, diagram, lowerings) if chunk is None else build_sliced(trial, diagram, lowerings, chunk)
 
     if chunk is None:
-        for part in sorted(kept, key=lambda part: len(parts(part))):
+        found_here = dict.fromkeys(part for diagram in item.diagrams.values() for part in parts(diagram))
+        for part in sorted((p for p in found_here if p in kept), key=lambda part: len(parts(part))):
             store.note = f"individual gradients of {dotted}"
             build(store, inline(part, kept - {part}), lowerings)
     found = {}

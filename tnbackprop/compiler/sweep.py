@@ -99,7 +99,7 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
     if not any(sweep.reached(equation.name) for equation in rule.equations):
         return
     trainable = {v.name for v in call.tensors.values() if v.differentiable}
-    for name in trainable & set(rule.vjp):
+    for name in sorted(trainable & set(rule.vjp)):  # the same source every time
         if rule.fallback and not sweep.samples[name]:
             _pull_individually(sweep, call, rule, name)
             trainable.discard(name)
@@ -111,7 +111,7 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
         native = {name for name in native if _unchanged(sweep.along, rule.equations[-1], name)}
     # What does not depend on the columns, as an activation's derivative does not, is computed once for all of them.
     native -= {name for name in native if sweep.variable and _elementwise(rule.equations[-1], name)}
-    for name in native:
+    for name in sorted(native):
         pulled = Native(rule.vjp[name], f"{sweep.prefix}_{call.output.name}", call.output.name)
         sweep.terms.setdefault(name, []).append(pulled)
     if native:
