@@ -350,6 +350,7 @@ def test_help_says_the_conventions(capsys: pytest.CaptureFixture[str]) -> None:
             assert word in shown
 
 
+@pytest.mark.slow
 def test_as_a_process(file: Path) -> None:
     """``python -m tnbackprop``: the status is that of the process."""
     for name, status in (("Other", 1), ("Nope", 2)):

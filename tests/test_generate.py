@@ -138,6 +138,7 @@ def test_any_number_of_samples_and_columns() -> None:
     torch.testing.assert_close(function(more, columns), torch.stack(each).sum(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [tn.Target.TORCH, tn.Target.AUTOGRAD])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_checks_itself(name: str, target: tn.Target, tmp_path: Path) -> None:
