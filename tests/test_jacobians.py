@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import tnbackprop as tn
+from tnbackprop import compiler
+from tnbackprop.compiler import cost
 
 from . import oracle_second
 from .cases import CASES, Case, Problem, classes, normal, seq
@@ -49,6 +51,21 @@ def test_gram(name: str) -> None:
         shared = min(len(spectrum), len(want))
         assert error(spectrum[:shared], want[:shared]) <= TOLERANCE, parameter
         assert float(spectrum[shared:].abs().sum() + want[shared:].abs().sum()) <= TOLERANCE, parameter
+
+
+def test_all_columns_ride_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the device likes: what multiplies columns with each other needs all of them."""
+    problem = BY_NAME["cnn"].build()
+    monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=1))
+    monkeypatch.setattr(compiler, "WIDER", 1)
+    result = tn.compile(problem.model, problem.loss, (problem.x, problem.y), [tn.GGNGram(), tn.NTK(), tn.Jacobians()])(
+        problem.x, problem.y
+    )
+    monkeypatch.undo()
+    for kind in ("GGNGram", "NTK", "Jacobians"):
+        alone = run(problem, kind)
+        key = {"GGNGram": "ggn_gram", "NTK": "ntk", "Jacobians": "jacobians"}[kind]
+        assert_equal(result[key], dict(alone), kind)
 
 
 def net() -> nn.Module:
