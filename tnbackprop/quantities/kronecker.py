@@ -50,7 +50,7 @@ class KFLR(Quantity):
 
 
 @dataclass(frozen=True)
-class KFRA(Quantity):
+class KFRA(KFLR):
     """Kronecker factors with B from one matrix for the whole batch, Ḡ_u = (1/N) Σ_n J_nᵀ Ḡ_z J_n; A as in `KFLR`.
 
     Botev et al. 2017, arXiv:1706.03662, on any graph. The same as `KFLR` for one sample. At every value of F features
@@ -58,15 +58,10 @@ class KFRA(Quantity):
     """
 
     name: str = "kfra"
-    sharing: Sharing = Sharing.EXPAND
-    bias: Bias = Bias.OWN
 
     @property
     def propagates(self) -> Propagation:
         return Propagation(Source.AVERAGE)
-
-    def extract(self, J: Uses, g: Cotangents) -> Factors:
-        return kronecker(J, g, self.sharing, sympy.Integer(1), self.bias is Bias.JOINED)
 
 
 @dataclass(frozen=True)
