@@ -166,6 +166,7 @@ def _from_loss(
     if root.signed:
         weight = tensor(f"weight_{number}", (*lead, BATCH))
     sweep = _sweep(setting, quantities, number, width, weight, inside=False)
+    sweep.several = (samples or root.columns) > 1
     sweep.terms[root.value] = [tensor(variable, (*lead, *legs))]
     run(sweep, setting.bound)
     return Columns(variable, root, samples, (*lead, *legs), tuple(sweep.schedule), width)
@@ -234,7 +235,7 @@ def _sweep(
     kept = (Leg(COLUMN, width), BATCH)
     return Sweep(
         setting.graph, quantities, scales={setting.scale}, prefix=f"{prefix}{number}", variable=f"column_{number}",
-        lead=column_leg(width), kept=kept, weight=weight, partial=inside,
+        several=True, lead=column_leg(width), kept=kept, weight=weight, partial=inside,
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ A result that keeps the column leg is the concatenation of what the columns give
 from __future__ import annotations
 
 import ast
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from .arrange import text
 from .cost import Kernel
 from .derived import Columns
 from .listing import alive, lines_of
-from .store import Step, Store
+from .store import Step, Store, is_rearranged
 
 
 @dataclass(frozen=True)
@@ -125,19 +124,14 @@ def _adding(
         replaced |= {step.name: None for step in chain if step is not None}
         code = f"{total}.view({text(shapes[value])})"
         own = f"{shown}.addmm_({base.code.removeprefix('torch.mm(')[:-1]}){code.removeprefix(total)}"
-        replaced[base.name] = replace(base, name=total, code=own)
+        replaced[base.name] = replace(base, name=total, code=own, own=False, into=())
     kept = (replaced.get(step.name, step) for step in steps)
     return tuple(step for step in kept if step is not None), added
 
 
 def _is_view(step: Step) -> bool:
     """Whether it only sees its first input in another shape."""
-    return step.kernel is Kernel.VIEW and bool(step.inputs) and bool(
-        _VIEWS.fullmatch(step.code.removeprefix(step.inputs[0]))
-    )
-
-
-_VIEWS = re.compile(r"(\.(reshape|unsqueeze|squeeze|expand|contiguous)\([^()]*\))+")
+    return step.kernel is Kernel.VIEW and bool(step.inputs) and is_rearranged(step.code, step.inputs[0])
 
 
 def _filling(
@@ -156,7 +150,7 @@ def _filling(
         if base is None or code is None:
             copied.append((value, total))
         else:
-            written[base.name] = replace(base, code=code)
+            written[base.name] = replace(base, code=code, own=False, into=())
     return tuple(written.get(step.name, step) for step in loop.steps), copied
 
 

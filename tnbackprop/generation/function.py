@@ -63,7 +63,8 @@ def function(
 ) -> Function:
     """The steps of a plan as a function that returns code in the values `returned`."""
     shown = inputs.names.code
-    steps = tuple(replace(s, code=shown(s.code), inputs=tuple(map(shown, s.inputs))) for s in plan.steps)
+    # Nothing is written over: a user may differentiate or vmap the function.
+    steps = tuple(replace(s, code=shown(s.code), inputs=tuple(map(shown, s.inputs)), into=()) for s in plan.steps)
     lines = lines_of(steps, {shown(value) for value in returned})
     codes = [*(step.code for step in plan.steps), returns]
     every = " ".join(codes)
