@@ -37,10 +37,10 @@ def emit(graph: Graph, plan: Plan, header: str) -> str:
     lines.append(_batch_line(graph))
     if any("like" in step.inputs for step, _ in plan.timed) or any(loop.outputs for loop in plan.loops):
         lines.append(f"    like = {floating}")
-    needed = {name for loop in plan.loops for name in loop.reads}
-    lines += lines_of(plan.steps, _read_by_output(graph, plan) | needed)
+    wanted = _read_by_output(graph, plan) | {name for loop in plan.loops for name in loop.reads}
+    lines += lines_of(plan.steps, wanted)
     for loop in plan.loops:
-        lines += loop_lines(loop, plan.shapes)
+        lines += loop_lines(loop, plan.shapes, wanted)
     lines += _return(graph, plan)
     return "\n".join(lines) + "\n"
 

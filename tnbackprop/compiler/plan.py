@@ -49,7 +49,9 @@ class Plan:
     def timed(self) -> Iterator[tuple[Step, int]]:
         """Every step with the number of times that it runs."""
         yield from ((step, 1) for step in self.steps)
-        yield from ((step, loop.count) for loop in self.loops for step in loop.steps)
+        for loop in self.loops:
+            yield from ((step, loop.count) for step in loop.steps)
+            yield from ((step, 1) for step in loop.after)
 
     @property
     def seconds(self) -> float:
