@@ -9,10 +9,11 @@ import numpy as np
 import sympy
 
 from ..diagram import Delta, Diagram, Leg, Map, N, Operand, Part, Product, Selection, Tensor, Window, ordered_union
+from .geometry import Array
 from .grid import arrange
 from .labels import Names, expression, one_hot, pattern, scale_text
 from .opened import Node, closed, opened, sealed
-from .place import DOT, STUB, Array, Joint, Spot, Terminal
+from .place import DOT, STUB, Joint, Spot, Terminal
 from .scene import Box, End, Kind, Line, Point, Scene, Shape, Wire, Words, beside, in_lines
 from .words import LINE, width, wrapped
 
@@ -83,7 +84,7 @@ def _pieces(operands: Sequence[Operand], output: tuple[Leg, ...], names: Names, 
     choices = []
     for nodes in _mirrored([_node(operand, names) for operand in operands]):
         joined = [_joined(leg, operands, nodes, leg in output, names) for leg in _legs(operands)]
-        arranged = arrange([node.item for node in nodes], [j.joint for j in joined], flat)
+        arranged = arrange(tuple(node.item for node in nodes), tuple(j.joint for j in joined), flat)
         choices.append((arranged.cost, nodes, joined, arranged))
     _, nodes, joined, arranged = min(choices, key=lambda choice: choice[0])
     centres, spots = arranged.centres, arranged.spots
