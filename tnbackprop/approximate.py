@@ -160,7 +160,13 @@ def _components(product: Product, parameter: Legs, cut: Legs, names: frozenset[s
             if merged:
                 break
     found = [_Component(tuple(g), tuple(leg for leg in parameter if leg in _legs(tuple(g)))) for g in groups]
-    return [c for c in found if c.own or any(_is_cotangent(op, names) for op in c.operands)]
+    loss = [any(_is_cotangent(op, names) for op in c.operands) for c in found]
+    kept = [k for k, c in enumerate(found) if c.own or loss[k]]
+    for one in (c for k, c in enumerate(found) if k not in kept):  # a norm's deviation, a mask: with what it scales
+        shared = [set(_legs(one.operands)).isdisjoint(_legs(found[k].operands)) for k in kept]
+        k = kept[min(range(len(kept)), key=lambda j: (loss[kept[j]], shared[j], j))]
+        found[k] = replace(found[k], operands=(*found[k].operands, *one.operands))
+    return [found[k] for k in kept]
 
 
 def _joined(one: list[Operand], other: list[Operand], parameter: Legs, cut: Legs, names: frozenset[str]) -> bool:
