@@ -195,7 +195,7 @@ def test_explain(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
         "0: Conv2d", "1: ReLU", "3: Linear", "loss",
         "layer_3[n,o] = Σ_{i} p_3_weight[o,i] layer_2[n,i] + p_3_bias[o]",
         "∂layer_3[n,o]/∂p_3_weight[o',i'] = layer_2[n,i'] δ[o,o']",
-        "batch_l2[n] = Σ_{o,i} G[n,o,i]²", "Assumption: the factors are independent over the samples; h, w tied",
+        "batch_l2[n] = Σ_{o,i} G[n,o,i]²", "Assumption of kfac: the factors are independent over the samples; h, w",
         "takes fewer FLOPs than", "predicted faster", "grouped convolution", "Kept from the forward", "Totals (N = 4)",
     ):  # fmt: skip
         assert wanted in plain, wanted

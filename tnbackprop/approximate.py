@@ -70,6 +70,8 @@ def kronecker(J: Uses, g: Cotangents, sharing: Sharing, scale: sympy.Expr, means
         total = _total([f.diagrams[k] for f in each])
         tied_to_loss = _has_cotangent(diagram, g.names)
         diagrams.append(simplify(total * scale if tied_to_loss else total / len(each)))
+    uses = f"; {len(each)} uses taken as positions" if len(each) > 1 else ""
+    first = replace(first, assumption=first.assumption + uses)
     if not means:
         return replace(first, diagrams=tuple(diagrams), means=())
     halves = [[mean for f in each if (mean := f.means[k]) is not None] for k in range(len(first.means))]
@@ -115,16 +117,19 @@ def _of_use(product: Product, parameter: Legs, g: Cotangents, sharing: Sharing) 
         diagrams.append(factor * (product.scale**2 if loss else 1 / (BATCH.size * uses)))
         half = Diagram((*blocks, *owned[k]), (Product(sympy.Integer(1), components[k].operands),))
         means.append(None if loss else half / sympy.Mul(BATCH.size, *(leg.size for leg in cut)))
-    assumption = _assumption(cut, sharing, len(components))
+    assumption = _assumption(positions, g, sharing, len(components))
     return Factors(tuple(diagrams), blocks, tuple(owned[k] for k in order), parameter, assumption, tuple(means))
 
 
-def _assumption(cut: Legs, sharing: Sharing, count: int) -> str:
-    if count == 1:
-        return "none over the samples: one factor"
+def _assumption(positions: Legs, g: Cotangents, sharing: Sharing, count: int) -> str:
     tied = "tied" if sharing is Sharing.EXPAND else "summed"
-    positions = f"{', '.join(map(str, cut))} {tied}" if cut else "no positions"
-    return f"the factors are independent over the samples; {positions} ({sharing.value})"
+    shown = f"{', '.join(map(str, positions))} {tied}" if positions else "no positions"
+    matrix = "one averaged matrix of cotangents for all samples; " if g.averaged else ""
+    if count > 1:
+        return f"{matrix}the factors are independent over the samples; {shown} ({sharing.value})"
+    if positions and sharing is Sharing.EXPAND:
+        return f"{matrix}one factor, without what is between different positions: {shown} ({sharing.value})"
+    return matrix + ("" if matrix else "none: ") + "one factor, the block itself"
 
 
 def _minimal_cut(product: Product, parameter: Legs, candidates: list[Leg], names: frozenset[str]) -> Legs:
