@@ -9,7 +9,7 @@ import sympy
 
 from ..algebra import differentiate
 from ..bind import BoundRule, Equation
-from ..diagram import BATCH, COLUMN, Diagram, Leg, Part, Product, Tensor
+from ..diagram import BATCH, COLUMN, Diagram, Leg, Part, Product, Tensor, operand_tensors
 from ..simplify import simplify
 from .alternatives import Alternative, Way, alternatives, conditions, part_names, seconds, work_numbers
 from .choose import Choice
@@ -300,15 +300,25 @@ def kept_rows(compiled: Compiled) -> tuple[list[tuple[str, ...]], str]:
         for name in step.inputs if step.name not in forward else ():
             if name in forward and step.note not in readers.setdefault(name, []):
                 readers[name].append(step.note)
-    taken = {name: _bytes(compiled, name) for name in readers}
+    opaque = _opaque(compiled)
+    taken = {name: _bytes(compiled, name) for name in readers if name not in opaque}
     rows: list[tuple[str, ...]] = []
     for name, notes in readers.items():
-        shape = "[" + ", ".join(map(str, plan.shapes[name])) + "]"
+        shape, size = "[" + ", ".join(map(str, plan.shapes[name])) + "]", size_text(taken.get(name, 0.0))
+        shape, size = ("?", "?") if name in opaque else (shape, size)
         more = f" and {len(notes) - 2} more" if len(notes) > 2 else ""
-        rows.append(
-            (name, shape, size_text(taken[name]), "for " + ", ".join(note.split(", ")[0] for note in notes[:2]) + more)
-        )
-    return rows, size_text(sum(taken.values()))
+        rows.append((name, shape, size, "for " + ", ".join(note.split(", ")[0] for note in notes[:2]) + more))
+    unknown = len(readers) - len(taken)
+    return rows, size_text(sum(taken.values())) + f", and {unknown} of unknown shape" * bool(unknown)
+
+
+def _opaque(compiled: Compiled) -> set[str]:
+    """Values of a rule that only its code reads: nothing says their shape."""
+    rules = [rule for _, rule in compiled.derived.bound]
+    equations = [equation for rule in rules for equation in rule.equations]
+    diagrams = [d for e in equations for d in (e.diagram, *(j.diagram for j in e.jacobians.values())) if d is not None]
+    read = {t.name for d in diagrams for product in d.products for op in product.operands for t in operand_tensors(op)}
+    return {saved.name for rule in rules for saved in rule.saved if not saved.legs} - read
 
 
 def _bytes(compiled: Compiled, name: str) -> float:
