@@ -247,6 +247,7 @@ def test_before_and_after(file: Path, capsys: pytest.CaptureFixture[str], format
     for wanted in (
         r"0 .*aten\.conv2d\.default .*layer_0 .*\[N, 2, 4, 4\] .*x, p_0_weight, p_0_bias",
         r"s0_… .*the root at layer_3, 1 sampled",
+        r"kfac of 3.weight \[3, 32\]\s+(~+\s+)?For the root at layer_3, 1 sampled\.",
         r"g_layer_2\[n,i'\] = Σ_\{o\} p_3_weight\[o,i'\] g_layer_3\[n,o\]",
         r"Jᵀg\[n,o',i'\] = Σ_\{o\} layer_2\[n,i'\] δ\[o,o'\] g_layer_3\[n,o\]\nG\[n,o,i\] = layer_2",
         r"→ Σ_\{\w,\w\} layer_2\[n,i\]² g_layer_3\[n,o\]²  \(Gram",

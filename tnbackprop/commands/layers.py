@@ -119,12 +119,15 @@ def _formula(compiled: Compiled, call: Call, rule: BoundRule) -> Iterator[Block]
 def _parameter(program: tn.Program, dotted: str) -> Iterator[Block]:
     """For each quantity of a parameter: diagram, assumption, the ways to compute it with polynomials and conditions."""
     compiled = program.compiled
-    for item in compiled.derived.items:
+    swept = [(compiled.derived.schedule, ""), *((c.schedule, f"For {c}.") for c in compiled.derived.columns)]
+    for item, sweep in ((item, sweep) for schedule, sweep in swept for item in schedule):
         if not isinstance(item, Extraction) or compiled.graph.parameters[item.parameter][0] != dotted:
             continue
         names = dict.fromkeys(key.partition("#")[0] for key in item.diagrams)
         choice = choice_of(compiled, item)
         yield Heading(f"{', '.join(names)} of {dotted} {compiled.graph.values[item.parameter].axes_text}", 3)
+        if sweep:
+            yield Words(sweep)
         yield Formulas(tuple(algebra_lines(compiled, item)))
         for name in names:
             yield from _rewritten(compiled, item, name, dotted)
