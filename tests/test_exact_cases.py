@@ -21,7 +21,7 @@ import tnbackprop as tn
 
 from . import oracle_second
 from .cases import CASES, Case, Problem, classes, normal, seq, unit
-from .models import Apply, Branches, Residual
+from .models import Apply, Branches, Residual, WithParameters
 from .second_order import (
     ALL,
     DIFFERENT,
@@ -79,8 +79,10 @@ def claims() -> Iterator[object]:
         yield pytest.param(Claim(regression(linear_net(nn.Identity), batch), both, every), id=f"linear-{batch}")
         on = Claim(regression(relu_net(50.0), batch), both, "0.weight 0.bias 3.weight 3.bias")
         yield pytest.param(on, id=f"relu_all_on-{batch}")
-        one = Claim(mlp(batch=batch), both, "0.weight 0.bias", "") if batch == 1 else None
-        yield pytest.param(one or Claim(mlp(batch=batch), both, "", "0.weight"), id=f"samples-{batch}")
+        scales = regression(lambda: WithParameters(lambda x, s, a: x * a * s, (), (3,)), batch)
+        yield pytest.param(Claim(scales, both, "parameter.0 parameter.1"), id=f"scales-{batch}")
+        alone = ("0.weight 0.bias", "") if batch == 1 else ("", "0.weight")
+        yield pytest.param(Claim(mlp(batch=batch), both, *alone), id=f"samples-{batch}")
         last = Claim(regression(trunk, batch, (1, 3, 3)), both, "6.weight 6.bias", "" if batch == 1 else "4.weight")
         yield pytest.param(last, id=f"any_trunk-{batch}")
     yield pytest.param(Claim(regression(linear_net(nn.Tanh)), both, "2.weight 3.weight", "0.weight"), id="tanh")
@@ -229,9 +231,11 @@ def twice(name: str) -> tuple[Problem, Problem]:
 def test_uses_are_positions(name: str) -> None:
     """A = (A_1 + A_2) / 2 and B = B_1 + B_2 of two uses, and HesScale's h = h_1 + h_2; the GGN sees more."""
     tied, apart = twice(name)
-    for kind, options in (ALL[key] for key in KRONECKER):
+    kinds = [ALL[key] for key in KRONECKER]
+    joined = [(kind, options | {"bias": "JOINED"}) for kind, options in kinds if name == "reused_module"]
+    for kind, options in (*kinds, *joined):
         got, each = run(tied, kind, **options), run(apart, kind, **options)
-        for leaf in ("weight", "bias"):
+        for leaf in ("weight",) if "bias" in options else ("weight", "bias"):
             one, two = (each[f"{layer}.{leaf}"].factors for layer in ("one", "two"))
             B, *A = got[f"layer.{leaf}"].factors
             assert error(B, one[0] + two[0]) <= TOLERANCE, kind
@@ -315,6 +319,42 @@ def test_hessian_where_paths_meet(name: str) -> None:
     assert_equal(result["each"], oracle_second.hessian_diag_per_sample(*arguments), "per sample")
     first = next(iter(result["diag_ggn"]))
     assert error(result["diag_ggn"][first], result["hessian_diag"][first]) > DIFFERENT
+
+
+@pytest.mark.parametrize("name", MERGING)
+def test_factors_where_paths_meet(name: str) -> None:
+    """One sample, no positions: KFLR and KFRA are the block, with the blocks between values that KFRA keeps."""
+    problem = Case(name, MERGING[name], (3,), classes(3), nn.CrossEntropyLoss, 1).build()
+    want = oracle_second.ggn(problem.model, problem.loss, problem.x, problem.y)
+    for kind, values in everything(problem, {key: ALL[key] for key in ("kflr", "kfra")}).items():
+        assert_equal(values, want, kind)
+
+
+def test_kfra_where_paths_meet() -> None:
+    """Several samples: Ḡ of all values that are alive together, from one to the next by the mean of JᵀḠJ."""
+    model = lambda: seq(nn.Linear(3, 3), Residual(seq(nn.Tanh(), nn.Linear(3, 3))), nn.Tanh(), nn.Linear(3, 2))  # noqa: E731
+    problem = Case("residual", model, (3,), classes(2), nn.CrossEntropyLoss, 3).build()
+    first, (tanh, inner), last = problem.model[0], problem.model[1].body, problem.model[3]
+    steps: list[Callable[[Tensor], Tensor]] = [
+        first,
+        lambda h: torch.cat([h, tanh(h)]),
+        lambda s: torch.cat([s[:3], inner(s[3:])]),
+        lambda s: s[:3] + s[3:],
+        torch.tanh,
+        last,
+    ]
+    states = [problem.x]
+    for step in steps:
+        states.append(torch.stack([step(s) for s in states[-1]]).detach())
+    G = oracle_second.loss_hessians(problem.loss, states[-1], problem.y, 3).sum(0)
+    B = [G]
+    for step, state in zip(reversed(steps[1:]), reversed(states[1:-1]), strict=True):
+        J = torch.stack([torch.func.jacrev(step)(s) for s in state]).detach()
+        B.append((J.mT @ B[-1] @ J).mean(0))
+    found, other = run(problem, "KFRA"), run(problem, "KFLR")
+    for name, G in {"0.weight": B[-1], "1.body.1.weight": B[3][3:, 3:], "3.weight": B[0]}.items():
+        assert error(found[name].factors[0], G) <= TOLERANCE, name
+        assert name == "3.weight" or error(found[name].factors[0], other[name].factors[0]) > DIFFERENT, name
 
 
 # What is shared, what is said, what is needed.
