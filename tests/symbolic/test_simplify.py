@@ -105,6 +105,14 @@ REWRITTEN = {
         diagram("f", product(Window(f, ((2, a), (1, b))), Window(f, ((2, a2), (1, b2))), t("x", a, a2, b, b2))),
         diagram("f", product(Window(f, ((2, a), (1, b))), Window(f, ((2, a2), (1, b2))), t("x", a, a2, b, b2))),
     ),
+    "windows with other offsets stay": (
+        diagram("f", product(Window(f, ((2, a), (1, b)), -1), Window(f, ((2, a), (1, b2)), 0), t("x", b, b2))),
+        diagram("f", product(Window(f, ((2, a), (1, b)), -1), Window(f, ((2, a), (1, b2)), 0), t("x", b, b2))),
+    ),
+    "windows with other steps stay": (
+        diagram("f", product(Window(f, ((2, a), (1, b))), Window(f, ((2, a), (2, b2))), t("x", b, b2))),
+        diagram("f", product(Window(f, ((2, a), (1, b))), Window(f, ((2, a), (2, b2))), t("x", b, b2))),
+    ),
     "selection squared": (
         diagram("a", product(Selection(t("I"), (a,)), Selection(t("I"), (a,)))),
         diagram("a", product(Selection(t("I"), (a,)))),
