@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -245,3 +246,20 @@ def test_indefinite_losses(loss: Callable[[], nn.Module]) -> None:
     # A loss that does not mix outputs is diagonal one layer further back.
     gap = error(scaled["0.weight"], exact["0.weight"])
     assert gap > DIFFERENT if loss is Ratio else gap <= TOLERANCE
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_signs_do_not_depend_on_the_scale(mixed: bool, scale: float) -> None:
+    """Small negative curvature is refused, the rounding of large positive curvature is not."""
+
+    def loss(convex: bool) -> nn.Module:
+        if mixed:
+            return Written(lambda f, y: scale * (sum_of_outputs(f, y) if convex else Ratio()(f, y)))
+        return nn.BCEWithLogitsLoss(scale * torch.tensor([1.0, 0.8 if convex else -0.8, 2.0]))
+
+    convex, concave = (replace(mlp(partial(loss, c)), y=unit).build() for c in (True, False))
+    want = oracle_second.diag_ggn(convex.model, convex.loss, convex.x, convex.y)
+    assert_equal(times(run(convex, "DiagGGN"), 1 / scale), times(want, 1 / scale), "convex")
+    with pytest.raises(tn.InputError, match="the loss Hessian is indefinite"):
+        run(concave, "DiagGGN")

@@ -41,13 +41,15 @@ def assemble(compiled: Compiled, values: Values, quantity: str) -> Mapping[str, 
 
 
 def _joined(factors: Mapping[str, Factors]) -> dict[str, str]:
-    """Weight -> bias: the bias's only factor is the weight's factor with the cotangent."""
-    alone = {key(f.diagrams[0]): name for name, f in factors.items() if f.means == (None,)}
+    """Weight -> bias: the bias's only factor is the weight's factor with the cotangent. No bias joins two weights."""
+    alone = {name: key(f.diagrams[0]) for name, f in factors.items() if f.means == (None,)}
     found: dict[str, str] = {}
     for name, f in factors.items():
-        loss = [diagram for diagram, mean in zip(f.diagrams, f.means, strict=False) if mean is None]
-        if len(f.means) == 2 and len(loss) == 1 and not f.blocks and key(loss[0]) in alone:
-            found[name] = alone[key(loss[0])]
+        loss = [key(diagram) for diagram, mean in zip(f.diagrams, f.means, strict=False) if mean is None]
+        if len(f.means) == 2 and len(loss) == 1 and not f.blocks:
+            free = [bias for bias, form in alone.items() if form == loss[0] and bias not in found.values()]
+            if free:
+                found[name] = free[0]
     return found
 
 
