@@ -93,6 +93,10 @@ REWRITTEN = {
         diagram("a", product(Map(X + Y, (t("x", a), t("y", a))), Map(X + Y, (t("x", a), t("y", a))))),
         diagram("a", product(Map((X + Y) ** 2, (t("x", a), t("y", a))))),
     ),
+    "maps that share one of their tensors stay": (
+        diagram("a", product(Map(X**2, (t("x", a),)), Map(sympy.sin(X + Y), (t("x", a), t("y", a))))),
+        diagram("a", product(Map(X**2, (t("x", a),)), Map(sympy.sin(X + Y), (t("x", a), t("y", a))))),
+    ),
     "window squared": (
         diagram("fa", product(Window(f, ((2, a),), 1), Window(f, ((2, a),), 1))),
         diagram("fa", product(Window(f, ((2, a),), 1))),
