@@ -43,7 +43,9 @@ MAY_IMPORT = {
     "products": ("front", "compiler", "quantities", "errors"),
     "drawing": ("drawing", "runtime", "compiler", *MATHEMATICS),
     "generation": ("generation", "version", "declare", "compiler", "quantities", *MATHEMATICS),
-    "verification": ("verification", "declare", "front", "runtime", "compiler", "quantities", *MATHEMATICS),
+    "verification": (
+        "verification", "declare", "front", "runtime", "compiler", "quantities", "linalg", *MATHEMATICS,
+    ),
     "__init__": (
         "declare", "generation", "kernels", "layer", "products", "drawing", "front", "runtime", "rules", "quantities",
         "linalg", "verification", "version", *MATHEMATICS,
