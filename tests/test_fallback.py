@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -55,3 +57,16 @@ class Mixing(nn.Module):
 def test_an_op_that_mixes_samples() -> None:
     with pytest.raises(tn.UnsupportedError, match=r"renorm.*mixes samples"):
         tn.compile(Mixing(), nn.MSELoss(), (torch.randn(4, 3), torch.randn(4, 2)), [tn.Grad()])
+
+
+def distance(output: Tensor, y: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(output - y)
+
+
+@pytest.mark.parametrize("loss", [nn.SoftMarginLoss(), nn.MultiMarginLoss(), distance])
+def test_a_reduction_over_samples_is_refused(loss: Callable[..., Tensor]) -> None:
+    """One VJP per sample says nothing of a sum over them; left out, it would be a gradient of zero."""
+    x, f = torch.randn(4, 3), torch.randn(4, 2).sign()
+    y = torch.randint(2, (4,)) if isinstance(loss, nn.MultiMarginLoss) else f
+    with pytest.raises(tn.UnsupportedError, match=r"reduces over the samples of .*\n.*Declare one"):
+        tn.compile(nn.Linear(3, 2), loss, (x, y), [tn.Grad()])

@@ -27,6 +27,8 @@ def fallback(call: Call) -> BoundRule:
         batched = [k for k, axis in enumerate(value.axes) if N in axis]
         if batched not in ([], [0]) or (batched and len(value.axes[0]) > 1):
             raise _refused(call, f"'{value.name}' has the batch elsewhere than on axis 0")
+        if value.differentiable and batched and not _sampled(call.output):
+            raise _refused(call, f"it reduces over the samples of '{value.name}'")
     if call.output.axes and N in call.output.axes[0]:
         _try_apart(call)
     legs = tuple(BATCH if N in axis else Leg(f"a{k}", _int(axis)) for k, axis in enumerate(call.output.axes))
