@@ -32,7 +32,7 @@ from ..compiler.store import Step
 from ..diagram import Diagram
 from .document import Block, Formulas, Grid, Heading, Picture, Words
 
-MOST, LARGEST = 6, 16
+MOST, LARGEST = 5, 16
 """Operands of a product, and of all together, in a picture: with more of them nobody sees anything."""
 
 
