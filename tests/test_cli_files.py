@@ -65,6 +65,15 @@ class Doubled(tn.Quantity):
     def extract(self, J, g):
         return (J.T @ g).sum("n") * 2
 
+@dataclass(frozen=True)
+class Bad(tn.Quantity):
+    name: str = "bad"
+    def extract(self, J, g):
+        return 1 / 0
+
+def bad_row(layer):
+    return layer.nope
+
 program = tn.compile(net, nn.MSELoss(), (torch.randn(4, 1, 4, 4), torch.randn(4, 3)), [tn.BatchL2()])
 '''
 
@@ -290,6 +299,10 @@ def misuse() -> Iterator[tuple[str, str, str]]:
     yield "explain {dir}/pair.py:net", r"example\(\) of .*pair\.py must return the pair \(x, y\), not Tensor", "no pair"
     yield "explain {dir}/badloss.py:net", r"`loss` of .*badloss\.py is int, not a function", "loss"
     yield "verify {dir}/badrules.py:net --quantity grad", r"RULES of .*badrules\.py is int, not a mapping", "rules"
+    yield "explain {dir}/lossraises.py:net", r"lossraises\.py:net, line 4 raises AttributeError", "loss raises"
+    yield "explain {file}:Net --quantity bad", r"quantity 'bad' raises ZeroDivi.*\n.*net\.py, line \d+", "extract"
+    yield "verify {file}:bad_row --module Affine", r"the row for Affine raises AttributeError.*\n.*line \d+", "row"
+    yield "demo --steps -1 --output {dir}/demo", "give at least 0 steps and 1 round", "negative steps"
     yield "bench nope", r"no benchmark 'nope'\n  there are first_order, ", "no benchmark"
 
 
@@ -303,6 +316,7 @@ FILES = {
     "exits.py": "import sys\nsys.exit(3)\n",
     "pair.py": PLAIN + "def example():\n    return torch.randn(2, 3)\n",
     "badloss.py": PLAIN + "example_input = (2, 3)\nloss = 3\n",
+    "lossraises.py": PLAIN + "example_input = (2, 3)\ndef loss(output, y): return output.nope\n",
     "badrules.py": PLAIN + "example_input = (2, 3)\nRULES = 3\n",
 }
 

@@ -63,6 +63,134 @@ def test_unknown_quantity(program: tn.Program) -> None:
         program(X, Y)["variance"]
 
 
+def test_what_torch_raises_in_a_program() -> None:
+    """A class that is none, a dtype that no kernel has: with the layer and the line of the source."""
+    classes = torch.zeros(5, dtype=torch.long)
+    program = tn.compile(MODEL, nn.CrossEntropyLoss(), (X, classes), [tn.Grad()])
+    with pytest.raises(InputError, match=r"(?s)fails in loss: cross_entropy_loss.default: .*out of bounds.*line \d+"):
+        program(X, classes + 7)
+
+
+class Centred(nn.Module):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return (input - target).square().sum() / (input.shape[0] - 1)
+
+
+@dataclass(frozen=True)
+class Sample(tn.Quantity):
+    """The variance of a sample: it divides by N - 1."""
+
+    name: str = "sample"
+
+    def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Diagram:
+        D = ((J.T @ g) - (J.T @ g).sum("n") / tn.N).held()
+        return (D * D).sum("n") / (tn.N - 1)
+
+
+@pytest.mark.parametrize("where", ["loss", "quantity"])
+def test_a_scale_that_divides_by_zero(where: str) -> None:
+    """1/(N - 1) is right for every batch but that of one sample."""
+    rules = tn.RULES | {Centred: "output[] = (input[n, c] - target[n, c])**2 / (N - 1)"}
+    loss: nn.Module = Centred() if where == "loss" else nn.MSELoss()
+    program = tn.compile(MODEL, loss, (X, Y), [Sample()] if where == "quantity" else [tn.Grad()], rules=rules)
+    result = program(X, Y)
+    assert all(bool(value.isfinite().all()) for by in result.values() for value in by.values())
+    place = "loss" if where == "loss" else "sample of "
+    with pytest.raises(InputError, match=rf"(?s)fails in {place}.*divides by zero at this batch size.*more samples"):
+        program(X[:1], Y[:1])
+
+
+@pytest.mark.parametrize("options", [{"seed": "a"}, {"seed": 1.5}, {"generator": 3}], ids=str)
+def test_seeds(program: tn.Program, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"give a whole number, or a torch.Generator"):
+        program(X, Y, **options)
+    with pytest.raises(InputError, match=r"seed=1, generator="):
+        program(X, Y, seed=1, generator=torch.Generator())
+
+
+def test_the_model_has_other_layers_now() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    program = tn.compile(model, nn.MSELoss(), (X, Y), [tn.Grad()])
+    model[0], model[1] = nn.Linear(3, 5).double(), nn.Linear(5, 2).double()
+    with pytest.raises(InputError, match=r"'0.weight' has shape \[5, 3\] now, but .* \[4, 3\]: compile again"):
+        program(X, Y)
+    del model[1]
+    model[0] = nn.Linear(3, 4).double()
+    with pytest.raises(InputError, match=r"no parameter '1.weight' any more: compile again"):
+        program(X, Y)
+
+
+# ---------------------------------------------------------------- quantities and options
+
+
+def computed(*quantities: Any, **options: Any) -> Callable[[], object]:
+    return lambda: tn.compile(MODEL, nn.MSELoss(), (X, Y), quantities, **options)
+
+
+class Returns(tn.Quantity):
+    """Whatever is put into it."""
+
+    value: Any = None
+
+    def extract(self, J: tn.Uses, g: tn.Cotangents) -> Any:
+        return self.value(J, g)
+
+
+def returns(value: Callable[[Any, Any], Any]) -> Callable[[], object]:
+    quantity = Returns("mine")
+    object.__setattr__(quantity, "value", value)
+    return computed(quantity)
+
+
+OPTIONS: dict[str, tuple[Callable[[], object], str]] = {
+    "a text for an enum": (lambda: tn.BatchGrad(scale="unscaled"), "BatchGrad: scale='unscaled': .*tn.Scale.UNSCALED"),
+    "a name's place": (lambda: tn.BatchGrad(tn.Scale.UNSCALED), "BatchGrad: name=<Scale.*is Scale, not str"),
+    "fisher": (lambda: tn.KFAC(fisher="mc"), "KFAC: fisher='mc': give one of tn.Fisher.MC"),
+    "sharing": (lambda: tn.KFLR(sharing="reduce"), "sharing='reduce': give one of tn.Sharing.EXPAND"),
+    "bias": (lambda: tn.KFRA(bias="joined"), "bias='joined': give one of tn.Bias.OWN"),
+    "per_sample": (lambda: tn.DiagGGN(per_sample=1), "per_sample=1 is int, not bool"),
+    "no samples": (lambda: tn.KFAC(mc_samples=0), "KFAC: mc_samples=0: draw at least one"),
+    "half a sample": (lambda: tn.SqrtGGNMC(mc_samples=1.5), "mc_samples=1.5 is float, not int"),
+    "no name": (lambda: tn.Grad(""), "Grad: name='': the key in the result"),
+    "a name with #": (lambda: tn.Grad("a#b"), "the key in the result is a text without '#'"),
+    "source": (lambda: tn.Propagation("root"), "source='root': give one of tn.Source.GRADIENT"),
+    "a class": (computed(tn.Grad), r"Grad is a class: give an instance, Grad\(\)"),
+    "a text": (computed("grad"), "'grad' is no tn.Quantity: give instances"),
+    "no list": (lambda: tn.compute(MODEL, nn.MSELoss(), (X, Y), tn.Grad()), "quantities is Grad, not a list"),
+    "indefinite": (computed(tn.DiagGGN(), indefinite="refuse"), "indefinite='refuse': give one of tn.Indef"),
+    "memory": (computed(tn.Grad(), memory_limit=-1), "memory_limit=-1 is no amount of memory"),
+    "a model's class": (lambda: tn.compile(nn.Linear, nn.MSELoss(), (X, Y), []), "model is the class Linear"),
+    "a loss's class": (lambda: tn.compile(MODEL, nn.MSELoss, (X, Y), []), "loss is the class MSELoss: give"),
+    "a lazy layer": (lambda: tn.compile(nn.LazyLinear(2), nn.MSELoss(), (X, Y), []), "'weight' has no shape yet: run"),
+    "a loss raises": (lambda: tn.compile(MODEL, lambda f, y: f.nope, (X, Y), []), "fails on the example"),
+    "no model of a kernel": (lambda: tn.ntk(3, X), "model is int, not a torch.nn.Module"),
+    "nothing extracted": (returns(lambda J, g: None), r"'mine': extract returns NoneType: return a tn.Diagram"),
+    "no leg": (returns(lambda J, g: (J.T @ g).sum("k")), r"(?s)'mine' raises KeyError: .*no leg .*test_errors.py, line"),
+    "a number added": (returns(lambda J, g: (J.T @ g) + 1), r"raises TypeError: .*\+: 'Diagram' and 'int'"),
+    "a ratio": (returns(lambda J, g: (J.T @ g) / (J.T @ g)), r"raises TypeError: .* /: 'Diagram' and 'Diagram'"),
+    "J J": (returns(lambda J, g: J.T @ J), r"raises TypeError: .* @: 'Transposed' and 'Uses'"),
+    "not finite": (returns(lambda J, g: (J.T @ g) * float("nan")), "the scale of a diagram is not finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_options(what: str) -> None:
+    attempt, message = OPTIONS[what]
+    with pytest.raises(InputError, match=message):
+        attempt()
+
+
+def test_memory_in_scientific_notation() -> None:
+    computed(tn.Grad(), memory_limit=1e9)()
+
+
+def test_torch_logs_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    """What does not fit is said once, by the error."""
+    with pytest.raises(InputError, match=r"module '0' \(Linear\)"):
+        tn.compile(MODEL, nn.MSELoss(), (X[:, :2], Y), [tn.Grad()])
+    assert "Traceback" not in caplog.text
+
+
 # ---------------------------------------------------------------- compilation
 
 
