@@ -67,7 +67,7 @@ class Doubled(tn.Quantity):
 
 @dataclass(frozen=True)
 class Bad(tn.Quantity):
-    name: str = "bad"
+    name: str = "wrong"
     def extract(self, J, g):
         return 1 / 0
 
@@ -135,6 +135,12 @@ def test_verify_tells_wrong_text_with_a_caret(file: Path, capsys: pytest.Capture
     status, out, err = run(capsys, "verify", f"{file}:text", "--module", "Affine")
     assert (status, out) == (1, "")
     assert re.search(r"net\.py:text: unknown tensor 'inptu'\n  output.*\n +\^\ndid you mean 'input'\?", err)
+
+
+def test_verify_tells_a_row_that_raises(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "verify", f"{file}:bad_row", "--module", "Affine")
+    assert (status, out) == (1, "") and "Traceback" not in err
+    assert re.search(r"the row for Affine raises AttributeError: .*'nope'\n.*net\.py, line \d+: return layer.nope", err)
 
 
 WRONG_TEXT = {
@@ -300,8 +306,7 @@ def misuse() -> Iterator[tuple[str, str, str]]:
     yield "explain {dir}/badloss.py:net", r"`loss` of .*badloss\.py is int, not a function", "loss"
     yield "verify {dir}/badrules.py:net --quantity grad", r"RULES of .*badrules\.py is int, not a mapping", "rules"
     yield "explain {dir}/lossraises.py:net", r"lossraises\.py:net, line 4 raises AttributeError", "loss raises"
-    yield "explain {file}:Net --quantity bad", r"quantity 'bad' raises ZeroDivi.*\n.*net\.py, line \d+", "extract"
-    yield "verify {file}:bad_row --module Affine", r"the row for Affine raises AttributeError.*\n.*line \d+", "row"
+    yield "explain {file}:Net --quantity wrong", r"quantity 'wrong' raises ZeroDivi.*\n.*net\.py, line \d+", "extract"
     yield "demo --steps -1 --output {dir}/demo", "give at least 0 steps and 1 round", "negative steps"
     yield "bench nope", r"no benchmark 'nope'\n  there are first_order, ", "no benchmark"
 
