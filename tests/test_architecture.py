@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "reference": ("diagram",),
     "simplify": ("diagram", "canonical"),
     "algebra": ("errors", *SYMBOLIC),
-    "approximate": ("errors", "diagram", "simplify", "algebra"),
+    "approximate": ("errors", "diagram", "jacobian", "simplify", "algebra"),
     **dict.fromkeys(NOTATION, ("errors", *SYMBOLIC, *NOTATION)),
     "linalg": ("linalg", "errors"),
     "rules": ("rules", "errors", "diagram", "rule"),
@@ -43,7 +43,9 @@ MAY_IMPORT = {
     "products": ("front", "compiler", "quantities", "errors"),
     "drawing": ("drawing", "runtime", "compiler", *MATHEMATICS),
     "generation": ("generation", "version", "declare", "compiler", "quantities", *MATHEMATICS),
-    "verification": ("verification", "declare", "front", "runtime", "compiler", "quantities", *MATHEMATICS),
+    "verification": (
+        "verification", "declare", "front", "runtime", "compiler", "quantities", "linalg", *MATHEMATICS,
+    ),
     "__init__": (
         "declare", "generation", "kernels", "layer", "products", "drawing", "front", "runtime", "rules", "quantities",
         "linalg", "verification", "version", *MATHEMATICS,

@@ -10,10 +10,13 @@ from xml.etree import ElementTree
 
 import pytest
 import sympy
+import torch
+from torch import nn
 
 import tnbackprop as tn
 from tnbackprop.algebra import inline
 from tnbackprop.approximate import Factors
+from tnbackprop.compiler.derived import Extraction
 from tnbackprop.diagram import BATCH, Diagram, Leg, N, Part, Tensor
 from tnbackprop.drawing import formulas, jacobian, quantity
 from tnbackprop.drawing.words import tex
@@ -263,6 +266,34 @@ def test_finding_diagrams() -> None:
         formulas(made, "7")
     with pytest.raises(InputError, match=r"no formula in module '2' reads a parameter '0.weight'"):
         jacobian(made, "2", "0.weight")
+
+
+def test_finding_sums_and_tied_names() -> None:
+    """The diagonal of the Hessian has a term for each sweep of columns; a tied parameter has several names."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False))
+    batch = torch.randn(4, 3), torch.randn(4, 3)
+    made = tn.compile(model, nn.MSELoss(), batch, [tn.HessianDiag()])
+    terms = [
+        d
+        for i in made.compiled.derived.items
+        if isinstance(i, Extraction) and i.parameter == "p_0_weight"
+        for d in i.diagrams.values()
+    ]
+    found = quantity(made, "hessian_diag", "0.weight")
+    assert isinstance(found, Diagram) and len(terms) > 1
+    assert len(found.products) == sum(len(term.products) for term in terms)
+    model[2].weight = model[0].weight
+    tied = tn.compile(model, nn.MSELoss(), batch, [tn.Grad()])
+    assert quantity(tied, "grad", "2.weight") == quantity(tied, "grad", "0.weight")
+
+
+def test_a_leg_of_size_one_that_nothing_depends_on_is_left_out() -> None:
+    x = one((Leg("v", 1), ROW), Tensor("x", (ROW,)))
+    squared = one((ROW,), Part(x, (Leg("v", 1), ROW)), Part(x, (Leg("v", 1), ROW)))
+    assert {leg for leg, _, _ in read(tn.draw(squared).svg)[1]} == {"i"}
+    there = one((ROW,), Tensor("y", (Leg("v", 1), ROW)), Part(x, (Leg("v", 1), ROW)))
+    assert {leg for leg, _, _ in read(tn.draw(there).svg)[1]} == {"i", "v"}
 
 
 def test_a_part_with_a_diagonal_is_sealed() -> None:

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from itertools import combinations, pairwise
 from random import Random
 
+import numpy as np
 import pytest
 
 import tnbackprop as tn
 from tnbackprop.diagram import BATCH, Leg, Tensor
+from tnbackprop.drawing import network, place
+from tnbackprop.drawing.grid import arrange
 from tnbackprop.drawing.scene import Box, End, Scene, Wire
 
 from .drawn import DIAGRAMS, PICTURES, ROW, drawable, joined, one, wanted
@@ -93,6 +96,26 @@ def test_random_networks(seed: int) -> None:
     drawn = tn.draw(diagram)
     assert not [text for text in covered(drawn.scene) if not text.startswith("wire")]
     assert joined(drawn.svg) == wanted(diagram)
+
+
+@pytest.mark.parametrize(("name", "what"), [("linear", "variance"), ("conv", "diag_ggn"), ("conv", "kfac")])
+def test_the_search_loses_nothing(name: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options and arrangements that are left out could not have been the best: looking at all gives the same text."""
+    quick = tn.draw(drawable(name, what)).svg
+    placed = place.Board.place
+    monkeypatch.setattr(place, "_AT_ONCE", ())
+    monkeypatch.setattr(place.Board, "least", lambda board, joints: 0.0)
+    monkeypatch.setattr(place.Board, "place", lambda board, joints, most: placed(board, joints, np.inf))
+    monkeypatch.setattr(network, "arrange", arrange.__wrapped__)
+    assert tn.draw(drawable(name, what)).svg == quick
+
+
+def test_names_of_one_width_share_a_layout() -> None:
+    """Two convolutions of a network differ in the names of their tensors."""
+    tn.draw(DIAGRAMS["window"])
+    before = arrange.cache_info().misses
+    tn.draw(DIAGRAMS["window"], names={"x": "g"})
+    assert arrange.cache_info().misses == before
 
 
 def test_the_check_sees_what_is_covered() -> None:

@@ -12,15 +12,18 @@ from torch import nn
 
 import tnbackprop as tn
 from benchmarks.models import PROBLEMS
+from tnbackprop.canonical import same
 from tnbackprop.compiler.alternatives import Way, alternatives
 from tnbackprop.compiler.cost import number
 from tnbackprop.compiler.derived import Extraction
+from tnbackprop.compiler.explain import pulled_back
 from tnbackprop.compiler.explain_text import body_text
 from tnbackprop.compiler.polynomials import Symbols, in_batch, in_batch_text, without_common_factor
 from tnbackprop.compiler.stage import Stage
-from tnbackprop.diagram import BATCH, Leg, N
+from tnbackprop.diagram import BATCH, Leg, N, Part
 from tnbackprop.errors import InputError
 from tnbackprop.runtime import Program
+from tnbackprop.simplify import simplify
 
 FIRST_ORDER = (tn.Grad(), tn.BatchL2(), tn.SecondMoment(), tn.Variance())
 
@@ -184,3 +187,81 @@ def test_a_part_without_a_name_is_written_out() -> None:
     diagram = item.diagrams["batch_l2"]
     assert body_text(diagram, {}).count("(") == 1
     assert "²" in body_text(diagram, {})
+
+
+def small(model: nn.Module, shape: tuple[int, ...], *quantities: tn.Quantity) -> Program:
+    torch.manual_seed(0)
+    return tn.compile(model, nn.CrossEntropyLoss(), (torch.randn(4, *shape), torch.randint(2, (4,))), quantities)
+
+
+def convolution(*quantities: tn.Quantity) -> Program:
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3))
+    return small(model, (2, 3, 3), *quantities)
+
+
+@pytest.mark.parametrize("quantities", [(tn.BatchGrad(),), (tn.SqrtGGN(),)], ids=str)
+def test_what_is_pulled_back_is_the_individual_gradient(quantities: tuple[tn.Quantity, ...]) -> None:
+    """Jᵀ g as the Jacobian gives it, simplified, is the part that the quantities are made of."""
+    program = convolution(*quantities)
+    for item in (item for item in program.compiled.derived.items if isinstance(item, Extraction)):
+        (raw,) = pulled_back(program.compiled, item)
+        (quantity,) = item.diagrams.values()
+        (part,) = (op.diagram for product in quantity.products for op in product.operands if isinstance(op, Part))
+        named = raw.rename(dict(zip(raw.legs, part.legs, strict=True)))
+        assert same(simplify(named), part) and not same(named, part)
+
+
+@pytest.mark.parametrize(
+    ("sharing", "assumed"),
+    [
+        ("EXPAND", ["factors are independent over the samples; h, w tied", "between different positions: h, w tied"]),
+        ("REDUCE", ["factors are independent over the samples; h, w summed", "none: one factor, the block itself"]),
+    ],
+)
+def test_what_is_assumed(sharing: str, assumed: list[str]) -> None:
+    """Of a convolution's weight and bias, in the text of the program; nothing of the last bias."""
+    text = section(convolution(tn.KFLR(sharing=tn.Sharing[sharing])).explain(), "Diagrams")
+    shown = dict(
+        re.findall(r"^(\d\.\w+) [^\n]*\n(?:  (?!Assumption)[^\n]*\n)*  Assumption of kflr: ([^\n]*)", text, re.M)
+    )
+    assert [part in shown[name] for part, name in zip(assumed, ("0.weight", "0.bias"), strict=True)] == [True, True]
+    assert shown["3.bias"] == "none: one factor, the block itself"
+
+
+def test_a_reduced_bias_needs_no_assumption() -> None:
+    """What is said of it is so: the factor is the block of the GGN."""
+    program = convolution(tn.KFLR(sharing=tn.Sharing.REDUCE), tn.DiagGGN())
+    torch.manual_seed(0)
+    result = program(torch.randn(4, 2, 3, 3), torch.randint(2, (4,)))
+    block = result["kflr"]["0.bias"].to_dense()
+    torch.testing.assert_close(block.diagonal(), result["diag_ggn"]["0.bias"])
+
+
+def test_uses_are_counted() -> None:
+    layer = nn.Linear(3, 3)
+    model = nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(3, 2))
+    assert "2 uses taken as positions" in small(model, (3,), tn.KFLR()).explain()
+
+
+def test_long_fractions_and_signs() -> None:
+    """The eps of a norm is a decimal, and what is subtracted has a minus."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    text = small(model, (3,), tn.Grad()).explain()
+    assert "(1/sqrt(layer_1_variance[n] + 1e-05))" in text
+    assert "layer_1_centred[n,i] = layer_0[n,i] − layer_1_mean[n]" in text
+    assert "+ (-1)" not in text and not re.search(r"\d{12}", text)
+    assert "g_layer_1_centred[n,i'] += " in text
+
+
+def test_what_is_computed_for_another_result() -> None:
+    """The Hessian of a network that is linear up to kinks is its GGN: nothing is left to do."""
+    text = section(convolution(tn.DiagGGN(), tn.HessianDiag()).explain(), "Choices")
+    assert "hessian_diag: computed already, for another result" in text and "zoo" not in text
+
+
+def test_kept_values_of_unknown_shape() -> None:
+    """What only code reads has no shape here, and is not counted as a number."""
+    text = section(convolution(tn.DiagGGN()).explain(), "Kept from the forward")
+    assert re.search(r"loss_factor +\? +\? +for ", text)
+    assert re.search(r"layer_0 +\[N, 3, 2, 2\] +192 B +for ", text)
+    assert re.search(r"together .*, and \d of unknown shape", text)

@@ -111,6 +111,26 @@ def test_duplicated_data(reduction: str, factor: float) -> None:
     assert_equal(run(twice, "HessianDiag"), {name: factor * value for name, value in once.items()}, reduction)
 
 
+class Exponential(nn.Module):
+    """x exp(x)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input * input.exp()
+
+
+@pytest.mark.parametrize("jacobian", ["output[n, i] + exp(input[n, i])", "output[n, i] * (1 + 1 / input[n, i])"])
+def test_declared_jacobians(jacobian: str) -> None:
+    """One that reads the line's own value beside its operand varies by both."""
+    declared = tn.Rule(
+        jacobian={"input": jacobian},
+        legs={"input": "n, i", "output": "n, i"},
+        forward="{input} * {input}.exp()",
+    )
+    problem = Case("declared", lambda: seq(nn.Linear(3, 4), Exponential(), nn.Linear(4, 2))).build()
+    with tn.registered({Exponential: declared}):
+        assert_equal(run(problem, "HessianDiag"), want(problem), "hessian_diag")
+
+
 class Ratio(nn.Module):
     """A loss that is not convex in the output: the Hessian has no real root."""
 

@@ -86,3 +86,29 @@ def test_other_factors(kind: str, options: dict[str, object]) -> None:
     assert error(both["0.weight"].factors[0], own["0.weight"].factors[0]) <= TOLERANCE
     assert error(both["0.weight"].factors[1], A) <= TOLERANCE
     assert "0.bias" in own and "0.bias" not in both
+
+
+class TwoWeights(nn.Module):
+    """left x + right x² + first + second, in one line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("left", "right"):
+            self.register_parameter(name, nn.Parameter(torch.zeros(3, 3)))
+        for name in ("first", "second"):
+            self.register_parameter(name, nn.Parameter(torch.zeros(3)))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input @ self.left.T + input**2 @ self.right.T + self.first + self.second
+
+
+FORMULA = "output[n, o] = left[o, i] * input[n, i] + right[o, i] * input[n, i]**2 + first[o] + second[o]"
+
+
+def test_no_bias_joins_two_weights() -> None:
+    """Two weights and two biases of one line have one cotangent: they pair off."""
+    problem = Case("two", TwoWeights, (3,), classes(3), nn.CrossEntropyLoss).build()
+    with tn.registered({TwoWeights: FORMULA}):
+        found = joined(problem, "KFLR")
+    assert {name: value.name for name, value in found.items()} == {"left": "left, first", "right": "right, second"}
+    assert [value.shape for value in found.values()] == [(3, 4), (3, 4)]

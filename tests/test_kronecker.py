@@ -230,6 +230,28 @@ def test_groups() -> None:
         assert (want * (1 - same)).abs().max() > DIFFERENT
 
 
+def frozen_batch_norm() -> nn.Module:
+    norm = nn.BatchNorm1d(6).eval()
+    torch.nn.init.normal_(norm.running_mean)
+    return norm
+
+
+NORMS = (lambda: nn.LayerNorm(6), lambda: nn.RMSNorm(6), lambda: nn.GroupNorm(2, 6), frozen_batch_norm)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("sharing", SHARING)
+def test_norms(norm: Make, sharing: str) -> None:
+    """What has no leg of the parameter, a norm's deviation, is in the factors: one sample's diagonal is exact."""
+    for batch in (1, 3):
+        problem = classifier("norm", lambda: seq(nn.Linear(3, 6), norm(), nn.Linear(6, 3)), (3,), batch).build()
+        got = dense(problem, "KFLR", sharing=sharing)["1.weight"]
+        want = oracle_second.ggn(problem.model, problem.loss, problem.x, problem.y)["1.weight"]
+        found = error(got.diagonal(), want.diagonal())
+        assert found <= TOLERANCE if batch == 1 else found > DIFFERENT
+        assert torch.equal(got, torch.diag(got.diagonal()))
+
+
 def _residuals(size: float) -> Problem:
     """½ · MSE on C = 2 outputs and each input four times, so that f - y takes all signs of ±size."""
     case = Case("residuals", lambda: seq(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), batch=3,

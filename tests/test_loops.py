@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass, replace
 
-from tnbackprop.compiler.cost import Kernel
+import pytest
+import sympy
+import torch
+from torch import nn
+
+import tnbackprop as tn
+from tnbackprop import compiler
+from tnbackprop.compiler import cost
+from tnbackprop.compiler.cost import CPU, Kernel, Work
 from tnbackprop.compiler.loops import Loop, loop_lines
-from tnbackprop.compiler.store import NO_WORK, Step
+from tnbackprop.compiler.store import NO_WORK, Step, Store
+from tnbackprop.compiler.tails import behind, is_linear
+from tnbackprop.diagram import Leg, Product
+
+from . import oracle_second
+from .second_order import assert_equal
 
 
 def test_a_matmul_that_others_read_is_kept() -> None:
@@ -18,7 +31,7 @@ def test_a_matmul_that_others_read_is_kept() -> None:
     )
     outputs = (("t0", "total_0_0"), ("t1", "total_0_1"), ("t2", "total_0_2"))
     loop = Loop({"column_0": "root_0"}, 3, 1, steps, outputs, frozenset(), {})
-    lines = loop_lines(loop, dict.fromkeys(("t0", "t1", "t2"), (2, 2)))
+    lines = loop_lines(loop, dict.fromkeys(("t0", "t1", "t2"), (2, 2)), {total for _, total in outputs})
     root, b, c = torch.randn(3, 2, 4), torch.randn(4, 2), torch.randn(4, 2)
     scope = {"torch": torch, "progress": iter, "like": root, "root_0": root, "b": b, "c": c}
     exec("\n".join(line.removeprefix("    ") for line in lines), scope)
@@ -26,3 +39,89 @@ def test_a_matmul_that_others_read_is_kept() -> None:
     torch.testing.assert_close(scope["total_0_1"], 2 * (root @ b).sum(0))
     torch.testing.assert_close(scope["total_0_2"], (root @ c).sum(0))
     assert sum("addmm_" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "linear"),
+    [
+        ("torch.mm(a, x.t()).reshape(2, 3)", True),
+        ("torch.bmm(x.mT, a).squeeze(-1)", True),
+        ("x.reshape(N, 3).sum((0, 1))", True),
+        ("a * x.unsqueeze(1)", True),
+        ("x * (1/N)", True),
+        ("x + a", False),
+        ("x * x", False),
+        ("torch.mm(x, x.t())", False),
+        ("x.square().sum(0)", False),
+        ("torch.linalg.vector_norm(x, dim=0)", False),
+        ("x.relu()", False),
+        ("a.index_select(0, x)", False),
+        ("a.unsqueeze(0)", False),
+    ],
+)
+def test_what_is_linear(code: str, linear: bool) -> None:
+    assert is_linear(code, "x") == linear
+
+
+def test_linear_tails_run_once() -> None:
+    """A matmul with something fixed is done to the sum of what it reads; where others read that, it stays."""
+    legs = (Leg("a", 40), Leg("b", 40))
+    work = Work(flops=((2, (*legs, Leg("c", 4000))),), moved=((3, legs),))
+    steps = [
+        Step("t0", "column_0 * column_0", ("column_0",), Kernel.ELEMENTWISE, NO_WORK),
+        Step("t1", "torch.mm(t0, b)", ("t0", "b"), Kernel.MM, work),
+        Step("t2", "torch.mm(t0, weight_0)", ("t0", "weight_0"), Kernel.MM, work),
+    ]
+    store = Store(CPU, 4, 4, shapes=dict.fromkeys(("t0", "t1", "t2", "b", "g"), (40, 40)))
+    inside = {"column_0", "weight_0", "t0", "t1", "t2"}
+    summed = [("t1", "total_0_0"), ("t2", "total_0_1")]
+    pairs, after = behind(store, steps, inside, summed, {"total_0_0": "g"}, 3)
+    assert pairs == [("t2", "total_0_1"), ("t0", "total_0_0_of")]
+    assert [(step.name, step.code) for step in after] == [
+        ("total_0_0_of_t1", "torch.mm(total_0_0_of, b)"),
+        ("total_0_0", "g + total_0_0_of_t1"),
+    ]
+    store.shapes["t0"] = (40, 4_000_000)  # adding that up costs more than the matmuls
+    assert behind(store, steps, inside, summed, {}, 3) == (summed, [])
+
+
+def test_what_no_column_changes_is_added_once() -> None:
+    """As often as a sweep without a loop adds it, and to what earlier sweeps gave, which stays as it is."""
+    steps = (Step("t0", "column_0 * 2", ("column_0",), Kernel.ELEMENTWISE, NO_WORK),)
+    outputs = (("t0", "total_0_0"), ("c", "total_0_1"))
+    loop = Loop({"column_0": "root_0"}, 3, 1, steps, outputs, frozenset(), {"total_0_0": "a", "total_0_1": "a"})
+    lines = loop_lines(loop, dict.fromkeys(("t0", "c"), (2, 4)), {total for _, total in outputs})
+    root, a, c = torch.randn(3, 2, 4), torch.randn(2, 4), torch.randn(2, 4)
+    scope = {"torch": torch, "progress": iter, "like": root, "root_0": root, "a": a.clone(), "c": c}
+    exec("\n".join(line.removeprefix("    ") for line in lines), scope)
+    torch.testing.assert_close(scope["total_0_0"], a + 2 * root.sum(0))
+    torch.testing.assert_close(scope["total_0_1"], a + c)
+    torch.testing.assert_close(scope["a"], a)
+
+
+@dataclass(frozen=True)
+class Alike(tn.HessianDiag):
+    """3, from every sweep of the Hessian: what no column changes."""
+
+    name: str = "alike"
+
+    def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Diagram:
+        return tn.Diagram(J.legs, (Product(sympy.Integer(3), ()),))
+
+
+@pytest.mark.parametrize("rows", [1, 10**6])
+def test_as_many_columns_at_a_time_as_you_like(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Each sweep that reaches a parameter adds it once: the loss's, and those of the two activations behind it."""
+    monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=rows))
+    monkeypatch.setattr(compiler, "WIDER", 1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(5, 2).double(), torch.randint(2, (5,))
+    program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [Alike(), tn.HessianDiag()])
+    assert bool(program.compiled.plan.loops) == (rows == 1)
+    result = program(x, y)
+    for name, value in result["alike"].items():
+        sweeps = {"0": 3, "2": 2, "4": 1}[name[0]]
+        assert torch.equal(value, torch.full_like(value, 3.0 * sweeps)), name
+    wanted = oracle_second.hessian_diag(model, nn.CrossEntropyLoss(), x, y)
+    assert_equal(result["hessian_diag"], wanted, "hessian_diag")

@@ -11,12 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import reduce
+from math import prod
 
 import sympy
 
-from .algebra import Cotangents, Uses, inline
+from .algebra import Cotangents, Uses, diagonal, inline
 from .diagram import BATCH, COLUMN, Diagram, Leg, Operand, Product, Tensor, operand_tensors
 from .errors import UnsupportedError
+from .jacobian import Jacobian
 from .simplify import simplify
 
 Legs = tuple[Leg, ...]
@@ -31,7 +33,7 @@ class Sharing(Enum):
 
 @dataclass(frozen=True)
 class Factors:
-    """Diagrams of the factors, each with legs [blocks, d, d'], in the order of the parameter's axes."""
+    """Diagrams of the factors, in the order of the parameter's axes: [blocks, d, d'], or [blocks, d] if diagonal."""
 
     diagrams: tuple[Diagram, ...]
     blocks: Legs  # legs that all factors share: the block is block-diagonal along them
@@ -39,6 +41,14 @@ class Factors:
     parameter: Legs  # all of them, row-major
     assumption: str
     means: tuple[Diagram | None, ...] = ()  # [blocks, d]: the mean of one copy of a factor without the cotangent
+    diagonal: tuple[bool, ...] = ()  # which factors are kept as their diagonal (a one-hot input)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """[blocks, d, d] or [blocks, d] of each factor, its legs and the blocks as one axis each."""
+        blocks = (prod(int(leg.size) for leg in self.blocks),) if self.blocks else ()
+        sizes = [prod(int(leg.size) for leg in legs) for legs in self.legs]
+        return tuple((*blocks, d) if flat else (*blocks, d, d) for d, flat in zip(sizes, self.diagonal, strict=True))
 
 
 @dataclass(frozen=True)
@@ -70,11 +80,23 @@ def kronecker(J: Uses, g: Cotangents, sharing: Sharing, scale: sympy.Expr, means
         total = _total([f.diagrams[k] for f in each])
         tied_to_loss = _has_cotangent(diagram, g.names)
         diagrams.append(simplify(total * scale if tied_to_loss else total / len(each)))
-    if not means:
-        return replace(first, diagrams=tuple(diagrams), means=())
-    halves = [[mean for f in each if (mean := f.means[k]) is not None] for k in range(len(first.means))]
-    averages = tuple(simplify(_total(half) / len(half)) if half else None for half in halves)
-    return replace(first, diagrams=tuple(diagrams), means=averages)
+    diagonals = [_diagonal(diagram, own) for diagram, own in zip(diagrams, first.legs, strict=True)]
+    diagrams = [short or diagram for short, diagram in zip(diagonals, diagrams, strict=True)]
+    averages: tuple[Diagram | None, ...] = ()
+    if means:
+        halves = [[mean for f in each if (mean := f.means[k]) is not None] for k in range(len(first.means))]
+        averages = tuple(simplify(_total(half) / len(half)) if half else None for half in halves)
+    flat = tuple(short is not None for short in diagonals)
+    uses = f"; {len(each)} uses taken as positions" if len(each) > 1 else ""
+    told = first.assumption + uses
+    return replace(first, diagrams=tuple(diagrams), means=averages, diagonal=flat, assumption=told)
+
+
+def _diagonal(diagram: Diagram, own: Legs) -> Diagram | None:
+    """The diagonal of a factor that has nothing else, [d]; None for any other, and for one with blocks."""
+    if not own or not diagram.products or len(diagram.legs) != 2 * len(own):
+        return None
+    return diagonal(Jacobian(diagram, diagram.legs[: len(own)], diagram.legs[len(own) :]))
 
 
 def _total(diagrams: list[Diagram]) -> Diagram:
@@ -115,16 +137,19 @@ def _of_use(product: Product, parameter: Legs, g: Cotangents, sharing: Sharing) 
         diagrams.append(factor * (product.scale**2 if loss else 1 / (BATCH.size * uses)))
         half = Diagram((*blocks, *owned[k]), (Product(sympy.Integer(1), components[k].operands),))
         means.append(None if loss else half / sympy.Mul(BATCH.size, *(leg.size for leg in cut)))
-    assumption = _assumption(cut, sharing, len(components))
+    assumption = _assumption(positions, g, sharing, len(components))
     return Factors(tuple(diagrams), blocks, tuple(owned[k] for k in order), parameter, assumption, tuple(means))
 
 
-def _assumption(cut: Legs, sharing: Sharing, count: int) -> str:
-    if count == 1:
-        return "none over the samples: one factor"
+def _assumption(positions: Legs, g: Cotangents, sharing: Sharing, count: int) -> str:
     tied = "tied" if sharing is Sharing.EXPAND else "summed"
-    positions = f"{', '.join(map(str, cut))} {tied}" if cut else "no positions"
-    return f"the factors are independent over the samples; {positions} ({sharing.value})"
+    shown = f"{', '.join(map(str, positions))} {tied}" if positions else "no positions"
+    matrix = "one averaged matrix of cotangents for all samples; " if g.averaged else ""
+    if count > 1:
+        return f"{matrix}the factors are independent over the samples; {shown} ({sharing.value})"
+    if positions and sharing is Sharing.EXPAND:
+        return f"{matrix}one factor, without what is between different positions: {shown} ({sharing.value})"
+    return matrix + ("" if matrix else "none: ") + "one factor, the block itself"
 
 
 def _minimal_cut(product: Product, parameter: Legs, candidates: list[Leg], names: frozenset[str]) -> Legs:
@@ -160,7 +185,13 @@ def _components(product: Product, parameter: Legs, cut: Legs, names: frozenset[s
             if merged:
                 break
     found = [_Component(tuple(g), tuple(leg for leg in parameter if leg in _legs(tuple(g)))) for g in groups]
-    return [c for c in found if c.own or any(_is_cotangent(op, names) for op in c.operands)]
+    loss = [any(_is_cotangent(op, names) for op in c.operands) for c in found]
+    kept = [k for k, c in enumerate(found) if c.own or loss[k]]
+    for one in (c for k, c in enumerate(found) if k not in kept):  # a norm's deviation, a mask: with what it scales
+        shared = [set(_legs(one.operands)).isdisjoint(_legs(found[k].operands)) for k in kept]
+        k = kept[min(range(len(kept)), key=lambda j: (loss[kept[j]], shared[j], j))]
+        found[k] = replace(found[k], operands=(*found[k].operands, *one.operands))
+    return [found[k] for k in kept]
 
 
 def _joined(one: list[Operand], other: list[Operand], parameter: Legs, cut: Legs, names: frozenset[str]) -> bool:
@@ -203,5 +234,5 @@ def _matrix(one: Operand, other: Operand) -> Tensor:
 
 def _nothing(J: Uses) -> Factors:
     zero = Diagram((*J.legs, *(Leg(f"{leg.name}_copy", leg.size) for leg in J.legs)), ())
-    return Factors((zero,), (), (J.legs,), J.legs, "the parameter has no use: zero")
+    return Factors((zero,), (), (J.legs,), J.legs, "the parameter has no use: zero", diagonal=(False,))
 

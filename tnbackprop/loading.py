@@ -254,7 +254,11 @@ def _known(base: type[Quantity], loaded: Loaded | None) -> Iterator[Quantity]:
 
 
 def free(path: Path, force: bool) -> None:
-    """Raises `InputError` where a file is there already and is not to be replaced."""
+    """Raises `InputError` where a file is there already and is not to be replaced, or where none can be."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder\n  Name a file in it.")
+    if not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written: No such folder as {path.parent}")
     if path.exists() and not force:
         raise InputError(f"{path} exists\n  Choose another name, or give --force to replace it.")
 

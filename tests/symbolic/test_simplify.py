@@ -93,6 +93,10 @@ REWRITTEN = {
         diagram("a", product(Map(X + Y, (t("x", a), t("y", a))), Map(X + Y, (t("x", a), t("y", a))))),
         diagram("a", product(Map((X + Y) ** 2, (t("x", a), t("y", a))))),
     ),
+    "maps that share one of their tensors stay": (
+        diagram("a", product(Map(X**2, (t("x", a),)), Map(sympy.sin(X + Y), (t("x", a), t("y", a))))),
+        diagram("a", product(Map(X**2, (t("x", a),)), Map(sympy.sin(X + Y), (t("x", a), t("y", a))))),
+    ),
     "window squared": (
         diagram("fa", product(Window(f, ((2, a),), 1), Window(f, ((2, a),), 1))),
         diagram("fa", product(Window(f, ((2, a),), 1))),
@@ -105,9 +109,25 @@ REWRITTEN = {
         diagram("f", product(Window(f, ((2, a), (1, b))), Window(f, ((2, a2), (1, b2))), t("x", a, a2, b, b2))),
         diagram("f", product(Window(f, ((2, a), (1, b))), Window(f, ((2, a2), (1, b2))), t("x", a, a2, b, b2))),
     ),
+    "windows with other offsets stay": (
+        diagram("f", product(Window(f, ((2, a), (1, b)), -1), Window(f, ((2, a), (1, b2)), 0), t("x", b, b2))),
+        diagram("f", product(Window(f, ((2, a), (1, b)), -1), Window(f, ((2, a), (1, b2)), 0), t("x", b, b2))),
+    ),
+    "windows with other steps stay": (
+        diagram("f", product(Window(f, ((2, a), (1, b))), Window(f, ((2, a), (2, b2))), t("x", b, b2))),
+        diagram("f", product(Window(f, ((2, a), (1, b))), Window(f, ((2, a), (2, b2))), t("x", b, b2))),
+    ),
     "selection squared": (
         diagram("a", product(Selection(t("I"), (a,)), Selection(t("I"), (a,)))),
         diagram("a", product(Selection(t("I"), (a,)))),
+    ),
+    "one index makes one choice": (
+        diagram("b", product(Selection(t("I", n), (b,)), Selection(t("I", n), (b2,)), t("x", n, b2))),
+        diagram("b", product(Selection(t("I", n), (b,)), t("x", n, b))),
+    ),
+    "choices of different sizes stay": (
+        diagram("ab", product(Selection(t("I"), (a,)), Selection(t("I"), (b,)))),
+        diagram("ab", product(Selection(t("I"), (a,)), Selection(t("I"), (b,)))),
     ),
     "delta squared, turned": (
         diagram("ac", product(Delta((a, c)), Delta((c, a)))),

@@ -7,6 +7,7 @@ import argparse
 import tnbackprop as tn
 
 from ..drawing import quantity
+from ..drawing.picture import check_suffix
 from ..loading import free
 from .compiled import compiled
 
@@ -17,7 +18,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise tn.InputError(
             "--quantity and --parameter belong together: the picture is of one quantity of one parameter"
         )
+    asked = ",".join(arguments.quantity or ()).split(",")
+    if len(asked) > 1:
+        raise tn.InputError(f"one picture is of one quantity, not of {len(asked)}: --quantity {asked[0]}")
     free(arguments.output, arguments.force)
+    check_suffix(arguments.output)
     program = compiled(arguments, ("grad",) if not arguments.quantity else ())
     if arguments.quantity:
         key = next(iter(program.quantities))

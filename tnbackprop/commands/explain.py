@@ -33,7 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     render = {"text": as_text, "markdown": as_markdown, "html": lambda blocks: as_html(blocks, title)}
     text = render[arguments.format](blocks)
     if arguments.output is None:
-        print(text)
+        known = sys.stdout.encoding or "utf-8"  # of a terminal without Greek letters
+        print(text.encode(known, "replace").decode(known))
     else:
         write(arguments.output, text, arguments.force)
         print(arguments.output)

@@ -6,19 +6,22 @@ from collections.abc import Iterator
 
 import tnbackprop as tn
 
-from ..approximate import Factors
+from ..algebra import inline
 from ..bind import BoundRule
 from ..compiler import Compiled
 from ..compiler.derived import Extraction
 from ..compiler.explain import (
     STEP_HEADER,
     algebra_lines,
+    block,
     choice_lines,
     choice_of,
+    cotangent_lines,
     declaration_lines,
     jacobian_lines,
     kept_rows,
     peak_text,
+    rewritten,
     step_row,
     total_rows,
 )
@@ -26,11 +29,11 @@ from ..compiler.explain_text import diagram_text
 from ..compiler.graph import Call, op_text
 from ..compiler.polynomials import Symbols
 from ..compiler.store import Step
-from ..drawing import quantity
+from ..diagram import Diagram
 from .document import Block, Formulas, Grid, Heading, Picture, Words
 
-LARGEST = 40
-"""Operands of a picture: with more of them nobody sees anything."""
+MOST, LARGEST = 6, 16
+"""Operands of a product, and of all together, in a picture: with more of them nobody sees anything."""
 
 
 def document(program: tn.Program, title: str) -> Iterator[Block]:
@@ -39,10 +42,9 @@ def document(program: tn.Program, title: str) -> Iterator[Block]:
     graph, batch = compiled.graph, compiled.plan.batch
     yield Heading(title)
     yield Words(f"{', '.join(program.quantities) or 'no quantity'} at N = {batch}; {len(graph.calls)} calls.")
-    yield Picture(program, "the captured model")
-    paths = dict.fromkeys(call.path for call, _ in compiled.derived.bound)
+    yield from _model(program)
     told: set[str] = set()
-    for path in paths:
+    for path in dict.fromkeys(call.path for call, _ in compiled.derived.bound):
         yield from _layer(program, path, told)
     others = [(step, times) for step, times in compiled.plan.timed if step.name not in told]
     if others:
@@ -58,6 +60,26 @@ def document(program: tn.Program, title: str) -> Iterator[Block]:
     yield Words(f"Memory: {peak_text(compiled)}.")
 
 
+def _model(program: tn.Program) -> Iterator[Block]:
+    """The captured calls as a table and as a picture, and what is propagated back through them."""
+    compiled = program.compiled
+    rows = tuple(
+        (
+            call.path,
+            op_text(call.target),
+            call.output.name,
+            call.output.axes_text,
+            ", ".join(v.name for v in call.tensors.values()),
+        )
+        for call in compiled.graph.calls
+    )
+    yield Grid(("module", "operation", "value", "shape", "reads"), rows)
+    yield Picture(program, "the captured model")
+    if compiled.derived.columns:
+        swept = tuple((f"s{columns.number}_…", str(columns)) for columns in compiled.derived.columns)
+        yield Grid(("cotangents", "columns of"), (("g_…", "the gradient"), *swept))
+
+
 def _layer(program: tn.Program, path: str, told: set[str]) -> Iterator[Block]:
     compiled = program.compiled
     calls = [(call, rule) for call, rule in compiled.derived.bound if call.path == path]
@@ -65,6 +87,9 @@ def _layer(program: tn.Program, path: str, told: set[str]) -> Iterator[Block]:
     yield Heading(f"{path or 'the model'}: {kinds}", 2)
     for call, rule in calls:
         yield from _formula(compiled, call, rule)
+    cotangents = tuple(cotangent_lines(compiled, {e.name for _, rule in calls for e in rule.equations}))
+    if cotangents:
+        yield Formulas(cotangents)
     mine = {value.name for call, _ in calls for value in call.tensors.values()} & set(compiled.graph.parameters)
     dotted = [compiled.graph.parameters[name][0] for name in compiled.graph.parameters if name in mine]
     for name in dotted:
@@ -86,27 +111,47 @@ def _formula(compiled: Compiled, call: Call, rule: BoundRule) -> Iterator[Block]
         lines += jacobian_lines(equation, wanted)
     lines += declaration_lines(rule, wanted)
     yield Formulas(tuple(lines))
-    drawn = {e.name: e.diagram for e in rule.equations if e.diagram is not None}
-    if drawn and sum(len(p.operands) for diagram in drawn.values() for p in diagram.products) <= LARGEST:
+    drawn = {e.name: e.diagram for e in rule.equations if e.diagram is not None and _drawable(e.diagram)}
+    if drawn:
         yield Picture(drawn, f"the formula of {op_text(call.target)}")
 
 
 def _parameter(program: tn.Program, dotted: str) -> Iterator[Block]:
     """For each quantity of a parameter: diagram, assumption, the ways to compute it with polynomials and conditions."""
     compiled = program.compiled
-    for item in compiled.derived.items:
+    swept = [(compiled.derived.schedule, ""), *((c.schedule, f"For {c}.") for c in compiled.derived.columns)]
+    for item, sweep in ((item, sweep) for schedule, sweep in swept for item in schedule):
         if not isinstance(item, Extraction) or compiled.graph.parameters[item.parameter][0] != dotted:
             continue
         names = dict.fromkeys(key.partition("#")[0] for key in item.diagrams)
         choice = choice_of(compiled, item)
         yield Heading(f"{', '.join(names)} of {dotted} {compiled.graph.values[item.parameter].axes_text}", 3)
-        yield Formulas(tuple(algebra_lines(item.diagrams, choice)))
+        if sweep:
+            yield Words(sweep)
+        yield Formulas(tuple(algebra_lines(compiled, item)))
         for name in names:
-            found = quantity(program, name, dotted)
-            if isinstance(found, Factors):
-                yield Words(f"Assumption: {found.assumption}.")
-            yield Picture(found, f"{name} of {dotted}")
+            yield from _rewritten(compiled, item, name, dotted)
         yield Formulas(tuple(choice_lines(compiled, item.diagrams, choice)))
+
+
+def _rewritten(compiled: Compiled, item: Extraction, name: str, dotted: str) -> Iterator[Block]:
+    """A quantity before and after: multiplied out, or cut into factors."""
+    if name in item.factors:
+        factors = item.factors[name]
+        yield Words(f"Assumption of {name}: {factors.assumption}.")
+        whole = block(compiled, item)
+        before = (whole,) if whole is not None and _drawable(whole) else ()
+        yield Picture((*before, factors), f"{name} of {dotted}" + ": the block, and its factors" * len(before))
+    elif _drawable(item.diagrams[name]):
+        after = tuple(way.diagram for way in rewritten(compiled, item)[name] if _drawable(way.diagram))
+        yield Picture((item.diagrams[name], *after), f"{name} of {dotted}" + ", multiplied out" * bool(after))
+
+
+def _drawable(diagram: Diagram) -> bool:
+    """Whether a person would see anything: not too much in one piece, and not too many pieces."""
+    sizes = [len(product.operands) for product in diagram.products]
+    inner = sum(len(product.operands) for product in inline(diagram).products)
+    return max(sizes, default=0) <= MOST and inner <= LARGEST
 
 
 def _of(step: Step, calls: list[tuple[Call, BoundRule]], dotted: list[str]) -> bool:

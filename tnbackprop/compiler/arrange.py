@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
 
@@ -12,12 +13,14 @@ from .cost import Kernel, Work, size_at
 from .store import Ref, Store
 
 Groups = tuple[tuple[Leg, ...], ...]
+CACHED = 2**16
 
 
 def sizes_of(legs: tuple[Leg, ...]) -> tuple[Size, ...]:
     return tuple(leg.size for leg in legs)
 
 
+@lru_cache(CACHED)
 def merged(group: tuple[Leg, ...]) -> Size:
     """The size of several legs read as one axis."""
     fixed = prod(leg.size for leg in group if isinstance(leg.size, int))
@@ -25,6 +28,7 @@ def merged(group: tuple[Leg, ...]) -> Size:
     return fixed if symbols == 1 else symbols * fixed
 
 
+@lru_cache(CACHED)
 def text(sizes: tuple[Size, ...]) -> str:
     """Sizes as they stand in the source."""
     return ", ".join(sympy.sstr(s).replace(" ", "") if not isinstance(s, int) else str(s) for s in sizes)
@@ -32,13 +36,18 @@ def text(sizes: tuple[Size, ...]) -> str:
 
 def arranged(store: Store, ref: Ref, groups: Groups) -> str:
     """Code for `ref` with one axis per group; a group without legs is an axis of size 1."""
-    name, shape = store.resolve(ref.name), store.shapes[store.resolve(ref.name)]
+    name = store.resolve(ref.name)
+    return name + _methods(store.shapes[name], ref.stored, groups)
+
+
+@lru_cache(CACHED)  # forks of a store ask the same again and again
+def _methods(shape: tuple[Size, ...], stored: tuple[Leg, ...], groups: Groups) -> str:
     flat = tuple(leg for group in groups for leg in group)
     wanted = tuple(merged(group) for group in groups)
-    if flat == ref.stored:
-        return name if wanted == shape else f"{name}.{_reshape(shape, wanted)}"
-    axes, permuted_shape = _coarsest(ref.stored, flat, shape)
-    code = name if sizes_of_axes(axes) == shape else f"{name}.reshape({text(sizes_of_axes(axes))})"
+    if flat == stored:
+        return "" if wanted == shape else f".{_reshape(shape, wanted)}"
+    axes, permuted_shape = _coarsest(stored, flat, shape)
+    code = "" if sizes_of_axes(axes) == shape else f".reshape({text(sizes_of_axes(axes))})"
     order = [axes.index(axis) for axis in permuted_shape]
     code += _permute(order)
     now = sizes_of_axes(tuple(permuted_shape))

@@ -141,7 +141,7 @@ def _batched(legs: Legs) -> Legs:
 
 def _mean(diagram: Diagram) -> tuple[Product, ...]:
     """Σ_n of the products, over N."""
-    return tuple(Product(p.scale / N if BATCH in p.legs else p.scale, p.operands) for p in diagram.products)
+    return tuple(Product(p.scale / N, p.operands) for p in diagram.products)
 
 
 def check_memory(derived: Derived, itemsize: int, limit: int) -> None:

@@ -113,19 +113,22 @@ def _given(setting: Setting, quantities: Sequence[Quantity], propagation: Propag
 
 def _diagonals(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, number: int) -> Columns:
     """The diagonal of the Hessian at every value, each from those behind it by J∘J and its own second derivative."""
-    legs = output_legs(setting.bound, root.value)
-    own = column_leg(root.columns)
-    variable = f"column_{number}"
+    start: LossRoot | Basis = root
+    legs = columned = output_legs(setting.bound, root.value)
+    if root.curvature is not None:  # the diagonal itself, of either sign
+        legs = root.curvature.legs
+        start = _basis(Weighted(root.value, legs, root.curvature))
+        columned = start.legs
+    lead, variable = column_leg(start.columns), f"column_{number}"
     sweep = _sweep(setting, quantities, number, 1, inside=False, prefix="h")
     sweep.kept, sweep.along = (BATCH,), squared
     sweep.beside = partial(residual_diagonal, setting.gradient)
-    product = [Tensor(variable, (*own, *legs))] * 2
-    if root.signed:
-        product.append(Tensor(f"weight_{number}", (*own, BATCH)))
-    start = Diagram(legs, (Product(ONE, tuple(product)),))
-    sweep.terms[root.value] = [simplify(start)]
+    product = [Tensor(variable, (*lead, *columned))] * 2
+    if isinstance(start, Basis) or start.signed:
+        product.append(Tensor(f"weight_{number}", (*lead, BATCH)))
+    sweep.terms[root.value] = [simplify(Diagram(legs, (Product(ONE, tuple(product)),)))]
     run(sweep, setting.bound)
-    return Columns(variable, root, 0, (*own, *legs), tuple(sweep.schedule), root.columns, summed=True)
+    return Columns(variable, start, 0, (*lead, *columned), tuple(sweep.schedule), start.columns, summed=True)
 
 
 def _averages(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, number: int) -> Columns:
@@ -166,6 +169,7 @@ def _from_loss(
     if root.signed:
         weight = tensor(f"weight_{number}", (*lead, BATCH))
     sweep = _sweep(setting, quantities, number, width, weight, inside=False)
+    sweep.several = (samples or root.columns) > 1
     sweep.terms[root.value] = [tensor(variable, (*lead, *legs))]
     run(sweep, setting.bound)
     return Columns(variable, root, samples, (*lead, *legs), tuple(sweep.schedule), width)
@@ -175,15 +179,18 @@ def _from_basis(
     setting: Setting, quantities: Sequence[Quantity], found: Weighted, number: int, inside: bool
 ) -> Columns:
     """One-hot columns with a weight for each sample."""
-    own = _own(found.legs)
-    rows = None if found.weight is None else Diagram((*own, BATCH), found.weight.products)
-    start = Basis(found.value, own, rows)
+    start = _basis(found)
     lead = column_leg(width := _even(start.columns, setting.width))
-    weight = None if rows is None else tensor(f"weight_{number}", (*lead, BATCH))
+    weight = None if start.weight is None else tensor(f"weight_{number}", (*lead, BATCH))
     sweep = _sweep(setting, quantities, number, width, weight, inside)
     _start(sweep, found.value, found.legs)
     run(sweep, setting.bound)
-    return Columns(sweep.variable, start, 0, (*lead, *own), tuple(sweep.schedule), width)
+    return Columns(sweep.variable, start, 0, (*lead, *start.legs), tuple(sweep.schedule), width)
+
+
+def _basis(found: Weighted) -> Basis:
+    own = _own(found.legs)
+    return Basis(found.value, own, None if found.weight is None else Diagram((*own, BATCH), found.weight.products))
 
 
 def _own(legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
@@ -234,7 +241,7 @@ def _sweep(
     kept = (Leg(COLUMN, width), BATCH)
     return Sweep(
         setting.graph, quantities, scales={setting.scale}, prefix=f"{prefix}{number}", variable=f"column_{number}",
-        lead=column_leg(width), kept=kept, weight=weight, partial=inside,
+        several=True, lead=column_leg(width), kept=kept, weight=weight, partial=inside,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from ..diagram import Diagram, Leg, Map, Operand, Part, Product, Tensor, argumen
 from ..simplify import simplify
 from .arrange import arranged, sizes_of
 from .cost import Kernel, Work, size_at
-from .pairs import contract_pair, elementwise, sum_legs
+from .pairs import contract_pair, elementwise, sum_legs, written_over
 from .printing import number_code
 from .store import Ref, Store
 
@@ -59,9 +59,10 @@ def _term(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering,
 
 
 def _times(store: Store, ref: Ref, scale: sympy.Expr) -> Ref:
-    code = f"{arranged(store, ref, tuple((leg,) for leg in ref.stored))} * {number_code(scale)}"
+    codes = [arranged(store, ref, tuple((leg,) for leg in ref.stored)), number_code(scale)]
+    into = written_over(store, [ref, None], codes, ref.stored, "mul_")
     work = Work(flops=((1, ref.stored),), moved=((2, ref.stored),), fresh=((1, ref.stored),))
-    name = store.add(code, sizes_of(ref.stored), Kernel.ELEMENTWISE, work)
+    name = store.add(" * ".join(codes), sizes_of(ref.stored), Kernel.ELEMENTWISE, work, own=True, into=into)
     return Ref(name, ref.stored, ref.order)
 
 
@@ -195,6 +196,7 @@ def _added(store: Store, terms: list[Ref], legs: tuple[Leg, ...]) -> Ref:
     order = terms[0].stored if set(terms[0].stored) == set(legs) else legs
     codes = [arranged(store, t, tuple((leg,) for leg in order)) for t in terms]
     work = Work(flops=((len(terms) - 1, legs),), moved=((len(terms) + 1, legs),), fresh=((1, legs),))
-    name = store.add(" + ".join(codes), sizes_of(order), Kernel.ELEMENTWISE, work)
+    into = written_over(store, terms, codes, order, "add_")
+    name = store.add(" + ".join(codes), sizes_of(order), Kernel.ELEMENTWISE, work, own=True, into=into)
     return Ref(name, order, legs)
 

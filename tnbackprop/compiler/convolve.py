@@ -231,5 +231,5 @@ def _entered(
 ) -> Ref:
     sliding = order[len(two[0]) + len(two[1]) :]
     shape = (merged(two[0]), merged(two[1]), *(leg.size for leg in sliding))
-    name = store.add(code, shape, kernel, _work(roles, order))
+    name = store.add(code, shape, kernel, _work(roles, order), own=True)
     return Ref(name, order, legs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 
 import sympy
 
@@ -126,7 +127,12 @@ COLUMNS = 8
 
 def size_at(size: Size, batch: int) -> int:
     """The size as a number at this batch size."""
-    return size if isinstance(size, int) else int(size.xreplace({N: batch, V: COLUMNS}))
+    return size if isinstance(size, int) else _value(size, batch)
+
+
+@lru_cache(4096)
+def _value(size: sympy.Expr, batch: int) -> int:
+    return int(size.xreplace({N: batch, V: COLUMNS}))
 
 
 def number(terms: Terms, batch: int) -> float:

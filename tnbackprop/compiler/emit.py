@@ -30,7 +30,7 @@ def emit(graph: Graph, plan: Plan, header: str) -> str:
     lines = [f'"""{header}"""', "", "import torch", "", ""]
     for source in plan.functions.values():
         lines += [*source.split("\n"), "", ""]
-    lines.append("def program(tensors, progress=iter):" if plan.loops else "def program(tensors):")
+    lines.append("def program(tensors, progress=iter):" if followed(plan) else "def program(tensors):")
     inputs = (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs)
     read = {name for step, _ in plan.timed for name in step.inputs} | _read_by_output(graph, plan)
     floating = next((n for n in (*graph.parameters, *graph.inputs) if graph.values[n].dtype.is_floating_point), None)
@@ -42,10 +42,10 @@ def emit(graph: Graph, plan: Plan, header: str) -> str:
     lines.append(_batch_line(graph))
     if any("like" in step.inputs for step, _ in plan.timed) or any(loop.outputs for loop in plan.loops):
         lines.append(f"    like = {floating}")
-    needed = {name for loop in plan.loops for name in loop.reads}
-    lines += lines_of(plan.steps, _read_by_output(graph, plan) | needed)
+    wanted = _read_by_output(graph, plan) | {name for loop in plan.loops for name in loop.reads}
+    lines += lines_of(plan.steps, wanted)
     for loop in plan.loops:
-        lines += loop_lines(loop, plan.shapes)
+        lines += loop_lines(loop, plan.shapes, wanted)
     lines += _return(graph, plan)
     return "\n".join(lines) + "\n"
 
@@ -53,6 +53,11 @@ def emit(graph: Graph, plan: Plan, header: str) -> str:
 def noises(plan: Plan) -> list[str]:
     """The names of the random inputs."""
     return [name for name in plan.shapes if name.startswith("noise_")]
+
+
+def followed(plan: Plan) -> bool:
+    """Whether the program has rounds that a bar can follow."""
+    return bool(plan.loops) or any("progress(" in step.code for step in plan.steps)
 
 
 def _batch_line(graph: Graph) -> str:

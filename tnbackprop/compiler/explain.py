@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import sympy
+
 from ..algebra import differentiate
 from ..bind import BoundRule, Equation
-from ..diagram import Diagram
-from .alternatives import Alternative, alternatives, conditions, part_names, seconds, work_numbers
+from ..diagram import BATCH, COLUMN, Diagram, Leg, Part, Product, Tensor, operand_tensors
+from ..simplify import simplify
+from .alternatives import Alternative, Way, alternatives, conditions, part_names, seconds, work_numbers
 from .choose import Choice
 from .cost import number, size_at
 from .derived import Backward, Extraction, Individual, Native, Schedule
@@ -100,13 +103,28 @@ def _diagrams(compiled: Compiled) -> Iterator[str]:
         for item in schedule:
             match item:
                 case Backward():
-                    yield from (_cotangent(item.name, term) for term in item.terms)
+                    yield from _cotangents(item)
                 case Individual():
                     yield _cotangent(item.name, item.native)
                 case Extraction():
                     dotted = compiled.graph.parameters[item.parameter][0]
                     yield f"{dotted} {compiled.graph.values[item.parameter].axes_text}"
-                    yield from (f"  {line}" for line in algebra_lines(item.diagrams, choice_of(compiled, item)))
+                    yield from (f"  {line}" for line in algebra_lines(compiled, item))
+                    yield from (f"  Assumption of {name}: {f.assumption}" for name, f in item.factors.items())
+
+
+def cotangent_lines(compiled: Compiled, values: set[str]) -> Iterator[str]:
+    """The cotangents of some values, in every sweep."""
+    for item in compiled.derived.items:
+        if isinstance(item, Backward) and item.value in values:
+            yield from _cotangents(item)
+
+
+def _cotangents(item: Backward) -> Iterator[str]:
+    """One line for each reader of the value."""
+    for k, term in enumerate(item.terms):
+        line = _cotangent(item.name, term)
+        yield line.replace(" = ", " += ", 1) if k else line
 
 
 def _cotangent(name: str, term: Diagram | Native) -> str:
@@ -116,14 +134,64 @@ def _cotangent(name: str, term: Diagram | Native) -> str:
     return diagram_text(name, term, {})
 
 
-def algebra_lines(diagrams: Mapping[str, Diagram], choice: Choice) -> Iterator[str]:
-    names, shown = part_names(diagrams, choice), set[str]()
+def pulled_back(compiled: Compiled, item: Extraction) -> Iterator[Diagram]:
+    """Jᵀ g of each use of the parameter as the Jacobian gives it, before anything is simplified."""
+    swept = [(compiled.derived.schedule, ()), *((c.schedule, c.carried) for c in compiled.derived.columns)]
+    schedule, lead = next((s, legs) for s, legs in swept if any(item is each for each in s))
+    names = {each.value: each.name for each in schedule if isinstance(each, Backward)}
+    for _, rule in compiled.derived.bound:
+        for equation in rule.equations:
+            jacobian = equation.jacobians.get(item.parameter)
+            if jacobian is None and equation.diagram is not None:
+                jacobian = differentiate(equation.diagram, item.parameter)
+            if jacobian is not None and equation.name in names:
+                g = Tensor(names[equation.name], (*lead, *jacobian.out))
+                terms = tuple(Product(p.scale, (*p.operands, g)) for p in jacobian.diagram.products)
+                yield Diagram((*lead, BATCH, *jacobian.into), terms)
+
+
+def block(compiled: Compiled, item: Extraction) -> Diagram | None:
+    """What factors approximate, (Jᵀ s)(Jᵀ s)ᵀ with the legs of the parameter twice; None where it has several uses."""
+    uses = [simplify(each) for each in pulled_back(compiled, item)]
+    if len(uses) != 1:
+        return None
+    (half,) = uses
+    taken = {leg.name for product in half.products for leg in product.legs}
+    plain = {leg: Leg(leg.name.rstrip("'"), leg.size) for leg in half.legs if leg.name.rstrip("'") not in taken}
+    half = half.rename(plain)
+    own = [leg for leg in half.legs if leg != BATCH and leg.name != COLUMN]
+    copies = {leg: Leg(f"{leg.name}'", leg.size) for leg in own}
+    halves = Part(half, half.legs), Part(half, tuple(copies.get(leg, leg) for leg in half.legs))
+    return Diagram((*own, *copies.values()), (Product(sympy.Integer(1), halves),))
+
+
+def rewritten(compiled: Compiled, item: Extraction) -> dict[str, tuple[Alternative, ...]]:
+    """For each quantity the ways that are other diagrams than its own: multiplied out, or what was chosen."""
+    found = alternatives(item.diagrams, choice_of(compiled, item))
+    return {
+        quantity: tuple(
+            way
+            for way in ways
+            if way.diagram != item.diagrams[quantity] and (way.chosen or way.way is not Way.EXPLICIT)
+        )
+        for quantity, ways in found.items()
+    }
+
+
+def algebra_lines(compiled: Compiled, item: Extraction) -> Iterator[str]:
+    """What the quantities are: Jᵀ g, the parts, each quantity, and what it becomes where it is multiplied out."""
+    choice = choice_of(compiled, item)
+    names, shown = part_names(item.diagrams, choice), set[str]()
+    yield from (diagram_text("Jᵀg", diagram, {}) for diagram in pulled_back(compiled, item))
     for part, name in names.items():
         if name not in shown:
             shown.add(name)
             yield diagram_text(name, part, {k: v for k, v in names.items() if v != name})
-    for quantity, diagram in diagrams.items():
-        yield diagram_text(quantity, diagram, names)
+    for quantity, ways in rewritten(compiled, item).items():
+        yield diagram_text(quantity, item.diagrams[quantity], names)
+        for way in ways:
+            label = f"{way.way.value}{', chosen' * way.chosen}"
+            yield f"  → {body_text(way.diagram, names)}  ({label})"
 
 
 def _choices(compiled: Compiled) -> Iterator[str]:
@@ -143,6 +211,9 @@ def choice_lines(compiled: Compiled, diagrams: Mapping[str, Diagram], choice: Ch
     small = max(option.seconds for option in choice.options) < SMALL * whole
     blocks = []
     for quantity, ways in alternatives(diagrams, choice).items():
+        if not ways[0].steps:
+            blocks.append(f"  {quantity}: computed already, for another result")
+            continue
         if small:
             blocks.append(f"  {quantity}: " + "; ".join("  ".join(_way_row(compiled, symbols, way)) for way in ways))
             continue
@@ -229,15 +300,25 @@ def kept_rows(compiled: Compiled) -> tuple[list[tuple[str, ...]], str]:
         for name in step.inputs if step.name not in forward else ():
             if name in forward and step.note not in readers.setdefault(name, []):
                 readers[name].append(step.note)
-    taken = {name: _bytes(compiled, name) for name in readers}
+    opaque = _opaque(compiled)
+    taken = {name: _bytes(compiled, name) for name in readers if name not in opaque}
     rows: list[tuple[str, ...]] = []
     for name, notes in readers.items():
-        shape = "[" + ", ".join(map(str, plan.shapes[name])) + "]"
+        shape, size = "[" + ", ".join(map(str, plan.shapes[name])) + "]", size_text(taken.get(name, 0.0))
+        shape, size = ("?", "?") if name in opaque else (shape, size)
         more = f" and {len(notes) - 2} more" if len(notes) > 2 else ""
-        rows.append(
-            (name, shape, size_text(taken[name]), "for " + ", ".join(note.split(", ")[0] for note in notes[:2]) + more)
-        )
-    return rows, size_text(sum(taken.values()))
+        rows.append((name, shape, size, "for " + ", ".join(note.split(", ")[0] for note in notes[:2]) + more))
+    unknown = len(readers) - len(taken)
+    return rows, size_text(sum(taken.values())) + f", and {unknown} of unknown shape" * bool(unknown)
+
+
+def _opaque(compiled: Compiled) -> set[str]:
+    """Values of a rule that only its code reads: nothing says their shape."""
+    rules = [rule for _, rule in compiled.derived.bound]
+    equations = [equation for rule in rules for equation in rule.equations]
+    diagrams = [d for e in equations for d in (e.diagram, *(j.diagram for j in e.jacobians.values())) if d is not None]
+    read = {t.name for d in diagrams for product in d.products for op in product.operands for t in operand_tensors(op)}
+    return {saved.name for rule in rules for saved in rule.saved if not saved.legs} - read
 
 
 def _bytes(compiled: Compiled, name: str) -> float:

@@ -13,7 +13,14 @@ Names = Mapping[Diagram, str]
 """Parts that are called by a name instead of being written out."""
 
 
+LONG = 10**6
+"""A fraction of larger numbers is shown as a decimal: the 1e-05 of a norm."""
+
+
 class _Printer(StrPrinter):  # type: ignore[misc]
+    def _print_Rational(self, expr: sympy.Rational) -> str:
+        return f"{float(expr):.6g}" if max(abs(expr.p), expr.q) > LONG else str(super()._print_Rational(expr))
+
     def _print_Pow(self, expr: sympy.Pow, rational: bool = False) -> str:
         base, exponent = expr.args
         return f"{base}²" if base.is_Symbol and exponent == 2 else str(super()._print_Pow(expr, rational))
@@ -36,7 +43,8 @@ def diagram_text(name: str, diagram: Diagram, names: Names) -> str:
 
 def body_text(diagram: Diagram, names: Names) -> str:
     """The formula."""
-    return " + ".join(_product_text(product, diagram.legs, names) for product in diagram.products) or "0"
+    text = " + ".join(_product_text(product, diagram.legs, names) for product in diagram.products) or "0"
+    return text.replace("+ −", "− ")
 
 
 def legs_text(legs: Sequence[Leg]) -> str:
@@ -46,16 +54,18 @@ def legs_text(legs: Sequence[Leg]) -> str:
 def _product_text(product: Product, output: tuple[Leg, ...], names: Names) -> str:
     summed = summed_legs(product, output)
     shown = []
-    if product.scale != 1 or not product.operands:
-        exact = sympy.sstr(product.scale)
-        exact = exact if len(exact) < 24 else sympy.sstr(product.scale.evalf(6))
-        shown.append(exact if product.scale.is_Atom and product.scale.is_nonnegative else f"({exact})")
+    negative = bool(product.scale.could_extract_minus_sign())
+    scale = -product.scale if negative else product.scale
+    if scale != 1 or not product.operands:
+        exact = sympy.sstr(scale)
+        exact = exact if len(exact) < 24 else sympy.sstr(scale.evalf(6))
+        shown.append(exact if scale.is_Atom else f"({exact})")
     shown += [f"Σ_{{{legs_text(summed)}}}"] if summed else []
     operands = [_operand_text(op, names) for op in product.operands]
     for text in dict.fromkeys(operands):
         count = operands.count(text)
         shown.append(text if count == 1 else f"{text}{'²' if count == 2 else f'^{count}'}")
-    return " ".join(shown)
+    return ("−" if negative else "") + " ".join(shown)
 
 
 def _operand_text(operand: Operand, names: Names) -> str:

@@ -1,8 +1,9 @@
-"""Steps as lines of Python: a comment where the subject changes, and `del` after the last use."""
+"""Steps as lines of Python: a comment where the subject changes, `del` after the last use, memory used again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from .store import Step
 
@@ -18,7 +19,8 @@ def alive(steps: Iterable[Step], wanted: set[str]) -> tuple[Step, ...]:
 
 
 def lines_of(steps: tuple[Step, ...], kept: set[str]) -> list[str]:
-    """One line per step; values in `kept` are not deleted."""
+    """One line per step; values in `kept` are not deleted, nor written over."""
+    steps = _in_place(steps, kept)
     last = {name: k for k, step in enumerate(steps) for name in step.inputs}
     own = {step.name for step in steps}
     lines, note = [], ""
@@ -31,3 +33,28 @@ def lines_of(steps: tuple[Step, ...], kept: set[str]) -> list[str]:
         if dead:
             lines.append(f"    del {', '.join(dead)}")
     return lines
+
+
+def _in_place(steps: tuple[Step, ...], kept: set[str]) -> tuple[Step, ...]:
+    """Each step writes over an operand where nothing after it can see the operand's memory."""
+    seen = _memory(steps)
+    last = {memory: k for k, step in enumerate(steps) for name in step.inputs for memory in seen.get(name, ())}
+    pinned = {memory for name in kept for memory in seen.get(name, ())}
+    found = []
+    for k, step in enumerate(steps):
+        for operand, code in step.into:
+            free = seen.get(operand, frozenset())
+            if free and not free & pinned and all(last[memory] == k for memory in free):
+                step = replace(step, code=code)
+                break
+        found.append(step)
+    return tuple(found)
+
+
+def _memory(steps: tuple[Step, ...]) -> dict[str, frozenset[str]]:
+    """For each value the steps whose memory it may be: its own, or that of everything it was made from."""
+    seen: dict[str, frozenset[str]] = {}
+    for step in steps:
+        inherited = frozenset().union(*(seen.get(name, frozenset()) for name in step.inputs))
+        seen[step.name] = frozenset({step.name}) if step.own else inherited
+    return seen

@@ -6,7 +6,6 @@ A result that keeps the column leg is the concatenation of what the columns give
 from __future__ import annotations
 
 import ast
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +15,8 @@ from .arrange import text
 from .cost import Kernel
 from .derived import Columns
 from .listing import alive, lines_of
-from .store import Step, Store
+from .store import Step, Store, is_rearranged
+from .tails import behind
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Loop:
     outputs: tuple[tuple[str, str], ...]
     stacked: frozenset[str]  # those of the totals that are concatenated
     begin: Mapping[str, str]  # those of the totals that go on from a value
+    after: tuple[Step, ...] = ()  # what is done to the totals, once
 
     @property
     def count(self) -> int:
@@ -39,8 +40,8 @@ class Loop:
     @property
     def reads(self) -> tuple[str, ...]:
         """The values from outside that the loop reads."""
-        own = {step.name for step in self.steps} | set(self.rows)
-        inputs = [name for step in self.steps for name in step.inputs]
+        own = {step.name for step in (*self.steps, *self.after)} | set(self.rows) | {total for _, total in self.outputs}
+        inputs = [name for step in (*self.steps, *self.after) for name in step.inputs]
         inputs += [*(value for value, _ in self.outputs), *self.rows.values(), *self.begin.values()]
         return tuple(dict.fromkeys(name for name in inputs if name not in own))
 
@@ -68,19 +69,32 @@ def over_columns(
                 totals.setdefault(key, f"total_{columns.number}_{len(totals)}")
             renamed.setdefault(quantity, {})[name] = totals.get(key, value)
     steps = alive((s for s in store.steps if s.name in inside), {value for value, _, _ in totals})
-    outputs = tuple((value, total) for (value, _, _), total in totals.items())
-    concatenated = frozenset(total for (_, stack, _), total in totals.items() if stack)
+    concatenated = [(value, total) for (value, stack, _), total in totals.items() if stack]
     begin = {total: start for (_, _, start), total in totals.items() if start}
-    return Loop(rows, int(columns.count), int(columns.width), steps, outputs, concatenated, begin), renamed
+    loop = Loop(rows, int(columns.count), int(columns.width), steps, (), frozenset(t for _, t in concatenated), begin)
+    summed = [(value, total) for (value, stack, _), total in totals.items() if not stack]
+    pairs, after = behind(store, steps, inside, summed, begin, loop.count)
+    outputs = (*pairs, *concatenated)
+    added = {total for _, total in pairs}
+    begin = {total: start for total, start in begin.items() if total in added}
+    steps = alive(steps, {value for value, _ in outputs})
+    return replace(loop, steps=steps, outputs=outputs, begin=begin, after=tuple(after)), renamed
 
 
-def loop_lines(loop: Loop, shapes: Mapping[str, tuple[Size, ...]]) -> list[str]:
-    """The loop as source. Totals are allocated once: sums are added up in place, a concatenation is filled in."""
-    summed = [(value, total) for value, total in loop.outputs if total not in loop.stacked]
+def loop_lines(loop: Loop, shapes: Mapping[str, tuple[Size, ...]], wanted: set[str]) -> list[str]:
+    """The loop as source, and what is done after it; `wanted` are the values that are read later.
+
+    Totals are allocated once: sums are added up in place, a concatenation is filled in. A value that no column
+    changes is added once, to what its total goes on from: as a sweep without a loop adds it.
+    """
+    changing = {*loop.rows, *(step.name for step in loop.steps)}
+    alike = [(value, total) for value, total in loop.outputs if total not in loop.stacked and value not in changing]
+    summed = [pair for pair in loop.outputs if pair[1] not in loop.stacked and pair not in alike]
     stacked = [(value, total) for value, total in loop.outputs if total in loop.stacked]
     slots = {total: f"slot{total.removeprefix('total')}" for _, total in stacked}
     cut = f"split({loop.width})" if loop.width > 1 else "unbind(0)"
     lines = [f"    # {loop.columns} columns, {loop.width} at a time"]
+    lines += [f"    {total} = {loop.begin[total]} + {value}" for value, total in alike]
     for value, total in summed:
         zeros = f"like.new_zeros(({text(shapes[value])}{',' if shapes[value] else ''}))"
         lines.append(f"    {total} = {f'{loop.begin[total]}.clone()' if total in loop.begin else zeros}")
@@ -101,7 +115,9 @@ def loop_lines(loop: Loop, shapes: Mapping[str, tuple[Size, ...]]) -> list[str]:
     lines.append(f"    del {', '.join([*loop.rows, *slots.values(), *left])}")
     if loop.count * loop.width > loop.columns:
         lines += [f"    {total} = {total}[:{loop.columns}]" for _, total in stacked]
-    return lines
+    lines += lines_of(loop.after, wanted)
+    spent = [total for _, total in summed if total not in wanted]
+    return [*lines, f"    del {', '.join(spent)}"] if spent else lines
 
 
 def _adding(
@@ -118,26 +134,31 @@ def _adding(
             chain.append(by_name.get(step.inputs[0]))
         base = chain[-1]
         alone = all(step is not None and readers[step.name] == 1 for step in chain)
-        if base is None or not alone or not base.code.startswith("torch.mm("):
+        function = _function(base.code) if base is not None else ""
+        if base is None or not alone or function not in _ADDING:
             added.append((value, total))
             continue
         shown = total if shapes[base.name] == shapes[value] else f"{total}.view({text(shapes[base.name])})"
         replaced |= {step.name: None for step in chain if step is not None}
         code = f"{total}.view({text(shapes[value])})"
-        own = f"{shown}.addmm_({base.code.removeprefix('torch.mm(')[:-1]}){code.removeprefix(total)}"
-        replaced[base.name] = replace(base, name=total, code=own)
+        own = f"{shown}.{_ADDING[function]}{base.code.removeprefix(function)}{code.removeprefix(total)}"
+        replaced[base.name] = replace(base, name=total, code=own, own=False, into=())
     kept = (replaced.get(step.name, step) for step in steps)
     return tuple(step for step in kept if step is not None), added
 
 
+_ADDING = {"torch.mm": "addmm_", "torch.bmm": "baddbmm_"}
+
+
+def _function(code: str) -> str:
+    """The function that code calls, if it is one call and nothing else."""
+    node = ast.parse(code, mode="eval").body
+    return ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+
+
 def _is_view(step: Step) -> bool:
     """Whether it only sees its first input in another shape."""
-    return step.kernel is Kernel.VIEW and bool(step.inputs) and bool(
-        _VIEWS.fullmatch(step.code.removeprefix(step.inputs[0]))
-    )
-
-
-_VIEWS = re.compile(r"(\.(reshape|unsqueeze|squeeze|expand|contiguous)\([^()]*\))+")
+    return step.kernel is Kernel.VIEW and bool(step.inputs) and is_rearranged(step.code, step.inputs[0])
 
 
 def _filling(
@@ -156,7 +177,7 @@ def _filling(
         if base is None or code is None:
             copied.append((value, total))
         else:
-            written[base.name] = replace(base, code=code)
+            written[base.name] = replace(base, code=code, own=False, into=())
     return tuple(written.get(step.name, step) for step in loop.steps), copied
 
 
@@ -165,6 +186,6 @@ def _into(code: str, out: str) -> str | None:
     node = ast.parse(code, mode="eval").body
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         return f"torch.mul({ast.unparse(node.left)}, {ast.unparse(node.right)}, out={out})"
-    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.mm", "torch.bmm"):
+    if _function(code) in _ADDING:
         return f"{code[:-1]}, out={out})"
     return None

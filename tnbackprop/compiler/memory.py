@@ -60,6 +60,7 @@ def _last_uses(plan: Plan, steps: list[Step], base: dict[str, str | None]) -> di
         end += len(loop.steps)
         for name in loop.reads:
             last[_owner(base, name)] = max(end - 1, last.get(_owner(base, name), 0))
+        end += len(loop.after)
     kept = {code for by in plan.results.values() for code in by.values()} | set(plan.output.values()) | {plan.loss}
     return last | {_owner(base, name): len(steps) for name in kept if name is not None}
 

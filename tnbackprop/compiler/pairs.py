@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -22,7 +23,7 @@ def sum_legs(store: Store, ref: Ref, gone: Legs) -> Ref:
     kept = tuple(leg for leg in ref.stored if leg not in gone)
     code, dims = _with_dims(store, ref, gone)
     work = Work(flops=((1, ref.stored),), moved=((1, ref.stored),), fresh=((1, kept),))
-    name = store.add(f"{code}.sum({dims})", sizes_of(kept), Kernel.REDUCE, work)
+    name = store.add(f"{code}.sum({dims})", sizes_of(kept), Kernel.REDUCE, work, own=True)
     return Ref(name, kept, tuple(leg for leg in ref.order if leg not in gone))
 
 
@@ -32,14 +33,16 @@ def sum_of_squares(store: Store, ref: Ref, gone: Legs) -> Ref:
     code, dims = _with_dims(store, ref, gone)
     innermost = ref.stored[len(ref.stored) - len(gone) :] == tuple(leg for leg in ref.stored if leg in gone)
     solid = store.resolve(ref.name) not in store.strided
+    into: tuple[tuple[str, str], ...] = ()
     if innermost and solid:
         whole = dims if "," in dims else (dims.strip("()") or "None")
         code = f"torch.linalg.vector_norm({code}, dim={whole}).square()"
         work = Work(flops=((2, ref.stored),), moved=((1, ref.stored),), fresh=((1, kept),))
     else:
+        into = ((store.resolve(ref.name), f"{code}.square_().sum({dims})"),)
         code = f"{code}.square().sum({dims})"
         work = Work(flops=((2, ref.stored),), moved=((3, ref.stored),), fresh=((1, ref.stored),))
-    name = store.add(code, sizes_of(kept), Kernel.REDUCE, work)
+    name = store.add(code, sizes_of(kept), Kernel.REDUCE, work, own=True, into=into)
     return Ref(name, kept, tuple(leg for leg in ref.order if leg not in gone))
 
 
@@ -68,7 +71,8 @@ def elementwise(store: Store, expr: sympy.Expr, args: tuple[Ref, ...]) -> Ref:
         own = groups if set(ref.stored) == set(legs) else tuple((leg,) if leg in ref.stored else () for leg in legs)
         codes[argument(k)] = arranged(store, ref, own)
     work = Work(flops=((4, legs),), moved=((1 + len(args), legs),), fresh=((1, legs),))
-    name = store.add(torch_code(expr, codes), sizes_of(legs), Kernel.ELEMENTWISE, work)
+    code = torch_code(expr, codes)
+    name = store.add(code, sizes_of(legs), Kernel.ELEMENTWISE, work, own=code not in codes.values())
     return Ref(name, legs, legs)
 
 
@@ -94,9 +98,8 @@ def _multiplied(store: Store, a: Ref, b: Ref, wanted: Legs | None) -> Ref:
     legs = wanted or ordered_union(a.stored, b.stored)
     codes = [arranged(store, r, tuple((leg,) if leg in r.stored else () for leg in legs)) for r in (a, b)]
     work = Work(flops=((1, legs),), moved=((1, legs), (1, a.stored), (1, b.stored)), fresh=((1, legs),))
-    name = store.add(
-        " * ".join(codes), sizes_of(legs), Kernel.ELEMENTWISE, work
-    )
+    into = written_over(store, (a, b), codes, legs, "mul_")
+    name = store.add(" * ".join(codes), sizes_of(legs), Kernel.ELEMENTWISE, work, own=True, into=into)
     return Ref(name, legs, legs)
 
 
@@ -110,9 +113,11 @@ def _dotted(store: Store, a: Ref, b: Ref, summed: Legs) -> Ref:
         groups = tuple((leg,) for leg in a.stored)
     dims = ", ".join(str(k) for k, group in enumerate(groups) if group[0] in summed)
     dims = dims if "," not in dims else f"({dims})"
-    code = f"({arranged(store, a, groups)} * {arranged(store, b, groups)}).sum({dims})"
+    codes = [arranged(store, a, groups), arranged(store, b, groups)]
+    into = written_over(store, (a, b), codes, order, "mul_", f".sum({dims})")
     work = Work(flops=((2, order),), moved=((4, order),), fresh=((1, order),))
-    name = store.add(code, sizes_of(kept), Kernel.REDUCE, work)
+    code = f"({' * '.join(codes)}).sum({dims})"
+    name = store.add(code, sizes_of(kept), Kernel.REDUCE, work, own=True, into=into)
     return Ref(name, kept, kept)
 
 
@@ -121,11 +126,11 @@ def _weighed(store: Store, large: Ref, small: Ref, summed: Legs) -> Ref:
     kept = tuple(leg for leg in large.stored if leg not in summed)
     weights = arranged(store, small, tuple((leg,) if leg in small.stored else () for leg in large.stored))
     dims = ", ".join(str(k) for k, leg in enumerate(large.stored) if leg in summed)
-    code = f"({arranged(store, Ref(large.name, large.stored, large.stored), tuple((leg,) for leg in large.stored))}"
-    name = store.add(
-        f"{code} * {weights}).sum({dims if ',' not in dims else f'({dims})'})", sizes_of(kept), Kernel.REDUCE,
-        _weighing(large),
-    )  # fmt: skip
+    total = f".sum({dims if ',' not in dims else f'({dims})'})"
+    code = arranged(store, Ref(large.name, large.stored, large.stored), tuple((leg,) for leg in large.stored))
+    into = written_over(store, (large, small), (code, weights), large.stored, "mul_", total)
+    code, work = f"({code} * {weights}){total}", _weighing(large)
+    name = store.add(code, sizes_of(kept), Kernel.REDUCE, work, own=True, into=into)
     return Ref(name, kept, kept)
 
 
@@ -137,6 +142,20 @@ def _weighing_seconds(store: Store, large: Ref, small: Ref) -> float:
     order = tuple((leg,) if leg in small.stored else () for leg in large.stored)
     copies_small = copy_seconds(store, small, tuple(group for group in order if group))
     return copies_small + store.rates.seconds(Kernel.REDUCE, _weighing(large), store.batch, store.itemsize)
+
+
+def written_over(
+    store: Store, refs: Sequence[Ref | None], codes: Sequence[str], order: Legs, method: str, then: str = ""
+) -> tuple[tuple[str, str], ...]:
+    """The codes' sum or product written over each of them that is in memory in the result's order (see `Step.into`)."""
+    found = []
+    for k, ref in enumerate(refs):
+        others = [*codes[:k], *codes[k + 1 :]]
+        if ref is not None and ref.stored == order:
+            name = store.resolve(ref.name)
+            if all(name not in store.names_in(other) for other in others):
+                found.append((name, codes[k] + "".join(f".{method}({other})" for other in others) + then))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -203,7 +222,7 @@ def _matmul(store: Store, a: Ref, b: Ref, output: Legs, ordered: bool) -> Ref:
         large, small = (best.first, best.second) if best.left else (best.second, best.first)
         if _weighing_seconds(store, large, small) < best.seconds(store, output if ordered else None):
             return _weighed(store, large, small, best.summed)
-    name = store.add(best.code(store), best.shape, best.kernel, best.work)
+    name = store.add(best.code(store), best.shape, best.kernel, best.work, own=True)
     return Ref(name, best.legs, best.legs)
 
 

@@ -22,6 +22,7 @@ from .graph import Call, Graph, op_text
 from .listing import alive
 from .loops import Loop, Results, over_columns
 from .memory import peak_bytes
+from .pairs import written_over
 from .root_steps import root_steps
 from .store import NO_WORK, Ref, Step, Store
 
@@ -48,7 +49,9 @@ class Plan:
     def timed(self) -> Iterator[tuple[Step, int]]:
         """Every step with the number of times that it runs."""
         yield from ((step, 1) for step in self.steps)
-        yield from ((step, loop.count) for loop in self.loops for step in loop.steps)
+        for loop in self.loops:
+            yield from ((step, loop.count) for step in loop.steps)
+            yield from ((step, 1) for step in loop.after)
 
     @property
     def seconds(self) -> float:
@@ -131,7 +134,9 @@ def _sum(store: Store, one: str | None, other: str) -> str:
         return other
     legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(store.shapes[other]))
     work = Work(flops=((1, legs),), moved=((3, legs),), fresh=((1, legs),))
-    return store.add(f"{one} + {other}", store.shapes[other], Kernel.ELEMENTWISE, work)
+    codes = [one, other]
+    into = written_over(store, [Ref(code, legs, legs) for code in codes], codes, legs, "add_")
+    return store.add(" + ".join(codes), store.shapes[other], Kernel.ELEMENTWISE, work, own=True, into=into)
 
 
 def _total(loop: Loop, shape: tuple[Size, ...], total: str) -> tuple[Size, ...]:
@@ -179,6 +184,9 @@ def _inputs(store: Store, graph: Graph) -> None:
     for name in (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs):
         store.shapes[name] = graph.values[name].shape
     store.shapes["like"] = ()
+    dtypes = {value.dtype for value in graph.values.values() if value.dtype.is_floating_point}
+    if len(dtypes) == 1:
+        store.floating |= {name for name, value in graph.values.items() if value.dtype in dtypes}
 
 
 def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule], lowerings: tuple[Lowering, ...]) -> None:
@@ -251,7 +259,9 @@ def _backward(
     codes = [_shaped(store, ref, shape) for ref in refs]
     legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(shape))
     work = Work(flops=((len(refs) - 1, legs),), moved=((len(refs) + 1, legs),), fresh=((1, legs),))
-    store.add(" + ".join(codes), shape, Kernel.ELEMENTWISE, work, name=item.name)
+    in_order = [Ref(ref.name, legs, legs) if ref.order == ref.stored else None for ref in refs]
+    into = written_over(store, in_order, codes, legs, "add_")
+    store.add(" + ".join(codes), shape, Kernel.ELEMENTWISE, work, name=item.name, own=True, into=into)
 
 
 def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tuple[Leg, ...]) -> Ref:
@@ -270,7 +280,8 @@ def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tu
     scaled = replace(forward, flops=_times(forward.flops, lead), moved=_times(forward.moved, lead))
     moved = (*scaled.moved, (1, legs)) if scaled.moved else ((3, legs),)
     work = Work(scaled.flops or ((2, legs),), moved, ((1, legs),))
-    name = store.add(code, sizes_of(legs), kernel, work)
+    own = term.code.startswith("torch.ops.aten.") and "_backward(" in term.code  # others may return what they are given
+    name = store.add(code, sizes_of(legs), kernel, work, own=own)
     return Ref(name, legs, legs)
 
 
@@ -310,13 +321,23 @@ def _extract(
 
 
 def _result_shape(order: tuple[Leg, ...], shape: tuple[Size, ...]) -> tuple[Size, ...]:
-    """The legs that are copies of the batch (and columns) first, then the parameter's own shape if it is there."""
+    """The legs that are copies of the batch (and columns) first, then the parameter's own shape, as often as it is."""
     head = tuple(leg.size for leg in order if is_head(leg))
-    rest = [leg for leg in order if not is_head(leg)]
-    if not rest:
-        return head
-    whole = prod(int(size) for size in shape) == prod(int(leg.size) for leg in rest)
-    return (*head, *(shape if whole else sizes_of(tuple(rest))))
+    rest = tuple(leg.size for leg in order if not is_head(leg))
+    copies = _copies(rest, prod(int(size) for size in shape))
+    return (*head, *(rest if copies is None else shape * copies))
+
+
+def _copies(sizes: tuple[Size, ...], elements: int) -> int | None:
+    """How many runs of legs have as many elements as the parameter; None if the legs are not made of such runs."""
+    found, run = 0, 1
+    for size in sizes:
+        if not isinstance(size, int):
+            return None
+        run *= size
+        if run == elements:
+            found, run = found + 1, 1
+    return found if run == 1 else None
 
 
 def _final(store: Store, code: str, shape: tuple[Size, ...], ref: Ref) -> str:

@@ -26,7 +26,8 @@ class Symbols:
             return sympy.Integer(1)
         base, k = leg.name.rstrip("'"), 1
         while True:
-            symbol = sympy.Symbol(base if k == 1 else f"{base}{k}", integer=True, positive=True)
+            more = f"_{k}" if base[-1:].isdigit() else str(k)
+            symbol = sympy.Symbol(base if k == 1 else base + more, integer=True, positive=True)
             if self.values.setdefault(symbol, leg.size) == leg.size:
                 return symbol
             k += 1

@@ -145,7 +145,7 @@ def _shifted(store: Store, product: Product, pair: Pair, legs: Legs) -> Ref:
     store.functions["window_gram"] = WINDOW_GRAM
     code = f"window_gram({', '.join(names)}, ({text(sizes_of(order))}), {at}, {pair.out}, {pair.dilation})"
     work = _work(pair, names[0] == names[1], head, own[0], own[1], summed)
-    return Ref(store.add(code, sizes_of(order), Kernel.SHIFTED, work), order, legs)
+    return Ref(store.add(code, sizes_of(order), Kernel.SHIFTED, work, own=True), order, legs)
 
 
 def _named(store: Store, ref: Ref, groups: Groups) -> str:

@@ -69,17 +69,19 @@ def _sliced(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowerin
     inner = Diagram(own, (Product(sympy.Integer(1), operands),))
     inputs = _leaves(inner)
     small = Store(store.rates, chunk, store.itemsize, note=store.note, prefix="u", functions=store.functions)
+    small.floating |= store.floating & set(inputs)
     small.shapes |= {name: sizes_of(tensor.legs) for name, tensor in inputs.items()} | {"like": ()}
     ref = build(small, inner, lowerings)
     store.functions |= small.functions
     result = arranged(small, ref, tuple((leg,) for leg in own)) or ref.name
-    steps = alive(small.steps, set(small.names_in(result)))
+    kept = set(small.names_in(result))
+    steps = alive(small.steps, kept)
     uses_like = any("like" in step.inputs for step in steps)
     parameters = [*inputs, *(["like"] if uses_like else []), *(["total"] if _has_total(steps) else [])]
-    name = _function(store, parameters, steps, result, next(iter(_sliced_names(inputs))), inputs)
+    name = _function(store, parameters, lines_of(steps, kept), result, next(iter(_sliced_names(inputs))), inputs)
     arguments = [_argument(store, tensor, chunk) for tensor in inputs.values()]
     arguments += (["like"] if uses_like else []) + (["N"] if "total" in parameters else [])
-    calls = f"{name}({', '.join(arguments)}) for i in range(0, N, {chunk})"
+    calls = f"{name}({', '.join(arguments)}) for i in progress(range(0, N, {chunk}))"
     axis = own.index(BATCH) if BATCH in own else None
     code = f"sum({calls})" if axis is None else f"torch.cat([{calls}]{f', {axis}' if axis else ''})"
     value = store.add(code, sizes_of(own), Kernel.SLICED, _work(steps, store, chunk))
@@ -139,10 +141,10 @@ def _argument(store: Store, tensor: Tensor, chunk: int) -> str:
 
 
 def _function(
-    store: Store, parameters: list[str], steps: tuple[Step, ...], result: str, first: str, inputs: dict[str, Tensor]
+    store: Store, parameters: list[str], lines: list[str], result: str, first: str, inputs: dict[str, Tensor]
 ) -> str:
     axis = inputs[first].legs.index(BATCH)
-    body = [f"    N = {first}.shape[{axis}]", *lines_of(steps, set()), f"    return {result}"]
+    body = [f"    N = {first}.shape[{axis}]", *lines, f"    return {result}"]
     text = "\n".join(body)
     for known, source in store.functions.items():
         if source.split("\n", 1)[1] == text and source.startswith(f"def {known}({', '.join(parameters)}):"):

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+import sympy
+
 from ..canonical import Key
 from ..diagram import Diagram, Leg, Size
 from ..errors import InvariantError
@@ -19,7 +21,11 @@ _NAMES = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
 
 @dataclass(frozen=True)
 class Step:
-    """One line of the program: ``name = code``."""
+    """One line of the program: ``name = code``.
+
+    own      the value is a new tensor of the program's floating dtype, in memory that no earlier value has
+    into     (operand, code) pairs: the same written over an operand, for when nobody reads that any more
+    """
 
     name: str
     code: str
@@ -27,6 +33,16 @@ class Step:
     kernel: Kernel
     work: Work
     note: str = ""
+    own: bool = False
+    into: tuple[tuple[str, str], ...] = ()
+
+
+def is_rearranged(code: str, base: str) -> bool:
+    """Whether code only sees a value in another shape."""
+    return bool(_REARRANGED.fullmatch(code.removeprefix(base)))
+
+
+_REARRANGED = re.compile(r"(\.(reshape|unsqueeze|squeeze|expand|contiguous)\([^()]*\))+")
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,8 @@ class Store:
     suppliers: dict[str, Callable[[Store], None]] = field(default_factory=dict)  # the same, for native code
     works: dict[str, tuple[Kernel, Work]] = field(default_factory=dict)  # of the calls of the forward, for their VJPs
     functions: dict[str, str] = field(default_factory=dict)  # slices: name -> source
+    floating: set[str] = field(default_factory=set)  # values of the one floating dtype; empty where there are several
+    whole: set[str] = field(default_factory=set)  # values that are all of a step's own memory, or views of all of it
     note: str = ""
     prefix: str = "t"
 
@@ -81,11 +99,14 @@ class Store:
             alias=dict(self.alias),
             built=dict(self.built),
             functions=dict(self.functions),
+            floating=set(self.floating),
+            whole=set(self.whole),
         )
 
     def adopt(self, other: Store) -> None:
         """Take over what a fork has built."""
-        for name in ("steps", "shapes", "strided", "views", "units", "by_code", "alias", "built", "functions"):
+        known = ("by_code", "alias", "built", "functions", "floating", "whole")
+        for name in ("steps", "shapes", "strided", "views", "units", *known):
             setattr(self, name, getattr(other, name))
 
     def add(
@@ -97,6 +118,8 @@ class Store:
         name: str | None = None,
         strided: bool = False,
         alone: bool = False,
+        own: bool = False,
+        into: tuple[tuple[str, str], ...] = (),
     ) -> str:
         """Enter a step, unless the same code was entered before (`alone`: even then); returns the value's name."""
         if code in self.by_code and not alone:
@@ -107,12 +130,26 @@ class Store:
         name = name or f"{self.prefix}{len(self.steps)}"
         if name in self.shapes:
             raise InvariantError(f"value {name} is computed twice: {code}")
-        self.steps.append(Step(name, code, self.names_in(code), kernel, work, self.note))
+        inputs = self.names_in(code)
+        floating = any(read in self.floating for read in inputs)
+        own = own and floating
+        into = tuple((operand, other) for operand, other in into if own and operand in self.whole)
+        self.steps.append(Step(name, code, inputs, kernel, work, self.note, own, into))
+        if own or (floating and kernel in (Kernel.VIEW, Kernel.COPY)):
+            self.floating.add(name)
+        if own or (kernel is Kernel.VIEW and self._sees_all(code, inputs, shape)):
+            self.whole.add(name)
         self.shapes[name] = shape
         self.by_code[code] = name
         if strided:
             self.strided.add(name)
         return name
+
+    def _sees_all(self, code: str, inputs: tuple[str, ...], shape: tuple[Size, ...]) -> bool:
+        """Whether a view has each element of a value once, that is all of a step's own memory."""
+        if len(inputs) != 1 or inputs[0] not in self.whole or not is_rearranged(code, inputs[0]):
+            return False
+        return bool(sympy.Mul(*self.shapes[inputs[0]]) == sympy.Mul(*shape))
 
     def names_in(self, code: str) -> tuple[str, ...]:
         """The values that a piece of code reads, each once."""

@@ -41,6 +41,7 @@ class Sweep:
     scales: set[sympy.Expr] = field(default_factory=set)
     prefix: str = "g"
     variable: str = ""  # the column at the model's output
+    several: bool = False  # more than one column
     lead: tuple[Leg, ...] = ()  # the leg of columns that ride together
     kept: tuple[Leg, ...] = (BATCH,)
     weight: Diagram | None = None  # of the columns
@@ -111,7 +112,7 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
             raise UnsupportedError(f"{call.where} has no rule, and only its VJP is known.\n  Declare one: README.")
         native = {name for name in native if _unchanged(sweep.along, rule.equations[-1], name)}
     # What does not depend on the columns, as an activation's derivative does not, is computed once for all of them.
-    native -= {name for name in native if sweep.variable and _elementwise(rule.equations[-1], name)}
+    native -= {name for name in native if sweep.several and _elementwise(rule.equations[-1], name)}
     for name in sorted(native):
         pulled = Native(rule.vjp[name], f"{sweep.prefix}_{call.output.name}", call.output.name)
         sweep.terms.setdefault(name, []).append(pulled)

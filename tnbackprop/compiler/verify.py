@@ -274,7 +274,7 @@ def _result_legs(derived: Derived, context: Context) -> Flaws:
 
 def _steps_in_order(plan: Plan, context: Context) -> Flaws:
     defined = {*_read(_graph(context)), "like", *(n for n in plan.shapes if n.startswith("noise_"))}
-    defined |= {variable for loop in plan.loops for variable in loop.rows}
+    defined |= {name for loop in plan.loops for name in (*loop.rows, *(total for _, total in loop.outputs))}
     defined |= {COLUMNS} if _graph(context).cotangent else set()
     for step, _ in plan.timed:
         for name in step.inputs:

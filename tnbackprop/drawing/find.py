@@ -17,16 +17,21 @@ from ..runtime import Program
 def quantity(program: Program, name: str, parameter: str) -> Diagram | Factors:
     """What a quantity of a parameter is, as derived: G·G for "second_moment", the `Factors` for "kfac".
 
+    The sum of what several sweeps of columns give: the diagonal of the Hessian. Any name of a tied parameter will do.
     Raises `InputError` where the program has no such quantity of that parameter.
     """
     names = program.compiled.graph.parameters
+    first = {dotted: same[0] for same in names.values() for dotted in same}
     found: dict[str, dict[str, Diagram | Factors]] = {}
     for item in program.compiled.derived.items:
         if isinstance(item, Extraction):
             of = found.setdefault(names[item.parameter][0], {})
-            factors = {key.partition("#")[0] for key in item.diagrams if "#" in key}
-            of |= {key: diagram for key, diagram in item.diagrams.items() if key.partition("#")[0] not in factors}
             of |= item.factors
+            for key, diagram in item.diagrams.items():
+                if key.partition("#")[0] not in item.factors:
+                    before = of.get(key)
+                    of[key] = before + diagram if isinstance(before, Diagram) else diagram
+    parameter = first.get(parameter, parameter)
     if parameter not in found:
         raise InputError(f"no diagrams for a parameter {parameter!r}: there are {', '.join(found)}")
     if name not in found[parameter]:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations, permutations
 from math import ceil, perm
 
 import numpy as np
 
-from .place import Array, Board, Item, Joint, Mask, Spot
+from .geometry import Array, Mask
+from .place import Board, Item, Joint, Spot
 
 _EXHAUSTIVE = 5000
 _TRIED = 4  # arrangements of each grid that are placed in full
@@ -27,17 +29,24 @@ class Arranged:
     cost: float
 
 
-def arrange(items: Sequence[Item], joints: Sequence[Joint], flat: bool) -> Arranged:
-    """The best arrangement of the operands and their legs; flat: in at most two rows, with no cell to spare."""
+@lru_cache(maxsize=1000)
+def arrange(items: tuple[Item, ...], joints: tuple[Joint, ...], flat: bool) -> Arranged:
+    """The best arrangement of the operands and their legs; flat: in at most two rows, with no cell to spare.
+
+    It depends on sizes only, so that diagrams that differ in their names share it.
+    """
     sizes = np.array([item.size for item in items], dtype=float)
-    found = []
-    for cells in _arrangements(len(items), joints, flat):
-        board = Board(items, _centres(cells, sizes, joints))
-        spots = board.place(joints)
-        extent = (board.centres + sizes / 2).max(0) - (board.centres - sizes / 2).min(0)
-        cost = round(board.cost + 0.5 * float(extent[0]) + 1.0 * float(extent[1]), 3)
-        found.append(Arranged(board.centres, spots, cost))
-    return min(found, key=lambda arranged: arranged.cost)
+    boards = [Board(items, _centres(cells, sizes, joints)) for cells in _arrangements(len(items), joints, flat)]
+    extents = [(board.centres + sizes / 2).max(0) - (board.centres - sizes / 2).min(0) for board in boards]
+    wide = [0.5 * float(w) + 1.0 * float(h) for w, h in extents]
+    best: tuple[float, int] = (np.inf, 0)
+    spots: dict[int, list[Spot]] = {}
+    for k in sorted(range(len(boards)), key=lambda k: wide[k] + boards[k].least(joints)):
+        if (found := boards[k].place(joints, best[0] - wide[k])) is not None:
+            spots[k] = found
+            best = min(best, (round(boards[k].cost + wide[k], 3), k))
+    cost, k = best
+    return Arranged(boards[k].centres, spots[k], cost)
 
 
 def _arrangements(count: int, joints: Sequence[Joint], flat: bool) -> Iterator[Array]:

@@ -9,10 +9,11 @@ import numpy as np
 import sympy
 
 from ..diagram import Delta, Diagram, Leg, Map, N, Operand, Part, Product, Selection, Tensor, Window, ordered_union
+from .geometry import Array
 from .grid import arrange
 from .labels import Names, expression, one_hot, pattern, scale_text
 from .opened import Node, closed, opened, sealed
-from .place import DOT, STUB, Array, Joint, Spot, Terminal
+from .place import DOT, STUB, Joint, Spot, Terminal
 from .scene import Box, End, Kind, Line, Point, Scene, Shape, Wire, Words, beside, in_lines
 from .words import LINE, width, wrapped
 
@@ -39,7 +40,7 @@ def _term(product: Product, output: tuple[Leg, ...], names: Names, first: bool, 
     negative = bool(product.scale.could_extract_minus_sign())
     scale = -product.scale if negative else product.scale
     parts = [words("−" if negative else "+", 1.4)] if negative or not first else []
-    constant = tuple(leg for leg in output if leg not in product.legs)
+    constant = tuple(leg for leg in output if leg not in product.legs and leg.size != 1)
     if scale != 1 or not (product.operands or constant):
         parts.append(words(scale_text(scale), 1.2))
     parts += [_pieces(ops, output, names, flat) for ops in _components(product.operands)]
@@ -83,7 +84,7 @@ def _pieces(operands: Sequence[Operand], output: tuple[Leg, ...], names: Names, 
     choices = []
     for nodes in _mirrored([_node(operand, names) for operand in operands]):
         joined = [_joined(leg, operands, nodes, leg in output, names) for leg in _legs(operands)]
-        arranged = arrange([node.item for node in nodes], [j.joint for j in joined], flat)
+        arranged = arrange(tuple(node.item for node in nodes), tuple(j.joint for j in joined), flat)
         choices.append((arranged.cost, nodes, joined, arranged))
     _, nodes, joined, arranged = min(choices, key=lambda choice: choice[0])
     centres, spots = arranged.centres, arranged.spots
@@ -112,7 +113,15 @@ def _joined(leg: Leg, operands: Sequence[Operand], nodes: Sequence[Node], out: b
 
 
 def _legs(operands: Sequence[Operand]) -> tuple[Leg, ...]:
-    return ordered_union(*(operand.legs for operand in operands))
+    """All of them, without those of size 1 that only parts have, of which nothing inside depends on them."""
+    legs = ordered_union(*(operand.legs for operand in operands))
+    return tuple(leg for leg in legs if leg.size != 1 or any(_depends(operand, leg) for operand in operands))
+
+
+def _depends(operand: Operand, leg: Leg) -> bool:
+    if isinstance(operand, Part):
+        return any(_depends(inner, leg) for product in _inside(operand).products for inner in product.operands)
+    return leg in operand.legs
 
 
 def _all_legs(operand: Operand) -> tuple[Leg, ...]:

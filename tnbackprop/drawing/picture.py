@@ -46,10 +46,7 @@ class Drawing:
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write .svg, .dot or .tex, by the suffix; an existing file only with `force`. Raises `InputError`."""
         path = Path(path)
-        if path.suffix not in FORMATS:
-            raise InputError(
-                f"{path}: a drawing is saved as {', '.join(FORMATS)}, not {path.suffix or 'without suffix'}"
-            )
+        check_suffix(path)
         if path.exists() and not force:
             raise InputError(f"{path} exists: choose another name, or save(..., force=True) to replace it")
         try:
@@ -71,6 +68,12 @@ class Drawing:
 FORMATS: Mapping[str, Callable[[Scene], str]] = {".svg": svg, ".dot": dot, ".tex": tikz}
 
 
+def check_suffix(path: Path) -> None:
+    """Raises `InputError` where a drawing has no such format."""
+    if path.suffix not in FORMATS:
+        raise InputError(f"{path}: a drawing is saved as {', '.join(FORMATS)}, not {path.suffix or 'without suffix'}")
+
+
 def draw(what: Drawable, *, title: str = "", names: Names | None = None) -> Drawing:
     """A tensor network picture.
 
@@ -79,7 +82,8 @@ def draw(what: Drawable, *, title: str = "", names: Names | None = None) -> Draw
     or a `Program`: the captured model.
 
     Operands are nodes, legs are wires with their names: a wire that ends in a name is an output leg, every other is
-    summed, one that joins more than two is a dot. Wires of the batch are thick.
+    summed, one that joins more than two is a dot. Wires of the batch are thick. A leg of size 1 on which nothing
+    depends is left out.
 
     names  what to show instead of a tensor's or a leg's name: {"g_layer_0": "g"}
 

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .geometry import Array, boxes, crossings, grown, leaving, length, norm, overlap, through, unit
 from .scene import Box, Point
-
-Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 
 DOT = 8.0
 STUB = 20.0
 _HIDDEN, _THROUGH, _CROSSED = 2000.0, 700.0, 150.0
+_AT_ONCE = 12, 60, 300  # points, before those that cost more at least
 _AROUND = np.array([(np.cos(a), np.sin(a)) for a in np.arange(0, 2 * np.pi, np.pi / 8)])
+_ALONG = [(share, sign) for share in (-1.0, -0.5, 0.5, 1.0) for sign in (-1.0, 1.0)]
+_SHARES = np.array([(0.0, 0.0) for _ in _AROUND] + [at for s, _ in _ALONG for at in ((s, 0.0), (0.0, s))])
+_DIRECTIONS = np.concatenate([_AROUND, [d for _, sign in _ALONG for d in ((0.0, sign), (sign, 0.0))]])
+"""Where in the core of an operand a stub begins, and where it goes: from the middle, and straight from elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,27 @@ class Spot:
 
 @dataclass(frozen=True)
 class _Options:
+    """Points, and for each the ways to go on from there: a stub where the leg is open, and the name."""
+
     points: Array  # [C, 2]
-    labels: Array
     cost: Array  # [C]
-    tips: Array | None = None
+    labels: Array  # [C, a, 2]
+    aside: Array  # [C, a]: what the name costs there
+    tips: Array | None = None  # [C, a, 2]
+
+    def at(self, which: NDArray[np.intp]) -> _Options:
+        """Some of the points."""
+        tips = self.tips if self.tips is None else self.tips[which]
+        return _Options(self.points[which], self.cost[which], self.labels[which], self.aside[which], tips)
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What is near a leg: boxes."""
+
+    foreign: Array  # that its wires must not pass: solids of its items, other items whole
+    own: Array  # in which its wires end
+    others: tuple[Array, ...]  # for each end, those of the other ends
 
 
 @dataclass
@@ -94,33 +114,42 @@ class Board:
 
     items: Sequence[Item]
     centres: Array  # [k, 2]
-    names: list[Array] = field(default_factory=list)  # [4] centre and size
-    dots: list[Array] = field(default_factory=list)
-    segments: list[Array] = field(default_factory=list)  # [m, 2, 2]
-    leaving: dict[Terminal, list[tuple[Array, Array]]] = field(default_factory=dict)  # where and in which direction
+    names: Array = field(default_factory=lambda: np.zeros((0, 4)))
+    dots: Array = field(default_factory=lambda: np.zeros((0, 4)))
+    left: dict[Terminal, list[tuple[Array, Array]]] = field(default_factory=dict)  # where and in which direction
     cost: float = 0.0
 
     def __post_init__(self) -> None:
         self.sizes = np.array([item.size for item in self.items])
         self.boxes = np.concatenate([self.centres, self.sizes], 1)
-        rows = [
-            (k, j, box.x + self.centres[k, 0], box.y + self.centres[k, 1], box.w, box.h)
-            for k, item in enumerate(self.items)
-            for j, box in enumerate(item.solids)
-        ]
-        table = np.array(rows)
-        self.solid_of, self.solids = table[:, :2].astype(int), table[:, 2:]
-        for centre, item in zip(self.centres, self.items, strict=True):
-            self.segments.append(np.array(item.segments, dtype=float).reshape(-1, 2, 2) + centre)
+        self.solid_of = [(k, j) for k, item in enumerate(self.items) for j in range(len(item.solids))]
+        solids = [self.items[k].solids[j].moved(*map(float, self.centres[k])) for k, j in self.solid_of]
+        self.solids = np.array([(box.x, box.y, box.w, box.h) for box in solids])
+        inside = [np.array(item.segments, dtype=float).reshape(-1, 2, 2) for item in self.items]
+        self.segments = np.concatenate([own + at for own, at in zip(inside, self.centres, strict=True)])
 
-    def place(self, joints: Sequence[Joint]) -> list[Spot]:
-        """A spot for every joint, in the order given."""
+    def place(self, joints: Sequence[Joint], most: float) -> list[Spot] | None:
+        """A spot for every joint, in the order given; None where they cost more than that."""
         first = {True: 0, False: 1}
         order = sorted(
             range(len(joints)), key=lambda k: (first[joints[k].plain], -len(joints[k].ends), self._span(joints[k]), k)
         )
-        spots = {k: self._best(joints[k]) for k in order}
+        spots, rest = {}, self.least(joints)
+        for k in order:
+            if self.cost + rest > most:
+                return None
+            rest -= self.least([joints[k]])
+            spots[k] = self._best(joints[k])
         return [spots[k] for k in range(len(joints))]
+
+    def least(self, joints: Sequence[Joint]) -> float:
+        """What the joints cost at least: from one end to the farthest other."""
+        total = 0.0
+        for joint in joints:
+            cores = [(self.at(end), np.array(end.core)) for end in joint.ends]
+            apart = [np.maximum(np.abs(a - b) - c - d, 0.0) for (a, c), (b, d) in combinations(cores, 2)]
+            total += max([float(np.hypot(*each)) for each in apart], default=0.0) + STUB * joint.open
+        return total
 
     def at(self, end: Terminal) -> Array:
         """The middle of a terminal."""
@@ -135,28 +164,43 @@ class Board:
         at = np.array([self.at(end) for end in joint.ends]).reshape(-1, 2)
         return float(np.round(np.abs(at - at.mean(0)).sum(), 3)) if len(at) else 0.0
 
-    def _out(self, end: Terminal, start: Array, direction: Array) -> float:
-        """How far from there a ray leaves the box of the terminal's item."""
-        inside = (start - self.centres[end.item]) * np.sign(direction)
-        return float(((self.sizes[end.item] / 2 - inside) / np.maximum(np.abs(direction), 1e-9)).min())
+    def _out(self, end: Terminal, starts: Array, directions: Array) -> Array:
+        """How far from there rays leave the box of the terminal's item."""
+        inside = (starts - self.centres[end.item]) * np.sign(directions)
+        return leaving(self.sizes[end.item] / 2 - inside, directions)
 
     def _best(self, joint: Joint) -> Spot:
+        """The cheapest option, the first of equals: looked at in the order of what they cost at least."""
         options = self._options(joint)
-        paths = self._paths(joint, options)
-        cost = options.cost + self._obstacles(joint, options, paths) + self._crowding(joint, options)
-        k = int(np.argmin(np.round(cost, 4)))
-        self.cost += float(cost[k])
-        self._keep(joint, options, paths, k)
-        return Spot(options.points[k], options.tips[k] if options.tips is not None else None, options.labels[k])
+        wires = self._wires(joint, options.points)
+        least = options.cost + length(wires) + self._crowding(joint, options.points)
+        order = np.argsort(least, kind="stable")
+        best, k, a = np.inf, 0, 0
+        around = self._around(joint)
+        for first, last in pairwise((0, *_AT_ONCE, len(order))):
+            some = np.sort(order[first:last][least[order[first:last]] < best + 1e-3])
+            if not len(some):
+                break
+            cost = least[some] + self._in_the_way(joint, around, options.points[some], wires[some])
+            some, cost = some[cost < best + 1e-3], cost[cost < best + 1e-3]
+            if len(some):
+                total = np.round(cost[:, None] + self._beside(joint, around, options.at(some), wires[some]), 4)
+                at, way = divmod(int(np.argmin(total)), total.shape[1])
+                best, k, a = min((best, k, a), (float(total[at, way]), int(some[at]), way))
+        self.cost += best
+        spot = Spot(options.points[k], None if options.tips is None else options.tips[k, a], options.labels[k, a])
+        self._keep(joint, spot, wires[k])
+        return spot
 
-    def _keep(self, joint: Joint, options: _Options, paths: Array, k: int) -> None:
-        self.names.append(np.array([*options.labels[k], joint.width, joint.height]))
-        self.segments.append(paths[k])
+    def _keep(self, joint: Joint, spot: Spot, wires: Array) -> None:
+        self.names = np.concatenate([self.names, boxes(spot.label[None], (joint.width, joint.height))])
+        stub = [] if spot.tip is None else [np.array([[spot.point, spot.tip]])]
+        self.segments = np.concatenate([self.segments, wires, *stub])
         if joint.dotted:
-            self.dots.append(np.array([*options.points[k], DOT, DOT]))
+            self.dots = np.concatenate([self.dots, boxes(spot.point[None], (DOT, DOT))])
         for end in joint.ends:
-            start = self.attach(end, options.points[k])
-            self.leaving.setdefault(end, []).append((start, _unit(options.points[k] - start)))
+            start = self.attach(end, spot.point)
+            self.left.setdefault(end, []).append((start, unit(spot.point - start)))
 
     def _options(self, joint: Joint) -> _Options:
         if joint.plain:
@@ -170,29 +214,23 @@ class Board:
         a, b = joint.ends
         one, other = self.attach(a, self.at(b)), self.attach(b, self.at(a))
         one, other = self.attach(a, other), self.attach(b, one)
-        along = _unit(other - one)
+        along = unit(other - one)
         middle = (one + along * self._out(a, one, along) + other - along * self._out(b, other, -along)) / 2
         offsets = np.array([0.0, *(sign * 8.0 * k for k in range(2, 21) for sign in (1, -1))])
         points = middle + offsets[:, None] * np.array([-along[1], along[0]])
-        return _Options(points, points, np.abs(offsets) * 0.6)
+        return _Options(points, np.abs(offsets) * 0.6, points[:, None], np.zeros((len(points), 1)))
 
     def _stubs(self, joint: Joint) -> _Options:
         """Out of the one operand in sixteen directions from its middle, straight up and down along its width."""
         (end,) = joint.ends
-        centre, core = self.at(end), np.array(end.core)
-        starts = [(centre, d) for d in _AROUND]
-        for share in (-1.0, -0.5, 0.5, 1.0):
-            starts += [(centre + np.array((share * core[0], 0.0)), np.array((0.0, sign))) for sign in (-1.0, 1.0)]
-            starts += [(centre + np.array((0.0, share * core[1])), np.array((sign, 0.0))) for sign in (-1.0, 1.0)]
-        points, labels, cost = [], [], []
-        name = np.array([joint.width, joint.height]) / 2
-        for start, d in starts:
-            reach = self._out(end, start, d)
-            for length in (STUB, 2 * STUB):
-                points.append(start + d * (reach + length))
-                labels.append(points[-1] + d * (_exit(name, d) + (3.0 + DOT / 2 if joint.dotted else 2.0)))
-                cost.append(length + 14.0 * (np.abs(d).min() > 1e-6) + 0.02 * np.abs(start - centre).sum())
-        return _Options(np.array(points), np.array(labels), np.array(cost))
+        starts = self.at(end) + _SHARES * np.array(end.core)
+        reach = self._out(end, starts, _DIRECTIONS)
+        lengths = np.array([STUB, 2 * STUB])
+        points = (starts[:, None] + _DIRECTIONS[:, None] * (reach[:, None] + lengths)[..., None]).reshape(-1, 2)
+        name = leaving(np.array([joint.width, joint.height]) / 2, _DIRECTIONS)
+        labels = points + np.repeat(_DIRECTIONS * (name + (3.0 + DOT / 2 if joint.dotted else 2.0))[:, None], 2, 0)
+        cost = 14.0 * (np.abs(_DIRECTIONS).min(1) > 1e-6) + 0.02 * np.abs(starts - self.at(end)).sum(1)
+        return _Options(points, (cost[:, None] + lengths).reshape(-1), labels[:, None], np.zeros((len(points), 1)))
 
     def _dots(self, joint: Joint) -> _Options:
         """On a lattice through and around the operands; the name beside the dot, or at the end of a stub."""
@@ -205,22 +243,17 @@ class Board:
             )
             outer = [low[axis] - 30, low[axis] - 54, high[axis] + 30, high[axis] + 54]
             lattice.append(np.unique(np.round([*own, *(own + 18), *(own - 18), *outer], 2)))
-        grid = np.array([(x, y) for x in lattice[0] for y in lattice[1]])
+        points = np.stack(np.meshgrid(*lattice, indexing="ij"), -1).reshape(-1, 2)
         around = _AROUND[::2]
-        name = np.array([joint.width, joint.height]) / 2
-        tips = around * STUB if joint.open else around * 0.0
-        beyond = np.array([d * (_exit(name, d) + (2.0 if joint.open else DOT / 2 + 3.0)) for d in around])
-        tilted = 10.0 * (np.abs(around).min(1) > 1e-6)
-        points = np.repeat(grid, len(around), 0)
-        where = points + np.tile(tips, (len(grid), 1))
-        cost = np.tile(tilted, len(grid))
-        inside = ((where > low - 4) & (where < high + 4)).all(1)
-        cost = cost + 60.0 * inside * joint.open
-        return _Options(points, where + np.tile(beyond, (len(grid), 1)), cost, where if joint.open else None)
+        name = leaving(np.array([joint.width, joint.height]) / 2, around)
+        tips = points[:, None] + around * (STUB if joint.open else 0.0)
+        labels = tips + around * (name + (2.0 if joint.open else DOT / 2 + 3.0))[:, None]
+        inside = ((tips > low - 4) & (tips < high + 4)).all(-1)
+        aside = 10.0 * (np.abs(around).min(1) > 1e-6) + 60.0 * inside * joint.open
+        return _Options(points, np.zeros(len(points)), labels, aside, tips if joint.open else None)
 
-    def _paths(self, joint: Joint, options: _Options) -> Array:
-        """The straight pieces of all its wires, [C, m, 2, 2]."""
-        points = options.points
+    def _wires(self, joint: Joint, points: Array) -> Array:
+        """The straight pieces of all its wires but the stub of a dot, [C, m, 2, 2]."""
         if joint.plain:
             a, b = (self.attach(end, points) for end in joint.ends)
             bend = 2 * points - (a + b) / 2
@@ -229,69 +262,62 @@ class Board:
             pieces = list(pairwise(curve))
         else:
             pieces = [(self.attach(end, points), points) for end in joint.ends]
-            if options.tips is not None:
-                pieces.append((points, options.tips))
-        if not pieces:
-            return np.zeros((len(points), 0, 2, 2))
         return np.stack([np.stack(piece, 1) for piece in pieces], 1)
 
-    def _obstacles(self, joint: Joint, options: _Options, paths: Array) -> Array:
-        """What a position hides, passes through and crosses, and how long it is."""
-        name = _boxes(options.labels, (joint.width, joint.height))
-        boxes, (solids, own, own_of) = self.boxes, self._in_the_way(joint)
-        placed = np.array(self.names).reshape(-1, 4)
-        dots = np.array(self.dots).reshape(-1, 4)
-        old = np.concatenate([np.zeros((0, 2, 2)), *self.segments])
-        cost: Array = np.linalg.norm(paths[:, :, 1] - paths[:, :, 0], axis=-1).sum(1)
-        cost += _HIDDEN * (_overlap(name, boxes, 4).sum(1) + _overlap(name, placed, 4).sum(1))
-        cost += _HIDDEN * _overlap(name, dots, 3).sum(1)
-        cost += _THROUGH * _through(old[None], name[:, None], 1.0).sum((1, 2))
-        cost += _THROUGH * _through(paths, solids[None], 3.0).sum((1, 2))
-        cost += _THROUGH * _through(paths, placed[None], 1.0).sum((1, 2))
-        cost += _THROUGH * _through(paths, dots[None], 3.0).sum((1, 2))
-        cost += _CROSSED * _crossings(paths, old)
-        for k, end in enumerate(joint.ends if joint.dotted else ()):  # no wire through another end of the leg
-            others = np.array([(end.item, end.solid) != tuple(which) for which in own_of], dtype=bool)
-            cost += _THROUGH * _through(paths[:, k : k + 1], own[None, others], 1.0).sum((1, 2))
-        if options.tips is not None:  # its own wires and its own stub
-            cost += _THROUGH * _through(paths[:, -1:], own[None], 2.0).sum((1, 2))
-            cost += _THROUGH * _through(paths[:, :-1], name[:, None], 1.0).sum((1, 2))
-        elif joint.dotted:
-            cost += _THROUGH * _through(paths, name[:, None], 1.0).sum((1, 2))
+    def _in_the_way(self, joint: Joint, around: _Around, points: Array, wires: Array) -> Array:
+        """What the wires pass through and cross, and what a dot hides."""
+        there = _all((around.foreign, 3), (self.names, 1), (self.dots, 3))
+        cost = _THROUGH * through(wires, there[None]).sum((1, 2))
+        cost += _CROSSED * crossings(wires, self.segments)
         if joint.dotted:
-            dot = _boxes(options.points, (DOT, DOT))
-            cost += _HIDDEN * (_overlap(dot, boxes, 7).sum(1) + _overlap(dot, placed, 3).sum(1))
-            cost += _HIDDEN * _overlap(dot, dots, 12).sum(1)
-            cost += _THROUGH * _through(old[None], dot[:, None], 3.0).sum((1, 2))
-        return cost
+            for k, others in enumerate(around.others):
+                cost += _THROUGH * through(wires[:, k : k + 1], grown(others, 1)[None]).sum((1, 2))
+            dot = boxes(points, (DOT, DOT))
+            cost += _HIDDEN * overlap(dot, _all((self.boxes, 7), (self.names, 3), (self.dots, 12))).sum(1)
+            cost += _THROUGH * through(self.segments[None], grown(dot, 3)[:, None]).sum((1, 2))
+        return np.asarray(cost)
 
-    def _in_the_way(self, joint: Joint) -> tuple[Array, Array, NDArray[np.int_]]:
-        """What its wires must not pass, and what they end in: solids of its items, whole boxes of others."""
-        ends = {(end.item, end.solid) for end in joint.ends}
-        mine = np.array([tuple(which) in ends for which in self.solid_of])
-        inside = np.isin(self.solid_of[:, 0], joint.items)
-        others = np.array([k not in joint.items for k in range(len(self.items))])
-        return np.concatenate([self.solids[inside & ~mine], self.boxes[others]]), self.solids[mine], self.solid_of[mine]
-
-    def _crowding(self, joint: Joint, options: _Options) -> Array:
-        """Wires leave an operand in different directions."""
-        cost = np.zeros(len(options.points))
-        leaving = [(self.attach(end, options.points), end) for end in joint.ends]
-        for start, end in leaving:
-            d = _unit(options.points - start)
-            for other, direction in self.leaving.get(end, ()):
-                cosine = d @ direction
-                near = np.linalg.norm(start - other, axis=-1) < 12
-                cost += (4 + 8 * near) * (1 + cosine) + 200 * near * (cosine > 0.94) * (cosine - 0.94) / 0.06
+    def _beside(self, joint: Joint, around: _Around, options: _Options, wires: Array) -> Array:
+        """What the name and the stub of a dot cost, hide and cross: [C, a]."""
+        count = options.labels.shape[1]
+        name = boxes(options.labels.reshape(-1, 2), (joint.width, joint.height))
+        there = _all((self.boxes, 4), (self.names, 4), (self.dots, 3))
+        cost = options.aside.reshape(-1) + _HIDDEN * overlap(name, there).sum(1)
+        cost += _THROUGH * through(self.segments[None], grown(name, 1)[:, None]).sum((1, 2))
+        if joint.dotted:
+            cost += _THROUGH * through(np.repeat(wires, count, 0), grown(name, 1)[:, None]).sum((1, 2))
         if options.tips is not None:
-            d = _unit(options.tips - options.points)
-            for start, _ in leaving:
-                cosine = (d * _unit(start - options.points)).sum(1)
+            starts, tips = np.repeat(options.points, count, 0), options.tips.reshape(-1, 2)
+            stub = np.stack([starts, tips], 1)[:, None]
+            cost += length(stub) + _CROSSED * crossings(stub, self.segments)
+            there = _all((around.foreign, 3), (self.names, 1), (self.dots, 3), (around.own, 2))
+            cost += _THROUGH * through(stub, there[None]).sum((1, 2))
+            for end in joint.ends:
+                cosine = (unit(tips - starts) * unit(self.attach(end, starts) - starts)).sum(1)
                 cost += 8 * (1 + cosine) + 200 * (cosine > 0.9)
-        for k, (start, _) in enumerate(leaving):
-            for other, _ in leaving[k + 1 :]:
-                cosine = (_unit(start - options.points) * _unit(other - options.points)).sum(1)
-                cost += 6 * (1 + cosine) + 200 * (cosine > 0.94)
+        return np.asarray(cost.reshape(-1, count))
+
+    def _around(self, joint: Joint) -> _Around:
+        ends = [(end.item, end.solid) for end in joint.ends]
+        own = [k for k, which in enumerate(self.solid_of) if which in ends]
+        inside = [k for k, which in enumerate(self.solid_of) if which[0] in joint.items and which not in ends]
+        boxes = [k for k in range(len(self.items)) if k not in joint.items]
+        others = tuple(self.solids[[k for k in own if self.solid_of[k] != end]] for end in ends)
+        return _Around(np.concatenate([self.solids[inside], self.boxes[boxes]]), self.solids[own], others)
+
+    def _crowding(self, joint: Joint, points: Array) -> Array:
+        """Wires leave an operand in different directions."""
+        cost = np.zeros(len(points))
+        starts = [self.attach(end, points) for end in joint.ends]
+        for start, end in zip(starts, joint.ends, strict=True):
+            d = unit(points - start)
+            for other, direction in self.left.get(end, ()):
+                cosine = d @ direction
+                near = norm(start - other) < 12
+                cost += (4 + 8 * near) * (1 + cosine) + 200 * near * (cosine > 0.94) * (cosine - 0.94) / 0.06
+        for start, other in combinations(starts, 2):
+            cosine = (unit(start - points) * unit(other - points)).sum(1)
+            cost += 6 * (1 + cosine) + 200 * (cosine > 0.94)
         return cost
 
 
@@ -301,43 +327,6 @@ def _gaps(board: Board, axis: int) -> list[float]:
     return [float(x) for x in (at[1:] + at[:-1]) / 2]
 
 
-def _unit(vectors: Array) -> Array:
-    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9))
-
-
-def _exit(half: Array, direction: Array) -> float:
-    """How far from its centre a ray leaves a box."""
-    return float((half / np.maximum(np.abs(direction), 1e-9)).min())
-
-
-def _boxes(centres: Array, size: tuple[float, float]) -> Array:
-    return np.concatenate([centres, np.broadcast_to(np.array(size), centres.shape)], -1)
-
-
-def _overlap(one: Array, other: Array, gap: float) -> Mask:
-    """Which boxes of two lists come closer than `gap`: [C, B]."""
-    apart = np.abs(one[:, None, :2] - other[None, :, :2])
-    return np.asarray((apart < (one[:, None, 2:] + other[None, :, 2:]) / 2 + gap).all(-1))
-
-
-def _through(segments: Array, boxes: Array, gap: float) -> Mask:
-    """Which segments [C, m, 2, 2] meet which boxes [C, B, 4]: [C, m, B]; either C may be 1."""
-    start, step = segments[:, :, None, 0], (segments[:, :, 1] - segments[:, :, 0])[:, :, None]
-    step = np.where(np.abs(step) < 1e-9, 1e-9, step)
-    half = boxes[:, None, :, 2:] / 2 + gap
-    one, other = (boxes[:, None, :, :2] - half - start) / step, (boxes[:, None, :, :2] + half - start) / step
-    enter, leave = np.minimum(one, other).max(-1), np.maximum(one, other).min(-1)
-    return np.asarray((leave >= np.maximum(enter, 0)) & (enter <= 1))
-
-
-def _crossings(paths: Array, old: Array) -> Array:
-    """How often the paths of each option cross the segments that are there: [C]."""
-
-    def side(a: Array, b: Array, c: Array) -> Array:
-        u, v = b - a, c - a
-        return np.asarray(u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0])
-
-    a, b = paths[:, :, None, 0], paths[:, :, None, 1]
-    c, d = old[None, None, :, 0], old[None, None, :, 1]
-    apart = (side(a, b, c) * side(a, b, d) < -1e-6) & (side(c, d, a) * side(c, d, b) < -1e-6)
-    return np.asarray(apart.sum((1, 2)))
+def _all(*some: tuple[Array, float]) -> Array:
+    """Lists of boxes as one, each with its gap."""
+    return np.concatenate([grown(each, gap) for each, gap in some])

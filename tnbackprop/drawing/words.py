@@ -48,7 +48,7 @@ def _em(character: str) -> float:
     return 0.95 if character in _WIDE else 0.72 if character.isupper() else 0.63
 
 
-def wrapped(text: str, characters: int = 34) -> tuple[str, ...]:
+def wrapped(text: str, characters: int = 44) -> tuple[str, ...]:
     """Lines of about so many characters."""
     return tuple(textwrap.wrap(text, characters, break_long_words=False, break_on_hyphens=False)) or ("",)
 

@@ -1,7 +1,8 @@
 """Curvature from the root S of the loss Hessian, S Sᵀ = ∂²L/∂output²: V = Jᵀ S has the GGN as VᵀV.
 
 Dangel et al. 2020, arXiv:1912.10985, Table 1 and Eq. 18-20. The GGN is that of the loss as the user wrote it,
-G = (1/N) Σ_n J_nᵀ H_n J_n for a loss that averages. `…MC` draws columns from the model's own distribution.
+G = (1/N) Σ_n J_nᵀ H_n J_n for a loss that averages. `…MC` draws columns s with E[s sᵀ] = ∂²L/∂output²: gradients of
+labels from the model's own distribution for cross-entropy, normal ones for any other loss.
 """
 
 from __future__ import annotations

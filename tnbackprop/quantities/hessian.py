@@ -58,8 +58,9 @@ class HesScale(Quantity):
 class BL89(HesScale):
     """`HesScale` from a softmax taken elementwise: h = t p (1 - p) / N with the targets t, not p (1 - p) / N.
 
-    Becker & Le Cun 1989, as Elsayed & Mahmood 2022 (arXiv:2210.11639) apply it to classification. The same as
-    `HesScale` for losses that do not mix outputs.
+    Becker & Le Cun 1989, as Elsayed & Mahmood 2022 (arXiv:2210.11639) apply it to classification: with L = -t log p and
+    p' = p (1 - p), p'' = p (1 - p) (1 - 2 p), it is p'² ∂²L/∂p² + p'' ∂L/∂p. The same as `HesScale` for losses that do
+    not mix outputs, and for those that are not torch's cross-entropy: only there is it known what the elements are of.
     """
 
     name: str = "bl89"

@@ -91,6 +91,7 @@ def batch_norm(call: Any) -> Rule:
 def _running(call: Any) -> Rule:
     weight, bias = _affine(call, "c")
     return Rule(
-        f"output[n, c, *s] = (input[n, c, *s] - running_mean[c]) * (running_var[c] + eps)**(-1/2){weight}{bias}",
+        f"""centred[n, c, *s] = input[n, c, *s] - running_mean[c]
+            output[n, c, *s] = centred[n, c, *s] * (running_var[c] + eps)**(-1/2){weight}{bias}""",
         constants={"eps": call.eps},
     )

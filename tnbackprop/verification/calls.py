@@ -90,11 +90,11 @@ def _concrete(value: Any, env: Env, size: int) -> Any:
 # -- what the rule says
 
 
-def run_code(code: str, env: Env) -> Tensor:
-    """Torch code of a rule; {name} is a value."""
+def run_code(code: str, env: Env, size: int | None = None) -> Tensor:
+    """Torch code of a rule; {name} is a value, N the batch size."""
     names = {name: f"v{k}" for k, name in enumerate(env)}
     variables: dict[str, Any] = {names[name]: value for name, value in env.items()}
-    result: Tensor = eval(code.format(**names), {"torch": torch}, variables)
+    result: Tensor = eval(code.format(**names), {"torch": torch, "N": size}, variables)
     return result
 
 

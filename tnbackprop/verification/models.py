@@ -21,6 +21,7 @@ from ..quantities import Quantity, Source
 from ..reference import size_of
 from ..runtime import Program
 from .calls import BUILD_ERRORS, tensors_of, trace
+from .defined import SEED
 from .draws import unsettled
 from .oracle import Problem
 from .quantities import ALL, check_quantities
@@ -41,6 +42,7 @@ def try_model(
         raise InputError("a model is verified on a batch: verify(model, x), or the shape of x: verify(model, (8, 3))")
     model = _finite(model, filled(batch[0]))
     x, y = filled(batch[0]), filled(batch[1])
+    loss = copy.deepcopy(loss).double().cpu() if isinstance(loss, nn.Module) else loss
     if loss is None:
         y = torch.randn_like(_run(model, x)) if y is None else y
     programs, left_out = programs_for(model, loss or nn.MSELoss(), (x, y), quantities or ALL, rules, bool(quantities))
@@ -66,10 +68,11 @@ def _program_case(program: Program, batch: Batch, with_rules: bool) -> Iterator[
         if with_rules:
             for subject in subjects(trace(program, x, y, n), case, "", None):
                 yield from check_rule(subject)
-        yield from compare_quantities(program, x, y, n, case)
+        yield from compare_quantities(program, x, y, n, case, means=n == size)
 
 
-def compare_quantities(program: Program, x: Any, y: Any, size: int, case: str) -> Iterator[Finding]:
+def compare_quantities(program: Program, x: Any, y: Any, size: int, case: str, means: bool = True) -> Iterator[Finding]:
+    """Every quantity of every parameter; `means`: what is drawn also in the mean over many draws."""
     model, loss = program.model, program.loss
     output = _run(model, x)
     if not isinstance(output, Tensor) or not output.ndim or output.shape[0] % size:
@@ -83,8 +86,8 @@ def compare_quantities(program: Program, x: Any, y: Any, size: int, case: str) -
 
     theta = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     problem = Problem(forward, loss, theta, x, y, size)
-    values = program(x, y, seed=0)
-    yield from check_quantities(problem, program.quantities, dict(values), case)
+    values = program(x, y, seed=SEED)
+    yield from check_quantities(program, problem, dict(values), case, means)
 
 
 def programs_for(

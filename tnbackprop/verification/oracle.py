@@ -144,14 +144,13 @@ def ntk(problem: Problem) -> Values:
 # -- curvature
 
 
-def loss_hessians(problem: Problem) -> Tensor:
-    """H_n, [N, F, F]."""
-    output = problem.output
+def loss_hessians(problem: Problem, output: Tensor | None = None, rows: int = 0) -> Tensor:
+    """H_n, [N, F, F]; at another output; or of each of `rows` parts of the output."""
+    output, rows = problem.output if output is None else output, rows or problem.size
     assert problem.loss is not None
     loss = problem.loss
-    values = output.numel() // problem.size
-    full = jacobian(grad(lambda f: loss(f, problem.y)), output).reshape(problem.size, values, problem.size, values)
-    return torch.stack([full[n, :, n] for n in range(problem.size)])
+    full = jacobian(grad(lambda f: loss(f, problem.y)), output).reshape(rows, output.numel() // rows, rows, -1)
+    return torch.stack([full[n, :, n] for n in range(rows)])
 
 
 def ggn_blocks(problem: Problem) -> dict[str, Tensor]:

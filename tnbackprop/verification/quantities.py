@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..approximate import Sharing
+from ..linalg import KroneckerFactors
 from ..quantities import (
     BL89,
     KFAC,
@@ -19,6 +21,7 @@ from ..quantities import (
     BatchL2,
     DiagGGN,
     DiagGGNMC,
+    Fisher,
     GGNGram,
     GGNTrace,
     Grad,
@@ -32,10 +35,14 @@ from ..quantities import (
     SqrtGGNMC,
     Variance,
 )
+from ..runtime import Program
 from . import oracle
+from .defined import EXPECTED as LINE_BY_LINE
+from .defined import Defined, explained
 from .diagnose import likely
+from .drawn import check_law, check_mean, is_drawn
 from .oracle import Problem, Values
-from .report import LeftOut, Row, deviation, wrong_entries
+from .report import LeftOut, NotDefined, Row, deviation, wrong_entries
 from .rules import LIMIT, Finding, first_entry
 
 Expected = Callable[[Problem, Any], Values]
@@ -45,6 +52,8 @@ ALL: tuple[Quantity, ...] = (
     Grad(), BatchGrad(), BatchL2(), BatchDot(), SecondMoment(), Variance(), SqrtGGN(), DiagGGN(),
     DiagGGN("diag_ggn_per_sample", per_sample=True), GGNTrace(), GGNGram(), HessianDiag(),
     HessianDiag("hessian_diag_per_sample", per_sample=True), Jacobians(), NTK(),
+    SqrtGGNMC(), DiagGGNMC(), KFLR(), KFLR("kflr_reduce", sharing=Sharing.REDUCE), KFAC(),
+    KFAC("kfac_empirical", fisher=Fisher.EMPIRICAL), KFRA(), HesScale(), BL89(),
 )  # fmt: skip
 """What is compared where nobody says which."""
 FEW: tuple[Quantity, ...] = (BatchGrad(),)
@@ -90,53 +99,71 @@ EXPECTED: Mapping[type[Quantity], Expected] = {
     Jacobians: lambda problem, _: oracle.jacobians(problem),
     NTK: lambda problem, _: oracle.ntk(problem),
 }
-NOT_COMPARED: Mapping[type[Quantity], str] = {
-    DiagGGNMC: "it is drawn: only its mean over many draws is the diagonal of the GGN",
-    SqrtGGNMC: "it is drawn: only its mean over many draws is a root of the GGN",
-    KFLR: "it approximates a block of the GGN, and torch.func has only the block itself",
-    KFRA: "it approximates a block of the GGN, and torch.func has only the block itself",
-    KFAC: "it approximates a block of the Fisher, and torch.func has only the block itself",
-    HesScale: "it approximates the diagonal of the Hessian; compare HessianDiag",
-    BL89: "it approximates the diagonal of the Hessian; compare HessianDiag",
-}
 
 
 def check_quantities(
-    problem: Problem, quantities: Mapping[str, Quantity], values: Mapping[str, Mapping[str, Any]], case: str
+    program: Program, problem: Problem, values: Mapping[str, Mapping[str, Any]], case: str, means: bool
 ) -> Iterator[Finding]:
     """A row for each quantity of each parameter.
 
-    quantities  by their key in `values`
-    values      quantity -> parameter -> value, as a program gives it
+    values  quantity -> parameter -> value, as the program gives it
+    means   also what is drawn, in the mean over many draws
     """
-    for key, quantity in quantities.items():
+    defined = Defined(program, problem)
+    if means:
+        yield from check_law(defined, case)
+    for key, quantity in program.quantities.items():
         why = _left_out(problem, quantity)
         if why:
             yield LeftOut(key, why)
             continue
-        want = EXPECTED[type(quantity)](problem, quantity)
+        if is_drawn(quantity) and defined.root(key).calls:
+            yield from check_mean(defined, key, quantity, case) if means else ()
+            continue
+        try:
+            want = _expected(defined, key, quantity, values[key])
+        except NotDefined as reason:
+            yield LeftOut(key, str(reason))
+            continue
+        except RuntimeError as error:
+            if "not implemented" not in str(error):
+                raise
+            yield LeftOut(key, f"torch.func has no second derivative here: {error}")
+            continue
         for name, wanted in want.items():
-            if name not in values[key]:
+            if isinstance(wanted, NotDefined):
+                yield LeftOut(f"{key} of '{name}'", str(wanted))
+            elif name not in values[key]:
                 yield Row(key, f"'{name}'", case, tuple(wanted.shape), float("inf"), "  the program has no value")
                 return
-            yield _compare(key, name, quantity, values[key][name], wanted, case)
+            else:
+                yield _compare(key, name, quantity, values[key][name], wanted, case)
+
+
+def _expected(
+    defined: Defined, key: str, quantity: Quantity, got: Mapping[str, Any]
+) -> Mapping[str, Tensor | NotDefined]:
+    if type(quantity) in EXPECTED:
+        return EXPECTED[type(quantity)](defined.problem, quantity)
+    return LINE_BY_LINE[type(quantity)](defined, key, quantity, got)
 
 
 def _left_out(problem: Problem, quantity: Quantity) -> str:
     """Why a quantity is not compared; "" where it is."""
-    if type(quantity) in NOT_COMPARED:
-        return NOT_COMPARED[type(quantity)]
-    if type(quantity) not in EXPECTED:
+    if type(quantity) not in EXPECTED and type(quantity) not in LINE_BY_LINE:
         return f"{type(quantity).__name__} is not one of tnbackprop's: nothing says what it must be"
     outputs = problem.output.numel()
     largest = max((p.numel() for p in problem.theta.values()), default=0)
-    pairs = isinstance(quantity, SqrtGGN | DiagGGN | GGNTrace | GGNGram | HessianDiag)
+    factors = isinstance(quantity, KFLR | KFAC)
+    pairs = isinstance(quantity, SqrtGGN | DiagGGN | GGNTrace | GGNGram | HessianDiag) or factors
     entries = largest * max(largest, outputs) * problem.size if pairs else largest * outputs
     return f"{entries} entries to compare with: give verify a smaller model or batch" if entries > 10 * LIMIT else ""
 
 
-def _compare(key: str, name: str, quantity: Quantity, got: Tensor, want: Tensor, case: str) -> Row:
+def _compare(key: str, name: str, quantity: Quantity, got: Any, want: Tensor, case: str) -> Row:
     axes = tuple(f"axis{k}" for k in range(want.ndim))
+    if isinstance(got, KroneckerFactors):
+        got = got.to_dense()
     if isinstance(quantity, SqrtGGN):  # a root is only fixed up to a rotation of its columns: Σ_v V_v V_vᵀ is compared
         V = got.reshape(*got.shape[:2], -1)
         got = torch.einsum("vnp,vnq->npq", V, V)
@@ -151,4 +178,4 @@ def _compare(key: str, name: str, quantity: Quantity, got: Tensor, want: Tensor,
         cause = likely(got, want, axes, {})
         wrong = first_entry(f"{key} of '{name}'", "the program", "torch.func", got, want, axes)
         wrong += f"\n  likely: {cause}" if cause else ""
-    return Row(key, f"'{name}'", case, tuple(want.shape), deviation(got, want), wrong)
+    return Row(key, f"'{name}'", case, tuple(want.shape), deviation(got, want), wrong, explained(quantity))

@@ -21,6 +21,7 @@ class Row:
     case   the shapes it was made with
     error  largest deviation, relative to the largest entry
     wrong  what is wrong where, with the likely cause; "" where all entries agree
+    how    what it was compared with, where that is not simply a derivative by torch.func
     """
 
     what: str
@@ -29,6 +30,7 @@ class Row:
     shape: tuple[int, ...]
     error: float
     wrong: str = ""
+    how: str = ""
 
     @property
     def ok(self) -> bool:
@@ -44,6 +46,10 @@ class LeftOut:
 
     what: str
     why: str
+
+
+class NotDefined(Exception):
+    """Why nothing says what a value must be: it becomes a `LeftOut`."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,9 @@ class Verification:
         verdict = "agrees with torch.func" if self.ok else "is wrong" if wrong else "was not compared with anything"
         lines = [f"{self.subject} {verdict}: {len(self.rows)} comparisons in float64"]
         lines += [f"  {line}" for line in aligned(self._table())]
+        for how in dict.fromkeys(row.how for row in self.rows if row.how):
+            names = ", ".join(dict.fromkeys(row.what for row in self.rows if row.how == how))
+            lines.append(f"{names}: compared with {how}")
         if self.left_out:
             lines.append("left out:")
             lines += [f"  {note.what}: {note.why}" for note in dict.fromkeys(self.left_out)]

@@ -172,7 +172,7 @@ def _try(trial: _Trial, inputs: dict[str, Tensor], quantities: Sequence[Quantity
     for program in programs:
         for x in (inputs, one):
             size = next(iter(x.values())).shape[0]
-            for finding in compare_quantities(program, x, y[:size], size, trial.case(x)):
+            for finding in compare_quantities(program, x, y[:size], size, trial.case(x), means=x is inputs):
                 yield _of_the_module(finding)
 
 

@@ -1,0 +1,90 @@
+"""Memory that is used again: a step writes over an operand only where nothing can see that any more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tnbackprop as tn
+from tnbackprop.compiler.cost import Kernel
+from tnbackprop.compiler.listing import lines_of
+from tnbackprop.compiler.store import NO_WORK, Step
+
+INTO = (("t0", "t0.mul_(b)"),)
+
+
+def step(name: str, code: str, *inputs: str, own: bool = True, into: tuple[tuple[str, str], ...] = ()) -> Step:
+    return Step(name, code, inputs, Kernel.ELEMENTWISE, NO_WORK, own=own, into=into)
+
+
+FIRST = step("t0", "a * a", "a")
+LAST = step("t9", "t0 * b", "t0", "b", into=INTO)
+VIEW = step("t1", "t0.reshape(4)", "t0", own=False)
+
+
+@pytest.mark.parametrize(
+    ("steps", "kept", "over"),
+    [
+        ((FIRST, LAST), {"t9"}, True),
+        ((FIRST, LAST), {"t9", "t0"}, False),
+        ((FIRST, LAST, step("t10", "t0 + 1", "t0")), {"t9", "t10"}, False),
+        ((FIRST, VIEW, LAST), {"t9"}, True),
+        ((FIRST, VIEW, LAST), {"t9", "t1"}, False),
+        ((FIRST, VIEW, LAST, step("t10", "t1 + 1", "t1")), {"t9", "t10"}, False),
+        ((step("t0", "f(a)", "a", own=False), LAST), {"t9"}, False),
+        ((LAST,), {"t9"}, False),
+    ],
+    ids=["dead", "kept", "read later", "view dead", "view kept", "view read later", "not its own", "from outside"],
+)  # fmt: skip
+def test_only_memory_that_nobody_sees(steps: tuple[Step, ...], kept: set[str], over: bool) -> None:
+    lines = [line.strip() for line in lines_of(steps, kept)]
+    assert ("t9 = t0.mul_(b)" in lines) == over
+    assert ("t9 = t0 * b" in lines) != over
+
+
+class Twice(nn.Module):
+    """Branches that meet again, and a value that is read after it was added to another."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1).to(dtype)
+        self.last = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = nn.functional.max_pool2d(torch.tanh(self.one(x)), 2)
+        inner = self.two(h.to(self.two.weight.dtype)).to(h.dtype)
+        return self.last((h + torch.relu(inner)).flatten(1))
+
+
+QUANTITIES: list[Callable[[], tn.Quantity]] = [
+    tn.Grad, tn.BatchGrad, tn.Variance, tn.SecondMoment, tn.DiagGGN, tn.SqrtGGN, tn.HessianDiag, tn.KFAC, tn.KFRA,
+]  # fmt: skip
+
+
+def test_nothing_that_is_seen_changes() -> None:
+    """Parameters, batch and earlier results are as before, and a second call gives the same."""
+    torch.manual_seed(0)
+    model, x, y = Twice(), torch.randn(5, 2, 4, 4), torch.randint(3, (5,))
+    program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), quantities=[quantity() for quantity in QUANTITIES])
+    assert "square_()" in program.source
+    before = [t.clone() for t in (x, y, *model.parameters())]
+    first = program(x, y, generator=torch.Generator().manual_seed(1))
+    shown = {(q, p): v.clone() for q in first for p, v in first[q].items() if isinstance(v, Tensor)}
+    output = first.output.clone()
+    second = program(x, y, generator=torch.Generator().manual_seed(1))
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, y, *model.parameters()), strict=True))
+    assert torch.equal(first.output, output) and torch.equal(second.output, output)
+    for (q, p), value in shown.items():
+        assert torch.equal(first[q][p], value), (q, p)
+        assert torch.equal(second[q][p], value), (q, p)
+
+
+def test_several_dtypes_write_nothing_over() -> None:
+    """A product of a float32 and a float64 has the wider dtype, which the narrower operand cannot hold."""
+    torch.manual_seed(0)
+    model, x, y = Twice(torch.float64), torch.randn(5, 2, 4, 4), torch.randint(3, (5,))
+    program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), quantities=[tn.Variance()])
+    assert "square_()" not in program.source and "mul_(" not in program.source

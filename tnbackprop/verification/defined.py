@@ -1,0 +1,242 @@
+"""What is no derivative but defined by its way through the model: drawn columns, Kronecker factors, diagonals.
+
+Their references are made of torch.func Jacobians of single lines and of the loss's own Hessian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad
+from torch.utils import _pytree as pytree
+
+from ..approximate import Sharing
+from ..compiler.derived import Columns, Extraction
+from ..compiler.emit import noises
+from ..compiler.roots import LossRoot
+from ..diagram import leaves
+from ..linalg import KroneckerFactors
+from ..quantities import BL89, KFAC, KFLR, KFRA, DiagGGNMC, Fisher, HesScale, Quantity, SqrtGGNMC
+from ..runtime import Program
+from . import oracle, recursions
+from .calls import dense, run_code, trace, with_lines
+from .kronecker import Structure, block, structure_of
+from .lines import Sample
+from .oracle import Problem
+from .report import NotDefined
+
+LIMIT = 20_000_000
+"""Entries of the Jacobians of all lines, or of the Hessians of one, that are written out."""
+SEED = 0
+"""Of the program's own draws, which are drawn again."""
+
+
+@dataclass(frozen=True)
+class Defined:
+    """A program on one batch, with what its definitions have in common; computed when it is first asked for."""
+
+    program: Program
+    problem: Problem
+    runs: dict[int, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """Raises `NotDefined` where their Jacobians are too large."""
+        found = []
+        for n in range(self.problem.size):
+            y = pytree.tree_map(lambda t, n=n: t[n : n + 1] if isinstance(t, Tensor) and t.ndim else t, self.problem.y)
+            found.append(Sample(self.program, self.problem.sample(n), y))
+            if found[0].entries > LIMIT:
+                raise NotDefined(f"{found[0].entries} entries of Jacobians: give verify a smaller model")
+        return found
+
+    @cached_property
+    def hessians(self) -> Tensor:
+        """H_n, [N, F, F]."""
+        return oracle.loss_hessians(self.problem)
+
+    @cached_property
+    def gradients(self) -> Tensor:
+        """∂L/∂f_n, [N, F]."""
+        assert self.problem.loss is not None
+        loss, y = self.problem.loss, self.problem.y
+        found: Tensor = grad(lambda f: loss(f, y))(self.problem.output)
+        return found.reshape(self.problem.size, -1)
+
+    @cached_property
+    def roots(self) -> Tensor:
+        """S_n with S_nᵀ S_n = H_n, [N, V, F]."""
+        return half(self.hessians)
+
+    def run(self, seed: int) -> Mapping[str, Mapping[str, Any]]:
+        """The program's results with another seed."""
+        if seed not in self.runs:
+            self.runs[seed] = dict(self.program(self.problem.x, self.problem.y, seed=seed))
+        return self.runs[seed]
+
+    def columns(self, key: str) -> Columns:
+        """The sweep that a quantity is a result of."""
+        for found in self.program.compiled.derived.columns:
+            items = [item for item in found.schedule if isinstance(item, Extraction)]
+            if any(key in item.diagrams or key in item.factors for item in items):
+                return found
+        raise NotDefined("the program has no parameter")
+
+    def structure(self, key: str, value: str) -> Structure:
+        """How the program's factors of a parameter separate; B reads what is no value of the forward."""
+        items = [item for item in self.program.compiled.derived.items if isinstance(item, Extraction)]
+        factors = next(item.factors[key] for item in items if item.parameter == value and key in item.factors)
+        reads = [set(leaves(diagram)) - self.samples[0].env.keys() for diagram in factors.diagrams]
+        return structure_of(factors, next((k for k, names in enumerate(reads) if names), 0))
+
+    def root(self, key: str) -> LossRoot:
+        start = self.columns(key).start
+        assert isinstance(start, LossRoot)
+        return start
+
+    def drawn(self, key: str) -> Tensor:
+        """The columns that the program has drawn, [N, V, F]: the rule's own code, on the same random numbers."""
+        found = self.columns(key)
+        plan, shape = self.program.compiled.plan, self.problem.output.shape
+        generator = torch.Generator().manual_seed(SEED)
+        counts = {c.variable.replace("column", "noise"): c.samples for c in self.program.compiled.derived.columns}
+        noise = {
+            name: torch.rand((counts[name], *shape), dtype=torch.float64, generator=generator) for name in noises(plan)
+        }
+        own = noise[found.variable.replace("column", "noise")]
+        draw = self.draw(self.root(key), self.problem.output)
+        columns: Tensor = torch.stack([draw(row) for row in own], 1) * found.samples**-0.5
+        return columns
+
+    def draw(self, root: LossRoot, output: Tensor) -> Callable[[Tensor], Tensor]:
+        """The rule's code for one column at an output, [N, F], of uniform numbers with its shape."""
+        size, graph = self.problem.size, self.program.compiled.graph
+        traced = trace(self.program, self.problem.x, self.problem.y, size)
+        call, rule = next((call, rule) for call, rule in traced.bound if call.output.name == graph.loss)
+        env = {**traced.env, root.value: output}
+        env = with_lines(rule, env, env[call.output.name], size)
+        if root.curvature is not None:
+            env["curvature"] = dense(root.curvature, env, size)
+        return lambda noise: run_code(root.root.sample, {**env, "noise": noise}, size).reshape(size, -1)
+
+
+# -- the quantities
+
+
+Values = Mapping[str, Tensor | NotDefined]
+Expected = Callable[[Defined, str, Any, Mapping[str, Any]], Values]
+"""For a quantity with its key, and what the program has: what its definition gives, or why it gives nothing."""
+
+
+def sampled_roots(case: Defined, key: str, quantity: Any, got: Mapping[str, Any]) -> dict[str, Tensor]:
+    """J_nᵀ s_vn, [V, N, *p]."""
+    s, J = case.drawn(key), oracle.jacobians(case.problem)
+    return {name: torch.einsum("nvf,nf...->vn...", s, own) for name, own in J.items()}
+
+
+def sampled_diagonal(case: Defined, key: str, quantity: Any, got: Mapping[str, Any]) -> Values:
+    """Σ_v (J_nᵀ s_vn)², summed over n or not."""
+    each = {name: V.square().sum(0) for name, V in sampled_roots(case, key, quantity, got).items()}
+    return each if quantity.per_sample else {name: V.sum(0) for name, V in each.items()}
+
+
+def factors(case: Defined, key: str, quantity: Any, got: Mapping[str, Any]) -> Values:
+    """The dense block of the factors; of what other lines are made of, where a reason says so."""
+    samples = case.samples
+    if isinstance(quantity, KFRA):
+        matrices = recursions.averages(samples, case.hessians.sum(0))
+        reached = [{name: half(K) / len(samples) ** 0.5 for name, K in matrices.items()}] * len(samples)
+    else:
+        starts = _starts(case, key, quantity)
+        reached = [recursions.columns(each, start) for each, start in zip(samples, starts, strict=True)]
+    found: dict[str, Tensor | NotDefined] = {}
+    for value, name in samples[0].trainable.items():
+        own = got.get(name)
+        if isinstance(own, KroneckerFactors):
+            try:
+                joined = own.parameter != tuple(case.problem.theta[name].shape)
+                structure = case.structure(key, value)
+                found[name] = block(samples, reached, value, structure, quantity.sharing is Sharing.REDUCE, joined)
+            except NotDefined as reason:
+                found[name] = reason
+    return found
+
+
+def _starts(case: Defined, key: str, quantity: Any) -> Tensor:
+    """The columns at the output, [N, V, F]."""
+    if isinstance(quantity, KFLR):
+        return case.roots
+    if quantity.fisher is Fisher.EMPIRICAL:
+        rows: Tensor = case.gradients.unsqueeze(1) / case.problem.scale**0.5
+        return rows
+    return case.drawn(key)
+
+
+def half(K: Tensor) -> Tensor:
+    """R with Rᵀ R = K, positive semi-definite: [..., F, F]."""
+    values, vectors = torch.linalg.eigh((K + K.mT) / 2)
+    root: Tensor = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+    return root.mT
+
+
+def approximate_diagonal(case: Defined, key: str, quantity: Any, got: Mapping[str, Any]) -> Values:
+    """The recursion of the diagonal, [*p] or [N, *p]."""
+    samples = case.samples
+    largest = max(sample.env[name].numel() for sample in samples[:1] for line in sample.lines for name in line.reads)
+    if largest**2 > LIMIT:
+        raise NotDefined(f"{largest}² second derivatives of one line: give verify a smaller model")
+    starts = _elementwise(case, key) if isinstance(quantity, BL89) else case.hessians.diagonal(dim1=1, dim2=2)
+    each = [recursions.diagonals(*args) for args in zip(samples, case.gradients, starts, strict=True)]
+    found = {}
+    for value, name in samples[0].trainable.items():
+        at = samples[0].env[value]
+        own = torch.stack([h[value].reshape(at.shape) if value in h else torch.zeros_like(at) for h in each])
+        found[name] = own if quantity.per_sample else own.sum(0)
+    return found
+
+
+def _elementwise(case: Defined, key: str) -> Tensor:
+    """BL89's start: t p (1 - p) of a softmax with the targets t, all scale of the loss in t; else diag H_n. [N, F]."""
+    diagonal = case.hessians.diagonal(dim1=1, dim2=2)
+    if not case.root(key).root.elementwise:
+        return diagonal
+    output = case.problem.output
+    p = torch.softmax(output, 1)
+    rows = oracle.loss_hessians(case.problem, rows=len(output))
+    at = p.reshape(len(output), p.shape[1], -1)  # class, position
+    eye = torch.eye(at.shape[2], dtype=p.dtype)
+    spread = torch.einsum("ncs,cd,st->ncsdt", at, torch.eye(at.shape[1], dtype=p.dtype), eye)
+    spread = spread - torch.einsum("ncs,nds,st->ncsdt", at, at, eye)
+    own = rows.reshape(spread.shape)
+    weight = torch.einsum("ncscs->ns", own) / torch.einsum("ncscs->ns", spread)
+    if not torch.allclose(own, spread * weight[:, None, :, None, None], rtol=1e-9, atol=1e-12):
+        raise NotDefined("the loss is no softmax, and only its own rule says what it is with outputs apart")
+    p = p.reshape(diagonal.shape)
+    return p * diagonal - case.gradients * p * (1 - p)  # t = κ p - g of the gradient, κ p (1 - p) of the Hessian
+
+
+def explained(quantity: Quantity) -> str:
+    """What the quantity is compared with."""
+    return next((text for kind, text in HOW.items() if isinstance(quantity, kind)), "")
+
+
+EXPECTED: Mapping[type[Quantity], Expected] = {
+    SqrtGGNMC: sampled_roots,
+    DiagGGNMC: sampled_diagonal,
+    KFLR: factors,
+    KFRA: factors,
+    KFAC: factors,
+    HesScale: approximate_diagonal,
+    BL89: approximate_diagonal,
+}
+HOW: Mapping[type[Quantity] | tuple[type[Quantity], ...], str] = {
+    (SqrtGGNMC, DiagGGNMC): "torch.func VJPs of the same drawn columns, whose law is compared apart",
+    KFRA: "its recursion over the torch.func Jacobians of all lines",
+    (KFLR, KFAC): "factors of the torch.func Jacobians of single lines and of the columns that reach them",
+    (HesScale, BL89): "the recursion over the torch.func Jacobians and second derivatives of all lines",
+}

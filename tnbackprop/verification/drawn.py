@@ -1,0 +1,102 @@
+"""What is drawn, in the mean: the second moments of columns at the output, and quantities over many seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..linalg import KroneckerFactors
+from ..quantities import KFLR, DiagGGNMC, Quantity, Source, SqrtGGNMC
+from . import oracle
+from .defined import SEED, Defined, factors
+from .report import LeftOut, NotDefined, Row
+from .rules import Finding
+
+DRAWS, RUNS, SIGMAS = 1000, 200, 6.0
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Many numbers in the mean, as they must be, and how far apart the two may be."""
+
+    got: Tensor
+    want: Tensor
+    margin: Tensor
+
+
+def _mean(each: Tensor, want: Tensor) -> Mean:
+    """`SIGMAS` standard errors, and as many of the largest draws: what is rarer may not have been drawn at all."""
+    margin = (each.std(0) * len(each) ** 0.5 + each.amax((0, -1)).unsqueeze(-1)) * SIGMAS / len(each)
+    return Mean(each.mean(0), want, margin)
+
+
+def check_law(case: Defined, text: str) -> Iterator[Finding]:
+    """Columns that a rule draws have the second moments of the loss's Hessian: (w·s)² for many w. For every root.
+
+    At a small output, where no softmax is sharp.
+    """
+    keys = [key for key, quantity in case.program.quantities.items() if is_drawn(quantity)]
+    roots = [root for root in (case.root(key) for key in keys) if not root.calls]
+    for root in (root for k, root in enumerate(roots) if root not in roots[:k]):
+        output = case.problem.output / 10
+        H = oracle.loss_hessians(case.problem, output=output)
+        w = torch.cat([torch.eye(H.shape[1]), torch.randn(H.shape[1], H.shape[1])]).to(H.dtype)
+        draw, generator = case.draw(root, output), torch.Generator().manual_seed(SEED)
+        noise = (torch.rand(output.shape, dtype=H.dtype, generator=generator) for _ in range(DRAWS))
+        each = torch.stack([(draw(own) @ w.T).square() for own in noise])
+        found = _mean(each, torch.einsum("wf,nfg,wg->nw", w, H, w))
+        how = f"the Hessian of the loss: their second moments over {DRAWS} draws, within {SIGMAS:g} standard errors"
+        yield _row("drawn columns", "", text, found, how)
+
+
+def check_mean(case: Defined, key: str, quantity: Any, text: str) -> Iterator[Finding]:
+    """A drawn quantity over many seeds: its diagonal is that of the exact one."""
+    want: dict[str, Tensor | NotDefined] = {}
+    if isinstance(quantity, SqrtGGNMC | DiagGGNMC):
+        per_sample = isinstance(quantity, SqrtGGNMC) or quantity.per_sample
+        want |= oracle.ggn_diagonal(case.problem, per_sample)
+    else:
+        exact = KFLR(sharing=quantity.sharing, bias=quantity.bias)
+        blocks = factors(case, key, exact, case.run(0)[key])
+        want |= {name: own if isinstance(own, NotDefined) else own.diagonal() for name, own in blocks.items()}
+    for name, wanted in want.items():
+        if isinstance(wanted, NotDefined):
+            yield LeftOut(f"{key} of '{name}'", str(wanted))
+            continue
+        each = [case.run(seed)[key][name] for seed in range(RUNS)]
+        squares = [own.square().sum(0) for own in each] if isinstance(quantity, SqrtGGNMC) else each
+        values = torch.stack([_diagonal(own) for own in squares])
+        how = (
+            f"the exact diagonal: the mean over {RUNS} seeds, within {SIGMAS:g} standard errors (a loss without a rule)"
+        )
+        yield _row(key, f"'{name}'", text, _mean(values, wanted), how)
+
+
+def is_drawn(quantity: Quantity) -> bool:
+    return quantity.propagates.source is Source.SAMPLE
+
+
+def _diagonal(value: Any) -> Tensor:
+    found: Tensor = value.to_dense().diagonal() if isinstance(value, KroneckerFactors) else value
+    return found
+
+
+def _row(what: str, of: str, case: str, mean: Mean, how: str) -> Row:
+    off = (mean.got - mean.want).abs()
+    wrong = off > mean.margin
+    text = ""
+    if wrong.any():
+        index = tuple(int(k) for k in wrong.nonzero()[0])
+        got, want, margin = (float(t[index]) for t in (mean.got, mean.want, mean.margin))
+        ratio = float((mean.got * mean.want).sum() / mean.want.square().sum())
+        text = (
+            f"  entry {list(index)}: the mean of the draws is {got:.4g} ± {margin:.2g}, and it must be {want:.4g}  "
+            f"({int(wrong.sum())} of {wrong.numel()} entries are wrong)\n"
+            f"  likely: the columns are drawn with another law: over all entries the mean is {ratio:.3g} times as large"
+        )
+    largest = float(mean.want.abs().max().clamp(min=torch.finfo(torch.float64).tiny))
+    return Row(what, of, case, tuple(mean.want.shape), float(off.max()) / largest, text, how)
