@@ -59,7 +59,7 @@ def test_right_rules(name: str) -> None:
 
 def test_every_quantity_of_a_rule_and_of_its_input() -> None:
     """Second derivatives, too, and what is defined line by line; nothing is left out."""
-    report = tn.verify(DAMPED, module=Damped(3), x=(2, 3))
+    report = tn.verify(norm, module=nn.LayerNorm(3), x=(2, 3))
     quantities = {row.what for row in report.rows if "'input'" in row.of} - {"Jacobian"}
     assert quantities == {
         "grad", "batch_grad", "batch_l2", "batch_dot", "second_moment", "variance", "sqrt_ggn", "diag_ggn", "ntk",
@@ -68,8 +68,8 @@ def test_every_quantity_of_a_rule_and_of_its_input() -> None:
     }  # fmt: skip
     assert report.ok and not report.left_out
     text = str(report)
-    assert text.startswith("the rule of Damped agrees with torch.func")
-    assert re.search(r"hessian_diag +\d+ .* ok +'gain', 'input'", text)
+    assert text.startswith("the rule of LayerNorm agrees with torch.func")
+    assert re.search(r"hessian_diag +\d+ .* ok +'weight', 'bias', 'input'", text)
 
 
 def test_every_option_and_many_shapes_are_drawn() -> None:

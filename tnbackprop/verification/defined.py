@@ -203,7 +203,8 @@ def approximate_diagonal(case: Defined, key: str, quantity: Any, got: Mapping[st
 def _elementwise(case: Defined, key: str) -> Tensor:
     """BL89's start: t p (1 - p) of a softmax with the targets t, all scale of the loss in t; else diag H_n. [N, F]."""
     diagonal = case.hessians.diagonal(dim1=1, dim2=2)
-    if not case.root(key).root.elementwise:
+    start = case.columns(key).start
+    if not isinstance(start, LossRoot) or not start.root.elementwise:
         return diagonal
     output = case.problem.output
     p = torch.softmax(output, 1)

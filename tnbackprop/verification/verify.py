@@ -38,13 +38,15 @@ def verify(
     x, y        a batch, or only the shape of x: (8, 3, 32, 32); drawn where None (not for a model)
     module      for a rule: its class, of which modules are drawn (every option changed once), or modules to try
     loss        for a model: the loss of its quantities; mean squared error to a random target where None
-    quantities  what is compared; where None, all that torch.func can compute (of a program: its own)
+    quantities  what is compared; where None, all (of a program: its own)
     rules       as for `compile`: where None, the built-in and the registered ones
     check       raise `VerificationError` at the first wrong entry; False: return the report
 
     Compared are, for every call with a rule: forward code, formula, Jacobians, native VJPs; then every quantity of
-    every parameter, and, for a rule, of the inputs, second derivatives among them. Shapes are drawn: N = 1, axes of
-    size 1, further axes where the text has `*s`. Parameters get noise, in a copy.
+    every parameter, and, for a rule, of the inputs, second derivatives among them. Kronecker factors, approximate
+    diagonals and what is drawn have their definitions, made of torch.func Jacobians of single lines; the report says
+    which. Shapes are drawn: N = 1, axes of size 1, further axes where the text has `*s`. Parameters get noise, in a
+    copy.
 
     Raises `VerificationError`, which names the first wrong entry and the likely cause; `RuleError` and
     `UnsupportedError` where a text is wrong; `InputError` where there is nothing to try it with.
