@@ -311,6 +311,12 @@ MISUSE: dict[str, tuple[Callable[[], object], str]] = {
                             r"two rules for tnbackprop_tests.powered.default"),
     "passed function": (lambda: tn.compile(network(Power()), nn.MSELoss(), (X, Y), [], rules={plain: FORMULA}),
                         "plain is a plain function"),
+    "field": (lambda: tn.Rule(None), "formula of a tn.Rule is NoneType, not text"),
+    "fields": (lambda: tn.Rule(FORMULA, jacobian="1"), "jacobian of a tn.Rule is str, not a dictionary"),
+    "root": (lambda: tn.Rule(FORMULA, root="1"), "root of a tn.Rule is str, not a tn.Root"),
+    "code": (lambda: tn.Rule(FORMULA, forward=3), "forward of a tn.Rule is int, not text"),
+    "list": (lambda: tn.compute(network(Power()), nn.MSELoss(), (X, Y), [], rules=[FORMULA]),
+             r"(?s)rules is list, not a mapping.*tn.RULES \|"),
     "no row": (lambda: tn.rule(Power)(3), r"(?s)the rule for Power is 3.*function of the module"),
     "class as a row": (lambda: tn.rule(Power)(tn.Rule), r"the rule for Power is <class"),
     "text that is no formula": (lambda: tn.rule(Power)("gain[i] * input[n, i]"), "name.legs. = expression"),
@@ -337,6 +343,32 @@ def test_a_row_that_returns_no_rule(returned: Any) -> None:
     message = rf"(?s)the row for Power in module '2' \(Power\) returned {type(returned).__name__}.*return a Rule"
     with pytest.raises(RuleError, match=message):
         tn.compile(network(Power()), nn.MSELoss(), (X, Y), [tn.Grad()])
+
+
+def row_that_raises(layer: Power) -> str:
+    return f"output[n, i] = gain[i] * input[n, i]**{layer.pover}"
+
+
+CODE: dict[str, tuple[Any, str]] = {
+    "no Python": (tn.Rule(FORMULA, forward="{input} @@ {gain}"), r"(?s)no expression of Python.*{input} @@.*\n {11}\^"),
+    "no braces": (tn.Rule(FORMULA, forward="gain * {input}**3"), r"(?s)unknown name 'gain' in the code.*write {gain}"),
+    "no module": (tn.Rule(FORMULA, vjp={"input": "np.exp({input})"}), r"(?s)unknown name 'np'.*reads torch, and oper"),
+    "row": (row_that_raises, r"(?s)the row for Power in module '2' .* AttributeError: .*\n.*test_declare.py, line"),
+    "row without argument": (lambda: FORMULA, r"the row for Power .* raises TypeError: .* takes 0 positional"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CODE)
+def test_wrong_code(what: str) -> None:
+    declared, message = CODE[what]
+    with pytest.raises(RuleError, match=message):
+        tn.compile(network(Power()), nn.MSELoss(), (X, Y), [tn.Grad()], rules=tn.RULES | {Power: declared})
+
+
+def test_code_may_have_names_of_its_own() -> None:
+    """Of a lambda."""
+    code = "{gain} * (lambda a: a * a * a)({input})"
+    check(network(Power()), rules=tn.RULES | {Power: tn.Rule(FORMULA, forward=code)})
 
 
 def test_a_primitive_that_returns_two() -> None:

@@ -277,6 +277,11 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "axes": (LINEAR, {"weight": (2, 3, 4), "bias": (2,)}, r"(?s)'weight' has 3 axes \[2, 3, 4\].*names 2.*\^"),
     "sizes": (LINEAR, {"weight": (2, 3), "bias": (3,)}, r"(?s)leg 'o' has size 2 in 'weight' .*but 3 in 'bias'.*\^"),
     "size of a constant": (LINEAR, {"weight": (2, 3), "bias": (2,), "O": 3}, "'o' has size 3 in the constant O but 2"),
+    "formula": (3, {}, "formula of a tn.Rule is int, not text"),
+    "initialiser fails": (LINEAR, {"weight": (2, 3), "bias": ((2,), nn.init.xavier_uniform_)},
+                          r"the initialiser of 'bias' fails on shape \[2\]: Fan in"),
+    "initialiser makes another": (LINEAR, {"weight": ((2, 3), torch.randn_like), "bias": (2,)},
+                                  "(?s)the initialiser of 'weight' does not fill it in place.*torch.nn.init"),
     "no shape": (LINEAR, {"weight": "2, 3", "bias": (2,)}, NO_SHAPE),
     "size zero": (LINEAR, {"weight": (2, 0), "bias": (2,)}, NO_SHAPE),
     "float size": (LINEAR, {"weight": (2, 3.0), "bias": (2,)}, NO_SHAPE),
@@ -302,6 +307,32 @@ CALLS: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "too much": ((torch.zeros(4, 3), 1), TypeError, "too many positional"),
     "no tensor": (([[1.0, 2.0, 3.0]],), tn.InputError, "'input' is list, not a tensor"),
 }
+
+
+@pytest.mark.parametrize(
+    ("formula", "leg"),
+    [
+        ("output[n, o] = weight[o, i] * input[n, j] + bias[o]", "leg 'i' is summed in 'weight' alone.*mean 'j'"),
+        ("output[n, o] = weight[o, i] * sin(input[n, j]) * bias[o]", "leg 'i' is summed in 'weight' alone"),
+    ],
+)
+def test_a_slip_in_a_leg(formula: str, leg: str) -> None:
+    """Two sums of one size, each in one factor, are a typing error; in lines of their own they are what they say."""
+    made = tn.einsum_layer(formula, weight=(2, 3), bias=(2,))
+    with pytest.raises(RuleError, match=f"(?s){leg}.*a line of its own"):
+        made(torch.ones(4, 3))
+    assert made(torch.ones(4, 5)).shape == (4, 2)
+    apart = tn.einsum_layer("s[n] = input[n, j]\noutput[n, o] = weight[o, i] * s[n]", weight=torch.ones(2, 3))
+    assert torch.equal(apart(torch.ones(4, 3)), torch.full((4, 2), 9.0))
+    pooled = tn.einsum_layer("output[n, c] = gain[c] * input[n, c, h, w]", gain=torch.ones(2))
+    assert torch.equal(pooled(torch.ones(4, 2, 3, 3)), torch.full((4, 2), 9.0))
+
+
+def test_a_scale_that_divides_by_zero() -> None:
+    made = tn.einsum_layer("output[n, i] = gain[i] * input[n, i] / (N - 1)", gain=torch.ones(3))
+    assert torch.equal(made(torch.ones(3, 3)), torch.full((3, 3), 0.5))
+    with pytest.raises(tn.InputError, match=r"divides by zero at this batch size.*: give more samples"):
+        made(torch.ones(1, 3))
 
 
 @pytest.mark.parametrize("what", CALLS)

@@ -63,6 +63,63 @@ def test_unknown_quantity(program: tn.Program) -> None:
         program(X, Y)["variance"]
 
 
+def test_what_torch_raises_in_a_program() -> None:
+    """A class that is none, a dtype that no kernel has: with the layer and the line of the source."""
+    classes = torch.zeros(5, dtype=torch.long)
+    program = tn.compile(MODEL, nn.CrossEntropyLoss(), (X, classes), [tn.Grad()])
+    with pytest.raises(InputError, match=r"(?s)fails in loss: cross_entropy_loss.default: .*out of bounds.*line \d+"):
+        program(X, classes + 7)
+
+
+class Centred(nn.Module):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return (input - target).square().sum() / (input.shape[0] - 1)
+
+
+@dataclass(frozen=True)
+class Sample(tn.Quantity):
+    """The variance of a sample: it divides by N - 1."""
+
+    name: str = "sample"
+
+    def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Diagram:
+        D = ((J.T @ g) - (J.T @ g).sum("n") / tn.N).held()
+        return (D * D).sum("n") / (tn.N - 1)
+
+
+@pytest.mark.parametrize("where", ["loss", "quantity"])
+def test_a_scale_that_divides_by_zero(where: str) -> None:
+    """1/(N - 1) is right for every batch but that of one sample."""
+    rules = tn.RULES | {Centred: "output[] = (input[n, c] - target[n, c])**2 / (N - 1)"}
+    loss: nn.Module = Centred() if where == "loss" else nn.MSELoss()
+    program = tn.compile(MODEL, loss, (X, Y), [Sample()] if where == "quantity" else [tn.Grad()], rules=rules)
+    result = program(X, Y)
+    assert all(bool(value.isfinite().all()) for by in result.values() for value in by.values())
+    place = "loss" if where == "loss" else "sample of "
+    with pytest.raises(InputError, match=rf"(?s)fails in {place}.*divides by zero at this batch size.*more samples"):
+        program(X[:1], Y[:1])
+
+
+@pytest.mark.parametrize("options", [{"seed": "a"}, {"seed": 1.5}, {"generator": 3}], ids=str)
+def test_seeds(program: tn.Program, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"give a whole number, or a torch.Generator"):
+        program(X, Y, **options)
+    with pytest.raises(InputError, match=r"seed=1, generator="):
+        program(X, Y, seed=1, generator=torch.Generator())
+
+
+def test_the_model_has_other_layers_now() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    program = tn.compile(model, nn.MSELoss(), (X, Y), [tn.Grad()])
+    model[0], model[1] = nn.Linear(3, 5).double(), nn.Linear(5, 2).double()
+    with pytest.raises(InputError, match=r"'0.weight' has shape \[5, 3\] now, but .* \[4, 3\]: compile again"):
+        program(X, Y)
+    del model[1]
+    model[0] = nn.Linear(3, 4).double()
+    with pytest.raises(InputError, match=r"no parameter '1.weight' any more: compile again"):
+        program(X, Y)
+
+
 # ---------------------------------------------------------------- compilation
 
 

@@ -43,6 +43,31 @@ def test_values_and_report() -> None:
     assert report.count("torch.func") >= 3
 
 
+@torch.library.custom_op("tnbackprop_tests::halved", mutates_args=())
+def halved(value: Tensor) -> Tensor:
+    return value / 2
+
+
+@halved.register_fake
+def _(value: Tensor) -> Tensor:
+    return torch.empty_like(value)
+
+
+class Halved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return halved(self.first(x))
+
+
+def test_an_op_without_a_derivative() -> None:
+    """Told when it is compiled, not when it runs."""
+    with pytest.raises(tn.UnsupportedError, match=r"(?s)halved.default in .* no derivative of it.*Declare one"):
+        tn.compile(Halved(), nn.MSELoss(), (torch.randn(4, 3), torch.randn(4, 2)), [tn.Grad()])
+
+
 class Mixing(nn.Module):
     """Every sample sees the ranks of the others."""
 

@@ -77,8 +77,8 @@ BUILDS: dict[str, tuple[type[tn.TnError], str, Callable[[], tn.CurvatureProduct]
         "the model's output has a torch.int64 in it: return floating point tensors only",
         build(model=seq(nn.Linear(3, 2), Apply(lambda t: (t, t.argmax(1))))),
     ),
-    "blocks": (tn.InputError, "blocks='layer': give one of Blocks.FULL, Blocks.PARAMETER", build(blocks="layer")),
-    "fisher": (tn.InputError, "fisher='mc': give one of Fisher.MC", build(make=tn.fisher_product, fisher="mc")),
+    "blocks": (tn.InputError, "blocks='layer': give one of tn.Blocks.FULL, tn.Blocks.PARAMETER", build(blocks="layer")),
+    "fisher": (tn.InputError, "fisher='mc': give one of tn.Fisher.MC", build(make=tn.fisher_product, fisher="mc")),
     "no samples": (tn.InputError, "mc_samples=0: draw at least one", build(make=tn.fisher_product, mc_samples=0)),
     "merged samples": (
         tn.UnsupportedError,

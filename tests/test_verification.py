@@ -130,7 +130,11 @@ WRONG = {
         r"output" + ENTRY + r"[^§]*missing leg: it does not vary along o, and it must",
     ),
     "leg on one side": Wrong(
-        "output[*s, o] = weight[o, i] * input[*s, j] + bias[o]", Affine, r"'input': missing leg: .* along j', and"
+        "output[*s, o] = weight[o, i] * input[*s, j] + bias[o]", Affine, r"leg 'i' is summed in 'weight' alone: "
+    ),
+    "leg on one side of two lines": Wrong(
+        "t[*s] = input[*s, j]\noutput[*s, o] = weight[o, i] * t[*s] + bias[o]", Affine,
+        r"'input': missing leg: .* along j', and",
     ),
     "two legs for one": Wrong(
         "output[*s, i] = 3/2 * tanh(input[*s, i]) * gain[i] + 0 * input[*s, i] + gain[j] - gain[j] + gain[i] - gain[i]"

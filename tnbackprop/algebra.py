@@ -54,6 +54,8 @@ class Transposed:
 
     def __matmul__(self, cotangents: Cotangents) -> Diagram:
         """Jᵀ g with legs [n, *columns, *parameter]: the individual gradients."""
+        if not isinstance(cotangents, Cotangents):
+            return NotImplemented
         nothing = Diagram((*cotangents.kept, *self.uses.legs), ())
         terms = [
             pull_back(jacobian, g, keep=cotangents.kept, into=self.uses.legs)

@@ -5,20 +5,23 @@ equations = bind(rule, {"input": axes, "weight": axes, "bias": None}, names, out
 
 from __future__ import annotations
 
+import ast
+import builtins
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 
-from .diagram import BATCH, Delta, Diagram, Leg, Product, Size, leaves, summed_legs
+from .diagram import BATCH, Delta, Diagram, Leg, Map, Product, Size, Tensor, leaves, summed_legs
 from .errors import RuleError, UnsupportedError
 from .expand import Expander
 from .jacobian import Jacobian
 from .legs import Axes, solve
 from .notation import RESERVED, parse_access, parse_expression, parse_legs, parse_program
 from .rule import Root, Rule
-from .syntax import Access, Index, Line, Node, accesses, nearest, selects
+from .syntax import Access, Factors, Index, Line, Node, accesses, mixing, nearest, selects
 
 __all__ = ["Axes", "BoundRule", "Equation", "Saved", "bind", "output_axes"]
 
@@ -76,6 +79,7 @@ def bind(
     output: str,
     output_axes: Axes,
     where: str,
+    own: bool = False,
 ) -> BoundRule:
     """Bind a rule to the shapes and value names of one call.
 
@@ -83,6 +87,7 @@ def bind(
     names        operand name -> runtime value name
     output       runtime value name of the output, with its axes
     where        the call, for messages
+    own          the text is by hand: a sum that looks like a slip is refused
 
     Raises `RuleError` (with a caret) where the text is wrong or does not fit the shapes, `UnsupportedError`
     where it mixes samples.
@@ -90,7 +95,11 @@ def bind(
     if isinstance(rule, str):
         rule = Rule(formula=rule)
     with _placed(where):
-        return _Binder(rule, operands, names, output, output_axes, where).bind()
+        binder = _Binder(rule, operands, names, output, output_axes, where)
+        bound = binder.bind()
+        if own:
+            binder.check_slips(bound.equations)
+        return bound
 
 
 def output_axes(rule: Rule, operands: Mapping[str, Axes | None], where: str) -> Axes:
@@ -217,6 +226,24 @@ class _Binder:
                     what = f"leg '{leg}' is only on the left, and {', '.join(map(str, lonely))} only on the right"
                     raise item.place.error(what, hint)
 
+    def check_slips(self, equations: tuple[Equation, ...]) -> None:
+        """A leg that one factor sums alone, beside one of its size that only others sum, is a slip of the pen."""
+        for line, equation in zip(self.lines, equations, strict=bool(self.lines)):
+            for product in equation.diagram.products if equation.diagram else ():
+                for leg, other in _slips(product, equation.legs):
+                    if leg in self.legs.all and other in self.legs.all:
+                        raise self._slip(line, leg, other)
+
+    def _slip(self, line: Line, leg: Leg, other: Leg) -> RuleError:
+        """The error, where the leg stands."""
+        for access in accesses(line.right):
+            for item in access.items:
+                if leg in (self.legs.flat((item,)) if isinstance(item, Factors) else ()):
+                    what = f"leg '{leg}' is summed in '{access.tensor}' alone: no other factor has it"
+                    hint = f"did you mean '{other}'? If not, sum it in a line of its own"
+                    return item.place.error(what, hint)
+        raise AssertionError(leg)
+
     def _output(self) -> Equation:
         jacobians: dict[str, Jacobian] = {}
         for name, node in self.jacobian.items():
@@ -280,10 +307,7 @@ class _Binder:
             over_batch = any(BATCH in summed_legs(p, equation.legs) for p in equation.diagram.products)
             tainted = summed.intersection(leaves(equation.diagram))
             if BATCH in equation.legs and tainted:
-                raise UnsupportedError(
-                    f"{self.where} mixes samples: '{min(tainted)}' is a sum over the batch. "
-                    "Derivatives never cross the batch."
-                )
+                raise mixing(self.where, f"'{min(tainted)}' is a sum over the batch")
             if over_batch or tainted:
                 summed.add(equation.name)
 
@@ -317,4 +341,37 @@ class _Binder:
                 raise RuleError(f"unknown tensor '{name}' in the code", code, match.start(1), nearest(name, known))
             return "{" + self.names[name] + "}"
 
-        return _PLACEHOLDER.sub(replace, code)
+        bound = _PLACEHOLDER.sub(replace, code)
+        _check_code(code, frozenset(self.names))
+        return bound
+
+
+def _slips(product: Product, kept: tuple[Leg, ...]) -> Iterator[tuple[Leg, Leg]]:
+    reads = [read for op in product.operands for read in (op.args if isinstance(op, Map) else (op,))]
+    summed = [leg for leg in summed_legs(product, kept) if leg.size != 1]
+    for leg in summed:
+        holders = [read for read in reads if leg in read.legs]
+        if len(holders) == 1 and isinstance(holders[0], Tensor):
+            name = holders[0].name
+            mine = {own for read in reads if isinstance(read, Tensor) and read.name == name for own in read.legs}
+            yield from ((leg, other) for other in summed if other.size == leg.size and other not in mine)
+
+
+@lru_cache(maxsize=4096)
+def _check_code(code: str, operands: frozenset[str]) -> None:
+    """Torch code is an expression of Python that reads torch and what stands in braces."""
+    if not code:
+        return
+    plain = _PLACEHOLDER.sub(lambda match: f"({'0' * len(match[1])})", code)
+    try:
+        nodes = list(ast.walk(ast.parse(plain, mode="eval")))
+    except SyntaxError as error:
+        line = code.split("\n")[(error.lineno or 1) - 1]
+        raise RuleError(f"the code is no expression of Python: {error.msg}", line, (error.offset or 1) - 1) from None
+    own = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    for node in nodes:
+        if isinstance(node, ast.Name) and node.id not in own | {"torch", "N"} and not hasattr(builtins, node.id):
+            hint = f"write {{{node.id}}}" if node.id in operands else "it reads torch, and operands in braces: {input}"
+            line = code.split("\n")[node.lineno - 1]
+            raise RuleError(f"unknown name '{node.id}' in the code", line, node.col_offset, hint)

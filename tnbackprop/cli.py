@@ -132,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TnError, OSError) as error:
         print(f"tnbackprop {command.name}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return status
 
 

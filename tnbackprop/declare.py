@@ -91,6 +91,7 @@ def resolve(rules: Mapping[Any, Declaration] | None) -> Rules:
     """Rules as the compiler takes them: the built-in and the registered ones for None, else exactly those passed."""
     if rules is None:
         return RULES | REGISTRY
+    _check_mapping(rules)
     table = Table()
     for target, declared in rules.items():
         known = RULES.get(target) if declared is RULES.get(target) else None
@@ -102,6 +103,7 @@ def resolve(rules: Mapping[Any, Declaration] | None) -> Rules:
 def identity(rules: Mapping[Any, Declaration] | None) -> frozenset[tuple[Any, Any]]:
     """A key for a cache: the same targets with the same rows. It is valid as long as the rows are alive."""
     rows: Mapping[Any, Declaration] = RULES | REGISTRY if rules is None else rules
+    _check_mapping(rows)
     return frozenset((target, row if isinstance(row, str) else id(row)) for target, row in rows.items())
 
 
@@ -148,6 +150,11 @@ def row_of(declared: Declaration, target: Any) -> RuleFunction:
             hint="give a function of the module or call, a tn.Rule, or its formula as text",
         )
     return declared
+
+
+def _check_mapping(rules: object) -> None:
+    if not isinstance(rules, Mapping):
+        raise RuleError(f"rules is {type(rules).__name__}, not a mapping", hint="write tn.RULES | {MyLayer: my_rule}")
 
 
 def _check_text(constant: Rule) -> None:

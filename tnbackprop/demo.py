@@ -29,6 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     images, labels = _digits()
     if not 1 <= arguments.batch <= len(images):
         raise tn.InputError(f"--batch {arguments.batch}: the digits are {len(images)} samples; give 1 to {len(images)}")
+    if arguments.steps < 0 or arguments.rounds < 1:
+        raise tn.InputError(f"--steps {arguments.steps} --rounds {arguments.rounds}: give at least 0 steps and 1 round")
     x, y = images[: arguments.batch], labels[: arguments.batch]
     model, loss = _model(), nn.CrossEntropyLoss()
     quantities = [tn.Grad(), tn.BatchGrad(), tn.BatchL2(), tn.BatchDot(), tn.SecondMoment(), tn.Variance()]

@@ -210,10 +210,14 @@ class Diagram:
         return self._scaled(sympy.sympify(other))
 
     def __truediv__(self, other: Scalar) -> Diagram:
+        if isinstance(other, Diagram):
+            return NotImplemented
         return self._scaled(1 / sympy.sympify(other))
 
     def __add__(self, other: Diagram) -> Diagram:
         """Sum by leg name; the one with fewer legs is constant along the others."""
+        if not isinstance(other, Diagram):
+            return NotImplemented
         larger, smaller = (self, other) if len(self.legs) >= len(other.legs) else (other, self)
         if not set(smaller.legs) <= set(larger.legs):
             raise ValueError(f"cannot add diagrams with legs [{_names(self.legs)}] and [{_names(other.legs)}]")
@@ -224,7 +228,7 @@ class Diagram:
         return self._scaled(sympy.Integer(-1))
 
     def __sub__(self, other: Diagram) -> Diagram:
-        return self + -other
+        return self + -other if isinstance(other, Diagram) else NotImplemented
 
     def sum(self, *names: str) -> Diagram:
         """Sum output legs by name. A leg that no operand has multiplies by its size."""
@@ -268,6 +272,8 @@ class Diagram:
         raise KeyError(f"no leg {name!r} among [{_names(self.legs)}]")
 
     def _scaled(self, factor: sympy.Expr) -> Diagram:
+        if factor.has(sympy.nan, sympy.zoo, sympy.oo):
+            raise ValueError("the scale of a diagram is not finite")
         return Diagram(self.legs, tuple(Product(p.scale * factor, p.operands) for p in self.products))
 
     def body(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import Enum
+
 
 class TnError(Exception):
     """Base class of every error that tnbackprop raises on purpose."""
@@ -39,3 +41,9 @@ class InvariantError(TnError):
 
 class VerificationError(TnError):
     """A rule or a program does not compute what the module does; the message names the first wrong entry."""
+
+
+def check_member(option: str, value: object, kind: type[Enum]) -> None:
+    """An option is a member of its enum, not its text. Raises `InputError`."""
+    if not isinstance(value, kind):
+        raise InputError(f"{option}={value!r}: give one of {', '.join(f'tn.{member}' for member in kind)}")

@@ -27,10 +27,9 @@ from .diagram import (
     argument,
     ordered_union,
 )
-from .errors import UnsupportedError
 from .legs import Legs
 from .notation import FUNCTIONS
-from .syntax import Access, Apply, Factors, Index, Name, Node, Number, Rest, Select, accesses, nearest, selects
+from .syntax import Access, Apply, Factors, Index, Name, Node, Number, Rest, Select, accesses, mixing, nearest, selects
 
 _RELATIONS = {"<": sympy.Lt, "<=": sympy.Le, ">": sympy.Gt, ">=": sympy.Ge, "==": sympy.Eq, "!=": sympy.Ne}
 
@@ -178,7 +177,9 @@ class Expander:
         if node.name in self.names or node.name in self.absent:
             raise node.place.error(f"tensor '{node.name}' needs its legs", f"write {node.name}[…]")
         sizes = [leg.lstrip("*").upper() for leg in self.legs.of_name] + [s.upper() for s in self.legs.stars]
-        raise node.place.error(f"unknown constant '{node.name}'", nearest(node.name, [*self.constants, *sizes]))
+        give = f"or give it: tn.Rule(…, constants={{'{node.name}': …}})"
+        hint = nearest(node.name, [*self.constants, *sizes])
+        raise node.place.error(f"unknown constant '{node.name}'", f"{hint}\n{give}")
 
     def access(self, node: Access) -> tuple[Tensor, tuple[Operand, ...]]:
         """The tensor on its legs, and the windows and deltas that its indices need."""
@@ -228,7 +229,7 @@ class Expander:
         for name, coefficient in coefficients.items():
             legs = self.legs.of_name[name]
             if any(leg.size == N or not isinstance(leg.size, int) for leg in legs):
-                raise UnsupportedError(f"{self.legs.where} mixes samples: the index {item} uses the batch leg '{name}'")
+                raise mixing(self.legs.where, f"the index {item} uses the batch leg '{name}'")
             if coefficient:
                 terms.append((coefficient, legs[0]))
         return tuple(terms), offset
@@ -283,7 +284,7 @@ class Expander:
     def select(self, node: Select) -> Selection:
         choice = self.legs.flat(node.choice)
         if any(leg.size == N for leg in choice):
-            raise UnsupportedError(f"{self.legs.where} mixes samples: select runs over the batch")
+            raise mixing(self.legs.where, "select runs over the batch")
         if node.index.tensor in self.absent:
             raise node.place.error(f"'{node.index.tensor}' is absent but selects")
         tensor, shape = self.access(node.index)
@@ -296,7 +297,7 @@ class Expander:
         arguments = _Arguments()
         expr = sympy.sympify(self.scalar(node, arguments))
         if expr.has(sympy.zoo, sympy.nan, sympy.oo, -sympy.oo):
-            raise node.place.error(f"the value is not finite: {expr}")
+            raise node.place.error("the value is not finite: it divides by zero")
         used = [k for k in range(len(arguments.tensors)) if argument(k) in expr.free_symbols]
         renumbered = expr.xreplace({argument(k): argument(position) for position, k in enumerate(used)})
         tensors = tuple(arguments.tensors[k] for k in used)

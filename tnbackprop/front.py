@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from .compiler import Compiled, compile_program
 from .declare import Declaration, identity, resolve
-from .errors import InputError
-from .quantities import Quantity
+from .errors import InputError, check_member
+from .quantities import Quantity, check_quantities
 from .runtime import Indefinite, Program, Result
 
 Loss = Callable[..., torch.Tensor]
@@ -26,7 +26,7 @@ def compile(
     quantities: Sequence[Quantity],
     *,
     rules: Mapping[Any, Declaration] | None = None,
-    memory_limit: int | str | None = None,
+    memory_limit: float | str | None = None,
     indefinite: Indefinite = Indefinite.REFUSE,
 ) -> Program:
     """Compile a model with its loss and quantities to a program.
@@ -42,7 +42,8 @@ def compile(
 
     Raises `InputError`, `UnsupportedError` and `RuleError`.
     """
-    _check_names(quantities)
+    check_quantities(quantities)
+    check_member("indefinite", indefinite, Indefinite)
     compiled = compile_program(model, loss, example, list(quantities), resolve(rules), _bytes(memory_limit))
     return Program(model, compiled, loss, quantities, indefinite)
 
@@ -60,10 +61,10 @@ def compute(
     A model whose parameters, modes (train, eval) or trainable flags changed is compiled again; one whose layers
     changed otherwise is not noticed: use `compile` there. Rows of `rules` are told apart by identity: define them once.
     """
+    check_quantities(quantities)
     key = _signature(model, loss, batch, quantities), identity(rules)
     programs = _PROGRAMS.setdefault(model, {})
     if key not in programs:
-        _check_names(quantities)
         resolved = resolve(rules)
         compiled = compile_program(model, loss, batch, list(quantities), resolved)
         programs[key] = compiled, (dict(rules or {}), resolved)
@@ -87,18 +88,13 @@ def _signature(
     return loss, tuple(quantities), inputs, str(spec), state, modes
 
 
-def _check_names(quantities: Sequence[Quantity]) -> None:
-    names = [quantity.name for quantity in quantities]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two quantities are called {name!r}: give one another name=, its key in the result")
-
-
-def _bytes(limit: int | str | None) -> int | None:
+def _bytes(limit: float | str | None) -> int | None:
     """A number of bytes from a number or a text like "2GiB"."""
-    if limit is None or isinstance(limit, int):
-        return limit
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|[kMGT]i?B)\s*", limit)
+    if limit is None:
+        return None
+    if isinstance(limit, int | float) and limit >= 1:
+        return int(limit)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|[kMGT]i?B)\s*", limit) if isinstance(limit, str) else None
     if match is None:
         raise InputError(f"memory_limit={limit!r} is no amount of memory: write bytes, or text like '500MB' or '2GiB'")
     unit = match[2].rstrip("B")

@@ -19,6 +19,8 @@ def ntk(model: torch.nn.Module, x: torch.Tensor, other: torch.Tensor | None = No
     The two batches ride through the model as one, then only their N times M pairs are multiplied. Jacot et al. 2018,
     arXiv:1806.07572. Raises `InputError` where the batches do not fit, and what `compile` raises.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"model is {type(model).__name__}, not a torch.nn.Module")
     if other is not None and (other.shape[1:] != x.shape[1:] or other.dtype != x.dtype):
         raise InputError(
             f"the second batch has samples of shape {list(other.shape[1:])} and dtype {other.dtype}, the first of "

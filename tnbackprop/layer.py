@@ -52,7 +52,7 @@ class EinsumLayer(Declared):
     def __init__(self, formula: str, tensors: Mapping[str, Any]) -> None:
         super().__init__()
         self._prepare()
-        lines = parse_program(formula)
+        lines = parse_program(Rule(formula).formula)
         read = _read(lines)
         _check_names(formula, tensors, read)
         self.constants: dict[str, Constant] = {}
@@ -96,7 +96,15 @@ class EinsumLayer(Declared):
         """Draw the parameters that were given as shapes again."""
         with torch.no_grad():
             for name, initialise in self.initialisers.items():
-                initialise(self.get_parameter(name))
+                parameter = self.get_parameter(name).fill_(torch.nan)
+                try:
+                    initialise(parameter)
+                except (ValueError, TypeError, RuntimeError) as error:
+                    what = f"the initialiser of '{name}' fails on shape {list(parameter.shape)}: {error}"
+                    raise RuleError(what) from error
+                if parameter.isnan().any():
+                    hint = "use one of torch.nn.init, or lambda tensor: tensor.fill_(…)"
+                    raise RuleError(f"the initialiser of '{name}' does not fill it in place", hint=hint)
 
     def _prepare(self) -> None:
         """Planning is no part of a graph; saying so imports torch's compiler, paid for by users of this class."""

@@ -14,7 +14,7 @@ import sympy
 
 from .diagram import BATCH, Leg, N, Size
 from .errors import RuleError, UnsupportedError
-from .syntax import Access, Factors, Index, Item, Name, Node, Number, Place, Rest, Select, Star, nearest
+from .syntax import Access, Factors, Index, Item, Name, Node, Number, Place, Rest, Select, Star, mixing, nearest
 
 Axes = tuple[tuple[Size, ...], ...]
 """The axes of a tensor, each as its row-major factors; the batch factor is exactly N."""
@@ -56,7 +56,7 @@ class _Solver:
     changed: bool = False
 
     def mixes(self, what: str) -> UnsupportedError:
-        return UnsupportedError(f"{self.where} mixes samples: {what}. Derivatives never cross the batch.")
+        return mixing(self.where, what)
 
     def count(self, use: Access) -> None:
         """What the number of axes of one access says about its stars."""
@@ -256,7 +256,7 @@ def _extents(axes: Mapping[str, Axes], where: str) -> dict[str, list[Extent | No
         for k, (size, axis) in enumerate(zip(extents, sizes, strict=True)):
             if size is None:
                 shown = "*".join(map(str, axis))
-                raise UnsupportedError(f"{where} mixes samples: axis {k} of '{name}' has size {shown}")
+                raise mixing(where, f"axis {k} of '{name}' has size {shown}")
     return found
 
 
@@ -311,7 +311,7 @@ def _unsized(solver: _Solver, name: str, place: Place) -> RuleError:
     shown = name.lstrip("*")
     known = [n for n in solver.sizes if n != REST] + [c for c in solver.constants if isinstance(c, str)]
     hint = nearest(shown, known)
-    hint += f"\nor give it: constants={{'{shown.upper()}': …}}"
+    hint += f"\nor give it: constants={{'{shown.upper()}': …}} for its size, {{'{shown}': …}} for a number that it is"
     return place.error(f"the size of leg '{shown}' does not follow from the operands", hint)
 
 

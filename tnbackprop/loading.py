@@ -206,12 +206,20 @@ def _made(loaded: Loaded, cls: Any) -> Callable[..., Tensor]:
 
 
 def target_for(loaded: Loaded, model: nn.Module, loss: Callable[..., Tensor] | None, x: Any, y: Any) -> Any:
-    """y, or a random target of the right shape: classes for cross entropy, else numbers."""
+    """y, or a random target of the right shape: classes for cross entropy, else numbers. Model and loss are tried."""
     args, kwargs = model_arguments(model, x)
     with torch.no_grad(), loaded.running():
         output = model(*args, **kwargs)
-    if y is not None or loss is None:
+    if loss is None:
         return y
+    y = _random_target(loaded, loss, output) if y is None else y
+    if loss not in LOSSES.values():
+        with torch.no_grad(), loaded.running():
+            loss(output, y)
+    return y
+
+
+def _random_target(loaded: Loaded, loss: Callable[..., Tensor], output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise InputError(f"{loaded.place} gives {type(output).__name__}, so its target is not known: define example()")
     if loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss):

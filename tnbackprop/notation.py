@@ -12,6 +12,7 @@ The grammar is Python's own, so `ast` reads it; what is not listed here is a `Ru
 from __future__ import annotations
 
 import ast
+import keyword
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -71,7 +72,20 @@ FUNCTIONS: Mapping[str, tuple[int, Callable[..., sympy.Expr]]] = MappingProxyTyp
 """Functions of a formula: name -> (number of arguments, sympy expression)."""
 
 RESERVED = frozenset(FUNCTIONS) | {"delta", "select", "pi"}
+LOOKALIKES = dict(zip("−–·×⋅∗÷²", ("-", "-", "*", "*", "*", "*", "/", "**2"), strict=True))
+"""What is meant by characters that papers use."""
+HINTS = {
+    "sum": "a leg that is not on the left is summed",
+    "einsum": "write the product: a leg that is not on the left is summed",
+    "mean": "a leg that is not on the left is summed: divide by its size, a capital letter",
+    "relu": "write maximum(x, 0)",
+    "max": "write maximum(x, y), of two values",
+    "min": "write minimum(x, y), of two values",
+    "pow": "write x**2",
+}
+"""For functions that one would expect."""
 _OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**"}
+_NOTATION = "it has name[legs], numbers, + - * / **, comparisons, a if b else c, and functions like exp(…)"
 _COMPARISONS = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!="}
 _UNARY = {ast.USub: "neg", ast.Not: "not"}
 
@@ -134,7 +148,9 @@ class _Source:
             return ast.parse("\n".join(map(_padded, self.lines))).body
         except SyntaxError as err:
             place = self._at(err.lineno or 1, max((err.offset or 1) - 1, 0))
-            raise place.error(f"not a formula: {err.msg}") from None
+            raise place.error(f"not a formula: {err.msg}", _syntax_hint(place)) from None
+        except (RecursionError, MemoryError):
+            raise RuleError("not a formula: too many brackets inside each other", hint="write several lines") from None
 
     def expression(self) -> ast.expr:
         statement = self.parse()[0]
@@ -151,6 +167,14 @@ class _Source:
         return Place(line, next(columns, len(line)))
 
 
+def _syntax_hint(place: Place) -> str:
+    """Words of Python, and brackets that are round."""
+    word = re.match(r"\w*", place.line[place.column :])
+    if word is not None and keyword.iskeyword(word[0]):
+        return f"'{word[0]}' is a word of Python: choose another name"
+    return "legs stand in square brackets: name[leg, leg]" if re.match(r"\w+\(.*\) *=", place.line) else ""
+
+
 def _padded(line: str) -> str:
     """Python has no empty subscript: x[] is read as x[()]."""
     return line.replace("[]", "[()]")
@@ -165,7 +189,8 @@ def _statements(text: str) -> list[_Source]:
         line = re.sub(r"\s", " ", raw.split("#")[0]).strip()
         for column, char in enumerate(line):
             if not " " <= char <= "~":
-                raise Place(line, column).error(f"the character {char!r} is not ASCII")
+                hint = f"write {LOOKALIKES[char]}" if char in LOOKALIKES else "names and operators are ASCII"
+                raise Place(line, column).error(f"the character {char!r} is not ASCII", hint)
         depth += sum(line.count(c) for c in "([{") - sum(line.count(c) for c in ")]}")
         if line:
             pending.append(line)
@@ -188,7 +213,8 @@ def _line(source: _Source) -> Line:
     body = source.parse()
     statement = body[0]
     if len(body) != 1 or not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
-        raise source.place(statement).error("a line has the form name[legs] = expression")
+        hint = "write a line for each" if len(body) > 1 else ""
+        raise source.place(statement).error("a line has the form name[legs] = expression", hint)
     left = _access(statement.targets[0], source)
     if left.tensor in RESERVED:
         raise left.place.error(f"'{left.tensor}' is a reserved name")
@@ -207,7 +233,7 @@ def _line(source: _Source) -> Line:
 
 def _access(node: ast.expr, source: _Source) -> Access:
     if not isinstance(node, ast.Subscript) or not isinstance(node.value, ast.Name):
-        raise source.place(node).error("expected name[legs]")
+        raise source.place(node).error("expected name[legs]", "a name with its legs: input[n, i]; name[] has none")
     elements = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
     items = tuple(_item(element, source) for element in elements)
     rest = [item for item in items if isinstance(item, Rest)]
@@ -288,7 +314,7 @@ def _node(node: ast.expr, source: _Source) -> Node:
         case ast.Call():
             return _call(node, source)
         case _:
-            raise place.error("this is not part of the notation")
+            raise place.error("this is not part of the notation", _NOTATION)
 
 
 def _call(node: ast.Call, source: _Source) -> Apply:
@@ -297,7 +323,8 @@ def _call(node: ast.Call, source: _Source) -> Apply:
     if name == "select":
         raise place.error("select has the form select(index[legs], leg, …)")
     if name not in FUNCTIONS:
-        raise place.error(f"unknown function '{name}'", nearest(name, FUNCTIONS))
+        hint = HINTS.get(name.rpartition(".")[2]) or nearest(name, FUNCTIONS)
+        raise place.error(f"unknown function '{name}'", hint)
     if len(node.args) != FUNCTIONS[name][0] or node.keywords:
         raise place.error(f"'{name}' takes {FUNCTIONS[name][0]} argument(s), {len(node.args)} given")
     return Apply(name, tuple(_node(arg, source) for arg in node.args), place)

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from .compiler.capture import batch_size, model_arguments, plain
-from .errors import InputError, UnsupportedError
+from .errors import InputError, UnsupportedError, check_member
 from .front import Loss, compile
 from .quantities import BatchGrad, Fisher, Quantity, Scale, SqrtGGNMC
 
@@ -199,7 +199,7 @@ def fisher_product(
     Raises as `ggn_product`, and `UnsupportedError` where the output is not one tensor with the batch alone on axis 0
     or the loss is not a sum over samples.
     """
-    _check_member("fisher", fisher, Fisher)
+    check_member("fisher", fisher, Fisher)
     if mc_samples < 1:
         raise InputError(f"mc_samples={mc_samples}: draw at least one column per sample")
     problem = _Problem(model, loss, batch)
@@ -295,7 +295,7 @@ class _Problem:
         return output, push, pull
 
     def product(self, label: str, multiply: Multiply, blocks: Blocks) -> CurvatureProduct:
-        _check_member("blocks", blocks, Blocks)
+        check_member("blocks", blocks, Blocks)
         chosen = multiply if blocks is Blocks.FULL else _blockwise(multiply, self.theta)
         return CurvatureProduct(label, blocks, self.theta, chosen, _others(self.model))
 
@@ -304,11 +304,6 @@ def _vjp(function: Callable[[Any], Any], primal: Any) -> tuple[Any, Linear]:
     """The value and u -> Jᵀu, for a function of one tree of tensors."""
     value, pull = vjp(function, primal)[:2]
     return value, lambda u: pull(u)[0]
-
-
-def _check_member(option: str, value: object, kind: type[Enum]) -> None:
-    if not isinstance(value, kind):
-        raise InputError(f"{option}={value!r}: give one of {', '.join(map(str, kind))}")
 
 
 def _blockwise(multiply: Multiply, theta: Vector) -> Multiply:

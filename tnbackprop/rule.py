@@ -62,13 +62,24 @@ class Rule:
     kinks: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("formula", "forward", "kinks"):
+            _check_kind(name, getattr(self, name), str, "text")
+        _check_kind("root", self.root, Root | None, "a tn.Root")
         for name in ("jacobian", "legs", "constants", "saved", "vjp"):
+            _check_kind(name, getattr(self, name), Mapping, "a dictionary")
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+            for key, value in getattr(self, name).items() if name != "constants" else ():
+                _check_kind(f"{name}[{key!r}]", value, str, "text")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled as what it was made of: a module may carry its rule."""
         values = (getattr(self, f.name) for f in fields(self))
         return Rule, tuple(dict(v) if isinstance(v, MappingProxyType) else v for v in values)
+
+
+def _check_kind(field: str, value: object, kind: Any, shown: str) -> None:
+    if not isinstance(value, kind):
+        raise RuleError(f"{field} of a tn.Rule is {type(value).__name__}, not {shown}")
 
 
 class Primitive:

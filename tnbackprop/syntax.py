@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from .errors import RuleError
+from .errors import RuleError, UnsupportedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +124,12 @@ class Line:
 
     left: Access
     right: Node
+
+
+def mixing(where: str, what: str) -> UnsupportedError:
+    """The error of a formula in which a sample reads another."""
+    remedy = "Derivatives never cross the batch: sum over the legs of one sample only."
+    return UnsupportedError(f"{where} mixes samples: {what}.\n  {remedy}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
+from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError, UnsupportedError
 from ..rule import Rules
+from .foreign import MISTAKES
 from .graph import Graph
 from .inplace import mutates_view
 from .opaque import Opaque, opaque_calls
@@ -49,8 +53,14 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
     modules are in. Raises InputError where the example does not fit the model, UnsupportedError where samples
     are mixed or the graph depends on the data or on one batch size.
     """
+    for name, given in (("model", model), ("loss", loss)):
+        if isinstance(given, type):
+            raise InputError(f"{name} is the class {given.__name__}: give an instance, {given.__name__}(…)")
     if not isinstance(model, nn.Module):
         raise InputError(f"model is {type(model).__name__}, not a torch.nn.Module")
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise InputError(f"parameter {lazy[0]!r} has no shape yet: run the model on a batch once, model(x)")
     if loss is not None and not callable(loss):
         raise InputError(f"loss is {type(loss).__name__}: pass a function (output, y) -> scalar, a module, or None")
     if not isinstance(example, tuple | list) or len(example) != 2:
@@ -137,6 +147,7 @@ def _export(
         opaque_calls(wrapped, rules) as opaque,
         torch.backends.opt_einsum.flags(enabled=False),
         torch.enable_grad(),
+        _quiet(),
     ):
         try:
             exported = torch.export.export(wrapped, example, dynamic_shapes=shapes, strict=False)
@@ -145,9 +156,20 @@ def _export(
             return exported, opaque
         except (GuardOnDataDependentSymNode, torch._dynamo.exc.UserError, ConstraintViolationError) as error:
             _refuse_export(wrapped, error)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except (RuntimeError, AssertionError, *MISTAKES) as error:
             where = _failing_module(wrapped, error.__traceback__)
             raise InputError(f"the model or the loss fails on the example, in {where}: {error}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What torch logs, with a traceback, about an example that does not fit is said by the `InputError`."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _refuse_export(wrapped: Wrapped, error: Exception) -> NoReturn:

@@ -15,6 +15,7 @@ from ..rule import Rule, RuleFunction, Rules
 from .columns import Setting, columns_of, output_legs
 from .derived import Columns, Derived
 from .fallback import fallback
+from .foreign import foreign
 from .graph import Call, Graph, Value, op_text
 from .sweep import Sweep, run, scale_of, schedule
 from .units import without_units
@@ -41,12 +42,14 @@ def _bind(call: Call, rules: Rules) -> BoundRule:
     values |= call.tensors
     axes = {name: None if v is None else v.axes for name, v in values.items()}
     names = {name: v.name for name, v in values.items() if v is not None}
-    return without_units(bind(rule, axes, names, call.output.name, call.output.axes, call.where))
+    own = call.by_rule or not op_text(call.target).startswith("aten.")
+    return without_units(bind(rule, axes, names, call.output.name, call.output.axes, call.where, own))
 
 
 def rule_of(call: Call, row: RuleFunction) -> Rule:
     """What the row says about this call."""
-    rule = row(call if call.module is None else call.module)
+    with foreign(f"the row for {call.where}", RuleError):
+        rule = row(call if call.module is None else call.module)
     if not isinstance(rule, Rule | str):
         raise RuleError(
             f"the row for {call.where} returned {type(rule).__name__}",

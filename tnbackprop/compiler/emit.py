@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from ..errors import InputError
 from .graph import Graph
 from .listing import lines_of
 from .loops import loop_lines
@@ -18,6 +21,8 @@ from .store import Step
 
 _serial = count(1)
 WIDTH = 120
+FILENAME = "<tnbackprop program"
+"""How the name begins under which a source is known to linecache."""
 
 
 def emit(graph: Graph, plan: Plan, header: str) -> str:
@@ -82,7 +87,7 @@ def _return(graph: Graph, plan: Plan) -> list[str]:
 
 def load(source: str) -> Callable[[dict[str, torch.Tensor]], Any]:
     """The function that the source defines."""
-    filename = f"<tnbackprop program {next(_serial)}>"
+    filename = f"{FILENAME} {next(_serial)}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     namespace: dict[str, Any] = {}
     exec(compile(source, filename, "exec"), namespace)
@@ -90,4 +95,22 @@ def load(source: str) -> Callable[[dict[str, torch.Tensor]], Any]:
     return function
 
 
-__all__ = ["Step", "emit", "load"]
+@contextmanager
+def running(source: str) -> Iterator[None]:
+    """What torch or Python raises in the emitted function is told with the place in the source, and what it is for."""
+    try:
+        yield
+    except (ZeroDivisionError, IndexError, RuntimeError, ValueError, TypeError) as error:
+        found = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(FILENAME)]
+        if not found or isinstance(error, torch.OutOfMemoryError):
+            raise
+        lines = source.splitlines()[: found[-1].lineno]
+        about = next((line.strip(" #") for line in reversed(lines) if line.strip().startswith("# ")), "")
+        zero = "a scale divides by zero at this batch size, as 1/(N - 1) does at N = 1: give more samples"
+        what = zero if isinstance(error, ZeroDivisionError) else error
+        raise InputError(
+            f"the batch fails in {about}: {what}\n  line {len(lines)} of program.source: {lines[-1].strip()}"
+        ) from error
+
+
+__all__ = ["Step", "emit", "load", "running"]

@@ -95,6 +95,11 @@ def _try_apart(call: Call) -> None:
         before, after = (_run(call, tensors) for tensors in (inputs, changed))
     if not torch.equal(before[1:], after[1:]):
         raise _refused(call, "its output for one sample depends on another (it mixes samples)")
+    floating = {name: tensor for name, tensor in inputs.items() if tensor.is_floating_point()}
+    try:
+        torch.func.vjp(lambda own: _run(call, inputs | own), floating)
+    except (RuntimeError, NotImplementedError) as error:
+        raise _refused(call, "it knows no derivative of it") from error
 
 
 def _run(call: Call, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

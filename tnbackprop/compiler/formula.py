@@ -12,7 +12,7 @@ from ..bind import Axes, bind, output_axes
 from ..rule import Rule
 from .cost import RATES
 from .derived import Derived
-from .emit import emit, load
+from .emit import emit, load, running
 from .graph import Call, Graph, Value
 from .lower import LOWERINGS
 from .names import Names
@@ -35,7 +35,7 @@ def formula_function(
     values = {name: Value(names.fresh(name), own, dtype) for name, (own, dtype) in operands.items()}
     output = Value(names.fresh("output"), output_axes(rule, axes, where), next(v.dtype for v in values.values()))
     call = Call(Rule, MappingProxyType(dict(values)), output, where)
-    bound = bind(rule, axes, {name: v.name for name, v in values.items()}, output.name, output.axes, where)
+    bound = bind(rule, axes, {name: v.name for name, v in values.items()}, output.name, output.axes, where, own=True)
     known = {value.name: value for value in (*values.values(), output)}
     read = {values[name].name: values[name] for name in inputs}
     graph = Graph(
@@ -51,10 +51,12 @@ def formula_function(
     )
     derived = Derived(((call, without_units(bound)),), (), sympy.Integer(1))
     planned = plan(graph, derived, LOWERINGS, RATES.get(device, RATES["cpu"]), output.dtype.itemsize)
-    program = load(emit(graph, planned, where))
+    source = emit(graph, planned, where)
+    program = load(source)
 
     def function(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        result: torch.Tensor = program({values[name].name: tensor for name, tensor in tensors.items()})[1][0]
+        with running(source):
+            result: torch.Tensor = program({values[name].name: tensor for name, tensor in tensors.items()})[1][0]
         return result
 
     return function

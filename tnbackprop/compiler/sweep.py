@@ -17,12 +17,13 @@ from ..algebra import Cotangents, Uses, diagonal, differentiate, identity, inlin
 from ..approximate import Factors
 from ..bind import BoundRule, Equation
 from ..diagram import BATCH, Delta, Diagram, Leg, N, fresh_names, leaves
-from ..errors import UnsupportedError
+from ..errors import InputError, UnsupportedError
 from ..jacobian import Jacobian
 from ..quantities import Quantity
 from ..regroup import refine, refinement
 from ..simplify import simplify
 from .derived import Backward, Extraction, Individual, Native
+from .foreign import foreign
 from .graph import Call, Graph
 
 
@@ -334,7 +335,8 @@ def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction
     factors: dict[str, Factors] = {}
     for quantity in sweep.quantities:
         try:
-            found = quantity.extract(uses, g)
+            with foreign(f"quantity {quantity.name!r}", InputError):
+                found: object = quantity.extract(uses, g)
         except UnsupportedError as error:
             dotted = sweep.graph.parameters[name][0]
             raise UnsupportedError(f"parameter {dotted!r}, quantity {quantity.name!r}: {error}") from None
@@ -342,6 +344,9 @@ def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction
             factors[quantity.name] = found
             diagrams |= {f"{quantity.name}#{k}": diagram for k, diagram in enumerate(found.diagrams)}
             diagrams |= {f"{quantity.name}#mean{k}": m for k, m in enumerate(found.means) if m is not None}
-        else:
+        elif isinstance(found, Diagram):
             diagrams[quantity.name] = found
+        else:
+            what = f"quantity {quantity.name!r}: extract returns {type(found).__name__}"
+            raise InputError(f"{what}: return a tn.Diagram, as (J.T @ g).sum('n') is, or tn.Factors")
     return Extraction(name, diagrams, factors)

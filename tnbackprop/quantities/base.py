@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import Field, dataclass, fields
 from enum import Enum
 
 from ..algebra import Cotangents, Uses
 from ..approximate import Factors
 from ..diagram import Diagram
+from ..errors import InputError, check_member
 
 
 class Source(Enum):
@@ -32,6 +34,11 @@ class Propagation:
     samples: int = 0
     together: bool = False  # all columns at once, for a quantity that multiplies them with each other
 
+    def __post_init__(self) -> None:
+        check_member("source", self.source, Source)
+        if self.source is Source.SAMPLE and self.samples < 1:
+            raise InputError(f"samples={self.samples}: draw at least one column per sample")
+
 
 class Scale(Enum):
     """Which multiples of the individual gradients ∇ℓ_n a quantity is made of; each docstring gives the formulas."""
@@ -43,9 +50,16 @@ class Scale(Enum):
 
 @dataclass(frozen=True)
 class Quantity(ABC):
-    """Base class. A subclass is a frozen dataclass with a default `name`, its key in the result."""
+    """Base class. A subclass is a frozen dataclass with a default `name`, its key in the result.
+
+    Options have the type of their default. Raises `InputError` for another: a text for an enum would mean nothing.
+    """
 
     name: str
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            _check_option(option, getattr(self, option.name), type(self).__name__)
 
     @property
     def propagates(self) -> Propagation:
@@ -55,3 +69,38 @@ class Quantity(ABC):
     @abstractmethod
     def extract(self, J: Uses, g: Cotangents) -> Diagram | Factors:
         """The quantity of one parameter: `J.T @ g` has legs [n, *parameter]; every other leg comes from algebra."""
+
+
+def _check_option(option: Field[object], value: object, owner: str) -> None:
+    """Of the type of its default; a count is positive, a name is a key that can be told apart."""
+    kind = str if option.name == "name" else type(option.default)
+    what = f"{owner}: {option.name}={value!r}"
+    if issubclass(kind, Enum):
+        check_member(f"{owner}: {option.name}", value, kind)
+    elif kind in (bool, int, str) and type(value) is not kind:
+        raise InputError(f"{what} is {type(value).__name__}, not {kind.__name__}")
+    if option.name == "mc_samples" and isinstance(value, int) and value < 1:
+        raise InputError(f"{what}: draw at least one column per sample")
+    if option.name == "name" and (not value or "#" in str(value)):
+        raise InputError(f"{what}: the key in the result is a text without '#'")
+
+
+def check_quantities(quantities: Collection[Quantity]) -> None:
+    """Instances with different names. Raises `InputError`."""
+    if isinstance(quantities, Quantity | str | type) or not isinstance(quantities, Collection):
+        raise InputError(f"quantities is {_shown(quantities)}, not a list: write [tn.Grad(), tn.KFAC()]")
+    for quantity in quantities:
+        if isinstance(quantity, type) and issubclass(quantity, Quantity):
+            raise InputError(f"{quantity.__name__} is a class: give an instance, {quantity.__name__}()")
+        if not isinstance(quantity, Quantity):
+            raise InputError(f"{_shown(quantity)} is no tn.Quantity: give instances, [tn.Grad(), tn.KFAC()]")
+        if not isinstance(quantity.propagates, Propagation):
+            raise InputError(f"{quantity.name!r}: propagates is {quantity.propagates!r}, not a tn.Propagation")
+    names = [quantity.name for quantity in quantities]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two quantities are called {name!r}: give one another name=, its key in the result")
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)

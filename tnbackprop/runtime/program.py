@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from ..compiler import Compiled
 from ..compiler.capture import plain
 from ..compiler.cost import number, size_at
-from ..compiler.emit import followed, load, noises
+from ..compiler.emit import followed, load, noises, running
 from ..compiler.explain import explain
 from ..compiler.graph import Value
 from ..compiler.memory import peak_bytes
@@ -95,21 +95,19 @@ class Program:
         graph = self._compiled.graph
         leaves, spec = pytree.tree_flatten((plain(x), plain(y)))
         if spec != graph.in_spec:
-            raise InputError(f"the batch has the structure {spec}, but the program was compiled for {graph.in_spec}")
+            raise InputError(
+                f"the batch (x, y) has the structure {_structure(spec)}, but the program was compiled for "
+                f"{_structure(graph.in_spec)}"
+            )
         if any(leaves[k] is not None for k in graph.absent):
             raise InputError("the batch has a tensor where the program was compiled for None: compile again with it")
         flat = [leaf for k, leaf in enumerate(leaves) if k not in graph.absent]
         values = dict(self._fixed)
         own = _named_tensors(self.model, self.loss)
-        for name, dotted in graph.parameters.items():
-            values[name] = own[dotted[0]]
-            if values[name].dtype != graph.values[name].dtype:
-                raise InputError(
-                    f"parameter {dotted[0]!r} has dtype {values[name].dtype} now, but the program was compiled for "
-                    f"{graph.values[name].dtype}: compile again"
-                )
-        for name, dotted_name in graph.buffers.items():
-            values[name] = own[dotted_name]
+        for name, (dotted, *_) in graph.parameters.items():
+            values[name] = _own("parameter", dotted, own, graph.values[name])
+        for name, dotted in graph.buffers.items():
+            values[name] = _own("buffer", dotted, own, graph.values[name])
         batch = _check_batch(dict(zip(graph.inputs, flat, strict=True)), graph.values)
         return values | batch
 
@@ -132,7 +130,8 @@ class Program:
         tensors = self.tensors(x, y)
         tensors |= self._noise(tensors, seed, generator)
         follow = {"progress": bars()} if progress and followed(self._compiled.plan) else {}
-        loss, output, values = self._function(tensors, **follow)
+        with running(self._compiled.source):
+            loss, output, values = self._function(tensors, **follow)
         for smallest in values.get(INDEFINITE, {}).values():
             if smallest < -1e-5 and self.indefinite is Indefinite.REFUSE:
                 raise InputError(
@@ -148,6 +147,9 @@ class Program:
     ) -> dict[str, torch.Tensor]:
         """Uniform noise for every sampled root, drawn outside the emitted function."""
         graph, plan = self._compiled.graph, self._compiled.plan
+        kinds = isinstance(seed, int | None) and isinstance(generator, torch.Generator | None)
+        if not kinds or None not in (seed, generator):
+            raise InputError(f"seed={seed!r}, generator={generator!r}: give a whole number, or a torch.Generator")
         names = noises(plan)
         if not names:
             return {}
@@ -170,6 +172,26 @@ class Program:
         plan = self._compiled.plan
         names = ", ".join(plan.results)
         return f"Program({names}; {len(plan.steps)} steps, {self.flops:.3g} FLOPs at N = {plan.batch})"
+
+
+def _own(kind: str, dotted: str, own: Mapping[str, torch.Tensor], value: Value) -> torch.Tensor:
+    """A tensor of the model, which is still what the program was compiled for."""
+    tensor = own.get(dotted)
+    if tensor is None:
+        raise InputError(f"the model has no {kind} {dotted!r} any more: compile again")
+    for what, now, then in (
+        ("dtype", tensor.dtype, value.dtype),
+        ("shape", list(tensor.shape), [size_at(size, 1) for size in value.shape]),
+    ):
+        if now != then:
+            raise InputError(
+                f"{kind} {dotted!r} has {what} {now} now, but the program was compiled for {then}: compile again"
+            )
+    return tensor
+
+
+def _structure(spec: pytree.TreeSpec) -> str:
+    return str(pytree.tree_unflatten(["tensor"] * spec.num_leaves, spec)).replace("'tensor'", "tensor")
 
 
 def _named_tensors(model: torch.nn.Module, loss: Callable[..., Any] | None) -> dict[str, torch.Tensor]:

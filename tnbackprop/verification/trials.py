@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compiler.foreign import foreign
 from ..errors import InputError, RuleError
 from ..front import compile
 from ..quantities import Quantity
@@ -73,7 +74,8 @@ def try_rule(
     yield from left_out
     tried = False
     for each in made:
-        rule = row(each.module)
+        with foreign(f"the row for {target.__name__}", RuleError):
+            rule = row(each.module)
         rule = rule if isinstance(rule, Rule) else Rule(rule)
         hint, name = "", each.changed.split("=")[0]
         if each.changed:

@@ -1,0 +1,85 @@
+"""Options, quantities and arguments of the wrong kind: refused where they are given, never taken for a default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tnbackprop as tn
+from tnbackprop.errors import InputError
+
+MODEL = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+X, Y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+
+
+
+def computed(*quantities: Any, **options: Any) -> Callable[[], object]:
+    return lambda: tn.compile(MODEL, nn.MSELoss(), (X, Y), quantities, **options)
+
+
+class Returns(tn.Quantity):
+    """Whatever is put into it."""
+
+    value: Any = None
+
+    def extract(self, J: tn.Uses, g: tn.Cotangents) -> Any:
+        return self.value(J, g)
+
+
+def returns(value: Callable[[Any, Any], Any]) -> Callable[[], object]:
+    quantity = Returns("mine")
+    object.__setattr__(quantity, "value", value)
+    return computed(quantity)
+
+
+OPTIONS: dict[str, tuple[Callable[[], object], str]] = {
+    "a text for an enum": (lambda: tn.BatchGrad(scale="unscaled"), "BatchGrad: scale='unscaled': .*tn.Scale.UNSCALED"),
+    "a name's place": (lambda: tn.BatchGrad(tn.Scale.UNSCALED), "BatchGrad: name=<Scale.*is Scale, not str"),
+    "fisher": (lambda: tn.KFAC(fisher="mc"), "KFAC: fisher='mc': give one of tn.Fisher.MC"),
+    "sharing": (lambda: tn.KFLR(sharing="reduce"), "sharing='reduce': give one of tn.Sharing.EXPAND"),
+    "bias": (lambda: tn.KFRA(bias="joined"), "bias='joined': give one of tn.Bias.OWN"),
+    "per_sample": (lambda: tn.DiagGGN(per_sample=1), "per_sample=1 is int, not bool"),
+    "no samples": (lambda: tn.KFAC(mc_samples=0), "KFAC: mc_samples=0: draw at least one"),
+    "half a sample": (lambda: tn.SqrtGGNMC(mc_samples=1.5), "mc_samples=1.5 is float, not int"),
+    "no name": (lambda: tn.Grad(""), "Grad: name='': the key in the result"),
+    "a name with #": (lambda: tn.Grad("a#b"), "the key in the result is a text without '#'"),
+    "source": (lambda: tn.Propagation("root"), "source='root': give one of tn.Source.GRADIENT"),
+    "a class": (computed(tn.Grad), r"Grad is a class: give an instance, Grad\(\)"),
+    "a text": (computed("grad"), "'grad' is no tn.Quantity: give instances"),
+    "no list": (lambda: tn.compute(MODEL, nn.MSELoss(), (X, Y), tn.Grad()), "quantities is Grad, not a list"),
+    "indefinite": (computed(tn.DiagGGN(), indefinite="refuse"), "indefinite='refuse': give one of tn.Indef"),
+    "memory": (computed(tn.Grad(), memory_limit=-1), "memory_limit=-1 is no amount of memory"),
+    "a model's class": (lambda: tn.compile(nn.Linear, nn.MSELoss(), (X, Y), []), "model is the class Linear"),
+    "a loss's class": (lambda: tn.compile(MODEL, nn.MSELoss, (X, Y), []), "loss is the class MSELoss: give"),
+    "a lazy layer": (lambda: tn.compile(nn.LazyLinear(2), nn.MSELoss(), (X, Y), []), "'weight' has no shape yet: run"),
+    "a loss raises": (lambda: tn.compile(MODEL, lambda f, y: f.nope, (X, Y), []), "fails on the example"),
+    "no kernel": (lambda: tn.ntk(3, X), "model is int, not a torch.nn.Module"),
+    "nothing extracted": (returns(lambda J, g: None), r"'mine': extract returns NoneType: return a tn.Diagram"),
+    "no leg": (returns(lambda J, g: (J.T @ g).sum("k")), r"(?s)KeyError: .*no leg .*options.py, line"),
+    "a number added": (returns(lambda J, g: (J.T @ g) + 1), r"raises TypeError: .*\+: 'Diagram' and 'int'"),
+    "a ratio": (returns(lambda J, g: (J.T @ g) / (J.T @ g)), r"raises TypeError: .* /: 'Diagram' and 'Diagram'"),
+    "J J": (returns(lambda J, g: J.T @ J), r"raises TypeError: .* @: 'Transposed' and 'Uses'"),
+    "not finite": (returns(lambda J, g: (J.T @ g) * float("nan")), "the scale of a diagram is not finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_options(what: str) -> None:
+    attempt, message = OPTIONS[what]
+    with pytest.raises(InputError, match=message):
+        attempt()
+
+
+def test_memory_in_scientific_notation() -> None:
+    computed(tn.Grad(), memory_limit=1e9)()
+
+
+def test_torch_logs_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    """What does not fit is said once, by the error."""
+    with pytest.raises(InputError, match=r"module '0' \(Linear\)"):
+        tn.compile(MODEL, nn.MSELoss(), (X[:, :2], Y), [tn.Grad()])
+    assert "Traceback" not in caplog.text
