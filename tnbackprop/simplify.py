@@ -170,6 +170,17 @@ def join_windows(product: Product, output: tuple[Leg, ...]) -> Product | None:
     return None
 
 
+def join_selections(product: Product, output: tuple[Leg, ...]) -> Product | None:
+    """[index = c] [index = c'] = [index = c] δ[c,c']: one index makes one choice."""
+    selections = [(k, op) for k, op in enumerate(product.operands) if isinstance(op, Selection)]
+    for (_, one), (k, other) in combinations(selections, 2):
+        sizes = [leg.size for leg in one.choice], [leg.size for leg in other.choice]
+        if one.index == other.index and sizes[0] == sizes[1]:
+            deltas = tuple(Delta(pair) for pair in zip(one.choice, other.choice, strict=True))
+            return Product(product.scale, (*product.operands[:k], *deltas, *product.operands[k + 1 :]))
+    return None
+
+
 REWRITES: tuple[Callable[[Product, tuple[Leg, ...]], Product | None], ...] = (
     remove_delta,
     trim_window,
@@ -177,6 +188,7 @@ REWRITES: tuple[Callable[[Product, tuple[Leg, ...]], Product | None], ...] = (
     fold_constant,
     fold_equal,
     join_windows,
+    join_selections,
 )
 
 

@@ -109,6 +109,14 @@ REWRITTEN = {
         diagram("a", product(Selection(t("I"), (a,)), Selection(t("I"), (a,)))),
         diagram("a", product(Selection(t("I"), (a,)))),
     ),
+    "one index makes one choice": (
+        diagram("b", product(Selection(t("I", n), (b,)), Selection(t("I", n), (b2,)), t("x", n, b2))),
+        diagram("b", product(Selection(t("I", n), (b,)), t("x", n, b))),
+    ),
+    "choices of different sizes stay": (
+        diagram("ab", product(Selection(t("I"), (a,)), Selection(t("I"), (b,)))),
+        diagram("ab", product(Selection(t("I"), (a,)), Selection(t("I"), (b,)))),
+    ),
     "delta squared, turned": (
         diagram("ac", product(Delta((a, c)), Delta((c, a)))),
         diagram("ac", product(Delta((a, c)))),

@@ -70,6 +70,11 @@ def mutates_view(program: GraphModule) -> bool:
     nodes = [
         n for g in program.modules() if isinstance(g, GraphModule) for n in g.graph.nodes if n.op == "call_function"
     ]
+    if any(n.target is aten.embedding_renorm_.default for n in nodes):
+        raise UnsupportedError(
+            "an embedding with max_norm writes to its weight during forward: a program changes no parameter. "
+            "Leave max_norm out, and renormalize between steps"
+        )
     written = {owner(n) for n in nodes if is_mutation(n.target)}
     views = [n for n in nodes if _is_view(n) and n.all_input_nodes]
     inner = any(n.op == "placeholder" and n.graph is not program.graph for n in written)

@@ -13,6 +13,7 @@ from .contract import Lowering, Plan, as_tensor, contracted, diagonal, read
 from .convolve import convolutions
 from .cost import Kernel, Work
 from .pairs import sum_of_squares
+from .selections import selected
 from .shifts import shifts
 from .store import Ref, Store
 from .windows import unfolded
@@ -30,9 +31,15 @@ def squares(store: Store, product: Product, legs: Legs) -> list[Plan]:
     return [lambda s: sum_of_squares(s, diagonal(s, read(s, tensor)), gone).reordered(legs)]
 
 
+def selections(store: Store, product: Product, legs: Legs) -> list[Plan]:
+    """A selection looks rows up, or adds them at their places."""
+    return selected(store, product, legs, LOWERINGS)
+
+
 def unfolding(store: Store, product: Product, legs: Legs) -> list[Plan]:
     """Windows on a tensor become strided views of it; then an ordinary contraction."""
-    if not any(isinstance(op, Window | Selection | Delta) for op in product.operands):
+    patterns = [op for op in product.operands if isinstance(op, Window | Selection | Delta)]
+    if not patterns or selections(store, product, legs):
         return []
     return [partial(_unfold_all, product=product, legs=legs)]
 
@@ -79,4 +86,4 @@ def _one_hot(store: Store, operand: Selection) -> Tensor:
     return as_tensor(store, Ref(name, legs, legs))
 
 
-LOWERINGS: tuple[Lowering, ...] = (squares, convolutions, shifts, unfolding)
+LOWERINGS: tuple[Lowering, ...] = (squares, convolutions, shifts, selections, unfolding)

@@ -1,0 +1,158 @@
+"""Selections as index_select and index_add_: no one-hot of [positions, choices] is made."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import sympy
+
+from ..diagram import Diagram, Leg, Operand, Product, Selection, Tensor, ordered_union
+from .arrange import arranged, merged, placed, sizes_of, text
+from .contract import Lowering, Plan, as_tensor, build, read
+from .cost import Kernel, Work
+from .store import Ref, Store
+
+Legs = tuple[Leg, ...]
+Lowerings = tuple[Lowering, ...]
+
+
+def selected(store: Store, product: Product, legs: Legs, lowerings: Lowerings) -> list[Plan]:
+    """The first selection of the product that can be a look-up (its choice is summed) or a scatter (it is kept)."""
+    for op in product.operands:
+        if isinstance(op, Selection) and op.choice:
+            others = [other for other in product.operands if other is not op]
+            kept = [leg for leg in op.choice if leg in legs]
+            if set(op.choice) & set(op.index.legs) or not all(_fits(op, other) for other in others):
+                continue
+            holders = _legs([other for other in others if not isinstance(other, Selection)])
+            alike = any(isinstance(other, Selection) and other.choice == op.choice for other in others)
+            if len(kept) == len(op.choice):
+                return [partial(_scattered, op=op, others=others, legs=legs, lowerings=lowerings)]
+            if not kept and (set(op.choice) <= set(holders) or (alike and not set(op.choice) & set(holders))):
+                return [partial(_looked_up, op=op, others=others, legs=legs, lowerings=lowerings)]
+    return []
+
+
+def _fits(op: Selection, other: Operand) -> bool:
+    """Another selection shares the whole choice or nothing of it."""
+    apart = not set(op.choice) & set(other.legs)
+    return apart or not isinstance(other, Selection) or (other.choice == op.choice and not _within(op, other))
+
+
+def _within(op: Selection, other: Selection) -> bool:
+    return bool(set(op.choice) & set(other.index.legs))
+
+
+def _legs(operands: list[Operand]) -> Legs:
+    return ordered_union(*(op.legs for op in operands))
+
+
+def _of(product: list[Operand], legs: Legs) -> Diagram:
+    return Diagram(legs, (Product(sympy.Integer(1), tuple(product)),))
+
+
+def _agreeing(store: Store, op: Selection, others: list[Operand]) -> list[Operand]:
+    """Other selections with the same choice only say where the two indices are equal."""
+    return [
+        _equal(store, op, other) if isinstance(other, Selection) and other.choice == op.choice else other
+        for other in others
+    ]
+
+
+def _equal(store: Store, one: Selection, other: Selection) -> Tensor:
+    """[index, index'] -> 1 where both choose the same."""
+    refs = [read(store, op.index) for op in (one, other)]
+    legs = ordered_union(refs[0].order, refs[1].order)
+    first, second = (arranged(store, r, tuple((leg,) if leg in r.order else () for leg in legs)) for r in refs)
+    code = f"(({first} == {second}) & {_inside(first, merged(one.choice))}).to(like)"
+    name = store.add(code, sizes_of(legs), Kernel.ELEMENTWISE, Work(moved=((2, legs),), fresh=((1, legs),)))
+    return Tensor(name, legs)
+
+
+def _inside(index: str, count: object) -> str:
+    return f"({index} >= 0) & ({index} < {count})"
+
+
+def _looked_up(store: Store, op: Selection, others: list[Operand], legs: Legs, lowerings: Lowerings) -> Ref:
+    """Σ_c [index = c] X[c, …] = X[index, …]."""
+    others = _agreeing(store, op, others)
+    holders = [other for other in others if set(op.choice) & set(other.legs)]
+    rest = [other for other in others if other not in holders]
+    if holders:
+        needed = {*legs, *_legs(rest), *op.index.legs}
+        free = tuple(leg for leg in _legs(holders) if leg not in op.choice and leg in needed)
+        table = build(store, _of(holders, (*free, *op.choice)), lowerings)
+        rest.append(_rows(store, op, table, free))
+    return build(store, _of(rest, legs), lowerings)
+
+
+def _rows(store: Store, op: Selection, table: Ref, free: Legs) -> Tensor:
+    """The rows of a table [head, choice, tail] that an index [head, own] names: [head, own, tail]."""
+    index = read(store, op.index)
+    last = max(table.stored.index(leg) for leg in op.choice)
+    tail = tuple(leg for leg in table.stored[last + 1 :] if leg not in index.order)
+    head = tuple(leg for leg in table.stored if leg in free and leg not in tail)
+    own = tuple(leg for leg in index.order if leg not in head)
+    inside, flat = _flat(store, index, head, own, op.choice, "0")
+    code = f"{placed(store, table, ((*head, *op.choice), *_axis(tail)))}.index_select(0, {flat})"
+    out = (*head, *own, *tail)
+    shape = (merged((*head, *own)), *(merged(group) for group in _axis(tail)))
+    mask = f"{inside}.reshape(-1{', 1' if tail else ''})"
+    work = Work(moved=((3, out),), fresh=((1, out),), launches=2)
+    name = store.add(f"{code}.where({mask}, 0)", shape, Kernel.ELEMENTWISE, work)
+    return as_tensor(store, Ref(name, out, out))
+
+
+def _scattered(store: Store, op: Selection, others: list[Operand], legs: Legs, lowerings: Lowerings) -> Ref:
+    """Y[c, …] = Σ [index = c] X[index's legs, …]: rows are added at their places."""
+    others = _agreeing(store, op, others)
+    holders = [other for other in others if set(op.choice) & set(other.legs)]
+    rest = [other for other in others if other not in holders]
+    needed = {*legs, *_legs(holders)}
+    free = tuple(leg for leg in _legs(rest) if leg in needed and leg not in op.index.legs)
+    index = read(store, op.index)
+    values = build(store, _of(rest, (*index.order, *free)), lowerings)
+    own = tuple(leg for leg in index.order if leg not in needed)
+    last = max((values.stored.index(leg) for leg in index.order), default=-1)
+    tail = tuple(leg for leg in values.stored[last + 1 :] if leg not in index.order)
+    head = tuple(leg for leg in values.stored if leg not in own and leg not in tail)
+    count = merged((*head, *op.choice))
+    _, flat = _flat(store, index, head, own, op.choice, text((count,)))
+    source = placed(store, values, ((*head, *own), *_axis(tail)))
+    rows = text((count + 1, *(merged(group) for group in _axis(tail))))
+    out = (*head, *op.choice, *tail)
+    shape = (count, *(merged(group) for group in _axis(tail)))
+    code = f"like.new_zeros({rows}).index_add_(0, {flat}, {source})[:{text((count,))}]"
+    work = Work(moved=((3, (*head, *own, *tail)), (2, out)), fresh=((1, out),), launches=2)
+    ref = Ref(store.add(code, shape, Kernel.REDUCE, work), out, out)
+    return build(store, _of([as_tensor(store, ref), *holders], legs), lowerings) if holders else ref.reordered(legs)
+
+
+def _axis(legs: Legs) -> tuple[Legs, ...]:
+    return (legs,) if legs else ()
+
+
+def _flat(store: Store, index: Ref, head: Legs, own: Legs, choice: Legs, outside: str) -> tuple[str, str]:
+    """Names of [head, own] -> whether the index is inside the choice, and the place in [head, choice] or `outside`."""
+    axes = tuple((leg,) if leg in index.order else () for leg in head)
+    count, every = merged(choice), (*head, *own)
+    code = arranged(store, index, (*axes, own))
+    work = Work(moved=((2, every),), launches=3)
+    inside = store.add(_inside(code, count), (*_kept(axes), merged(own)), Kernel.ELEMENTWISE, work)
+    place = code
+    if head:
+        starts = f"torch.arange({text((merged(head),))}, device=like.device).reshape({text(sizes_of(head))}, 1)"
+        place = f"{code} + {starts} * {count}"
+    chosen = f"torch.where({inside}, {place}, {outside})" + ".reshape(-1)" * bool(head)
+    flat = store.add(chosen, (merged(every),), Kernel.ELEMENTWISE, work)
+    return (inside if axes == tuple((leg,) for leg in head) else _spread(store, inside, head, own)), flat
+
+
+def _spread(store: Store, inside: str, head: Legs, own: Legs) -> str:
+    """The mask for legs that the index does not have."""
+    shape = (*sizes_of(head), merged(own))
+    return store.add(f"{inside}.expand({text(shape)})", shape, Kernel.VIEW, strided=True)
+
+
+def _kept(axes: tuple[Legs, ...]) -> tuple[object, ...]:
+    return tuple(merged(group) for group in axes)
