@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from .models import (
@@ -23,122 +20,31 @@ from .models import (
     Residual,
     Reused,
     TiedAutoencoder,
+    TiedEmbedding,
     TiedNames,
     TimeFirst,
     Unused,
-    WithParameters,
     Written,
     frozen,
 )
+from .problems import (
+    Case,
+    Problem,
+    after_linear,
+    classes,
+    classifier,
+    function,
+    normal,
+    pool,
+    probabilities,
+    seq,
+    tokens,
+    unit,
+    weights,
+    with_parameters,
+)
 
-Make = Callable[[], nn.Module]
-Draw = Callable[[int, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a case builds."""
-
-    model: nn.Module
-    loss: nn.Module
-    x: Tensor
-    y: Tensor
-
-
-def normal(batch: int, output: Tensor) -> Tensor:
-    return torch.randn_like(output)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model, its loss and random data in float64.
-
-    x      shape of one sample
-    y      from (batch size, the model's output) to the targets; default: normal, shaped as the output
-    train  mode of the model; random layers then draw from `seed`
-    """
-
-    name: str
-    model: Make
-    x: tuple[int, ...] = (3,)
-    y: Draw = normal
-    loss: Make = nn.MSELoss
-    batch: int = 3
-    seed: int = 0
-    train: bool = False
-    prepare: Callable[[Tensor], Tensor] = torch.clone
-
-    def __str__(self) -> str:
-        return self.name
-
-    def build(self) -> Problem:
-        """The same problem each time."""
-        torch.manual_seed(self.seed)
-        model = self.model().double().train(self.train)
-        loss = self.loss().double()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_(std=0.7)
-            for name, buffer in model.named_buffers():
-                if buffer.is_floating_point():
-                    buffer.uniform_(0.5, 1.5) if name.endswith("var") else buffer.normal_()
-            x = self.prepare(torch.randn(self.batch, *self.x, dtype=torch.float64))
-            y = self.y(self.batch, model(x))
-        return Problem(model, loss, x, y)
-
-
-def classes(count: int, *shape: int, ignore: int | None = None) -> Draw:
-    """Class indices [N, *shape]; the first is `ignore` if that is given."""
-
-    def draw(batch: int, output: Tensor) -> Tensor:
-        labels = torch.randint(count, (batch, *shape))
-        if ignore is not None:
-            labels.view(-1)[0] = ignore
-        return labels
-
-    return draw
-
-
-def probabilities(batch: int, output: Tensor) -> Tensor:
-    return torch.softmax(torch.randn_like(output), 1)
-
-
-def unit(batch: int, output: Tensor) -> Tensor:
-    return torch.rand_like(output)
-
-
-def seq(*modules: nn.Module) -> nn.Sequential:
-    return nn.Sequential(*modules)
-
-
-def after_linear(name: str, make: Make, x: tuple[int, ...] = (3,), width: int = 4) -> Case:
-    """A layer behind a linear one."""
-    return Case(name, lambda: seq(nn.Linear(x[-1], width), make()), x)
-
-
-def function(name: str, apply: Callable[[Tensor], Tensor], x: tuple[int, ...] = (3,), width: int = 4) -> Case:
-    return after_linear(name, lambda: Apply(apply), x, width)
-
-
-def with_parameters(
-    name: str, apply: Callable[..., Tensor], *shapes: tuple[int, ...], x: tuple[int, ...] = (3,)
-) -> Case:
-    return Case(name, lambda: WithParameters(apply, *shapes), x)
-
-
-def pool(name: str, make: Make, x: tuple[int, ...]) -> Case:
-    """A pool behind a convolution with kernel 1."""
-    conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(x) - 1]
-    return Case(name, lambda: seq(conv(x[0], 2, 1), make()), x)
-
-
-def classifier(name: str, loss: Make, y: Draw, outputs: int = 3, x: tuple[int, ...] = (3,), batch: int = 4) -> Case:
-    return Case(name, lambda: nn.Linear(x[-1], outputs), x, y, loss, batch)
-
-
-def _weights(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
+__all__ = ["CASES", "RANDOM_CASES", "Case", "Problem", "classes", "normal", "seq"]
 
 LINEAR = (
     Case("linear", lambda: nn.Linear(3, 2)),
@@ -347,25 +253,25 @@ NORMALIZATION = (
 LOSS = (
     classifier("cross_entropy", nn.CrossEntropyLoss, classes(3)),
     classifier("cross_entropy_sum", lambda: nn.CrossEntropyLoss(reduction="sum"), classes(3)),
-    classifier("cross_entropy_weights", lambda: nn.CrossEntropyLoss(_weights(0.3, 2.0, 0.9)), classes(3)),
+    classifier("cross_entropy_weights", lambda: nn.CrossEntropyLoss(weights(0.3, 2.0, 0.9)), classes(3)),
     classifier("cross_entropy_ignore", nn.CrossEntropyLoss, classes(3, ignore=-100)),
     classifier("cross_entropy_ignore_class", lambda: nn.CrossEntropyLoss(ignore_index=1), classes(3, ignore=1)),
     classifier("cross_entropy_smoothing", lambda: nn.CrossEntropyLoss(label_smoothing=0.2), classes(3)),
     classifier(
         "cross_entropy_everything",
-        lambda: nn.CrossEntropyLoss(_weights(0.3, 2.0, 0.9), ignore_index=0, label_smoothing=0.1),
+        lambda: nn.CrossEntropyLoss(weights(0.3, 2.0, 0.9), ignore_index=0, label_smoothing=0.1),
         classes(3, ignore=0),
     ),
     classifier("cross_entropy_probabilities",
-               lambda: nn.CrossEntropyLoss(_weights(0.3, 2.0, 0.9), label_smoothing=0.1), probabilities),
+               lambda: nn.CrossEntropyLoss(weights(0.3, 2.0, 0.9), label_smoothing=0.1), probabilities),
     Case("cross_entropy_positions", lambda: seq(nn.Conv1d(2, 3, 2), nn.Tanh()), (2, 4), classes(3, 3, ignore=-100),
          nn.CrossEntropyLoss),
     Case("cross_entropy_image", lambda: nn.Conv2d(2, 3, 1), (2, 2, 2), classes(3, 2, 2),
-         lambda: nn.CrossEntropyLoss(_weights(0.3, 2.0, 0.9), reduction="sum")),
+         lambda: nn.CrossEntropyLoss(weights(0.3, 2.0, 0.9), reduction="sum")),
     Case("cross_entropy_one_sample", lambda: nn.Linear(3, 3), (3,), classes(3), nn.CrossEntropyLoss, batch=1),
     Case("nll", lambda: seq(nn.Linear(3, 3), nn.LogSoftmax(1)), (3,), classes(3, ignore=-100), nn.NLLLoss, batch=4),
     Case("nll_weights_image", lambda: seq(nn.Conv2d(2, 3, 1), nn.LogSoftmax(1)), (2, 2, 2), classes(3, 2, 2),
-         lambda: nn.NLLLoss(_weights(0.3, 2.0, 0.9))),
+         lambda: nn.NLLLoss(weights(0.3, 2.0, 0.9))),
     classifier("l1", nn.L1Loss, normal),
     classifier("mse_sum", lambda: nn.MSELoss(reduction="sum"), normal),
     classifier("huber", lambda: nn.HuberLoss(delta=0.7), normal),
@@ -374,7 +280,7 @@ LOSS = (
     classifier("bce_with_logits", nn.BCEWithLogitsLoss, unit),
     classifier(
         "bce_with_logits_weights",
-        lambda: nn.BCEWithLogitsLoss(_weights(1.0, 0.2, 3.0), pos_weight=_weights(0.5, 2.0, 1.5), reduction="sum"),
+        lambda: nn.BCEWithLogitsLoss(weights(1.0, 0.2, 3.0), pos_weight=weights(0.5, 2.0, 1.5), reduction="sum"),
         unit,
     ),
     Case("bce", lambda: seq(nn.Linear(3, 2), nn.Sigmoid()), (3,), unit, nn.BCELoss),
@@ -387,7 +293,15 @@ LOSS = (
     classifier("loss_softmax", lambda: Written(lambda f, y: -(f.log_softmax(1) * y).sum(1).mean()), probabilities),
 )  # fmt: skip
 
-CASES = LINEAR + EINSUM + CONVOLUTION + ACTIVATION + POOLING + SHAPE + NORMALIZATION + LOSS
+LOOKUP = (
+    Case("embedding", lambda: seq(nn.Embedding(5, 3), nn.Tanh(), nn.Linear(3, 2)), (4,), prepare=tokens(5)),
+    Case("embedding_padding", lambda: nn.Embedding(5, 2, padding_idx=3), (2, 3), prepare=tokens(5)),
+    Case("embedding_one_token", lambda: seq(nn.Embedding(6, 3), nn.Linear(3, 2)), (), prepare=tokens(6)),
+    Case("embedding_tied", lambda: TiedEmbedding(padding=0), (3,), classes(4), nn.CrossEntropyLoss,
+         prepare=tokens(4)),
+)  # fmt: skip
+
+CASES = LINEAR + EINSUM + CONVOLUTION + ACTIVATION + POOLING + SHAPE + NORMALIZATION + LOOKUP + LOSS
 
 RANDOM_CASES = (
     Case("dropout", lambda: seq(nn.Linear(3, 8), nn.Dropout(0.4), nn.Linear(8, 2)), train=True),

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "reference": ("diagram",),
     "simplify": ("diagram", "canonical"),
     "algebra": ("errors", *SYMBOLIC),
-    "approximate": ("errors", "diagram", "simplify", "algebra"),
+    "approximate": ("errors", "diagram", "jacobian", "simplify", "algebra"),
     **dict.fromkeys(NOTATION, ("errors", *SYMBOLIC, *NOTATION)),
     "linalg": ("linalg", "errors"),
     "rules": ("rules", "errors", "diagram", "rule"),

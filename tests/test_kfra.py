@@ -20,7 +20,8 @@ from .second_order import DIFFERENT, TOLERANCE, dense, error, run
 BY_NAME = {case.name: case for case in CASES}
 # Uses that swap the sides of the factors, or have other legs, have no common factors.
 UNLIKE_USES = (
-    "tied_transposed", "vector_products", "lerp", "quotients", "weight_normalized", "weight_sum_of_two",
+    "tied_transposed", "embedding_tied", "vector_products", "lerp", "quotients", "weight_normalized",
+    "weight_sum_of_two",
 )  # fmt: skip
 
 

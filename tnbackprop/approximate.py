@@ -11,12 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import reduce
+from math import prod
 
 import sympy
 
-from .algebra import Cotangents, Uses, inline
+from .algebra import Cotangents, Uses, diagonal, inline
 from .diagram import BATCH, COLUMN, Diagram, Leg, Operand, Product, Tensor, operand_tensors
 from .errors import UnsupportedError
+from .jacobian import Jacobian
 from .simplify import simplify
 
 Legs = tuple[Leg, ...]
@@ -31,7 +33,7 @@ class Sharing(Enum):
 
 @dataclass(frozen=True)
 class Factors:
-    """Diagrams of the factors, each with legs [blocks, d, d'], in the order of the parameter's axes."""
+    """Diagrams of the factors, in the order of the parameter's axes: [blocks, d, d'], or [blocks, d] if diagonal."""
 
     diagrams: tuple[Diagram, ...]
     blocks: Legs  # legs that all factors share: the block is block-diagonal along them
@@ -39,6 +41,14 @@ class Factors:
     parameter: Legs  # all of them, row-major
     assumption: str
     means: tuple[Diagram | None, ...] = ()  # [blocks, d]: the mean of one copy of a factor without the cotangent
+    diagonal: tuple[bool, ...] = ()  # which factors are kept as their diagonal (a one-hot input)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """[blocks, d, d] or [blocks, d] of each factor, its legs and the blocks as one axis each."""
+        blocks = (prod(int(leg.size) for leg in self.blocks),) if self.blocks else ()
+        sizes = [prod(int(leg.size) for leg in legs) for legs in self.legs]
+        return tuple((*blocks, d) if flat else (*blocks, d, d) for d, flat in zip(sizes, self.diagonal, strict=True))
 
 
 @dataclass(frozen=True)
@@ -70,11 +80,21 @@ def kronecker(J: Uses, g: Cotangents, sharing: Sharing, scale: sympy.Expr, means
         total = _total([f.diagrams[k] for f in each])
         tied_to_loss = _has_cotangent(diagram, g.names)
         diagrams.append(simplify(total * scale if tied_to_loss else total / len(each)))
-    if not means:
-        return replace(first, diagrams=tuple(diagrams), means=())
-    halves = [[mean for f in each if (mean := f.means[k]) is not None] for k in range(len(first.means))]
-    averages = tuple(simplify(_total(half) / len(half)) if half else None for half in halves)
-    return replace(first, diagrams=tuple(diagrams), means=averages)
+    diagonals = [_diagonal(diagram, own) for diagram, own in zip(diagrams, first.legs, strict=True)]
+    diagrams = [short or diagram for short, diagram in zip(diagonals, diagrams, strict=True)]
+    averages: tuple[Diagram | None, ...] = ()
+    if means:
+        halves = [[mean for f in each if (mean := f.means[k]) is not None] for k in range(len(first.means))]
+        averages = tuple(simplify(_total(half) / len(half)) if half else None for half in halves)
+    flat = tuple(short is not None for short in diagonals)
+    return replace(first, diagrams=tuple(diagrams), means=averages, diagonal=flat)
+
+
+def _diagonal(diagram: Diagram, own: Legs) -> Diagram | None:
+    """The diagonal of a factor that has nothing else, [d]; None for any other, and for one with blocks."""
+    if not own or not diagram.products or len(diagram.legs) != 2 * len(own):
+        return None
+    return diagonal(Jacobian(diagram, diagram.legs[: len(own)], diagram.legs[len(own) :]))
 
 
 def _total(diagrams: list[Diagram]) -> Diagram:
@@ -203,5 +223,5 @@ def _matrix(one: Operand, other: Operand) -> Tensor:
 
 def _nothing(J: Uses) -> Factors:
     zero = Diagram((*J.legs, *(Leg(f"{leg.name}_copy", leg.size) for leg in J.legs)), ())
-    return Factors((zero,), (), (J.legs,), J.legs, "the parameter has no use: zero")
+    return Factors((zero,), (), (J.legs,), J.legs, "the parameter has no use: zero", diagonal=(False,))
 

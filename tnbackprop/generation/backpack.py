@@ -171,8 +171,9 @@ def _class(file: LayerFile, quantity: str, extension: Extension) -> Iterator[str
 _AS_LIST = '''
 def as_list(factors):
     """As BackPACK has Kronecker factors: a list of matrices. Block-diagonal ones are multiplied out to one matrix."""
+    factors = [factor.diag() if factor.ndim == 1 else factor for factor in factors]
     if factors[0].ndim == 2:
-        return list(factors)
+        return factors
     blocks, *others = factors
     for factor in others:
         blocks = torch.stack([torch.kron(a, b) for a, b in zip(blocks, factor, strict=True)])

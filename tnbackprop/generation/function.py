@@ -117,17 +117,14 @@ def literal(name: str, tensor: torch.Tensor) -> str:
 
 
 def factors_code(factors: Factors, codes: Sequence[str], shapes: Mapping[str, tuple[Size, ...]]) -> str:
-    """(factor, …) as square matrices [d, d], or [blocks, d, d]."""
-    blocks = [prod(int(leg.size) for leg in factors.blocks)] if factors.blocks else []
+    """(factor, …) as matrices [d, d] or diagonals [d], with blocks in front if there are any."""
     shown = []
-    for legs, code in zip(factors.legs, codes, strict=True):
-        d = prod(int(leg.size) for leg in legs)
+    for wanted, code in zip(factors.shapes, codes, strict=True):
         own = shapes[code]
-        square = (*blocks, d, d)
-        if prod(int(size) for size in own) != prod(square):
-            shown.append(f"{code}.expand({text(square)})")
+        if prod(int(size) for size in own) != prod(wanted):
+            shown.append(f"{code}.expand({text(wanted)})")
         else:
-            shown.append(code if tuple(own) == square else f"{code}.reshape({text(square)})")
+            shown.append(code if tuple(own) == wanted else f"{code}.reshape({text(wanted)})")
     return f"({', '.join(shown)}{',' if len(shown) == 1 else ''})"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -134,13 +133,11 @@ def _header(file: ModelFile) -> list[str]:
 
 
 def _factors(compiled: Compiled) -> dict[str, dict[str, tuple[tuple[int, ...], ...]]]:
-    """The square shape of every Kronecker factor."""
+    """The shape of every Kronecker factor: [d, d], or [d] of a diagonal one."""
     found: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {}
     for item in extractions(compiled.derived):
         for quantity, factors in item.factors.items():
-            blocks = (prod(int(leg.size) for leg in factors.blocks),) if factors.blocks else ()
-            squares = tuple((*blocks, *[prod(int(leg.size) for leg in legs)] * 2) for legs in factors.legs)
-            found.setdefault(quantity, {})[compiled.graph.parameters[item.parameter][0]] = squares
+            found.setdefault(quantity, {})[compiled.graph.parameters[item.parameter][0]] = factors.shapes
     return found
 
 

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from ..rule import Table
-from . import activation, arithmetic, convolution, declared, einsum, linear, loss, normalization, pooling, shape
+from . import (
+    activation,
+    arithmetic,
+    convolution,
+    declared,
+    einsum,
+    embedding,
+    linear,
+    loss,
+    normalization,
+    pooling,
+    shape,
+)
 
-TABLES = (linear, convolution, activation, pooling, shape, arithmetic, einsum, normalization, loss, declared)
+TABLES = (linear, convolution, activation, pooling, shape, arithmetic, einsum, normalization, embedding, loss, declared)
 
 
 def merge(tables: tuple[Table, ...]) -> Table:

@@ -12,7 +12,7 @@ from ..approximate import Factors
 from ..canonical import key
 from ..compiler import Compiled
 from ..compiler.derived import Extraction
-from ..linalg import KroneckerFactors, Layout
+from ..linalg import Kind, KroneckerFactors, Layout
 
 Values = Mapping[str, Mapping[str, torch.Tensor]]
 
@@ -46,7 +46,7 @@ def _joined(factors: Mapping[str, Factors]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, f in factors.items():
         loss = [diagram for diagram, mean in zip(f.diagrams, f.means, strict=False) if mean is None]
-        if len(f.means) == 2 and len(loss) == 1 and not f.blocks and key(loss[0]) in alone:
+        if len(f.means) == 2 and len(loss) == 1 and not f.blocks and not any(f.diagonal) and key(loss[0]) in alone:
             found[name] = alone[key(loss[0])]
     return found
 
@@ -68,13 +68,10 @@ def _with_bias(factors: Factors, tensors: list[torch.Tensor], name: str) -> Kron
 
 
 def _kronecker(factors: Factors, tensors: list[torch.Tensor], shape: tuple[int, ...], name: str) -> KroneckerFactors:
-    blocks = [prod(int(leg.size) for leg in factors.blocks)] if factors.blocks else []
-    sized = []
-    for legs, tensor in zip(factors.legs, tensors, strict=True):
-        d = prod(int(leg.size) for leg in legs)
-        whole = tensor.numel() == prod(blocks) * d * d
-        sized.append(tensor.reshape(*blocks, d, d) if whole else tensor.expand(*blocks, d, d))
+    shapes = zip(tensors, factors.shapes, strict=True)
+    sized = tuple(t.reshape(size) if t.numel() == prod(size) else t.expand(size) for t, size in shapes)
+    kinds = tuple(Kind.DIAGONAL if flat else Kind.FULL for flat in factors.diagonal)
     place = {leg: k for k, leg in enumerate(factors.parameter)}
     sizes = tuple(int(leg.size) for leg in factors.parameter)
     layout = Layout(sizes, tuple(tuple(place[leg] for leg in legs) for legs in factors.legs))
-    return KroneckerFactors(tuple(sized), shape, assumption=factors.assumption, layout=layout, name=name)
+    return KroneckerFactors(sized, shape, kinds, factors.assumption, layout, name)
