@@ -27,8 +27,7 @@ def fallback(call: Call) -> BoundRule:
         batched = [k for k, axis in enumerate(value.axes) if N in axis]
         if batched not in ([], [0]) or (batched and len(value.axes[0]) > 1):
             raise _refused(call, f"'{value.name}' has the batch elsewhere than on axis 0")
-    if call.output.axes and N in call.output.axes[0]:
-        _try_apart(call)
+    _try_apart(call)
     legs = tuple(BATCH if N in axis else Leg(f"a{k}", _int(axis)) for k, axis in enumerate(call.output.axes))
     code = {v.name: _vjp(call, v) for v in values if v.differentiable}
     equation = Equation(call.output.name, legs, None, MappingProxyType({}))
@@ -85,14 +84,32 @@ def _try_apart(call: Call) -> None:
         return torch.zeros(shape, dtype=value.dtype)
 
     inputs = {v.name: draw(v) for v in call.tensors.values()}
+    sampled = {v.name for v in call.tensors.values() if _sampled(v)}
+    if not sampled:
+        return
+    if not _sampled(call.output):
+        _try_sum(call, inputs, sampled)
+        return
     changed = {
-        v.name: torch.cat([inputs[v.name][:1] * 0.5, inputs[v.name][1:]]) if _sampled(v) else inputs[v.name]
-        for v in call.tensors.values()
+        name: torch.cat([(value[:1] * 0.5).to(value), value[1:]]) if name in sampled else value
+        for name, value in inputs.items()
     }
     with torch.no_grad():
         before, after = (_run(call, tensors) for tensors in (inputs, changed))
     if not torch.equal(before[1:], after[1:]):
         raise _refused(call, "its output for one sample depends on another (it mixes samples)")
+
+
+def _try_sum(call: Call, inputs: Mapping[str, torch.Tensor], sampled: set[str]) -> None:
+    """An output without samples must be the sum of what each of them gives: a mean has another divisor for one."""
+    with torch.no_grad():
+        whole = _run(call, inputs)
+        each = [
+            _run(call, {name: value[n : n + 1] if name in sampled else value for name, value in inputs.items()})
+            for n in range(3)
+        ]
+    if not torch.allclose(whole, torch.stack(each).sum(0), rtol=1e-4):
+        raise _refused(call, "its output is no sum over the samples (a loss that averages: use reduction='none')")
 
 
 def _run(call: Call, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
