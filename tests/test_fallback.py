@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import tnbackprop as tn
 
 from . import oracle
+from .models import Apply
 from .test_first_order import QUANTITIES, assert_equal
 
 
@@ -55,3 +56,20 @@ class Mixing(nn.Module):
 def test_an_op_that_mixes_samples() -> None:
     with pytest.raises(tn.UnsupportedError, match=r"renorm.*mixes samples"):
         tn.compile(Mixing(), nn.MSELoss(), (torch.randn(4, 3), torch.randn(4, 2)), [tn.Grad()])
+
+
+def test_an_op_that_averages_over_samples() -> None:
+    """torch.func sees one sample at a time, whose mean has another divisor: refused, not wrong."""
+    targets = torch.tensor([0, 2, 1, 0])
+    with pytest.raises(tn.UnsupportedError, match=r"multi_margin_loss.*no sum over the samples.*averages"):
+        tn.compile(nn.Linear(3, 3), nn.MultiMarginLoss(), (torch.randn(4, 3), targets), [tn.Grad()])
+
+
+def test_the_same_op_twice() -> None:
+    """Two calls that compute the same are one step; the second one's derivative finds it."""
+    torch.manual_seed(0)
+    twice = Apply(lambda t: t.tanh() * t.sin() + t.tanh().exp())
+    model, loss = nn.Sequential(nn.Linear(3, 2), twice).double(), nn.MSELoss()
+    x, y = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    found = tn.compute(model, loss, (x, y), [tn.BatchGrad()])["batch_grad"]
+    assert_equal(found, oracle.batch_grad(model, loss, x, y), "batch_grad")
