@@ -344,8 +344,8 @@ ATTENTION = (
 )  # fmt: skip
 
 FIRST_ORDER = frozenset(
-    """norms other_bases inverse_functions clamp_to_tensors maximum_minimum flips_rolls_turns repeats triangles diagonals
-    pieces written_pieces unfold_and_fold index upsample_bicubic poisson kl_div""".split()
+    """norms other_bases inverse_functions clamp_to_tensors maximum_minimum flips_rolls_turns repeats triangles
+    diagonals pieces written_pieces unfold_and_fold index upsample_bicubic poisson kl_div""".split()
 )
 """Of these rows the Jacobians and the first-order quantities are tested; the others are made of the same diagrams."""
 EVERY = (
