@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 import tnbackprop as tn
-from tests.cases import CASES, RANDOM_CASES, Case
+from tests.cases import EVERY, RANDOM_CASES, Case
 from tnbackprop.compiler.capture import capture
 from tnbackprop.compiler.graph import op_text
 from tnbackprop.drawing import formulas, quantity
-from tnbackprop.rule import Rule
+from tnbackprop.rule import Composite, Rule
 from tnbackprop.rules import TABLES, declared
 
 Uses = Mapping[Any, tuple[str, Rule | str]]
@@ -49,7 +49,7 @@ def found_in(cases: Iterable[Case]) -> Uses:
     return found
 
 
-def operations(cases: Iterable[Case] = CASES + RANDOM_CASES) -> str:
+def operations(cases: Iterable[Case] = EVERY + RANDOM_CASES) -> str:
     """The page, one section for each family of rules."""
     found = found_in(cases)
     families = [family for family in TABLES if family is not declared]
@@ -72,6 +72,8 @@ def _rows(table: tn.Table, found: Uses) -> Iterator[str]:
         shown, case = "", ""
         if target in found:
             shown, case = _formula(found[target][1]), f"`{found[target][0]}`"
+        elif isinstance(row, Composite):
+            shown = "captured as the operators that it is made of"
         elif id(row) in sharing:
             shown = f"as `{op_text(sharing[id(row)])}`"
         yield f"| `{op_text(target)}` | {shown} | {case} |"

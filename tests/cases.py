@@ -44,7 +44,7 @@ from .problems import (
     with_parameters,
 )
 
-__all__ = ["CASES", "RANDOM_CASES", "Case", "Problem", "classes", "normal", "seq"]
+__all__ = ["CASES", "EVERY", "RANDOM_CASES", "Case", "Problem", "classes", "normal", "seq"]
 
 LINEAR = (
     Case("linear", lambda: nn.Linear(3, 2)),
@@ -85,6 +85,8 @@ EINSUM = (
     with_parameters("einsum_diagonal", lambda x, w: torch.einsum("ni,ii->ni", x, w), (3, 3)),
     with_parameters("einsum_quadratic", lambda x, w: torch.einsum("ni,oij,nj->no", x, w, x), (2, 3, 3)),
     with_parameters("einsum_mixer", lambda x, a, b: torch.einsum("ntd,ts,de->nse", x, a, b), (4, 4), (3, 3), x=(4, 3)),
+    with_parameters("mm", lambda x, w, v: torch.mm(x, w) + torch.addmv(x[:, :1].squeeze(1), x, v).unsqueeze(1),
+                    (3, 2), (3,)),
     with_parameters("matmul", lambda x, w: x @ w, (3, 2)),
     with_parameters("matmul_vector", lambda x, w: x @ w, (3,), x=(4, 3)),
     with_parameters("matmul_batched", lambda x, w: x @ w, (2, 3, 4), x=(2, 4, 3)),
@@ -181,6 +183,14 @@ ACTIVATION = (
     function("masked_fill_broadcast", lambda t: t.masked_fill(t[:, :1] > 0, 2.0), (2, 3)),
     function("logsumexp", lambda t: t.logsumexp(1) + t.logsumexp((1, 2), keepdim=True).squeeze(2), (2, 3)),
     function("minimum", lambda t: t.min(1, keepdim=True).values, (2, 3)),
+    function("more_functions", lambda t: t.atan() + t.tan().asinh() + (t.cosh() + 1).acosh() - t.sinh() * t.erfc()),
+    function("inverse_functions", lambda t: t.sin().mul(0.9).asin() * t.tanh().acos() + t.tanh().mul(0.9).atanh()),
+    function("other_bases", lambda t: t.exp2().log2() * (t**2 + 1).log10() + t.sigmoid().logit() + t.frac()
+             + torch.special.ndtr(t)),
+    function("maximum_minimum", lambda t: torch.maximum(t, t.sin() * 2) * torch.minimum(t, t[:, :1])),
+    function("clamp_to_tensors", lambda t: t.clamp(t.sin() - 0.2, t.cos().mean(1, keepdim=True) + 1)),
+    function("norms", lambda t: t.norm(dim=1) + t.norm(p=1, dim=(1, 2), keepdim=True).squeeze(2) + F.normalize(
+        t, dim=-1).norm(p=3, dim=1), (2, 2), 2),
     function("log1p_expm1", lambda t: torch.log1p(torch.expm1(t) ** 2)),
 )  # fmt: skip
 
@@ -206,11 +216,36 @@ POOLING = (
     pool("adaptive_max_pool1d", lambda: nn.AdaptiveMaxPool1d(3), (2, 7)),
     pool("adaptive_max_pool2d", lambda: nn.AdaptiveMaxPool2d((2, 3)), (2, 5, 4)),
     pool("adaptive_max_pool3d", lambda: nn.AdaptiveMaxPool3d((1, 2, 2)), (2, 2, 3, 4)),
+    pool("upsample_nearest", lambda: Apply(lambda t: F.interpolate(F.interpolate(t, scale_factor=2), (3, 2),
+                                                                 mode="nearest-exact")), (1, 1, 2)),
+    pool("upsample_bilinear", lambda: nn.Upsample(scale_factor=1.5, mode="bilinear"), (1, 2, 3)),
+    pool("upsample_bicubic", lambda: nn.Upsample((3, 2), mode="bicubic", align_corners=True), (1, 2, 3)),
     pool("global_max", lambda: Apply(lambda t: t.flatten(2).max(-1).values), (2, 3, 3)),
     pool("global_mean", lambda: Apply(lambda t: t.mean((2, 3))), (2, 3, 3)),
 )
 
 SHAPE = (
+    function("flips_rolls_turns", lambda t: t.flip(1, 2) * t.roll((1, 1), (1, 2))
+             + t.rot90(1, (1, 2)).rot90(3, (1, 2)) * t.rot90(2, (1, 2)), (2, 2), 2),
+    function("repeats", lambda t: t.repeat(1, 2, 1) * t.repeat_interleave(2, 1)
+             + t.unsqueeze(1).repeat(1, 2, 1, 1).flatten(1, 2), (2, 2), 2),
+    function("triangles", lambda t: (t @ t.cumsum(1).mT).tril() + (t.flip(1) @ t.mT).triu(1), (2, 3), 2),
+    function("diagonals", lambda t: t.diagonal(1, 1, 2) * t.diagonal(-1, 1, 2), (3, 3), 3),
+    function("pieces", lambda t: t.unfold(2, 2, 1).tanh() * t[:, :1, :2, None], (2, 2), 3),
+    Case("pixel_shuffles", lambda: seq(nn.Conv2d(1, 4, 1), nn.PixelShuffle(2), nn.Tanh(), nn.PixelUnshuffle(2),
+                                       nn.ChannelShuffle(2)), (1, 1, 2)),
+    Case("unfold_and_fold", lambda: seq(nn.Conv2d(1, 2, 1), nn.Unfold(2, padding=(1, 0)), nn.Tanh(),
+                                        nn.Fold((3, 2), 2, padding=(1, 0))), (1, 3, 2)),
+    function("index", lambda t: t[:, [1, 0, 1]] * t[:, torch.tensor([1, 0, 0]), 1:2] + t[:, :, [-1]][:, :1]
+             + t[torch.arange(t.shape[0]), (t[:, :, 0]).argmax(1)].unsqueeze(1).index_select(
+                 2, torch.tensor([0, 2])).sum(2, keepdim=True), (2, 3), 3),
+    function("gather", lambda t: t.gather(1, t.argsort(1)) + t.sort(2, descending=True).values
+             * t.topk(1, 2).values + t.amax((1, 2), keepdim=True) * t.amin(2, keepdim=True)
+             + t.median(2, keepdim=True).values, (2, 3), 3),
+    function("scatter", lambda t: t.scatter_add(2, t.argsort(2), t.tanh()).index_add(
+        1, torch.tensor([1, 1]), t, alpha=2), (2, 3), 2),
+    function("written_pieces", lambda t: torch.select_scatter(
+        torch.slice_scatter(t, t[..., :2].tanh(), 2, 0, 3, 2), t[:, 0].sin(), 1, -1), (2, 2), 3),
     Case("flatten", lambda: seq(nn.Linear(3, 2), nn.Flatten(), nn.Linear(8, 2)), (4, 3)),
     Case("unflatten", lambda: seq(nn.Linear(3, 6), nn.Unflatten(1, (2, 3)), nn.Linear(3, 2))),
     function("view_permute", lambda t: t.view(-1, 2, 2).permute(0, 2, 1).contiguous().tanh()),
@@ -283,6 +318,9 @@ LOSS = (
         lambda: nn.BCEWithLogitsLoss(weights(1.0, 0.2, 3.0), pos_weight=weights(0.5, 2.0, 1.5), reduction="sum"),
         unit,
     ),
+    classifier("kl_div", lambda: nn.KLDivLoss(reduction="sum"), unit),
+    classifier("poisson", nn.PoissonNLLLoss, unit),
+    classifier("soft_margin", nn.SoftMarginLoss, lambda batch, output: torch.randn_like(output).sign()),
     Case("bce", lambda: seq(nn.Linear(3, 2), nn.Sigmoid()), (3,), unit, nn.BCELoss),
     Case("mse_rank4", lambda: nn.Conv2d(2, 2, 2), (2, 3, 3)),
     classifier("loss_scaled", lambda: Written(lambda f, y: 2.5 * F.mse_loss(f, y)), normal),
@@ -301,7 +339,19 @@ LOOKUP = (
          prepare=tokens(4)),
 )  # fmt: skip
 
-CASES = LINEAR + EINSUM + CONVOLUTION + ACTIVATION + POOLING + SHAPE + NORMALIZATION + LOOKUP + LOSS
+ATTENTION = (
+    function("attention_bias", lambda t: F.scaled_dot_product_attention(t, t.sin(), t, t, scale=0.7), (2, 2), 2),
+)  # fmt: skip
+
+FIRST_ORDER = frozenset(
+    """norms other_bases inverse_functions clamp_to_tensors maximum_minimum flips_rolls_turns repeats triangles
+    diagonals pieces written_pieces unfold_and_fold index upsample_bicubic poisson kl_div""".split()
+)
+"""Of these rows the Jacobians and the first-order quantities are tested; the others are made of the same diagrams."""
+EVERY = (
+    LINEAR + EINSUM + CONVOLUTION + ACTIVATION + POOLING + SHAPE + NORMALIZATION + LOOKUP + ATTENTION + LOSS
+)
+CASES = tuple(case for case in EVERY if case.name not in FIRST_ORDER)
 
 RANDOM_CASES = (
     Case("dropout", lambda: seq(nn.Linear(3, 8), nn.Dropout(0.4), nn.Linear(8, 2)), train=True),

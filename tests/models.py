@@ -195,6 +195,31 @@ class TiedEmbedding(nn.Module):
         return F.linear(hidden.mean(1), self.table.weight)
 
 
+class MultiHead(nn.Module):
+    """Self-attention by nn.MultiheadAttention, under a mask with a bias."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.bias = nn.Parameter(torch.zeros(2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.attention(x, x, x, need_weights=False, attn_mask=self.bias)[0]
+        return output
+
+
+class First(nn.Module):
+    """The first output of a layer with several."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(x)[0]
+        return output
+
+
 class InPlace(nn.Module):
     """Operations that write to their argument."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import tnbackprop as tn
 
 from . import oracle
+from .models import Apply
 from .test_first_order import QUANTITIES, assert_equal
 
 
@@ -95,3 +96,13 @@ def test_a_reduction_over_samples_is_refused(loss: Callable[..., Tensor]) -> Non
     y = torch.randint(2, (4,)) if isinstance(loss, nn.MultiMarginLoss) else f
     with pytest.raises(tn.UnsupportedError, match=r"reduces over the samples of .*\n.*Declare one"):
         tn.compile(nn.Linear(3, 2), loss, (x, y), [tn.Grad()])
+
+
+def test_the_same_op_twice() -> None:
+    """Two calls that compute the same are one step; the second one's derivative finds it."""
+    torch.manual_seed(0)
+    twice = Apply(lambda t: t.tanh() * t.sin() + t.tanh().exp())
+    model, loss = nn.Sequential(nn.Linear(3, 2), twice).double(), nn.MSELoss()
+    x, y = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    found = tn.compute(model, loss, (x, y), [tn.BatchGrad()])["batch_grad"]
+    assert_equal(found, oracle.batch_grad(model, loss, x, y), "batch_grad")

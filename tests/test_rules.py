@@ -20,7 +20,7 @@ from tnbackprop.jacobian import Jacobian
 from tnbackprop.reference import evaluate
 from tnbackprop.rules import RULES
 
-from .cases import CASES, RANDOM_CASES, Case
+from .cases import EVERY, RANDOM_CASES, Case
 
 Env = dict[str, Tensor]
 
@@ -164,7 +164,7 @@ def split(call: Call, name: str, value: Tensor, env: Env) -> dict[str, Any]:
     return {base: [value if v.name == own else env[v.name] for v in call.arguments[base]]}
 
 
-@pytest.mark.parametrize("case", CASES + RANDOM_CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY + RANDOM_CASES, ids=str)
 def test_rows(case: Case) -> None:
     """Formula = operator, saved code and forward code run, Jacobian = autograd, native VJP = autograd."""
     found = 0

@@ -101,6 +101,19 @@ class Primitive:
         return f"primitive {self.function.__name__}"
 
 
+@dataclass(frozen=True)
+class Composite:
+    """A row for an operator that is others, all with rules: its calls are replaced by `function` while capturing.
+
+    None: by what PyTorch makes of it.
+    """
+
+    function: Callable[..., Any] | None = None
+
+    def __call__(self, call: Any) -> Rule:
+        raise RuleError(f"{call.where} is made of other operators, and was not replaced by them")
+
+
 RuleFunction = Callable[[Any], Rule | str]
 """A row: from a `Call` (for a module target: from the module) to its rule."""
 
@@ -120,6 +133,15 @@ class Table(dict[Any, RuleFunction]):
                     raise RuleError(f"two rules for {target}: pass override=True to replace the earlier one")
             self.update(dict.fromkeys(targets, row))
             return row
+
+        return enter
+
+    def composite(self, *targets: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorator: a function of the operator's arguments, written in operators that have rules."""
+
+        def enter(function: Callable[..., Any]) -> Callable[..., Any]:
+            self.rule(*targets)(Composite(function))
+            return function
 
         return enter
 

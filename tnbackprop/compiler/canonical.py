@@ -63,6 +63,7 @@ NO_GRADIENT = frozenset(
         aten.floor.default,
         aten.ceil.default,
         aten.round.default,
+        aten.trunc.default,
     }
 )
 """Ops whose output has derivative zero (or none) in every input."""
@@ -88,6 +89,10 @@ SPLITS = frozenset(
 )
 
 SECOND: dict[Any, Any] = {
+    (aten.var_mean.correction, 0): (aten.var.correction, ("input", "dim", "correction", "keepdim")),
+    (aten.std_mean.correction, 0): (aten.std.correction, ("input", "dim", "correction", "keepdim")),
+    (aten.var_mean.dim, 0): (aten.var.dim, ("input", "dim", "unbiased", "keepdim")),
+    (aten.std_mean.dim, 0): (aten.std.dim, ("input", "dim", "unbiased", "keepdim")),
     (aten.max.dim, 1): (aten.argmax.default, ("input", "dim", "keepdim")),
     (aten.min.dim, 1): (aten.argmin.default, ("input", "dim", "keepdim")),
     (aten.sort.default, 1): (aten.argsort.default, ("input", "dim", "descending")),
@@ -96,7 +101,7 @@ SECOND: dict[Any, Any] = {
     (aten.std_mean.dim, 1): (aten.mean.dim, ("input", "dim", "keepdim")),
     (aten.std_mean.correction, 1): (aten.mean.dim, ("input", "dim", "keepdim")),
 }
-"""Second outputs that are an op of their own."""
+"""Outputs that are an op of their own."""
 
 
 def canonical(target: Any, arguments: dict[str, Any], shape: tuple[Size, ...]) -> tuple[Any, dict[str, Any]]:
@@ -110,8 +115,11 @@ def canonical(target: Any, arguments: dict[str, Any], shape: tuple[Size, ...]) -
         aten.reshape_as.default,
     ):
         return aten.reshape.default, {"input": source, "shape": shape}
-    if target in (aten.expand.default, aten.expand_as.default):
+    if target in (aten.expand.default, aten.expand_as.default, aten.broadcast_to.default):
         return aten.expand.default, {"input": source, "size": shape, "implicit": False}
+    if target in (aten.swapaxes.default, aten.swapdims.default):
+        first, second = (value for name, value in arguments.items() if name != "input")
+        return aten.transpose.int, {"input": source, "dim0": first, "dim1": second}
     if target is aten.fill.Tensor:
         return aten.expand.default, {"input": arguments["value"], "size": shape, "implicit": False}
     if target is aten.narrow.default:

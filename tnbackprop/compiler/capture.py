@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError, UnsupportedError
-from ..rule import Rules
+from ..rule import Composite, Rules
 from .foreign import MISTAKES
 from .graph import Graph
 from .inplace import mutates_view
@@ -151,8 +151,9 @@ def _export(
     ):
         try:
             exported = torch.export.export(wrapped, example, dynamic_shapes=shapes, strict=False)
-            if mutates_view(exported.graph_module):
-                exported = exported.run_decompositions({})
+            parts = _composites(exported.graph_module, rules)
+            if mutates_view(exported.graph_module) or parts:
+                exported = exported.run_decompositions(parts)
             return exported, opaque
         except (GuardOnDataDependentSymNode, torch._dynamo.exc.UserError, ConstraintViolationError) as error:
             _refuse_export(wrapped, error)
@@ -170,6 +171,16 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+def _composites(program: torch.fx.GraphModule, rules: Rules) -> dict[Any, Callable[..., Any]]:
+    """What the operators that are made of others are made of. All of them, as one may be made of another."""
+    rows = {target: row for target, row in rules.items() if isinstance(row, Composite)}
+    graphs = [part.graph for part in program.modules() if isinstance(part, torch.fx.GraphModule)]
+    if not any(node.target in rows for graph in graphs for node in graph.nodes):
+        return {}
+    known = torch.export.default_decompositions()
+    return {target: row.function or known[target] for target, row in rows.items()}
 
 
 def _refuse_export(wrapped: Wrapped, error: Exception) -> NoReturn:

@@ -29,8 +29,7 @@ def fallback(call: Call) -> BoundRule:
             raise _refused(call, f"'{value.name}' has the batch elsewhere than on axis 0")
         if value.differentiable and batched and not _sampled(call.output):
             raise _refused(call, f"it reduces over the samples of '{value.name}'")
-    if call.output.axes and N in call.output.axes[0]:
-        _try_apart(call)
+    _try_apart(call)
     legs = tuple(BATCH if N in axis else Leg(f"a{k}", _int(axis)) for k, axis in enumerate(call.output.axes))
     code = {v.name: _vjp(call, v) for v in values if v.differentiable}
     equation = Equation(call.output.name, legs, None, MappingProxyType({}))
@@ -87,9 +86,12 @@ def _try_apart(call: Call) -> None:
         return torch.zeros(shape, dtype=value.dtype)
 
     inputs = {v.name: draw(v) for v in call.tensors.values()}
+    sampled = {v.name for v in call.tensors.values() if _sampled(v)}
+    if not sampled or not _sampled(call.output):
+        return
     changed = {
-        v.name: torch.cat([inputs[v.name][:1] * 0.5, inputs[v.name][1:]]) if _sampled(v) else inputs[v.name]
-        for v in call.tensors.values()
+        name: torch.cat([(value[:1] * 0.5).to(value), value[1:]]) if name in sampled else value
+        for name, value in inputs.items()
     }
     with torch.no_grad():
         before, after = (_run(call, tensors) for tensors in (inputs, changed))

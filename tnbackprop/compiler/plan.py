@@ -268,7 +268,7 @@ def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tu
     """Native code; over the columns that ride together by vmap."""
     assert shape is not None
     cotangent = store.resolve(term.cotangent)
-    out = store.shapes[term.of]
+    out = store.shapes[store.resolve(term.of)]
     if not any(N in factor.free_symbols for factor in out if not isinstance(factor, int)):
         out = (N, *out)  # a value of parameters: one cotangent per sample
     out = (*sizes_of(lead), *out)

@@ -18,6 +18,7 @@ from .canonical import (
     ALIASES,
     CONTRACTIONS,
     NO_GRADIENT,
+    SECOND,
     alias_of,
     canonical,
     copy_of_batch,
@@ -246,7 +247,7 @@ class _Translator:
         vals = several.node.meta["val"]
         where = self._where(several.node)
         piece = split_piece(several.target, several.arguments, [self.sizes.shape(v, where) for v in vals], index)
-        if piece is None and index:
+        if piece is None and (index or (several.target, 0) in SECOND):
             piece = second_output(several.target, several.arguments, index, where)
         target, arguments = piece or (several.target, several.arguments)
         name = f"{op_name(several.target)}_{index}" if len(vals) > 1 and piece else ""

@@ -6,18 +6,24 @@ from ..rule import Table
 from . import (
     activation,
     arithmetic,
+    composite,
     convolution,
     declared,
     einsum,
     embedding,
     linear,
     loss,
+    moves,
     normalization,
     pooling,
+    resize,
     shape,
 )
 
-TABLES = (linear, convolution, activation, pooling, shape, arithmetic, einsum, normalization, embedding, loss, declared)
+TABLES = (
+    linear, convolution, activation, pooling, shape, moves, resize, arithmetic, einsum, normalization, embedding, loss,
+    composite, declared,
+)  # fmt: skip
 
 
 def merge(tables: tuple[Table, ...]) -> Table:

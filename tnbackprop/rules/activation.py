@@ -74,7 +74,22 @@ enter(aten.abs.default)(elementwise("abs(x)", kinks="0 at 0"))
 enter(aten.sin.default)(elementwise("sin(x)"))
 enter(aten.cos.default)(elementwise("cos(x)"))
 enter(aten.erf.default)(elementwise("erf(x)"))
+enter(aten.erfc.default)(elementwise("1 - erf(x)"))
 enter(aten.neg.default)(elementwise("-x"))
+enter(aten.tan.default)(elementwise("tan(x)", derivative="1 + y**2"))
+enter(aten.sinh.default)(elementwise("sinh(x)"))
+enter(aten.cosh.default)(elementwise("cosh(x)"))
+enter(aten.atan.default)(elementwise("atan(x)"))
+enter(aten.asinh.default)(elementwise("", derivative="(x**2 + 1)**(-1/2)"))
+enter(aten.acosh.default)(elementwise("", derivative="(x - 1)**(-1/2) * (x + 1)**(-1/2)"))
+enter(aten.atanh.default)(elementwise("", derivative="1 / (1 - x**2)"))
+enter(aten.asin.default)(elementwise("", derivative="(1 - x**2)**(-1/2)"))
+enter(aten.acos.default)(elementwise("", derivative="-(1 - x**2)**(-1/2)"))
+enter(aten.exp2.default)(elementwise("exp(c * x)", constants={"c": math.log(2)}))
+enter(aten.log2.default)(elementwise("log(x) / c", constants={"c": math.log(2)}))
+enter(aten.log10.default)(elementwise("log(x) / c", constants={"c": math.log(10)}))
+enter(aten.special_ndtr.default)(elementwise("(1 + erf(c * x)) / 2", constants={"c": math.sqrt(0.5)}))
+enter(aten.frac.default)(elementwise("", derivative="1 + 0 * x", kinks="1 at whole numbers"))
 # fmt: on
 
 
@@ -195,9 +210,11 @@ def where(call: Any) -> Rule:
     )
 
 
-@TABLE.rule(aten.masked_fill.Scalar)
+@TABLE.rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 def masked_fill(call: Any) -> Rule:
     """The input where the mask is False; the filling may be infinite, so it is in no formula."""
+    if "value" in call.tensors and call.value.differentiable:
+        refuse(call, "the value that is filled in depends on parameters", "Use torch.where.")
     legs = leg_names(call.output)
     keep = access("mask", call.mask, call.output, legs).replace("mask", "keep", 1)
     return Rule(

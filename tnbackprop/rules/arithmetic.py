@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..rule import Rule, Table
-from .text import axis, broadcast, join, leg_names, literal, refuse, sizes
+from .text import access, axis, broadcast, join, leg_names, literal, refuse, sizes
 
 TABLE = Table()
 aten = torch.ops.aten
@@ -21,6 +21,27 @@ TABLE.rule(aten.addcmul.default)(broadcast("{input} + {value} * {tensor1} * {ten
 TABLE.rule(aten.addcdiv.default)(broadcast("{input} + {value} * {tensor1} / {tensor2}"))
 TABLE.rule(aten.lerp.Tensor, aten.lerp.Scalar)(broadcast("{input} + {weight} * {end} - {weight} * {input}"))
 TABLE.rule(aten.pow.Tensor_Tensor)(broadcast("exp({exponent} * log({input}))"))
+
+
+@TABLE.rule(aten.maximum.default, aten.minimum.default)
+def maximum(call: Any) -> Rule:
+    """(a + b ± |a - b|) / 2: at a tie each gets half."""
+    legs = leg_names(call.output)
+    a, b = (access(v, call.arguments[v], call.output, legs) for v in ("input", "other"))
+    sign = "+" if call.target == aten.maximum.default else "-"
+    return Rule(f"output[{join(legs)}] = ({a} + {b} {sign} abs({a} - {b})) / 2", kinks="half each at a tie")
+
+
+@TABLE.rule(aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor)
+def clamp_to(call: Any) -> Rule:
+    """Ends that are tensors; where the input is at one, the derivative is the input's."""
+    legs = leg_names(call.output)
+    text = x = access("input", call.input, call.output, legs)
+    for name, sign in (("min", "<"), ("max", ">")):
+        if call.arguments.get(name) is not None:
+            end = access(name, call.arguments[name], call.output, legs)
+            text = f"{end} if {x} {sign} {end} else ({text})"
+    return Rule(f"output[{join(legs)}] = {text}", kinks="1 at both ends")
 
 
 def _reduced(call: Any) -> tuple[str, str, list[str]]:
@@ -61,6 +82,38 @@ def _variance(call: Any, root: str = "") -> Rule:
 
 TABLE.rule(aten.var.default, aten.var.dim, aten.var.correction)(_variance)
 TABLE.rule(aten.std.default, aten.std.dim, aten.std.correction)(lambda call: _variance(call, "**(1/2)"))
+
+
+@TABLE.rule(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim)
+def vector_norm(call: Any) -> Rule:
+    """(Σ |x|^p)^(1/p); at zero the derivative is 0."""
+    left, right, gone = _reduced(call)
+    p = call.arguments.get("ord", call.arguments.get("p"))
+    p = 2 if p is None else p
+    if p <= 0 or p == float("inf"):
+        refuse(call, f"the norm of order {p} has no formula", "Use amax of abs for the largest entry.")
+    if p == 1:
+        return Rule(f"output[{left}] = abs(input[{right}])", kinks="0 at 0")
+    rest = join([leg for leg in leg_names(call.input) if leg not in gone])
+    x = f"input[{right}]"
+    power = f"{x}**2" if p == 2 else f"abs({x})**{literal(p)}"
+    return Rule(
+        f"""total[{rest}] = {power}
+            output[{left}] = 0 if total[{rest}] <= 0 else total[{rest}]**(1 / {literal(p)})""",
+        kinks="0 at 0",
+    )
+
+
+@TABLE.rule(aten.cumsum.default)
+def cumsum(call: Any) -> Rule:
+    legs = leg_names(call.input, skip="k")
+    dim = axis(call.dim, len(legs))
+    if not isinstance(call.input.shape[dim], int):
+        refuse(call, "it adds up the samples", "Use another axis.")
+    size, into = call.input.shape[dim], [*legs[:dim], "k", *legs[dim + 1 :]]
+    ones = f"torch.ones(({size}, {size}), dtype={{input}}.dtype, device={{input}}.device)"
+    saved = {f"before[{legs[dim]}, k]": f"{ones}.tril()"}
+    return Rule(f"output[{join(legs)}] = before[{legs[dim]}, k] * input[{join(into)}]", saved=saved)
 
 
 def _normalized(call: Any) -> tuple[list[str], list[str], str]:

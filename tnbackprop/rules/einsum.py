@@ -98,6 +98,7 @@ def _plain(call: Any, left: str, right: str, batch: int = 0) -> Rule:
 TABLE.rule(aten.mm.default)(lambda call: _plain(call, "input", "mat2"))
 TABLE.rule(aten.mv.default)(lambda call: _plain(call, "input", "vec"))
 TABLE.rule(aten.dot.default)(lambda call: _plain(call, "input", "tensor"))
+TABLE.rule(aten.vdot.default)(lambda call: _plain(call, "input", "other"))
 TABLE.rule(aten.bmm.default)(lambda call: _plain(call, "input", "mat2", 1))
 TABLE.row(Rule("output[a, b] = input[a] * vec2[b]"), aten.outer.default)
 
@@ -111,4 +112,5 @@ def _added(call: Any, left: str, right: str, batch: int) -> Rule:
 
 
 TABLE.rule(aten.addmm.default)(lambda call: _added(call, "mat1", "mat2", 0))
+TABLE.rule(aten.addmv.default)(lambda call: _added(call, "mat", "vec", 0))
 TABLE.rule(aten.baddbmm.default)(lambda call: _added(call, "batch1", "batch2", 1))

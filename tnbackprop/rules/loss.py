@@ -66,6 +66,14 @@ def smooth_l1_loss(call: Any) -> Rule:
     return _of_difference(call, f"<d>**2 / (2 * {b}) if abs(<d>) < {b} else abs(<d>) - {b} / 2")
 
 
+@TABLE.rule(aten.soft_margin_loss.default)
+def soft_margin_loss(call: Any) -> Rule:
+    """log(1 + exp(-target * input))."""
+    legs = _same_shape(call, "target")
+    each = f"-logsigmoid(target[{join(legs)}] * input[{join(legs)}])"
+    return Rule(f"output[{_left(call, legs)}] = {each}{_elements(call, legs)}")
+
+
 def _operand(call: Any, name: str, legs: list[str]) -> str:
     """A factor that broadcasts against the input, or nothing."""
     if call.arguments.get(name) is None:

@@ -53,10 +53,11 @@ def transpose(call: Any) -> Rule:
     return _permuted(call, order)
 
 
-@TABLE.rule(aten.t.default, aten.numpy_T.default, aten.mT.default)
+@TABLE.rule(aten.t.default, aten.numpy_T.default, aten.mT.default, aten.mH.default)
 def t(call: Any) -> Rule:
     order = list(range(len(call.input.axes)))
-    return _permuted(call, order[::-1] if call.target != aten.mT.default else [*order[:-2], order[-1], order[-2]])
+    matrices = call.target in (aten.mT.default, aten.mH.default)
+    return _permuted(call, [*order[:-2], order[-1], order[-2]] if matrices else order[::-1])
 
 
 @TABLE.rule(aten.movedim.int, aten.movedim.intlist)

@@ -112,7 +112,7 @@ def elementwise(
     arguments: Sequence[str] = (),
     constants: Mapping[str, Constant] | None = None,
 ) -> Row:
-    """A row from a function of ``x``: its formula ``output[*s] = f(input[*s])``.
+    """A row from a function of ``x``: its formula ``output[*s] = f(input[*s])``, none where the text is empty.
 
     `derivative` (of ``x`` and ``y``, the output) where a stable one is known; `arguments` are the arguments of
     the call that the texts name.
@@ -121,7 +121,7 @@ def elementwise(
     def row(call: Any) -> Rule:
         numbers = {name: call.arguments[name] for name in arguments}
         return Rule(
-            f"output[*s] = {_apply(function)}",
+            f"output[*s] = {_apply(function)}" if function else "",
             jacobian={"input": _apply(derivative)} if derivative else {},
             legs={"input": "*s", "output": "*s"} if derivative else {},
             constants={**(constants or {}), **numbers},

@@ -1,0 +1,166 @@
+"""Operators made of others, which are captured in their place: attention, recurrent layers, some losses and moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import UnsupportedError
+from ..rule import Composite, Table
+
+TABLE = Table()
+aten = torch.ops.aten
+
+# what PyTorch itself makes of others
+for _target in (
+    aten.tile.default, aten.fliplr.default, aten.flipud.default, aten.concat.default, aten.concatenate.default,
+    aten.inner.default, aten.tensordot.default, aten.linalg_vecdot.default, aten.linalg_norm.default,
+    aten.max.other, aten.min.other, aten.clip.default, aten.special_expit.default,
+    aten.multiply.Tensor, aten.multiply.Scalar, aten.subtract.Tensor, aten.divide.Tensor, aten.divide.Scalar,
+    aten.true_divide.Tensor, aten.negative.default, aten.absolute.default, aten.arctan.default,
+    aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf, aten.take_along_dim.default,
+    aten.kl_div.default, aten.poisson_nll_loss.default, aten.hinge_embedding_loss.default,
+    aten.margin_ranking_loss.default, aten.cosine_embedding_loss.default, aten.triplet_margin_loss.default,
+    aten.cosine_similarity.default, aten.pairwise_distance.default, aten.diff.default,
+):  # fmt: skip
+    TABLE.rule(_target)(Composite())
+
+
+@TABLE.composite(aten.hstack.default)
+def hstack(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(tensors), min(1, tensors[0].ndim - 1))
+
+
+@TABLE.composite(aten.logit.default)
+def logit(x: Tensor, eps: float | None = None) -> Tensor:
+    inside = x if eps is None else x.clamp(eps, 1 - eps)
+    return inside.log() - (1 - inside).log()
+
+
+@TABLE.composite(aten._weight_norm.default)
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """w = g v / |v|, the norm over all axes but `dim` (Salimans & Kingma 2016, arXiv:1602.07868)."""
+    rest = [axis for axis in range(v.ndim) if axis != dim % v.ndim]
+    return v * (g * v.square().sum(rest, keepdim=True).rsqrt())
+
+
+@TABLE.composite(aten.scaled_dot_product_attention.default)
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(scale * query keyᵀ + mask) value (Vaswani et al. 2017, arXiv:1706.03762)."""
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = (t.repeat_interleave(repeats, -3) for t in (key, value))
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        masked = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if masked else scores + attn_mask
+    weights = torch.softmax(scores, -1)
+    return (torch.dropout(weights, dropout_p, True) if dropout_p else weights) @ value
+
+
+State = tuple[Tensor, ...]
+Step = Callable[[Tensor, State, Tensor, Tensor | None], State]
+"""(input's part of the gates, state, recurrent weight and bias) -> the next state, its output first."""
+
+
+def _lstm(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
+    """Hochreiter & Schmidhuber 1997."""
+    i, f, g, o = (gates + F.linear(state[0], weight, bias)).chunk(4, -1)
+    cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * cell.tanh(), cell
+
+
+def _gru(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
+    """Cho et al. 2014, arXiv:1406.1078."""
+    (r, z, n), (hr, hz, hn) = gates.chunk(3, -1), F.linear(state[0], weight, bias).chunk(3, -1)
+    z, n = (z + hz).sigmoid(), torch.tanh(n + (r + hr).sigmoid() * hn)
+    return (n + z * (state[0] - n),)
+
+
+def _tanh(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
+    """Elman 1990."""
+    return (torch.tanh(gates + F.linear(state[0], weight, bias)),)
+
+
+def _relu(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
+    return (torch.relu(gates + F.linear(state[0], weight, bias)),)
+
+
+def _recurrent(
+    step: Step,
+    x: Tensor,
+    start: Sequence[Tensor],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, ...]:
+    """The steps one after the other: (outputs, final states)."""
+    time, directions, each = int(batch_first), 1 + bidirectional, 4 if has_biases else 2
+    if len(params) != num_layers * directions * each:
+        raise UnsupportedError("a recurrent layer with proj_size has no rule.\n  Leave proj_size out.")
+    final: list[State] = []
+    for layer in range(num_layers):
+        if layer and dropout and train:
+            x = torch.dropout(x, dropout, True)
+        outputs = []
+        for back in range(directions):
+            k = layer * directions + back
+            into, weight, *biases = params[k * each : (k + 1) * each]
+            own, bias = biases or (None, None)
+            state = tuple(s[k] for s in start)
+            steps = F.linear(x, into, own).unbind(time)
+            hidden = []
+            for gates in steps[::-1] if back else steps:
+                state = step(gates, state, weight, bias)
+                hidden.append(state[0])
+            outputs.append(torch.stack(hidden[::-1] if back else hidden, time))
+            final.append(state)
+        x = torch.cat(outputs, -1) if bidirectional else outputs[0]
+    return x, *(torch.stack(states) for states in zip(*final, strict=True))
+
+
+@TABLE.composite(aten.lstm.input)
+def lstm(x: Tensor, hx: Sequence[Tensor], *options: Any) -> tuple[Tensor, ...]:
+    return _recurrent(_lstm, x, hx, *options)
+
+
+def _one_state(step: Step) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda x, hx, *options: _recurrent(step, x, (hx,), *options)
+
+
+def _cell(step: Step) -> Callable[..., Any]:
+    def cell(
+        x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+    ) -> Any:
+        state = step(F.linear(x, w_ih, b_ih), (hx,) if isinstance(hx, Tensor) else tuple(hx), w_hh, b_hh)
+        return state if len(state) > 1 else state[0]
+
+    return cell
+
+
+TABLE.composite(aten.gru.input)(_one_state(_gru))
+TABLE.composite(aten.rnn_tanh.input)(_one_state(_tanh))
+TABLE.composite(aten.rnn_relu.input)(_one_state(_relu))
+TABLE.composite(aten.lstm_cell.default)(_cell(_lstm))
+TABLE.composite(aten.gru_cell.default)(_cell(_gru))
+TABLE.composite(aten.rnn_tanh_cell.default)(_cell(_tanh))
+TABLE.composite(aten.rnn_relu_cell.default)(_cell(_relu))

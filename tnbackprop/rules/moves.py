@@ -1,0 +1,316 @@
+"""Moves of elements to other places: flips, rolls, repeats, gathers, scatters, shuffles of pixels, patches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..rule import Rule, Table
+from .text import access, axis, join, leg_names, per_axis, refuse
+
+TABLE = Table()
+aten = torch.ops.aten
+
+
+def _size(call: Any, dim: int) -> int:
+    """The size of an axis of the input, which must not hold the batch."""
+    size = call.input.shape[dim]
+    if not isinstance(size, int):
+        refuse(call, "it moves samples", "Move along another axis.")
+    return int(size)
+
+
+def _sourced(call: Any, sources: Mapping[int, str]) -> Rule:
+    """output[x] = input[source(x)] along some axes: torch code of the source index of each."""
+    legs = leg_names(call.output)
+    items, factors, saved = list(legs), "", {}
+    for dim, code in sources.items():
+        items[dim] = f"{legs[dim]}{legs[dim]}"
+        factors += f"select(source{dim}[{legs[dim]}], {items[dim]}) * "
+        saved[f"source{dim}[{legs[dim]}]"] = code
+    return Rule(f"output[{join(legs)}] = {factors}input[{join(items)}]", saved=saved)
+
+
+def _places(call: Any, dim: int) -> str:
+    return f"torch.arange({_size(call, dim)}, device={{input}}.device)"
+
+
+@TABLE.rule(aten.flip.default)
+def flip(call: Any) -> Rule:
+    dims = sorted(axis(d, len(call.input.axes)) for d in call.dims)
+    return _sourced(call, {d: f"{_places(call, d)}.flip(0)" for d in dims})
+
+
+@TABLE.rule(aten.roll.default)
+def roll(call: Any) -> Rule:
+    if not call.dims:
+        refuse(call, "it rolls all axes as one", "Say dims=.")
+    shifts = zip(call.dims, call.shifts, strict=True)
+    return _sourced(call, {axis(d, len(call.input.axes)): f"{_places(call, d)}.roll({by})" for d, by in shifts})
+
+
+@TABLE.rule(aten.index_select.default)
+def index_select(call: Any) -> Rule:
+    dim = axis(call.dim, len(call.input.axes))
+    _size(call, dim)
+    return _sourced(call, {dim: "{index}"})
+
+
+@TABLE.rule(aten.rot90.default)
+def rot90(call: Any) -> Rule:
+    """A transpose and flips."""
+    legs = leg_names(call.output)
+    a, b = (axis(d, len(legs)) for d in call.dims)
+    turned = list(legs)
+    if call.k % 2:
+        turned[a], turned[b] = legs[b], legs[a]
+    factors, saved = "", {}
+    for dim, back in ((a, call.k % 4 in (2, 3)), (b, call.k % 4 in (1, 2))):
+        if back:
+            leg, into = turned[dim], turned[dim] * 2
+            factors += f"select(source{dim}[{leg}], {into}) * "
+            saved[f"source{dim}[{leg}]"] = f"{_places(call, dim)}.flip(0)"
+            turned[dim] = into
+    return Rule(f"output[{join(legs)}] = {factors}input[{join(turned)}]", saved=saved)
+
+
+@TABLE.rule(aten.repeat.default)
+def repeat(call: Any) -> Rule:
+    """Copies of the whole axis, the copy outermost; new axes come first."""
+    legs = leg_names(call.input, skip="r")
+    new = len(call.repeats) - len(legs)
+    left = [f"r{k}" for k in range(new)]
+    copies = enumerate(zip(legs, call.repeats[new:], strict=True), start=new)
+    left += [leg if r == 1 else f"r{k}.{leg}" for k, (leg, r) in copies]
+    constants = {f"R{k}": r for k, r in enumerate(call.repeats) if k < new or r != 1}
+    return Rule(f"output[{join(left)}] = input[{join(legs)}]", constants=constants)
+
+
+@TABLE.rule(aten.repeat_interleave.self_int)
+def repeat_interleave(call: Any) -> Rule:
+    """Copies of each element, side by side."""
+    legs = leg_names(call.input, skip="r")
+    if call.dim is None:
+        refuse(call, "it flattens the samples", "Say dim=.")
+    dim = axis(call.dim, len(legs))
+    left = [f"{leg}.r" if k == dim else leg for k, leg in enumerate(legs)]
+    return Rule(f"output[{join(left)}] = input[{join(legs)}]", constants={"R": call.repeats})
+
+
+@TABLE.rule(aten.tril.default, aten.triu.default)
+def triangle(call: Any) -> Rule:
+    """The elements on one side of a diagonal, zeros elsewhere."""
+    legs, (rows, columns) = leg_names(call.input), call.input.shape[-2:]
+    if not (isinstance(rows, int) and isinstance(columns, int)):
+        refuse(call, "the matrix has the batch as an axis", "Put the batch first.")
+    ones = f"torch.ones(({rows}, {columns}), dtype={{input}}.dtype, device={{input}}.device)"
+    name = "tril" if call.target == aten.tril.default else "triu"
+    saved = {f"mask[{join(legs[-2:])}]": f"{ones}.{name}({call.diagonal})"}
+    return Rule(f"output[{join(legs)}] = mask[{join(legs[-2:])}] * input[{join(legs)}]", saved=saved)
+
+
+@TABLE.rule(aten.diagonal.default)
+def diagonal(call: Any) -> Rule:
+    """The diagonal becomes the last axis."""
+    legs = leg_names(call.output)
+    a, b = (axis(d, len(legs) + 1) for d in (call.dim1, call.dim2))
+    rest = iter(legs[:-1])
+    shift = {a: max(0, -call.offset), b: max(0, call.offset)}
+    items = [f"{legs[-1]} + {shift[k]}" if k in shift else next(rest) for k in range(len(legs) + 1)]
+    for k in shift:
+        _size(call, k)
+    return Rule(f"output[{join(legs)}] = input[{join(items)}]")
+
+
+@TABLE.rule(aten.unfold.default)
+def unfold(call: Any) -> Rule:
+    """Overlapping pieces of an axis, their elements on a new last axis."""
+    legs = leg_names(call.output)
+    dim = axis(call.dimension, len(call.input.axes))
+    _size(call, dim)
+    items = [f"{call.step}*{leg} + {legs[-1]}" if k == dim else leg for k, leg in enumerate(legs[:-1])]
+    return Rule(f"output[{join(legs)}] = input[{join(items)}]")
+
+
+@TABLE.rule(aten.pixel_shuffle.default)
+def pixel_shuffle(call: Any) -> Rule:
+    """Shi et al. 2016, arXiv:1609.05158."""
+    r = call.upscale_factor
+    return Rule("output[*s, c, h.a, w.b] = input[*s, c.a.b, h, w]", constants={"A": r, "B": r})
+
+
+@TABLE.rule(aten.pixel_unshuffle.default)
+def pixel_unshuffle(call: Any) -> Rule:
+    r = call.downscale_factor
+    return Rule("output[*s, c.a.b, h, w] = input[*s, c, h.a, w.b]", constants={"A": r, "B": r})
+
+
+@TABLE.rule(aten.channel_shuffle.default)
+def channel_shuffle(call: Any) -> Rule:
+    """Zhang et al. 2018, arXiv:1707.01083."""
+    return Rule("output[n, c.g, *s] = input[n, g.c, *s]", constants={"G": call.groups})
+
+
+def _patches(call: Any, image: Sequence[int]) -> dict[str, int]:
+    """The numbers of the positions that a kernel takes in an image."""
+    found: dict[str, int] = {}
+    names = ("kernel_size", "dilation", "padding", "stride")
+    for a, numbers in enumerate(zip(*(per_axis(call.arguments[name], 2) for name in names), strict=True)):
+        kernel, dilation, padding, stride = numbers
+        positions = (image[a] + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        found |= {f"s{a}": stride, f"d{a}": dilation, f"p{a}": padding, "KL"[a]: kernel, "HW"[a]: positions}
+    return found
+
+
+@TABLE.rule(aten.im2col.default)
+def im2col(call: Any) -> Rule:
+    """The patches of a convolution as columns."""
+    text = "output[n, c.k.l, h.w] = input[n, c, s0*h + d0*k - p0, s1*w + d1*l - p1]"
+    return Rule(text, constants=_patches(call, call.input.shape[-2:]))
+
+
+@TABLE.rule(aten.col2im.default)
+def col2im(call: Any) -> Rule:
+    """Columns added up at their places in an image."""
+    places = "delta[y, s0*h + d0*k - p0] * delta[x, s1*w + d1*l - p1]"
+    text = f"output[n, c, y, x] = input[n, c.k.l, h.w] * {places}"
+    return Rule(text, constants=_patches(call, call.output_size))
+
+
+# by computed indices
+
+
+@TABLE.rule(aten.gather.default)
+def gather(call: Any) -> Rule:
+    """output[…, p, …] = input[…, index[…, p, …], …]."""
+    legs = leg_names(call.output, skip="k")
+    dim = axis(call.dim, len(legs))
+    _size(call, dim)
+    if any(a != b for k, (a, b) in enumerate(zip(call.index.shape, call.input.shape, strict=True)) if k != dim):
+        refuse(call, f"index {call.index.shape} is smaller than input {call.input.shape}", "Slice the input first.")
+    into = [*legs[:dim], "k", *legs[dim + 1 :]]
+    return Rule(f"output[{join(legs)}] = select(index[{join(legs)}], k) * input[{join(into)}]")
+
+
+@TABLE.rule(aten.scatter_add.default, aten.index_add.default)
+def scatter_add(call: Any) -> Rule:
+    """output = input, and each element of the source added at its index."""
+    legs = leg_names(call.output, skip="k")
+    dim = axis(call.dim, len(legs))
+    _size(call, dim)
+    src = "src" if "src" in call.arguments else "source"
+    shape = call.arguments[src].shape
+    index = [*legs[:dim], "k", *legs[dim + 1 :]]
+    if any(a != b for k, (a, b) in enumerate(zip(shape, call.input.shape, strict=True)) if k != dim):
+        refuse(call, f"{src} {shape} is smaller than input {call.input.shape}", "Slice the input first.")
+    chosen = join(index) if src == "src" else "k"
+    alpha = call.arguments.get("alpha", 1)
+    return Rule(
+        f"output[{join(legs)}] = input[{join(legs)}]"
+        f" + alpha * select(index[{chosen}], {legs[dim]}) * {src}[{join(index)}]",
+        constants={"alpha": alpha},
+    )
+
+
+@TABLE.rule(aten.index.Tensor)
+def index(call: Any) -> Rule:
+    """Integer tensors, broadcast with each other, for some axes. Where one is for the batch axis, it counts samples."""
+    rank, given = len(call.input.axes), {k: v for k, v in enumerate(call.indices) if v is not None}
+    if any(value.dtype in (torch.bool, torch.uint8) for value in given.values()):
+        refuse(call, "it is indexed by a mask", "Use torch.where, or index with integers.")
+    out = leg_names(call.output, skip="k")
+    shown = max(len(value.axes) for value in given.values())
+    places = sorted(given)
+    together = places == list(range(places[0], places[-1] + 1))
+    first = places[0] if together else 0
+    common = out[first : first + shown]
+    rest = iter([leg for leg in out if leg not in common])
+    target = _Shape(call.output.shape[first : first + shown])
+    items, factors, saved = [], "", {}
+    for k in range(rank):
+        if k not in given:
+            items.append(next(rest))
+        elif not isinstance(call.input.shape[k], int):
+            items.append("n")  # capture has seen to it that this index is arange(N)
+        else:
+            read = access(f"at{k}", given[k], target, common)
+            name = next(n for n, v in call.tensors.items() if v is given[k] and n.startswith("indices"))
+            saved[read] = f"{{{name}}} % {call.input.shape[k]}"
+            factors += f"select({read}, k{k}) * "
+            items.append(f"k{k}")
+    ones = {leg.upper(): 1 for read in saved for leg in read.partition("[")[2].rstrip("]").split(", ") if leg[0] == "u"}
+    return Rule(f"output[{join(out)}] = {factors}input[{join(items)}]", saved=saved, constants=ones)
+
+
+class _Shape:
+    """The broadcast shape of several indices."""
+
+    def __init__(self, shape: tuple[Any, ...]) -> None:
+        self.shape = shape
+
+
+@TABLE.rule(aten.topk.default, aten.sort.default, aten.sort.stable, aten.kthvalue.default, aten.median.dim)
+def ordered(call: Any) -> Rule:
+    """The values in their order along one axis; the saved index says where they are."""
+    legs = leg_names(call.input, skip="k")
+    dim = axis(call.dim, len(legs))
+    _size(call, dim)
+    into = [*legs[:dim], "k", *legs[dim + 1 :]]
+    options = {
+        aten.topk.default: f"topk({call.arguments.get('k')}, {dim}, {call.arguments.get('largest')})",
+        aten.kthvalue.default: f"kthvalue({call.arguments.get('k')}, {dim})",
+        aten.median.dim: f"median({dim})",
+    }
+    code = options.get(call.target, f"sort({dim}, {call.arguments.get('descending')})")
+    one = call.target in (aten.kthvalue.default, aten.median.dim)
+    left = legs if not one else [*legs[:dim], *(["u"] if call.keepdim else []), *legs[dim + 1 :]]
+    chosen = [leg for leg in left if leg != "u"]
+    shown, back = (f".unsqueeze({dim})", f".squeeze({dim})" * (not call.keepdim)) if one else ("", "")
+    return Rule(
+        f"output[{join(left)}] = select(index[{join(chosen)}], k) * input[{join(into)}]",
+        saved={f"index[{join(chosen)}]": f"{{input}}.{code}[1]"},
+        forward=f"{{input}}.gather({dim}, {{index}}{shown}){back}",
+        kinks="where elements are equal, as torch orders them",
+    )
+
+
+@TABLE.rule(aten.amax.default, aten.amin.default)
+def extremum(call: Any) -> Rule:
+    """The largest element over some axes, as one choice in row-major order."""
+    legs = leg_names(call.input)
+    dims = sorted(axis(d, len(legs)) for d in call.dim) or list(range(len(legs)))
+    for d in dims:
+        _size(call, d)
+    rest = [leg for k, leg in enumerate(legs) if k not in dims]
+    left = [f"u{k}" if k in dims else leg for k, leg in enumerate(legs) if call.keepdim or k not in dims]
+    order = [k for k in range(len(legs)) if k not in dims] + dims
+    name = "argmax" if call.target == aten.amax.default else "argmin"
+    return Rule(
+        f"output[{join(left)}] = select(index[{join(rest)}], {join([legs[d] for d in dims])}) * input[{join(legs)}]",
+        saved={f"index[{join(rest)}]": f"{{input}}.permute({order}).flatten({len(rest)}).{name}(-1)"},
+        kinks="one of several equal extrema takes all",
+    )
+
+
+@TABLE.rule(aten.slice_scatter.default, aten.select_scatter.default)
+def placed(call: Any) -> Rule:
+    """The input with a piece of it replaced."""
+    legs = leg_names(call.output, skip="k")
+    dim = axis(call.dim, len(legs))
+    size, leg = _size(call, dim), legs[dim]
+    ones = f"torch.ones({size}, dtype={{input}}.dtype, device={{input}}.device)"
+    if call.target == aten.select_scatter.default:
+        start = axis(call.index, size)
+        piece, place = [*legs[:dim], *legs[dim + 1 :]], f"delta[{leg}, {start}]"
+        inside = str(start)
+    else:
+        start, end, step = slice(call.start, call.end, call.step).indices(size)
+        piece, place = [*legs[:dim], "k", *legs[dim + 1 :]], f"delta[{leg}, {step}*k + {start}]"
+        inside = f"torch.arange({start}, {end}, {step}, device={{input}}.device)"
+    keep = f"{ones}.index_fill(0, torch.as_tensor({inside}, device={{input}}.device), 0)"
+    return Rule(
+        f"output[{join(legs)}] = keep[{leg}] * input[{join(legs)}] + {place} * src[{join(piece)}]",
+        saved={f"keep[{leg}]": keep},
+    )
