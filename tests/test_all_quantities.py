@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import tnbackprop as tn
 
 from . import oracle_second
-from .cases import Case, normal, seq, unit
+from .cases import Case, classes, normal, seq, unit
 from .models import Apply, Written
 from .second_order import (
     ALL,
@@ -263,3 +263,26 @@ def test_signs_do_not_depend_on_the_scale(mixed: bool, scale: float) -> None:
     assert_equal(times(run(convex, "DiagGGN"), 1 / scale), times(want, 1 / scale), "convex")
     with pytest.raises(tn.InputError, match="the loss Hessian is indefinite"):
         run(concave, "DiagGGN")
+
+
+@pytest.mark.parametrize("key", ["diag", "hesscale", "kflr", "empirical"])
+def test_within_a_memory_limit(key: str) -> None:
+    """Columns in rounds or slices of the batch: the peak is met with the same values, at any batch size."""
+    layers = (
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, 6),
+        nn.Tanh(),
+        nn.Linear(6, 5),
+    )
+    problem = Case("limited", lambda: seq(*layers), (2, 4, 4), classes(5), nn.CrossEntropyLoss, 12).build()
+    kind, options = ALL[key]
+    free = compiled(problem, {key: ALL[key]})
+    limit = int(0.7 * free.peak_bytes)
+    batch = (problem.x, problem.y)
+    program = tn.compile(problem.model, problem.loss, batch, [make(kind, name=key, **options)], memory_limit=limit)
+    assert program.peak_bytes <= limit
+    for size in (12, 5, 1):
+        part = replace(problem, x=problem.x[:size], y=problem.y[:size])
+        assert_equal(everything_of(program, part)[key], everything_of(free, part)[key], f"{key} of {size}")

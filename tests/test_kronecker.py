@@ -324,3 +324,11 @@ def test_order_of_the_factors() -> None:
 
 def _kron(left: Tensor, right: Tensor) -> Tensor:
     return torch.einsum("ab,cd->acbd", left, right).reshape(len(left) * len(right), -1)
+
+
+def test_reduce_of_several_uses_is_refused() -> None:
+    """Nobody has said what it is; one use is answered, and expand takes the uses as positions."""
+    problem = BY_NAME["reused_module"].build()
+    with pytest.raises(tn.UnsupportedError, match=r"'layer.weight'.*used 2 times, and the reduce[\s\S]*Sharing.EXPAND"):
+        run(problem, "KFLR", sharing="REDUCE")
+    assert list(run(problem, "KFLR")) == ["layer.weight", "layer.bias"]
