@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import tnbackprop as tn
 from tnbackprop import compiler
 from tnbackprop.compiler import cost
+from tnbackprop.compiler.cost import number
+from tnbackprop.quantities.jacobian import CrossNTK
 
 from . import oracle_second
 from .cases import CASES, Case, Problem, classes, normal, seq
@@ -90,6 +92,34 @@ def test_kernel_of_the_model() -> None:
     assert error(turned.permute(2, 3, 0, 1), tn.ntk(problem.model, problem.x, other)) <= TOLERANCE
 
 
+CROSS = (*GRAM, "residual", "position_table", "scalar_parameter", "unused_and_zero_gradient", "prelu")
+
+
+@pytest.mark.parametrize("name", CROSS)
+@pytest.mark.parametrize("first", [1, 2])
+def test_kernel_between_batches(name: str, first: int) -> None:
+    """Each parameter's block off the diagonal, in the rows of the one batch and of the other."""
+    problem = BY_NAME[name].build()
+    program = tn.compile(problem.model, None, (problem.x, None), [CrossNTK(first=first)])
+    J = oracle_second.jacobians(problem.model, problem.x)
+    want = {p: torch.einsum("ncp,mdp->cdnm", V[:first], V[first:]) for p, V in J.items()}
+    assert_equal(program(problem.x)["cross_ntk"], want, "cross_ntk")
+
+
+def test_only_pairs_of_the_two_batches_are_multiplied() -> None:
+    """A quarter of the products of N + M samples with themselves, for two batches of one size."""
+    model, x = seq(nn.Linear(40, 30, bias=False)), torch.randn(16, 40)
+    whole, block = (tn.compile(model, None, (x, None), [q]) for q in (tn.NTK(), CrossNTK(first=8)))
+    assert gram_flops(block) == gram_flops(whole) / 4
+    assert "[8:]" in block.source
+    assert "cross_ntk" in block.explain()
+
+
+def gram_flops(program: tn.Program) -> float:
+    plan = program.compiled.plan
+    return sum(number(step.work.flops, plan.batch) for step in plan.steps if "ntk" in step.note)
+
+
 def test_kernel_predicts_a_small_step() -> None:
     """f(θ - t ∇L) - f(θ) is -t times the kernel on the loss's gradient, up to t²."""
     problem = replace(NET, y=normal, loss=nn.MSELoss).build()
@@ -119,6 +149,8 @@ def test_errors() -> None:
     problem = NET.build()
     with pytest.raises(tn.InputError, match=r"samples of shape \[1, 5, 5\]"):
         tn.ntk(problem.model, problem.x, torch.zeros(2, 1, 5, 5, dtype=torch.float64))
+    with pytest.raises(tn.InputError, match="kernel of 4 with 0 samples is empty"):
+        tn.ntk(problem.model, problem.x, problem.x[:0])
     frozen = net().double().requires_grad_(False)
     with pytest.raises(tn.TnError, match="no trainable parameters"):
         tn.ntk(frozen, problem.x)

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from .errors import InputError
 from .front import compute
 from .quantities import NTK
+from .quantities.jacobian import CrossNTK
 
 
 def ntk(model: torch.nn.Module, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
     """Empirical neural tangent kernel of all trainable parameters, [N, C, M, C]: ⟨∂f(x_n)[c]/∂θ, ∂f(x'_m)[d]/∂θ⟩.
 
     C are the elements of one sample's output, row-major. `other` is a second batch of M samples; without it, x itself.
-    The two batches ride through the model as one, so the kernel is computed for all N + M samples and cut. Jacot et
-    al. 2018, arXiv:1806.07572. Raises `InputError` where the batches do not fit, and what `compile` raises.
+    The two batches ride through the model as one, then only their N times M pairs are multiplied. Jacot et al. 2018,
+    arXiv:1806.07572. Raises `InputError` where the batches do not fit, and what `compile` raises.
     """
     if other is not None and (other.shape[1:] != x.shape[1:] or other.dtype != x.dtype):
         raise InputError(
             f"the second batch has samples of shape {list(other.shape[1:])} and dtype {other.dtype}, the first of "
             f"{list(x.shape[1:])} and {x.dtype}: pass batches of the same kind of samples"
         )
-    both = x if other is None else torch.cat([x, other])
+    if other is not None and not (len(x) and len(other)):
+        raise InputError(f"the kernel of {len(x)} with {len(other)} samples is empty: pass one of each at least")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("the model has no trainable parameters, so it has no tangent kernel")
-    blocks = list(compute(model, None, (both, None), [NTK()])["ntk"].values())
-    whole = torch.stack(blocks).sum(0) if len(blocks) > 1 else blocks[0]
-    return whole if other is None else whole[: len(x), :, len(x) :]
+    if other is None:
+        return _sum(compute(model, None, (x, None), [NTK()])["ntk"])
+    quantity = CrossNTK(first=len(x))
+    return _sum(compute(model, None, (torch.cat([x, other]), None), [quantity])[quantity.name]).permute(2, 0, 3, 1)
+
+
+def _sum(blocks: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    first, *others = blocks.values()
+    return sum(others, first)

@@ -12,6 +12,7 @@ from ..diagram import Diagram
 from .contract import Lowering, build
 from .cost import number
 from .derived import Extraction
+from .rows import in_rows
 from .slices import build_sliced
 from .store import Ref, Step, Store
 
@@ -90,6 +91,7 @@ def build_all(
     dotted = store.note.rsplit(" of ", 1)[-1]
 
     def one(diagram: Diagram, trial: Store) -> Ref:
+        diagram = in_rows(trial, diagram, lowerings)
         return build(trial, diagram, lowerings) if chunk is None else build_sliced(trial, diagram, lowerings, chunk)
 
     if chunk is None:

@@ -310,13 +310,23 @@ def _extract(
 
 
 def _result_shape(order: tuple[Leg, ...], shape: tuple[Size, ...]) -> tuple[Size, ...]:
-    """The legs that are copies of the batch (and columns) first, then the parameter's own shape if it is there."""
+    """The legs that are copies of the batch (and columns) first, then the parameter's own shape, as often as it is."""
     head = tuple(leg.size for leg in order if is_head(leg))
-    rest = [leg for leg in order if not is_head(leg)]
-    if not rest:
-        return head
-    whole = prod(int(size) for size in shape) == prod(int(leg.size) for leg in rest)
-    return (*head, *(shape if whole else sizes_of(tuple(rest))))
+    rest = tuple(leg.size for leg in order if not is_head(leg))
+    copies = _copies(rest, prod(int(size) for size in shape))
+    return (*head, *(rest if copies is None else shape * copies))
+
+
+def _copies(sizes: tuple[Size, ...], elements: int) -> int | None:
+    """How many runs of legs have as many elements as the parameter; None if the legs are not made of such runs."""
+    found, run = 0, 1
+    for size in sizes:
+        if not isinstance(size, int):
+            return None
+        run *= size
+        if run == elements:
+            found, run = found + 1, 1
+    return found if run == 1 else None
 
 
 def _final(store: Store, code: str, shape: tuple[Size, ...], ref: Ref) -> str:

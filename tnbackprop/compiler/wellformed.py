@@ -79,7 +79,8 @@ def _flaws_of(operand: Operand, known: Mapping[str, Count | None]) -> Iterator[s
         case Window():
             if not all(isinstance(c, int) for c in (operand.offset, *(c for c, _ in operand.terms))):
                 yield f"{operand} has a coefficient that is no int"
-            if any(not isinstance(leg.size, int) for leg in operand.legs):
+            picks = operand.image.size == N and [c for c, _ in operand.terms] in ([], [1])
+            if not picks and any(not isinstance(leg.size, int) for leg in operand.legs):
                 yield f"{operand} slides over the batch"
         case Selection():
             yield from _flaws_of_tensor(operand.index, known)

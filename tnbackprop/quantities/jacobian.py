@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..algebra import Cotangents, Uses
-from ..diagram import COLUMN, COLUMN_COPY, Diagram
+from ..diagram import COLUMN, COLUMN_COPY, Diagram, Leg, N, Product, Window
 from .base import Propagation, Quantity, Source
 
 
@@ -38,6 +38,29 @@ class NTK(Quantity):
         return Propagation(Source.IDENTITY, together=True)
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
-        V = J.T @ g
-        gram = (V * V.relabel(n="m", **{COLUMN: COLUMN_COPY})).sum_parameter()
-        return gram.ordered("n", COLUMN, "m", COLUMN_COPY)
+        return _gram(J.T @ g).ordered("n", COLUMN, "m", COLUMN_COPY)
+
+
+@dataclass(frozen=True)
+class CrossNTK(NTK):
+    """Empirical neural tangent kernel between the `first` samples of a batch and its M others, [C, C, first, M].
+
+    [c, d, n, m] = ⟨∂f_n[c]/∂p, ∂f_{first+m}[d]/∂p⟩: the block of `NTK` off the diagonal, and nothing else of it. `ntk`
+    calls it with two batches.
+    """
+
+    name: str = "cross_ntk"
+    first: int = 1
+
+    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+        gram = _gram(J.T @ g)
+        n, m = gram.leg("n"), gram.leg("m")
+        one, other = Leg("one", self.first), Leg("other", N - self.first)
+        rows = Window(n, ((1, one),)), Window(m, ((1, other),), self.first)
+        block = Diagram((*gram.legs, one, other), tuple(Product(p.scale, (*p.operands, *rows)) for p in gram.products))
+        return block.sum("n", "m").ordered(COLUMN, COLUMN_COPY, "one", "other")
+
+
+def _gram(V: Diagram) -> Diagram:
+    """V Vᵀ for every pair of samples and columns."""
+    return (V * V.relabel(n="m", **{COLUMN: COLUMN_COPY})).sum_parameter()
