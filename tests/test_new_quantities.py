@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,35 @@ def test_definitions(name: str) -> None:
     for key, values in wanted.items():
         got = {name: value.to_dense() if key == "fisher_block" else value for name, value in result[key].items()}
         assert_equal(got, values, key)
+
+
+@dataclass(frozen=True)
+class Blocks(tn.Quantity):
+    """(1/N) Σ_n ∇ℓ_n ∇ℓ_nᵀ as a plain diagram, [*p, *p], or each sample's part of it, [N, *p, *p]."""
+
+    name: str = "blocks"
+    per_sample: bool = False
+
+    def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Diagram:
+        G = (J.T @ g) / g.scale
+        block = (G * G.relabel(**{leg.name: f"{leg.name}_copy" for leg in J.legs})) / tn.N
+        return block if self.per_sample else block.sum("n")
+
+
+SHAPED = (*LAYERS, "conv3d", "linear_size_one", "flatten", "class_token")
+
+
+@pytest.mark.parametrize("name", SHAPED)
+def test_a_block_has_the_shape_of_its_parameter_twice(name: str) -> None:
+    """Whatever legs the parameter is read with: groups, merged axes, axes of size 1, one element."""
+    problem = BY_NAME[name].build()
+    quantities = [Blocks(), Blocks(name="each", per_sample=True)]
+    result = tn.compile(problem.model, problem.loss, (problem.x, problem.y), quantities)(problem.x, problem.y)
+    shapes = {name: p.shape for name, p in oracle.parameters(problem.model).items()}
+    each = {name: torch.einsum("np,nq->npq", G, G) / scale(problem) ** 2 / len(G) for name, G in flat(problem).items()}
+    wanted = {name: E.reshape(len(E), *shapes[name], *shapes[name]) for name, E in each.items()}
+    assert_equal(result["each"], wanted, "each")
+    assert_equal(result["blocks"], {name: E.sum(0) for name, E in wanted.items()}, "blocks")
 
 
 def three_samples() -> Problem:
