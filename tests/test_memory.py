@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import tnbackprop as tn
+from tnbackprop.runtime import progress
 
 from . import oracle
 
@@ -35,6 +36,37 @@ def test_same_values_within_the_limit(share: float) -> None:
             want = getattr(oracle, quantity.name)(model, loss, x[:batch], y[:batch])
             for name, value in want.items():
                 torch.testing.assert_close(result[quantity.name][name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_progress_follows_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar for each term that is sliced, with the same numbers; one bar at a time where loops are nested."""
+    rounds: list[tuple[str, int]] = []
+
+    def track(rows: list[object], description: str, total: int, transient: bool) -> list[object]:
+        rounds.append((description, total))
+        return rows
+
+    monkeypatch.setattr("tnbackprop.runtime.progress.track", track)
+    model, loss, x, y = problem()
+    free = tn.compile(model, loss, (x, y), QUANTITIES)
+    assert "progress" not in free.source
+    program = tn.compile(model, loss, (x, y), QUANTITIES, memory_limit=int(0.5 * free.peak_bytes))
+    chunk = int(program.source.partition("progress(range(0, N, ")[2].partition(")")[0])
+    plain, followed = program(x, y), program(x, y, progress=True)
+    assert rounds == [("slices of the batch", 16 // chunk)] * program.source.count("progress(range(")
+    for quantity, by in plain.items():
+        for name, value in by.items():
+            assert torch.equal(followed[quantity][name], value)
+    rounds.clear()
+    bar = progress.bars()
+    assert [[list(bar(range(3))) for _ in bar([0, 1])], list(bar(range(4)))] == [[[0, 1, 2]] * 2, [0, 1, 2, 3]]
+    assert rounds == [("columns", 2), ("slices of the batch", 4)]
+
+
+def test_no_bar_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tnbackprop.runtime.progress.track", None)
+    with pytest.raises(tn.InputError, match="pip install rich"):
+        progress.bars()
 
 
 def test_a_limit_that_cannot_be_met() -> None:

@@ -25,7 +25,7 @@ def emit(graph: Graph, plan: Plan, header: str) -> str:
     lines = [f'"""{header}"""', "", "import torch", "", ""]
     for source in plan.functions.values():
         lines += [*source.split("\n"), "", ""]
-    lines.append("def program(tensors, progress=iter):" if plan.loops else "def program(tensors):")
+    lines.append("def program(tensors, progress=iter):" if followed(plan) else "def program(tensors):")
     inputs = (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs)
     read = {name for step, _ in plan.timed for name in step.inputs} | _read_by_output(graph, plan)
     floating = next((n for n in (*graph.parameters, *graph.inputs) if graph.values[n].dtype.is_floating_point), None)
@@ -48,6 +48,11 @@ def emit(graph: Graph, plan: Plan, header: str) -> str:
 def noises(plan: Plan) -> list[str]:
     """The names of the random inputs."""
     return [name for name in plan.shapes if name.startswith("noise_")]
+
+
+def followed(plan: Plan) -> bool:
+    """Whether the program has rounds that a bar can follow."""
+    return bool(plan.loops) or any("progress(" in step.code for step in plan.steps)
 
 
 def _batch_line(graph: Graph) -> str:

@@ -79,7 +79,7 @@ def _sliced(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowerin
     name = _function(store, parameters, steps, result, next(iter(_sliced_names(inputs))), inputs)
     arguments = [_argument(store, tensor, chunk) for tensor in inputs.values()]
     arguments += (["like"] if uses_like else []) + (["N"] if "total" in parameters else [])
-    calls = f"{name}({', '.join(arguments)}) for i in range(0, N, {chunk})"
+    calls = f"{name}({', '.join(arguments)}) for i in progress(range(0, N, {chunk}))"
     axis = own.index(BATCH) if BATCH in own else None
     code = f"sum({calls})" if axis is None else f"torch.cat([{calls}]{f', {axis}' if axis else ''})"
     value = store.add(code, sizes_of(own), Kernel.SLICED, _work(steps, store, chunk))

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from ..compiler import Compiled
 from ..compiler.capture import plain
 from ..compiler.cost import number, size_at
-from ..compiler.emit import load, noises
+from ..compiler.emit import followed, load, noises
 from ..compiler.explain import explain
 from ..compiler.graph import Value
 from ..compiler.memory import peak_bytes
@@ -22,7 +22,7 @@ from ..diagram import N
 from ..errors import InputError
 from ..quantities import Quantity
 from .assemble import assemble
-from .progress import bar
+from .progress import bars
 from .result import Result
 
 
@@ -125,13 +125,13 @@ class Program:
     ) -> Result:
         """Run on a batch. Monte-Carlo quantities draw from `generator`, or one seeded with `seed`, or torch's own.
 
-        progress  a bar for loops over columns (exact curvature with many classes)
+        progress  a bar for loops over columns (exact curvature with many classes) and slices (`memory_limit`)
 
         Raises `InputError` where the batch does not fit what the program was compiled for.
         """
         tensors = self.tensors(x, y)
         tensors |= self._noise(tensors, seed, generator)
-        follow = {"progress": bar} if progress and self._compiled.plan.loops else {}
+        follow = {"progress": bars()} if progress and followed(self._compiled.plan) else {}
         loss, output, values = self._function(tensors, **follow)
         for smallest in values.get(INDEFINITE, {}).values():
             if smallest < -1e-5 and self.indefinite is Indefinite.REFUSE:

@@ -1,8 +1,8 @@
-"""Progress of long work: a bar for the rounds of a loop over columns."""
+"""Progress of long work: a bar for the rounds of a loop over columns, or for the slices of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..errors import InputError
@@ -13,9 +13,23 @@ except ImportError:  # an extra
     track = None  # type: ignore[assignment]
 
 
-def bar(rows: Iterable[Any]) -> Iterable[Any]:
-    """The rows one by one, with a bar. Raises `InputError` where rich is not installed."""
+def bars() -> Callable[[Iterable[Any]], Iterator[Any]]:
+    """What hands out rows one by one, with a bar; slices inside a loop over columns have none of their own.
+
+    Raises `InputError` where rich is not installed.
+    """
     if track is None:
         raise InputError("progress=True draws its bar with rich: pip install rich, or leave it out")
-    rows = list(rows)
-    return track(rows, description="columns", total=len(rows), transient=True)
+    shown = False
+
+    def bar(rows: Iterable[Any]) -> Iterator[Any]:
+        nonlocal shown
+        if shown:
+            yield from rows
+            return
+        shown, what = True, "slices of the batch" if isinstance(rows, range) else "columns"
+        rows = list(rows)
+        yield from track(rows, description=what, total=len(rows), transient=True)
+        shown = False
+
+    return bar
