@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass, replace
 
+import pytest
+import sympy
+import torch
+from torch import nn
+
+import tnbackprop as tn
+from tnbackprop import compiler
+from tnbackprop.compiler import cost
 from tnbackprop.compiler.cost import Kernel
 from tnbackprop.compiler.loops import Loop, loop_lines
 from tnbackprop.compiler.store import NO_WORK, Step
+from tnbackprop.diagram import Product
+
+from . import oracle_second
+from .second_order import assert_equal
 
 
 def test_a_matmul_that_others_read_is_kept() -> None:
@@ -26,3 +38,45 @@ def test_a_matmul_that_others_read_is_kept() -> None:
     torch.testing.assert_close(scope["total_0_1"], 2 * (root @ b).sum(0))
     torch.testing.assert_close(scope["total_0_2"], (root @ c).sum(0))
     assert sum("addmm_" in line for line in lines) == 1
+
+
+def test_what_no_column_changes_is_added_once() -> None:
+    """As often as a sweep without a loop adds it, and to what earlier sweeps gave, which stays as it is."""
+    steps = (Step("t0", "column_0 * 2", ("column_0",), Kernel.ELEMENTWISE, NO_WORK),)
+    outputs = (("t0", "total_0_0"), ("c", "total_0_1"))
+    loop = Loop({"column_0": "root_0"}, 3, 1, steps, outputs, frozenset(), {"total_0_0": "a", "total_0_1": "a"})
+    lines = loop_lines(loop, dict.fromkeys(("t0", "c"), (2, 4)))
+    root, a, c = torch.randn(3, 2, 4), torch.randn(2, 4), torch.randn(2, 4)
+    scope = {"torch": torch, "progress": iter, "like": root, "root_0": root, "a": a.clone(), "c": c}
+    exec("\n".join(line.removeprefix("    ") for line in lines), scope)
+    torch.testing.assert_close(scope["total_0_0"], a + 2 * root.sum(0))
+    torch.testing.assert_close(scope["total_0_1"], a + c)
+    torch.testing.assert_close(scope["a"], a)
+
+
+@dataclass(frozen=True)
+class Alike(tn.HessianDiag):
+    """3, from every sweep of the Hessian: what no column changes."""
+
+    name: str = "alike"
+
+    def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Diagram:
+        return tn.Diagram(J.legs, (Product(sympy.Integer(3), ()),))
+
+
+@pytest.mark.parametrize("rows", [1, 10**6])
+def test_as_many_columns_at_a_time_as_you_like(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Each sweep that reaches a parameter adds it once: the loss's, and those of the two activations behind it."""
+    monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=rows))
+    monkeypatch.setattr(compiler, "WIDER", 1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(5, 2).double(), torch.randint(2, (5,))
+    program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [Alike(), tn.HessianDiag()])
+    assert bool(program.compiled.plan.loops) == (rows == 1)
+    result = program(x, y)
+    for name, value in result["alike"].items():
+        sweeps = {"0": 3, "2": 2, "4": 1}[name[0]]
+        assert torch.equal(value, torch.full_like(value, 3.0 * sweeps)), name
+    wanted = oracle_second.hessian_diag(model, nn.CrossEntropyLoss(), x, y)
+    assert_equal(result["hessian_diag"], wanted, "hessian_diag")

@@ -75,12 +75,18 @@ def over_columns(
 
 
 def loop_lines(loop: Loop, shapes: Mapping[str, tuple[Size, ...]]) -> list[str]:
-    """The loop as source. Totals are allocated once: sums are added up in place, a concatenation is filled in."""
-    summed = [(value, total) for value, total in loop.outputs if total not in loop.stacked]
+    """The loop as source. Totals are allocated once: sums are added up in place, a concatenation is filled in.
+
+    A value that no column changes is added once, to what its total goes on from: as a sweep without a loop adds it.
+    """
+    changing = {*loop.rows, *(step.name for step in loop.steps)}
+    alike = [(value, total) for value, total in loop.outputs if total not in loop.stacked and value not in changing]
+    summed = [pair for pair in loop.outputs if pair[1] not in loop.stacked and pair not in alike]
     stacked = [(value, total) for value, total in loop.outputs if total in loop.stacked]
     slots = {total: f"slot{total.removeprefix('total')}" for _, total in stacked}
     cut = f"split({loop.width})" if loop.width > 1 else "unbind(0)"
     lines = [f"    # {loop.columns} columns, {loop.width} at a time"]
+    lines += [f"    {total} = {loop.begin[total]} + {value}" for value, total in alike]
     for value, total in summed:
         zeros = f"like.new_zeros(({text(shapes[value])}{',' if shapes[value] else ''}))"
         lines.append(f"    {total} = {f'{loop.begin[total]}.clone()' if total in loop.begin else zeros}")
