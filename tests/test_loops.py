@@ -99,6 +99,29 @@ def test_what_no_column_changes_is_added_once() -> None:
     torch.testing.assert_close(scope["a"], a)
 
 
+def test_fewer_columns_at_a_time_where_that_looks_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three columns two at a time are four, one of them zeros; more at a time have to look clearly faster."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 5), nn.ReLU(), nn.Conv2d(32, 32, 5), nn.ReLU(), nn.Flatten())
+    model.append(nn.Linear(32 * 8 * 8, 4))
+    x, y = torch.randn(16, 3, 16, 16), torch.randint(4, (16,))
+
+    def compiled(*widths: int) -> compiler.Compiled:
+        monkeypatch.setattr(compiler, "_widths", lambda rates, batch: widths)
+        return tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.DiagGGN()]).compiled
+
+    seconds = {width: compiled(width).plan.seconds for width in (1, 2)}
+    assert seconds[1] < seconds[2]
+    assert [compiled(*widths).derived.columns[0].width for widths in ((2,), (2, 1), (1, 2))] == [2, 1, 1]
+
+
+def test_how_many_columns_are_tried() -> None:
+    """What the device likes, half as many, and more: each once."""
+    assert [compiler._widths(replace(cost.CPU, rows=400), batch) for batch in (50, 200, 400, 1600, 1601)] == [
+        (8, 4, 32), (2, 1, 8), (1, 4), (1,), (1,)
+    ]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Alike(tn.HessianDiag):
     """3, from every sweep of the Hessian: what no column changes."""

@@ -27,7 +27,8 @@ from .verify import asked, check
 
 WIDER = 4
 CLEARLY = 0.9
-"""As many columns ride together as the device likes, or `WIDER` times as many where that looks clearly faster."""
+"""As many columns ride together as the device likes, half as many where that looks faster (they may come out even), or
+`WIDER` times as many where that looks clearly faster: those take more memory."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,17 @@ def compile_program(
     bound = bind_all(graph, rules)
     check(Stage.BIND, bound, seen := replace(seen, graph=graph))
     rates, itemsize = _rates(model), _itemsize(model)
-    derived = derive(graph, bound, quantities, max(1, rates.rows // graph.example_batch))
+    width, *others = _widths(rates, graph.example_batch)
+    derived = derive(graph, bound, quantities, width)
     check(Stage.DERIVE, derived, seen)
     check_memory(derived, itemsize, memory_limit or machine_bytes(_device(model)))
     planned = plan(graph, derived, LOWERINGS, rates, itemsize)
-    if planned.loops:  # more columns at a time may be faster still
-        wider = derive(graph, bound, quantities, max(1, WIDER * rates.rows // graph.example_batch))
-        other = plan(graph, wider, LOWERINGS, rates, itemsize)
-        derived, planned = (wider, other) if other.seconds < CLEARLY * planned.seconds else (derived, planned)
+    for tried in others if planned.loops else ():
+        again = derive(graph, bound, quantities, tried)
+        other = plan(graph, again, LOWERINGS, rates, itemsize)
+        if other.seconds < (CLEARLY if tried > width else 1) * planned.seconds:
+            derived, planned = again, other
+            break
     if memory_limit is not None and peak_bytes(planned) > memory_limit:
         derived = derive(graph, bound, quantities)
         check(Stage.DERIVE, derived, seen)
@@ -98,6 +102,13 @@ def part(layer: Layer, results: Sequence[tuple[str, str]], output: Any = None) -
     graph = replace(layer.graph, output=output)
     planned = plan(graph, chosen, LOWERINGS, layer.rates, layer.itemsize)
     return check(Stage.PLAN, planned, replace(asked(torch.nn.Module(), ()), graph=graph))
+
+
+def _widths(rates: Rates, batch: int) -> tuple[int, ...]:
+    """How many columns may ride together: what the device likes, and what else to try."""
+    likes = max(1, rates.rows // batch)
+    tried = (likes, max(1, rates.rows // (2 * batch)), max(1, WIDER * rates.rows // batch))
+    return tuple(dict.fromkeys(tried))
 
 
 def _rates(model: torch.nn.Module) -> Rates:

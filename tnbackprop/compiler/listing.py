@@ -1,7 +1,9 @@
-"""Steps as lines of Python: a comment where the subject changes, `del` after the last use, memory used again."""
+"""Steps as lines of Python: a comment where the subject changes, values let go of, and their memory used again."""
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -23,6 +25,7 @@ def lines_of(steps: tuple[Step, ...], kept: set[str]) -> list[str]:
     steps = _in_place(steps, kept)
     last = {name: k for k, step in enumerate(steps) for name in step.inputs}
     own = {step.name for step in steps}
+    captured = captured_by(steps)
     lines, note = [], ""
     for k, step in enumerate(steps):
         if step.note != note:
@@ -30,8 +33,7 @@ def lines_of(steps: tuple[Step, ...], kept: set[str]) -> list[str]:
             lines.append(f"    # {note}")
         lines.append(f"    {step.name} = {step.code}")
         dead = [name for name in step.inputs if last[name] == k and name in own and name not in kept]
-        if dead:
-            lines.append(f"    del {', '.join(dead)}")
+        lines += freed(dead, captured)
     return lines
 
 
@@ -58,3 +60,20 @@ def _memory(steps: tuple[Step, ...]) -> dict[str, frozenset[str]]:
         inherited = frozenset().union(*(seen.get(name, frozenset()) for name in step.inputs))
         seen[step.name] = frozenset({step.name}) if step.own else inherited
     return seen
+
+
+def captured_by(steps: Iterable[Step]) -> set[str]:
+    """The values that functions and comprehensions inside the steps read."""
+    inside = (node for step in steps if _MARK.search(step.code) for node in ast.walk(ast.parse(step.code)))
+    scopes = (node for node in inside if isinstance(node, ast.Lambda | ast.GeneratorExp | ast.ListComp))
+    return {node.id for scope in scopes for node in ast.walk(scope) if isinstance(node, ast.Name)}
+
+
+_MARK = re.compile(r"\blambda\b|\bfor\b")
+
+
+def freed(names: Iterable[str], captured: set[str]) -> list[str]:
+    """Lines that let go of values; torch.compile knows no `del` of one that a function inside has captured."""
+    plain = [name for name in names if name not in captured]
+    lines = [f"    del {', '.join(plain)}"] if plain else []
+    return lines + [f"    {name} = None" for name in names if name in captured]

@@ -14,7 +14,7 @@ from ..diagram import Size
 from .arrange import text
 from .cost import Kernel
 from .derived import Columns
-from .listing import alive, lines_of
+from .listing import alive, captured_by, freed, lines_of
 from .store import Step, Store, is_rearranged
 from .tails import behind
 
@@ -112,12 +112,12 @@ def loop_lines(loop: Loop, shapes: Mapping[str, tuple[Size, ...]], wanted: set[s
     lines += [f"        {total} = {total}.add_({value})" for value, total in added]
     own = {step.name for step in steps}
     left = [value for value in dict.fromkeys(value for value, _ in loop.outputs) if value in own and value in kept]
-    lines.append(f"    del {', '.join([*loop.rows, *slots.values(), *left])}")
+    lines += freed([*loop.rows, *slots.values(), *left], captured_by(steps))
     if loop.count * loop.width > loop.columns:
         lines += [f"    {total} = {total}[:{loop.columns}]" for _, total in stacked]
     lines += lines_of(loop.after, wanted)
     spent = [total for _, total in summed if total not in wanted]
-    return [*lines, f"    del {', '.join(spent)}"] if spent else lines
+    return [*lines, *freed(spent, captured_by(loop.after))]
 
 
 def _adding(

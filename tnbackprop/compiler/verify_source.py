@@ -102,6 +102,11 @@ def _over_pieces(node: ast.AST) -> bool:
             return False
 
 
+def _lets_go(statement: ast.stmt) -> bool:
+    """Whether it is ``name = None``, which frees what a function inside has captured."""
+    return isinstance(statement, ast.Assign) and ast.unparse(statement.value) == "None"
+
+
 def _reads_known(source: str, tensors: frozenset[str]) -> Flaws:
     """Line by line: every name that is read was assigned and not deleted; the tensors are the program's own."""
     functions = _functions(source)
@@ -118,7 +123,8 @@ def _reads_known(source: str, tensors: frozenset[str]) -> Flaws:
                 if not isinstance(name.ctx, ast.Store) and name.id not in alive | own:
                     yield f"line {statement.lineno}", f"{name.id!r} is not there: {ast.unparse(statement)}"
             alive -= {node.id for node in names if isinstance(node.ctx, ast.Del)}
-            alive |= {node.id for node in names if isinstance(node.ctx, ast.Store)} - own
+            stored = {node.id for node in names if isinstance(node.ctx, ast.Store)} - own
+            alive = alive - stored if _lets_go(statement) else alive | stored
             for node in nodes:
                 if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "tensors":
                     key = node.slice.value if isinstance(node.slice, ast.Constant) else None
