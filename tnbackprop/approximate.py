@@ -160,7 +160,16 @@ def _components(product: Product, parameter: Legs, cut: Legs, names: frozenset[s
             if merged:
                 break
     found = [_Component(tuple(g), tuple(leg for leg in parameter if leg in _legs(tuple(g)))) for g in groups]
-    return [c for c in found if c.own or any(_is_cotangent(op, names) for op in c.operands)]
+    return _housed(found, names)
+
+
+def _housed(found: list[_Component], names: frozenset[str]) -> list[_Component]:
+    """A number for each sample (a norm's 1/std) belongs to a component with legs: the input's, if there is one."""
+    seeds = [any(_is_cotangent(op, names) for op in c.operands) for c in found]
+    kept = [k for k, c in enumerate(found) if c.own or seeds[k]]
+    home = next((k for k in kept if not seeds[k]), kept[0])
+    loose = tuple(op for k, c in enumerate(found) if k not in kept for op in c.operands)
+    return [replace(found[k], operands=(*found[k].operands, *loose)) if k == home else found[k] for k in kept]
 
 
 def _joined(one: list[Operand], other: list[Operand], parameter: Legs, cut: Legs, names: frozenset[str]) -> bool:

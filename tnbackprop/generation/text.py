@@ -111,7 +111,13 @@ def statement(line: str) -> list[str]:
     if not code or code.startswith("#") or code.endswith(":"):
         return wrapped(line)
     plain = re.sub(r"\b(\w+) \*\* (\w+)\b", r"\1**\2", ast.unparse(ast.parse(code)))
-    return wrapped(indent + quoted(plain) + gap + comment)
+    return _kept(wrapped(indent + quoted(plain) + gap + comment))
+
+
+def _kept(rows: list[str]) -> list[str]:
+    """A statement that is broken at operators, as it is: formatters do not agree on where."""
+    broken = any(re.match(r"\s*([-+*/]|==) ", row) for row in rows)
+    return [*rows[:-1], f"{rows[-1]}  # fmt: skip"] if broken else rows
 
 
 def quoted(code: str) -> str:
