@@ -302,3 +302,13 @@ def test_order_of_the_factors() -> None:
 
 def _kron(left: Tensor, right: Tensor) -> Tensor:
     return torch.einsum("ab,cd->acbd", left, right).reshape(len(left) * len(right), -1)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_a_number_for_each_sample_is_in_a_factor(norm: Callable[[int], nn.Module]) -> None:
+    """1/std has no leg of the scale: for one sample the block is still that of the GGN."""
+    case = regression("norm", lambda: seq(nn.Linear(3, 4), norm(4)), batch=1)
+    problem = case.build()
+    found, exact = run(problem, "KFLR"), run(problem, "DiagGGN")
+    want = exact["1.weight"].flatten()
+    assert error(found["1.weight"].to_dense().diagonal(), want) <= TOLERANCE

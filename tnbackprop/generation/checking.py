@@ -57,8 +57,8 @@ def note(keys: Iterable[Key]) -> list[str]:
         return [f"{usage}; {end}"]
     shown = "; ".join(f"{quantity} of {', '.join(names)}" for quantity, names in by_quantity.items())
     return [
-        f"{usage}, but for some that autograd has no definition of; {end}",
-        f"Compared with numbers that were recorded when this file was written: {shown}.",
+        f"{usage}, except approximations that autograd has no definition of; {end}",
+        f"These are compared with numbers that were recorded when this file was written: {shown}.",
     ]
 
 

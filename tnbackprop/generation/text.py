@@ -26,7 +26,10 @@ def wrapped(line: str, width: int = WIDTH) -> list[str]:
     if end - start <= 2:
         return [f"{line}  # noqa: E501"]
     first, *loops = _split(line[start + 1 : end], " for ")
-    items = [first, *(f"for {loop}" for loop in loops)] if loops else _split(first, ",")
+    if loops or first.startswith("lambda "):
+        items = [first, *(f"for {loop}" for loop in loops)]
+    else:
+        items = _split(first, ",")
     comma = "," if len(items) > 1 and not loops else ""
     lines = [line[: start + 1]]
     for item in items:
@@ -128,7 +131,8 @@ def quoted(code: str) -> str:
 def definition(head: str, body: Sequence[str]) -> list[str]:
     """The first line of a function, with what ruff is told where it has many lines."""
     statements = sum(not line.lstrip().startswith("#") for line in body)
-    return wrapped(head + ("  # noqa: PLR0915" if statements > 60 else ""))
+    first, *rest = wrapped(head)
+    return [first + ("  # noqa: PLR0915" if statements > 60 else ""), *rest]
 
 
 def docstring(lines: Iterable[str], indent: str = "    ") -> list[str]:
