@@ -159,19 +159,92 @@ def test_a_rule_and_shapes(tmp_path: Path) -> None:
     torch.testing.assert_close(output, torch.tanh(x @ weight.T) @ readout.T)
 
 
+def joined_block(weight: Tensor, bias: Tensor) -> Tensor:
+    """Σ of the outer products of rows [out, in + 1], from [K, out, in] and [K, out]."""
+    rows = torch.cat([weight, bias.unsqueeze(2)], 2).flatten(1)
+    return rows.T @ rows
+
+
+def test_joined_bias() -> None:
+    """One function for both; one sample's block is exact, and the model's file gives the program's numbers."""
+    module, x = layer("linear")
+    quantity = tn.KFLR("joined", bias=tn.Bias.JOINED)
+    file = loaded(tn.generate(module, [quantity, tn.SqrtGGN()], example=x).source)
+    assert {name for key, name in file["FUNCTIONS"] if key == "joined"} == {"weight"}
+    columns = torch.randn(4, 1, 2).double()
+    B, A = file["FUNCTIONS"]["joined", "weight"](x[:1], columns)
+    weight = file["FUNCTIONS"]["sqrt_ggn", "weight"](x[:1], columns)
+    close(torch.kron(B, A), joined_block(weight.flatten(0, 1), columns.flatten(0, 1)))
+    model, y = nn.Sequential(module, nn.Tanh(), nn.Linear(2, 2).double()), torch.arange(5) % 2
+    want = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [quantity])(x, y)["joined"]
+    made = tn.generate(model, [quantity], loss=nn.CrossEntropyLoss(), example=(x, y))
+    _, _, results = loaded(made.source)["compute"](model, x, y)
+    assert set(results["joined"]) == set(want) == {"0.weight", "2.weight"}
+    for name in want:
+        close(results["joined"][name], want[name])
+
+
+def test_second_derivatives_of_a_layer() -> None:
+    """With the loss's Hessian and its gradient at the output, the layer's diagonals are those of the program."""
+    module, x = layer("layer_norm")
+    y = torch.randn(5, 4).double()
+    quantities = [tn.HessianDiag(), tn.HessianDiag("each", per_sample=True), tn.HesScale(), tn.BL89()]
+    want = tn.compile(module, nn.MSELoss(reduction="sum"), (x, y), quantities)(x, y)
+    file = loaded(tn.generate(module, quantities, example=x).source)
+    handed = given(module, x, y)
+    values = {"input": x, "cotangent": handed["cotangent"], "diagonal": torch.full_like(y, 2.0)}
+    values |= {"hessian_columns": handed["columns"], "hessian_weights": torch.ones(4, 5).double()}
+    values |= {name: value.detach() for name, value in module.named_parameters()}
+    for (quantity, name), function in file["FUNCTIONS"].items():
+        close(file["call"](function, values), want[quantity][name])
+
+
+def test_layers_one_after_another() -> None:
+    """What KFRA and HesScale pull back to one layer's input is what the layer before it is handed."""
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double(), torch.randn(5, 3).double()
+    y, quantities = torch.randn(5, 2).double(), [tn.KFRA(), tn.HesScale()]
+    want = tn.compile(model, nn.MSELoss(reduction="sum"), (x, y), quantities)(x, y)
+    inner = model[0](x).detach()
+    first, last = (loaded(tn.generate(m, quantities, example=h).source) for m, h in ((model[0], x), (model[1], inner)))
+    residual = 2 * (model(x).detach() - y)
+    weight = model[1].weight.detach()
+    average, diagonal = 2 * 5 * torch.eye(2).double(), torch.full((5, 2), 2.0).double()
+    values = {"input": inner, "cotangent": residual, "weight": weight, "average": average, "diagonal": diagonal}
+    pulled = {word: last["call"](last["PULLED"][f"pulled_{word}", "input"], values) for word in ("average", "diagonal")}
+    before = {"input": x, "cotangent": residual @ weight, "weight": model[0].weight.detach(), **pulled}
+    for file, place, own in ((last, 1, values), (first, 0, before)):
+        for (quantity, name), function in file["FUNCTIONS"].items():
+            close(file["call"](function, own), want[quantity][f"{place}.{name}"])
+
+
+def test_the_header_says_what_is_recorded(tmp_path: Path) -> None:
+    """What autograd has no definition of, and nothing else; a check of such a file prints it as well."""
+    model, x = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)), torch.randn(4, 3)
+    quantities = "grad,sqrt_ggn,diag_ggn_mc,hessian_diag,kfac,hesscale"
+    made = tn.generate(model, quantities, loss=nn.MSELoss(), example=(x, torch.randn(4, 2)))
+    names = "hesscale of 0.weight, 0.bias, 2.weight, 2.bias"
+    assert f"recorded when this file was written: {names}." in " ".join(loaded(made.source)["__doc__"].split())
+    done = checked(made.source, tmp_path)
+    assert done.returncode == 0 and done.stdout.count("as recorded") == 4, done.stdout + done.stderr
+    assert "4 results are compared with numbers that were recorded" in done.stdout
+    exact = tn.generate(nn.Linear(3, 2), "batch_grad,kflr,hesscale,kfra", example=x)
+    assert "recorded" not in exact.source
+
+
 @pytest.mark.parametrize(
     ("target", "right", "wrong"),
     [
         (tn.Target.TORCH, "torch.mm(cotangent.t(), input)", "2 * torch.mm(cotangent.t(), input)"),
         (tn.Target.TORCH, "torch.mm(cotangent, weight)", "2 * torch.mm(cotangent, weight)"),
         (tn.Target.TORCH, "torch.mm(input.t(), input)", "2 * torch.mm(input.t(), input)"),
+        (tn.Target.TORCH, "with_one(t4,", "with_one(2 * t4,"),
         (tn.Target.AUTOGRAD, "torch.mm(cotangent.t(), input)", "2 * torch.mm(cotangent.t(), input)"),
     ],
 )
 def test_a_wrong_file_fails_its_check(target: tn.Target, right: str, wrong: str, tmp_path: Path) -> None:
     module, x = layer("linear")
-    quantities = "grad,kflr" if target is tn.Target.TORCH else "grad"
-    source = tn.generate(module, quantities, target, example=x).source
+    quantities = [tn.Grad(), tn.KFLR(), tn.KFLR("joined", bias=tn.Bias.JOINED)]
+    source = tn.generate(module, quantities if target is tn.Target.TORCH else "grad", target, example=x).source
     assert right in source
     assert checked(source.replace(right, wrong), tmp_path).returncode == 1
 
@@ -216,7 +289,8 @@ class Gated(nn.Module):
 def test_two_inputs_and_a_buffer(tmp_path: Path) -> None:
     made = tn.generate(Gated(), "grad,diag_ggn", example=(torch.randn(4, 3), torch.randn(4, 3)))
     assert loaded(made.source)["INPUTS"] == ("value", "gate")
-    assert set(loaded(made.source)["VJPS"]) == {"value", "gate"}
+    pulled = {(word, name) for word in ("vjp", "vjp_columns") for name in ("value", "gate")}
+    assert set(loaded(made.source)["PULLED"]) == pulled
     passes(made.source, tmp_path)
 
 
@@ -300,9 +374,11 @@ def test_formatted(target: str, tmp_path: Path) -> None:
     if target == "model":
         options = {"example": (x, torch.randn_like(module(x))), "loss": nn.MSELoss()}
     tn.generate(module, quantities, target, **options).save(path)
-    command = [Path(sys.executable).parent / "ruff", "check", "--config", ROOT / "pyproject.toml", path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    ruff = Path(sys.executable).parent / "ruff"
+    for command in (["check"], ["format", "--check", "--diff"]):
+        whole = [ruff, *command, "--config", ROOT / "pyproject.toml", path]
+        done = subprocess.run(whole, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
     assert max(map(len, path.read_text(encoding="utf-8").splitlines())) <= 120
 
 

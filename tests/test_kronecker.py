@@ -332,3 +332,13 @@ def test_reduce_of_several_uses_is_refused() -> None:
     with pytest.raises(tn.UnsupportedError, match=r"'layer.weight'.*used 2 times, and the reduce[\s\S]*Sharing.EXPAND"):
         run(problem, "KFLR", sharing="REDUCE")
     assert list(run(problem, "KFLR")) == ["layer.weight", "layer.bias"]
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_a_number_for_each_sample_is_in_a_factor(norm: Callable[[int], nn.Module]) -> None:
+    """1/std has no leg of the scale: for one sample the block is still that of the GGN."""
+    case = regression("norm", lambda: seq(nn.Linear(3, 4), norm(4)), batch=1)
+    problem = case.build()
+    found, exact = run(problem, "KFLR"), run(problem, "DiagGGN")
+    want = exact["1.weight"].flatten()
+    assert error(found["1.weight"].to_dense().diagonal(), want) <= TOLERANCE

@@ -21,7 +21,7 @@ from .graph import Graph
 from .layer import Layer, opened
 from .lower import LOWERINGS
 from .memory import machine_bytes, peak_bytes
-from .plan import Plan, plan
+from .plan import Plan, names_in, plan
 from .stage import Stage
 from .verify import asked, check
 
@@ -98,7 +98,7 @@ def compile_layer(module: torch.nn.Module, x: Any, quantities: Sequence[Quantity
 
 def part(layer: Layer, results: Sequence[tuple[str, str]], output: Any = None) -> Plan:
     """The steps for some (quantity, parameter) and for some values, and for nothing else."""
-    chosen = layer.chosen(results)
+    chosen = layer.chosen(results, names_in(output))
     graph = replace(layer.graph, output=output)
     planned = plan(graph, chosen, LOWERINGS, layer.rates, layer.itemsize)
     return check(Stage.PLAN, planned, replace(asked(torch.nn.Module(), ()), graph=graph))

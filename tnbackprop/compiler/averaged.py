@@ -65,6 +65,7 @@ def run_averaged(sweep: Sweep, bound: Bound, output: str, start: Diagram) -> Non
     classify(sweep, bound)
     lines = [(call, rule, equation) for call, rule in bound for equation in rule.equations]
     averages = Averages(sweep, place={equation.name: k for k, (_, _, equation) in enumerate(lines)})
+    averages.place |= {name: -1 - k for k, name in enumerate(sweep.graph.inputs)}
     averages.legs |= {e.name: tuple(leg for leg in e.legs if leg.size != N) for _, _, e in lines}
     averages.blocks[output, output] = [start]
     for call, rule, equation in reversed(lines):
@@ -76,6 +77,9 @@ def run_averaged(sweep: Sweep, bound: Bound, output: str, start: Diagram) -> Non
         if sweep.graph.values[name].depends_on:
             uses, g = all_uses(sweep, name)
             sweep.schedule.append(extraction(sweep, name, uses, replace(g, averaged=True)))
+    for name in sweep.graph.inputs:  # of a layer on its own
+        if (name, name) in averages.blocks:
+            averages.named(name, name)
 
 
 def _through(averages: Averages, call: Call, rule: BoundRule, equation: Equation) -> None:
@@ -92,6 +96,7 @@ def _through(averages: Averages, call: Call, rule: BoundRule, equation: Equation
             continue
         if sweep.samples[operand]:
             moved[operand] = jacobian
+            averages.legs.setdefault(operand, tuple(leg for leg in jacobian.into if leg.size != N))
         else:
             averages.named(name, name)
             sweep.uses.setdefault(operand, []).append((jacobian, tensor(block_name(name, name), equation.legs)))

@@ -11,13 +11,13 @@ import sympy
 from ..algebra import Cotangents, pull_back, squared, tensor
 from ..bind import BoundRule
 from ..diagram import BATCH, COLUMN, Diagram, Leg, N, Product, Size, Tensor, V
-from ..errors import InvariantError, UnsupportedError
+from ..errors import InvariantError
 from ..quantities import Propagation, Quantity, Source
 from ..simplify import simplify
 from .averaged import copied, run_averaged
-from .derived import Basis, Columns, Given, column_leg
+from .derived import HESSIAN_WEIGHTS, Basis, Columns, Given, column_leg
 from .graph import Call, Graph
-from .layer import COLUMNS
+from .layer import HANDED, handed_shape
 from .residual import Paired, Weighted, residual_diagonal, residuals
 from .roots import LossRoot, elementwise_root, loss_root, output_of
 from .sweep import Sweep, add, all_uses, extraction, run, schedule
@@ -46,7 +46,7 @@ def columns_of(
         setting = replace(setting, width=EVERY)
     source = propagation.source
     if setting.graph.cotangent and source is not Source.IDENTITY:
-        yield _given(setting, quantities, propagation, first)
+        yield from _given(setting, quantities, source, first)
         return
     match source:
         case Source.IDENTITY:
@@ -78,7 +78,12 @@ def _hessian(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, f
     else:
         at_loss = Weighted(root.value, root.curvature.legs, root.curvature)
         yield _from_basis(setting, quantities, at_loss, first, inside=False)
-    behind = _behind(setting.graph, root.value)
+    yield from _residuals(setting, quantities, root.value, first)
+
+
+def _residuals(setting: Setting, quantities: Sequence[Quantity], output: str, first: int) -> Iterator[Columns]:
+    """Columns of the residual of every line before the output."""
+    behind = _behind(setting.graph, output)
     for number, found in enumerate(residuals(setting.gradient, setting.bound, behind), start=first + 1):
         if isinstance(found, Weighted):
             yield _from_basis(setting, quantities, found, number, inside=True)
@@ -93,22 +98,33 @@ def _from_output(setting: Setting, quantities: Sequence[Quantity], number: int) 
     return _from_basis(setting, quantities, Weighted(output.name, legs, None), number, inside=False)
 
 
-def _given(setting: Setting, quantities: Sequence[Quantity], propagation: Propagation, number: int) -> Columns:
-    """Columns that are handed in at the output of a layer on its own."""
-    if propagation.source is not Source.ROOT:
-        names = ", ".join(q.name for q in quantities)
-        raise UnsupportedError(f"{names} need the Hessian of a loss: a layer on its own has none.\n  Pass loss=.")
-    output = output_of(setting.graph, "the GGN")
+def _given(setting: Setting, quantities: Sequence[Quantity], source: Source, number: int) -> Iterator[Columns]:
+    """What is handed in at the output of a layer on its own: columns, a diagonal, or a matrix for the whole batch."""
+    output = output_of(setting.graph, "a layer on its own")
     legs = output_legs(setting.bound, output.name)
-    sweep = _sweep(setting, quantities, number, V)
-    sweep.variable = COLUMNS
-    sweep.terms[output.name] = [tensor(COLUMNS, (*sweep.lead, *legs))]
-    run(sweep, setting.bound)
-    for name in setting.graph.inputs:
-        if sweep.terms.get(name):
-            schedule(sweep, name)
-    start = Given(output.name, output.shape)
-    return Columns(COLUMNS, start, 0, (*sweep.lead, *legs), tuple(sweep.schedule), V)
+    signed, name, shape = source is Source.HESSIAN, HANDED[source], handed_shape(source, output.shape)
+    width = V if source in (Source.ROOT, Source.HESSIAN) else 1
+    lead = column_leg(width)
+    weight = tensor(HESSIAN_WEIGHTS, (*lead, BATCH)) if signed else None
+    sweep = _sweep(setting, quantities, number, width, weight, inside=False)
+    sweep.variable = name
+    whole = (*lead, *legs)
+    if source is Source.AVERAGE:
+        whole = (*_own(legs), *copied(_own(legs)))
+        sweep.kept, sweep.prefix = (BATCH,), f"k{number}"
+        run_averaged(sweep, setting.bound, output.name, tensor(name, whole))
+    else:
+        if source is Source.DIAGONAL:
+            sweep.kept, sweep.prefix, sweep.along = (BATCH,), f"h{number}", squared
+            sweep.beside = partial(residual_diagonal, setting.gradient)
+        sweep.terms[output.name] = [tensor(name, whole)]
+        run(sweep, setting.bound)
+        for value in () if signed else setting.graph.inputs:
+            if sweep.terms.get(value):
+                schedule(sweep, value)
+    yield Columns(name, Given(output.name, shape, width), 0, whole, tuple(sweep.schedule), width)
+    if signed:
+        yield from _residuals(replace(setting, width=EVERY), quantities, output.name, number)
 
 
 def _diagonals(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, number: int) -> Columns:

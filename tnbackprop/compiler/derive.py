@@ -121,6 +121,7 @@ def derive(
 
 
 def _propagation(quantity: Quantity, given: bool) -> Propagation:
-    """Columns that are handed in are drawn already, and there is one set of them."""
+    """Columns that are handed in are drawn already, and there is one set of them; so is a diagonal."""
     found = quantity.propagates
-    return Propagation(Source.ROOT) if given and found.source in (Source.ROOT, Source.SAMPLE) else found
+    one = {Source.ROOT: Source.ROOT, Source.SAMPLE: Source.ROOT, Source.ELEMENTWISE: Source.DIAGONAL}
+    return Propagation(one[found.source]) if given and found.source in one else found

@@ -11,6 +11,7 @@ import sympy
 
 from ..approximate import Factors
 from ..bind import BoundRule
+from ..canonical import key
 from ..diagram import COLUMN, Diagram, Leg, Size, V
 from .graph import Call
 from .roots import LossRoot
@@ -54,6 +55,8 @@ class Extraction:
 
 
 Schedule = tuple[Backward | Individual | Extraction, ...]
+HESSIAN_WEIGHTS = "hessian_weights"
+"""Of the columns that are handed in to a layer on its own: [V, N]."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Columns:
 
     def __str__(self) -> str:
         if isinstance(self.start, Given):
-            return f"the {self.count} columns that are handed in at {self.start.value}"
+            return f"{self.variable}, handed in at {self.start.value}"
         if isinstance(self.start, Basis):
             weighted = "" if self.start.weight is None else ", weighted"
             return f"the {self.count} one-hot columns at {self.start.value}{weighted}"
@@ -106,15 +109,15 @@ class Columns:
     @property
     def weight(self) -> str:
         """The variable of the columns' weights."""
-        return f"weight_{self.number}"
+        return HESSIAN_WEIGHTS if isinstance(self.start, Given) else f"weight_{self.number}"
 
 
 @dataclass(frozen=True)
 class Given:
-    """Columns at the output of a layer on its own: the program's input, as many as the caller has."""
+    """Columns (as many as the caller has) or a matrix at the output of a layer on its own: the program's input."""
 
     value: str
-    shape: tuple[Size, ...]  # of the value
+    shape: tuple[Size, ...]  # of what is handed in
     columns: Size = V
 
 
@@ -156,3 +159,14 @@ class Derived:
         return chain.from_iterable(self.sweeps)
 
 
+def joined_with(factors: Mapping[str, Factors]) -> dict[str, str]:
+    """Weight -> the bias in its block: its only factor is the weight's with the cotangent. No bias joins two weights."""
+    alone = {name: key(f.diagrams[0]) for name, f in factors.items() if f.means == (None,)}
+    found: dict[str, str] = {}
+    for name, f in factors.items():
+        loss = [key(diagram) for diagram, mean in zip(f.diagrams, f.means, strict=False) if mean is None]
+        if len(f.means) == 2 and len(loss) == 1 and not f.blocks and not any(f.diagonal):
+            free = [bias for bias, form in alone.items() if form == loss[0] and bias not in found.values()]
+            if free:
+                found[name] = free[0]
+    return found

@@ -10,13 +10,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..diagram import N
+from ..diagram import N, Size, V
 from ..errors import UnsupportedError
+from ..quantities import Source
 from .cost import Rates
-from .derived import Backward, Derived, Extraction, Individual, Schedule
+from .derived import Backward, Derived, Extraction, Given, Individual, Schedule
 from .graph import Graph, Value
 
-COTANGENT, COLUMNS = "cotangent", "columns"
+COTANGENT = "cotangent"
+HANDED = {
+    Source.ROOT: "columns",
+    Source.HESSIAN: "hessian_columns",
+    Source.DIAGONAL: "diagonal",
+    Source.AVERAGE: "average",
+}
+"""What is handed in at the layer's output besides the cotangent: its name."""
+
+
+def handed_shape(source: Source, output: tuple[Size, ...]) -> tuple[Size, ...]:
+    """Of what is handed in at an output [N, ...]."""
+    columns = (V,) if source in (Source.ROOT, Source.HESSIAN) else ()
+    return output[1:] * 2 if source is Source.AVERAGE else (*columns, *output)
 
 
 def opened(graph: Graph) -> Graph:
@@ -60,17 +74,22 @@ class Layer:
     itemsize: int
 
     @property
-    def pulled_back(self) -> Iterator[tuple[str, str, bool]]:
-        """What is propagated to the inputs: (value, its cotangent, whether that is of columns)."""
-        for k, schedule in enumerate(self.derived.sweeps):
-            for item in schedule:
-                if isinstance(item, Backward) and item.value in self.graph.inputs:
-                    yield item.value, item.name, k > 0
+    def pulled_back(self) -> Iterator[tuple[str, str, str]]:
+        """What is propagated to the inputs: (value, its name there, what was handed in at the output)."""
+        given = ((c.variable, c.schedule) for c in self.derived.columns if isinstance(c.start, Given))
+        for handed, schedule in ((COTANGENT, self.derived.schedule), *given):
+            for item in (item for item in schedule if isinstance(item, Backward)):
+                value = item.value or item.name.removeprefix("K_")
+                if value in self.graph.inputs:
+                    yield value, item.name, handed
 
-    def chosen(self, results: Sequence[tuple[str, str]]) -> Derived:
-        """Without the extractions of everything but these (quantity, parameter)."""
-        columns = tuple(replace(c, schedule=self._only(c.schedule, results)) for c in self.derived.columns)
-        return replace(self.derived, schedule=self._only(self.derived.schedule, results), columns=columns)
+    def chosen(self, results: Sequence[tuple[str, str]], values: Sequence[str] = ()) -> Derived:
+        """Without the extractions of everything but these (quantity, parameter), and without sweeps for nothing."""
+        every = (replace(c, schedule=self._only(c.schedule, results)) for c in self.derived.columns)
+        needed = (
+            c for c in every if any(isinstance(item, Extraction) or item.name in values for item in c.schedule)
+        )
+        return replace(self.derived, schedule=self._only(self.derived.schedule, results), columns=tuple(needed))
 
     def _only(self, schedule: Schedule, results: Sequence[tuple[str, str]]) -> Schedule:
         kept: list[Backward | Individual | Extraction] = []

@@ -21,7 +21,7 @@ def root_steps(
     Where all columns ride together there is no loop, and the rows are entered under the variable's name.
     """
     if isinstance(columns.start, Given):
-        store.shapes[columns.variable] = (columns.start.columns, *columns.start.shape)
+        store.shapes |= {columns.variable: columns.start.shape, columns.weight: (columns.count, N)}
         return {}
     if isinstance(columns.start, Basis):
         return _basis(store, columns, columns.start, lowerings)

@@ -15,9 +15,9 @@ import torch
 from ..bind import BoundRule
 from ..diagram import BATCH, Diagram, N, V, is_head
 from ..errors import InvariantError
-from .derived import Backward, Derived, Extraction, Individual, Native, Schedule
+from .derived import HESSIAN_WEIGHTS, Backward, Derived, Extraction, Individual, Native, Schedule
 from .graph import Call, Graph, is_batch
-from .layer import COLUMNS
+from .layer import HANDED
 from .plan import Plan, names_in
 from .stage import Stage
 from .verify_source import SOURCE, SourceCheck
@@ -275,7 +275,7 @@ def _result_legs(derived: Derived, context: Context) -> Flaws:
 def _steps_in_order(plan: Plan, context: Context) -> Flaws:
     defined = {*_read(_graph(context)), "like", *(n for n in plan.shapes if n.startswith("noise_"))}
     defined |= {name for loop in plan.loops for name in (*loop.rows, *(total for _, total in loop.outputs))}
-    defined |= {COLUMNS} if _graph(context).cotangent else set()
+    defined |= {*HANDED.values(), HESSIAN_WEIGHTS} if _graph(context).cotangent else set()
     for step, _ in plan.timed:
         for name in step.inputs:
             if name not in defined:

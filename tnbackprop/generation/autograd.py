@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from ..errors import UnsupportedError
 from ..quantities import Grad, Quantity
+from .checking import check_lines
 from .function import Function
-from .layer_file import LayerFile, check_lines, header, tables
+from .layer_file import LayerFile, checks_of, function_tables, functions, header, tables
 from .text import docstring, wrapped
 
 
@@ -24,12 +25,10 @@ def autograd_quantities(quantities: Sequence[Quantity]) -> list[Quantity]:
 
 def autograd_source(file: LayerFile, title: str) -> str:
     """The file."""
-    lines = [*header(file, title, "torch.autograd", "needs torch only"), "", "import sys", "", "import torch", ""]
-    lines += tables(file)
-    for each in file.all:
-        lines += ["", "", *each.lines]
-    lines += ["", "", *_class(file)]
-    lines += check_lines(file, {}, ("check_autograd(values)", _CHECK))
+    checks = checks_of(file, ("check_autograd(values)", _CHECK))
+    lines = [*header(file, title, "torch.autograd", "needs torch only", checks), "", "import sys", "", "import torch"]
+    lines += ["", *tables(file), *functions(file), "", "", *_class(file)]
+    lines += [*function_tables(file), *check_lines(checks, {})]
     return "\n".join(lines) + "\n"
 
 
@@ -71,7 +70,7 @@ def _class(file: LayerFile) -> Iterator[str]:
 def _backward(file: LayerFile) -> dict[str, Function]:
     """argument -> the function that gives its gradient."""
     prepared = file.prepared
-    found = {each.name.removeprefix("vjp_"): each for each in file.pulled}
+    found = {own: each for (_, own), each in file.pulled.items()}
     found |= {prepared.parameters[dotted]: each for (_, dotted), each in file.functions.items()}
     return {name: each for name, each in found.items() if name in file.output.arguments}
 
@@ -88,14 +87,14 @@ def check_autograd(values):
     wanted = tuple(k for k, name in enumerate(names) if name in DIFFERENTIABLE)
     rows = tuple(0 if name in INPUTS else None for name in names)
 
-    def total(cotangent, *sample):
+    def number(cotangent, *sample):
         whole = [v.unsqueeze(0) if name in INPUTS else v for name, v in zip(names, sample, strict=True)]
         return (Layer.apply(*whole) * cotangent.unsqueeze(0)).sum()
 
-    gradients = torch.func.grad(total, tuple(k + 1 for k in wanted))
+    derive = torch.func.grad(number, tuple(k + 1 for k in wanted))
     plain = [value.detach() for value in given]
-    got = torch.func.vmap(gradients, (0, *rows))(values["cotangent"], *plain)
-    want = pulled_back(values, values["cotangent"])
+    got = torch.func.vmap(derive, (0, *rows))(values["cotangent"], *plain)
+    want = gradients(values)
     for k, gradient in zip(wanted, got, strict=True):
         right.append(compare(f"vmap(grad) by {names[k]}", gradient, want[names[k]]))
     return right

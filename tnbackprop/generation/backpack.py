@@ -16,6 +16,7 @@ from ..quantities import (
     KFLR,
     BatchGrad,
     BatchL2,
+    Bias,
     DiagGGN,
     DiagGGNMC,
     Fisher,
@@ -26,8 +27,8 @@ from ..quantities import (
     SqrtGGNMC,
     Variance,
 )
-from . import checking
-from .layer_file import LayerFile, Recorded, check_lines, header, tables, unreferenced, with_records
+from .checking import Checks, Recorded, check_lines, lines_of_text, with_records
+from .layer_file import LayerFile, checks_of, function_tables, functions, header, tables
 from .text import docstring, quoted, statement, wrapped
 
 
@@ -65,6 +66,11 @@ def extension_of(quantity: Quantity) -> Extension:
         found = PER_SAMPLE[type(quantity)]
     if isinstance(quantity, KFAC) and quantity.fisher is Fisher.EMPIRICAL:
         found = None
+    if getattr(quantity, "bias", None) is Bias.JOINED:
+        raise UnsupportedError(
+            f"{quantity.name} joins weight and bias in one block, and BackPACK stores factors with each parameter.\n"
+            "  Ask for Bias.OWN, or generate for Target.TORCH."
+        )
     if found is None:
         known = ", ".join(cls.__name__ for cls in EXTENSIONS)
         raise UnsupportedError(
@@ -88,7 +94,9 @@ def as_backpack_scales(quantities: Sequence[Quantity]) -> list[Quantity]:
 def backpack_source(file: LayerFile, title: str) -> str:
     """The file. Raises `UnsupportedError` where BackPACK's interface does not reach."""
     _refuse(file)
-    return with_records(lambda recorded: _source(file, title, recorded), unreferenced(file))
+    check = _CHECK.replace("FACTORS", "as_list(want)" if file.prepared.blocks else "want")
+    checks = checks_of(file, ("check_inside_backpack(values)", check))
+    return with_records(lambda recorded: _source(file, title, checks, recorded), checks.recorded)
 
 
 def _refuse(file: LayerFile) -> None:
@@ -100,8 +108,8 @@ def _refuse(file: LayerFile) -> None:
         )
     if prepared.layer.graph.constants:
         raise UnsupportedError("the module makes tensors of its own: register them as its buffers.")
-    for (quantity, dotted), factors in prepared.factors.items():
-        if (*factors.blocks, *(leg for legs in factors.legs for leg in legs)) != factors.parameter:
+    for (quantity, dotted), block in prepared.blocks.items():
+        if block.order != block.factors.parameter:
             raise UnsupportedError(
                 f"{quantity} of {dotted!r}: its factors do not follow the parameter's axes, as those of BackPACK do.\n"
                 "  Generate for Target.TORCH, whose docstrings say which axes a factor acts on."
@@ -114,17 +122,16 @@ def _refuse(file: LayerFile) -> None:
             )
 
 
-def _source(file: LayerFile, title: str, recorded: Recorded) -> str:
+def _source(file: LayerFile, title: str, checks: Checks, recorded: Recorded) -> str:
     extensions = {quantity.name: extension_of(quantity) for quantity in file.prepared.quantities}
     second = any(extension.second_order for extension in extensions.values())
     first = not all(extension.second_order for extension in extensions.values())
-    lines = [*header(file, title, "BackPACK 1.7.1", "needs torch and backpack-for-pytorch"), "", "import sys", ""]
+    needs = "needs torch and backpack-for-pytorch"
+    lines = [*header(file, title, "BackPACK 1.7.1", needs, checks), "", "import sys", ""]
     lines += ["import torch", "from backpack import backpack, extend, extensions"]
     lines += ["from backpack.extensions.firstorder.base import FirstOrderModuleExtension"] if first else []
     lines += ["from backpack.extensions.module_extension import ModuleExtension"] if second else []
-    lines += ["", *tables(file)]
-    for each in file.all:
-        lines += ["", "", *each.lines]
+    lines += ["", *tables(file), *functions(file)]
     for quantity, extension in extensions.items():
         lines += ["", "", *_class(file, quantity, extension)]
     lines += ["", "", "# extension of BackPACK: (its module extension, the quantity, where the values are)"]
@@ -132,10 +139,9 @@ def _source(file: LayerFile, title: str, recorded: Recorded) -> str:
     for quantity, extension in extensions.items():
         entry = f"({_class_name(extension)}, {quantity!r}, {extension.field!r})"
         lines += wrapped(quoted(f"    extensions.{extension.name}: {entry},"))
-    lines += ["}", *checking.lines_of_text(_INSTALL)]
-    lines += checking.lines_of_text(_AS_LIST) if file.prepared.factors else []
-    check = _CHECK.replace("FACTORS", "as_list(want)" if file.prepared.factors else "want")
-    lines += check_lines(file, recorded, ("check_inside_backpack(values)", check))
+    lines += ["}", *lines_of_text(_INSTALL)]
+    lines += lines_of_text(_AS_LIST) if file.prepared.blocks else []
+    lines += [*function_tables(file), *check_lines(checks, recorded)]
     return "\n".join(lines) + "\n"
 
 
@@ -159,12 +165,12 @@ def _class(file: LayerFile, quantity: str, extension: Extension) -> Iterator[str
         yield f"    def {dotted}(self, ext, module, g_inp, g_out, bpQuantities):"
         yield "        refuse_subsampling(ext)"
         code = file.functions[quantity, dotted].call(values)
-        returned = f"as_list({code})" if (quantity, dotted) in prepared.factors else code
+        returned = f"as_list({code})" if (quantity, dotted) in prepared.blocks else code
         yield from statement(f"        return {returned}")
     if extension.second_order:
         yield ""
         yield "    def backpropagate(self, ext, module, g_inp, g_out, bpQuantities):"
-        pulled = next((each for each in file.pulled if each.name.startswith("vjp_columns_")), None)
+        pulled = file.pulled.get(("vjp_columns", prepared.arguments[0]))
         yield from statement(f"        return {pulled.call(values) if pulled is not None else None}")
 
 

@@ -1,165 +1,120 @@
-"""The part of a generated file that checks it: values for every argument, and autograd on the file's own forward."""
+"""The part of a generated file that checks it, for layers and models: definitions, and autograd on the file's forward.
+
+A file has `forward`, `total` (a number whose derivatives are the gradients), `computed` (every result) and tables; the
+texts here do the rest. What has no definition that autograd can give is compared with recorded numbers, and the file
+says so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from ..compiler.layer import COTANGENT
-from ..diagram import N
-from ..quantities import Quantity
-from .layer_functions import Prepared
-from .references import FACTORED, of_layer
+from ..quantities import HessianDiag, Quantity
+from .references import definition
 from .text import data, wrapped
 
-EXAMPLE = '''
-def example(samples, columns, seed=0):
-    """Values for every argument, in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    values = {}
-    for name, (shape, low, high) in ARGUMENTS.items():
-        shape = [samples if size == "N" else size for size in shape]
-        if isinstance(low, int):
-            values[name] = torch.randint(low, high + 1, shape, generator=generator)
-        else:
-            values[name] = low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
-    output = call(forward, values)
-    values["cotangent"] = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-    values["columns"] = torch.randn((columns, *output.shape), generator=generator, dtype=torch.float64)
-    return values
+Key = tuple[str, str]
+Recorded = Mapping[Key, tuple[float, ...]]
+SAMPLES = 3
 
 
-def call(function, values):
-    """The function of those values that are its arguments."""
-    code = function.__code__
-    return function(**{name: values[name] for name in code.co_varnames[: code.co_argcount]})
+@dataclass
+class Checks:
+    """What a file's check compares, and the texts that it needs. The tables are source."""
+
+    references: dict[str, tuple[str, str]] = field(default_factory=dict)  # quantity -> (function, definition)
+    second: dict[str, tuple[str, bool]] = field(default_factory=dict)  # quantity -> (a number's function, per sample)
+    factors: dict[Key, str] = field(default_factory=dict)  # the entry of its table
+    recorded: list[Key] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)  # of this kind of file
+    calls: list[str] = field(default_factory=list)  # of this kind of file
+
+    def add(self, quantity: Quantity, functions: Mapping[str, str], scale: float, second: str = "") -> bool:
+        """Enter a definition of the quantity, if there is one; `functions` give G, V and J."""
+        found = definition(quantity, scale)
+        if type(quantity) is HessianDiag and second:
+            self.second[quantity.name] = second, quantity.per_sample
+            return True
+        if found is None or found[0] not in functions:
+            return False
+        letter, text = found
+        self.references[quantity.name] = functions[letter], f"lambda {letter}: {text}"
+        return True
 
 
-def pulled_back(values, cotangent):
-    """Each sample's gradient of <cotangent, output>, by autograd on `forward`: {argument: [N, *argument]}."""
-    found = {name: [] for name in DIFFERENTIABLE}
-    for n in range(len(cotangent)):
-        sample = {name: value[n : n + 1] if name in INPUTS else value for name, value in values.items()}
-        leaves = {name: sample[name].clone().requires_grad_() for name in DIFFERENTIABLE}
-        total = (call(forward, sample | leaves) * cotangent[n : n + 1]).sum()
-        gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-        for name, gradient in zip(DIFFERENTIABLE, gradients, strict=True):
-            found[name].append(gradient if name in INPUTS else gradient.unsqueeze(0))
-    return {name: torch.cat(gradients) for name, gradients in found.items()}
+def note(keys: Iterable[Key]) -> list[str]:
+    """What the header says of the check."""
+    by_quantity: dict[str, list[str]] = {}
+    for quantity, name in keys:
+        by_quantity.setdefault(quantity, []).append(name)
+    usage = "`python FILE --check` compares every result with autograd"
+    end = "its exit status is 0 where all agree."
+    if not by_quantity:
+        return [f"{usage}; {end}"]
+    shown = "; ".join(f"{quantity} of {', '.join(names)}" for quantity, names in by_quantity.items())
+    return [
+        f"{usage}, except approximations that autograd has no definition of; {end}",
+        f"These are compared with numbers that were recorded when this file was written: {shown}.",
+    ]
 
 
-def compare(name, got, want, tolerance=1e-9):
-    """Print the largest difference, and return whether it is small enough."""
-    same = got.shape == want.shape
-    error = float((got - want).abs().max() / max(1.0, float(want.abs().max()))) if same else float("inf")
-    right = error <= tolerance
-    print(f"{'ok   ' if right else 'WRONG'} {name}: {error:.1e}")
-    return right
-'''
-
-CHECK_QUANTITIES = '''
-def check_quantities(values):
-    """Every quantity against its definition in individual gradients."""
-    G = pulled_back(values, values["cotangent"])
-    S = [pulled_back(values, column) for column in values["columns"]]
-    V = {name: torch.stack([pulled[name] for pulled in S]) for name in G}
-    J = one_hot_gradients(values)
-    right = [compare("vjp of input " + name, call(f, values), G[name]) for name, f in VJPS.items()]
-    right += [compare("vjp of columns " + name, call(f, values), V[name]) for name, f in VJPS_OF_COLUMNS.items()]
-    for (quantity, name), function in FUNCTIONS.items():
-        label, got = f"{quantity} of {name}", call(function, values)
-        p = STATE[name]
-        if quantity in REFERENCES:
-            right.append(compare(label, got, REFERENCES[quantity](G[p], V[p], J[p])))
-    return right
-'''
-
-ONE_HOT = '''
-def one_hot_gradients(values):
-    """Every output's gradients: {argument: [C, N, *argument]}."""
-    output = call(forward, values)
-    columns = torch.eye(output[0].numel(), dtype=output.dtype).reshape(-1, 1, *output.shape[1:])
-    columns = columns.expand(-1, *output.shape)
-    pulled = [pulled_back(values, column) for column in columns]
-    return {name: torch.stack([each[name] for each in pulled]) for name in DIFFERENTIABLE}
-'''
-
-CHECK_RECORDED = '''
-def check_recorded(values):
-    """Kronecker factors that are exact for one sample: the block. Else: what it was when this file was written."""
-    one = {name: value[:1] if name in INPUTS else value for name, value in values.items()}
-    one |= {"cotangent": values["cotangent"][:1], "columns": values["columns"][:, :1]}
-    columns = [pulled_back(one, column) for column in one["columns"]]
-    right = []
-    for (quantity, name), recorded in RECORDED.items():
-        label, function = f"{quantity} of {name}", FUNCTIONS[quantity, name]
-        if recorded is None:
-            V = torch.stack([pulled[STATE[name]] for pulled in columns]).flatten(1)
-            block, *others = call(function, one)
-            for factor in others:
-                block = torch.kron(block, factor)
-            right.append(compare(f"{label}, one sample", block, V.T @ V))
-        else:
-            got, want = record(call(function, values)), torch.tensor(recorded, dtype=torch.float64)
-            right.append(compare(f"{label}, as recorded", got, want, 1e-5))
-    return right
+def with_records(write: Callable[[Recorded], str], keys: Sequence[Key]) -> str:
+    """A file with numbers that it gives itself, for what its check has no definition of."""
+    first = write(dict.fromkeys(keys, ()))
+    if not keys:
+        return first
+    namespace: dict[str, Any] = {"__name__": "generated"}
+    exec(compile(first, "<generated>", "exec"), namespace)
+    found = namespace["computed"](namespace["example"](SAMPLES))
+    numbers = {key: namespace["record"](found[key]).tolist() for key in keys}
+    return write({key: tuple(float(f"{x:.8g}") for x in each) for key, each in numbers.items()})
 
 
-def record(value):
-    """One number for a tensor, or for each of several."""
-    tensors = value if isinstance(value, tuple) else (value,)
-    return torch.stack([t.flatten() @ torch.cos(torch.arange(t.numel(), dtype=t.dtype)) for t in tensors])
-'''
-
-CHECK_TOGETHER = '''
-def check_together(values):
-    """What `compute` gives is what the functions give."""
-    state = {name: values[argument] for name, argument in STATE.items()}
-    given = [values[name] for name in (*INPUTS, *GIVEN)]
-    found = compute(state, *given)
-    right = []
-    for (quantity, name), function in FUNCTIONS.items():
-        alone, together = call(function, values), found[quantity][name]
-        pairs = zip(alone, together, strict=True) if isinstance(alone, tuple) else [(alone, together)]
-        right += [compare(f"compute, {quantity} of {name}", one, other) for one, other in pairs]
-    return right
-'''
-
-MAIN = '''
-def check():
-    """Compare everything with autograd, in float64; returns the exit status."""
-    values = example(samples=3, columns=4)
-    right = {checks}
-    print(f"{{sum(right)}} of {{len(right)}} agree")
-    return 0 if all(right) else 1
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] != ["--check"]:
-        print(__doc__)
-        sys.exit(2 if sys.argv[1:] else 0)
-    sys.exit(check())
-'''
+def check_lines(checks: Checks, recorded: Recorded, low: bool = False) -> list[str]:
+    """The tables, the texts that read them, and the main function."""
+    texts = [EXAMPLE, *checks.texts]
+    calls = []
+    lines = [f"SAMPLES = {SAMPLES}", f"TOLERANCE = {1e-4 if low else 1e-9!r}"]
+    tables: list[str] = []
+    if checks.references or checks.second or checks.factors:
+        texts.append(AUTOGRAD)
+    read = " ".join([*(kind for kind, _ in checks.references.values()), *checks.factors.values(), *checks.texts])
+    for name, text in TEXTS.items():
+        texts += [text] if name in read else []
+    if checks.references:
+        entries = (f'    "{name}": ({kind}, {text}),' for name, (kind, text) in checks.references.items())
+        tables += ["", "", "REFERENCES = {", *(row for line in entries for row in wrapped(line)), "}"]
+        texts.append(CHECK_DEFINITIONS)
+        calls.append("check_definitions(values, found)")
+    if checks.second:
+        entries = (f'    "{name}": ({of}, {each!r}),' for name, (of, each) in checks.second.items())
+        tables += ["", "", "SECOND = {", *entries, "}"] if not tables else ["SECOND = {", *entries, "}"]
+        texts.append(CHECK_SECOND)
+        calls.append("check_second_derivatives(values, found)")
+    if checks.factors:
+        entries = (f'    ("{key[0]}", "{key[1]}"): {entry},' for key, entry in checks.factors.items())
+        head = "# (which columns make them exact), pulled back by, parameters, sizes of the axes, their order"
+        tables += [] if tables else ["", ""]
+        tables += [head, "KRONECKER = {", *(row for line in entries for row in wrapped(line)), "}"]
+        texts.append(CHECK_FACTORS)
+        calls.append("check_factors()")
+    if recorded:
+        tables += [] if tables else ["", ""]
+        tables += data("RECORDED", recorded)
+        texts.append(CHECK_RECORDED)
+        calls.append("check_recorded(found)")
+    calls += checks.calls
+    lines += [row for piece in texts for row in lines_of_text(piece)]
+    return [*lines, *tables, *lines_of_text(MAIN.replace("CHECKS", " + ".join(calls) or "[True]"))]
 
 
 def lines_of_text(text: str) -> list[str]:
     """A piece of a file: two empty lines, then the text."""
     return ["", "", *(row for line in text.strip("\n").split("\n") for row in wrapped(line))]
-
-
-def arguments(prepared: Prepared, x: Sequence[torch.Tensor]) -> list[str]:
-    """ARGUMENTS = {name: (shape, low, high)}, from the layer's tensors: positive ones stay positive."""
-    graph = prepared.layer.graph
-    named = dict(prepared.module.named_parameters()) | dict(prepared.module.named_buffers())
-    tensors = dict(zip([v for v in graph.inputs if v != COTANGENT], x, strict=True))
-    tensors |= {value: named[dotted[0]].detach() for value, dotted in graph.parameters.items()}
-    tensors |= {value: named[dotted] for value, dotted in graph.buffers.items()}
-    table = {}
-    for value, tensor in tensors.items():
-        shape = tuple("N" if size == N else size for size in graph.values[value].shape)
-        table[prepared.names.of[value]] = (shape, *bounds(tensor))
-    return data("ARGUMENTS", table)
 
 
 def bounds(tensor: torch.Tensor, given: bool = False) -> tuple[float, float] | tuple[int, int]:
@@ -172,12 +127,204 @@ def bounds(tensor: torch.Tensor, given: bool = False) -> tuple[float, float] | t
     return (0.5, 1.5) if tensor.numel() and bool((tensor > 0).all()) else (-1.0, 1.0)
 
 
-def references(quantities: Sequence[Quantity]) -> list[str]:
-    """REFERENCES = {quantity: its definition}, as source."""
-    lines = ["REFERENCES = {"]
-    for quantity in quantities:
-        text = of_layer(quantity)
-        if text is not None and not isinstance(quantity, FACTORED):
-            lines.append(f'    "{quantity.name}": lambda G, V, J: {text},')
-    return [*lines, "}"] if len(lines) > 1 else ["REFERENCES = {}"]
+def kronecker_entry(exact: str, pull: str, names: Sequence[str], sizes: Sequence[int], order: Sequence[int]) -> str:
+    """An entry of the table of factors."""
+    parts = ", ".join(repr(tuple(each)).replace("'", '"') for each in (names, sizes, order))
+    return f"({exact}, {pull}, {parts})"
 
+
+EXAMPLE = '''
+def example(samples, seed=0):
+    """Values for every argument, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for name, (shape, low, high) in ARGUMENTS.items():
+        shape = [samples if size == "N" else size for size in shape]
+        if isinstance(low, int):
+            values[name] = torch.randint(low, high + 1, shape, generator=generator)
+        else:
+            values[name] = low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+    return complete(values, generator)
+
+
+def call(function, values):
+    """The function of those values that are its arguments."""
+    code = function.__code__
+    return function(**{name: values[name] for name in code.co_varnames[: code.co_argcount]})
+
+
+def compare(label, got, want, tolerance=TOLERANCE):
+    """Print the largest difference, and return whether it is small enough."""
+    same = got.shape == want.shape
+    error = float((got - want).abs().max() / max(1.0, float(want.abs().max()))) if same else float("inf")
+    right = error <= tolerance
+    print(f"{'ok   ' if right else 'WRONG'} {label}: {error:.1e}")
+    return right
+'''
+
+AUTOGRAD = '''
+def sampled(name):
+    """Whether the first axis of an argument is that of the samples."""
+    return name in ARGUMENTS and ARGUMENTS[name][0][:1] == ("N",)
+
+
+def of_copies(values):
+    """The output where every sample has a copy of its own of each argument, and the copies: [N, *argument]."""
+    samples = len(values[BATCH])
+    copies = {}
+    for name in DIFFERENTIABLE:
+        value = values[name] if sampled(name) else values[name].expand(samples, *values[name].shape)
+        copies[name] = value.clone().requires_grad_()
+    outputs = []
+    for n in range(samples):
+        sample = {name: value[n : n + 1] for name, value in (values | copies).items() if sampled(name)}
+        sample |= {name: copy[n] for name, copy in copies.items() if not sampled(name)}
+        outputs.append(call(forward, values | sample))
+    return torch.cat(outputs), copies
+
+
+def derivatives(number, copies, create_graph=False):
+    """By each sample's copies: {argument: [N, *argument]}."""
+    leaves = list(copies.values())
+    found = torch.autograd.grad(number, leaves, retain_graph=True, create_graph=create_graph, materialize_grads=True)
+    return dict(zip(copies, found, strict=True))
+'''
+
+GRADIENTS = '''
+def gradients(values):
+    """Individual gradients, {argument: [N, *argument]}."""
+    output, copies = of_copies(values)
+    return derivatives(total(values, output), copies)
+'''
+
+PULLED = '''
+def pulled(values, columns):
+    """Columns [V, N, *output] pulled back: {argument: [V, N, *argument]}."""
+    output, copies = of_copies(values)
+    rows = [derivatives((output * column).sum(), copies) for column in columns]
+    return {name: torch.stack([row[name] for row in rows]) for name in copies}
+'''
+
+JACOBIANS = '''
+def jacobians(values):
+    """Derivatives of all C elements of the output, {argument: [C, N, *argument]}."""
+    output = call(forward, values)
+    columns = torch.eye(output[0].numel(), dtype=output.dtype).reshape(-1, 1, *output.shape[1:])
+    return pulled(values, columns.expand(-1, *output.shape))
+'''
+
+AS_COLUMNS = '''
+def gradients_as_columns(values):
+    """Of the empirical Fisher: {argument: [1, N, *argument]}."""
+    return {name: gradient.unsqueeze(0) for name, gradient in gradients(values).items()}
+'''
+
+TEXTS = {
+    "gradients": GRADIENTS,
+    "pulled": PULLED,
+    "jacobians": JACOBIANS,
+    "gradients_as_columns": AS_COLUMNS,
+}
+"""Texts by the name that what reads them contains."""
+
+CHECK_DEFINITIONS = '''
+def check_definitions(values, found):
+    """What has a definition in first derivatives."""
+    made, right = {}, []
+    for (quantity, name), got in found.items():
+        if quantity in REFERENCES:
+            derive, define = REFERENCES[quantity]
+            if derive not in made:
+                made[derive] = derive(values)
+            right.append(compare(f"{quantity} of {name}", got, define(made[derive][STATE.get(name, name)])))
+    return right
+'''
+
+CHECK_SECOND = '''
+def check_second_derivatives(values, found):
+    """Diagonals of Hessians, at up to 32 entries of each: autograd differentiates once more for every entry."""
+    right = []
+    for (quantity, name), got in found.items():
+        if quantity in SECOND:
+            number, per_sample = SECOND[quantity]
+            output, copies = of_copies(values)
+            own = copies[STATE.get(name, name)]
+            (first,) = torch.autograd.grad(number(values, output), own, create_graph=True)
+            size = first[0].numel()
+            entries = range(0, size, -(-size // 32))
+            rows = []
+            for k in entries:
+                row = torch.zeros_like(own)
+                if first.requires_grad:
+                    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+                    (row,) = torch.autograd.grad(first.flatten(1)[:, k].sum(), own, **options)
+                rows.append(row.flatten(1)[:, k])
+            want = torch.stack(rows, 1) if per_sample else torch.stack(rows, 1).sum(0)
+            label = f"{quantity} of {name}, {len(entries)} of {size} entries"
+            if got.shape != (own.shape if per_sample else own.shape[1:]):
+                right.append(compare(label, got, own))
+                continue
+            right.append(compare(label, got.reshape(*want.shape[:-1], size)[..., list(entries)], want))
+    return right
+'''
+
+CHECK_FACTORS = '''
+def check_factors():
+    """Kronecker factors where they are exact, against the block V Vᵀ: both times a vector."""
+    right = []
+    for (quantity, name), (exact, pull, names, sizes, order) in KRONECKER.items():
+        values = exact(quantity, name)
+        factors, V = computed(values, (quantity, name))[quantity, name], pull(values)
+        samples = "1 sample" if len(values[BATCH]) == 1 else "the same columns everywhere"
+        label = f"{quantity} of {' and '.join(names)}, {samples}"
+        d = [factor.shape[-1] for factor in factors]
+        rows = V[STATE[name]].reshape(-1, *sizes).permute(0, *(k + 1 for k in order))
+        blocks = len(factors[0]) if factors[0].ndim == 3 else 1
+        if len(names) == 2:  # a joined bias is the last row of the last factor
+            weight, bias = rows.reshape(len(rows), 1, d[0], d[1] - 1), V[STATE[names[1]]].reshape(len(rows), 1, d[0], 1)
+            rows = torch.cat([weight, bias], 3)
+        rows = rows.reshape(len(rows), blocks, *d)
+        vector = torch.randn(rows.shape[1:], generator=torch.Generator().manual_seed(0), dtype=rows.dtype)
+        along = (rows * vector).flatten(2).sum(2)
+        want = (along.reshape(*along.shape, *[1] * len(d)) * rows).sum(0)
+        for k, factor in enumerate(factors):
+            moved = vector.movedim(k + 1, 1)
+            times = factor.reshape(blocks, d[k], d[k]) @ moved.reshape(blocks, d[k], -1)
+            vector = times.reshape(moved.shape).movedim(1, k + 1)
+        right.append(compare(label, vector, want))
+    return right
+'''
+
+CHECK_RECORDED = '''
+def check_recorded(found):
+    """What autograd has no definition of: what it was when this file was written."""
+    right = []
+    for key, numbers in RECORDED.items():
+        want = torch.tensor(numbers, dtype=torch.float64)
+        right.append(compare(f"{key[0]} of {key[1]}, as recorded", record(found[key]), want, 1e-5))
+    print(f"{len(RECORDED)} results are compared with numbers that were recorded when this file was written")
+    return right
+
+
+def record(value):
+    """One number for a tensor, or for each of several."""
+    tensors = value if isinstance(value, tuple) else (value,)
+    return torch.stack([t.double().flatten() @ torch.cos(torch.arange(t.numel()).double()) for t in tensors])
+'''
+
+MAIN = '''
+def check():
+    """Compare the results for SAMPLES samples with their definitions; returns the exit status."""
+    values = example(SAMPLES)
+    found = computed(values)
+    right = CHECKS
+    print(f"{sum(right)} of {len(right)} agree")
+    return 0 if all(right) else 1
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--check"]:
+        print(__doc__)
+        sys.exit(2 if sys.argv[1:] else 0)
+    sys.exit(check())
+'''

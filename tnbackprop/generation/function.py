@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from math import prod
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 
+import sympy
 import torch
 
-from ..approximate import Factors
-from ..compiler.arrange import text
 from ..compiler.derived import Backward, Derived, Extraction, Native
 from ..compiler.explain_text import diagram_text
 from ..compiler.graph import Graph
-from ..compiler.layer import COLUMNS, COTANGENT
+from ..compiler.layer import COTANGENT, HANDED
 from ..compiler.listing import lines_of
 from ..compiler.plan import Plan
 from ..compiler.polynomials import Symbols
 from ..diagram import Diagram, Size, Tensor, leaves
 from ..errors import UnsupportedError
+from ..quantities import Quantity
 from .names import Names
+from .straight import bound
 from .text import definition, docstring, statement
 
 LARGEST = 4096
@@ -39,7 +40,7 @@ class Function:
     @property
     def lines(self) -> list[str]:
         """The source."""
-        body = [*self.body, f"    return {self.returns}"]
+        body = bound([*self.body, f"    return {self.returns}"])
         head = definition(f"def {self.name}({', '.join(self.arguments)}):", body)
         return [*head, *docstring(self.doc), *(row for line in body for row in statement(line))]
 
@@ -117,19 +118,7 @@ def literal(name: str, tensor: torch.Tensor) -> str:
     return f"torch.tensor({tensor.tolist()!r}, dtype={dtype}, device=like.device)"
 
 
-def factors_code(factors: Factors, codes: Sequence[str], shapes: Mapping[str, tuple[Size, ...]]) -> str:
-    """(factor, …) as matrices [d, d] or diagonals [d], with blocks in front if there are any."""
-    shown = []
-    for wanted, code in zip(factors.shapes, codes, strict=True):
-        own = shapes[code]
-        if prod(int(size) for size in own) != prod(wanted):
-            shown.append(f"{code}.expand({text(wanted)})")
-        else:
-            shown.append(code if tuple(own) == wanted else f"{code}.reshape({text(wanted)})")
-    return f"({', '.join(shown)}{',' if len(shown) == 1 else ''})"
-
-
-def formulas(derived: Derived, diagrams: Mapping[str, Diagram], last: str = "") -> Iterator[str]:
+def formulas(derived: Derived, diagrams: Sequence[tuple[str, Diagram]], last: str = "") -> Iterator[str]:
     """The diagrams, and the cotangents that they read (and `last`), as formulas. What is handed in goes by its name."""
     swept = {item.name: item for schedule in derived.sweeps for item in schedule if isinstance(item, Backward)}
     handed = {name: item.terms[0] for name, item in swept.items() if len(item.terms) == 1 and _is_input(item.terms[0])}
@@ -143,12 +132,16 @@ def formulas(derived: Derived, diagrams: Mapping[str, Diagram], last: str = "") 
                     visit(leaf)
             wanted[name] = None
 
-    for leaf in [leaf for diagram in diagrams.values() for leaf in leaves(diagram)] + [last] * bool(last):
+    for leaf in [leaf for _, diagram in diagrams for leaf in leaves(diagram)] + [last] * bool(last):
         visit(leaf)
     for name in wanted:
         lines = [_term_text(name, term) for term in swept[name].terms]
         yield from (aliases.code(line if not k else line.replace(" = ", " += ", 1)) for k, line in enumerate(lines))
-    yield from (aliases.code(diagram_text(name, diagram, {})) for name, diagram in diagrams.items())
+    met: set[str] = set()
+    for name, diagram in diagrams:
+        line = diagram_text(name, diagram, {})
+        yield aliases.code(line.replace(" = ", " += ", 1) if name in met else line)
+        met.add(name)
 
 
 def _term_text(name: str, term: Diagram | Native) -> str:
@@ -168,7 +161,7 @@ def _tensor_of(term: Diagram | Native) -> str:
         return ""
     operands = term.products[0].operands
     only = operands[0] if len(operands) == 1 else None
-    return only.name if isinstance(only, Tensor) and only.name in (COTANGENT, COLUMNS) else ""
+    return only.name if isinstance(only, Tensor) and only.name in (COTANGENT, *HANDED.values()) else ""
 
 
 def refuse_random(graph: Graph) -> None:
@@ -179,13 +172,32 @@ def refuse_random(graph: Graph) -> None:
 
 
 def flops(plan: Plan) -> str:
-    """FLOPs of a plan as a polynomial, with its legend."""
+    """FLOPs of a plan as a polynomial in the sizes of its legs, with its legend."""
     symbols = Symbols()
     terms = tuple(term for step, _ in plan.timed for term in step.work.flops)
     if not terms:
         return "no FLOPs"
     shown = symbols.text(symbols.polynomial(terms), plan.batch)
     return f"{shown} FLOPs" + (f" ({symbols.legend()})" if symbols.values else "")
+
+
+def flops_of_many(plan: Plan) -> str:
+    """The same for many results: a polynomial in N and V alone."""
+    terms = [term for step, count in plan.timed for term in step.work.flops for _ in range(count)]
+    total = sympy.expand(sympy.Add(*(c * sympy.Mul(*(leg.size for leg in legs)) for c, legs in terms)))
+    shown = sympy.sstr(total).replace("**2", "²").replace("**3", "³").replace("*", "·")
+    return f"{shown} FLOPs" if terms else "no FLOPs"
+
+
+def asked(quantities: Sequence[Quantity]) -> str:
+    """The quantities, with the options that are not what they are by default."""
+    return ", ".join(_shown(quantity) for quantity in quantities) or "none"
+
+
+def _shown(quantity: Quantity) -> str:
+    options = [(f.name, getattr(quantity, f.name)) for f in fields(quantity) if getattr(quantity, f.name) != f.default]
+    texts = (f"{name}={value if isinstance(value, Enum) else repr(value)}" for name, value in options)
+    return f"{type(quantity).__name__}({', '.join(texts)})"
 
 
 def extractions(derived: Derived) -> Iterator[Extraction]:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..approximate import Factors
 from ..compiler import part
 from ..compiler.arrange import text
-from ..compiler.layer import COLUMNS, COTANGENT
-from ..diagram import BATCH, COLUMN, Leg, V, summed_legs
-from ..quantities import Source
+from ..compiler.layer import COTANGENT
+from ..compiler.listing import alive
 from ..version import __version__
-from . import checking
-from .function import Function, factors_code, flops, function
-from .layer_functions import Prepared, extracted, forward, pull_backs
-from .references import of_layer
-from .text import data, definition, docstring, quoted, sizes, statement, wrapped
-
-Recorded = Mapping[tuple[str, str], tuple[float, ...] | None]
-Key = tuple[str, str]
+from .checking import Checks, Key, Recorded, check_lines, lines_of_text, note, with_records
+from .function import Function, asked, flops_of_many, function
+from .kronecker import WITH_ONE, factors_code
+from .layer_checking import arguments, layer_checks
+from .layer_functions import PULLED, Prepared, extracted, forward, pull_backs, pulled_shape
+from .text import data, definition, docstring, quoted, sizes, statement
 
 
 @dataclass(frozen=True)
@@ -32,84 +27,55 @@ class LayerFile:
     prepared: Prepared
     inputs: Sequence[torch.Tensor]
     output: Function
-    pulled: tuple[Function, ...]
+    pulled: Mapping[Key, Function]
     functions: Mapping[Key, Function]
 
     @property
     def all(self) -> tuple[Function, ...]:
-        return (self.output, *self.pulled, *self.functions.values())
+        return (self.output, *self.pulled.values(), *self.functions.values())
 
 
 def layer_file(prepared: Prepared, inputs: Sequence[torch.Tensor]) -> LayerFile:
-    pulled = tuple(pull_backs(prepared, prepared.columns))
-    return LayerFile(prepared, inputs, forward(prepared), pulled, extracted(prepared))
+    return LayerFile(prepared, inputs, forward(prepared), pull_backs(prepared), extracted(prepared))
 
 
 def torch_source(file: LayerFile, title: str) -> str:
     """The file. What its check cannot know otherwise is recorded by running it once."""
-    return with_records(lambda recorded: _torch_source(file, title, recorded), unreferenced(file))
+    checks = checks_of(file, ("check_together(values)", CHECK_TOGETHER))
+    return with_records(lambda recorded: _torch_source(file, title, checks, recorded), checks.recorded)
 
 
-def _torch_source(file: LayerFile, title: str, recorded: Recorded) -> str:
-    lines = [*header(file, title, "torch", "needs torch only"), "", "import sys", "", "import torch", ""]
+def _torch_source(file: LayerFile, title: str, checks: Checks, recorded: Recorded) -> str:
+    lines = [*header(file, title, "torch", "needs torch only", checks), "", "import sys", "", "import torch", ""]
     lines += tables(file)
-    for each in file.all:
-        lines += ["", "", *each.lines]
+    lines += functions(file)
     lines += ["", "", *_together(file)]
-    lines += check_lines(file, recorded, ("check_together(values)", checking.CHECK_TOGETHER))
+    lines += [*function_tables(file), *check_lines(checks, recorded)]
     return "\n".join(lines) + "\n"
 
 
-def with_records(write: Callable[[Recorded], str], unknown: Recorded) -> str:
-    """A file with numbers that it gives itself, for what its check has no definition of."""
-    first = write(unknown)
-    if all(value is None for value in unknown.values()):
-        return first
-    namespace: dict[str, Any] = {"__name__": "generated"}
-    exec(compile(first, "<generated>", "exec"), namespace)
-    values = namespace["example"](samples=3, columns=4)
-    found: dict[Key, tuple[float, ...] | None] = {}
-    for key, value in unknown.items():
-        numbers = None if value is None else namespace["record"](namespace["call"](namespace["FUNCTIONS"][key], values))
-        found[key] = None if numbers is None else tuple(float(f"{number:.8g}") for number in numbers.tolist())
-    return write(found)
+def functions(file: LayerFile) -> list[str]:
+    """The source of every function, and of what they call."""
+    joined = lines_of_text(WITH_ONE) if any(block.bias for block in file.prepared.blocks.values()) else []
+    return [*joined, *(row for each in file.all for row in ("", "", *each.lines))]
 
 
-def unreferenced(file: LayerFile) -> Recorded:
-    """What has no definition in a check: None where one sample says it, () where numbers must be recorded."""
-    quantities = {quantity.name: quantity for quantity in file.prepared.quantities}
-    found: dict[Key, tuple[float, ...] | None] = {}
-    for key in file.functions:
-        factors = file.prepared.factors.get(key)
-        if factors is not None:
-            found[key] = None if _exact(file, key, factors) else ()
-        elif of_layer(quantities[key[0]]) is None:
-            found[key] = ()
-    return found
+def checks_of(file: LayerFile, *more: tuple[str, str]) -> Checks:
+    """What the file's check compares."""
+    return layer_checks(file.prepared, list(file.pulled), *more)
 
 
-def _exact(file: LayerFile, key: Key, factors: Factors) -> bool:
-    """Whether the factors of one sample are its block: columns, no position cut, legs in order."""
-    order: list[Leg] = [leg for legs in factors.legs for leg in legs]
-    quantity = next(q for q in file.prepared.quantities if q.name == key[0])
-    plain = not factors.blocks and order == list(factors.parameter)
-    summed = {leg for d in factors.diagrams for p in d.products for leg in summed_legs(p, d.legs)}
-    cut = any(leg != BATCH and leg.name != COLUMN for leg in summed)
-    return plain and not cut and quantity.propagates.source is not Source.GRADIENT
-
-
-def header(file: LayerFile, title: str, target: str, needs: str) -> list[str]:
+def header(file: LayerFile, title: str, target: str, needs: str, checks: Checks) -> list[str]:
     """The file's docstring: what it is, what it was generated from, and how its functions are called."""
     prepared = file.prepared
-    graph = prepared.layer.graph
-    quantities = ", ".join(repr(quantity) for quantity in prepared.quantities)
-    shapes = {value: sizes(graph.values[value].shape) for value in prepared.inputs.shapes if value != COLUMNS}
-    shown = [f"{prepared.names.of.get(value, value)} {shape}" for value, shape in shapes.items() if value != COTANGENT]
+    shapes = {value: sizes(shape) for value, shape in prepared.inputs.shapes.items()}
+    names = prepared.names.of
+    shown = [f"{names[value]} {shape}" for value, shape in shapes.items() if value in names]
     about = [
         f"{title}: derivative quantities in plain PyTorch.",
         f"Generated by tnbackprop {__version__} for {target}; {needs}.",
-        "`python FILE --check` compares everything with autograd; its exit status is 0 where all agree.",
-        f"Quantities: {quantities or 'none'}.",
+        *note(checks.recorded),
+        f"Quantities: {asked(prepared.quantities)}.",
         "",
         f"Rules (hash of their text and the version: {prepared.key}):",
         *(f"    {line}" for rule in prepared.rules for line in rule.split("\n")),
@@ -117,12 +83,20 @@ def header(file: LayerFile, title: str, target: str, needs: str) -> list[str]:
         f"Shapes, for any batch size N: {', '.join(shown)} -> output {shapes[COTANGENT]}.",
         f"cotangent {shapes[COTANGENT]} is the derivative of the loss by the output, L = Σ_n ℓ_n, with all its scale.",
     ]
-    if prepared.columns:
-        about.append(
-            f"columns {sizes(['V', *graph.values[graph.output].shape])}, for any V, are those of a root of the loss's "
-            "Hessian by the output, Σ_v S_v S_vᵀ, exact or drawn."
-        )
+    about += [f"{name} {shapes[name]}{_HANDED[name]}" for name in prepared.handed]
     return docstring(about, "")
+
+
+_HANDED = {
+    "columns": ", for any V, are those of a root of the loss's Hessian by the output (or of the GGN's part of it), "
+    "Σ_v S_v S_vᵀ, exact or drawn.",
+    "hessian_columns": ", for the same V, with their weights give the whole Hessian of the loss by the output, Σ_v w_v "
+    "S_v S_vᵀ.",
+    "hessian_weights": " may be negative, and are all 1 for a convex loss on this output.",
+    "diagonal": " is that of the loss's Hessian by the output, or what the next layer has pulled back to its input.",
+    "average": " is one matrix for the whole batch: the sum of the loss's Hessians by the output over the samples, or "
+    "what the next layer has pulled back to its input.",
+}
 
 
 def tables(file: LayerFile) -> list[str]:
@@ -133,77 +107,70 @@ def tables(file: LayerFile) -> list[str]:
     differentiable = [prepared.names.of[v] for v in graph.inputs if graph.values[v].depends_on]
     return [
         *statement(f"INPUTS = {tuple(inputs)!r}"),
+        *statement(f"BATCH = {inputs[0]!r}"),
         *statement(f"DIFFERENTIABLE = {(*differentiable, *prepared.parameters.values())!r}"),
         *data("STATE", prepared.state),
         "# argument: (shape, least and largest value that the check draws)",
-        *checking.arguments(prepared, file.inputs),
+        *arguments(prepared, file.inputs),
     ]
 
 
-def check_lines(file: LayerFile, recorded: Recorded, *more: tuple[str, str]) -> list[str]:
-    """The tables of functions, their definitions, and the check."""
-    prepared = file.prepared
-    own = {each.name: each.name for each in file.pulled}
-    plain = {name.removeprefix("vjp_"): name for name in own if not name.startswith("vjp_columns_")}
-    stacked = {name.removeprefix("vjp_columns_"): name for name in own if name.startswith("vjp_columns_")}
-    one_hot = any(p.source is Source.IDENTITY for p in prepared.propagations)
-    lines = ["", "", "FUNCTIONS = {"]
-    lines += [quoted(f"    {key!r}: {each.name},") for key, each in file.functions.items()]
-    lines += ["}", *_functions("VJPS", plain), *_functions("VJPS_OF_COLUMNS", stacked)]
-    lines += [row for line in checking.references(prepared.quantities) for row in wrapped(line)]
-    checks = ["check_quantities(values)"]
-    texts = [checking.EXAMPLE, checking.CHECK_QUANTITIES]
-    if one_hot:
-        texts.append(checking.ONE_HOT)
-    else:
-        texts[1] = texts[1].replace("one_hot_gradients(values)", "dict.fromkeys(G)")
-    if recorded:
-        lines += data("RECORDED", recorded)
-        checks.append("check_recorded(values)")
-        texts.append(checking.CHECK_RECORDED)
-    checks += [call for call, _ in more]
-    texts += [source for _, source in more]
-    for piece in [*texts, checking.MAIN.format(checks=" + ".join(checks))]:
-        lines += checking.lines_of_text(piece)
+def function_tables(file: LayerFile) -> list[str]:
+    """The functions by what they give."""
+    tables = {"FUNCTIONS": file.functions, "PULLED": file.pulled}
+    lines = ["", ""]
+    for name, entries in tables.items():
+        rows = [quoted(f"    {key!r}: {each.name},") for key, each in entries.items()]
+        lines += [f"{name} = {{", *rows, "}"] if rows else [f"{name} = {{}}"]
     return lines
-
-
-def _functions(name: str, entries: Mapping[str, str]) -> list[str]:
-    return statement(f"{name} = {{{', '.join(f'{key!r}: {value}' for key, value in entries.items())}}}")
 
 
 def _together(file: LayerFile) -> list[str]:
     """`compute`: all quantities and VJPs at once; what they share is computed once."""
     prepared = file.prepared
     layer = prepared.layer
-    values = [name for _, name, stacked in layer.pulled_back if prepared.columns or not stacked]
-    plan = part(layer, list(file.functions), values)
+    plan = part(layer, list(file.functions), [name for _, name, _ in layer.pulled_back])
     returned: dict[str, dict[str, str]] = {}
     for quantity, dotted in file.functions:
-        codes = [by[dotted] for key, by in plan.results.items() if key.partition("#")[0] == quantity and dotted in by]
-        factors = prepared.factors.get((quantity, dotted))
-        code = codes[0] if factors is None else factors_code(factors, codes, plan.shapes)
+        codes = {key: by[dotted] for key, by in plan.results.items() if dotted in by}
+        block = prepared.blocks.get((quantity, dotted))
+        code = codes[quantity] if block is None else factors_code(block, quantity, codes, plan.shapes)
         returned.setdefault(quantity, {})[dotted] = code
-    for value, name, stacked in layer.pulled_back:
-        if name in values:
-            entry = returned.setdefault("vjp_columns" if stacked else "vjp", {})
-            shape = (*((V,) if stacked else ()), *layer.graph.values[value].shape)
-            code = plan.output[name]
-            entry[prepared.names.of[value]] = code if plan.shapes[code] == shape else f"{code}.reshape({text(shape)})"
+    for value, name, handed in layer.pulled_back:
+        shape, code = pulled_shape(prepared, value, handed), plan.output[name]
+        entry = returned.setdefault(PULLED[handed][0], {})
+        entry[prepared.names.of[value]] = code if plan.shapes[code] == shape else f"{code}.reshape({text(shape)})"
     rows = ", ".join(
         f"{quantity!r}: {{{', '.join(f'{name!r}: {code}' for name, code in by.items())}}}"
         for quantity, by in returned.items()
     )
-    names = {code for by in plan.results.values() for code in by.values()} | set(plan.output.values())
+    read = {f"{quantity}#mean{block.input}" for (quantity, _), block in prepared.blocks.items() if block.bias}
+    shown = [by for key, by in plan.results.items() if "#mean" not in key or key in read]
+    names = {code for by in shown for code in by.values()} | set(plan.output.values())
     doc = [
-        "All of them: {quantity: {parameter: value}}, vjp and vjp_columns included. What they share is computed once.",
+        "All of them, {quantity: {parameter: value}}, and what is pulled back; what they share is computed once.",
         "state: {name: tensor}, the layer's parameters and buffers, as in its state_dict.",
-        f"{flops(plan)}.",
+        f"{flops_of_many(plan)}.",
     ]
+    plan = replace(plan, steps=alive(plan.steps, names))
     made = function("compute", plan, sorted(names), f"{{{rows}}}", prepared.inputs)
-    given = [COTANGENT, *([COLUMNS] if prepared.columns else [])]
+    given = [COTANGENT, *prepared.handed]
     head = f"def compute({', '.join(['state', *prepared.arguments, *given])}):"
     unpacked = [f"    {own} = state[{name!r}]" for name, own in prepared.state.items() if own in made.arguments]
     body = [*unpacked, *made.body, f"    return {made.returns}"]
     lines = [*definition(head, body), *docstring(doc), *(row for line in body for row in statement(line))]
     return [*statement(f"GIVEN = {tuple(given)!r}"), "", "", *lines]
+
+
+CHECK_TOGETHER = '''
+def check_together(values):
+    """What `compute` gives is what the functions give."""
+    state = {name: values[argument] for name, argument in STATE.items()}
+    found = compute(state, *(values[name] for name in (*INPUTS, *GIVEN)))
+    right = []
+    for (quantity, name), alone in computed(values).items():
+        together = found[quantity][name]
+        pairs = zip(alone, together, strict=True) if isinstance(alone, tuple) else [(alone, together)]
+        right += [compare(f"compute, {quantity} of {name}", one, other) for one, other in pairs]
+    return right
+'''

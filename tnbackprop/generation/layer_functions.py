@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..approximate import Factors
 from ..compiler import compile_layer, part
 from ..compiler.arrange import text
 from ..compiler.derive import rules_text
-from ..compiler.explain_text import legs_text
-from ..compiler.layer import COLUMNS, COTANGENT, Layer
-from ..diagram import Diagram, N, V
+from ..compiler.derived import HESSIAN_WEIGHTS, Given
+from ..compiler.layer import COTANGENT, HANDED, Layer, handed_shape
+from ..compiler.listing import alive
+from ..diagram import Diagram, N, Size, V
 from ..errors import InputError, UnsupportedError
-from ..quantities import Propagation, Quantity, Source
+from ..quantities import Quantity, Source
 from ..rule import Rules
 from ..version import __version__
-from .function import Function, Inputs, extractions, factors_code, flops, formulas, function, refuse_random
+from .function import Function, Inputs, extractions, flops, formulas, function, refuse_random
+from .kronecker import Block, absorbed, blocks_of, factors_code
 from .names import Names, formula_names, layer_names
 from .text import sizes
 
@@ -35,7 +36,7 @@ class Prepared:
     names: Names
     inputs: Inputs
     rules: Sequence[str]  # the text of every rule
-    factors: Mapping[tuple[str, str], Factors]
+    blocks: Mapping[tuple[str, str], Block]
 
     @property
     def key(self) -> str:
@@ -61,12 +62,18 @@ class Prepared:
         return [self.names.of[value] for value in self.layer.graph.inputs if value != COTANGENT]
 
     @property
-    def columns(self) -> bool:
-        return any(p.source in (Source.ROOT, Source.SAMPLE) for p in self.propagations)
+    def keys(self) -> list[tuple[str, str]]:
+        """(quantity, dotted parameter) of every function; a bias that is joined to its weight has none."""
+        inside = absorbed(self.blocks)
+        every = [(quantity.name, dotted) for quantity in self.quantities for dotted in self.parameters]
+        return [key for key in every if key not in inside]
 
     @property
-    def propagations(self) -> list[Propagation]:
-        return [quantity.propagates for quantity in self.quantities]
+    def handed(self) -> list[str]:
+        """What is handed in at the output besides the cotangent."""
+        found = dict.fromkeys(c.variable for c in self.layer.derived.columns if isinstance(c.start, Given))
+        names = [[name, HESSIAN_WEIGHTS] if name == HANDED[Source.HESSIAN] else [name] for name in found]
+        return [name for each in names for name in each]
 
 
 def prepare(module: torch.nn.Module, x: object, quantities: Sequence[Quantity], rules: Rules) -> Prepared:
@@ -80,15 +87,13 @@ def prepare(module: torch.nn.Module, x: object, quantities: Sequence[Quantity], 
     names = layer_names(module, layer)
     order = [v for v in graph.inputs if v != COTANGENT] + [*graph.parameters, *graph.buffers, COTANGENT]
     shapes = {value: graph.values[value].shape for value in order}
-    shapes[COLUMNS] = (V, *output.shape)
+    for source, name in HANDED.items():
+        shapes[name] = handed_shape(source, output.shape)
+    shapes[HESSIAN_WEIGHTS] = (V, N)
     floating = [value for value in order if graph.values[value].dtype.is_floating_point]
     inputs = Inputs(shapes, graph.constants, floating, names)
-    factors = {
-        (quantity, graph.parameters[item.parameter][0]): found
-        for item in extractions(layer.derived)
-        for quantity, found in item.factors.items()
-    }
-    return Prepared(module, layer, quantities, names, inputs, tuple(rules_text(layer.derived, rules)), factors)
+    blocks = blocks_of(extractions(layer.derived), graph)
+    return Prepared(module, layer, quantities, names, inputs, tuple(rules_text(layer.derived, rules)), blocks)
 
 
 def forward(prepared: Prepared) -> Function:
@@ -99,69 +104,78 @@ def forward(prepared: Prepared) -> Function:
     return function("forward", plan, [code], code, prepared.inputs, doc)
 
 
-def pull_backs(prepared: Prepared, columns: bool = True) -> Iterator[Function]:
-    """What is propagated to every input, of the cotangent and of columns."""
+PULLED = {
+    COTANGENT: ("vjp", "Vector-Jacobian product: the cotangent pulled back to"),
+    HANDED[Source.ROOT]: ("vjp_columns", "Vector-Jacobian products: the columns pulled back to"),
+    HANDED[Source.DIAGONAL]: ("pulled_diagonal", "The diagonal, pulled back with the squared Jacobian to"),
+    HANDED[Source.AVERAGE]: ("pulled_average", "The mean of J_nᵀ average J_n, with the Jacobian J_n by"),
+}
+"""What is handed in -> what it is at the inputs: a word, and a text."""
+
+
+def pulled_shape(prepared: Prepared, value: str, handed: str) -> tuple[Size, ...]:
+    """Of what is pulled back to an input."""
+    source = next((source for source, name in HANDED.items() if name == handed), Source.DIAGONAL)
+    return handed_shape(source, prepared.layer.graph.values[value].shape)
+
+
+def pull_backs(prepared: Prepared) -> dict[tuple[str, str], Function]:
+    """(word, input) -> its function: what is propagated to every input."""
     layer = prepared.layer
-    for value, name, stacked in layer.pulled_back:
-        if stacked and not columns:
-            continue
+    found: dict[tuple[str, str], Function] = {}
+    for value, name, handed in layer.pulled_back:
         plan = part(layer, (), name)
-        own, lead = prepared.names.of[value], "columns_" if stacked else ""
-        shape = (*((V,) if stacked else ()), *layer.graph.values[value].shape)
+        (word, what), own = PULLED[handed], prepared.names.of[value]
+        shape = pulled_shape(prepared, value, handed)
         code = plan.output[name]
         returns = code if plan.shapes[code] == shape else f"{code}.reshape({text(shape)})"
-        what = "columns" if stacked else "cotangent"
         doc = [
-            f"Vector-Jacobian product: the {what} pulled back to {own}, {sizes(shape)}.",
-            *_formulas(prepared, {}, name),
+            f"{what} {own}, {sizes(shape)}.",
+            *_formulas(prepared, (), name),
             f"{flops(plan)}. {_origin(prepared)}",
         ]
-        yield function(f"vjp_{lead}{own}", plan, [code], returns, prepared.inputs, doc)
+        found[word, own] = function(f"{word}_{own}", plan, [code], returns, prepared.inputs, doc)
+    return found
 
 
 def extracted(prepared: Prepared) -> dict[tuple[str, str], Function]:
     """(quantity, dotted parameter) -> its function."""
     graph = prepared.layer.graph
-    diagrams: dict[tuple[str, str], dict[str, Diagram]] = {}
+    diagrams: dict[tuple[str, str], list[tuple[str, Diagram]]] = {}
     for item in extractions(prepared.layer.derived):
         for name, diagram in item.diagrams.items():
             key = (name.partition("#")[0], graph.parameters[item.parameter][0])
-            diagrams.setdefault(key, {})[name] = diagram
+            diagrams.setdefault(key, []).append((name, diagram))
     found: dict[tuple[str, str], Function] = {}
-    for quantity in prepared.quantities:
-        for dotted, own in prepared.parameters.items():
-            key = (quantity.name, dotted)
-            plan = part(prepared.layer, [key])
-            codes = [by[dotted] for by in plan.results.values()]
-            factors = prepared.factors.get(key)
-            returns = codes[0] if factors is None else factors_code(factors, codes, plan.shapes)
-            shape = sizes(plan.shapes[codes[0]]) if factors is None else _product(factors)
-            doc = [
-                f"{quantity.name} of {own}, {shape}.",
-                (type(quantity).__doc__ or "").strip().splitlines()[0],
-                *_formulas(prepared, diagrams[key]),
-                *([f"Assumes: {factors.assumption}."] if factors is not None else []),
-                f"{flops(plan)}. {_origin(prepared)}",
-            ]
-            name = f"{_identifier(quantity.name)}_{own}"
-            if any(name == each.name for each in found.values()):
-                raise InputError(f"two functions would be called {name!r}: give {quantity.name!r} another name=")
-            found[key] = function(name, plan, codes, returns, prepared.inputs, doc)
+    for key in prepared.keys:
+        quantity = next(each for each in prepared.quantities if each.name == key[0])
+        own = prepared.parameters[key[1]]
+        plan = part(prepared.layer, [key])
+        block = prepared.blocks.get(key)
+        means = (f"{key[0]}#mean{block.input}",) if block is not None and block.bias else ()
+        codes = {name: by[key[1]] for name, by in plan.results.items() if "#mean" not in name or name in means}
+        plan = replace(plan, steps=alive(plan.steps, set(codes.values())))
+        returns = codes[key[0]] if block is None else factors_code(block, key[0], codes, plan.shapes)
+        shape = block.shape(own) if block is not None else sizes(plan.shapes[returns])
+        doc = [
+            f"{quantity.name} of {own}, {shape}.",
+            (type(quantity).__doc__ or "").strip().splitlines()[0],
+            *_formulas(prepared, [(name, diagram) for name, diagram in diagrams[key] if name in codes]),
+            *([f"Assumes: {block.factors.assumption}."] if block is not None else []),
+            f"{flops(plan)}. {_origin(prepared)}",
+        ]
+        name = f"{_identifier(quantity.name)}_{own}"
+        if any(name == each.name for each in found.values()):
+            raise InputError(f"two functions would be called {name!r}: give {quantity.name!r} another name=")
+        found[key] = function(name, plan, list(codes.values()), returns, prepared.inputs, doc)
     return found
-
-
-def _product(factors: Factors) -> str:
-    names = [f"F_{k}" for k in range(len(factors.diagrams))]
-    acts = [f"{name} acts on ({legs_text(legs)})" for name, legs in zip(names, factors.legs, strict=True)]
-    blocks = f", one for each ({legs_text(factors.blocks)})" if factors.blocks else ""
-    return f"({', '.join(names)}): the block is {' ⊗ '.join(names)}{blocks}; {', '.join(acts)}"
 
 
 def _identifier(name: str) -> str:
     return "".join(char if char.isalnum() else "_" for char in name)
 
 
-def _formulas(prepared: Prepared, diagrams: Mapping[str, Diagram], cotangent: str = "") -> list[str]:
+def _formulas(prepared: Prepared, diagrams: Sequence[tuple[str, Diagram]], cotangent: str = "") -> list[str]:
     shown = formula_names(prepared.layer, prepared.names)
     lines = (shown.code(line) for line in formulas(prepared.layer.derived, diagrams, cotangent))
     return [f"    {_LONG.sub(lambda match: format(int(match[1]) / int(match[2]), '.6g'), line)}" for line in lines]

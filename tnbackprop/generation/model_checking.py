@@ -1,47 +1,36 @@
-"""The check of a model's file: definitions on individual gradients, Jacobians and the loss's Hessian, by autograd."""
+"""The check of a model's file: roots of the loss's Hessian from the program's own steps, and what they define."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 
 from ..compiler import Compiled
+from ..compiler.derived import Columns, Extraction
+from ..compiler.listing import alive
+from ..compiler.plan import Plan
+from ..compiler.roots import LossRoot
+from ..compiler.store import Step
 from ..diagram import N
-from ..quantities import (
-    NTK,
-    BatchDot,
-    BatchGrad,
-    BatchL2,
-    DiagGGN,
-    GGNTrace,
-    Grad,
-    Jacobians,
-    Quantity,
-    Scale,
-    SecondMoment,
-    Variance,
-)
-from .checking import lines_of_text
-from .text import data, statement, wrapped
+from ..quantities import Quantity, Source
+from .checking import SAMPLES, Checks, Key, kronecker_entry
+from .function import Function, Inputs, function
+from .kronecker import Block, absorbed
+from .names import Names
+from .text import statement
 
-Recorded = Mapping[str, Mapping[str, tuple[float, ...]]]
-SAMPLES = 3
 
-OF_MODEL: dict[type[Quantity], str] = {
-    Grad: "G.sum(0)",
-    BatchGrad: "G",
-    BatchL2: "G.flatten(1).square().sum(1)",
-    BatchDot: "G.flatten(1) @ G.flatten(1).T",
-    SecondMoment: "G.square().sum(0)",
-    Variance: "(G - G.mean(0)).square().mean(0)",
-    DiagGGN: "D.sum(0)",
-    GGNTrace: "D.flatten(1).sum(1)",
-    Jacobians: "J",
-    NTK: 'torch.einsum("ncp,mdp->ncmd", J.flatten(2), J.flatten(2))',
-}
-"""In G [N, *p], J [N, C, *p] and the diagonals of the GGN's shares D [N, *p]."""
+@dataclass(frozen=True)
+class Root:
+    """A function of the file that gives columns: all of them, or one round of those that are drawn."""
+
+    function: Function
+    quantities: tuple[str, ...]
+    drawn: bool
+    rounds: int = 0  # the columns of one round, where they are drawn in rounds
 
 
 def splits(compiled: Compiled) -> bool:
@@ -50,202 +39,205 @@ def splits(compiled: Compiled) -> bool:
     return isinstance(graph.output, str) and graph.values[graph.output].axes[0][:1] == (N,)
 
 
-def of_model(quantity: Quantity, scale: float) -> str | None:
-    """The definition; None where there is none. The loss multiplies that of each sample by `scale`."""
-    text = OF_MODEL.get(type(quantity))
-    kind = getattr(quantity, "scale", Scale.BACKPACK)
-    if isinstance(quantity, DiagGGN) and type(quantity) is DiagGGN and quantity.per_sample:
-        return "D"
-    if text is None or (scale == 1.0 and not isinstance(quantity, SecondMoment)) or kind is Scale.BACKPACK:
-        return text
-    if isinstance(quantity, SecondMoment):
-        return f"(G / {scale!r}).square().mean(0)"
-    if isinstance(quantity, Variance):
-        return f"{text} / {scale**2!r}"
-    power = 1 if isinstance(quantity, BatchGrad) else 2
-    return f"{text} / {scale**power!r}" if kind is Scale.UNSCALED else text
-
-
-def with_records(write: Callable[[Recorded], str], compiled: Compiled, quantities: Sequence[Quantity]) -> str:
-    """The file with numbers that it gives itself, for what its check has no definition of."""
-    known = [q.name for q in quantities if splits(compiled) and of_model(q, _scale(compiled)) is not None]
-    unknown = [q.name for q in quantities if q.name not in known]
-    first = write({name: {} for name in unknown})
-    if not unknown:
-        return first
-    namespace: dict[str, Any] = {"__name__": "generated"}
-    exec(compile(first, "<generated>", "exec"), namespace)
-    results = namespace["run"](namespace["example"]())[2]
-    record = namespace["record"]
-    found = {
-        name: {p: tuple(float(f"{x:.8g}") for x in record(value).tolist()) for p, value in results[name].items()}
-        for name in unknown
-    }
-    return write(found)
-
-
-def _scale(compiled: Compiled) -> float:
-    """What the loss multiplies each sample's by, for the samples of the check."""
-    return float(sympy.sympify(compiled.derived.scale).subs(N, SAMPLES))
-
-
-def check_lines(compiled: Compiled, quantities: Sequence[Quantity], recorded: Recorded) -> list[str]:
+def model_checks(
+    compiled: Compiled, quantities: Sequence[Quantity], blocks: dict[Key, Block], roots: Sequence[Root]
+) -> Checks:
+    """The definitions of every result."""
     graph = compiled.graph
-    texts = {q.name: of_model(q, _scale(compiled)) for q in quantities} if splits(compiled) else {}
-    known = {name: text for name, text in texts.items() if text is not None}
-    trainable = [name for name in graph.parameters if graph.values[name].depends_on]
-    lines = ["", "", *statement(f"DIFFERENTIABLE = {tuple(trainable)!r}"), "REFERENCES = {"]
-    lines += [row for name, text in known.items() for row in wrapped(f'    "{name}": lambda G, J, D: {text},')]
-    lines += ["}"]
-    low = any(word in compiled.source for word in ("torch.float32", "torch.bfloat16", "torch.float16"))
-    lines.append(f"TOLERANCE = {1e-4 if low else 1e-9!r}")
-    pieces = [_EXAMPLE]
-    checks = []
-    if known:
-        pieces += [_GRADIENTS]
-        wants_jacobian = any(word in text for text in known.values() for word in ("J", "D"))
-        needs_hessian = any("D" in text for text in known.values())
-        pieces += [_JACOBIANS] if wants_jacobian else []
-        pieces += [_DIAGONALS] if needs_hessian else []
-        check = _CHECK.replace("JACOBIANS", "jacobians(values)" if wants_jacobian else "dict.fromkeys(G)")
-        pieces.append(check.replace("DIAGONALS", "diagonals(values, J)" if needs_hessian else "dict.fromkeys(G)"))
-        checks.append("check_definitions(values, results)")
-    if recorded:
-        lines += data("RECORDED", {name: dict(by) for name, by in recorded.items()})
-        pieces.append(_RECORDED)
-        checks.append("check_recorded(results)")
-    for piece in [*pieces, _MAIN.format(checks=" + ".join(checks) or "[True]")]:
-        lines += lines_of_text(piece.replace("SAMPLES", str(SAMPLES)))
+    trainable = [dotted[0] for value, dotted in graph.parameters.items() if graph.values[value].depends_on]
+    checks = Checks(texts=[_RUN])
+    inside = absorbed(blocks)
+    scale = float(sympy.sympify(compiled.derived.scale).subs(N, SAMPLES))
+    if not splits(compiled):
+        checks.recorded = [(q.name, name) for q in quantities for name in trainable if (q.name, name) not in inside]
+        return checks
+    for quantity in quantities:
+        keys = [(quantity.name, name) for name in trainable if (quantity.name, name) not in inside]
+        pull = _pull(quantity, roots)
+        functions = {"G": "gradients", "J": "jacobians"} | ({"V": pull} if pull else {})
+        if any(key in blocks for key in keys):
+            for key in keys:
+                block = blocks[key]
+                if block.exact_for_one and pull:
+                    both = [key[1], block.bias] if block.bias else [key[1]]
+                    checks.factors[key] = kronecker_entry("one_sample", pull, both, *block.axes)
+                else:
+                    checks.recorded.append(key)
+        elif not checks.add(quantity, functions, scale, "total"):
+            checks.recorded += keys
+    if checks.references or checks.second or checks.factors or roots:
+        checks.texts.append(_TOTAL)
+    checks.texts += [_ONE_SAMPLE] if checks.factors else []
+    if roots:
+        checks.texts += [_pulled_text(root) for root in roots]
+        labels = [f"drawn for {', '.join(root.quantities)}" if root.drawn else "that are exact" for root in roots]
+        names = [(label, root.function.name, root.drawn) for label, root in zip(labels, roots, strict=True)]
+        rows = [f'    "{label}": (columns_of_{name}, {drawn}),' for label, name, drawn in names]
+        checks.texts += ["\n".join(["ROOTS = {", *rows, "}"]), _CHECK_ROOTS]
+        checks.calls.append("check_roots(values)")
+    return checks
+
+
+def _pull(quantity: Quantity, roots: Sequence[Root]) -> str:
+    """The function that pulls the quantity's columns back."""
+    if quantity.propagates.source is Source.GRADIENT:
+        return "gradients_as_columns"
+    mine = [root for root in roots if quantity.name in root.quantities]
+    return f"pulled_{mine[0].function.name}" if mine else ""
+
+
+def split(compiled: Compiled) -> tuple[list[Function], list[Root]]:
+    """The output, the loss as a function of it, roots of its Hessian; nothing where there are several outputs."""
+    graph, plan = compiled.graph, compiled.plan
+    if not splits(compiled) or plan.loss is None:
+        return [], []
+    output = plan.output[graph.output]
+    forward = alive(plan.steps, {output})
+    behind = {step.name for step in forward}
+    order = (*graph.inputs, *graph.parameters, *graph.buffers)
+    shapes: dict[str, tuple[Any, ...]] = {value: graph.values[value].shape for value in order}
+    floating = [value for value in order if graph.values[value].dtype.is_floating_point]
+    inputs = Inputs(shapes, graph.constants, floating, Names({}))
+    known = {step.name for step in plan.steps}
+    random = {name: shape for name, shape in plan.shapes.items() if name.startswith(("noise_", "draw_"))}
+    draws = {name: shape for name, shape in random.items() if name not in known}
+    whole = Inputs({output: plan.shapes[output], **shapes, **draws}, graph.constants, floating, Names({}))
+
+    def made(name: str, steps: tuple[Step, ...], value: str, doc: str, code: str = "") -> Function:
+        after = tuple(step for step in alive(steps, {value}) if step.name not in behind)
+        return function(name, _only(plan, after), [value], code or value, whole, [doc])
+
+    loss = made("loss_of", plan.steps, plan.loss, "The loss of an output.")
+    first = function("forward", _only(plan, forward), [output], output, inputs, ["The model's output."])
+    roots = []
+    for value, columns, quantities, steps, draw in _columns(compiled):
+        if columns.samples:
+            looped, lead = bool(draw), bool(columns.lead)
+            doc = "Columns that are drawn" + (", those of one round." if looped else ".")
+            code = value if lead else f"{value}.unsqueeze(0)"
+            found = made(value, steps, value, doc, code)
+            roots.append(Root(found, quantities, True, int(columns.width) if looped else 0))
+        else:
+            code = f"{value}[: {columns.count}]"
+            found = made(value, steps, value, "Columns S of a root of the loss's Hessian: Σ_v S_v S_vᵀ.", code)
+            roots.append(Root(found, quantities, False))
+    return [first, loss, *(root.function for root in roots)], roots
+
+
+def _columns(compiled: Compiled) -> Iterator[tuple[str, Columns, tuple[str, ...], tuple[Step, ...], str]]:
+    """(value, columns, quantities, steps, draw of a round): roots that are drawn, and the exact one, once."""
+    plan = compiled.plan
+    known = {step.name for step in plan.steps}
+    exact: list[tuple[str, Columns]] = []
+    served: list[str] = []
+    for columns in compiled.derived.columns:
+        if not isinstance(columns.start, LossRoot) or columns.start.signed:
+            continue
+        items = [item for item in columns.schedule if isinstance(item, Extraction)]
+        mine = tuple(dict.fromkeys(name.partition("#")[0] for item in items for name in item.diagrams))
+        if columns.samples:
+            draw = columns.variable.replace("column", "draw")
+            loop = next((loop for loop in plan.loops if draw in loop.rows), None)
+            steps = (*plan.steps, *loop.steps) if loop is not None else plan.steps
+            yield columns.variable, columns, mine, steps, draw if loop is not None else ""
+        else:
+            served += mine
+            root = columns.variable.replace("column", "root")
+            exact += [(root, columns)] if root in known else []
+    if exact:
+        value, columns = exact[0]
+        yield value, columns, tuple(served), plan.steps, ""
+
+
+def _only(plan: Plan, steps: tuple[Step, ...]) -> Plan:
+    """The plan with these steps and nothing else."""
+    return replace(plan, steps=steps, loops=(), results={}, functions={})
+
+
+def split_lines(compiled: Compiled, functions: Sequence[Function]) -> list[str]:
+    """The functions as source, and what the check must know of the model."""
+    graph = compiled.graph
+    trainable = tuple(name for name in graph.parameters if graph.values[name].depends_on)
+    lines = [row for each in functions for row in ("", "", *each.lines)]
+    lines += ["", "", *statement(f"DIFFERENTIABLE = {trainable!r}")]
+    if functions and isinstance(graph.output, str):
+        lines += statement(f"OUTPUT = {compiled.plan.output[graph.output]!r}")
     return lines
 
 
-_EXAMPLE = '''
-def example():
-    """Values for every parameter, buffer and input, in float64."""
-    generator = torch.Generator().manual_seed(0)
-    values = {}
-    for name, (shape, low, high) in ARGUMENTS.items():
-        shape = [SAMPLES if size == "N" else size for size in shape]
-        if isinstance(low, int):
-            values[name] = torch.randint(low, high + 1, shape, generator=generator)
-        else:
-            values[name] = low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+_RUN = '''
+def complete(values, generator):
+    """Nothing is missing."""
     return values
 
 
-def run(values):
-    """`compute` on the example."""
-    state = {name: values[value] for value, name in (PARAMETERS | BUFFERS).items()}
-    return compute(state, [values[name] for name in INPUTS], generator=torch.Generator().manual_seed(0))
+def computed(values, *keys):
+    """All results, {(quantity, parameter): value}."""
+    state = {name: values[value] for name, value in STATE.items()}
+    generator = torch.Generator().manual_seed(0)
+    _, _, results = compute(state, [values[name] for name in INPUTS], generator=generator)
+    return {(quantity, name): value for quantity, by_name in results.items() for name, value in by_name.items()}
+'''
+
+_TOTAL = '''
+def total(values, output):
+    """The loss, as a function of the output."""
+    return call(loss_of, values | {OUTPUT: output})
+'''
+
+_ONE_SAMPLE = '''
+def one_sample(quantity, name):
+    """Without positions, factors are exact for one sample."""
+    return example(1)
+'''
 
 
-def compare(name, got, want, tolerance):
-    """Print the largest difference, and return whether it is small enough."""
-    same = got.shape == want.shape
-    error = float((got - want).abs().max() / max(1.0, float(want.abs().max()))) if same else float("inf")
-    right = error <= tolerance
-    print(f"{'ok   ' if right else 'WRONG'} {name}: {error:.1e}")
+def _pulled_text(root: Root) -> str:
+    name, number = root.function.name, root.function.name.rsplit("_", 1)[-1]
+    called = f"call({name}, values | drawn)"
+    if root.rounds > 1:
+        called = f'torch.cat([call({name}, values | drawn | {{"draw_{number}": each}}) for each in rounds])'
+        rounds = f'    rounds = drawn["noise_{number}"].split({root.rounds})\n'
+    elif root.rounds:
+        called = f'torch.cat([call({name}, values | drawn | {{"draw_{number}": each}}) for each in rounds])'
+        rounds = f'    rounds = drawn["noise_{number}"].unbind(0)\n'
+    else:
+        rounds = ""
+    return f'''
+def columns_of_{name}(values, output):
+    """The columns at this output, [V, N, *output]."""
+    drawn = {{OUTPUT: output}} | noise(len(output), output, torch.Generator().manual_seed(0))
+{rounds}    return {called}
+
+
+def pulled_{name}(values):
+    """The same, pulled back."""
+    return pulled(values, columns_of_{name}(values, call(forward, values)))
+'''
+
+
+_CHECK_ROOTS = '''
+def check_roots(values):
+    """uᵀ S Sᵀ u against uᵀ H u for vectors u and the Hessian H of the loss by the output; on average for drawn S."""
+    samples, right = len(values[BATCH]), []
+    here = call(forward, values)
+    for name, (columns_of, drawn) in ROOTS.items():
+        copies = max(16, min(4096, 2**21 // here.numel())) if drawn else 1
+        many = {key: torch.cat([value] * copies) if sampled(key) else value for key, value in values.items()}
+        output = torch.cat([here] * copies)
+        S = columns_of(many, output).flatten(2)
+        vectors = torch.randn((8, *here.shape), generator=torch.Generator().manual_seed(0), dtype=here.dtype)
+        rest, got, want = output[samples:], [], []
+        for u in vectors:
+            along = (S * torch.cat([u] * copies).flatten(1)).sum(2).square().sum(0)
+            got.append(along.reshape(copies, samples).mean(0))
+            leaf = here.clone().requires_grad_()
+            (first,) = torch.autograd.grad(total(many, torch.cat([leaf, rest])), leaf, create_graph=True)
+            (second,) = torch.autograd.grad((first * u).sum(), leaf)
+            want.append((u * second).flatten(1).sum(1))
+        got, want = torch.stack(got), torch.stack(want)
+        largest = want.abs().max()
+        label = f"Hessian of the loss by the output from columns {name}{', on average' * drawn}"
+        right.append(compare(label, got / largest, want / largest, 12 / copies**0.5 if drawn else TOLERANCE))
     return right
-'''
-
-_GRADIENTS = '''
-def call(function, values):
-    """The function of those values that are its arguments."""
-    code = function.__code__
-    return function(**{name: values[name] for name in code.co_varnames[: code.co_argcount]})
-
-
-def of_copies(values):
-    """The output where every sample has a copy of its own of each parameter, and the copies."""
-    copies = {name: values[name].expand(SAMPLES, *values[name].shape).clone() for name in DIFFERENTIABLE}
-    for copy in copies.values():
-        copy.requires_grad_()
-    outputs = []
-    for n in range(SAMPLES):
-        sample = values | {name: values[name][n : n + 1] for name in INPUTS if values[name].ndim}
-        outputs.append(call(forward, sample | {name: copy[n] for name, copy in copies.items()}))
-    return torch.cat(outputs), copies
-
-
-def gradients(values):
-    """Derivatives of the loss by the copies, [N, *p]."""
-    output, copies = of_copies(values)
-    loss = call(loss_of, values | {OUTPUT: output})
-    return dict(zip(copies, torch.autograd.grad(loss, list(copies.values()), materialize_grads=True), strict=True))
-'''
-
-_JACOBIANS = '''
-def jacobians(values):
-    """Derivatives of every output by the copies, [N, C, *p]."""
-    output, copies = of_copies(values)
-    rows = []
-    for column in output.reshape(SAMPLES, -1).unbind(1):
-        rows.append(torch.autograd.grad(column.sum(), list(copies.values()), retain_graph=True, materialize_grads=True))
-    return {name: torch.stack(each, 1) for name, each in zip(copies, zip(*rows, strict=True), strict=True)}
-'''
-
-_DIAGONALS = '''
-def diagonals(values, J):
-    """Diagonals of each sample's share of the GGN, [N, *p], from the Hessian of the loss by the output."""
-    output = call(forward, values)
-
-    def loss(flat):
-        return call(loss_of, values | {OUTPUT: flat.reshape(output.shape)})
-
-    H = torch.autograd.functional.hessian(loss, output.flatten())
-    H = H.reshape(SAMPLES, output.numel() // SAMPLES, SAMPLES, -1)
-    own = torch.stack([H[n, :, n] for n in range(SAMPLES)])
-    flat = {name: j.flatten(2) for name, j in J.items()}
-    found = {name: torch.einsum("ncp,ncd,ndp->np", j, own, j) for name, j in flat.items()}
-    return {name: d.reshape(SAMPLES, *J[name].shape[2:]) for name, d in found.items()}
-'''
-
-_CHECK = '''
-def check_definitions(values, results):
-    """Every quantity that has one against its definition."""
-    G = gradients(values)
-    J = JACOBIANS
-    D = DIAGONALS
-    right = []
-    for quantity, reference in REFERENCES.items():
-        for value in DIFFERENTIABLE:
-            name = PARAMETERS[value]
-            want = reference(G[value], J[value], D[value])
-            right.append(compare(f"{quantity} of {name}", results[quantity][name], want, TOLERANCE))
-    return right
-'''
-
-_RECORDED = '''
-def check_recorded(results):
-    """Quantities without a definition in a few lines: what they were when this file was written."""
-    right = []
-    for quantity, by_name in RECORDED.items():
-        for name, recorded in by_name.items():
-            got, want = record(results[quantity][name]), torch.tensor(recorded, dtype=torch.float64)
-            right.append(compare(f"{quantity} of {name}, as recorded", got, want, 1e-5))
-    return right
-
-
-def record(value):
-    """One number for a tensor, or for each of several."""
-    tensors = value if isinstance(value, tuple) else (value,)
-    return torch.stack([t.double().flatten() @ torch.cos(torch.arange(t.numel()).double()) for t in tensors])
-'''
-
-_MAIN = '''
-def check():
-    """Compare with autograd, in float64; returns the exit status."""
-    values = example()
-    loss, _, results = run(values)
-    print(f"loss {{float(loss):.6g}}")
-    right = {checks}
-    print(f"{{sum(right)}} of {{len(right)}} agree")
-    return 0 if all(right) else 1
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] != ["--check"]:
-        print(__doc__)
-        sys.exit(2 if sys.argv[1:] else 0)
-    sys.exit(check())
 '''

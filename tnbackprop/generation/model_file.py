@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,20 +17,17 @@ from ..compiler.derive import rules_text
 from ..compiler.emit import noises
 from ..compiler.explain_text import diagram_text
 from ..compiler.graph import Graph
-from ..compiler.listing import alive
-from ..compiler.plan import INDEFINITE, Plan
-from ..compiler.store import Step
+from ..compiler.plan import INDEFINITE
 from ..diagram import N
 from ..errors import InputError
 from ..quantities import Quantity
 from ..rule import Rules
 from ..version import __version__
-from . import model_checking as checking
-from .checking import bounds as bounds_of
-from .checking import lines_of_text
-from .function import Inputs, extractions, flops, function, literal, refuse_random
+from .checking import Checks, Recorded, bounds, check_lines, lines_of_text, note, with_records
+from .function import Function, asked, extractions, flops_of_many, literal, refuse_random
 from .generated import Target
-from .names import Names
+from .kronecker import WITH_ONE, Block, blocks_of
+from .model_checking import model_checks, split, split_lines
 from .straight import tidied
 from .text import data, docstring, quoted, sizes, statement
 
@@ -44,6 +41,11 @@ class ModelFile:
     title: str
     rules: Sequence[str]
     bounds: Mapping[str, tuple[Any, ...]]  # value -> (shape, least, largest)
+
+    @property
+    def blocks(self) -> dict[tuple[str, str], Block]:
+        """The Kronecker factors of every parameter that has them."""
+        return blocks_of(extractions(self.compiled.derived), self.compiled.graph)
 
 
 def model_source(
@@ -61,10 +63,12 @@ def model_source(
     compiled = compile_program(model, loss, (example[0], example[1]), quantities, rules)
     refuse_random(compiled.graph)
     title = f"{type(model).__name__} with {getattr(loss, '__name__', type(loss).__name__)}"
-    bounds = _bounds(compiled, model, example)
-    file = ModelFile(compiled, quantities, title, tuple(rules_text(compiled.derived, rules)), bounds)
-    write = checking.with_records(lambda recorded: _source(file, recorded), file.compiled, quantities)
-    return write, Target.MODEL, title, ("compute", "program")
+    drawn = _bounds(compiled, model, example)
+    file = ModelFile(compiled, quantities, title, tuple(rules_text(compiled.derived, rules)), drawn)
+    functions, roots = split(compiled)
+    checks = model_checks(compiled, quantities, file.blocks, roots)
+    source = with_records(lambda recorded: _source(file, functions, checks, recorded), checks.recorded)
+    return source, Target.MODEL, title, ("compute", "program")
 
 
 def _bounds(compiled: Compiled, model: torch.nn.Module, example: Any) -> dict[str, tuple[Any, ...]]:
@@ -78,27 +82,35 @@ def _bounds(compiled: Compiled, model: torch.nn.Module, example: Any) -> dict[st
     found = {}
     for value, tensor in tensors.items():
         shape = tuple("N" if size == N else size for size in graph.values[value].shape)
-        found[value] = (shape, *bounds_of(tensor, value in graph.inputs))
+        found[value] = (shape, *bounds(tensor, value in graph.inputs))
     return found
 
 
-def _source(file: ModelFile, recorded: checking.Recorded) -> str:
+def _source(file: ModelFile, functions: Sequence[Function], checks: Checks, recorded: Recorded) -> str:
     compiled = file.compiled
     graph = compiled.graph
-    lines = [*_header(file), "", "import sys", "", "import torch", ""]
-    lines += ["# value in the program: name in the model"]
-    lines += data("PARAMETERS", {value: dotted[0] for value, dotted in graph.parameters.items()})
-    lines += data("BUFFERS", dict(graph.buffers))
+    lines = [*_header(file, checks), "", "import sys", "", "import torch", ""]
+    lines += ["# parameter or buffer of the model: value in the program"]
+    parameters = {dotted[0]: value for value, dotted in graph.parameters.items()}
+    lines += data("STATE", parameters | {dotted: value for value, dotted in graph.buffers.items()})
     lines += ["# leaves of (x, y), in order", *statement(f"INPUTS = {graph.inputs!r}")]
     lines += statement(f"BATCH = {_batch(graph)!r}")
-    lines += ["# quantity: {parameter: the shapes of its Kronecker factors}", *data("FACTORS", _factors(compiled))]
+    lines += ["# quantity: {parameter: the shapes of its Kronecker factors}", *data("FACTORS", _factors(file))]
+    joined = {key: block for key, block in file.blocks.items() if block.bias}
+    if joined:
+        lines += ["# (quantity, weight): which factor is that of the input, which ends in a 1 for the bias"]
+        lines += data("JOINED", {key: block.input for key, block in joined.items()})
     lines += ["# value: (shape, least and largest value that the check draws)", *data("ARGUMENTS", file.bounds)]
     lines += ["", "", *_program(compiled), "", "", *_tensors(compiled)]
     single = isinstance(graph.output, str)
     compute = _COMPUTE.replace("OUTPUT", "output[0]" if single else "output")
     lines += lines_of_text(compute.replace("INDEFINITE", quoted(repr(INDEFINITE))))
-    lines += _split(compiled)
-    lines += checking.check_lines(compiled, file.quantities, recorded)
+    assembled = _ASSEMBLED.replace("JOINED", _JOINED if joined else "").replace("INDEFINITE", quoted(repr(INDEFINITE)))
+    lines += lines_of_text(assembled)
+    lines += lines_of_text(WITH_ONE) if joined else []
+    lines += split_lines(compiled, functions)
+    low = any(word in compiled.source for word in ("torch.float32", "torch.bfloat16", "torch.float16"))
+    lines += check_lines(checks, recorded, low)
     return "\n".join(lines) + "\n"
 
 
@@ -107,7 +119,7 @@ def _batch(graph: Graph) -> str:
     return next(name for name in graph.inputs if graph.values[name].shape[:1] == (N,))
 
 
-def _header(file: ModelFile) -> list[str]:
+def _header(file: ModelFile, checks: Checks) -> list[str]:
     compiled = file.compiled
     graph = compiled.graph
     key = hashlib.sha256("\n".join([*file.rules, __version__]).encode()).hexdigest()[:16]
@@ -116,28 +128,28 @@ def _header(file: ModelFile) -> list[str]:
     about = [
         f"{file.title}: derivative quantities in plain PyTorch.",
         f"Generated by tnbackprop {__version__} from a model, a loss and an example batch; needs torch only.",
-        "`python FILE --check` compares with autograd; its exit status is 0 where all agree.",
+        *note(checks.recorded),
         "`compute(model, x, y)` gives (loss, output, {quantity: {parameter: value}}); a state_dict does for the model.",
-        f"Quantities: {', '.join(repr(quantity) for quantity in file.quantities) or 'none'}.",
-        f"Inputs, for any batch size N: {shapes}. {flops(compiled.plan)}.",
+        f"Quantities: {asked(file.quantities)}.",
+        f"Inputs, for any batch size N: {shapes}. {flops_of_many(compiled.plan)}.",
         "",
         f"Rules (hash of their text and the version: {key}):",
         *(f"    {row}" for row in rules),
         "",
         "Quantities of each parameter (g and s are cotangents of the value that they are named after):",
     ]
-    for item in extractions(compiled.derived):
+    order = list(graph.parameters)
+    for item in sorted(extractions(compiled.derived), key=lambda item: order.index(item.parameter)):
         dotted = graph.parameters[item.parameter][0]
         about += [f"    {dotted}: {diagram_text(name, diagram, {})}" for name, diagram in item.diagrams.items()]
     return docstring(about, "")
 
 
-def _factors(compiled: Compiled) -> dict[str, dict[str, tuple[tuple[int, ...], ...]]]:
+def _factors(file: ModelFile) -> dict[str, dict[str, tuple[tuple[int, ...], ...]]]:
     """The shape of every Kronecker factor: [d, d], or [d] of a diagonal one."""
     found: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {}
-    for item in extractions(compiled.derived):
-        for quantity, factors in item.factors.items():
-            found.setdefault(quantity, {})[compiled.graph.parameters[item.parameter][0]] = factors.shapes
+    for (quantity, dotted), block in file.blocks.items():
+        found.setdefault(quantity, {})[dotted] = block.factors.shapes
     return found
 
 
@@ -158,31 +170,6 @@ def _tensors(compiled: Compiled) -> list[str]:
     return [*lines, *statement(f"    return {{{', '.join(entries)}}}")]
 
 
-def _split(compiled: Compiled) -> list[str]:
-    """The output, and the loss as a function of it, for the check; nothing where the output is not one value."""
-    graph, plan = compiled.graph, compiled.plan
-    if not checking.splits(compiled) or plan.loss is None:
-        return []
-    output = plan.output[graph.output]
-    order = (*graph.inputs, *graph.parameters, *graph.buffers)
-    shapes: dict[str, tuple[Any, ...]] = {value: graph.values[value].shape for value in order}
-    floating = [value for value in order if graph.values[value].dtype.is_floating_point]
-    inputs = Inputs(shapes, graph.constants, floating, Names({}))
-    forward = _only(compiled, alive(plan.steps, {output}))
-    behind = {step.name for step in forward.steps}
-    after = alive(plan.steps, {plan.loss})
-    loss = _only(compiled, tuple(step for step in after if step.name not in behind))
-    lines = function("forward", forward, [output], output, inputs, ["The model's output."]).lines
-    whole = Inputs({**shapes, output: plan.shapes[output]}, graph.constants, floating, Names({}))
-    value = function("loss_of", loss, [plan.loss], plan.loss, whole, ["The loss of an output."]).lines
-    return ["", "", *lines, "", "", *value, "", "", *statement(f"OUTPUT = {output!r}")]
-
-
-def _only(compiled: Compiled, steps: tuple[Step, ...]) -> Plan:
-    """The plan with these steps and nothing else."""
-    return replace(compiled.plan, steps=steps, loops=(), results={}, functions={})
-
-
 _COMPUTE = '''
 def compute(model, x, y=None, generator=None):
     """(loss, output, {quantity: {parameter: value}}) of a batch; Kronecker factors are tuples of matrices.
@@ -194,7 +181,7 @@ def compute(model, x, y=None, generator=None):
     state = model
     if isinstance(model, torch.nn.Module):
         state = dict(model.named_parameters()) | dict(model.named_buffers())
-    tensors = {value: state[name] for value, name in (PARAMETERS | BUFFERS).items()}
+    tensors = {value: state[name] for name, value in STATE.items()}
     given = leaves((x, y))
     if len(given) != len(INPUTS):
         raise ValueError(f"the batch has {len(given)} tensors, not {len(INPUTS)}: {INPUTS}")
@@ -204,8 +191,9 @@ def compute(model, x, y=None, generator=None):
     with torch.no_grad():
         loss, output, results = program(tensors)
     return loss, OUTPUT, assembled(results)
+'''
 
-
+_ASSEMBLED = '''
 def assembled(results):
     """Kronecker factors as square matrices, under the name of their quantity."""
     for smallest in results.pop(INDEFINITE, {}).values():
@@ -216,7 +204,7 @@ def assembled(results):
             name: tuple(square(results[f"{quantity}#{k}"][name], shape) for k, shape in enumerate(shapes))
             for name, shapes in by_name.items()
         }
-    return {quantity: by_name for quantity, by_name in results.items() if "#" not in quantity}
+JOINED    return {quantity: by_name for quantity, by_name in results.items() if "#" not in quantity}
 
 
 def square(factor, shape):
@@ -232,3 +220,8 @@ def leaves(tree):
         return [leaf for branch in tree for leaf in leaves(branch)]
     return [] if tree is None else [tree]
 '''
+
+_JOINED = """    for (quantity, name), k in JOINED.items():
+        factors = results[quantity][name]
+        results[quantity][name] = (factors[1 - k], with_one(factors[k], results[f"{quantity}#mean{k}"][name]))
+"""

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..compiler.layer import COLUMNS, COTANGENT, Layer
+from ..compiler.derived import HESSIAN_WEIGHTS
+from ..compiler.layer import COTANGENT, HANDED, Layer
 
 RESERVED = frozenset({
     "torch", "sys", "N", "V", "like", "each", "forward", "compute", "check", "state", "results", "values",
-    "module", "ext", "g_inp", "g_out", "bpQuantities", "ctx", "self", COTANGENT, COLUMNS, *keyword.kwlist,
+    "module", "ext", "g_inp", "g_out", "bpQuantities", "ctx", "self", "with_one", COTANGENT, HESSIAN_WEIGHTS,
+    *HANDED.values(), *keyword.kwlist,
     *(name for name in dir(builtins) if name != "input"),
 })  # fmt: skip
 

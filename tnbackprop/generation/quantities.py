@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .. import quantities as all_quantities
-from ..errors import InputError, UnsupportedError
-from ..quantities import Bias, Quantity
+from ..errors import InputError
+from ..quantities import Quantity
 from ..syntax import nearest
 
 KEYS: dict[str, type[Quantity]] = {
@@ -29,11 +29,6 @@ def named(quantities: Sequence[Quantity | str] | str) -> list[Quantity]:
 
 def _quantity(part: object) -> Quantity:
     if isinstance(part, Quantity):
-        if getattr(part, "bias", None) is Bias.JOINED:
-            raise UnsupportedError(
-                f"{part.name} joins weight and bias in one block, and a generated file has a function for each "
-                "parameter.\n  Ask for Bias.OWN."
-            )
         return part
     if not isinstance(part, str) or part.strip() not in KEYS:
         hint = nearest(part.strip(), KEYS) if isinstance(part, str) else f"give {', '.join(sorted(KEYS))}"

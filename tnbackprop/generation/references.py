@@ -1,10 +1,8 @@
-"""What the `--check` of a generated file compares with: definitions on individual gradients that autograd gives."""
+"""What the `--check` of a generated file compares with: definitions in derivatives that autograd gives."""
 
 from __future__ import annotations
 
 from ..quantities import (
-    KFAC,
-    KFLR,
     NTK,
     BatchDot,
     BatchGrad,
@@ -23,12 +21,12 @@ from ..quantities import (
     Variance,
 )
 
-OF_LAYER: dict[type[Quantity], str] = {
+DEFINITIONS: dict[type[Quantity], str] = {
     Grad: "G.sum(0)",
     BatchGrad: "G",
     BatchL2: "G.flatten(1).square().sum(1)",
     BatchDot: "G.flatten(1) @ G.flatten(1).T",
-    SecondMoment: "G.square().mean(0)",
+    SecondMoment: "G.square().sum(0)",
     Variance: "(G - G.mean(0)).square().mean(0)",
     SqrtGGN: "V",
     SqrtGGNMC: "V",
@@ -39,16 +37,21 @@ OF_LAYER: dict[type[Quantity], str] = {
     Jacobians: "J.transpose(0, 1)",
     NTK: 'torch.einsum("cnp,dmp->ncmd", J.flatten(2), J.flatten(2))',
 }
-"""In G [N, *p], V [V, N, *p] from columns, and J [C, N, *p]."""
-
-FACTORED = (KFLR, KFAC)
+"""In the individual gradients G [N, *p], the root V [V, N, *p], or the Jacobian J [C, N, *p]."""
 
 
-def of_layer(quantity: Quantity) -> str | None:
-    """The definition for given cotangents; None where there is none."""
-    text = OF_LAYER.get(type(quantity))
-    if isinstance(quantity, SecondMoment) and quantity.scale is Scale.BACKPACK:
-        return "G.square().sum(0)"
+def definition(quantity: Quantity, scale: float = 1.0) -> tuple[str, str] | None:
+    """("G", "V" or "J", the definition in it), or None. `scale` is what the loss multiplies every sample by."""
+    text = DEFINITIONS.get(type(quantity))
+    if text is None:
+        return None
     if isinstance(quantity, DiagGGN) and quantity.per_sample:
-        return "V.square().sum(0)"
-    return text
+        text = "V.square().sum(0)"
+    kind = getattr(quantity, "scale", Scale.BACKPACK)
+    plain = isinstance(quantity, SecondMoment | Variance) and kind is not Scale.BACKPACK
+    if isinstance(quantity, SecondMoment) and plain:
+        text = text.replace("sum(0)", "mean(0)")
+    letter = next(letter for letter in "GVJ" if f"{letter}." in text or text == letter)
+    if scale != 1.0 and (plain or kind is Scale.UNSCALED):
+        text = text.replace("G", f"(G * {1 / scale:.12g})")
+    return letter, text

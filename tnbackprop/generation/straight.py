@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 
 from .text import definition, quoted, statement, wrapped
 
@@ -10,7 +11,7 @@ from .text import definition, quoted, statement, wrapped
 def tidied(source: str) -> list[str]:
     """The functions of the source, line by line."""
     module = ast.parse(source)
-    bound = _bound_lambdas(module)
+    taken = _bound_lambdas(module)
     unused = {line for node in module.body if isinstance(node, ast.FunctionDef) for line in _unused(node)}
     heads = {node.lineno: node for node in module.body if isinstance(node, ast.FunctionDef)}
     assigned = (_lines(node) for node in ast.walk(module) if isinstance(node, ast.Assign))
@@ -24,10 +25,19 @@ def tidied(source: str) -> list[str]:
             lines += definition(row, body)
             lines += ['    """Straight-line source, as it was emitted."""'] if node.name == "program" else []
         elif number not in unused:
-            names = bound.get(number, [])
-            row = row.replace("lambda each:", f"lambda each, {', '.join(f'{n}={n}' for n in names)}:") if names else row
+            row = _binding(row, taken.get(number, []))
             lines += wrapped(quoted(row)) if number in spread else statement(row)
     return lines
+
+
+def bound(body: Sequence[str]) -> list[str]:
+    """The lines of a function's body; lambdas take along what is deleted later."""
+    names = _bound_lambdas(ast.parse("\n".join(["def function():", *body])))
+    return [_binding(row, names.get(number, [])) for number, row in enumerate(body, start=2)]
+
+
+def _binding(row: str, names: Sequence[str]) -> str:
+    return row.replace("lambda each:", f"lambda each, {', '.join(f'{n}={n}' for n in names)}:") if names else row
 
 
 def _lines(node: ast.stmt) -> range:
@@ -49,13 +59,14 @@ def _unused(function: ast.FunctionDef) -> set[int]:
 
 
 def _bound_lambdas(module: ast.Module) -> dict[int, list[str]]:
-    """line -> the names that a lambda there takes from the loop around it."""
+    """line -> the names that a lambda there takes from the loop around it, or that are deleted later."""
     found: dict[int, list[str]] = {}
-    for loop in (node for node in ast.walk(module) if isinstance(node, ast.For)):
-        inside = list(ast.walk(loop))
-        assigned = {n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    for around in (node for node in ast.walk(module) if isinstance(node, ast.For | ast.FunctionDef)):
+        inside = list(ast.walk(around))
+        kind = ast.Store if isinstance(around, ast.For) else ast.Del
+        assigned = {n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, kind)}
         for each in (node for node in inside if isinstance(node, ast.Lambda)):
             names = [n.id for n in ast.walk(each.body) if isinstance(n, ast.Name) and n.id in assigned]
             if names:
-                found[each.lineno] = list(dict.fromkeys(names))
+                found[each.lineno] = list(dict.fromkeys([*found.get(each.lineno, []), *names]))
     return found

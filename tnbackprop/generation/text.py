@@ -26,7 +26,10 @@ def wrapped(line: str, width: int = WIDTH) -> list[str]:
     if end - start <= 2:
         return [f"{line}  # noqa: E501"]
     first, *loops = _split(line[start + 1 : end], " for ")
-    items = [first, *(f"for {loop}" for loop in loops)] if loops else _split(first, ",")
+    if loops or first.startswith("lambda "):
+        items = [first, *(f"for {loop}" for loop in loops)]
+    else:
+        items = _split(first, ",")
     comma = "," if len(items) > 1 and not loops else ""
     lines = [line[: start + 1]]
     for item in items:
@@ -111,7 +114,13 @@ def statement(line: str) -> list[str]:
     if not code or code.startswith("#") or code.endswith(":"):
         return wrapped(line)
     plain = re.sub(r"\b(\w+) \*\* (\w+)\b", r"\1**\2", ast.unparse(ast.parse(code)))
-    return wrapped(indent + quoted(plain) + gap + comment)
+    return _kept(wrapped(indent + quoted(plain) + gap + comment))
+
+
+def _kept(rows: list[str]) -> list[str]:
+    """A statement that is broken at operators, as it is: formatters do not agree on where."""
+    broken = any(re.match(r"\s*([-+*/]|==) ", row) for row in rows)
+    return [*rows[:-1], f"{rows[-1]}  # fmt: skip"] if broken else rows
 
 
 def quoted(code: str) -> str:
@@ -122,7 +131,8 @@ def quoted(code: str) -> str:
 def definition(head: str, body: Sequence[str]) -> list[str]:
     """The first line of a function, with what ruff is told where it has many lines."""
     statements = sum(not line.lstrip().startswith("#") for line in body)
-    return wrapped(head + ("  # noqa: PLR0915" if statements > 60 else ""))
+    first, *rest = wrapped(head)
+    return [first + ("  # noqa: PLR0915" if statements > 60 else ""), *rest]
 
 
 def docstring(lines: Iterable[str], indent: str = "    ") -> list[str]:

@@ -9,9 +9,8 @@ from math import prod
 import torch
 
 from ..approximate import Factors
-from ..canonical import key
 from ..compiler import Compiled
-from ..compiler.derived import Extraction
+from ..compiler.derived import Extraction, joined_with
 from ..linalg import Kind, KroneckerFactors, Layout
 
 Values = Mapping[str, Mapping[str, torch.Tensor]]
@@ -24,7 +23,7 @@ def assemble(compiled: Compiled, values: Values, quantity: str) -> Mapping[str, 
     graph = compiled.graph
     items = [item for item in compiled.derived.items if isinstance(item, Extraction) and quantity in item.factors]
     names = {item.parameter: graph.parameters[item.parameter][0] for item in items}
-    joined = _joined({names[item.parameter]: item.factors[quantity] for item in items})
+    joined = joined_with({names[item.parameter]: item.factors[quantity] for item in items})
     found: dict[str, object] = {}
     for item in items:
         dotted, factors = names[item.parameter], item.factors[quantity]
@@ -38,19 +37,6 @@ def assemble(compiled: Compiled, values: Values, quantity: str) -> Mapping[str, 
             found[dotted] = _kronecker(factors, tensors, shape, dotted)
     order = [dotted[0] for dotted in graph.parameters.values()]
     return {name: found[name] for name in order if name in found}
-
-
-def _joined(factors: Mapping[str, Factors]) -> dict[str, str]:
-    """Weight -> bias: the bias's only factor is the weight's factor with the cotangent. No bias joins two weights."""
-    alone = {name: key(f.diagrams[0]) for name, f in factors.items() if f.means == (None,)}
-    found: dict[str, str] = {}
-    for name, f in factors.items():
-        loss = [key(diagram) for diagram, mean in zip(f.diagrams, f.means, strict=False) if mean is None]
-        if len(f.means) == 2 and len(loss) == 1 and not f.blocks and not any(f.diagonal):
-            free = [bias for bias, form in alone.items() if form == loss[0] and bias not in found.values()]
-            if free:
-                found[name] = free[0]
-    return found
 
 
 def _with_one(A: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
