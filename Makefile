@@ -8,12 +8,13 @@ PEERS  := backpack-for-pytorch opacus curvlinops-for-pytorch einconv linear_oper
 
 WORKERS := 2
 
-.PHONY: help venv demo test check docs bench bench-curvature plan-choice clean
+.PHONY: help venv demo test test-slow check docs bench bench-curvature plan-choice clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    install, then show the main job on handwritten digits"
 	@echo "make test    install, then run the tests"
+	@echo "make test-slow  the tests that take long: pictures, command lines, generated files inside BackPACK, torch.compile"
 	@echo "make check   ruff, mypy and the guide"
 	@echo "make docs    build the guide into site/"
 	@echo "make bench   install the peers, then time the first-order quantities (BENCH='--device cuda' for options)"
@@ -43,6 +44,9 @@ demo: $(VENV)/.installed-examples
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST)
+
+test-slow: $(VENV)/.installed-test $(VENV)/.installed-peers
+	$(MAKE) test PYTEST='-m slow'
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

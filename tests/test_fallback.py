@@ -85,11 +85,11 @@ def test_an_op_that_mixes_samples() -> None:
         tn.compile(Mixing(), nn.MSELoss(), (torch.randn(4, 3), torch.randn(4, 2)), [tn.Grad()])
 
 
-def distance(output: Tensor, y: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(output - y)
+def total(output: Tensor, y: Tensor) -> Tensor:
+    return torch.nansum(output - y)
 
 
-@pytest.mark.parametrize("loss", [nn.SoftMarginLoss(), nn.MultiMarginLoss(), distance])
+@pytest.mark.parametrize("loss", [nn.MultiMarginLoss(), total])
 def test_a_reduction_over_samples_is_refused(loss: Callable[..., Tensor]) -> None:
     """One VJP per sample says nothing of a sum over them; left out, it would be a gradient of zero."""
     x, f = torch.randn(4, 3), torch.randn(4, 2).sign()

@@ -41,14 +41,15 @@ class Factors:
     parameter: Legs  # all of them, row-major
     assumption: str
     means: tuple[Diagram | None, ...] = ()  # [blocks, d]: the mean of one copy of a factor without the cotangent
-    diagonal: tuple[bool, ...] = ()  # which factors are kept as their diagonal (a one-hot input)
+    diagonal: tuple[bool, ...] = ()  # which factors are kept as their diagonal (a one-hot input); none if it is empty
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """[blocks, d, d] or [blocks, d] of each factor, its legs and the blocks as one axis each."""
         blocks = (prod(int(leg.size) for leg in self.blocks),) if self.blocks else ()
         sizes = [prod(int(leg.size) for leg in legs) for legs in self.legs]
-        return tuple((*blocks, d) if flat else (*blocks, d, d) for d, flat in zip(sizes, self.diagonal, strict=True))
+        kept = self.diagonal or (False,) * len(sizes)
+        return tuple((*blocks, d) if flat else (*blocks, d, d) for d, flat in zip(sizes, kept, strict=True))
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ class Derived:
 
 
 def joined_with(factors: Mapping[str, Factors]) -> dict[str, str]:
-    """Weight -> the bias in its block: its only factor is the weight's with the cotangent. No bias joins two weights."""
+    """Weight -> bias in its block: its only factor is the weight's with the cotangent. No bias joins two weights."""
     alone = {name: key(f.diagrams[0]) for name, f in factors.items() if f.means == (None,)}
     found: dict[str, str] = {}
     for name, f in factors.items():

@@ -37,6 +37,11 @@ def lines_of(steps: tuple[Step, ...], kept: set[str]) -> list[str]:
     return lines
 
 
+def functional(steps: Iterable[Step]) -> tuple[Step, ...]:
+    """The same, writing over nothing: for what autograd or vmap is to see through."""
+    return tuple(replace(step, into=()) for step in steps)
+
+
 def _in_place(steps: tuple[Step, ...], kept: set[str]) -> tuple[Step, ...]:
     """Each step writes over an operand where nothing after it can see the operand's memory."""
     seen = _memory(steps)

@@ -13,7 +13,7 @@ from ..compiler.derived import Backward, Derived, Extraction, Native
 from ..compiler.explain_text import diagram_text
 from ..compiler.graph import Graph
 from ..compiler.layer import COTANGENT, HANDED
-from ..compiler.listing import lines_of
+from ..compiler.listing import functional, lines_of
 from ..compiler.plan import Plan
 from ..compiler.polynomials import Symbols
 from ..diagram import Diagram, Size, Tensor, leaves
@@ -64,9 +64,8 @@ def function(
 ) -> Function:
     """The steps of a plan as a function that returns code in the values `returned`."""
     shown = inputs.names.code
-    # Nothing is written over: a user may differentiate or vmap the function.
-    steps = tuple(replace(s, code=shown(s.code), inputs=tuple(map(shown, s.inputs)), into=()) for s in plan.steps)
-    lines = lines_of(steps, {shown(value) for value in returned})
+    steps = tuple(replace(s, code=shown(s.code), inputs=tuple(map(shown, s.inputs))) for s in plan.steps)
+    lines = lines_of(functional(steps), {shown(value) for value in returned})
     codes = [*(step.code for step in plan.steps), returns]
     every = " ".join(codes)
     read = {value for step in plan.steps for value in step.inputs} | set(returned)

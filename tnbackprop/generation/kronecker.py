@@ -86,7 +86,7 @@ def absorbed(blocks: Mapping[Key, Block]) -> set[Key]:
 
 
 def factors_code(block: Block, quantity: str, codes: Mapping[str, str], shapes: Mapping[str, tuple[Size, ...]]) -> str:
-    """(factor, …): [d, d], or [d] of a diagonal one, with blocks in front; `codes` are of the factors and their means."""
+    """(factor, …): [d, d], or [d] of a diagonal one, with blocks in front; `codes` of them and their means."""
     shown = []
     for k, wanted in enumerate(block.factors.shapes):
         code = codes[f"{quantity}#{k}"]
