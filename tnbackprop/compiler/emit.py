@@ -18,7 +18,7 @@ from ..errors import InputError
 from .graph import Graph
 from .listing import lines_of
 from .loops import loop_lines
-from .pages import FRESH, in_huge_pages
+from .pages import FRESH, in_place_of, new
 from .plan import Plan
 from .store import Step
 
@@ -52,9 +52,9 @@ def _body(graph: Graph, plan: Plan) -> list[str]:
     lines += [f"    {name} = tensors[{name!r}]" for name in noises(plan)]
     lines.append(_batch_line(graph))
     wanted = _read_by_output(graph, plan) | {name for loop in plan.loops for name in loop.reads}
-    steps = lines_of(plan.steps, wanted, partial(in_huge_pages, plan))
+    steps = lines_of(plan.steps, wanted, partial(in_place_of, plan))
     for loop in plan.loops:
-        steps += loop_lines(loop, plan.shapes, wanted)
+        steps += loop_lines(loop, plan.shapes, wanted, partial(new, plan))
     if any(_LIKE.search(line) for line in steps):
         lines.append(f"    like = {floating}")
     return [*lines, *steps, *_return(graph, plan)]

@@ -6,7 +6,7 @@ A result that keeps the column leg is the concatenation of what the columns give
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from ..diagram import Size
@@ -81,8 +81,10 @@ def over_columns(
     return replace(loop, steps=steps, outputs=outputs, begin=begin, after=tuple(after)), renamed
 
 
-def loop_lines(loop: Loop, shapes: Mapping[str, tuple[Size, ...]], wanted: set[str]) -> list[str]:
-    """The loop as source, and what is done after it; `wanted` are the values that are read later.
+def loop_lines(
+    loop: Loop, shapes: Mapping[str, tuple[Size, ...]], wanted: set[str], new: Callable[[tuple[Size, ...]], str]
+) -> list[str]:
+    """The loop as source, and what is done after it; `wanted` are the values that are read later, `new` makes tensors.
 
     Totals are allocated once: sums are added up in place, a concatenation is filled in. A value that no column
     changes is added once, to what its total goes on from: as a sweep without a loop adds it.
@@ -99,7 +101,7 @@ def loop_lines(loop: Loop, shapes: Mapping[str, tuple[Size, ...]], wanted: set[s
         zeros = f"like.new_zeros(({text(shapes[value])}{',' if shapes[value] else ''}))"
         lines.append(f"    {total} = {f'{loop.begin[total]}.clone()' if total in loop.begin else zeros}")
     for value, total in stacked:
-        lines.append(f"    {total} = like.new_empty(({text((loop.count * loop.width, *shapes[value][1:]))},))")
+        lines.append(f"    {total} = {new((loop.count * loop.width, *shapes[value][1:]))}")
     rows = ", ".join(f"{name}.{cut}" for name in (*loop.rows.values(), *slots))
     targets = ", ".join([*loop.rows, *slots.values()])
     lines.append(f"    for {targets} in progress({f'zip({rows}, strict=True)' if ',' in targets else rows}):")
