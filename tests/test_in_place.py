@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tnbackprop as tn
-from tnbackprop.compiler import cost
 from tnbackprop.compiler.cost import Kernel
 from tnbackprop.compiler.listing import lines_of
 from tnbackprop.compiler.store import NO_WORK, Step
@@ -90,26 +88,3 @@ def test_several_dtypes_write_nothing_over() -> None:
     model, x, y = Twice(torch.float64), torch.randn(5, 2, 4, 4), torch.randint(3, (5,))
     program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), quantities=[tn.Variance()])
     assert "square_()" not in program.source and "mul_(" not in program.source
-
-
-def test_large_values_lie_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are the same values; a generated file needs torch only; bfloat16, which numpy has not, stays where it is."""
-    torch.manual_seed(0)
-    model, x, y = Twice(), torch.randn(5, 2, 4, 4), torch.randint(3, (5,))
-    quantities = [tn.BatchGrad(), tn.SqrtGGN(), tn.DiagGGN()]
-    plain = tn.compile(model, nn.CrossEntropyLoss(), (x, y), quantities)
-    assert "fresh(" not in plain.source
-    monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, fresh_threshold=64, rows=1))
-    program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), quantities)
-    assert "out=fresh(like, (N, 3, 12,))" in program.source  # a product, and below what a loop over columns fills
-    assert "total_0_0 = fresh(like, (2, N, 3, 12,))" in program.source
-    want, got = plain(x, y), program(x, y)
-    for quantity in ("batch_grad", "diag_ggn"):
-        for name, value in got[quantity].items():
-            torch.testing.assert_close(value, want[quantity][name])
-    one, other = (torch.einsum("vnoi,vmoi->nm", *2 * [r["sqrt_ggn"]["last.weight"]]) for r in (got, want))
-    torch.testing.assert_close(one, other)
-    file = tn.generate(model, quantities, loss=nn.CrossEntropyLoss(), example=(x, y), target="model").source
-    assert "def fresh(like, shape):" in file and "numpy" not in file
-    narrow, half = Twice(torch.bfloat16).bfloat16(), x.bfloat16()
-    assert "fresh(" not in tn.compile(narrow, nn.CrossEntropyLoss(), (half, y), [tn.BatchGrad()]).source

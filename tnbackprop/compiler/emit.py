@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import linecache
-import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import count
 from typing import Any
 
@@ -18,12 +16,10 @@ from ..errors import InputError
 from .graph import Graph
 from .listing import lines_of
 from .loops import loop_lines
-from .pages import FRESH, in_place_of, new
 from .plan import Plan
 from .store import Step
 
 _serial = count(1)
-_LIKE = re.compile(r"\blike\b")
 WIDTH = 120
 FILENAME = "<tnbackprop program"
 """How the name begins under which a source is known to linecache."""
@@ -31,16 +27,9 @@ FILENAME = "<tnbackprop program"
 
 def emit(graph: Graph, plan: Plan, header: str) -> str:
     """The source of ``program(tensors) -> (loss, output, results)``."""
-    body = _body(graph, plan)
-    large = any("fresh(like," in line for line in body)
-    lines = [f'"""{header}"""', "", *(["import numpy"] if large else []), "import torch", "", ""]
-    for source in (*plan.functions.values(), *([FRESH] if large else [])):
+    lines = [f'"""{header}"""', "", "import torch", "", ""]
+    for source in plan.functions.values():
         lines += [*source.split("\n"), "", ""]
-    return "\n".join([*lines, *body]) + "\n"
-
-
-def _body(graph: Graph, plan: Plan) -> list[str]:
-    lines = []
     lines.append("def program(tensors, progress=iter):" if followed(plan) else "def program(tensors):")
     inputs = (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs)
     read = {name for step, _ in plan.timed for name in step.inputs} | _read_by_output(graph, plan)
@@ -51,13 +40,14 @@ def _body(graph: Graph, plan: Plan) -> list[str]:
             lines.append(f"    {name} = tensors[{name!r}]  # [{', '.join(map(str, graph.values[name].shape))}]")
     lines += [f"    {name} = tensors[{name!r}]" for name in noises(plan)]
     lines.append(_batch_line(graph))
-    wanted = _read_by_output(graph, plan) | {name for loop in plan.loops for name in loop.reads}
-    steps = lines_of(plan.steps, wanted, partial(in_place_of, plan))
-    for loop in plan.loops:
-        steps += loop_lines(loop, plan.shapes, wanted, partial(new, plan))
-    if any(_LIKE.search(line) for line in steps):
+    if any("like" in step.inputs for step, _ in plan.timed) or any(loop.outputs for loop in plan.loops):
         lines.append(f"    like = {floating}")
-    return [*lines, *steps, *_return(graph, plan)]
+    wanted = _read_by_output(graph, plan) | {name for loop in plan.loops for name in loop.reads}
+    lines += lines_of(plan.steps, wanted)
+    for loop in plan.loops:
+        lines += loop_lines(loop, plan.shapes, wanted)
+    lines += _return(graph, plan)
+    return "\n".join(lines) + "\n"
 
 
 def noises(plan: Plan) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 
 from .store import Step
@@ -20,9 +20,9 @@ def alive(steps: Iterable[Step], wanted: set[str]) -> tuple[Step, ...]:
     return tuple(reversed(kept))
 
 
-def lines_of(steps: tuple[Step, ...], kept: set[str], new: Callable[[Step], Step] = lambda step: step) -> list[str]:
-    """One line per step; values in `kept` are not deleted, nor written over; `new` says where new values lie."""
-    steps = tuple(new(now) if now is step else now for step, now in zip(steps, _in_place(steps, kept), strict=True))
+def lines_of(steps: tuple[Step, ...], kept: set[str]) -> list[str]:
+    """One line per step; values in `kept` are not deleted, nor written over."""
+    steps = _in_place(steps, kept)
     last = {name: k for k, step in enumerate(steps) for name in step.inputs}
     own = {step.name for step in steps}
     captured = captured_by(steps)

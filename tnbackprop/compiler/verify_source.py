@@ -7,7 +7,6 @@ import builtins
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
-from .pages import FRESH
 from .shifts import WINDOW_GRAM
 
 Flaws = Iterator[tuple[str, str]]
@@ -24,7 +23,7 @@ LOSS = "loss_"
 SLICE, COLUMN, NOISE = "slice_", "column_", "noise_"
 """How names begin: functions of a slice of the batch, columns of a root, random inputs."""
 
-FIXED = frozenset({WINDOW_GRAM, FRESH})
+FIXED = frozenset({WINDOW_GRAM})
 """Functions of constant text, with loops over sizes: their own tests check them, here only what calls them is read."""
 
 
@@ -111,7 +110,7 @@ def _lets_go(statement: ast.stmt) -> bool:
 def _reads_known(source: str, tensors: frozenset[str]) -> Flaws:
     """Line by line: every name that is read was assigned and not deleted; the tensors are the program's own."""
     functions = _functions(source)
-    given = {"torch", "numpy", *dir(builtins), *(function.name for function in _defined(source))}
+    given = {"torch", *dir(builtins), *(function.name for function in _defined(source))}
     for function in functions:
         alive = given | {argument.arg for argument in function.args.args}
         for statement in _lines(function.body):

@@ -17,7 +17,6 @@ from ..compiler.derive import rules_text
 from ..compiler.emit import noises
 from ..compiler.explain_text import diagram_text
 from ..compiler.graph import Graph
-from ..compiler.pages import FRESH, PLAIN
 from ..compiler.plan import INDEFINITE
 from ..diagram import N
 from ..errors import InputError
@@ -156,7 +155,7 @@ def _factors(file: ModelFile) -> dict[str, dict[str, tuple[tuple[int, ...], ...]
 
 def _program(compiled: Compiled) -> list[str]:
     """The program's own source, in lines that are not too long."""
-    return tidied(compiled.source.partition("import torch")[2].replace(FRESH, PLAIN).strip("\n"))
+    return tidied(compiled.source.partition("import torch")[2].strip("\n"))
 
 
 def _tensors(compiled: Compiled) -> list[str]:
