@@ -322,3 +322,13 @@ def test_separable_exact(batch: int, padding: int, exact: bool) -> None:
     assert found <= TOLERANCE if exact else found > DIFFERENT, f"off by {found:.3g}"
     inside = torch.block_diag(*[torch.ones(18, 18)] * 4)
     assert_block_exact(got["0.weight"], want["0.weight"], inside, exact)
+
+
+def test_one_piece_must_fit() -> None:
+    """B of a CP layer in one step is one factor, its whole block; where that does not fit, the reason is said."""
+    problem = problem_of("cp", 2, 1)
+    example = (problem.x, problem.y)
+    size = dict(problem.model.named_parameters())["1.B"].numel()
+    message = rf"'1.B' has no Kronecker factors \(kflr\).*one\n?.*piece[\s\S]*{size} x {size}[\s\S]*several steps"
+    with pytest.raises(tn.UnsupportedError, match=message):
+        tn.compile(problem.model, problem.loss, example, [tn.KFLR()], memory_limit=8 * size**2 - 1)

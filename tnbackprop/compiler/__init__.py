@@ -59,7 +59,7 @@ def compile_program(
     width, *others = _widths(rates, graph.example_batch)
     derived = derive(graph, bound, quantities, width)
     check(Stage.DERIVE, derived, seen)
-    check_memory(derived, itemsize, memory_limit or machine_bytes(_device(model)))
+    check_memory(graph, derived, itemsize, memory_limit or machine_bytes(_device(model)))
     planned = plan(graph, derived, LOWERINGS, rates, itemsize)
     for tried in others if planned.loops else ():
         again = derive(graph, bound, quantities, tried)

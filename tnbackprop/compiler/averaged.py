@@ -16,8 +16,8 @@ from ..diagram import BATCH, Diagram, Leg, N, Product
 from ..errors import UnsupportedError
 from ..jacobian import Jacobian
 from ..simplify import simplify
-from .derived import Backward, Derived, Native
-from .graph import Call
+from .derived import Backward, Derived, Extraction, Native
+from .graph import Call, Graph
 from .sweep import Sweep, all_uses, classify, cotangent_of, extraction, jacobian_of, operands_of
 
 Legs = tuple[Leg, ...]
@@ -149,8 +149,9 @@ def _mean(diagram: Diagram) -> tuple[Product, ...]:
     return tuple(Product(p.scale / N, p.operands) for p in diagram.products)
 
 
-def check_memory(derived: Derived, itemsize: int, limit: int) -> None:
+def check_memory(graph: Graph, derived: Derived, itemsize: int, limit: int) -> None:
     """Refuse before anything is planned, where a single matrix does not fit. Raises `UnsupportedError`."""
+    _check_blocks(graph, derived, itemsize, limit)
     blocks = [item for item in derived.items if isinstance(item, Backward) and not item.value]
     sizes = {item.note: _elements(item.terms[0]) for item in blocks}
     worst = max(sizes, key=lambda note: sizes[note], default=None)
@@ -161,6 +162,22 @@ def check_memory(derived: Derived, itemsize: int, limit: int) -> None:
             f"KFRA needs a matrix of {rows} x {rows} features ({amount}) for {value}, and memory_limit is "
             f"{_shown(limit)}.\n  Ask for KFLR or KFAC, which need no such matrix."
         )
+
+
+def _check_blocks(graph: Graph, derived: Derived, itemsize: int, limit: int) -> None:
+    """A parameter of several legs that stays in one piece has its whole block for a factor, if that fits."""
+    items = [item for item in derived.items if isinstance(item, Extraction)]
+    for name, quantity, found in ((i.parameter, q, f) for i in items for q, f in i.factors.items()):
+        legs = [leg for leg in found.parameter if leg.size != 1]
+        size = prod(int(leg.size) for leg in legs)
+        whole = len(found.legs) == 1 and len(legs) > 1 and not found.blocks and found.diagrams[0].products
+        if whole and size**2 * itemsize > limit:
+            raise UnsupportedError(
+                f"parameter {graph.parameters[name][0]!r} has no Kronecker factors ({quantity}): its diagram stays in "
+                f"one piece when samples and positions are cut,\n  and its whole block, {size} x {size} "
+                f"({_shown(size**2 * itemsize)}), is more than memory_limit, {_shown(limit)}.\n"
+                "  Ask for DiagGGN, or declare the layer in several steps: what a step leaves alone is a position."
+            )
 
 
 def _elements(term: Diagram | Native) -> int:
