@@ -16,7 +16,6 @@ MODEL = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
 X, Y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
 
 
-
 def computed(*quantities: Any, **options: Any) -> Callable[[], object]:
     return lambda: tn.compile(MODEL, nn.MSELoss(), (X, Y), quantities, **options)
 
@@ -83,3 +82,23 @@ def test_torch_logs_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(InputError, match=r"module '0' \(Linear\)"):
         tn.compile(MODEL, nn.MSELoss(), (X[:, :2], Y), [tn.Grad()])
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([tn.Grad], r"Grad is a class: give an instance, Grad\(\)"),
+        (tn.Grad, r"quantities is Grad, not a list"),
+        (tn.Grad(), r"quantities is Grad, not a list"),
+        ([tn.Grad(), tn.Grad()], "two quantities are called 'grad'"),
+    ],
+)
+def test_quantities_are_instances_in_a_list(given: Any, message: str) -> None:
+    """Wherever they are asked for."""
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    with pytest.raises(tn.InputError, match=message):
+        tn.verify(layer, (4, 3), quantities=given)
+    with pytest.raises(tn.InputError, match=message):
+        tn.generate(layer, given, example=x)
+    with pytest.raises(tn.InputError, match=message):
+        tn.compile(layer, nn.MSELoss(), (x, torch.randn(4, 2)), given)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .. import quantities as all_quantities
 from ..errors import InputError
-from ..quantities import Quantity
+from ..quantities import Quantity, check_quantities
 from ..syntax import nearest
 
 KEYS: dict[str, type[Quantity]] = {
@@ -18,18 +18,19 @@ KEYS: dict[str, type[Quantity]] = {
 
 def named(quantities: Sequence[Quantity | str] | str) -> list[Quantity]:
     """Each as an object; a text is keys with commas between. Raises `InputError` for one that is not there."""
+    if isinstance(quantities, Quantity | type):
+        check_quantities(quantities)
     parts = quantities.split(",") if isinstance(quantities, str) else quantities
     found = [_quantity(part) for part in parts]
-    names = [quantity.name for quantity in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two quantities are called {name!r}: give one another name=")
+    check_quantities(found)
     return found
 
 
 def _quantity(part: object) -> Quantity:
     if isinstance(part, Quantity):
         return part
+    if isinstance(part, type):
+        check_quantities([part])
     if not isinstance(part, str) or part.strip() not in KEYS:
         hint = nearest(part.strip(), KEYS) if isinstance(part, str) else f"give {', '.join(sorted(KEYS))}"
         raise InputError(f"unknown quantity {part!r}: {hint}")

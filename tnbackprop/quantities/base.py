@@ -85,7 +85,7 @@ def _check_option(option: Field[object], value: object, owner: str) -> None:
         raise InputError(f"{what}: the key in the result is a text without '#'")
 
 
-def check_quantities(quantities: Collection[Quantity]) -> None:
+def check_quantities(quantities: object) -> None:
     """Instances with different names. Raises `InputError`."""
     if isinstance(quantities, Quantity | str | type) or not isinstance(quantities, Collection):
         raise InputError(f"quantities is {_shown(quantities)}, not a list: write [tn.Grad(), tn.KFAC()]")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..declare import Declaration, resolve, row_of
 from ..errors import InputError, VerificationError
-from ..quantities import Quantity
+from ..quantities import Quantity, check_quantities
 from ..rule import Rule
 from ..runtime import Program
 from .models import Batch, try_model, try_program
@@ -51,6 +51,8 @@ def verify(
     Raises `VerificationError`, which names the first wrong entry and the likely cause; `RuleError` and
     `UnsupportedError` where a text is wrong; `InputError` where there is nothing to try it with.
     """
+    if quantities is not None:
+        check_quantities(quantities)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         subject, findings = _findings(what, (x, y), module, loss, quantities, rules)
