@@ -231,6 +231,7 @@ def test_the_header_says_what_is_recorded(tmp_path: Path) -> None:
     assert "recorded" not in exact.source
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "right", "wrong"),
     [
@@ -319,6 +320,7 @@ MODELS: Mapping[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model(name: str, tmp_path: Path) -> None:
     """`compute` gives the program's numbers, from the model and from its state_dict; the file checks itself."""

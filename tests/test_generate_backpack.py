@@ -1,6 +1,6 @@
 """Generated module extensions inside BackPACK, for layers that it does not know, against this library's numbers.
 
-BackPACK is no requirement of the tests: where it is not installed, these count as slow, which is left out by default.
+BackPACK is no requirement of the tests: these count as slow, and `make test-slow` installs it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ import tnbackprop as tn
 
 from .test_generate import loaded, passes
 
-pytestmark = [pytest.mark.filterwarnings("ignore")]
-if importlib.util.find_spec("backpack") is None:
-    pytestmark.append(pytest.mark.slow)
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 
 class Factorised(nn.Module):
