@@ -148,3 +148,30 @@ def test_as_many_columns_at_a_time_as_you_like(monkeypatch: pytest.MonkeyPatch, 
         assert torch.equal(value, torch.full_like(value, 3.0 * sweeps)), name
     wanted = oracle_second.hessian_diag(model, nn.CrossEntropyLoss(), x, y)
     assert_equal(result["hessian_diag"], wanted, "hessian_diag")
+
+
+def test_a_batched_matmul_adds_to_its_total() -> None:
+    """As a plain one does; behind a view, too, but not where it is part of a longer expression."""
+    steps = (
+        Step("t0", "torch.bmm(column_0, b)", ("column_0", "b"), Kernel.BMM, NO_WORK),
+        Step("t1", "t0.reshape(2, 15)", ("t0",), Kernel.VIEW, NO_WORK),
+        Step("t2", "torch.bmm(column_0, c).squeeze(-1)", ("column_0", "c"), Kernel.BMM, NO_WORK),
+    )
+    outputs = (("t1", "total_0_0"), ("t2", "total_0_1"))
+    loop = Loop({"column_0": "root_0"}, 3, 1, steps, outputs, frozenset(), {})
+    lines = loop_lines(loop, {"t0": (2, 3, 5), "t1": (2, 15), "t2": (2, 3)}, {total for _, total in outputs})
+    root, b, c = torch.randn(3, 2, 3, 4), torch.randn(2, 4, 5), torch.randn(2, 4, 1)
+    scope = {"torch": torch, "progress": iter, "like": root, "root_0": root, "b": b, "c": c}
+    exec("\n".join(line.removeprefix("    ") for line in lines), scope)
+    torch.testing.assert_close(scope["total_0_0"], (root @ b).sum(0).reshape(2, 15))
+    torch.testing.assert_close(scope["total_0_1"], (root @ c).sum(0).squeeze(-1))
+    assert sum("baddbmm_" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("samples, native", [(1, 2), (2, 1)])
+def test_one_drawn_column_is_pulled_by_native_code(samples: int, native: int) -> None:
+    """As the gradient is; of several columns the activation's derivative is computed once for all."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    example = (torch.randn(5, 3), torch.randint(2, (5,)))
+    source = tn.compile(model, nn.CrossEntropyLoss(), example, [tn.Grad(), tn.DiagGGNMC(mc_samples=samples)]).source
+    assert source.count("threshold_backward(") == native
