@@ -11,7 +11,6 @@ import torch
 from ..errors import UnsupportedError
 from ..quantities import Quantity
 from ..rule import Rules
-from .averaged import check_memory
 from .capture import capture
 from .cost import RATES, Rates
 from .derive import bind_all, derive, needs_rule
@@ -19,8 +18,9 @@ from .derived import Derived
 from .emit import emit
 from .graph import Graph
 from .layer import Layer, opened
+from .limits import check_memory, machine_bytes
 from .lower import LOWERINGS
-from .memory import machine_bytes, peak_bytes
+from .memory import peak_bytes
 from .plan import Plan, names_in, plan
 from .stage import Stage
 from .verify import asked, check

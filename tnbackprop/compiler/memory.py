@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import TYPE_CHECKING
-
-import torch
 
 from .cost import Kernel, number, size_at
 from .loops import Loop
@@ -14,16 +10,6 @@ from .store import Step
 
 if TYPE_CHECKING:
     from .plan import Plan
-
-
-def machine_bytes(device: torch.device) -> int:
-    """The memory of the device; without a bound where the system does not say."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    names = getattr(os, "sysconf_names", {})
-    if "SC_PHYS_PAGES" not in names:
-        return sys.maxsize
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def peak_bytes(plan: Plan) -> float:
