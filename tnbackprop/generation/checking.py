@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from ..quantities import HessianDiag, Quantity
 from .references import definition
 from .text import data, wrapped
@@ -115,16 +113,6 @@ def check_lines(checks: Checks, recorded: Recorded, low: bool = False) -> list[s
 def lines_of_text(text: str) -> list[str]:
     """A piece of a file: two empty lines, then the text."""
     return ["", "", *(row for line in text.strip("\n").split("\n") for row in wrapped(line))]
-
-
-def bounds(tensor: torch.Tensor, given: bool = False) -> tuple[float, float] | tuple[int, int]:
-    """Between which numbers a value may lie, by what it is in the example; `given` ones may be probabilities."""
-    if not tensor.is_floating_point():
-        used = tensor[tensor >= 0] if bool((tensor >= 0).any()) else tensor  # a negative label among others is ignored
-        return (int(used.min()), int(used.max())) if tensor.numel() else (0, 0)
-    if given and bool(((tensor >= 0) & (tensor <= 1)).all()):
-        return (0.0, 1.0)
-    return (0.5, 1.5) if tensor.numel() and bool((tensor > 0).all()) else (-1.0, 1.0)
 
 
 def kronecker_entry(exact: str, pull: str, names: Sequence[str], sizes: Sequence[int], order: Sequence[int]) -> str:

@@ -11,7 +11,8 @@ from ..compiler.derived import HESSIAN_WEIGHTS, Backward, Given
 from ..compiler.layer import COTANGENT, HANDED
 from ..diagram import N
 from ..quantities import HesScale, Quantity, Source
-from .checking import Checks, Key, bounds, kronecker_entry
+from .checking import Checks, Key, kronecker_entry
+from .domains import domains
 from .kronecker import Block, Places, places
 from .layer_functions import Prepared
 from .text import data
@@ -22,17 +23,11 @@ COLUMNS, HESSIAN_COLUMNS, DIAGONAL, AVERAGE = (
 
 
 def arguments(prepared: Prepared, x: Sequence[torch.Tensor]) -> list[str]:
-    """ARGUMENTS = {name: (shape, low, high)}, from the layer's tensors: positive ones stay positive."""
+    """ARGUMENTS = {name: (shape, low, high)}, from the layer's tensors: what must be positive stays positive."""
     graph = prepared.layer.graph
-    named = dict(prepared.module.named_parameters()) | dict(prepared.module.named_buffers())
-    tensors = dict(zip([v for v in graph.inputs if v != COTANGENT], x, strict=True))
-    tensors |= {value: named[dotted[0]].detach() for value, dotted in graph.parameters.items()}
-    tensors |= {value: named[dotted] for value, dotted in graph.buffers.items()}
-    table = {}
-    for value, tensor in tensors.items():
-        shape = tuple("N" if size == N else size for size in graph.values[value].shape)
-        table[prepared.names.of[value]] = (shape, *bounds(tensor))
-    return data("ARGUMENTS", table)
+    inputs = dict(zip([v for v in graph.inputs if v != COTANGENT], x, strict=True))
+    found = domains(prepared.module, prepared.example, graph, inputs)
+    return data("ARGUMENTS", {prepared.names.of[value]: domain for value, domain in found.items()})
 
 
 def layer_checks(prepared: Prepared, pulled: Sequence[Key], *more: tuple[str, str]) -> Checks:

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -31,6 +32,7 @@ class Prepared:
     """A layer that is ready to be written down."""
 
     module: torch.nn.Module
+    example: Any  # its input
     layer: Layer
     quantities: Sequence[Quantity]
     names: Names
@@ -76,7 +78,7 @@ class Prepared:
         return [name for each in names for name in each]
 
 
-def prepare(module: torch.nn.Module, x: object, quantities: Sequence[Quantity], rules: Rules) -> Prepared:
+def prepare(module: torch.nn.Module, x: Any, quantities: Sequence[Quantity], rules: Rules) -> Prepared:
     """The layer through the compiler. Raises `UnsupportedError` for one that has no rule or no batch in front."""
     layer = compile_layer(module, x, quantities, rules)
     graph = layer.graph
@@ -93,7 +95,7 @@ def prepare(module: torch.nn.Module, x: object, quantities: Sequence[Quantity], 
     floating = [value for value in order if graph.values[value].dtype.is_floating_point]
     inputs = Inputs(shapes, graph.constants, floating, names)
     blocks = blocks_of(extractions(layer.derived), graph)
-    return Prepared(module, layer, quantities, names, inputs, tuple(rules_text(layer.derived, rules)), blocks)
+    return Prepared(module, x, layer, quantities, names, inputs, tuple(rules_text(layer.derived, rules)), blocks)
 
 
 def forward(prepared: Prepared) -> Function:

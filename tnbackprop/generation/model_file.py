@@ -23,7 +23,8 @@ from ..errors import InputError
 from ..quantities import Quantity
 from ..rule import Rules
 from ..version import __version__
-from .checking import Checks, Recorded, bounds, check_lines, lines_of_text, note, with_records
+from .checking import Checks, Recorded, check_lines, lines_of_text, note, with_records
+from .domains import Domain, domains
 from .function import Function, asked, extractions, flops_of_many, literal, refuse_random
 from .generated import Target
 from .kronecker import WITH_ONE, Block, blocks_of
@@ -40,7 +41,7 @@ class ModelFile:
     quantities: Sequence[Quantity]
     title: str
     rules: Sequence[str]
-    bounds: Mapping[str, tuple[Any, ...]]  # value -> (shape, least, largest)
+    bounds: Mapping[str, Domain]  # value -> (shape, least, largest)
 
     @property
     def blocks(self) -> dict[tuple[str, str], Block]:
@@ -63,27 +64,14 @@ def model_source(
     compiled = compile_program(model, loss, (example[0], example[1]), quantities, rules)
     refuse_random(compiled.graph)
     title = f"{type(model).__name__} with {getattr(loss, '__name__', type(loss).__name__)}"
-    drawn = _bounds(compiled, model, example)
+    leaves = [leaf for leaf in pytree.tree_leaves((plain(example[0]), plain(example[1]))) if leaf is not None]
+    graph = compiled.graph
+    drawn = domains(model, plain(example[0]), graph, dict(zip(graph.inputs, leaves, strict=True)), unit=True)
     file = ModelFile(compiled, quantities, title, tuple(rules_text(compiled.derived, rules)), drawn)
     functions, roots = split(compiled)
     checks = model_checks(compiled, quantities, file.blocks, roots)
     source = with_records(lambda recorded: _source(file, functions, checks, recorded), checks.recorded)
     return source, Target.MODEL, title, ("compute", "program")
-
-
-def _bounds(compiled: Compiled, model: torch.nn.Module, example: Any) -> dict[str, tuple[Any, ...]]:
-    """Between which numbers the check draws every input, parameter and buffer."""
-    graph = compiled.graph
-    leaves = [leaf for leaf in pytree.tree_leaves((plain(example[0]), plain(example[1]))) if leaf is not None]
-    named = dict(model.named_parameters()) | dict(model.named_buffers())
-    tensors = {value: named[dotted[0]].detach() for value, dotted in graph.parameters.items()}
-    tensors |= {value: named[dotted] for value, dotted in graph.buffers.items()}
-    tensors |= dict(zip(graph.inputs, leaves, strict=True))
-    found = {}
-    for value, tensor in tensors.items():
-        shape = tuple("N" if size == N else size for size in graph.values[value].shape)
-        found[value] = (shape, *bounds(tensor, value in graph.inputs))
-    return found
 
 
 def _source(file: ModelFile, functions: Sequence[Function], checks: Checks, recorded: Recorded) -> str:

@@ -96,7 +96,7 @@ def _row(what: str, of: str, case: str, mean: Mean, how: str) -> Row:
         text = (
             f"  entry {list(index)}: the mean of the draws is {got:.4g} ± {margin:.2g}, and it must be {want:.4g}  "
             f"({int(wrong.sum())} of {wrong.numel()} entries are wrong)\n"
-            f"  likely: the columns are drawn with another law: over all entries the mean is {ratio:.3g} times as large"
+            f"  likely: the columns are drawn with another law: over all entries the mean is {ratio:.2f} times as large"
         )
     largest = float(mean.want.abs().max().clamp(min=torch.finfo(torch.float64).tiny))
     return Row(what, of, case, tuple(mean.want.shape), float(off.max()) / largest, text, how)
