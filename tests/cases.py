@@ -237,13 +237,13 @@ SHAPE = (
     Case("unfold_and_fold", lambda: seq(nn.Conv2d(1, 2, 1), nn.Unfold(2, padding=(1, 0)), nn.Tanh(),
                                         nn.Fold((3, 2), 2, padding=(1, 0))), (1, 3, 2)),
     function("index", lambda t: t[:, [1, 0, 1]] * t[:, torch.tensor([1, 0, 0]), 1:2] + t[:, :, [-1]][:, :1]
-             + t[torch.arange(t.shape[0]), (t[:, :, 0]).argmax(1)].unsqueeze(1).index_select(
-                 2, torch.tensor([0, 2])).sum(2, keepdim=True), (2, 3), 3),
+             + t[torch.arange(t.shape[0], device=t.device), (t[:, :, 0]).argmax(1)].unsqueeze(1).index_select(
+                 2, torch.tensor([0, 2], device=t.device)).sum(2, keepdim=True), (2, 3), 3),
     function("gather", lambda t: t.gather(1, t.argsort(1)) + t.sort(2, descending=True).values
              * t.topk(1, 2).values + t.amax((1, 2), keepdim=True) * t.amin(2, keepdim=True)
              + t.median(2, keepdim=True).values, (2, 3), 3),
     function("scatter", lambda t: t.scatter_add(2, t.argsort(2), t.tanh()).index_add(
-        1, torch.tensor([1, 1]), t, alpha=2), (2, 3), 2),
+        1, torch.tensor([1, 1], device=t.device), t, alpha=2), (2, 3), 2),
     function("written_pieces", lambda t: torch.select_scatter(
         torch.slice_scatter(t, t[..., :2].tanh(), 2, 0, 3, 2), t[:, 0].sin(), 1, -1), (2, 2), 3),
     Case("flatten", lambda: seq(nn.Linear(3, 2), nn.Flatten(), nn.Linear(8, 2)), (4, 3)),

@@ -27,6 +27,7 @@ from .translate import translate
 Loss = Callable[..., Any]
 
 EXPORT_SIZES = (3, 5, 7, 11, 13, 17, 19, 23)
+MOST = 65535  # samples, up to which cuDNN is asked for a batch norm
 """Batch sizes to export with where the example's own cannot stand for every size."""
 
 
@@ -120,10 +121,10 @@ def _any_size(wrapped: Wrapped, example: tuple[Any, Any], batch: int, rules: Rul
     other = next((size for size in EXPORT_SIZES if size not in taken | {batch}), 29)
     used = _resized(example, batch, other) if batch == 1 else example
     try:
-        exported, opaque = _export(wrapped, used, rules, torch.export.Dim("batch"))
+        exported, opaque = _export(wrapped, used, rules, _batch_dimension(batch))
     except OneSizeError as first:
         # Another size tells whether the example's own is to blame; translating names the op where torch names a guard.
-        for dimension in (torch.export.Dim("batch"), torch.export.Dim.DYNAMIC):
+        for dimension in (_batch_dimension(batch), torch.export.Dim.DYNAMIC):
             try:
                 exported, opaque = _export(wrapped, _resized(example, batch, other), rules, dimension)
             except (OneSizeError, InputError):
@@ -133,6 +134,11 @@ def _any_size(wrapped: Wrapped, example: tuple[Any, Any], batch: int, rules: Rul
                 return graph
         raise UnsupportedError(str(first)) from first
     return translate(wrapped, exported, opaque, example, batch)
+
+
+def _batch_dimension(batch: int) -> Any:
+    """Any size; torch on a GPU has other kernels, not other numbers, for more samples than `MOST`."""
+    return torch.export.Dim("batch", max=MOST) if batch <= MOST else torch.export.Dim("batch")
 
 
 class OneSizeError(UnsupportedError):

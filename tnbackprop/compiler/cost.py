@@ -96,7 +96,7 @@ CPU = Rates(
     copy_factor=0.15,
     copy_run=15.0,
 )
-# One server GPU, float32 without tensor cores.
+# One server GPU, float32 without tensor cores; measured on an H200 at the sizes of 3C3D.
 CUDA = Rates(
     "cuda",
     {
@@ -104,18 +104,19 @@ CUDA = Rates(
         Kernel.REDUCE: 10e12,
         Kernel.COPY: 10e12,
         Kernel.MM: 45e12,
-        Kernel.BMM: 40e12,
-        Kernel.CONVOLUTION: 30e12,
-        Kernel.GROUPED: 3e12,
-        Kernel.GENERAL: 20e12,
+        Kernel.BMM: 20e12,
+        Kernel.CONVOLUTION: 15e12,
+        Kernel.GROUPED: 2.5e12,
+        Kernel.GENERAL: 15e12,
         Kernel.NATIVE: 10e12,
         Kernel.SLICED: 10e12,
-        Kernel.SHIFTED: 40e12,
+        Kernel.SHIFTED: 20e12,
     },
     bandwidth=3.5e12,
-    launch=5e-6,
+    launch=10e-6,
     fresh_bandwidth=3.5e12,
     fresh_threshold=1e15,
+    copy_factor=2.0,
     rows=4096,
 )
 RATES = {"cpu": CPU, "cuda": CUDA}
