@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import tnbackprop.rules.activation as activation
 from tnbackprop.algebra import differentiate
-from tnbackprop.bind import bind
+from tnbackprop.bind import BoundRule, bind
 from tnbackprop.compiler.capture import capture
 from tnbackprop.compiler.graph import Call, Value
 from tnbackprop.diagram import N
@@ -100,22 +100,35 @@ def test_nan_stays_nan(target: Any) -> None:
         assert target(x).isnan().any()
         assert slope(single(target), torch.tensor([float("nan")]).double(), torch.tensor([float("nan")]).double()) == 1
         return
-    axes = ((N,), (1,), (2,), (2,))
+    values, rule = pooled(x, "cpu")
+    assert code(rule.forward, values).isnan().all()
+
+
+def pooled(x: Tensor, device: str) -> tuple[dict[str, Any], BoundRule]:
+    """Everything that a maximum over 2 x 2 windows saves, by the rule for this device, and the rule."""
+    axes = ((N,), *((size,) for size in x.shape[1:]))
+    options = {"kernel_size": (2, 2), "stride": (), "padding": (0, 0), "dilation": (1, 1), "ceil_mode": False}
+    output = Value("out", (*axes[:2], *((size // 2,) for size in x.shape[2:])), torch.float64)
     call = Call(
-        target,
-        {
-            "input": Value("x", axes, torch.float64),
-            "kernel_size": (2, 2),
-            "stride": (),
-            "padding": (0, 0),
-            "dilation": (1, 1),
-        }
-        | {"ceil_mode": False},
-        Value("out", ((N,), (1,), (1,), (1,)), torch.float64),
+        aten.max_pool2d.default, {"input": Value("x", axes, torch.float64, device=device)} | options, output
     )
-    rule = bind(RULES[target](call), {"input": axes}, {"input": "x"}, "out", call.output.axes, call.where)
-    index = code(rule.saved[0].code, {"x": x})
-    assert code(rule.forward, {"x": x, rule.saved[0].name: index}).isnan().all()
+    rule = bind(RULES[call.target](call), {"input": axes}, {"input": "x"}, "out", output.axes, call.where)
+    values: dict[str, Any] = {"x": x}
+    for saved in rule.saved:
+        values[saved.name] = code(saved.code, values)
+    return values, rule
+
+
+def test_a_maximum_reads_channels_last_on_a_cpu() -> None:
+    """The same values and, among equal ones, the same choice as torch's own kernel; row-major again."""
+    x = torch.randint(3, (4, 5, 6, 8)).double()
+    want = aten.max_pool2d_with_indices(x, [2, 2])
+    for device, copied in (("cpu", True), ("cuda", False)):
+        values, rule = pooled(x, device)
+        assert any("channels_last" in saved.code for saved in rule.saved) == copied
+        found = (code(rule.forward, values), values[rule.saved[-1].name])
+        for got, expected in zip(found, want, strict=True):
+            assert torch.equal(got, expected) and got.is_contiguous()
 
 
 def refused(

@@ -34,7 +34,7 @@ def formula_function(
     """
     axes = {name: own for name, (own, _) in operands.items()}
     names = Names()
-    values = {name: Value(names.fresh(name), own, dtype) for name, (own, dtype) in operands.items()}
+    values = {name: Value(names.fresh(name), own, dtype, device=device) for name, (own, dtype) in operands.items()}
     output = Value(names.fresh("output"), output_axes(rule, axes, where), next(v.dtype for v in values.values()))
     call = Call(Rule, MappingProxyType(dict(values)), output, where)
     bound = bind(rule, axes, {name: v.name for name, v in values.items()}, output.name, output.axes, where, own=True)

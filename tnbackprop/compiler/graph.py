@@ -23,6 +23,7 @@ class Value:
     axes: tuple[tuple[Size, ...], ...]
     dtype: torch.dtype
     depends_on: frozenset[str] = frozenset()  # names of trainable parameters upstream (itself included)
+    device: str = "cpu"  # its type: what is fast differs, what is right does not
 
     @property
     def shape(self) -> tuple[Size, ...]:

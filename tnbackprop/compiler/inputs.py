@@ -35,10 +35,10 @@ class Entered:
         return self.buffers.get(name) or self.parameters.get(name, (name,))[0]
 
     def add(
-        self, name: str, shape: tuple[Size, ...], dtype: torch.dtype, depends: frozenset[str] = frozenset()
+        self, name: str, shape: tuple[Size, ...], like: Tensor, depends: frozenset[str] = frozenset()
     ) -> Value:
-        """A value that is read, not computed."""
-        self.values[name] = Value(name, tuple((size,) for size in shape), dtype, depends)
+        """A value that is read, not computed; dtype and device are those of `like`."""
+        self.values[name] = Value(name, tuple((size,) for size in shape), like.dtype, depends, like.device.type)
         return self.values[name]
 
 
@@ -56,7 +56,7 @@ def enter(
             path, leaf = next(leaves)
             if isinstance(leaf, Tensor):
                 name = names.fresh(_input_name(path), reserved=True)
-                entered.env[node] = entered.add(name, sizes.shape(node.meta["val"]), leaf.dtype)
+                entered.env[node] = entered.add(name, sizes.shape(node.meta["val"]), leaf)
                 entered.inputs.append(name)
             continue
         target = str(spec.target)
@@ -78,7 +78,7 @@ def _parameters(entered: Entered, model: nn.Module, names: Names) -> dict[int, V
     for first, parameter in model.named_parameters():
         depends: frozenset[str] = frozenset({first}) if parameter.requires_grad else frozenset()
         _refuse_complex(first, parameter)
-        value = entered.add(names.fresh(f"p_{first}"), tuple(parameter.shape), parameter.dtype, depends)
+        value = entered.add(names.fresh(f"p_{first}"), tuple(parameter.shape), parameter, depends)
         entered.parameters[value.name] = (first, *(name for name in dotted[id(parameter)] if name != first))
         known[id(parameter)] = value
     return known
@@ -89,7 +89,7 @@ def _lifted(entered: Entered, model: nn.Module, target: str, tensor: Tensor, nam
     name = target.removeprefix("model.")
     _refuse_complex(name, tensor)
     own = target.startswith("model.") and dict(model.named_buffers(remove_duplicate=False)).get(name) is tensor
-    value = entered.add(names.fresh(f"{'b' if own else 'c'}_{name}"), tuple(tensor.shape), tensor.dtype)
+    value = entered.add(names.fresh(f"{'b' if own else 'c'}_{name}"), tuple(tensor.shape), tensor)
     if own:
         entered.buffers[value.name] = name
     else:

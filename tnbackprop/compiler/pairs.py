@@ -9,11 +9,19 @@ import sympy
 
 from ..diagram import Leg, Size, argument, ordered_union
 from .arrange import Groups, arranged, copies, copy_seconds, copy_work, matrix, matrix_seconds, merged, placed, sizes_of
-from .cost import Kernel, Work
+from .cost import Kernel, Work, number
 from .printing import torch_code
 from .store import Ref, Store
 
 Legs = tuple[Leg, ...]
+
+SUM_OF_PRODUCTS = """\
+def sum_of_products(x, y):
+    # Σ x y over axis 0, one row at a time: the products themselves are never in memory.
+    total = x[0] * y[0]
+    for one, other in zip(x[1:].unbind(0), y[1:].unbind(0), strict=True):
+        total.addcmul_(one, other)
+    return total"""
 
 
 def sum_legs(store: Store, ref: Ref, gone: Legs) -> Ref:
@@ -28,7 +36,7 @@ def sum_legs(store: Store, ref: Ref, gone: Legs) -> Ref:
 
 
 def sum_of_squares(store: Store, ref: Ref, gone: Legs) -> Ref:
-    """Σ x² over legs of one value: a norm where the legs are innermost (no copy), else a square and a sum."""
+    """Σ x² over legs of one value: a norm where they are innermost, else row by row, or a square and a sum."""
     kept = tuple(leg for leg in ref.stored if leg not in gone)
     code, dims = _with_dims(store, ref, gone)
     innermost = ref.stored[len(ref.stored) - len(gone) :] == tuple(leg for leg in ref.stored if leg in gone)
@@ -39,11 +47,32 @@ def sum_of_squares(store: Store, ref: Ref, gone: Legs) -> Ref:
         code = f"torch.linalg.vector_norm({code}, dim={whole}).square()"
         work = Work(flops=((2, ref.stored),), moved=((1, ref.stored),), fresh=((1, kept),))
     else:
+        work = Work(flops=((2, ref.stored),), moved=((3, ref.stored),), fresh=((1, ref.stored),))
+        if by_rows := _by_rows(store, work, (code, code), dims, (ref.stored,), kept):
+            return by_rows.reordered(tuple(leg for leg in ref.order if leg not in gone))
         into = ((store.resolve(ref.name), f"{code}.square_().sum({dims})"),)
         code = f"{code}.square().sum({dims})"
-        work = Work(flops=((2, ref.stored),), moved=((3, ref.stored),), fresh=((1, ref.stored),))
     name = store.add(code, sizes_of(kept), Kernel.REDUCE, work, own=True, into=into)
     return Ref(name, kept, tuple(leg for leg in ref.order if leg not in gone))
+
+
+def _by_rows(
+    store: Store, whole: Work, codes: tuple[str, str], dims: str, read: tuple[Legs, ...], kept: Legs
+) -> Ref | None:
+    """Σ of products over the first axis without building them, if that is faster than `whole`: for long rows."""
+    rows = number(((1, read[0]),), store.batch) / max(1.0, number(((1, kept),), store.batch))
+    moved = (*((1, legs) for legs in read), (2, kept))
+    work = Work(flops=whole.flops, moved=moved, fresh=((1, kept),), launches=1 + int(rows))
+    faster = _seconds(store, Kernel.REDUCE, work) < _seconds(store, Kernel.REDUCE, whole)
+    if dims != "0" or not faster:
+        return None
+    store.functions["sum_of_products"] = SUM_OF_PRODUCTS
+    name = store.add(f"sum_of_products({', '.join(codes)})", sizes_of(kept), Kernel.REDUCE, work, own=True)
+    return Ref(name, kept, kept)
+
+
+def _seconds(store: Store, kernel: Kernel, work: Work) -> float:
+    return store.rates.seconds(kernel, work, store.batch, store.itemsize)
 
 
 def _with_dims(store: Store, ref: Ref, gone: Legs) -> tuple[str, str]:
@@ -108,14 +137,18 @@ def _dotted(store: Store, a: Ref, b: Ref, summed: Legs) -> Ref:
     kept = tuple(leg for leg in a.stored if leg not in summed)
     order = (*kept, *summed)
     groups: Groups = (*((leg,) for leg in kept), summed)
-    if copies(store, a, groups) or copies(store, b, groups):
+    if a.stored == b.stored == (*summed, *kept):
+        order, groups = a.stored, (summed, *((leg,) for leg in kept))
+    elif copies(store, a, groups) or copies(store, b, groups):
         order = a.stored
         groups = tuple((leg,) for leg in a.stored)
     dims = ", ".join(str(k) for k, group in enumerate(groups) if group[0] in summed)
     dims = dims if "," not in dims else f"({dims})"
     codes = [arranged(store, a, groups), arranged(store, b, groups)]
-    into = written_over(store, (a, b), codes, order, "mul_", f".sum({dims})")
     work = Work(flops=((2, order),), moved=((4, order),), fresh=((1, order),))
+    if by_rows := _by_rows(store, work, (codes[0], codes[1]), dims, (order, order), kept):
+        return by_rows
+    into = written_over(store, (a, b), codes, order, "mul_", f".sum({dims})")
     code = f"({' * '.join(codes)}).sum({dims})"
     name = store.add(code, sizes_of(kept), Kernel.REDUCE, work, own=True, into=into)
     return Ref(name, kept, kept)
@@ -141,7 +174,7 @@ def _weighing(large: Ref) -> Work:
 def _weighing_seconds(store: Store, large: Ref, small: Ref) -> float:
     order = tuple((leg,) if leg in small.stored else () for leg in large.stored)
     copies_small = copy_seconds(store, small, tuple(group for group in order if group))
-    return copies_small + store.rates.seconds(Kernel.REDUCE, _weighing(large), store.batch, store.itemsize)
+    return copies_small + _seconds(store, Kernel.REDUCE, _weighing(large))
 
 
 def written_over(
@@ -195,8 +228,8 @@ class Product2:
         total = matrix_seconds(store, self.first, self.leading, self.left, self.summed)
         total += matrix_seconds(store, self.second, self.leading, self.summed, self.right)
         if output is not None and _real(self.legs) != _real(output):
-            total += store.rates.seconds(Kernel.COPY, copy_work(self.legs), store.batch, store.itemsize)
-        return total + store.rates.seconds(self.kernel, self.work, store.batch, store.itemsize)
+            total += _seconds(store, Kernel.COPY, copy_work(self.legs))
+        return total + _seconds(store, self.kernel, self.work)
 
     def code(self, store: Store) -> str:
         """mv, mm, or bmm with the missing axis put in and taken out again."""

@@ -178,7 +178,8 @@ class _Translator:
         if self.no_grad or target in NO_GRADIENT or not dtype.is_floating_point:
             depends = frozenset()
         axes = value_axes(target, arguments, shape, where)
-        output = Value(self._name(node, target, name), axes, dtype, depends)
+        device = inputs[0].device if inputs else "cpu"
+        output = Value(self._name(node, target, name), axes, dtype, depends, device)
         check_mixing(target, arguments, output, self.ranges, where)
         self._follow_batch(target, arguments, inputs, output, where)
         _, path, kind = module_of(node)
@@ -271,7 +272,7 @@ class _Translator:
         return results
 
     def _detached(self, node: Node, value: Value) -> Value:
-        output = Value(self.names.fresh(f"{value.name}_detach"), value.axes, value.dtype)
+        output = Value(self.names.fresh(f"{value.name}_detach"), value.axes, value.dtype, device=value.device)
         _, path, kind = module_of(node)
         self.values[output.name] = output
         self.calls.append(Call(aten.detach.default, MappingProxyType({"input": value}), output, path, kind))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,15 +13,17 @@ from .text import IMAGE, KERNEL, SPACE, axis, for_rank, join, leg_names, per_axi
 
 TABLE = Table()
 aten = torch.ops.aten
+EMPTY: Mapping[str, str] = MappingProxyType({})
 
 
-def _max_rule(count: int, pooled: str, vjp: str) -> Rule:
+def _max_rule(count: int, pooled: str, vjp: str, saved: Mapping[str, str] = EMPTY) -> Rule:
     """output[*s, h] = input[*s, y] at the y that the saved index chooses (the first maximum, or a NaN)."""
     space, image = join(SPACE[count]), join(IMAGE[count])
+    row_major = ".contiguous()" if saved else ""
     return Rule(
         f"output[*s, {space}] = select(index[*s, {space}], {image}) * input[*s, {image}]",
-        saved={"pooled": pooled, f"index[*s, {space}]": "{pooled}[1]"},
-        forward="{pooled}[0]",
+        saved={**saved, "pooled": pooled, f"index[*s, {space}]": f"{{pooled}}[1]{row_major}"},
+        forward=f"{{pooled}}[0]{row_major}",
         vjp={"input": vjp},
         kinks="the first maximum in row-major order takes all",
     )
@@ -29,7 +33,8 @@ def max_pool(call: Any, count: int) -> Rule:
     stride = call.stride if call.stride not in ((), [], None) else call.kernel_size
     numbers = [list(per_axis(v, count)) for v in (call.kernel_size, stride, call.padding, call.dilation)]
     geometry = f"{join([str(v) for v in numbers])}, {call.ceil_mode}"
-    pooled = f"torch.ops.aten.max_pool{count}d_with_indices({{input}}, {geometry})"
+    saved, source = _channels_last(call, count)
+    pooled = f"torch.ops.aten.max_pool{count}d_with_indices({source}, {geometry})"
     if count > 1:
         vjp = f"torch.ops.aten.max_pool{count}d_with_indices_backward({{cotangent}}, {{input}}, {geometry}, {{index}})"
     else:  # there is no 1d kernel: a plane of height 1
@@ -38,19 +43,29 @@ def max_pool(call: Any, count: int) -> Rule:
             "torch.ops.aten.max_pool2d_with_indices_backward({cotangent}.unsqueeze(-2), {input}.unsqueeze(-2), "
             f"{join([str(v) for v in flat])}, {call.ceil_mode}, {{index}}.unsqueeze(-2)).squeeze(-2)"
         )
-    return _max_rule(count, pooled, vjp)
+    return _max_rule(count, pooled, vjp, saved)
+
+
+def _channels_last(call: Any, count: int) -> tuple[dict[str, str], str]:
+    """What is saved and read in place of the input: on a CPU torch's kernels are 4 times faster with channels last."""
+    layout = {2: "channels_last", 3: "channels_last_3d"}.get(count)
+    if layout is None or call.input.device != "cpu" or len(call.input.shape) != count + 2:
+        return {}, "{input}"
+    code = f"{{input}}.contiguous(memory_format=torch.{layout})"
+    return {f"channels_last[*s, {join(IMAGE[count])}]": code}, "{channels_last}"
 
 
 def adaptive_max_pool(call: Any, count: int) -> Rule:
     size = list(per_axis(call.output_size, count))
-    pooled = f"torch.ops.aten.adaptive_max_pool{count}d({{input}}, {size})"
+    saved, source = _channels_last(call, count) if count == 2 else ({}, "{input}")
+    pooled = f"torch.ops.aten.adaptive_max_pool{count}d({source}, {size})"
     vjp = f"torch.ops.aten.adaptive_max_pool{count}d_backward({{cotangent}}, {{input}}, {{index}})"
     if count == 1:
         vjp = (
             "torch.ops.aten.adaptive_max_pool2d_backward("
             "{cotangent}.unsqueeze(-2), {input}.unsqueeze(-2), {index}.unsqueeze(-2)).squeeze(-2)"
         )
-    return _max_rule(count, pooled, vjp)
+    return _max_rule(count, pooled, vjp, saved)
 
 
 def avg_pool(call: Any, count: int) -> Rule:
