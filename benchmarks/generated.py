@@ -7,6 +7,7 @@ and the file runs its forward and one function per parameter. For a model both r
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,18 +72,19 @@ def of_layer(layer: nn.Module, x: Tensor, quantity: tn.Quantity) -> dict[str, Ca
     return {"program": lambda: program(x, cotangent), "file": functions}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.generated", description=__doc__)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=100)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.manual_seed(0)
     print(f"time of the generated file over the program's, N = {options.batch}, {torch.get_num_threads()} threads")
     for name, calls in pairs(options.batch):
         seconds = round_robin(calls, options.rounds, 10, torch.device("cpu"))
         ratio = ratios(seconds, "program")["file"]
         print(f"{name:40} {ratio.median:5.2f}  ({ratio.low:.2f} to {ratio.high:.2f}), file {ratio.milliseconds:.3f} ms")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import tnbackprop as tn
-from tnbackprop.compiler.plan import Choice, Option
+from tnbackprop.compiler.choose import Choice, Option
 
 from .models import PROBLEMS, Problem
 from .timing import round_robin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -25,7 +26,7 @@ class Value:
     depends_on: frozenset[str] = frozenset()  # names of trainable parameters upstream (itself included)
     device: str = "cpu"  # its type: what is fast differs, what is right does not
 
-    @property
+    @cached_property
     def shape(self) -> tuple[Size, ...]:
         """The stored shape, with products of the factors."""
         return tuple(_product(axis) for axis in self.axes)

@@ -14,6 +14,9 @@ from .printing import torch_code
 from .store import Ref, Store
 
 Legs = tuple[Leg, ...]
+Into = tuple[tuple[str, str], ...]
+"""Values that a step may be written over, with the code that does it (see `Step.into`)."""
+NOWHERE: Into = ()
 
 SUM_OF_PRODUCTS = """\
 def sum_of_products(x, y):
@@ -41,7 +44,7 @@ def sum_of_squares(store: Store, ref: Ref, gone: Legs) -> Ref:
     code, dims = _with_dims(store, ref, gone)
     innermost = ref.stored[len(ref.stored) - len(gone) :] == tuple(leg for leg in ref.stored if leg in gone)
     solid = store.resolve(ref.name) not in store.strided
-    into: tuple[tuple[str, str], ...] = ()
+    into = NOWHERE
     if innermost and solid:
         whole = dims if "," in dims else (dims.strip("()") or "None")
         code = f"torch.linalg.vector_norm({code}, dim={whole}).square()"
@@ -100,9 +103,16 @@ def elementwise(store: Store, expr: sympy.Expr, args: tuple[Ref, ...]) -> Ref:
         own = groups if set(ref.stored) == set(legs) else tuple((leg,) if leg in ref.stored else () for leg in legs)
         codes[argument(k)] = arranged(store, ref, own)
     work = Work(flops=((4, legs),), moved=((1 + len(args), legs),), fresh=((1, legs),))
-    code = torch_code(expr, codes)
-    name = store.add(code, sizes_of(legs), Kernel.ELEMENTWISE, work, own=code not in codes.values())
+    code, into = torch_code(expr, codes), NOWHERE
+    if expr == argument(0) ** 2:
+        code, into = _square(store, args[0], codes[argument(0)])
+    name = store.add(code, sizes_of(legs), Kernel.ELEMENTWISE, work, own=code not in codes.values(), into=into)
     return Ref(name, legs, legs)
+
+
+def _square(store: Store, ref: Ref, code: str) -> tuple[str, Into]:
+    """Code for the square of a value that `code` reads, and how it is written over the value."""
+    return f"{code}.square()", ((store.resolve(ref.name), f"{code}.square_()"),)
 
 
 def contract_pair(store: Store, a: Ref, b: Ref, output: Legs, ordered: bool) -> Ref:
@@ -128,7 +138,10 @@ def _multiplied(store: Store, a: Ref, b: Ref, wanted: Legs | None) -> Ref:
     codes = [arranged(store, r, tuple((leg,) if leg in r.stored else () for leg in legs)) for r in (a, b)]
     work = Work(flops=((1, legs),), moved=((1, legs), (1, a.stored), (1, b.stored)), fresh=((1, legs),))
     into = written_over(store, (a, b), codes, legs, "mul_")
-    name = store.add(" * ".join(codes), sizes_of(legs), Kernel.ELEMENTWISE, work, own=True, into=into)
+    code = " * ".join(codes)
+    if codes[0] == codes[1] and a.stored == legs:
+        code, into = _square(store, a, codes[0])
+    name = store.add(code, sizes_of(legs), Kernel.ELEMENTWISE, work, own=True, into=into)
     return Ref(name, legs, legs)
 
 
@@ -179,7 +192,7 @@ def _weighing_seconds(store: Store, large: Ref, small: Ref) -> float:
 
 def written_over(
     store: Store, refs: Sequence[Ref | None], codes: Sequence[str], order: Legs, method: str, then: str = ""
-) -> tuple[tuple[str, str], ...]:
+) -> Into:
     """The codes' sum or product written over each of them that is in memory in the result's order (see `Step.into`)."""
     found = []
     for k, ref in enumerate(refs):

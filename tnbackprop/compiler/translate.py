@@ -178,7 +178,8 @@ class _Translator:
         if self.no_grad or target in NO_GRADIENT or not dtype.is_floating_point:
             depends = frozenset()
         axes = value_axes(target, arguments, shape, where)
-        device = inputs[0].device if inputs else "cpu"
+        made = node.meta.get("val")
+        device = made.device.type if isinstance(made, torch.Tensor) else inputs[0].device if inputs else "cpu"
         output = Value(self._name(node, target, name), axes, dtype, depends, device)
         check_mixing(target, arguments, output, self.ranges, where)
         self._follow_batch(target, arguments, inputs, output, where)

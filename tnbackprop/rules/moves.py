@@ -237,7 +237,8 @@ def index(call: Any) -> Rule:
         else:
             read = access(f"at{k}", given[k], target, common)
             name = next(n for n, v in call.tensors.items() if v is given[k] and n.startswith("indices"))
-            saved[read] = f"{{{name}}} % {call.input.shape[k]}"
+            there = "" if given[k].device == call.input.device else ".to({input}.device)"  # torch takes one of the CPU
+            saved[read] = f"{{{name}}}{there} % {call.input.shape[k]}"
             factors += f"select({read}, k{k}) * "
             items.append(f"k{k}")
     ones = {leg.upper(): 1 for read in saved for leg in read.partition("[")[2].rstrip("]").split(", ") if leg[0] == "u"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -16,27 +17,40 @@ from ..linalg import Kind, KroneckerFactors, Layout
 Values = Mapping[str, Mapping[str, torch.Tensor]]
 
 
-def assemble(compiled: Compiled, values: Values, quantity: str) -> Mapping[str, object]:
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of one quantity in the order of the model: the factors and the shape of every parameter."""
+
+    factors: Mapping[str, Factors]
+    shapes: Mapping[str, tuple[int, ...]]
+    joined: Mapping[str, str]  # weight -> the bias in its block
+
+
+def blocks(compiled: Compiled, quantity: str) -> Blocks:
+    """What a quantity's blocks are made of; without factors, its values are tensors. Worked out once for a program."""
+    graph = compiled.graph
+    items = [item for item in compiled.derived.items if isinstance(item, Extraction) and quantity in item.factors]
+    found = {item.parameter: item.factors[quantity] for item in items}
+    names = {parameter: dotted[0] for parameter, dotted in graph.parameters.items() if parameter in found}
+    shapes = {name: tuple(int(size) for size in graph.values[p].shape) for p, name in names.items()}
+    joined = joined_with({names[item.parameter]: item.factors[quantity] for item in items})
+    return Blocks({name: found[p] for p, name in names.items()}, shapes, joined)
+
+
+def assemble(blocks: Blocks, values: Values, quantity: str) -> Mapping[str, object]:
     """The quantity by parameter: tensors as they are, factors as `KroneckerFactors`."""
     if quantity in values:
         return values[quantity]
-    graph = compiled.graph
-    items = [item for item in compiled.derived.items if isinstance(item, Extraction) and quantity in item.factors]
-    names = {item.parameter: graph.parameters[item.parameter][0] for item in items}
-    joined = joined_with({names[item.parameter]: item.factors[quantity] for item in items})
     found: dict[str, object] = {}
-    for item in items:
-        dotted, factors = names[item.parameter], item.factors[quantity]
+    for dotted, factors in blocks.factors.items():
         tensors = [values[f"{quantity}#{k}"][dotted] for k in range(len(factors.diagrams))]
-        shape = tuple(int(size) for size in graph.values[item.parameter].shape)
-        if dotted in joined:
+        if dotted in blocks.joined:
             (k,) = (k for k, mean in enumerate(factors.means) if mean is not None)
             tensors[k] = _with_one(tensors[k], values[f"{quantity}#mean{k}"][dotted])
-            found[dotted] = _with_bias(factors, tensors, f"{dotted}, {joined[dotted]}")
-        elif dotted not in joined.values():
-            found[dotted] = _kronecker(factors, tensors, shape, dotted)
-    order = [dotted[0] for dotted in graph.parameters.values()]
-    return {name: found[name] for name in order if name in found}
+            found[dotted] = _with_bias(factors, tensors, f"{dotted}, {blocks.joined[dotted]}")
+        elif dotted not in blocks.joined.values():
+            found[dotted] = _kronecker(factors, tensors, blocks.shapes[dotted], dotted)
+    return found
 
 
 def _with_one(A: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:

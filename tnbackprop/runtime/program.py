@@ -21,7 +21,7 @@ from ..compiler.stage import Stage
 from ..diagram import N
 from ..errors import InputError
 from ..quantities import Quantity
-from .assemble import assemble
+from .assemble import assemble, blocks
 from .progress import bars
 from .result import Result
 
@@ -55,6 +55,7 @@ class Program:
         self.quantities = {quantity.name: quantity for quantity in quantities}
         self._function = load(compiled.source)
         self._fixed = dict(compiled.graph.constants)
+        self._blocks = {name: blocks(compiled, name) for name in self.quantities}
         self._output_spec = pytree.tree_structure(compiled.graph.output)
 
     @property
@@ -139,7 +140,7 @@ class Program:
                     "has no real square root, and the GGN is no longer one.\n  Use a loss that is convex in the "
                     "output, ask for HessianDiag, or compile with indefinite=tn.Indefinite.CLIP."
                 )
-        values = {name: assemble(self._compiled, values, name) for name in self.quantities}
+        values = {name: assemble(own, values, name) for name, own in self._blocks.items()}
         return Result(loss, pytree.tree_unflatten(list(output), self._output_spec), values)
 
     def _noise(
@@ -213,7 +214,6 @@ def _check_batch(batch: Mapping[str, torch.Tensor], values: Mapping[str, Value])
             continue
         if not isinstance(tensor, torch.Tensor):
             raise InputError(f"input {name!r} is {type(tensor).__name__}, not a tensor")
-        wanted = "[" + ", ".join(str(s) for s in value.shape) + "]"
         if tensor.dtype != value.dtype:
             raise InputError(
                 f"input {name!r} has dtype {tensor.dtype}, but the program was compiled for {value.dtype}: "
@@ -228,6 +228,7 @@ def _check_batch(batch: Mapping[str, torch.Tensor], values: Mapping[str, Value])
             elif size_at(expected, size) != tensor.shape[axis]:
                 raise InputError(f"input {name!r} has {tensor.shape[axis]} samples, but {first!r} has {size}")
         if not fits:
+            wanted = "[" + ", ".join(str(s) for s in value.shape) + "]"
             raise InputError(
                 f"input {name!r} has shape {list(tensor.shape)}, but the program was compiled for {wanted}: "
                 "compile again for this shape"

@@ -1,0 +1,39 @@
+"""The benchmarks run: each takes its options, and the small parts of them give numbers."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from benchmarks import first_order, second_order
+
+FILES = Path(first_order.__file__).parent.glob("*.py")
+COMMANDS = sorted(path.stem for path in FILES if "argparse" in path.read_text(encoding="utf-8"))
+
+
+def test_all_are_known() -> None:
+    assert COMMANDS == ["first_order", "generated", "plan_choice", "profile_ops", "second_order"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_takes_its_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(f"benchmarks.{name}").main(["--help"])
+    assert caught.value.code == 0 and f"benchmarks.{name}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "module, problem, row",
+    [(first_order, "3c3d-32", "batch_l2"), (second_order, "3c3d-32", "kfac")],
+    ids=["first_order", "second_order"],
+)
+def test_a_row(module: object, problem: str, row: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Checked against its definition, timed, and nothing written."""
+    only = f"tnbackprop/{row}$"
+    options = ["--problem", problem, "--batch", "2", "--only", only, "--rounds", "2", "--no-memory"]
+    assert module.main(options) == 0  # type: ignore[attr-defined]
+    printed = capsys.readouterr().out
+    assert f"| {row} |" in printed
