@@ -69,6 +69,7 @@ class BoundRule:
     kinks: str
     legs: Mapping[str, tuple[Leg, ...]]
     root: Root | None = None  # placeholders are runtime value names, and {noise} in the sample
+    draw: str = ""  # {noise} stays
     fallback: str = ""  # where there is no rule: the call, for the report
 
 
@@ -164,6 +165,7 @@ class _Binder:
             self.rule.kinks,
             self._operand_legs(),
             self._root(),
+            self._code(self.rule.draw, "noise"),
         )
 
     def _check_names(self, operands: Mapping[str, Axes | None]) -> None:

@@ -55,8 +55,10 @@ def compute(
     quantities: Sequence[Quantity],
     *,
     rules: Mapping[Any, Declaration] | None = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Result:
-    """Compile (once per model, loss, quantities, rules and shapes) and run.
+    """Compile (once per model, loss, quantities, rules and shapes) and run; `seed` and `generator` as for a `Program`.
 
     A model whose parameters, modes (train, eval) or trainable flags changed is compiled again; one whose layers
     changed otherwise is not noticed: use `compile` there. Rows of `rules` are told apart by identity: define them once.
@@ -68,7 +70,7 @@ def compute(
         resolved = resolve(rules)
         compiled = compile_program(model, loss, batch, list(quantities), resolved)
         programs[key] = compiled, (dict(rules or {}), resolved)
-    return Program(model, programs[key][0], loss, quantities)(*batch)
+    return Program(model, programs[key][0], loss, quantities)(*batch, seed=seed, generator=generator)
 
 
 _PROGRAMS: WeakKeyDictionary[torch.nn.Module, dict[Hashable, tuple[Compiled, object]]] = WeakKeyDictionary()

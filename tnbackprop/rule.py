@@ -48,6 +48,9 @@ class Rule:
     vjp        operand name -> torch code of a native VJP; may use ``{cotangent}``, ``{output}``, operands, saved.
                A lowering: checked against the formula, never the definition.
     root       for a loss: the square root of its Hessian; elementwise losses need none, it follows from the formula.
+    draw       for an elementwise loss without a root: torch code for a draw of its residual in the model's own
+               distribution, over its deviation (mean 0, variance 1); ``{noise}`` is uniform on (0, 1), shaped as the
+               input. Empty: normal, as for a squared error.
     kinks      what the derivative is where it does not exist; shown by `explain`.
     """
 
@@ -59,10 +62,11 @@ class Rule:
     forward: str = ""
     vjp: Mapping[str, str] = field(default_factory=dict)
     root: Root | None = None
+    draw: str = ""
     kinks: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("formula", "forward", "kinks"):
+        for name in ("formula", "forward", "draw", "kinks"):
             _check_kind(name, getattr(self, name), str, "text")
         _check_kind("root", self.root, Root | None, "a tn.Root")
         for name in ("jacobian", "legs", "constants", "saved", "vjp"):

@@ -11,10 +11,14 @@ from math import prod
 
 from ..algebra import diagonal, differentiate
 from ..bind import BoundRule
-from ..diagram import BATCH, Diagram, N
+from ..diagram import BATCH, Diagram, N, leaves
 from ..errors import UnsupportedError
+from ..jacobian import Jacobian
 from ..rule import Root
 from .graph import Call, Graph, Value
+
+NORMAL = "1.4142135623730951 * torch.erfinv((2 * {noise} - 1) * 0.9999999)"
+"""A normal number for each uniform one."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,8 @@ def _from_hessian(graph: Graph, output: Value, signed: bool) -> LossRoot:
                 "in the model's output.\n  Declare it: tnbackprop.Rule(…, root=tnbackprop.Root(…))."
             )
     size = prod(int(s) for s in output.shape[1:])
-    normal = "1.4142135623730951 * torch.erfinv((2 * {noise} - 1) * 0.9999999)"
     shape = ", ".join(str(s) for s in output.shape)
-    drawn = f"({normal}).reshape(N, {size}).t().unsqueeze(-1)"
+    drawn = f"({NORMAL}).reshape(N, {size}).t().unsqueeze(-1)"
     sample = f"({{hessian_root}}.reshape({size}, N, {size}) * {drawn}).sum(0).reshape({shape})"
     return LossRoot(output, Root(size, "{hessian_root} * 1", sample, ()), None, tuple(calls), signed)
 
@@ -102,10 +105,21 @@ def _apart(root: Root, output: Value) -> Root:
     return replace(root, columns=columns, code=f"({spread}).reshape({columns}, {shape})")
 
 
+def _slope(rule: BoundRule, name: str) -> Jacobian | None:
+    """The loss's derivative as a formula of its operands, derived or declared; None where it reads anything else."""
+    if len(rule.equations) > 1:
+        return None
+    (equation,) = rule.equations
+    if equation.diagram is not None:
+        return differentiate(equation.diagram, name)
+    found = equation.jacobians.get(name)
+    computed = {equation.name, *(saved.name for saved in rule.saved)}
+    return found if found is not None and not computed & set(leaves(found.diagram)) else None
+
+
 def _elementwise(rule: BoundRule, output: Value) -> LossRoot | None:
     """The root of a loss with a diagonal Hessian; None for any other."""
-    diagram = rule.equations[-1].diagram
-    first = differentiate(diagram, output.name) if diagram is not None and len(rule.equations) == 1 else None
+    first = _slope(rule, output.name)
     if first is None:
         return None
     second = differentiate(first.diagram, output.name)
@@ -116,6 +130,5 @@ def _elementwise(rule: BoundRule, output: Value) -> LossRoot | None:
     shape = ", ".join(str(s) for s in output.shape)
     one = Root(1, f"{{curvature}}.clamp(min=0).sqrt().reshape(1, {shape})", "", ())
     root = _apart(one, output)
-    normal = "1.4142135623730951 * torch.erfinv((2 * {noise} - 1) * 0.9999999)"
-    sample = f"{{curvature}}.clamp(min=0).sqrt().reshape({shape}) * {normal}"
+    sample = f"{{curvature}}.clamp(min=0).sqrt().reshape({shape}) * {rule.draw or NORMAL}"
     return LossRoot(output, Root(root.columns, root.code, sample, ()), curvature)

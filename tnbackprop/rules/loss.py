@@ -66,12 +66,20 @@ def smooth_l1_loss(call: Any) -> Rule:
     return _of_difference(call, f"<d>**2 / (2 * {b}) if abs(<d>) < {b} else abs(<d>) - {b} / 2")
 
 
+LABEL = (
+    "torch.where({noise} < {chance}, -({otherwise} / {chance}.clamp(min=torch.finfo({chance}.dtype).tiny)).sqrt(), "
+    "({chance} / {otherwise}.clamp(min=torch.finfo({chance}.dtype).tiny)).sqrt())"
+)
+"""(p - y) / sqrt(p (1 - p)) with the label y = 1 drawn with probability p."""
+CHANCES = {"chance": "torch.sigmoid({input})", "otherwise": "torch.sigmoid(-{input})"}
+
+
 @TABLE.rule(aten.soft_margin_loss.default)
 def soft_margin_loss(call: Any) -> Rule:
     """log(1 + exp(-target * input))."""
     legs = _same_shape(call, "target")
     each = f"-logsigmoid(target[{join(legs)}] * input[{join(legs)}])"
-    return Rule(f"output[{_left(call, legs)}] = {each}{_elements(call, legs)}")
+    return Rule(f"output[{_left(call, legs)}] = {each}{_elements(call, legs)}", saved=CHANCES, draw=LABEL)
 
 
 def _operand(call: Any, name: str, legs: list[str]) -> str:
@@ -89,7 +97,9 @@ def binary_cross_entropy_with_logits(call: Any) -> Rule:
     weight, positive = _operand(call, "weight", legs), _operand(call, "pos_weight", legs)
     return Rule(
         f"output[{_left(call, legs)}] = -{weight}({positive}{y} * logsigmoid({x})"
-        f" + (1 - {y}) * logsigmoid(-{x})){_elements(call, legs)}"
+        f" + (1 - {y}) * logsigmoid(-{x})){_elements(call, legs)}",
+        saved=CHANCES,
+        draw=LABEL,
     )
 
 
@@ -102,6 +112,8 @@ def binary_cross_entropy(call: Any) -> Rule:
     return Rule(
         jacobian={"input": f"{weight}({x} - {y}) / maximum({x} * (1 - {x}), 1e-12){_elements(call, legs)}"},
         legs={"input": join(legs), "output": _left(call, legs)},
+        saved={"chance": "{input}", "otherwise": "1 - {input}"},
+        draw=LABEL,
     )
 
 
