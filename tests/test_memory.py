@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import pytest
 import torch
 from torch import nn
 
 import tnbackprop as tn
+from tnbackprop.compiler.cost import Kernel, size_at
 from tnbackprop.runtime import progress
 
 from . import oracle
@@ -80,3 +83,30 @@ def test_no_amount_of_memory(text: str) -> None:
     model, loss, x, y = problem()
     with pytest.raises(tn.InputError, match="is no amount of memory"):
         tn.compile(model, loss, (x, y), QUANTITIES, memory_limit=text)
+
+
+def largest_step(program: tn.Program, batch: int) -> int:
+    """Elements of the largest value that a step makes (a view makes none)."""
+    plan = program.compiled.plan
+    made = [step.name for step, _ in plan.timed if step.kernel is not Kernel.VIEW and step.name in plan.shapes]
+    return max(prod(size_at(size, batch) for size in plan.shapes[name]) for name in made)
+
+
+@pytest.mark.parametrize("quantity", [tn.DiagGGN(), tn.GGNTrace(), tn.HessianDiag()], ids=lambda q: q.name)
+def test_no_root_of_the_whole(quantity: tn.Quantity) -> None:
+    """V [V, N, *p] is never formed for a diagonal or a trace, by squares or by loops over columns; SqrtGGN forms it."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 64), nn.Linear(64, 10))
+    model, x, y = nn.Sequential(*layers), torch.randn(32, 3, 8, 8), torch.randint(10, (32,))
+    parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    for name, elements in parameters.items():
+        if "weight" not in name:
+            continue
+        for other, parameter in model.named_parameters():
+            parameter.requires_grad_(other == name)
+        root = 9 * 32 * elements
+        program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [quantity])
+        whole = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.SqrtGGN()])
+        columns = 9 * 32 * 16 * 36  # of what rides through the layers, all at once
+        assert largest_step(program, 32) <= max(root // 2, columns), f"{quantity.name} of {name}"
+        assert whole.peak_bytes >= 4 * root
