@@ -51,3 +51,11 @@ def test_forgotten_with_the_model() -> None:
 def test_two_of_a_name() -> None:
     with pytest.raises(tn.InputError, match="two quantities are called 'grad'"):
         tn.compute(nn.Linear(3, 2), nn.MSELoss(), (torch.randn(4, 3), torch.randn(4, 2)), [tn.Grad(), tn.Grad()])
+
+
+def test_a_graph_needs_a_cuda_device() -> None:
+    """What it does there is in tests/test_cuda.py."""
+    model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2)
+    program = tn.compile(model, nn.MSELoss(), (x, y), [tn.BatchL2()])
+    with pytest.raises(tn.InputError, match=r"needs a CUDA device, and the model is on the cpu: call the program"):
+        program.graphed(x, y)

@@ -159,6 +159,28 @@ def test_a_cuda_graph_takes_the_program() -> None:
         same(captured, function(dict(fresh)))
 
 
+def test_graphed() -> None:
+    """Other batches, other values of the parameters, the same draws; the factors are made of what was replayed."""
+    problem = on_gpu(cnn(nn.Sigmoid).build())
+    quantities = (tn.Grad(), tn.Variance(), tn.KFAC(mc_samples=2), tn.DiagGGN())
+    program = tn.compile(problem.model, problem.loss, (problem.x, problem.y), quantities)
+    graph = program.graphed(problem.x, problem.y)
+    for _ in range(2):
+        x, y = torch.randn_like(problem.x), problem.y.flip(0)
+        got, want = graph(x, y, seed=4), program(x, y, seed=4)
+        same((got.loss, got.output), (want.loss, want.output))
+        for key in program.quantities:
+            assert_equal(tensors(got[key]), tensors(want[key]), key, BOUND)
+        with torch.no_grad():
+            for parameter in problem.model.parameters():
+                parameter.add_(0.1)
+    with pytest.raises(tn.InputError, match=r"'x' has shape \[3, .* recorded with \[8, .*record one for this batch"):
+        graph(x[:3], y[:3])
+    problem.model[0].weight = nn.Parameter(problem.model[0].weight.detach().clone())
+    with pytest.raises(tn.InputError, match=r"'p_0_weight' is another tensor .*record it again"):
+        graph(x, y)
+
+
 def test_torch_compile_on_the_gpu() -> None:
     function, program, problem = emitted((tn.BatchL2(), tn.Variance(), tn.DiagGGN(), tn.KFLR()))
     torch._dynamo.reset()

@@ -43,7 +43,7 @@ from .quantities import (
 from .rule import Primitive, Root, Rule, Table
 from .rules import RULES
 from .rules.declared import Declared
-from .runtime import Indefinite, Program, Result
+from .runtime import Graphed, Indefinite, Program, Result
 from .verification import Verification, verify
 from .version import __version__ as __version__
 
@@ -75,6 +75,7 @@ __all__ = [
     "GGNTrace",
     "Generated",
     "Grad",
+    "Graphed",
     "HesScale",
     "HessianDiag",
     "Indefinite",

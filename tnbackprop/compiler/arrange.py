@@ -158,9 +158,9 @@ def _run(store: Store, ref: Ref, groups: Groups) -> int:
     name = store.resolve(ref.name)
     if not flat:
         return 1
-    if name in store.units:
-        units = [leg for k, leg in enumerate(ref.stored) if k in store.units[name]]
-        return size_at(flat[-1].size, store.batch) if flat[-1] in units else 1
+    if name in store.near:  # a short stride takes what it skips as well
+        steps = {ref.stored[k]: step for k, step in store.near[name].items()}
+        return max(1, size_at(flat[-1].size, store.batch) // steps[flat[-1]]) if flat[-1] in steps else 1
     run, stored = 1, [leg for leg in ref.stored if leg.size != 1]
     while flat and stored and flat[-1] == stored[-1]:
         run *= size_at(flat.pop().size, store.batch)

@@ -73,7 +73,7 @@ class Store:
     shapes: dict[str, tuple[Size, ...]] = field(default_factory=dict)
     strided: set[str] = field(default_factory=set)  # values whose memory is not row-major: merging legs copies
     views: dict[str, Ref] = field(default_factory=dict)  # permuted views: the value that they are views of
-    units: dict[str, tuple[int, ...]] = field(default_factory=dict)  # strided values: axes of stride 1
+    near: dict[str, dict[int, int]] = field(default_factory=dict)  # strided values: axis -> stride, of short strides
     by_code: dict[str, str] = field(default_factory=dict)
     alias: dict[str, str] = field(default_factory=dict)
     built: dict[Key, Ref] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Store:
             shapes=dict(self.shapes),
             strided=set(self.strided),
             views=dict(self.views),
-            units=dict(self.units),
+            near=dict(self.near),
             by_code=dict(self.by_code),
             alias=dict(self.alias),
             built=dict(self.built),
@@ -106,7 +106,7 @@ class Store:
     def adopt(self, other: Store) -> None:
         """Take over what a fork has built."""
         known = ("by_code", "alias", "built", "functions", "floating", "whole")
-        for name in ("steps", "shapes", "strided", "views", "units", *known):
+        for name in ("steps", "shapes", "strided", "views", "near", *known):
             setattr(self, name, getattr(other, name))
 
     def add(

@@ -83,6 +83,6 @@ def _view(store: Store, tensor: Tensor, windows: list[Window]) -> Tensor:
                 legs[axis] = leg
                 legs.append(inner)
     name = store.add(code, sizes_of(tuple(legs)), Kernel.VIEW, strided=True)
-    unit = [leg for w in windows if w.image == ref.order[-1] for c, leg in w.terms if c == 1]
-    store.units[name] = tuple(legs.index(leg) for leg in unit)
+    last = [term for window in windows if window.image == ref.order[-1] for term in window.terms]
+    store.near[name] = {legs.index(leg): step for step, leg in last}
     return Tensor(name, tuple(legs))

@@ -22,6 +22,7 @@ from ..diagram import N
 from ..errors import InputError
 from ..quantities import Quantity
 from .assemble import assemble, blocks
+from .graphed import Graphed
 from .progress import bars
 from .result import Result
 
@@ -128,11 +129,26 @@ class Program:
 
         Raises `InputError` where the batch does not fit what the program was compiled for.
         """
-        tensors = self.tensors(x, y)
-        tensors |= self._noise(tensors, seed, generator)
+        tensors = self._with_noise(x, y, seed, generator)
         follow = {"progress": bars()} if progress and followed(self._compiled.plan) else {}
         with running(self._compiled.source):
-            loss, output, values = self._function(tensors, **follow)
+            found = self._function(tensors, **follow)
+        return self._result(*found)
+
+    def graphed(self, x: Any, y: Any = None) -> Graphed:
+        """The program for batches of this size as a CUDA graph: see `Graphed`.
+
+        Raises `InputError` where the model is not on a CUDA device, or an operation cannot be recorded.
+        """
+        inputs = frozenset({*self._compiled.graph.inputs, *noises(self._compiled.plan)})
+        example = self._with_noise(x, y, None, None)
+        with running(self._compiled.source):
+            return Graphed(self._function, self._with_noise, self._result, inputs, example)
+
+    def _result(
+        self, loss: torch.Tensor | None, output: Any, values: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> Result:
+        """What the emitted function returns, as a user reads it."""
         for smallest in values.get(INDEFINITE, {}).values():
             if smallest < -1e-5 and self.indefinite is Indefinite.REFUSE:
                 raise InputError(
@@ -140,8 +156,15 @@ class Program:
                     "has no real square root, and the GGN is no longer one.\n  Use a loss that is convex in the "
                     "output, ask for HessianDiag, or compile with indefinite=tn.Indefinite.CLIP."
                 )
-        values = {name: assemble(own, values, name) for name, own in self._blocks.items()}
-        return Result(loss, pytree.tree_unflatten(list(output), self._output_spec), values)
+        made: dict[str, Any] = {name: assemble(own, values, name) for name, own in self._blocks.items()}
+        return Result(loss, pytree.tree_unflatten(list(output), self._output_spec), made)
+
+    def _with_noise(
+        self, x: Any, y: Any, seed: int | None, generator: torch.Generator | None
+    ) -> dict[str, torch.Tensor]:
+        """All that the emitted function reads."""
+        tensors = self.tensors(x, y)
+        return tensors | self._noise(tensors, seed, generator)
 
     def _noise(
         self, tensors: Mapping[str, torch.Tensor], seed: int | None, generator: torch.Generator | None
