@@ -43,11 +43,14 @@ KERNELS: dict[Any, Callable[..., Tensor]] = {aten.cross_entropy_loss.default: _c
 @contextmanager
 def symbolic_kernels() -> Iterator[None]:
     """While active, tracing runs these; the operator stays one node. Eager calls never see them."""
+    before = {target: dict(target.py_kernels) for target in KERNELS}
     for target, kernel in KERNELS.items():
-        target.py_impl(COMPOSITE)(kernel)
+        target.py_kernels[COMPOSITE] = kernel
+        target._dispatch_cache.clear()
     try:
         yield
     finally:
-        for target in KERNELS:
-            del target.py_kernels[COMPOSITE]
+        for target, kernels in before.items():
+            target.py_kernels.clear()
+            target.py_kernels.update(kernels)
             target._dispatch_cache.clear()

@@ -306,12 +306,12 @@ class _Translator:
                     f"{self._where(node)} is in train mode, so it mixes samples: there are no individual gradients. "
                     "Call model.eval(), or use GroupNorm or LayerNorm"
                 )
-        for spec in self.exported.graph_signature.output_specs:
-            if spec.kind.name in WRITTEN:
-                raise UnsupportedError(
-                    f"the model writes to {str(spec.target).removeprefix('model.')!r} during forward: a program changes "
-                    "no parameter and no buffer. Call model.eval(), or remove the update"
-                )
+        written = [s.target for s in self.exported.graph_signature.output_specs if s.kind.name in WRITTEN]
+        for name in written:
+            raise UnsupportedError(
+                f"the model writes to {str(name).removeprefix('model.')!r} during forward: a program changes no "
+                "parameter and no buffer. Call model.eval(), or remove the update"
+            )
 
     # outputs
 
