@@ -22,7 +22,7 @@ from ..errors import InputError, UnsupportedError
 from ..rule import Composite, Rules
 from .foreign import MISTAKES
 from .graph import Graph
-from .inplace import mutates_view
+from .inplace import copy_views, mutates_view
 from .opaque import Opaque, opaque_calls
 from .symbolic import symbolic_kernels
 from .translate import translate
@@ -162,7 +162,9 @@ def _export(
         try:
             exported = torch.export.export(wrapped, example, dynamic_shapes=shapes, strict=False)
             parts = _composites(exported.graph_module, rules)
-            if mutates_view(exported.graph_module) or parts:
+            if parts and not mutates_view(exported.graph_module):
+                copy_views(exported.graph_module)
+            if parts or mutates_view(exported.graph_module):
                 exported = exported.run_decompositions(parts)
             return exported, opaque
         except (GuardOnDataDependentSymNode, torch._dynamo.exc.UserError, ConstraintViolationError) as error:
