@@ -23,7 +23,7 @@ def _cross_entropy_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """For probabilities; up to torch 2.11 the operator divides by their number as an int."""
+    """For probabilities older torch (2.11 is one) divides by their number as an int."""
     if input.shape != target.shape or not target.is_floating_point() or ignore_index >= 0:
         rest = weight, reduction, ignore_index, label_smoothing
         own: Tensor = aten.cross_entropy_loss.default._op_dk(COMPOSITE, input, target, *rest)
