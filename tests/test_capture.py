@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tnbackprop.compiler.capture import capture
+from tnbackprop.compiler.symbolic import KERNELS
 from tnbackprop.diagram import N
 from tnbackprop.errors import InputError
 
@@ -244,6 +245,37 @@ def test_patches_are_undone_when_export_fails() -> None:
     with pytest.raises(InputError, match=r"module '1' \(Linear\)"):
         capture(model, None, (torch.randn(4, 3), None), {Gate: lambda layer: ""})
     assert "forward" not in model[0].__dict__
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 3), (4, 3, 2)], ids=str)
+@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_kernels_of_the_export_are_the_operators(shape: tuple[int, ...], soft: bool, reduction: int) -> None:
+    """What runs in the place of cross-entropy gives its values, smoothed and weighted too; nothing of it stays."""
+    target, kernel = aten.cross_entropy_loss.default, KERNELS[aten.cross_entropy_loss.default]
+    torch.manual_seed(0)
+    output, labels = torch.randn(shape), torch.randint(3, shape[:-2] + shape[-1:] if len(shape) > 2 else shape[:-1])
+    for weight, smoothing in ((None, 0.0), (torch.rand(3), 0.3)):
+        options = (torch.rand(shape) if soft else labels, weight, reduction, -100, smoothing)
+        torch.testing.assert_close(kernel(output, *options), target(output, *options))
+    assert not target.py_kernels
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_probabilities_after_a_written_view(reduction: str) -> None:
+    """The graph is traced a second time, where the batch size must not be fixed either."""
+
+    def forward(m: Any, x: Tensor) -> Any:
+        h = m.a(x)
+        h[:, 0] += 1
+        return h
+
+    model = Function(forward, a=nn.Linear(3, 3))
+    loss = nn.CrossEntropyLoss(torch.rand(3), reduction=reduction)
+    graph = captured(model, torch.randn(4, 3), torch.rand(4, 3).softmax(1), loss)
+    assert targets(graph)[-1] == "cross_entropy_loss"
+    assert not aten.cross_entropy_loss.default.py_kernels
+
 
 def test_one_tensor_twice() -> None:
     """The same object as x and y, or twice in x, is two inputs: each is read where the model reads it."""

@@ -30,6 +30,9 @@ MADE_OF_OTHERS = (
     attention("attention causal, groups", lambda t: F.scaled_dot_product_attention(
         t.unflatten(2, (2, 2)).transpose(1, 2), t[..., None, :2].transpose(1, 2), t[..., None, 2:].transpose(1, 2),
         is_causal=True, enable_gqa=True)),
+    attention("attention, heads joined by a view", lambda t: F.scaled_dot_product_attention(
+        *(f(t).unflatten(2, (2, 2)).transpose(1, 2) for f in (torch.sin, torch.cos, torch.tanh)), is_causal=True
+        ).transpose(1, 2).contiguous().view(t.shape)),
     attention("attention mask", lambda t: F.scaled_dot_product_attention(
         t, t.sin(), t.cos(), attn_mask=torch.ones(3, 3, dtype=torch.bool).tril(), scale=0.3)),
     Case("multi-head attention", lambda: MultiHead(4, 2), (2, 4)),

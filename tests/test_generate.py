@@ -257,7 +257,8 @@ def test_autograd_keeps_what_is_wanted() -> None:
     kept = []
     for needs in ((True, False, False), (False, True, False), (False, False, True)):
         arguments = [t.clone().requires_grad_(need) for t, need in zip((x, weight, bias), needs, strict=True)]
-        saved = function.apply(*arguments).grad_fn.saved_tensors
+        output = function.apply(*arguments)
+        saved = output.grad_fn.saved_tensors
         kept.append([None if t is None else tuple(t.shape) for t in saved])
     assert kept == [[None, (2, 3)], [(5, 3), None], [None, None]]
 

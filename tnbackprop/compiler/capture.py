@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.backends import opt_einsum
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
@@ -20,8 +22,9 @@ from ..errors import InputError, UnsupportedError
 from ..rule import Composite, Rules
 from .foreign import MISTAKES
 from .graph import Graph
-from .inplace import mutates_view
+from .inplace import copy_views, mutates_view
 from .opaque import Opaque, opaque_calls
+from .symbolic import symbolic_kernels
 from .translate import translate
 
 Loss = Callable[..., Any]
@@ -138,7 +141,7 @@ def _any_size(wrapped: Wrapped, example: tuple[Any, Any], batch: int, rules: Rul
 
 def _batch_dimension(batch: int) -> Any:
     """Any size; torch on a GPU has other kernels, not other numbers, for more samples than `MOST`."""
-    return torch.export.Dim("batch", max=MOST) if batch <= MOST else torch.export.Dim("batch")
+    return torch.export.Dim("batch", max=MOST if batch <= MOST else sys.maxsize - 1)  # slices end at sys.maxsize
 
 
 class OneSizeError(UnsupportedError):
@@ -151,14 +154,17 @@ def _export(
     shapes = pytree.tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.ndim else None, example)
     with (
         opaque_calls(wrapped, rules) as opaque,
-        torch.backends.opt_einsum.flags(enabled=False),
+        symbolic_kernels(),
+        opt_einsum.flags(enabled=False),
         torch.enable_grad(),
         _quiet(),
     ):
         try:
             exported = torch.export.export(wrapped, example, dynamic_shapes=shapes, strict=False)
             parts = _composites(exported.graph_module, rules)
-            if mutates_view(exported.graph_module) or parts:
+            if parts and not mutates_view(exported.graph_module):
+                copy_views(exported.graph_module)
+            if parts or mutates_view(exported.graph_module):
                 exported = exported.run_decompositions(parts)
             return exported, opaque
         except (GuardOnDataDependentSymNode, torch._dynamo.exc.UserError, ConstraintViolationError) as error:

@@ -17,6 +17,9 @@ MAYBE_SAME = frozenset({aten.dropout.default, aten.feature_dropout.default, aten
 WHOLE = frozenset({aten.alias.default, aten.lift_fresh.default})
 """Views that are the tensor itself."""
 
+COPIED = {aten.view.default: aten.reshape.default, aten.view_as.default: aten.reshape_as.default}
+"""Views that fail for some strides, as ops that copy for those."""
+
 RENAMED = {
     aten.normal_.default: aten.normal_functional.default,
     aten.bernoulli_.float: aten.bernoulli.p,
@@ -79,6 +82,15 @@ def mutates_view(program: GraphModule) -> bool:
     views = [n for n in nodes if _is_view(n) and n.all_input_nodes]
     inner = any(n.op == "placeholder" and n.graph is not program.graph for n in written)
     return inner or any(n in written or owner(n.all_input_nodes[0]) in written for n in views)
+
+
+def copy_views(program: GraphModule) -> None:
+    """Let each view copy where it must, in a program that writes to no view: what replaces an operator may have other
+    strides than the operator, after which `contiguous` was a no-op and left out.
+    """
+    for graph in (part.graph for part in program.modules() if isinstance(part, GraphModule)):
+        for node in graph.nodes:
+            node.target = COPIED.get(node.target, node.target)
 
 
 def _is_view(node: Node) -> bool:

@@ -35,6 +35,8 @@ from .sizes import Sizes
 
 aten = torch.ops.aten
 no_grad_block = torch.ops.higher_order.wrap_with_set_grad_enabled
+WRITTEN = frozenset({"BUFFER_MUTATION", "PARAMETER_MUTATION"})
+"""Kinds of outputs that are no outputs, by name: not every torch has all of them."""
 
 
 def translate(
@@ -304,11 +306,11 @@ class _Translator:
                     f"{self._where(node)} is in train mode, so it mixes samples: there are no individual gradients. "
                     "Call model.eval(), or use GroupNorm or LayerNorm"
                 )
-        written = self.exported.graph_signature.buffers_to_mutate or self.exported.graph_signature.parameters_to_mutate
-        for name in written.values():
+        written = [s.target for s in self.exported.graph_signature.output_specs if s.kind.name in WRITTEN]
+        for name in written:
             raise UnsupportedError(
-                f"the model writes to {name.removeprefix('model.')!r} during forward: a program changes no parameter "
-                "and no buffer. Call model.eval(), or remove the update"
+                f"the model writes to {str(name).removeprefix('model.')!r} during forward: a program changes no "
+                "parameter and no buffer. Call model.eval(), or remove the update"
             )
 
     # outputs

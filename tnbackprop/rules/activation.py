@@ -33,9 +33,6 @@ enter(aten.relu6.default)(elementwise("0 if x <= 0 else (6 if x >= 6 else x)", k
 enter(aten.hardsigmoid.default)(elementwise(
     "0 if x <= -3 else (1 if x >= 3 else x / 6 + 1 / 2)",
     vjp="torch.ops.aten.hardsigmoid_backward({cotangent}, {input})", kinks="0 at -3 and 3"))
-enter(aten.hardswish.default)(elementwise(
-    "0 if x <= -3 else (x if x >= 3 else x * (x + 3) / 6)",
-    vjp="torch.ops.aten.hardswish_backward({cotangent}, {input})", kinks="0 at -3, 1 at 3"))
 enter(aten.elu.default)(elementwise(
     "scale * alpha * (exp(input_scale * x) - 1) if x <= 0 else scale * x",
     arguments=("alpha", "scale", "input_scale"), kinks="scale * alpha * input_scale at 0",
@@ -102,6 +99,15 @@ def gelu(call: Any) -> Rule:
     }[call.approximate]
     vjp = f"torch.ops.aten.gelu_backward({{cotangent}}, {{input}}, approximate={call.approximate!r})"
     return elementwise(formula, vjp=vjp, constants={"c": math.sqrt(2 / math.pi)})(call)
+
+
+@TABLE.rule(aten.hardswish.default)
+def hardswish(call: Any) -> Rule:
+    """The slope at both ends is that of the torch which runs: older ones count the ends to the inside."""
+    inside = aten.hardswish_backward(torch.ones(1, device="cpu"), torch.full((1,), 3.0, device="cpu")).item() > 1
+    low, high, kinks = ("<", ">", "-1/2 at -3, 3/2 at 3") if inside else ("<=", ">=", "0 at -3, 1 at 3")
+    text = f"0 if x {low} -3 else (x if x {high} 3 else x * (x + 3) / 6)"
+    return elementwise(text, vjp="torch.ops.aten.hardswish_backward({cotangent}, {input})", kinks=kinks)(call)
 
 
 @TABLE.rule(aten.pow.Tensor_Scalar)

@@ -1,0 +1,56 @@
+"""Operators whose own kernel reads the batch size as a number, so that exporting them would fix it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey
+
+aten = torch.ops.aten
+NONE, MEAN = 0, 1  # at::Reduction
+COMPOSITE = DispatchKey.CompositeImplicitAutograd
+
+
+def _cross_entropy_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = MEAN,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """For probabilities older torch (2.11 is one) divides by their number as an int."""
+    if input.shape != target.shape or not target.is_floating_point() or ignore_index >= 0:
+        rest = weight, reduction, ignore_index, label_smoothing
+        own: Tensor = aten.cross_entropy_loss.default._op_dk(COMPOSITE, input, target, *rest)
+        return own
+    axis = min(1, input.ndim - 1)
+    target = target * (1 - label_smoothing) + label_smoothing / input.shape[axis]
+    if weight is not None:
+        target = target * weight.reshape(-1, *(1,) * (input.ndim - axis - 1))
+    each = -(input.log_softmax(axis) * target).sum(axis)
+    return each if reduction == NONE else each.mean() if reduction == MEAN else each.sum()
+
+
+KERNELS: dict[Any, Callable[..., Tensor]] = {aten.cross_entropy_loss.default: _cross_entropy_loss}
+"""The same values as the operator's own."""
+
+
+@contextmanager
+def symbolic_kernels() -> Iterator[None]:
+    """While active, tracing runs these; the operator stays one node. Eager calls never see them."""
+    before = {target: dict(target.py_kernels) for target in KERNELS}
+    for target, kernel in KERNELS.items():
+        target.py_kernels[COMPOSITE] = kernel
+        target._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for target, kernels in before.items():
+            target.py_kernels.clear()
+            target.py_kernels.update(kernels)
+            target._dispatch_cache.clear()
