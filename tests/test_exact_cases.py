@@ -1,8 +1,8 @@
 """Where second-order quantities are exact, each beside a neighbour where they are not.
 
 What one quantity is by definition is tested where it lives (test_second_order, test_kronecker, test_hessian, …); here
-is what ties them to each other: the exact cases for any N, every draw of a sampler weighted with its probability,
-parameters that are used twice, the spectrum of the whole GGN, the Hessian where paths meet.
+is what ties them to each other: the exact cases for any N, parameters that are used twice, the spectrum of the whole
+GGN, the Hessian where paths meet.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import product
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import tnbackprop as tn
 
 from . import oracle_second
-from .cases import CASES, Case, Problem, classes, normal, seq, unit
+from .cases import CASES, Case, Problem, classes, normal, seq
 from .models import Apply, Branches, Residual, WithParameters
 from .second_order import (
     ALL,
@@ -32,7 +30,6 @@ from .second_order import (
     everything,
     make,
     mlp,
-    products,
     run,
     tensors,
 )
@@ -118,79 +115,6 @@ def test_copies_of_one_sample(kind: str) -> None:
                 assert error(matrix, want[name]) <= TOLERANCE, name
             elif name == "0.weight":
                 assert error(matrix, want[name]) > DIFFERENT, name
-
-
-# Every draw of a sampler, weighted with its probability, is the exact root.
-
-SAMPLED = ("SqrtGGNMC", "DiagGGNMC", "KFAC")
-EXACT = {"SqrtGGNMC": "SqrtGGN", "DiagGGNMC": "DiagGGN", "KFAC": "KFLR"}
-Draws = list[tuple[Tensor, float]]
-"""Uniform noise as the program asks for it, and the probability of what is drawn from it."""
-
-
-def labels(problem: Problem) -> Draws:
-    """For every combination of labels the noise that draws it: at the label almost 1, elsewhere almost 0."""
-    p = torch.softmax(problem.model(problem.x).detach(), 1).movedim(1, -1)
-    found = []
-    for drawn in product(range(p.shape[-1]), repeat=p[..., 0].numel()):
-        label = torch.tensor(drawn).reshape(p.shape[:-1])
-        at = F.one_hot(label, p.shape[-1]).movedim(-1, 1).unsqueeze(0)
-        found.append((torch.where(at > 0, 1 - 1e-15, 1e-300), float(p.gather(-1, label.unsqueeze(-1)).prod())))
-    return found
-
-
-def signs(problem: Problem) -> Draws:
-    """For normal noise all combinations of ±1 in one sample, with equal weights: they have its covariance."""
-    shape = problem.model(problem.x).shape
-    found = []
-    for drawn in product((-1.0, 1.0), repeat=shape[1:].numel()):
-        z = torch.tensor(drawn, dtype=torch.float64).reshape(1, 1, *shape[1:]).expand(1, *shape)
-        found.append(((torch.erf(z / 2**0.5) / 0.9999999 + 1) / 2, 2.0 ** -len(drawn)))
-    return found
-
-
-POSITIONS = Case("positions", lambda: seq(nn.Conv1d(2, 3, 2), nn.Tanh()), (2, 3), classes(3, 2), nn.CrossEntropyLoss, 1)
-WEIGHTS = torch.tensor([0.3, 2.0, 0.9], dtype=torch.float64)
-DRAWN: Mapping[str, tuple[Case, Callable[[Problem], Draws]]] = {
-    "cross_entropy": (mlp(), labels),
-    "cross_entropy_sum": (mlp(lambda: nn.CrossEntropyLoss(reduction="sum"), batch=2), labels),
-    "cross_entropy_everything": (
-        replace(mlp(lambda: nn.CrossEntropyLoss(WEIGHTS, ignore_index=0, label_smoothing=0.1)), y=classes(3, ignore=0)),
-        labels,
-    ),
-    "cross_entropy_positions": (POSITIONS, labels),
-    "mse": (regression(lambda: seq(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))), signs),
-    "bce": (replace(mlp(nn.BCEWithLogitsLoss), y=unit), signs),
-}
-
-
-@pytest.mark.parametrize("name", DRAWN)
-def test_every_draw(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Σ_draws probability · (the sampled quantity) = the exact one; other probabilities give something else."""
-    case, draws = DRAWN[name]
-    problem = case.build()
-    batch = (problem.x, problem.y)
-    program = tn.compile(problem.model, problem.loss, batch, [make(kind, name=kind) for kind in SAMPLED])
-    exact = {kind: run(problem, EXACT[kind]) for kind in SAMPLED}
-    want = {kind: products(v) if kind == "SqrtGGNMC" else tensors(v) for kind, v in exact.items()}
-    every = draws(problem)
-    assert sum(weight for _, weight in every) == pytest.approx(1)
-    total = sum(k**2 for k in range(len(every) + 1))
-    skewed = [(noise, (k + 1) ** 2 / total) for k, (noise, _) in enumerate(every)]
-    for chosen, same in ((every, True), (skewed, False)):
-        mean: dict[str, dict[str, Tensor]] = {kind: {} for kind in SAMPLED}
-        for noise, weight in chosen:
-            monkeypatch.setattr(torch, "rand", lambda shape, noise=noise, **options: noise.expand(*shape).clone())
-            result = program(*batch)
-            for kind in SAMPLED:
-                values = products(result[kind]) if kind == "SqrtGGNMC" else tensors(result[kind])
-                mean[kind] = {key: mean[kind].get(key, 0) + weight * value for key, value in values.items()}
-        for kind in SAMPLED:
-            if same:
-                assert_equal(mean[kind], want[kind], kind)
-        gap = max(error(mean["SqrtGGNMC"][key], value) for key, value in want["SqrtGGNMC"].items())
-        assert same or gap > DIFFERENT
-        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("name", ["cnn", "cross_entropy_positions", "bce_with_logits", "mse_rank4", "loss_softmax"])
