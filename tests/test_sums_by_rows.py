@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import sympy
@@ -10,10 +11,10 @@ import torch
 from torch import nn
 
 import tnbackprop as tn
+from tnbackprop.compiler.by_rows import BY_ROWS, SUM_OF_PRODUCTS, SUM_OF_SHIFTED_SQUARES
 from tnbackprop.compiler.contract import build
 from tnbackprop.compiler.cost import CPU, CUDA, Rates
 from tnbackprop.compiler.lower import LOWERINGS
-from tnbackprop.compiler.pairs import SUM_OF_PRODUCTS
 from tnbackprop.compiler.store import Store
 from tnbackprop.diagram import BATCH, Diagram, Leg, Map, Product, Tensor, argument
 from tnbackprop.reference import evaluate
@@ -68,23 +69,59 @@ def test_chosen_for_long_rows(rates: Rates, width: int, chosen: bool) -> None:
     assert any("sum_of_products(" in step.code for step in store.steps) == chosen
 
 
-def test_in_a_program_with_another_batch_size() -> None:
-    """Second moments of a convolution whose individual gradients are results, too."""
+BATCH_SIZES = (1, 5)
+
+
+def convolutional(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, tn.Program]:
+    """Rows of 18 432 elements, and individual gradients that are results."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(32, 64, 3), nn.Flatten(), nn.Linear(576, 3))
-    batch = lambda size: (torch.randn(size, 32, 5, 5), torch.randint(3, (size,)))  # noqa: E731
-    program = tn.compile(model, nn.CrossEntropyLoss(), batch(8), [tn.BatchGrad(), tn.SecondMoment()])
-    assert "= sum_of_products(" in program.source
-    for size in (1, 5):
+    model = nn.Sequential(nn.Conv2d(32, 64, 3), nn.Flatten(), nn.Linear(576, 3)).to(dtype)
+    quantities = [tn.BatchGrad(), tn.SecondMoment(), tn.Variance(centred=True)]
+    return model, tn.compile(model, nn.CrossEntropyLoss(), batch(8, dtype), quantities)
+
+
+def batch(size: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(size, 32, 5, 5, dtype=dtype), torch.randint(3, (size,))
+
+
+def test_in_a_program_with_another_batch_size() -> None:
+    _, program = convolutional()
+    assert "= sum_of_products(" in program.source and "= sum_of_shifted_squares(" in program.source
+    for size in BATCH_SIZES:
         result = program(*batch(size))
-        want = size * result["batch_grad"]["0.weight"].double().square().sum(0)
-        torch.testing.assert_close(result["second_moment"]["0.weight"].double(), want, rtol=1e-5, atol=1e-9)
+        each = size * result["batch_grad"]["0.weight"]
+        torch.testing.assert_close(result["second_moment"]["0.weight"], each.square().mean(0))
+        torch.testing.assert_close(result["variance"]["0.weight"], each.var(0, unbiased=False), atol=1e-18, rtol=1e-10)
 
 
-def test_the_function_is_captured_whole() -> None:
+def test_a_variance_of_gradients_that_hardly_differ() -> None:
+    """The mean is subtracted before anything is squared, row by row as well: in float32 a difference would be noise."""
+    model, program = convolutional(torch.float32)
+    x, y = batch(1, torch.float32)
+    near = x.expand(8, -1, -1, -1) + 1e-3 * torch.randn(8, *x.shape[1:])
+    got = program(near, y.expand(8))["variance"]["0.weight"]
+    want = tn.compute(model.double(), nn.CrossEntropyLoss(), (near.double(), y.expand(8)), [tn.Variance()])
+    exact = want["variance"]["0.weight"]
+    assert (got - exact).abs().max() < 1e-3 * exact.abs().max()
+
+
+@pytest.mark.parametrize("old, new", [("x[1:]", "x[2:]"), ("row = row + y", "row = row"), ("x[0] + y", "x[0]")])
+def test_a_break_of_the_shift_is_caught(old: str, new: str) -> None:
+    assert SUM_OF_SHIFTED_SQUARES.count(old) == 1
+    space: dict[str, Any] = {"torch": torch}
+    exec(SUM_OF_SHIFTED_SQUARES, space)
+    x, y = torch.randint(-3, 4, (4, 2, 3)).double(), torch.tensor([[1.0], [2.0]]).double()
+    assert torch.equal(space["sum_of_shifted_squares"](x, y), (x + y).square().sum(0))
+    exec(SUM_OF_SHIFTED_SQUARES.replace(old, new), space)
+    assert not torch.equal(space["sum_of_shifted_squares"](x, y), (x + y).square().sum(0))
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_a_function_is_captured_whole(name: str) -> None:
     """torch.compile follows its loop without a graph break."""
-    space: dict[str, object] = {"torch": torch}
-    exec(SUM_OF_PRODUCTS, space)
-    x, y = torch.randint(-3, 4, (2, 4, 9)).double()
-    whole = torch.compile(space["sum_of_products"], fullgraph=True, backend="eager")
-    assert torch.equal(whole(x, y), (x * y).sum(0))
+    space: dict[str, Any] = {"torch": torch}
+    exec(BY_ROWS[name], space)
+    x = torch.randint(-3, 4, (4, 9)).double()
+    other = x if name == "sum_of_products" else x[0]
+    whole = torch.compile(space[name], fullgraph=True, backend="eager")
+    assert torch.equal(whole(x, other), space[name](x, other))

@@ -176,6 +176,7 @@ def _expanded(store: Store, ref: Ref, legs: tuple[Leg, ...]) -> Ref:
     groups = tuple((leg,) if leg in ref.order else () for leg in legs)
     code = f"{arranged(store, ref, groups)}.expand({_sizes(legs)})"
     name = store.add(code, sizes_of(legs), Kernel.VIEW, strided=True)
+    store.expanded[name] = ref
     return Ref(name, legs, legs)
 
 
@@ -198,5 +199,7 @@ def _added(store: Store, terms: list[Ref], legs: tuple[Leg, ...]) -> Ref:
     work = Work(flops=((len(terms) - 1, legs),), moved=((len(terms) + 1, legs),), fresh=((1, legs),))
     into = written_over(store, terms, codes, order, "add_")
     name = store.add(" + ".join(codes), sizes_of(order), Kernel.ELEMENTWISE, work, own=True, into=into)
+    if len(terms) == 2 and terms[0].stored == order and terms[1].name in store.expanded:
+        store.sums[name] = terms[0], store.expanded[terms[1].name]
     return Ref(name, order, legs)
 

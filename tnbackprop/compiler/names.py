@@ -12,7 +12,7 @@ from torch.fx import Node
 
 RESERVED = frozenset(
     {*keyword.kwlist, *keyword.softkwlist, *dir(builtins), *"N n v torch math loss output parameters buffers".split()}
-    | {"x", "y", "aten", "F", "nn", "functional", "window_gram", "sum_of_products"}
+    | {"x", "y", "aten", "F", "nn", "functional", "window_gram", "sum_of_products", "sum_of_shifted_squares"}
 )
 
 

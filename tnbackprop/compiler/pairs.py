@@ -9,7 +9,8 @@ import sympy
 
 from ..diagram import Leg, Size, argument, ordered_union
 from .arrange import Groups, arranged, copies, copy_seconds, copy_work, matrix, matrix_seconds, merged, placed, sizes_of
-from .cost import Kernel, Work, number
+from .by_rows import by_rows, shifted, shifted_by_rows
+from .cost import Kernel, Work
 from .printing import torch_code
 from .store import Ref, Store
 
@@ -17,14 +18,6 @@ Legs = tuple[Leg, ...]
 Into = tuple[tuple[str, str], ...]
 """Values that a step may be written over, with the code that does it (see `Step.into`)."""
 NOWHERE: Into = ()
-
-SUM_OF_PRODUCTS = """\
-def sum_of_products(x, y):
-    # Σ x y over axis 0, one row at a time: the products themselves are never in memory.
-    total = x[0] * y[0]
-    for one, other in zip(x[1:].unbind(0), y[1:].unbind(0), strict=True):
-        total.addcmul_(one, other)
-    return total"""
 
 
 def sum_legs(store: Store, ref: Ref, gone: Legs) -> Ref:
@@ -51,27 +44,21 @@ def sum_of_squares(store: Store, ref: Ref, gone: Legs) -> Ref:
         work = Work(flops=((2, ref.stored),), moved=((1, ref.stored),), fresh=((1, kept),))
     else:
         work = Work(flops=((2, ref.stored),), moved=((3, ref.stored),), fresh=((1, ref.stored),))
-        if by_rows := _by_rows(store, work, (code, code), dims, (ref.stored,), kept):
-            return by_rows.reordered(tuple(leg for leg in ref.order if leg not in gone))
+        if dims == "0" and (found := _squares_by_rows(store, ref, gone, kept, code, work)):
+            return found.reordered(tuple(leg for leg in ref.order if leg not in gone))
         into = ((store.resolve(ref.name), f"{code}.square_().sum({dims})"),)
         code = f"{code}.square().sum({dims})"
     name = store.add(code, sizes_of(kept), Kernel.REDUCE, work, own=True, into=into)
     return Ref(name, kept, tuple(leg for leg in ref.order if leg not in gone))
 
 
-def _by_rows(
-    store: Store, whole: Work, codes: tuple[str, str], dims: str, read: tuple[Legs, ...], kept: Legs
-) -> Ref | None:
-    """Σ of products over the first axis without building them, if that is faster than `whole`: for long rows."""
-    rows = number(((1, read[0]),), store.batch) / max(1.0, number(((1, kept),), store.batch))
-    moved = (*((1, legs) for legs in read), (2, kept))
-    work = Work(flops=whole.flops, moved=moved, fresh=((1, kept),), launches=1 + int(rows))
-    faster = _seconds(store, Kernel.REDUCE, work) < _seconds(store, Kernel.REDUCE, whole)
-    if dims != "0" or not faster:
-        return None
-    store.functions["sum_of_products"] = SUM_OF_PRODUCTS
-    name = store.add(f"sum_of_products({', '.join(codes)})", sizes_of(kept), Kernel.REDUCE, work, own=True)
-    return Ref(name, kept, kept)
+def _squares_by_rows(store: Store, ref: Ref, gone: Legs, kept: Legs, code: str, whole: Work) -> Ref | None:
+    """Σ x² over the first axis of `code`, if that is faster row by row; what is added to all rows, row by row, too."""
+    parts = shifted(store, ref, kept)
+    if parts is not None:
+        codes = _with_dims(store, parts[0], gone)[0], parts[1]
+        return shifted_by_rows(store, whole, codes, ref.stored, kept)
+    return by_rows(store, whole, (code, code), (ref.stored,), kept)
 
 
 def _seconds(store: Store, kernel: Kernel, work: Work) -> float:
@@ -159,8 +146,8 @@ def _dotted(store: Store, a: Ref, b: Ref, summed: Legs) -> Ref:
     dims = dims if "," not in dims else f"({dims})"
     codes = [arranged(store, a, groups), arranged(store, b, groups)]
     work = Work(flops=((2, order),), moved=((4, order),), fresh=((1, order),))
-    if by_rows := _by_rows(store, work, (codes[0], codes[1]), dims, (order, order), kept):
-        return by_rows
+    if dims == "0" and (found := by_rows(store, work, (codes[0], codes[1]), (order, order), kept)):
+        return found
     into = written_over(store, (a, b), codes, order, "mul_", f".sum({dims})")
     code = f"({' * '.join(codes)}).sum({dims})"
     name = store.add(code, sizes_of(kept), Kernel.REDUCE, work, own=True, into=into)

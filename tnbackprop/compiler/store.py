@@ -74,6 +74,8 @@ class Store:
     strided: set[str] = field(default_factory=set)  # values whose memory is not row-major: merging legs copies
     views: dict[str, Ref] = field(default_factory=dict)  # permuted views: the value that they are views of
     near: dict[str, dict[int, int]] = field(default_factory=dict)  # strided values: axis -> stride, of short strides
+    expanded: dict[str, Ref] = field(default_factory=dict)  # constant along some legs: the value without them
+    sums: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)  # a summand in the same order, one with fewer legs
     by_code: dict[str, str] = field(default_factory=dict)
     alias: dict[str, str] = field(default_factory=dict)
     built: dict[Key, Ref] = field(default_factory=dict)
@@ -95,6 +97,8 @@ class Store:
             strided=set(self.strided),
             views=dict(self.views),
             near=dict(self.near),
+            expanded=dict(self.expanded),
+            sums=dict(self.sums),
             by_code=dict(self.by_code),
             alias=dict(self.alias),
             built=dict(self.built),
@@ -106,7 +110,7 @@ class Store:
     def adopt(self, other: Store) -> None:
         """Take over what a fork has built."""
         known = ("by_code", "alias", "built", "functions", "floating", "whole")
-        for name in ("steps", "shapes", "strided", "views", "near", *known):
+        for name in ("steps", "shapes", "strided", "views", "near", "expanded", "sums", *known):
             setattr(self, name, getattr(other, name))
 
     def add(

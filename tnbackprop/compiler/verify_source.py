@@ -7,7 +7,7 @@ import builtins
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
-from .pairs import SUM_OF_PRODUCTS
+from .by_rows import BY_ROWS
 from .shifts import WINDOW_GRAM
 
 Flaws = Iterator[tuple[str, str]]
@@ -24,7 +24,7 @@ LOSS = "loss_"
 SLICE, COLUMN, NOISE = "slice_", "column_", "noise_"
 """How names begin: functions of a slice of the batch, columns of a root, random inputs."""
 
-FIXED = frozenset({WINDOW_GRAM, SUM_OF_PRODUCTS})
+FIXED = frozenset({WINDOW_GRAM, *BY_ROWS.values()})
 """Functions of constant text, with loops over sizes: their own tests check them, here only what calls them is read."""
 
 
