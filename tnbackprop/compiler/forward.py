@@ -14,6 +14,14 @@ from ..diagram import Selection, Tensor, Window
 from .cost import Kernel, Work
 from .graph import Call, Value
 
+aten = torch.ops.aten
+FRESH = frozenset(
+    {getattr(aten, f"conv{rank}d").default for rank in (1, 2, 3)}
+    | {getattr(aten, f"conv{rank}d").padding for rank in (1, 2, 3)}
+    | {aten.linear.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.matmul.default}
+    | {aten.batch_norm.default, aten.layer_norm.default, aten.group_norm.default}
+    | {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.relu.default}
+)
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
@@ -29,6 +37,38 @@ def call_code(call: Call, resolve: Callable[[str], str]) -> str:
         keyword = argument.kwarg_only or (shown and "=" in shown[-1]) or len(shown) < arguments.index(argument)
         shown.append(f"{argument.name}={literal(value, resolve)}" if keyword else literal(value, resolve))
     return f"torch.ops.{call.target!s}({', '.join(shown)})"
+
+
+def is_fresh(call: Call) -> bool:
+    """Whether the operator's result lies in memory of its own, whatever it is given."""
+    return call.target in FRESH
+
+
+def written_over(call: Call, resolve: Callable[[str], str]) -> tuple[tuple[str, str], ...]:
+    """The operand that an elementwise operator can write its result over, and the code that does so."""
+    target = call.target
+    if not isinstance(target, torch._ops.OpOverload) or list(call.tensors) != ["input"]:
+        return ()
+    value = call.tensors["input"]
+    views = any(returned.alias_info is not None for returned in target._schema.returns)
+    name, overload = target._schema.name.removeprefix("aten::"), target._overloadname
+    there = overload in getattr(getattr(aten, f"{name}_", None), "overloads", list)()
+    if views or not there or (value.shape, value.dtype) != (call.output.shape, call.output.dtype):
+        return ()
+    plain = f"torch.ops.{target!s}("
+    return ((resolve(value.name), call_code(call, resolve).replace(plain, f"torch.ops.aten.{name}_.{overload}(", 1)),)
+
+
+def vjp_written_over(code: str, cotangent: str) -> tuple[tuple[str, str], ...]:
+    """A native VJP of an elementwise operator over the cotangent that it reads."""
+    match = _BACKWARD.fullmatch(code)
+    if match is None or match[1] not in ELEMENTWISE or not match[2].startswith(f"{cotangent}, "):
+        return ()
+    return ((cotangent, f"torch.ops.aten.{match[1]}_backward.grad_input({match[2]}, grad_input={cotangent})"),)
+
+
+_BACKWARD = re.compile(r"torch\.ops\.aten\.(\w+)_backward\((.*)\)")
+ELEMENTWISE = frozenset("threshold sigmoid tanh silu elu leaky_relu hardtanh softplus hardsigmoid".split())
 
 
 def _same(value: Any, default: Any) -> bool:

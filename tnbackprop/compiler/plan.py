@@ -17,7 +17,8 @@ from .choose import Choice, build_all, choose
 from .contract import Lowering, build
 from .cost import Kernel, Rates, Terms, Work
 from .derived import Backward, Derived, Extraction, Individual, Native, Schedule
-from .forward import call_code, fill, forward_work
+from .forward import call_code, fill, forward_work, is_fresh, vjp_written_over
+from .forward import written_over as written_over_by
 from .graph import Call, Graph, op_text
 from .listing import alive
 from .loops import Loop, Results, over_columns
@@ -209,7 +210,10 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule], lowerin
         name, (kernel, work) = call.output.name, forward_work(rule)
         store.works[name] = kernel, work
         random = torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ())
-        store.add(code, call.output.shape, kernel, work, name=name, alone=random)
+        plain = not (call.by_rule or (rule is not None and rule.forward) or random)
+        into = written_over_by(call, store.resolve) if plain else ()
+        own = is_fresh(call) and plain
+        store.add(code, call.output.shape, kernel, work, name=name, alone=random, own=own, into=into)
 
 
 def _from_formula(store: Store, call: Call, rule: BoundRule | None, lowerings: tuple[Lowering, ...]) -> str:
@@ -281,7 +285,7 @@ def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tu
     moved = (*scaled.moved, (1, legs)) if scaled.moved else ((3, legs),)
     work = Work(scaled.flops or ((2, legs),), moved, ((1, legs),))
     own = term.code.startswith("torch.ops.aten.") and "_backward(" in term.code  # others may return what they are given
-    name = store.add(code, sizes_of(legs), kernel, work, own=own)
+    name = store.add(code, sizes_of(legs), kernel, work, own=own, into=vjp_written_over(code, shown))
     return Ref(name, legs, legs)
 
 

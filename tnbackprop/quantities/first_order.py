@@ -90,9 +90,9 @@ class SecondMoment(Quantity):
 class Variance(Quantity):
     """Variance of the individual gradients, shape [*p]: (1/N) Σ_n [∇ℓ_n - mean]², elementwise.
 
-    Equal to (1/N) Σ_n [∇ℓ_n]² - [∇L]² for a loss that averages, and computed so where that is faster;
-    where individual gradients are built for it, the mean is subtracted first. The difference cancels in float32 when the gradients
-    hardly differ: ``centred=True`` always subtracts first.
+    Equal to (1/N) Σ_n [∇ℓ_n]² - [∇L]² for a loss that averages, and computed so where that is faster; where
+    individual gradients are built for it, the mean is subtracted first. The difference cancels in float32 when the
+    gradients hardly differ: ``centred=True`` always subtracts first.
     `Scale.BACKPACK`: the variance of the (1/N) ∇ℓ_n for a loss that averages, that is 1/N² of it; no other for a sum.
     """
 
