@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -21,6 +22,7 @@ print(tn.generate(layer, "grad,variance,kflr,diag_ggn", {target!r}, example=torc
 """
 
 
+@pytest.mark.slow
 def test_the_same_every_time() -> None:
     """Byte for byte, whatever the values of the parameters and the order of hashes."""
     sources = set()
