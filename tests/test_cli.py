@@ -56,6 +56,7 @@ def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "demo" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_missing_extra_is_named() -> None:
     """Without scikit-learn the command says what to install; core needs no extra."""
     code = (

@@ -129,6 +129,7 @@ def test_any_graph(name: str) -> None:
     assert all(torch.isfinite(value).all() and float(value.abs().max()) > 0 for value in total.values())
 
 
+@pytest.mark.slow
 def test_with_other_quantities() -> None:
     problem = chain(nn.Sigmoid).build()
     quantities = [tn.HesScale(), tn.BL89(), tn.Grad(), tn.DiagGGN(), tn.HessianDiag(), tn.KFLR()]

@@ -76,6 +76,7 @@ def test_frozen_parameters_stay() -> None:
     assert moved == {"0.bias", "2.weight", "2.bias"}
 
 
+@pytest.mark.slow
 def test_every_method_lowers_the_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Three epochs and one seed: the train loss falls by a third, and the test accuracy is far from 10 %."""
     path = tmp_path / "plot.png"
