@@ -88,3 +88,37 @@ def test_several_dtypes_write_nothing_over() -> None:
     model, x, y = Twice(torch.float64), torch.randn(5, 2, 4, 4), torch.randint(3, (5,))
     program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), quantities=[tn.Variance()])
     assert "square_()" not in program.source and "mul_(" not in program.source
+
+
+FORWARDS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
+    "nobody reads it": (lambda x, h: h.relu(), True),
+    "added again": (lambda x, h: h.relu() + h, False),
+    "an output of the layer before": (lambda x, h: h.relu() * 2 + x, True),
+    "its derivative reads it": (lambda x, h: torch.nn.functional.silu(h), False),
+    "the input": (lambda x, h: x.relu() + h, False),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_a_forward_over_the_layer_before(name: str) -> None:
+    """An activation takes the memory of what it reads, where neither the model nor a derivative reads that again."""
+    function, over = FORWARDS[name]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x, self.inner(x))
+
+    torch.manual_seed(0)
+    model, x, y = Model().double(), torch.randn(4, 3).double(), torch.randn(4, 3).double()
+    before = x.clone()
+    program = tn.compile(model, nn.MSELoss(), (x, y), [tn.Grad()])
+    assert ("_.default(" in program.source) == over, program.source
+    result = program(x, y)
+    assert torch.equal(x, before) and torch.equal(result.output, model(x))
+    want = torch.autograd.grad(nn.functional.mse_loss(model(x), y), list(model.parameters()))
+    for got, gradient in zip(result["grad"].values(), want, strict=True):
+        torch.testing.assert_close(got, gradient)

@@ -44,7 +44,7 @@ def is_fresh(call: Call) -> bool:
     return call.target in FRESH
 
 
-def written_over(call: Call, resolve: Callable[[str], str]) -> tuple[tuple[str, str], ...]:
+def call_written_over(call: Call, resolve: Callable[[str], str]) -> tuple[tuple[str, str], ...]:
     """The operand that an elementwise operator can write its result over, and the code that does so."""
     target = call.target
     if not isinstance(target, torch._ops.OpOverload) or list(call.tensors) != ["input"]:

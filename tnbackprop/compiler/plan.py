@@ -17,8 +17,7 @@ from .choose import Choice, build_all, choose
 from .contract import Lowering, build
 from .cost import Kernel, Rates, Terms, Work
 from .derived import Backward, Derived, Extraction, Individual, Native, Schedule
-from .forward import call_code, fill, forward_work, is_fresh, vjp_written_over
-from .forward import written_over as written_over_by
+from .forward import call_code, call_written_over, fill, forward_work, is_fresh, vjp_written_over
 from .graph import Call, Graph, op_text
 from .listing import alive
 from .loops import Loop, Results, over_columns
@@ -211,7 +210,7 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule], lowerin
         store.works[name] = kernel, work
         random = torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ())
         plain = not (call.by_rule or (rule is not None and rule.forward) or random)
-        into = written_over_by(call, store.resolve) if plain else ()
+        into = call_written_over(call, store.resolve) if plain else ()
         own = is_fresh(call) and plain
         store.add(code, call.output.shape, kernel, work, name=name, alone=random, own=own, into=into)
 
