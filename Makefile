@@ -8,13 +8,14 @@ PEERS  := backpack-for-pytorch opacus curvlinops-for-pytorch einconv linear_oper
 
 WORKERS := 2
 
-.PHONY: help venv demo test test-slow check docs bench bench-curvature plan-choice clean
+.PHONY: help venv demo test test-slow test-cuda check docs bench bench-curvature plan-choice clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    install, then show the main job on handwritten digits"
 	@echo "make test    install, then run the tests"
 	@echo "make test-slow  the tests that take long: pictures, command lines, generated files inside BackPACK, torch.compile"
+	@echo "make test-cuda  the tests that need a CUDA device"
 	@echo "make check   ruff, mypy and the guide"
 	@echo "make docs    build the guide into site/"
 	@echo "make bench   install the peers, then time the first-order quantities (BENCH='--device cuda' for options)"
@@ -47,6 +48,9 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test $(VENV)/.installed-peers
 	$(MAKE) test PYTEST='-m slow'
+
+test-cuda: $(VENV)/.installed-test
+	$(MAKE) test PYTEST='-m cuda'
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

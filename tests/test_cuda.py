@@ -1,6 +1,7 @@
 """On a GPU, in float64: every layer and quantity gives the CPU's numbers; loops, slices, draws, graphs and compilation.
 
-Without a CUDA device all of this is one skipped test.
+`make test-cuda` runs them; without a CUDA device they fail. What a GPU's rates make of a plan is tested everywhere, in
+test_gpu_plans.py.
 """
 
 from __future__ import annotations
@@ -21,9 +22,7 @@ from tnbackprop.compiler import cost
 from .cases import EVERY, Case, Problem, classes, seq
 from .second_order import ALL, assert_equal, compiled, everything_of, make, tensors
 
-if not torch.cuda.is_available():
-    pytest.skip("no CUDA device", allow_module_level=True)
-
+pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda")
 BOUND = 1e-8  # float64; sums run in another order
 IMPRECISE = {"hardsigmoid": 1e-6, "hardswish": 1e-6}  # torch's derivative keeps 1/6 in float32

@@ -1,0 +1,31 @@
+"""The plans that a GPU's rates choose, run on the CPU: other steps, the same numbers (on a GPU: test_cuda.py)."""
+
+from __future__ import annotations
+
+import pytest
+
+from tnbackprop.compiler import cost
+
+from .cases import CASES, Case
+from .second_order import ALL, TOLERANCE, assert_equal, compiled, everything_of
+
+CHOSEN = ("linear_rank3", "conv2d_groups", "max_pool2d", "cnn", "attention", "layer_norm")
+KINDS = {key: (key, {}) for key in ("Grad", "BatchGrad", "BatchL2", "BatchDot", "SecondMoment", "Variance")} | {
+    key: ALL[key] for key in ("diag", "sqrt", "trace", "hessian", "kflr", "jacobians")
+}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in CHOSEN], ids=str)
+def test_the_same_numbers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = case.build()
+    usual = compiled(problem, KINDS)
+    monkeypatch.setitem(cost.RATES, "cpu", cost.CUDA)
+    program = compiled(problem, KINDS)
+    assert program.compiled.plan.rates is cost.CUDA
+    want, got = everything_of(usual, problem), everything_of(program, problem)
+    for key, values in want.items():
+        assert_equal(got[key], values, f"{key} of {case}", TOLERANCE)
+
+
+def test_all_names_are_there() -> None:
+    assert {case.name for case in CASES} >= set(CHOSEN)
