@@ -59,3 +59,12 @@ def test_a_graph_needs_a_cuda_device() -> None:
     program = tn.compile(model, nn.MSELoss(), (x, y), [tn.BatchL2()])
     with pytest.raises(tn.InputError, match=r"needs a CUDA device, and the model is on the cpu: call the program"):
         program.graphed(x, y)
+
+
+def test_a_seed() -> None:
+    """The same numbers for the same seed or generator, as of the program; others for another."""
+    model, loss, batch = nn.Linear(3, 4), nn.CrossEntropyLoss(), (torch.randn(6, 3), torch.randint(4, (6,)))
+    draw = lambda **how: tn.compute(model, loss, batch, [tn.SqrtGGNMC()], **how)["sqrt_ggn_mc"]["weight"]  # noqa: E731
+    want = tn.compile(model, loss, batch, [tn.SqrtGGNMC()])(*batch, seed=3)["sqrt_ggn_mc"]["weight"]
+    assert torch.equal(draw(seed=3), want) and not torch.equal(draw(seed=4), want)
+    assert torch.equal(draw(generator=torch.Generator().manual_seed(3)), want)
