@@ -285,3 +285,15 @@ def test_one_tensor_twice() -> None:
     assert graph.calls[0].input.name == "x" and graph.calls[-1].arguments["target"].name == "y"
     graph = captured(Function(lambda m, a, b: m.a(a) - b, a=nn.Linear(3, 3)), (x, x))
     assert graph.calls[0].input.name == "x_0" and graph.calls[1].other.name == "x_1"
+
+
+def test_a_kernel_for_large_batches() -> None:
+    """What branches on a batch far above the example's, as cuDNN's batch norm does at 65535, holds for the others."""
+    model = Function(lambda self, x: torch.relu(x) if x.shape[0] <= 65535 else x.clamp(min=0))
+    graph = captured(model, torch.randn(4, 2), torch.randn(4, 2))
+    assert graph.values[graph.inputs[0]].shape == (N, 2)
+
+
+def test_a_large_example() -> None:
+    graph = captured(Function(lambda self, x: x[:, :1].relu()), torch.randn(70000, 2), torch.randn(70000, 1))
+    assert graph.values[graph.inputs[0]].shape == (N, 2)

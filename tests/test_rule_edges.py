@@ -244,3 +244,14 @@ def test_every_target_is_an_operator_of_aten() -> None:
 def test_error_of_a_row_is_ours() -> None:
     with pytest.raises(TnError):
         RULES[aten.alpha_dropout.default](single(aten.alpha_dropout.default, p=1.0, train=True))
+
+
+@pytest.mark.parametrize("there", ["cpu", "cuda"])
+def test_an_index_is_read_where_the_values_are(there: str) -> None:
+    """torch takes an index on the CPU for values on a GPU; where it is looked up or scattered it may not differ."""
+    x = Value("x", ((N,), (4,)), torch.float64, device="cuda")
+    at = Value("at", ((2,),), torch.int64, device=there)
+    out = Value("out", ((N,), (2,)), torch.float64, device="cuda")
+    rule = RULES[aten.index.Tensor](Call(aten.index.Tensor, {"input": x, "indices": (None, at)}, out))
+    (saved,) = rule.saved.values()
+    assert (".to({input}.device)" in saved) == (there == "cpu")

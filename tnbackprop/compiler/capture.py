@@ -30,8 +30,10 @@ from .translate import translate
 Loss = Callable[..., Any]
 
 EXPORT_SIZES = (3, 5, 7, 11, 13, 17, 19, 23)
-MOST = 65535  # samples, up to which cuDNN is asked for a batch norm
 """Batch sizes to export with where the example's own cannot stand for every size."""
+
+MOST = 65535
+"""Samples up to which torch takes cuDNN for a batch norm; what it does for more is not asked."""
 
 
 class Wrapped(nn.Module):
