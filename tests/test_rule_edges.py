@@ -255,3 +255,19 @@ def test_an_index_is_read_where_the_values_are(there: str) -> None:
     rule = RULES[aten.index.Tensor](Call(aten.index.Tensor, {"input": x, "indices": (None, at)}, out))
     (saved,) = rule.saved.values()
     assert (".to({input}.device)" in saved) == (there == "cpu")
+
+
+@pytest.mark.parametrize("columns", [(), (3,)])
+def test_a_maximum_takes_several_cotangents(columns: tuple[int, ...]) -> None:
+    """One, or columns in front of the samples: each is pulled back as torch does, where windows overlap as well."""
+    x = torch.randint(3, (4, 5, 7, 9)).double()
+    options = {"kernel_size": (3, 3), "stride": (2, 2), "padding": (1, 1), "dilation": (1, 1), "ceil_mode": False}
+    y, index = aten.max_pool2d_with_indices(x, [3, 3], [2, 2], [1, 1])
+    values = Value("x", ((N,), (5,), (7,), (9,)), torch.float64)
+    output = Value("y", ((N,), (5,), (4,), (5,)), torch.float64)
+    rule = RULES[aten.max_pool2d.default](Call(aten.max_pool2d.default, {"input": values} | options, output))
+    g = torch.randint(-3, 4, (*columns, *y.shape)).double()
+    got = code(rule.vjp["input"], {"index": index, "cotangents": g})
+    back = [aten.max_pool2d_with_indices_backward(each, x, [3, 3], [2, 2], [1, 1], [1, 1], False, index)
+            for each in g.reshape(-1, *y.shape)]  # fmt: skip
+    assert torch.equal(got.reshape(-1, *x.shape), torch.stack(back))

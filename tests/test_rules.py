@@ -138,7 +138,7 @@ def check(step: Step) -> None:
             torch.testing.assert_close(found, expected)
         if operand.name in rule.vjp:
             cotangent = torch.randn_like(step.output)
-            native = code(rule.vjp[operand.name], env | {"cotangent": cotangent})
+            native = code(rule.vjp[operand.name], env | {"cotangent": cotangent, "cotangents": cotangent})
             torch.testing.assert_close(native.reshape(-1), cotangent.reshape(-1) @ expected)
 
 

@@ -56,7 +56,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class BoundRule:
-    """A rule for one call. Code placeholders are {runtime value name}, and {cotangent} in a vjp.
+    """A rule for one call. Code placeholders are {runtime value name}, and {cotangent} or {cotangents} in a vjp.
 
     legs  runtime value name of an operand -> its legs where the rule reads it first (row-major; the image leg
           where it is index arithmetic)
@@ -317,7 +317,7 @@ class _Binder:
         """Native VJPs by runtime value; none for a value that is two operands."""
         found: dict[str, str] = {}
         for name, code in self.rule.vjp.items():
-            bound = self._code(code, "cotangent")
+            bound = self._code(code, "cotangent", "cotangents")
             if name not in self.absent and list(self.names.values()).count(self.names[name]) == 1:
                 found[self.names[name]] = bound
         return MappingProxyType(found)

@@ -46,6 +46,8 @@ class Rule:
                that only other code reads (a tuple of outputs).
     forward    torch code for the output, where the call itself will not do (a saved mask, say).
     vjp        operand name -> torch code of a native VJP; may use ``{cotangent}``, ``{output}``, operands, saved.
+               For several columns at once it runs under vmap; one that reads ``{cotangents}`` in place of
+               ``{cotangent}`` takes them itself, on an axis in front.
                A lowering: checked against the formula, never the definition.
     root       for a loss: the square root of its Hessian; elementwise losses need none, it follows from the formula.
     draw       for an elementwise loss without a root: torch code for a draw of its residual in the model's own

@@ -268,7 +268,7 @@ def _backward(
 
 
 def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tuple[Leg, ...]) -> Ref:
-    """Native code; over the columns that ride together by vmap."""
+    """Native code; over the columns that ride together by vmap, unless it takes them itself."""
     assert shape is not None
     cotangent = store.resolve(term.cotangent)
     out = store.shapes[store.resolve(term.of)]
@@ -276,14 +276,20 @@ def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tu
         out = (N, *out)  # a value of parameters: one cotangent per sample
     out = (*sizes_of(lead), *out)
     shown = cotangent if store.shapes[cotangent] == out else f"{cotangent}.reshape({text(out)})"
-    code = fill(term.code.replace("{cotangent}", "each" if lead else shown), store.resolve)
-    code = f"torch.func.vmap(lambda each: {code})({shown})" if lead else code
+    together = "{cotangents}" in term.code
+    if together and shown != cotangent:
+        shown = store.add(shown, out, Kernel.VIEW)
+    mapped = bool(lead) and not together
+    filled = term.code.replace("{cotangents}", shown).replace("{cotangent}", "each" if mapped else shown)
+    code = fill(filled, store.resolve)
+    code = f"torch.func.vmap(lambda each: {code})({shown})" if mapped else code
     legs = (*lead, *(Leg(f"a{k}", size) for k, size in enumerate(shape)))
     kernel, forward = store.works.get(term.of, (Kernel.NATIVE, NO_WORK))
     scaled = replace(forward, flops=_times(forward.flops, lead), moved=_times(forward.moved, lead))
     moved = (*scaled.moved, (1, legs)) if scaled.moved else ((3, legs),)
     work = Work(scaled.flops or ((2, legs),), moved, ((1, legs),))
     own = term.code.startswith("torch.ops.aten.") and "_backward(" in term.code  # others may return what they are given
+    own = own or term.code.startswith("{cotangents}.new_zeros(")
     name = store.add(code, sizes_of(legs), kernel, work, own=own, into=vjp_written_over(code, shown))
     return Ref(name, legs, legs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
+from math import prod
 from typing import Any
 
 import torch
@@ -13,13 +13,17 @@ from .text import IMAGE, KERNEL, SPACE, axis, for_rank, join, leg_names, per_axi
 
 TABLE = Table()
 aten = torch.ops.aten
-EMPTY: Mapping[str, str] = MappingProxyType({})
 
 
-def _max_rule(count: int, pooled: str, vjp: str, saved: Mapping[str, str] = EMPTY) -> Rule:
+def _max_rule(call: Any, count: int, pooled: str, saved: Mapping[str, str]) -> Rule:
     """output[*s, h] = input[*s, y] at the y that the saved index chooses (the first maximum, or a NaN)."""
     space, image = join(SPACE[count]), join(IMAGE[count])
     row_major = ".contiguous()" if saved else ""
+    plane, head = list(call.input.shape[-count:]), f"*{{cotangents}}.shape[:-{count}]"
+    vjp = (
+        f"{{cotangents}}.new_zeros(({head}, {prod(plane)})).scatter_add_(-1, {{index}}.flatten(-{count})"
+        f".expand({head}, -1), {{cotangents}}.flatten(-{count})).unflatten(-1, {plane})"
+    )
     return Rule(
         f"output[*s, {space}] = select(index[*s, {space}], {image}) * input[*s, {image}]",
         saved={**saved, "pooled": pooled, f"index[*s, {space}]": f"{{pooled}}[1]{row_major}"},
@@ -35,15 +39,7 @@ def max_pool(call: Any, count: int) -> Rule:
     geometry = f"{join([str(v) for v in numbers])}, {call.ceil_mode}"
     saved, source = _channels_last(call, count)
     pooled = f"torch.ops.aten.max_pool{count}d_with_indices({source}, {geometry})"
-    if count > 1:
-        vjp = f"torch.ops.aten.max_pool{count}d_with_indices_backward({{cotangent}}, {{input}}, {geometry}, {{index}})"
-    else:  # there is no 1d kernel: a plane of height 1
-        flat = [[1, *numbers[0]], [1, *numbers[1]], [0, *numbers[2]], [1, *numbers[3]]]
-        vjp = (
-            "torch.ops.aten.max_pool2d_with_indices_backward({cotangent}.unsqueeze(-2), {input}.unsqueeze(-2), "
-            f"{join([str(v) for v in flat])}, {call.ceil_mode}, {{index}}.unsqueeze(-2)).squeeze(-2)"
-        )
-    return _max_rule(count, pooled, vjp, saved)
+    return _max_rule(call, count, pooled, saved)
 
 
 def _channels_last(call: Any, count: int) -> tuple[dict[str, str], str]:
@@ -59,13 +55,7 @@ def adaptive_max_pool(call: Any, count: int) -> Rule:
     size = list(per_axis(call.output_size, count))
     saved, source = _channels_last(call, count) if count == 2 else ({}, "{input}")
     pooled = f"torch.ops.aten.adaptive_max_pool{count}d({source}, {size})"
-    vjp = f"torch.ops.aten.adaptive_max_pool{count}d_backward({{cotangent}}, {{input}}, {{index}})"
-    if count == 1:
-        vjp = (
-            "torch.ops.aten.adaptive_max_pool2d_backward("
-            "{cotangent}.unsqueeze(-2), {input}.unsqueeze(-2), {index}.unsqueeze(-2)).squeeze(-2)"
-        )
-    return _max_rule(count, pooled, vjp, saved)
+    return _max_rule(call, count, pooled, saved)
 
 
 def avg_pool(call: Any, count: int) -> Rule:

@@ -303,6 +303,11 @@ def _smooth(subject: Subject, value: Value, want: Tensor) -> Tensor:
     return smooth
 
 
+def _both(g: Tensor) -> dict[str, Tensor]:
+    """The cotangent under the names that native code may read it by."""
+    return {"cotangent": g, "cotangents": g}
+
+
 def _native(subject: Subject, env: Env, name: str, value: Value) -> Row:
     """Jᵀ g by the rule's own code, for a random g; then for g of one sample alone, which must stay there."""
     what, at = ("native VJP", f"'{name}'"), env[value.name]
@@ -311,8 +316,8 @@ def _native(subject: Subject, env: Env, name: str, value: Value) -> Row:
     want = oracle.vjp(_function(subject, value.name), at.contiguous(), g)
     code = subject.rule.vjp[value.name]
     try:
-        got = run_code(code, {**env, "cotangent": g})
-        alone = run_code(code, {**env, "cotangent": _first_only(g)})
+        got = run_code(code, {**env, **_both(g)})
+        alone = run_code(code, {**env, **_both(_first_only(g))})
     except CODE_ERRORS as error:
         return _row(subject, *what, want, _raised("the code", error))
     if got.numel() != want.numel():
