@@ -72,17 +72,18 @@ def test_linear_tails_run_once() -> None:
         Step("t1", "torch.mm(t0, b)", ("t0", "b"), Kernel.MM, work),
         Step("t2", "torch.mm(t0, weight_0)", ("t0", "weight_0"), Kernel.MM, work),
     ]
-    store = Store(CPU, 4, 4, shapes=dict.fromkeys(("t0", "t1", "t2", "b", "g"), (40, 40)))
-    inside = {"column_0", "weight_0", "t0", "t1", "t2"}
+    store = Store(CPU, 4, 4, steps, dict.fromkeys(("t0", "t1", "t2", "b", "g"), (40, 40)))
+    store.in_rounds(3, ["column_0", "weight_0"])
+    assert store.varying == {"column_0", "weight_0", "t0", "t1", "t2"}
     summed = [("t1", "total_0_0"), ("t2", "total_0_1")]
-    pairs, after = behind(store, steps, inside, summed, {"total_0_0": "g"}, 3)
+    pairs, after = behind(store, steps, summed, {"total_0_0": "g"})
     assert pairs == [("t2", "total_0_1"), ("t0", "total_0_0_of")]
     assert [(step.name, step.code) for step in after] == [
         ("total_0_0_of_t1", "torch.mm(total_0_0_of, b)"),
         ("total_0_0", "g + total_0_0_of_t1"),
     ]
     store.shapes["t0"] = (40, 4_000_000)  # adding that up costs more than the matmuls
-    assert behind(store, steps, inside, summed, {}, 3) == (summed, [])
+    assert behind(store, steps, summed, {}) == (summed, [])
 
 
 def test_what_no_column_changes_is_added_once() -> None:

@@ -56,7 +56,8 @@ def seconds(steps: tuple[Step, ...], rates: Rates, batch: int, itemsize: int) ->
 
 def part_names(diagrams: Mapping[str, Diagram], choice: Choice) -> dict[Diagram, str]:
     """A name for every part: G for the individual gradients, D for what is made of other parts."""
-    found = dict.fromkeys(part.diagram for diagram in diagrams.values() for part in all_parts(diagram))
+    before = (diagram for quantity, diagram in choice.item.condensed.items() if quantity in diagrams)
+    found = dict.fromkeys(part.diagram for diagram in (*diagrams.values(), *before) for part in all_parts(diagram))
     names: dict[Diagram, str] = {}
     for part in found:
         base = "D" if all_parts(part) else "G"

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 
 from ..algebra import all_parts, inline, parts
-from ..diagram import Diagram
+from ..diagram import COLUMN, Diagram
 from .contract import Lowering, build
 from .cost import number
 from .derived import Extraction
 from .rows import in_rows
 from .slices import build_sliced
 from .store import Ref, Step, Store
+from .tails import saved
 
 MOST_PARTS = 4
 """Up to here every subset of parts is tried; beyond it, parts are decided one after the other."""
@@ -45,13 +46,27 @@ class Choice:
 
 def choose(store: Store, item: Extraction, dotted: str, lowerings: tuple[Lowering, ...], chunk: int | None) -> Choice:
     """The fastest option; when the batch is sliced to save memory, the fastest of those with small allocations."""
-    found = tuple(dict.fromkeys(part for diagram in item.diagrams.values() for part in parts(diagram)))
-    options = _options(store, item, found, lowerings, chunk)
+    found, before = (_parts_of(diagrams) for diagrams in (item.diagrams, item.condensed))
+    allowed = (*_subsets(item.diagrams, found), *(s for s in _subsets(item.condensed, before) if s))
+    options = _options(store, item, allowed, lowerings, chunk)
     candidates = options
     if chunk is not None:
         largest = {option: _largest(option, store.batch) for option in options}
         candidates = tuple(option for option in options if largest[option] <= 2 * min(largest.values()))
-    return Choice(dotted, found, options, min(candidates, key=lambda option: option.seconds), item)
+    return Choice(dotted, (*found, *before), options, min(candidates, key=lambda option: option.seconds), item)
+
+
+def _parts_of(diagrams: Mapping[str, Diagram]) -> tuple[Diagram, ...]:
+    return tuple(dict.fromkeys(part for diagram in diagrams.values() for part in parts(diagram)))
+
+
+def _subsets(diagrams: Mapping[str, Diagram], found: tuple[Diagram, ...]) -> list[frozenset[Diagram]]:
+    """The sets of parts that may be built together."""
+    subsets = [frozenset(s) for size in range(len(found) + 1) for s in combinations(found, size)]
+    if len(found) > MOST_PARTS:
+        subsets = [frozenset(found[:k]) for k in range(len(found) + 1)]
+    followers = [p for d in diagrams.values() for p in all_parts(d) if p.follows]
+    return [s for s in subsets if all(p.diagram in s or not s & set(parts(p.diagram)) for p in followers)]
 
 
 def _largest(option: Option, batch: int) -> float:
@@ -60,14 +75,13 @@ def _largest(option: Option, batch: int) -> float:
 
 
 def _options(
-    store: Store, item: Extraction, found: tuple[Diagram, ...], lowerings: tuple[Lowering, ...], chunk: int | None
+    store: Store,
+    item: Extraction,
+    allowed: tuple[frozenset[Diagram], ...],
+    lowerings: tuple[Lowering, ...],
+    chunk: int | None,
 ) -> tuple[Option, ...]:
-    """Every subset of parts that may be built, tried on a fork."""
-    subsets = [frozenset(s) for size in range(len(found) + 1) for s in combinations(found, size)]
-    if len(found) > MOST_PARTS:
-        subsets = [frozenset(found[:k]) for k in range(len(found) + 1)]
-    followers = [p for d in item.diagrams.values() for p in all_parts(d) if p.follows]
-    allowed = [s for s in subsets if all(p.diagram in s or not s & set(parts(p.diagram)) for p in followers)]
+    """Every set of parts that may be built, tried on a fork."""
     options = []
     for subset in allowed:
         for free in (True, False) if subset else (True,):
@@ -75,7 +89,8 @@ def _options(
             built = build_all(trial, item, subset, lowerings, chunk, free)
             results = {quantity: trial.resolve(ref.name) for quantity, (ref, _) in built.items()}
             forms = {quantity: form for quantity, (_, form) in built.items()}
-            options.append(Option(subset, trial.seconds(start), tuple(trial.steps[start:]), results, forms, free))
+            seconds = trial.seconds(start) - saved(trial, start, _summed(trial, *(ref for ref, _ in built.values())))
+            options.append(Option(subset, seconds, tuple(trial.steps[start:]), results, forms, free))
     return tuple(options)
 
 
@@ -95,17 +110,33 @@ def build_all(
         return build(trial, diagram, lowerings) if chunk is None else build_sliced(trial, diagram, lowerings, chunk)
 
     if chunk is None:
-        found_here = dict.fromkeys(part for diagram in item.diagrams.values() for part in parts(diagram))
+        found_here = dict.fromkeys((*_parts_of(item.diagrams), *_parts_of(item.condensed)))
         for part in sorted((p for p in found_here if p in kept), key=lambda part: len(parts(part))):
             store.note = f"individual gradients of {dotted}"
             build(store, inline(part, kept - {part}), lowerings)
     found = {}
-    for quantity, diagram in item.diagrams.items():
+    for quantity in item.diagrams:
         store.note = f"{quantity} of {dotted}"
-        ways = [inline(diagram, kept)]
-        if free and kept and not any(part.follows for part in all_parts(diagram)):
-            ways.append(inline(diagram))
-        found[quantity] = store.cheapest_of([(partial(one, way), way) for way in ways])
+        ways = dict.fromkeys(_ways(item, quantity, kept, free))
+        found[quantity] = store.cheapest_of([(partial(one, way), way) for way in ways], _behind)
     return found
 
 
+def _behind(store: Store, start: int, ref: Ref) -> float:
+    """What is done behind a loop over columns takes no time inside."""
+    return saved(store, start, _summed(store, ref))
+
+
+def _summed(store: Store, *refs: Ref) -> list[str]:
+    """The results that a loop over columns adds up."""
+    return [store.resolve(ref.name) for ref in refs if not any(leg.name == COLUMN for leg in ref.order)]
+
+
+def _ways(item: Extraction, quantity: str, kept: frozenset[Diagram], free: bool) -> Iterator[Diagram]:
+    """The diagrams that may be built for a quantity: with the parts that are built, and if `free` multiplied out."""
+    both = [form for form in (item.diagrams[quantity], item.condensed.get(quantity)) if form is not None]
+    reading = [form for form in both if kept & set(parts(form))] or both[:1]
+    yield from (inline(form, kept) for form in (reading if kept else both))
+    for form in both:
+        if free and kept and not any(part.follows for part in all_parts(form)):
+            yield inline(form)

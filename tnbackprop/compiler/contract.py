@@ -159,16 +159,30 @@ def _paths(refs: list[Ref], legs: tuple[Leg, ...], batch: int) -> list[tuple[tup
 
 def _along(store: Store, refs: list[Ref], path: tuple[tuple[int, ...], ...], legs: tuple[Leg, ...]) -> Ref:
     remaining = list(refs)
-    for positions in path:
+    for step, positions in enumerate(path):
         chosen = [remaining.pop(k) for k in sorted(positions, reverse=True)][::-1]
         while len(chosen) > 1:
             a, b = chosen.pop(0), chosen.pop(0)
             needed = set(legs).union(*(r.order for r in (*remaining, *chosen)))
             last = not remaining and not chosen
             kept = tuple(leg for leg in ordered_union(a.order, b.order) if leg in needed)
-            chosen.insert(0, contract_pair(store, a, b, legs if last else kept, ordered=last))
+            order = legs if last else _order_of(kept, _partner(remaining, path[step + 1 :])) if not chosen else ()
+            chosen.insert(0, contract_pair(store, a, b, order or kept, ordered=bool(order)))
         remaining.append(chosen[0])
     return remaining[0].reordered(legs)
+
+
+def _partner(remaining: list[Ref], path: tuple[tuple[int, ...], ...]) -> Ref | None:
+    """What a value that comes next after `remaining` is multiplied with first, if that is so at once."""
+    positions = path[0] if path else ()
+    others = [k for k in positions if k != len(remaining)]
+    return remaining[others[0]] if len(positions) == 2 and len(others) == 1 else None
+
+
+def _order_of(legs: tuple[Leg, ...], partner: Ref | None) -> tuple[Leg, ...]:
+    """The legs in the memory order of a partner that has all of them; nothing where it has not."""
+    own = tuple(leg for leg in partner.stored if leg in legs) if partner is not None else ()
+    return own if len(own) == len(legs) else ()
 
 
 def _expanded(store: Store, ref: Ref, legs: tuple[Leg, ...]) -> Ref:

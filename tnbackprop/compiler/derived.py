@@ -24,6 +24,7 @@ class Native:
     code: str
     cotangent: str
     of: str  # the value whose cotangent that is
+    formula: Diagram | None = None  # the same as a diagram, where the rule selects
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Extraction:
     parameter: str  # value name
     diagrams: Mapping[str, Diagram]  # by quantity name; factor k of a quantity is "name#k"
     factors: Mapping[str, Factors] = field(default_factory=dict)  # quantities whose values have several factors
+    condensed: Mapping[str, Diagram] = field(default_factory=dict)  # the same from cotangents before a selection
 
 
 Schedule = tuple[Backward | Individual | Extraction, ...]

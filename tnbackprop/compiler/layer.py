@@ -97,7 +97,8 @@ class Layer:
             if isinstance(item, Extraction):
                 dotted = self.graph.parameters[item.parameter][0]
                 diagrams = {q: d for q, d in item.diagrams.items() if (q.partition("#")[0], dotted) in results}
-                item = replace(item, diagrams=diagrams)
+                before = {q: d for q, d in item.condensed.items() if q in diagrams}
+                item = replace(item, diagrams=diagrams, condensed=before)
             if not isinstance(item, Extraction) or item.diagrams:
                 kept.append(item)
         return tuple(kept)

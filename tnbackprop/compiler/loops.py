@@ -56,10 +56,7 @@ def over_columns(
 
     A result that an earlier sweep has contributed to goes on from there.
     """
-    inside = set(rows)
-    for step in store.steps:
-        if inside & set(step.inputs):
-            inside.add(step.name)
+    inside = store.varying
     totals: dict[tuple[str, bool, str], str] = {}
     renamed: dict[str, dict[str, str]] = {}
     for quantity, by in results.items():
@@ -73,7 +70,7 @@ def over_columns(
     begin = {total: start for (_, _, start), total in totals.items() if start}
     loop = Loop(rows, int(columns.count), int(columns.width), steps, (), frozenset(t for _, t in concatenated), begin)
     summed = [(value, total) for (value, stack, _), total in totals.items() if not stack]
-    pairs, after = behind(store, steps, inside, summed, begin, loop.count)
+    pairs, after = behind(store, steps, summed, begin)
     outputs = (*pairs, *concatenated)
     added = {total for _, total in pairs}
     begin = {total: start for total, start in begin.items() if total in added}

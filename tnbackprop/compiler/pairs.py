@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import sympy
 
@@ -110,6 +111,14 @@ def contract_pair(store: Store, a: Ref, b: Ref, output: Legs, ordered: bool) -> 
     summed = tuple(leg for leg in a.stored if leg in b.order and leg not in output)
     if not summed:
         return _multiplied(store, a, b, output if ordered else None)
+    ways = [partial(_summed, a=a, b=b, summed=summed, output=output, ordered=ordered)]
+    if (known := _known_product(store, a, b)) is not None:
+        ways.append(partial(sum_legs, ref=known, gone=summed))
+    return store.cheapest(ways) if len(ways) > 1 else ways[0](store)
+
+
+def _summed(store: Store, a: Ref, b: Ref, summed: Legs, output: Legs, ordered: bool) -> Ref:
+    """Σ a·b over legs that both have."""
     left = tuple(leg for leg in a.stored if leg not in b.order)
     right = tuple(leg for leg in b.stored if leg not in a.order)
     if not left and not right:
@@ -119,10 +128,7 @@ def contract_pair(store: Store, a: Ref, b: Ref, output: Legs, ordered: bool) -> 
 
 def _multiplied(store: Store, a: Ref, b: Ref, wanted: Legs | None) -> Ref:
     """Elementwise product with broadcasting."""
-    if len(b.stored) > len(a.stored):
-        a, b = b, a
-    legs = wanted or ordered_union(a.stored, b.stored)
-    codes = [arranged(store, r, tuple((leg,) if leg in r.stored else () for leg in legs)) for r in (a, b)]
+    a, b, legs, codes = _factors(store, a, b, wanted)
     work = Work(flops=((1, legs),), moved=((1, legs), (1, a.stored), (1, b.stored)), fresh=((1, legs),))
     into = written_over(store, (a, b), codes, legs, "mul_")
     code = " * ".join(codes)
@@ -130,6 +136,21 @@ def _multiplied(store: Store, a: Ref, b: Ref, wanted: Legs | None) -> Ref:
         code, into = _square(store, a, codes[0])
     name = store.add(code, sizes_of(legs), Kernel.ELEMENTWISE, work, own=True, into=into)
     return Ref(name, legs, legs)
+
+
+def _factors(store: Store, a: Ref, b: Ref, wanted: Legs | None) -> tuple[Ref, Ref, Legs, list[str]]:
+    """The larger factor, the smaller one, the legs of their product, and code for each that broadcasts to them."""
+    if len(b.stored) > len(a.stored):
+        a, b = b, a
+    legs = wanted or ordered_union(a.stored, b.stored)
+    return a, b, legs, [arranged(store, r, tuple((leg,) if leg in r.stored else () for leg in legs)) for r in (a, b)]
+
+
+def _known_product(store: Store, a: Ref, b: Ref) -> Ref | None:
+    """The elementwise product, where it has been computed for something else."""
+    a, b, legs, codes = _factors(store, a, b, None)
+    name = store.by_code.get(" * ".join(codes))
+    return Ref(name, legs, legs) if name is not None else None
 
 
 def _dotted(store: Store, a: Ref, b: Ref, summed: Legs) -> Ref:

@@ -97,11 +97,14 @@ def _plan(
     # Sweeps without a loop come first: what a loop sums may go on from their results.
     for columns in sorted(derived.columns, key=lambda c: c.looped):
         rows = root_steps(store, graph, columns, lowerings, checks)
+        if columns.looped:
+            store.in_rounds(-(-int(columns.count) // int(columns.width)), rows)
         mine = _scheduled(store, graph, columns.schedule, lowerings, chunk, choices, columns.carried)
         if columns.looped:
             stacked = {q for item in columns.schedule if isinstance(item, Extraction) for q in _with_columns(item)}
             loop, mine = over_columns(store, rows, columns, mine, stacked, results)
             loops.append(loop)
+            store.in_rounds(1)
         else:
             mine = _together(store, mine, results)
         for quantity, by in mine.items():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain
 
 import sympy
 
-from ..diagram import Diagram, Leg, Operand, Product, Selection, Tensor, ordered_union
+from ..diagram import Diagram, Leg, Operand, Product, Selection, Size, Tensor, Window, ordered_union
 from .arrange import arranged, merged, placed, sizes_of, text
 from .contract import Lowering, Plan, as_tensor, build, read
 from .cost import Kernel, Work
@@ -74,33 +75,78 @@ def _inside(index: str, count: object) -> str:
 
 
 def _looked_up(store: Store, op: Selection, others: list[Operand], legs: Legs, lowerings: Lowerings) -> Ref:
-    """Σ_c [index = c] X[c, …] = X[index, …]."""
+    """Σ_c [index = c] X[c, …] Y[c, …] = X[index, …] Y[index, …]."""
     others = _agreeing(store, op, others)
-    holders = [other for other in others if set(op.choice) & set(other.legs)]
-    rest = [other for other in others if other not in holders]
-    if holders:
-        needed = {*legs, *_legs(rest), *op.index.legs}
-        free = tuple(leg for leg in _legs(holders) if leg not in op.choice and leg in needed)
-        table = build(store, _of(holders, (*free, *op.choice)), lowerings)
-        rest.append(_rows(store, op, table, free))
-    return build(store, _of(rest, legs), lowerings)
+    tables = _tables(op, others, legs)
+    rest = [other for other in others if not any(other in held for held in tables)]
+    looked_up = []
+    for held in tables:
+        needed = {*legs, *_legs(rest), *op.index.legs, *_legs([o for o in others if o not in held])}
+        free = tuple(leg for leg in _legs(held) if leg not in op.choice and leg in needed)
+        table = build(store, _of(held, (*free, *op.choice)), lowerings)
+        ways = [
+            partial(rows, op=op, table=table, free=free, whole=whole)
+            for rows in (_rows, _padded_rows)
+            for whole in (False, True)
+        ]
+        looked_up.append(as_tensor(store, store.cheapest(ways)))
+    return build(store, _of([*rest, *looked_up], legs), lowerings)
 
 
-def _rows(store: Store, op: Selection, table: Ref, free: Legs) -> Tensor:
-    """The rows of a table [head, choice, tail] that an index [head, own] names: [head, own, tail]."""
-    index = read(store, op.index)
-    last = max(table.stored.index(leg) for leg in op.choice)
-    tail = tuple(leg for leg in table.stored[last + 1 :] if leg not in index.order)
-    head = tuple(leg for leg in table.stored if leg in free and leg not in tail)
-    own = tuple(leg for leg in index.order if leg not in head)
-    inside, flat = _flat(store, index, head, own, op.choice, "0")
+def _tables(op: Selection, others: list[Operand], legs: Legs) -> list[list[Operand]]:
+    """What is looked up, together where a leg is summed that nothing else has; a window with what it is a window on."""
+    held = [other for other in others if set(op.choice) & set(other.legs)]
+    images = {o.image for o in held if isinstance(o, Window)} - {*legs, *op.index.legs, *op.choice}
+    held += [other for other in others if other not in held and images & set(other.legs)]
+    apart = {*legs, *op.index.legs, *op.choice, *_legs([other for other in others if other not in held])}
+    tables: list[list[Operand]] = []
+    for operand in held:
+        linked = [table for table in tables if set(operand.legs) & set(_legs(table)) - apart]
+        tables = [table for table in tables if table not in linked] + [[*chain(*linked), operand]]
+    every = all(set(op.choice) <= set(_legs(table)) for table in tables)
+    return tables if every or not held else [held]
+
+
+def _rows(store: Store, op: Selection, table: Ref, free: Legs, whole: bool) -> Ref:
+    """The rows of a table [head, choice, tail] that an index [head, own] names: [head, own, tail].
+
+    A row goes on from where the choice is in memory; a whole one has all legs that the index does not have.
+    """
+    index, head, own, tail = _split(store, op, table, free, whole)
+    outside, flat = _flat(store, index, head, own, op.choice, "0")
     code = f"{placed(store, table, ((*head, *op.choice), *_axis(tail)))}.index_select(0, {flat})"
     out = (*head, *own, *tail)
-    shape = (merged((*head, *own)), *(merged(group) for group in _axis(tail)))
-    mask = f"{inside}.reshape(-1{', 1' if tail else ''})"
+    mask = f"{outside}.reshape(-1{', 1' if tail else ''})"
     work = Work(moved=((3, out),), fresh=((1, out),), launches=2)
-    name = store.add(f"{code}.where({mask}, 0)", shape, Kernel.ELEMENTWISE, work)
-    return as_tensor(store, Ref(name, out, out))
+    code = f"{code}.masked_fill_({mask}, 0)"
+    return Ref(store.add(code, _merged(head + own, tail), Kernel.ELEMENTWISE, work, own=True), out, out)
+
+
+def _padded_rows(store: Store, op: Selection, table: Ref, free: Legs, whole: bool) -> Ref:
+    """The same from a table with a row of zeros more, for an index outside: better where more rows are looked up."""
+    index, head, own, tail = _split(store, op, table, free, whole)
+    rows, out = (*head, *op.choice), (*head, *own, *tail)
+    _, flat = _flat(store, index, head, own, op.choice, text((merged(rows),)))
+    padding = "(0, 0, 0, 1)" if tail else "(0, 1)"
+    code = f"torch.nn.functional.pad({arranged(store, table, (rows, *_axis(tail)))}, {padding})"
+    work = Work(moved=((4, (*rows, *tail)),), fresh=((2, (*rows, *tail)),))
+    padded = store.add(code, (merged(rows) + 1, *_merged((), tail)[1:]), Kernel.COPY, work, own=True)
+    work = Work(moved=((2, out),), fresh=((1, out),))
+    name = store.add(f"{padded}.index_select(0, {flat})", _merged(head + own, tail), Kernel.ELEMENTWISE, work, own=True)
+    return Ref(name, out, out)
+
+
+def _split(store: Store, op: Selection, table: Ref, free: Legs, whole: bool) -> tuple[Ref, Legs, Legs, Legs]:
+    """The index, and the legs of the look-up: head, own, and tail."""
+    index = read(store, op.index)
+    last = max(table.stored.index(leg) for leg in op.choice)
+    tail = tuple(leg for leg in table.stored[0 if whole else last + 1 :] if leg in free and leg not in index.order)
+    head = tuple(leg for leg in table.stored if leg in free and leg not in tail)
+    return index, head, tuple(leg for leg in index.order if leg not in head), tail
+
+
+def _merged(rows: Legs, tail: Legs) -> tuple[Size, ...]:
+    return (merged(rows), *(merged(group) for group in _axis(tail)))
 
 
 def _scattered(store: Store, op: Selection, others: list[Operand], legs: Legs, lowerings: Lowerings) -> Ref:
@@ -132,26 +178,26 @@ def _axis(legs: Legs) -> tuple[Legs, ...]:
     return (legs,) if legs else ()
 
 
-def _flat(store: Store, index: Ref, head: Legs, own: Legs, choice: Legs, outside: str) -> tuple[str, str]:
-    """Names of [head, own] -> whether the index is inside the choice, and the place in [head, choice] or `outside`."""
+def _flat(store: Store, index: Ref, head: Legs, own: Legs, choice: Legs, other: str) -> tuple[str, str]:
+    """Names of [head, own] -> whether the index is outside the choice, and its place in [head, choice] or `other`."""
     axes = tuple((leg,) if leg in index.order else () for leg in head)
     count, every = merged(choice), (*head, *own)
     code = arranged(store, index, (*axes, own))
     work = Work(moved=((2, every),), launches=3)
-    inside = store.add(_inside(code, count), (*_kept(axes), merged(own)), Kernel.ELEMENTWISE, work)
+    outside = store.add(f"({code} < 0) | ({code} >= {count})", (*_kept(axes), merged(own)), Kernel.ELEMENTWISE, work)
     place = code
     if head:
         starts = f"torch.arange({text((merged(head),))}, device=like.device).reshape({text(sizes_of(head))}, 1)"
         place = f"{code} + {starts} * {count}"
-    chosen = f"torch.where({inside}, {place}, {outside})" + ".reshape(-1)" * bool(head)
+    chosen = f"torch.where({outside}, {other}, {place})" + ".reshape(-1)" * bool(head)
     flat = store.add(chosen, (merged(every),), Kernel.ELEMENTWISE, work)
-    return (inside if axes == tuple((leg,) for leg in head) else _spread(store, inside, head, own)), flat
+    return (outside if axes == tuple((leg,) for leg in head) else _spread(store, outside, head, own)), flat
 
 
-def _spread(store: Store, inside: str, head: Legs, own: Legs) -> str:
+def _spread(store: Store, mask: str, head: Legs, own: Legs) -> str:
     """The mask for legs that the index does not have."""
     shape = (*sizes_of(head), merged(own))
-    return store.add(f"{inside}.expand({text(shape)})", shape, Kernel.VIEW, strided=True)
+    return store.add(f"{mask}.expand({text(shape)})", shape, Kernel.VIEW, strided=True)
 
 
 def _kept(axes: tuple[Legs, ...]) -> tuple[object, ...]:

@@ -85,6 +85,8 @@ class Store:
     functions: dict[str, str] = field(default_factory=dict)  # slices: name -> source
     floating: set[str] = field(default_factory=set)  # values of the one floating dtype; empty where there are several
     whole: set[str] = field(default_factory=set)  # values that are all of a step's own memory, or views of all of it
+    rounds: int = 1  # of the loop over columns whose steps are being entered
+    varying: set[str] = field(default_factory=set)  # what is another value in each of them
     note: str = ""
     prefix: str = "t"
 
@@ -105,11 +107,12 @@ class Store:
             functions=dict(self.functions),
             floating=set(self.floating),
             whole=set(self.whole),
+            varying=set(self.varying),
         )
 
     def adopt(self, other: Store) -> None:
         """Take over what a fork has built."""
-        known = ("by_code", "alias", "built", "functions", "floating", "whole")
+        known = ("by_code", "alias", "built", "functions", "floating", "whole", "varying")
         for name in ("steps", "shapes", "strided", "views", "near", "expanded", "sums", *known):
             setattr(self, name, getattr(other, name))
 
@@ -139,6 +142,8 @@ class Store:
         own = own and floating
         into = tuple((operand, other) for operand, other in into if own and operand in self.whole)
         self.steps.append(Step(name, code, inputs, kernel, work, self.note, own, into))
+        if not self.varying.isdisjoint(inputs):
+            self.varying.add(name)
         if own or (floating and kernel in (Kernel.VIEW, Kernel.COPY)):
             self.floating.add(name)
         if own or (kernel is Kernel.VIEW and self._sees_all(code, inputs, shape)):
@@ -165,21 +170,37 @@ class Store:
             name = self.alias[name]
         return name
 
+    def in_rounds(self, rounds: int, rows: Iterable[str] = ()) -> None:
+        """From here on there are so many rounds, with other values of these names, and of what reads them, in each."""
+        self.rounds, self.varying = rounds, set(rows)
+        for step in self.steps:
+            if not self.varying.isdisjoint(step.inputs):
+                self.varying.add(step.name)
+
     def seconds(self, start: int = 0) -> float:
-        """Predicted seconds of the steps from `start` on."""
-        return sum(self.rates.seconds(s.kernel, s.work, self.batch, self.itemsize) for s in self.steps[start:])
+        """Predicted seconds of the steps from `start` on, each as often as it runs."""
+        return sum(self.seconds_of(s) * (self.rounds if s.name in self.varying else 1) for s in self.steps[start:])
+
+    def seconds_of(self, step: Step) -> float:
+        """Predicted seconds of a step that runs once."""
+        return self.rates.seconds(step.kernel, step.work, self.batch, self.itemsize)
 
     def cheapest(self, plans: Iterable[Callable[[Store], Ref]]) -> Ref:
         """Try each plan on a fork and adopt the one that is predicted fastest; the first wins a tie."""
         return self.cheapest_of([(plan, None) for plan in plans])[0]
 
-    def cheapest_of(self, plans: Iterable[tuple[Callable[[Store], Ref], T]]) -> tuple[Ref, T]:
-        """The same for plans that carry something, which comes back with the value."""
+    def cheapest_of(
+        self,
+        plans: Iterable[tuple[Callable[[Store], Ref], T]],
+        saved: Callable[[Store, int, Ref], float] = lambda store, start, ref: 0.0,
+    ) -> tuple[Ref, T]:
+        """The same for plans that carry something, which comes back with the value; `saved` is what takes no time."""
         best: tuple[float, Store, Ref, T] | None = None
+        start = len(self.steps)
         for plan, carried in plans:
             trial = self.fork()
             ref = plan(trial)
-            seconds = trial.seconds(len(self.steps))
+            seconds = trial.seconds(start) - saved(trial, start, ref)
             if best is None or seconds < best[0]:
                 best = (seconds, trial, ref, carried)
         if best is None:

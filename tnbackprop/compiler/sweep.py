@@ -8,7 +8,7 @@ the loss, and its cotangent is a constant.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import sympy
@@ -16,12 +16,13 @@ import sympy
 from ..algebra import Cotangents, Uses, diagonal, differentiate, identity, inline, pull_back, tensor
 from ..approximate import Factors
 from ..bind import BoundRule, Equation
-from ..diagram import BATCH, Delta, Diagram, Leg, N, fresh_names, leaves
+from ..diagram import BATCH, Delta, Diagram, Leg, N, Selection, fresh_names, leaves
 from ..errors import InputError, UnsupportedError
 from ..jacobian import Jacobian
 from ..quantities import Quantity
 from ..regroup import refine, refinement
 from ..simplify import simplify
+from .condense import condensed
 from .derived import Backward, Extraction, Individual, Native
 from .foreign import foreign
 from .graph import Call, Graph
@@ -114,7 +115,8 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
     # What does not depend on the columns, as an activation's derivative does not, is computed once for all of them.
     native -= {name for name in native if sweep.several and _elementwise(rule.equations[-1], name)}
     for name in sorted(native):
-        pulled = Native(rule.vjp[name], f"{sweep.prefix}_{call.output.name}", call.output.name)
+        cotangent = f"{sweep.prefix}_{call.output.name}"
+        pulled = Native(rule.vjp[name], cotangent, call.output.name, _formula(sweep, rule, name, cotangent))
         sweep.terms.setdefault(name, []).append(pulled)
     if native:
         schedule(sweep, call.output.name)
@@ -143,6 +145,20 @@ def _pull_individually(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> 
 def _unchanged(along: Callable[[Jacobian], Jacobian], equation: Equation, operand: str) -> bool:
     jacobian = jacobian_of(equation, operand)
     return jacobian is not None and along(jacobian).diagram == simplify(jacobian.diagram)
+
+
+def _formula(sweep: Sweep, rule: BoundRule, name: str, cotangent: str) -> Diagram | None:
+    """What native code computes of several columns, if the rule selects."""
+    equation, *others = rule.equations
+    jacobian = jacobian_of(equation, name) if sweep.several and not others else None
+    if jacobian is None or not _selects(jacobian.diagram):
+        return None
+    into = tuple(BATCH if leg.size == N else leg for leg in jacobian.into)
+    return pull_back(jacobian, tensor(cotangent, (*sweep.lead, *equation.legs)), sweep.lead, into)
+
+
+def _selects(diagram: Diagram) -> bool:
+    return any(isinstance(op, Selection) for product in diagram.products for op in product.operands)
 
 
 def _elementwise(equation: Equation, operand: str) -> bool:
@@ -326,7 +342,19 @@ def _extract(sweep: Sweep, parameters: list[str]) -> None:
         if sweep.partial and not sweep.uses.get(name):
             continue
         uses, g = all_uses(sweep, name)
-        sweep.schedule.append(extraction(sweep, name, uses, g))
+        found = extraction(sweep, name, uses, g)
+        sweep.schedule.append(replace(found, condensed=_condensed(sweep, found, uses, g)))
+
+
+def _condensed(sweep: Sweep, found: Extraction, uses: Uses, g: Cotangents) -> dict[str, Diagram]:
+    """The same quantities from the cotangents of several columns as they were before a selection scattered them."""
+    terms = {f"{sweep.prefix}_{value}": each for value, each in sweep.terms.items()} if sweep.several else {}
+    before = [condensed(each, terms) for each in g.each]
+    if not any(before):
+        return {}
+    g = replace(g, each=tuple(one or other for one, other in zip(before, g.each, strict=True)))
+    alike = {q.name: q.extract(uses, g) for q in sweep.quantities if q.name in found.diagrams}
+    return {name: diagram for name, diagram in alike.items() if isinstance(diagram, Diagram)}
 
 
 def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction:

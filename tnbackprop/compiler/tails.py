@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..diagram import Leg
@@ -24,24 +25,18 @@ _LINEAR = frozenset(
 
 
 def behind(
-    store: Store, steps: Sequence[Step], inside: Set[str], summed: Totals, begin: Mapping[str, str], rounds: int
+    store: Store, steps: Sequence[Step], summed: Totals, begin: Mapping[str, str]
 ) -> tuple[list[tuple[str, str]], list[Step]]:
-    """Pairs (value inside, total) for the loop to add up, and the steps behind it that lead to the totals asked for.
-
-    inside  all values that are others in each round: those of the steps, and what the loop runs over
-    """
-    by_name = {step.name: step for step in steps}
-    readers: dict[str, int] = {}
-    for name in [name for step in steps for name in step.inputs] + [value for value, _ in summed]:
-        readers[name] = readers.get(name, 0) + 1
+    """Pairs (value inside, total) for the loop to add up, and the steps behind it that lead to the totals asked for."""
+    by_name, readers = _read(steps, [value for value, _ in summed])
     pairs: dict[str, str] = {}
     kept, after = [], []
     for value, total in summed:
-        tail = _tail(store, by_name, inside, readers, value, rounds)
+        _, tail = _tail(store, by_name, readers, value)
         if not tail:
             kept.append((value, total))
             continue
-        first = next(name for name in tail[0].inputs if name in inside)
+        first = next(name for name in tail[0].inputs if name in store.varying)
         names = {first: pairs.setdefault(first, f"{total}_of")}
         for step in tail:
             names[step.name] = f"{names[first]}_{step.name}"
@@ -55,12 +50,25 @@ def behind(
     return [*kept, *pairs.items()], after
 
 
+def saved(store: Store, start: int, values: Sequence[str]) -> float:
+    """Predicted seconds that it saves to move tails of the steps from `start` on behind the loop."""
+    by_name, readers = _read([step for step in store.steps[start:] if step.name in store.varying], values)
+    return sum(_tail(store, by_name, readers, value)[0] for value in values) if store.rounds > 1 else 0.0
+
+
+def _read(steps: Sequence[Step], values: Sequence[str]) -> tuple[dict[str, Step], Counter[str]]:
+    """The steps by name, and how often each value is read, by steps or as a result."""
+    return {step.name: step for step in steps}, Counter([*(name for s in steps for name in s.inputs), *values])
+
+
 def _tail(
-    store: Store, by_name: Mapping[str, Step], inside: Set[str], readers: Mapping[str, int], value: str, rounds: int
-) -> tuple[Step, ...]:
-    """The last steps to a value that are best done once; none if the loop had better do them all."""
+    store: Store, by_name: Mapping[str, Step], readers: Mapping[str, int], value: str
+) -> tuple[float, tuple[Step, ...]]:
+    """The last steps to a value that are best done once, with the seconds saved; none if the loop does them all."""
     tail: list[Step] = []
-    best: tuple[float, tuple[Step, ...]] = (rounds * _seconds(store, _adding(store, value)), ())
+    inside, rounds = store.varying, store.rounds
+    whole = rounds * _seconds(store, _adding(store, value))
+    best: tuple[float, tuple[Step, ...]] = (whole, ())
     done = 0.0
     while (step := by_name.get(value)) is not None and readers[value] == 1:
         own = [name for name in step.inputs if name in inside]
@@ -68,10 +76,10 @@ def _tail(
             break
         tail.insert(0, step)
         value = own[0]
-        done += store.rates.seconds(step.kernel, step.work, store.batch, store.itemsize)
+        done += store.seconds_of(step)
         seconds = done + rounds * (_seconds(store, _adding(store, value)) - done)
         best = min(best, (seconds, tuple(tail)), key=lambda found: found[0])
-    return best[1]
+    return whole - best[0], best[1]
 
 
 def _adding(store: Store, value: str) -> Work:
@@ -85,9 +93,13 @@ def _seconds(store: Store, work: Work) -> float:
 
 def _renamed(step: Step, names: Mapping[str, str]) -> Step:
     pattern = re.compile(r"(?<![\w.])(" + "|".join(map(re.escape, names)) + r")\b")
-    code = pattern.sub(lambda match: names[match.group(1)], step.code)
+
+    def renamed(code: str) -> str:
+        return pattern.sub(lambda match: names[match.group(1)], code)
+
     inputs = tuple(names.get(name, name) for name in step.inputs)
-    return replace(step, name=names[step.name], code=code, inputs=inputs, into=())
+    into = tuple((names.get(name, name), renamed(code)) for name, code in step.into)
+    return replace(step, name=names[step.name], code=renamed(step.code), inputs=inputs, into=into)
 
 
 def is_linear(code: str, name: str) -> bool:

@@ -218,7 +218,8 @@ def _terms(item: Backward | Individual | Extraction) -> list[tuple[str, Diagram 
     """What is computed, each with a name for messages."""
     match item:
         case Extraction():
-            return [(f"{quantity} of {item.parameter}", diagram) for quantity, diagram in item.diagrams.items()]
+            every = (*item.diagrams.items(), *item.condensed.items())
+            return [(f"{quantity} of {item.parameter}", diagram) for quantity, diagram in every]
         case Individual():
             return [(item.name, item.native)]
         case Backward():
