@@ -14,9 +14,9 @@ from tnbackprop import compiler
 from tnbackprop.compiler import cost
 from tnbackprop.compiler.cost import CPU, Kernel, Work
 from tnbackprop.compiler.loops import Loop, loop_lines
-from tnbackprop.compiler.store import NO_WORK, Step, Store
-from tnbackprop.compiler.tails import behind, is_linear
-from tnbackprop.diagram import Leg, Product
+from tnbackprop.compiler.store import NO_WORK, Ref, Step, Store
+from tnbackprop.compiler.tails import behind, is_linear, saved
+from tnbackprop.diagram import COLUMN, Leg, Product
 
 from . import oracle_second
 from .second_order import assert_equal
@@ -84,6 +84,28 @@ def test_linear_tails_run_once() -> None:
     ]
     store.shapes["t0"] = (40, 4_000_000)  # adding that up costs more than the matmuls
     assert behind(store, steps, summed, {}) == (summed, [])
+
+
+def test_a_step_is_priced_as_often_as_it_runs() -> None:
+    """One that no column changes once, one in the loop in every round, and a tail of it once after all."""
+    a, b, c = Leg("a", 40), Leg("b", 40), Leg("c", 4000)
+    work = Work(flops=((2, (a, b, c)),))
+    store = Store(CPU, 4, 4, shapes=dict.fromkeys(("column_0", "x", "y"), (40, 40)))
+    store.in_rounds(5, ["column_0"])
+    store.add("x * y", (40, 40), Kernel.ELEMENTWISE, work)
+    once = store.seconds()
+    start = len(store.steps)
+    name = store.add("column_0 * column_0", (40, 40), Kernel.ELEMENTWISE, work)
+    assert store.seconds(start) == pytest.approx(5 * once)
+    tail = store.add(f"torch.mm({name}, y)", (40, 40), Kernel.MM, work)
+    every = store.seconds_of(store.steps[-1])
+    assert store.seconds() == pytest.approx(6 * once + 5 * every)
+    assert saved(store, start, Ref(tail, (a, b), (a, b))) == pytest.approx(4 * every)
+    kept = Leg(COLUMN, 40), b
+    assert saved(store, start, Ref(tail, kept, kept)) == 0, "it keeps its columns: it is no sum over them"
+    store.in_rounds(1)
+    assert not store.varying
+    assert saved(store, start, Ref(tail, (a, b), (a, b))) == 0
 
 
 def test_what_no_column_changes_is_added_once() -> None:

@@ -62,7 +62,7 @@ class Scripted(Store):
     script: tuple[int, ...] = ()
     taken: list[tuple[int, int]] = field(default_factory=list)
 
-    def cheapest(self, plans: Iterable[Plan]) -> Ref:
+    def cheapest(self, plans: Iterable[Plan], saved: object = None) -> Ref:
         offered = list(plans)
         k = self.script[len(self.taken)] if len(self.taken) < len(self.script) else 0
         self.taken.append((k, len(offered)))

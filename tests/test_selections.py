@@ -6,13 +6,14 @@ import pytest
 
 from tnbackprop.compiler.lower import LOWERINGS, selections
 from tnbackprop.compiler.store import Store
-from tnbackprop.diagram import BATCH, Delta, Diagram, Leg, Operand, Selection, Tensor
+from tnbackprop.diagram import BATCH, Delta, Diagram, Leg, Operand, Selection, Tensor, Window
 
 from .symbolic.random_diagrams import product
 from .test_lowerings import CPU, check
 
 n = BATCH
 t, s, d, k = Leg("t", 2), Leg("s", 2), Leg("d", 3), Leg("k", 3)
+y6 = Leg("i", 6)
 c, c2, y, x = Leg("c", 4), Leg("c'", 4), Leg("y", 2), Leg("x", 2)
 
 
@@ -42,6 +43,16 @@ BY_ROWS = {
     "scatter of pixels": made((n, d, y, x), one("", n, d, t, choice=(y, x)), X(n, d, t)),
     "scatter with factors in its place": made((n, c, d), one("", n, t), X(n, t), X(c, d)),
     "counts": made((c,), one("", n, t)),
+    "two tables": made((n, t, d, k), one("", n, t), X(c, d), X(n, c, k)),
+    "tables that share a leg": made((n, t), one("", n, t), X(c, d), X(n, c, d)),
+    "a table per sample, rows from two sides": made((n, t, d, k), one("", n, t), X(n, d, c, k)),
+    "windows": made((n, t, k), one("", n, t), Window(y6, ((1, c), (1, k))), X(n, y6)),
+    "windows, and a weight in their place": made(
+        (n, t, k), one("", n, t), Window(y6, ((1, c), (1, k)), -1), X(n, y6), X(n, d, c), X(n, d, t)
+    ),
+    "windows on two axes": made(
+        (n, d, k), one("", n, d, choice=(y, x)), Window(y6, ((2, y), (1, k))), Window(c, ((1, x), (1, k))), X(n, y6, c)
+    ),
     "equal indices, choice summed": made((n,), one("", n, t), one("2", n, s), X(n, t, d), X(n, s, d)),
     "equal indices, choice kept": made((c, d), one("", n, t), one("2", n, s), X(n, t, d), X(n, s, d)),
     "pairs of samples": made((n, d), one("", n, t), one("2", t, s), X(s, d)),

@@ -93,7 +93,8 @@ def _follow_deltas(diagram: Diagram, split: dict[Leg, Legs], taken: set[str]) ->
 
 def _split_product(product: Product, split: dict[Leg, Legs]) -> Product:
     """Tensors are read with the finer legs; a pattern on a split leg keeps it, tied to them in mixed radix."""
-    pinned = {leg for op in product.operands if isinstance(op, Window | Selection) for leg in op.legs if leg in split}
+    patterns = [op for op in product.operands if isinstance(op, Window | Selection)]
+    pinned = {leg for op in patterns for leg in (op.legs if isinstance(op, Window) else op.choice) if leg in split}
     operands: list[Operand] = []
     for op in product.operands:
         if isinstance(op, Delta) and op.legs[0] in split:
@@ -113,6 +114,8 @@ def _split_product(product: Product, split: dict[Leg, Legs]) -> Product:
 def _split_operand(operand: Operand, split: dict[Leg, Legs]) -> Operand:
     if isinstance(operand, Map):
         return Map(operand.expr, tuple(_split_tensor(a, split) for a in operand.args))
+    if isinstance(operand, Selection):
+        return Selection(_split_tensor(operand.index, split), operand.choice)
     return _split_tensor(operand, split) if isinstance(operand, Tensor) else operand
 
 

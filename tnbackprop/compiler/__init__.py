@@ -26,7 +26,7 @@ from .stage import Stage
 from .verify import asked, check
 
 WIDER = 4
-CLEARLY = 0.9
+CLEARLY = 0.95
 """As many columns ride together as the device likes, half as many where that looks faster (they may come out even), or
 `WIDER` times as many where that looks clearly faster: those take more memory."""
 

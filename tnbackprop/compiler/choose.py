@@ -8,7 +8,7 @@ from functools import partial
 from itertools import combinations
 
 from ..algebra import all_parts, inline, parts
-from ..diagram import COLUMN, Diagram
+from ..diagram import Diagram
 from .contract import Lowering, build
 from .cost import number
 from .derived import Extraction
@@ -89,7 +89,7 @@ def _options(
             built = build_all(trial, item, subset, lowerings, chunk, free)
             results = {quantity: trial.resolve(ref.name) for quantity, (ref, _) in built.items()}
             forms = {quantity: form for quantity, (_, form) in built.items()}
-            seconds = trial.seconds(start) - saved(trial, start, _summed(trial, *(ref for ref, _ in built.values())))
+            seconds = trial.seconds(start) - saved(trial, start, *(ref for ref, _ in built.values()))
             options.append(Option(subset, seconds, tuple(trial.steps[start:]), results, forms, free))
     return tuple(options)
 
@@ -118,18 +118,8 @@ def build_all(
     for quantity in item.diagrams:
         store.note = f"{quantity} of {dotted}"
         ways = dict.fromkeys(_ways(item, quantity, kept, free))
-        found[quantity] = store.cheapest_of([(partial(one, way), way) for way in ways], _behind)
+        found[quantity] = store.cheapest_of([(partial(one, way), way) for way in ways], saved)
     return found
-
-
-def _behind(store: Store, start: int, ref: Ref) -> float:
-    """What is done behind a loop over columns takes no time inside."""
-    return saved(store, start, _summed(store, ref))
-
-
-def _summed(store: Store, *refs: Ref) -> list[str]:
-    """The results that a loop over columns adds up."""
-    return [store.resolve(ref.name) for ref in refs if not any(leg.name == COLUMN for leg in ref.order)]
 
 
 def _ways(item: Extraction, quantity: str, kept: frozenset[Diagram], free: bool) -> Iterator[Diagram]:

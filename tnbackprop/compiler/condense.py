@@ -12,9 +12,13 @@ from collections.abc import Mapping, Sequence
 import sympy
 
 from ..algebra import inline
-from ..diagram import Diagram, Map, Part, Product, Selection, Tensor, summed_legs
+from ..diagram import BATCH, Diagram, Leg, Map, Part, Product, Selection, Tensor, summed_legs
+from ..errors import UnsupportedError
+from ..jacobian import Jacobian
+from ..regroup import refine, refinement
 from .derived import Native
 
+Legs = tuple[Leg, ...]
 Terms = Mapping[str, Sequence[Diagram | Native]]
 """What the cotangents are sums of, by their names."""
 
@@ -33,7 +37,7 @@ def _opened(g: Diagram, terms: Terms) -> Diagram | None:
     for product in g.products if len(g.products) == 1 else ():
         for op in product.operands:
             formula = _formula(terms.get(op.name, ())) if isinstance(op, Tensor) else None
-            if formula is not None and len(formula.legs) == len(op.legs) and _scatters(formula):
+            if formula is not None and _scatters(formula) and (formula := _read_with(op.legs, formula)) is not None:
                 others = tuple(other for other in product.operands if other is not op)
                 return inline(Diagram(g.legs, (Product(product.scale, (*others, Part(formula, op.legs))),)))
     return None
@@ -44,6 +48,22 @@ def _formula(terms: Sequence[Diagram | Native]) -> Diagram | None:
     if len(terms) != 1:
         return None
     return terms[0].formula if isinstance(terms[0], Native) else terms[0]
+
+
+def _read_with(legs: Legs, formula: Diagram) -> Diagram | None:
+    """The formula with as many legs, its own split where those are finer; None where they are anything else."""
+    sizes, own = ([int(leg.size) for leg in each if leg != BATCH] for each in (legs, formula.legs))
+    if sizes == own:
+        return formula
+    try:
+        if refinement(tuple(own), tuple(sizes)) != tuple(sizes):
+            return None
+    except UnsupportedError:
+        return None
+    batch, rest = (tuple(leg for leg in formula.legs if (leg == BATCH) is kept) for kept in (True, False))
+    finer = refine(Jacobian(formula, batch, rest), into=tuple(sizes))
+    order = iter(finer.into)
+    return Diagram(tuple(leg if leg == BATCH else next(order) for leg in legs), finer.diagram.products)
 
 
 def _scatters(formula: Diagram) -> bool:

@@ -9,13 +9,14 @@ import opt_einsum
 import sympy
 
 from ..canonical import key
-from ..diagram import Diagram, Leg, Map, Operand, Part, Product, Tensor, argument, ordered_union
+from ..diagram import COLUMN, Diagram, Leg, Map, Operand, Part, Product, Tensor, argument, ordered_union
 from ..simplify import simplify
 from .arrange import arranged, sizes_of
 from .cost import Kernel, Work, size_at
 from .pairs import contract_pair, elementwise, sum_legs, written_over
 from .printing import number_code
 from .store import Ref, Store
+from .tails import saved
 
 Legs = tuple[Leg, ...]
 Plan = Callable[[Store], Ref]
@@ -114,8 +115,8 @@ def contracted(store: Store, product: Product, legs: tuple[Leg, ...]) -> Ref:
     refs = [sum_legs(store, ref, _private(ref, k, refs, legs)) for k, ref in enumerate(refs)]
     if len(refs) == 1:
         return refs[0].reordered(legs)
-    plans = [partial(_along, refs=refs, path=path, legs=legs) for path in _paths(refs, legs, store.batch)]
-    return store.cheapest(plans)
+    plans = [partial(_along, refs=refs, path=path, legs=legs) for path in _paths(store, refs, legs)]
+    return store.cheapest(plans, saved)
 
 
 def diagonal(store: Store, ref: Ref) -> Ref:
@@ -143,13 +144,15 @@ def _private(ref: Ref, position: int, refs: list[Ref], output: tuple[Leg, ...]) 
     return tuple(leg for leg in ref.order if leg not in others and leg not in output)
 
 
-def _paths(refs: list[Ref], legs: tuple[Leg, ...], batch: int) -> list[tuple[tuple[int, ...], ...]]:
+def _paths(store: Store, refs: list[Ref], legs: tuple[Leg, ...]) -> list[tuple[tuple[int, ...], ...]]:
+    """opt_einsum's, for all columns of a loop: what is done to their sum is done once."""
     if len(refs) == 2:
         return [((0, 1),)]
     symbols = {leg: opt_einsum.get_symbol(k) for k, leg in enumerate(ordered_union(*(r.order for r in refs), legs))}
     terms = ["".join(symbols[leg] for leg in ref.order) for ref in refs]
     equation = f"{','.join(terms)}->{''.join(symbols[leg] for leg in legs)}"
-    shapes = [tuple(size_at(leg.size, batch) for leg in ref.order) for ref in refs]
+    rounds = {leg: store.rounds for leg in symbols if leg.name == COLUMN}
+    shapes = [tuple(size_at(leg.size, store.batch) * rounds.get(leg, 1) for leg in ref.order) for ref in refs]
     found: dict[tuple[tuple[int, ...], ...], None] = {}
     for method in ("dp", "greedy"):
         path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=method)

@@ -60,6 +60,8 @@ class Rates:
     copy_factor: float = 1.0  # a permuting copy takes (factor + run / length of its inner run) times its bytes
     copy_run: float = 0.0
     rows: int = 32  # samples times columns that ride through the layers together
+    narrow: int = 0  # a matmul with fewer columns is `narrow_factor` times slower than the transposed one
+    narrow_factor: float = 1.0
 
     def seconds(self, kernel: Kernel, work: Work, batch: int, itemsize: int) -> float:
         """max(FLOPs/rate, bytes/bandwidth) + launches + the price of fresh pages."""
@@ -95,6 +97,8 @@ CPU = Rates(
     fresh_threshold=32e6,
     copy_factor=0.15,
     copy_run=15.0,
+    narrow=16,
+    narrow_factor=2.5,
 )
 # One server GPU, float32 without tensor cores; measured on an H200 at the sizes of 3C3D.
 CUDA = Rates(

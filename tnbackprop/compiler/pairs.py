@@ -11,7 +11,7 @@ import sympy
 from ..diagram import Leg, Size, argument, ordered_union
 from .arrange import Groups, arranged, copies, copy_seconds, copy_work, matrix, matrix_seconds, merged, placed, sizes_of
 from .by_rows import by_rows, shifted, shifted_by_rows
-from .cost import Kernel, Work
+from .cost import Kernel, Work, size_at
 from .printing import torch_code
 from .store import Ref, Store
 
@@ -250,7 +250,13 @@ class Product2:
         total += matrix_seconds(store, self.second, self.leading, self.summed, self.right)
         if output is not None and _real(self.legs) != _real(output):
             total += _seconds(store, Kernel.COPY, copy_work(self.legs))
-        return total + _seconds(store, self.kernel, self.work)
+        return total + _seconds(store, self.kernel, self.work) * self._slower(store)
+
+    def _slower(self, store: Store) -> float:
+        """Matmul kernels are made for many columns: few of them had better be rows."""
+        matrices = self.head or (self.left and self.right)
+        narrow = matrices and size_at(merged(self.right), store.batch) < store.rates.narrow
+        return store.rates.narrow_factor if narrow else 1.0
 
     def code(self, store: Store) -> str:
         """mv, mm, or bmm with the missing axis put in and taken out again."""

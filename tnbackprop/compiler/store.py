@@ -16,6 +16,8 @@ from .cost import Kernel, Rates, Work
 
 NO_WORK = Work()
 T = TypeVar("T")
+Saved = Callable[["Store", int, "Ref"], float]
+"""(a fork, its first step, a value) -> seconds of those predicted that it does not take."""
 _NAMES = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
 
 
@@ -185,16 +187,12 @@ class Store:
         """Predicted seconds of a step that runs once."""
         return self.rates.seconds(step.kernel, step.work, self.batch, self.itemsize)
 
-    def cheapest(self, plans: Iterable[Callable[[Store], Ref]]) -> Ref:
+    def cheapest(self, plans: Iterable[Callable[[Store], Ref]], saved: Saved = lambda store, start, ref: 0.0) -> Ref:
         """Try each plan on a fork and adopt the one that is predicted fastest; the first wins a tie."""
-        return self.cheapest_of([(plan, None) for plan in plans])[0]
+        return self.cheapest_of([(plan, None) for plan in plans], saved)[0]
 
-    def cheapest_of(
-        self,
-        plans: Iterable[tuple[Callable[[Store], Ref], T]],
-        saved: Callable[[Store, int, Ref], float] = lambda store, start, ref: 0.0,
-    ) -> tuple[Ref, T]:
-        """The same for plans that carry something, which comes back with the value; `saved` is what takes no time."""
+    def cheapest_of(self, plans: Iterable[tuple[Callable[[Store], Ref], T]], saved: Saved) -> tuple[Ref, T]:
+        """The same for plans that carry something, which comes back with the value."""
         best: tuple[float, Store, Ref, T] | None = None
         start = len(self.steps)
         for plan, carried in plans:

@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..diagram import Leg
+from ..diagram import COLUMN, Leg
 from .cost import Kernel, Work
-from .store import Step, Store
+from .store import Ref, Step, Store
 
 Totals = Sequence[tuple[str, str]]
 _MATMULS = ("torch.mm", "torch.bmm", "torch.mv")
@@ -50,8 +50,9 @@ def behind(
     return [*kept, *pairs.items()], after
 
 
-def saved(store: Store, start: int, values: Sequence[str]) -> float:
-    """Predicted seconds that it saves to move tails of the steps from `start` on behind the loop."""
+def saved(store: Store, start: int, *refs: Ref) -> float:
+    """Predicted seconds that a loop which sums the values saves where tails of the steps from `start` on run once."""
+    values = [store.resolve(ref.name) for ref in refs if not any(leg.name == COLUMN for leg in ref.order)]
     by_name, readers = _read([step for step in store.steps[start:] if step.name in store.varying], values)
     return sum(_tail(store, by_name, readers, value)[0] for value in values) if store.rounds > 1 else 0.0
 
