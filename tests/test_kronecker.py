@@ -66,6 +66,13 @@ WRITTEN = (
     (regression("conv1d_dilated", lambda: seq(nn.Conv1d(4, 4, 2, groups=2, dilation=2), nn.Tanh()), (4, 6)), "0"),
     (regression("conv3d", lambda: seq(nn.Conv3d(2, 2, (1, 2, 3), stride=(1, 2, 1), padding=(0, 1, 1)), nn.Tanh(),
                                       average(2)), (2, 2, 3, 4)), "0"),
+    # An axis of one element is an axis: what the factors are does not depend on a size.
+    (regression("one_input", lambda: seq(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1)), (1,)), "0"),
+    (regression("one_output", lambda: seq(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1)), (1,)), "2"),
+    (regression("one_of_each", lambda: seq(nn.Linear(1, 1), nn.Tanh()), (4, 1)), "0"),
+    (regression("one_output_at_positions", lambda: seq(nn.Linear(3, 1), nn.Tanh()), (4, 3)), "0"),
+    (regression("one_channel_out", lambda: seq(nn.Conv2d(2, 1, 3), nn.Tanh()), (2, 5, 5)), "0"),
+    (regression("one_channel_in", lambda: seq(nn.Conv2d(1, 2, 1), nn.Tanh()), (1, 3, 3)), "0"),
 )  # fmt: skip
 KINDS = {"kflr": ("KFLR", {}), "empirical": ("KFAC", {"fisher": "EMPIRICAL"})}
 SHARING = ("EXPAND", "REDUCE")
@@ -311,6 +318,41 @@ def test_linear_is_a_1x1_convolution(kind: str, sharing: str) -> None:
     left, right = (dense(problem, name, sharing=sharing, **options) for problem in (linear, as_image))
     assert list(left) == list(right)
     assert all(error(right[key], value) <= TOLERANCE for key, value in left.items())
+
+
+@pytest.mark.parametrize("layer, shape", [(nn.Linear(1, 3), (4, 1)), (nn.Linear(3, 1), (4, 2, 3)),
+                                          (nn.Conv2d(1, 2, 1), (3, 1, 2, 2)), (nn.Conv2d(2, 1, 2), (3, 2, 3, 3))])
+def test_axes_of_one_element(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    """(B, A) with the sizes of out and in, and one block with the bias, [out, in + 1], where it is joined."""
+    x = torch.randn(shape)
+    y = torch.randn_like(layer(x))
+    rows, columns = len(layer.weight), layer.weight[0].numel()
+    quantities = [tn.KFLR(), tn.KFRA(), tn.KFLR("joined", bias=tn.Bias.JOINED), tn.KFAC("drawn", mc_samples=2)]
+    result = tn.compute(layer, nn.MSELoss(), (x, y), quantities, seed=0)
+    for name in ("kflr", "kfra", "drawn"):
+        assert [f.shape[-1] for f in result[name]["weight"].factors] == [rows, columns], name
+    assert list(result["joined"]) == ["weight"]
+    assert [f.shape[-1] for f in result["joined"]["weight"].factors] == [rows, columns + 1]
+
+
+class Scaled(nn.Module):
+    """x times one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = nn.Parameter(torch.tensor([1.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.number * x
+
+
+def test_a_scalar_has_no_second_axis() -> None:
+    """A number that scales everything has one element: its block is exact, with no independence assumed."""
+    model = Scaled()
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    result = tn.compute(model, nn.MSELoss(), (x, y), [tn.KFLR(sharing=tn.Sharing.REDUCE), tn.DiagGGN()])
+    (factors,) = result["kflr"].values()
+    torch.testing.assert_close(factors.to_dense().reshape(-1), *result["diag_ggn"].values())
 
 
 def test_order_of_the_factors() -> None:

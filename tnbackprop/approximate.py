@@ -18,7 +18,7 @@ import sympy
 from .algebra import Cotangents, Uses, diagonal, inline
 from .diagram import BATCH, COLUMN, Diagram, Leg, Operand, Product, Tensor, operand_tensors
 from .errors import UnsupportedError
-from .jacobian import Jacobian
+from .jacobian import Jacobian, Unit
 from .simplify import simplify
 
 Legs = tuple[Leg, ...]
@@ -56,6 +56,32 @@ class Factors:
 class _Component:
     operands: tuple[Operand, ...]
     own: Legs  # the parameter's legs
+    units: tuple[int, ...] = ()  # those of its axes of size 1 that are here
+
+    @property
+    def separate(self) -> bool:
+        """Whether it has an axis of the parameter."""
+        return bool(self.own or self.units)
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """Its legs, and its axes of size 1, which have none: they are with the cotangent or with what they are met by."""
+
+    legs: Legs
+    units: tuple[Unit, ...]
+
+    def of(self, operands: tuple[Operand, ...], loss: bool) -> _Component:
+        """These operands with the axes that are theirs."""
+        held = _legs(operands)
+        names = {t.name for op in operands for t in operand_tensors(op)}
+        units = (unit.axis for unit in self.units if (unit.output if loss else unit.met & names and not unit.output))
+        return _Component(operands, tuple(leg for leg in self.legs if leg in held), tuple(units))
+
+    def place(self, component: _Component, own: Legs) -> list[int]:
+        """Where its axes are among all axes, to sort by."""
+        axes = [k for k in range(len(self.legs) + len(self.units)) if k not in {unit.axis for unit in self.units}]
+        return sorted([*(axes[self.legs.index(leg)] for leg in own), *component.units]) or [-1]
 
 
 def kronecker(J: Uses, g: Cotangents, sharing: Sharing, scale: sympy.Expr, means: bool = False) -> Factors:
@@ -66,7 +92,8 @@ def kronecker(J: Uses, g: Cotangents, sharing: Sharing, scale: sympy.Expr, means
     gradient = inline(J.T @ g)
     if not gradient.products:
         return _nothing(J)
-    each = [_of_use(product, J.legs, g, sharing) for product in gradient.products]
+    parameter = _Parameter(J.legs, J.jacobians[0].units if len({j.units for j in J.jacobians}) == 1 else ())
+    each = [_of_use(product, parameter, g, sharing) for product in gradient.products]
     first = each[0]
     structures = {(f.blocks, f.legs, tuple(_has_cotangent(d, g.names) for d in f.diagrams)) for f in each}
     if len(structures) > 1:
@@ -112,11 +139,11 @@ def _is_cotangent(op: Operand, names: frozenset[str]) -> bool:
     return any(t.name in names for t in operand_tensors(op))
 
 
-def _of_use(product: Product, parameter: Legs, g: Cotangents, sharing: Sharing) -> Factors:
+def _of_use(product: Product, parameter: _Parameter, g: Cotangents, sharing: Sharing) -> Factors:
     """The factors of one product of Jᵀg."""
     names = g.names
     seeds = [op for op in product.operands if _is_cotangent(op, names)]
-    free = {leg for leg in product.legs if leg in parameter or leg == BATCH or leg.name == COLUMN}
+    free = {leg for leg in product.legs if leg in parameter.legs or leg == BATCH or leg.name == COLUMN}
     summed = [leg for op in seeds for leg in op.legs if leg not in free]
     others = _legs(tuple(op for op in product.operands if op not in seeds))
     candidates = [leg for leg in dict.fromkeys(summed) if leg in others]
@@ -125,9 +152,9 @@ def _of_use(product: Product, parameter: Legs, g: Cotangents, sharing: Sharing) 
     # Positions that only the cotangent has are positions as well: a bias is used at each of them.
     alone = [leg for leg in dict.fromkeys(summed) if leg not in candidates]
     positions = (*cut, *alone)
-    blocks = tuple(leg for leg in parameter if sum(leg in _legs(c.operands) for c in components) > 1)
+    blocks = tuple(leg for leg in parameter.legs if sum(leg in _legs(c.operands) for c in components) > 1)
     owned = [tuple(leg for leg in c.own if leg not in blocks) for c in components]
-    order = sorted(range(len(components)), key=lambda k: [parameter.index(leg) for leg in owned[k]] or [-1])
+    order = sorted(range(len(components)), key=lambda k: parameter.place(components[k], owned[k]))
     diagrams: list[Diagram] = []
     means: list[Diagram | None] = []
     for k in order:
@@ -139,7 +166,8 @@ def _of_use(product: Product, parameter: Legs, g: Cotangents, sharing: Sharing) 
         half = Diagram((*blocks, *owned[k]), (Product(sympy.Integer(1), components[k].operands),))
         means.append(None if loss else half / sympy.Mul(BATCH.size, *(leg.size for leg in cut)))
     assumption = _assumption(positions, g, sharing, len(components))
-    return Factors(tuple(diagrams), blocks, tuple(owned[k] for k in order), parameter, assumption, tuple(means))
+    legs = tuple(owned[k] for k in order)
+    return Factors(tuple(diagrams), blocks, legs, parameter.legs, assumption, tuple(means))
 
 
 def _assumption(positions: Legs, g: Cotangents, sharing: Sharing, count: int) -> str:
@@ -153,11 +181,11 @@ def _assumption(positions: Legs, g: Cotangents, sharing: Sharing, count: int) ->
     return matrix + ("" if matrix else "none: ") + "one factor, the block itself"
 
 
-def _minimal_cut(product: Product, parameter: Legs, candidates: list[Leg], names: frozenset[str]) -> Legs:
+def _minimal_cut(product: Product, parameter: _Parameter, candidates: list[Leg], names: frozenset[str]) -> Legs:
     """The candidates that must be cut to get as many components with parameter legs as possible."""
 
     def separated(cut: Legs) -> int:
-        return sum(bool(component.own) for component in _components(product, parameter, cut, names))
+        return sum(component.separate for component in _components(product, parameter, cut, names))
 
     # Of two cuts that separate as much, the one along positions: those are the legs that data share, not parameters.
     data = _legs(tuple(op for op in product.operands if BATCH in op.legs and not _is_cotangent(op, names)))
@@ -171,7 +199,7 @@ def _minimal_cut(product: Product, parameter: Legs, candidates: list[Leg], names
     return cut
 
 
-def _components(product: Product, parameter: Legs, cut: Legs, names: frozenset[str]) -> list[_Component]:
+def _components(product: Product, parameter: _Parameter, cut: Legs, names: frozenset[str]) -> list[_Component]:
     """Operands joined by legs that are not cut; the parameter's legs do not join the cotangent with the others."""
     groups = [[op] for op in product.operands]
     merged = True
@@ -179,15 +207,15 @@ def _components(product: Product, parameter: Legs, cut: Legs, names: frozenset[s
         merged = False
         for i in range(len(groups)):
             for j in range(i + 1, len(groups)):
-                if _joined(groups[i], groups[j], parameter, cut, names):
+                if _joined(groups[i], groups[j], parameter.legs, cut, names):
                     groups[i] += groups.pop(j)
                     merged = True
                     break
             if merged:
                 break
-    found = [_Component(tuple(g), tuple(leg for leg in parameter if leg in _legs(tuple(g)))) for g in groups]
-    loss = [any(_is_cotangent(op, names) for op in c.operands) for c in found]
-    kept = [k for k, c in enumerate(found) if c.own or loss[k]]
+    loss = [any(_is_cotangent(op, names) for op in group) for group in groups]
+    found = [parameter.of(tuple(group), seed) for group, seed in zip(groups, loss, strict=True)]
+    kept = [k for k, c in enumerate(found) if c.separate or loss[k]]
     for one in (c for k, c in enumerate(found) if k not in kept):  # a norm's deviation, a mask: with what it scales
         shared = [set(_legs(one.operands)).isdisjoint(_legs(found[k].operands)) for k in kept]
         k = kept[min(range(len(kept)), key=lambda j: (loss[kept[j]], shared[j], j))]

@@ -10,14 +10,14 @@ import builtins
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
 
 from .diagram import BATCH, Delta, Diagram, Leg, Map, Product, Size, Tensor, leaves, summed_legs
 from .errors import RuleError, UnsupportedError
 from .expand import Expander
-from .jacobian import Jacobian
+from .jacobian import Jacobian, Unit
 from .legs import Axes, solve
 from .notation import RESERVED, parse_access, parse_expression, parse_legs, parse_program
 from .rule import Root, Rule
@@ -36,12 +36,14 @@ class Equation:
     legs       the legs of the value, row-major
     diagram    the formula; None where only Jacobians are declared
     jacobians  declared ones, by runtime value name of the operand (only on the last equation)
+    units      the axes of size 1 of the operands of the formula, by the same
     """
 
     name: str
     legs: tuple[Leg, ...]
     diagram: Diagram | None
     jacobians: Mapping[str, Jacobian]
+    units: Mapping[str, tuple[Unit, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ def refine(jacobian: Jacobian, out: tuple[Size, ...] | None = None, into: tuple[
 
 
 def _refined(jacobian: Jacobian, legs: Legs, sizes: tuple[Size, ...]) -> Jacobian:
+    if tuple(leg.size for leg in legs) == sizes:
+        return jacobian
     diagram = jacobian.diagram
     taken = {leg.name for p in diagram.products for leg in p.legs} | {leg.name for leg in diagram.legs}
     split: dict[Leg, Legs] = {}

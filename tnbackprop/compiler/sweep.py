@@ -170,7 +170,8 @@ def jacobian_of(equation: Equation, operand: str) -> Jacobian | None:
     """The Jacobian of one line with respect to an operand, declared or derived; None where it has neither."""
     if operand in equation.jacobians:
         return equation.jacobians[operand]
-    return differentiate(equation.diagram, operand) if equation.diagram is not None else None
+    found = differentiate(equation.diagram, operand) if equation.diagram is not None else None
+    return replace(found, units=equation.units.get(operand, ())) if found is not None else None
 
 
 def operands_of(equation: Equation) -> tuple[str, ...]:
@@ -334,7 +335,8 @@ def _with_legs(jacobian: Jacobian, legs: tuple[Leg, ...]) -> Jacobian:
     """A parameter of one element has one leg of size 1, so that its results differ from sums over it."""
     if jacobian.into:
         return jacobian
-    return Jacobian(Diagram((*jacobian.diagram.legs, *legs), jacobian.diagram.products), jacobian.out, legs)
+    diagram = Diagram((*jacobian.diagram.legs, *legs), jacobian.diagram.products)
+    return Jacobian(diagram, jacobian.out, legs, jacobian.units)
 
 
 def _extract(sweep: Sweep, parameters: list[str]) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ..bind import BoundRule, Equation
-from ..diagram import Delta, Diagram, Leg, Map, Operand, Product, Selection, Tensor, Window
-from ..jacobian import Jacobian
+from ..diagram import Delta, Diagram, Leg, Map, Operand, Product, Selection, Tensor, Window, operand_tensors
+from ..jacobian import Jacobian, Unit
 
 Legs = tuple[Leg, ...]
 
@@ -28,7 +28,27 @@ def _equation(equation: Equation) -> Equation:
         return replace(equation, legs=_kept(equation.legs, frozenset()), jacobians=jacobians)
     held = _images(equation.diagram.products)
     jacobians = {name: _jacobian(j) for name, j in equation.jacobians.items()}
-    return Equation(equation.name, _kept(equation.legs, held), _diagram(equation.diagram, held), jacobians)
+    diagram = _diagram(equation.diagram, held)
+    return Equation(equation.name, _kept(equation.legs, held), diagram, jacobians, _units(equation, held))
+
+
+def _units(equation: Equation, held: frozenset[Leg]) -> dict[str, tuple[Unit, ...]]:
+    """The axes that are dropped of every operand, and where else they are; none of one that is read in several ways."""
+    found: dict[str, set[tuple[Unit, ...]]] = {}
+    for product in equation.diagram.products if equation.diagram is not None else ():
+        for op in product.operands:
+            others = [other for other in product.operands if other is not op]
+            for tensor in operand_tensors(op):
+                gone = [(k, leg) for k, leg in enumerate(tensor.legs) if leg.size == 1 and leg not in held]
+                units = (Unit(k, leg in equation.legs, _met(leg, others)) for k, leg in gone)
+                found.setdefault(tensor.name, set()).add(tuple(units))
+    return {name: units for name, ways in found.items() if len(ways) == 1 for units in ways if units}
+
+
+def _met(leg: Leg, others: list[Operand]) -> frozenset[str]:
+    """The tensors that have a leg, or that are read by a window with it."""
+    images = {other.image for other in others if isinstance(other, Window) and leg in other.legs}
+    return frozenset(t.name for other in others for t in operand_tensors(other) if {leg, *images} & set(t.legs))
 
 
 def _jacobian(jacobian: Jacobian) -> Jacobian:
