@@ -68,3 +68,26 @@ def test_a_seed() -> None:
     want = tn.compile(model, loss, batch, [tn.SqrtGGNMC()])(*batch, seed=3)["sqrt_ggn_mc"]["weight"]
     assert torch.equal(draw(seed=3), want) and not torch.equal(draw(seed=4), want)
     assert torch.equal(draw(generator=torch.Generator().manual_seed(3)), want)
+
+
+def test_autocast_has_no_effect() -> None:
+    """Everything is in the dtype of the parameters, when a program is compiled and when it is called."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 3))
+    batch, quantities = (torch.randn(5, 3), torch.randint(3, (5,))), [tn.DiagGGN(), tn.HessianDiag(), tn.BatchGrad()]
+    want = tn.compile(model, nn.CrossEntropyLoss(), batch, quantities)(*batch)
+    products = tn.hessian_product(model, nn.CrossEntropyLoss(), batch).to_dense()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(batch[0]).dtype == torch.bfloat16
+        found = tn.compile(model, nn.CrossEntropyLoss(), batch, quantities)(*batch)
+        assert torch.equal(tn.hessian_product(model, nn.CrossEntropyLoss(), batch).to_dense(), products)
+    for quantity, by in want.items():
+        for name, value in by.items():
+            assert torch.equal(found[quantity][name], value), (quantity, name)
+
+
+def test_a_result_is_a_mapping() -> None:
+    result = tn.compute(nn.Linear(3, 2), nn.MSELoss(), (torch.randn(4, 3), torch.randn(4, 2)), [tn.Grad()])
+    assert "grad" in result and "kfac" not in result
+    assert result.get("kfac") is None and result.get("grad") is result["grad"]
+    with pytest.raises(tn.InputError, match="no quantity 'kfac' in this result; it has: grad"):
+        result["kfac"]

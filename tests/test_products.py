@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 import tnbackprop as tn
 
@@ -273,6 +274,33 @@ def test_attention_of_torch(kind: str, train: bool) -> None:
         want = DENSE[kind](problem)
     with torch.no_grad():
         assert error(product(kind, problem).to_dense(), want) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["ggn", "hessian"])
+def test_weight_norm(kind: str) -> None:
+    """The second derivative of torch's fused kernel is wrong: its Hessian is not even symmetric."""
+    torch.manual_seed(0)
+    model = weight_norm(nn.Linear(3, 2)).double()
+    x, y = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    found = MAKE[kind](model, nn.MSELoss(), (x, y)).to_dense()
+    assert error(found, found.T) <= TOLERANCE
+    diagonal = {"ggn": tn.DiagGGN("d"), "hessian": tn.HessianDiag("d")}[kind]
+    want = tn.compute(model, nn.MSELoss(), (x, y), [diagonal])["d"]
+    flat = torch.cat([want[name].flatten() for name, _ in model.named_parameters()])
+    assert error(found.diagonal(), flat) <= TOLERANCE
+    step = 1e-5
+    for name, p in model.named_parameters():  # and both are what differences of gradients say
+        if kind == "hessian":
+            for k in range(p.numel()):
+                slopes = []
+                for sign in (1, -1):
+                    with torch.no_grad():
+                        p.view(-1)[k] += sign * step
+                    (slope,) = torch.autograd.grad(F.mse_loss(model(x), y), p)
+                    slopes.append(slope.flatten()[k])
+                    with torch.no_grad():
+                        p.view(-1)[k] -= sign * step
+                assert abs((slopes[0] - slopes[1]) / (2 * step) - want[name].flatten()[k]) <= 1e-8
 
 
 class TwoInputs(nn.Module):

@@ -81,3 +81,35 @@ def test_variance_of_a_mean_is_smaller_by_the_square_of_the_batch(centred: bool)
     for name, variance in result["paper"].items():
         torch.testing.assert_close(result["backpack"][name], variance / 4**2)
         torch.testing.assert_close(result["sum"][name], result["moment"][name] / 4)
+
+
+MASKED = {
+    "over": lambda f, y: ((f - y[0]).square() * y[1]).sum() / y[1].sum(),
+    "at least one": lambda f, y: ((f - y[0]).square() * y[1]).sum() / y[1].sum().clamp(min=1),
+    "times the reciprocal": lambda f, y: ((f - y[0]).square() * y[1]).sum() * y[1].sum().reciprocal(),
+    "as weights": lambda f, y: ((f - y[0]).square() * (y[1] / y[1].sum())).sum(),
+}
+
+
+@pytest.mark.parametrize("how", MASKED)
+def test_a_divisor_that_is_counted_in_the_batch(how: str) -> None:
+    """A masked mean has all quantities that the sum of the masked losses has, times a constant."""
+    torch.manual_seed(0)
+    model = seq(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(5, 3).double(), (torch.randn(5, 2).double(), (torch.rand(5, 2) > 0.4).double())
+    count = float(y[1].sum())
+    quantities = [
+        tn.Grad(), tn.BatchGrad(), tn.BatchL2(), tn.SecondMoment(), tn.DiagGGN(), tn.HessianDiag(), tn.KFLR(),
+        tn.SqrtGGNMC(),
+    ]  # fmt: skip
+    constant = lambda f, y: ((f - y[0]).square() * y[1]).sum() / count  # noqa: E731
+    found, want = (tn.compute(model, loss, (x, y), quantities, seed=0) for loss in (MASKED[how], constant))
+    for quantity in (q.name for q in quantities):
+        for name, value in want[quantity].items():
+            got = found[quantity][name]
+            if isinstance(value, tn.KroneckerFactors):
+                got, value = got.to_dense(), value.to_dense()
+            torch.testing.assert_close(got, value, rtol=1e-10, atol=1e-12)
+    assert 0 < count < 10, "the mask matters"
+    with pytest.raises(tn.UnsupportedError, match=r"not a sum over samples: what comes after .* is not linear in it"):
+        tn.compile(model, lambda f, y: f.square().sum() / f.abs().sum(), (x, y[0]), [tn.Grad()])

@@ -31,7 +31,8 @@ def compile(
 ) -> Program:
     """Compile a model with its loss and quantities to a program.
 
-    model         any module that torch.export can capture; it is not changed
+    model         any module that torch.export can capture; it is not changed. Its parameters' dtypes are those of the
+                  program: torch.autocast has no effect on it
     loss          ``loss(output, y)`` -> scalar, a sum or mean over samples
     example       a batch ``(x, y)``; shapes other than the batch size are fixed by it
     quantities    what to compute: ``[tn.BatchL2(), tn.Variance()]``

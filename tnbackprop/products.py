@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, overload
@@ -17,13 +18,13 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from .compiler.capture import batch_size, model_arguments, plain
 from .errors import InputError, UnsupportedError, check_member
 from .front import Loss, compile
 from .quantities import BatchGrad, Fisher, Quantity, Scale, SqrtGGNMC
+from .torch_modes import own_dtypes, twice_differentiable
 
 Vector = Mapping[str, Tensor]
 Multiply = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -164,8 +165,9 @@ def ggn_product(
     that are no floating point tensors.
     """
     problem = _Problem(model, loss, batch)
-    output, push, pull = problem.linearise()
-    _, curve = _vjp(grad(problem.loss), output)
+    with problem.own_dtypes():
+        output, push, pull = problem.linearise()
+        _, curve = _vjp(grad(problem.loss), output)
     return problem.product("GGN", lambda v: pull(curve(push(v))), blocks)
 
 
@@ -177,7 +179,8 @@ def hessian_product(
     The derivative of a function with kinks (ReLU, max pooling) is that of the branch taken. Raises as `ggn_product`.
     """
     problem = _Problem(model, loss, batch)
-    _, multiply = _vjp(grad(lambda theta: problem.loss(problem.output(theta))), problem.theta)
+    with problem.own_dtypes():
+        _, multiply = _vjp(grad(lambda theta: problem.loss(problem.output(theta))), problem.theta)
     return problem.product("Hessian", multiply, blocks)
 
 
@@ -203,8 +206,9 @@ def fisher_product(
     if mc_samples < 1:
         raise InputError(f"mc_samples={mc_samples}: draw at least one column per sample")
     problem = _Problem(model, loss, batch)
-    output, push, pull = problem.linearise()
-    left, right = _columns(problem, output, fisher, mc_samples, seed)
+    with problem.own_dtypes():
+        output, push, pull = problem.linearise()
+        left, right = _columns(problem, output, fisher, mc_samples, seed)
 
     def curve(u: Tensor) -> Tensor:
         inner = torch.einsum("vnf,nf->vn", right, u.reshape(problem.size, -1))
@@ -269,15 +273,19 @@ class _Problem:
                 raise UnsupportedError(f"{name!r} is complex: complex tensors are not supported")
 
     def output(self, theta: dict[str, Tensor]) -> Any:
-        """The model's output. Buffers are copies; the one kernel of attention is used that has second derivatives."""
+        """The model's output. Buffers are copies; kernels are used that have second derivatives."""
         buffers = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
-        with sdpa_kernel(SDPBackend.MATH):
+        with twice_differentiable():
             output = functional_call(self.model, theta | buffers, self.args, self.kwargs)
         for leaf in pytree.tree_leaves(output):
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
                 kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
                 raise UnsupportedError(f"the model's output has a {kind} in it: return floating point tensors only")
         return output
+
+    def own_dtypes(self) -> AbstractContextManager[object]:
+        """Whatever autocast says, as a program."""
+        return own_dtypes(next(iter(self.theta.values())).device)
 
     def loss(self, output: Any) -> Tensor:
         value = self.given_loss(output, self.y)
@@ -297,7 +305,12 @@ class _Problem:
     def product(self, label: str, multiply: Multiply, blocks: Blocks) -> CurvatureProduct:
         check_member("blocks", blocks, Blocks)
         chosen = multiply if blocks is Blocks.FULL else _blockwise(multiply, self.theta)
-        return CurvatureProduct(label, blocks, self.theta, chosen, _others(self.model))
+
+        def product(v: Any) -> Any:
+            with self.own_dtypes():
+                return chosen(v)
+
+        return CurvatureProduct(label, blocks, self.theta, product, _others(self.model))
 
 
 def _vjp(function: Callable[[Any], Any], primal: Any) -> tuple[Any, Linear]:

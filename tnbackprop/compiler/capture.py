@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError, UnsupportedError
 from ..rule import Composite, Rules
+from ..torch_modes import own_dtypes
 from .foreign import MISTAKES
 from .graph import Graph
 from .inplace import copy_views, mutates_view
@@ -56,8 +57,9 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
 
     x and y are tensors or trees of tensors with the batch first; a tuple x gives positional arguments, a
     dict x keyword arguments where forward takes its names. Dropout and batch norm are captured in the mode the
-    modules are in. Raises InputError where the example does not fit the model, UnsupportedError where samples
-    are mixed or the graph depends on the data or on one batch size.
+    modules are in, and dtypes are those of the tensors, whatever autocast says. Raises InputError where the example
+    does not fit the model, UnsupportedError where samples are mixed or the graph depends on the data or on one batch
+    size.
     """
     for name, given in (("model", model), ("loss", loss)):
         if isinstance(given, type):
@@ -73,7 +75,8 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
         raise InputError("example must be the pair (x, y)")
     x, y = _distinct((plain(example[0]), plain(example[1])))
     batch = batch_size((x, y))
-    return _any_size(Wrapped(model, loss), (x, y), batch, rules)
+    with own_dtypes(next((p.device for p in model.parameters()), torch.device("cpu"))):
+        return _any_size(Wrapped(model, loss), (x, y), batch, rules)
 
 
 def model_arguments(model: nn.Module, x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

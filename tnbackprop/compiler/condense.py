@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import sympy
 
 from ..algebra import inline
-from ..diagram import BATCH, Diagram, Leg, Map, Part, Product, Selection, Tensor, summed_legs
+from ..diagram import Diagram, Leg, Map, Part, Product, Selection, Tensor, summed_legs
 from ..errors import UnsupportedError
 from ..jacobian import Jacobian
 from ..regroup import refine, refinement
@@ -52,18 +52,16 @@ def _formula(terms: Sequence[Diagram | Native]) -> Diagram | None:
 
 def _read_with(legs: Legs, formula: Diagram) -> Diagram | None:
     """The formula with as many legs, its own split where those are finer; None where they are anything else."""
-    sizes, own = ([int(leg.size) for leg in each if leg != BATCH] for each in (legs, formula.legs))
-    if sizes == own:
+    if [leg.size for leg in legs] == [leg.size for leg in formula.legs]:
         return formula
+    sizes, own = (tuple(leg.size for leg in each if isinstance(leg.size, int)) for each in (legs, formula.legs))
     try:
-        if refinement(tuple(own), tuple(sizes)) != tuple(sizes):
+        if refinement(own, sizes) != sizes:
             return None
     except UnsupportedError:
         return None
-    batch, rest = (tuple(leg for leg in formula.legs if (leg == BATCH) is kept) for kept in (True, False))
-    finer = refine(Jacobian(formula, batch, rest), into=tuple(sizes))
-    order = iter(finer.into)
-    return Diagram(tuple(leg if leg == BATCH else next(order) for leg in legs), finer.diagram.products)
+    symbolic, rest = (tuple(leg for leg in formula.legs if isinstance(leg.size, int) is kept) for kept in (False, True))
+    return refine(Jacobian(formula, symbolic, rest), into=sizes).diagram
 
 
 def _scatters(formula: Diagram) -> bool:

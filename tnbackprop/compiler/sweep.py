@@ -268,12 +268,18 @@ def _cotangent(sweep: Sweep, name: str, legs: tuple[Leg, ...]) -> Diagram:
         return tensor(f"{sweep.prefix}_{name}", (*sweep.lead, *legs))
     total = Diagram(legs, ())
     for term in sweep.terms[name]:
-        if isinstance(term, Native) or any(sweep.reads.get(leaf, True) for leaf in leaves(term)):
+        if isinstance(term, Native) or any(_varies(sweep, leaf) for leaf in leaves(term)):
             raise UnsupportedError(
-                f"the loss is not a sum over samples: {sweep.owner[name].where} comes after the sum and is not linear."
+                f"the loss is not a sum over samples: what comes after {sweep.owner[name].where} is not linear in it.\n"
+                "  Only sums of the loss of each sample have individual gradients; a divisor may depend on the batch."
             )
         total = total + term
     return simplify(total)
+
+
+def _varies(sweep: Sweep, leaf: str) -> bool:
+    """Whether a factor depends on the samples through the parameters; a number of labels in the batch does not."""
+    return sweep.reads.get(leaf, True) and bool(sweep.depends.get(leaf, True))
 
 
 def _composed(sweep: Sweep, name: str, jacobian: Jacobian) -> tuple[Jacobian, Diagram]:

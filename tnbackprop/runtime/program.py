@@ -21,6 +21,7 @@ from ..compiler.stage import Stage
 from ..diagram import N
 from ..errors import InputError
 from ..quantities import Quantity
+from ..torch_modes import own_dtypes
 from .assemble import assemble, blocks
 from .graphed import Graphed
 from .progress import bars
@@ -131,7 +132,7 @@ class Program:
         """
         tensors = self._with_noise(x, y, seed, generator)
         follow = {"progress": bars()} if progress and followed(self._compiled.plan) else {}
-        with running(self._compiled.source):
+        with running(self._compiled.source), own_dtypes(_device(tensors)):
             found = self._function(tensors, **follow)
         return self._result(*found)
 
@@ -142,7 +143,7 @@ class Program:
         """
         inputs = frozenset({*self._compiled.graph.inputs, *noises(self._compiled.plan)})
         example = self._with_noise(x, y, None, None)
-        with running(self._compiled.source):
+        with running(self._compiled.source), own_dtypes(_device(example)):
             return Graphed(self._function, self._with_noise, self._result, inputs, example)
 
     def _result(
@@ -183,7 +184,7 @@ class Program:
             for k, size in enumerate(graph.values[name].shape)
             if size == N
         )
-        like = next(t for t in tensors.values() if t.is_floating_point())
+        like = _floating(tensors)
         if seed is not None:
             generator = torch.Generator(like.device).manual_seed(seed)
         shapes = {name: [size_at(s, batch) for s in plan.shapes[name]] for name in names}
@@ -196,6 +197,14 @@ class Program:
         plan = self._compiled.plan
         names = ", ".join(plan.results)
         return f"Program({names}; {len(plan.steps)} steps, {self.flops:.3g} FLOPs at N = {plan.batch})"
+
+
+def _floating(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return next(t for t in tensors.values() if t.is_floating_point())
+
+
+def _device(tensors: Mapping[str, torch.Tensor]) -> torch.device:
+    return _floating(tensors).device
 
 
 def _own(kind: str, dotted: str, own: Mapping[str, torch.Tensor], value: Value) -> torch.Tensor:

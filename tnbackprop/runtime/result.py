@@ -25,6 +25,13 @@ class Result(Mapping[str, Mapping[str, torch.Tensor]]):
             known = ", ".join(self._values) or "none"
             raise InputError(f"no quantity {quantity!r} in this result; it has: {known}") from None
 
+    def __contains__(self, quantity: object) -> bool:
+        return quantity in self._values
+
+    def get(self, quantity: str, default: Any = None) -> Any:
+        """The quantity's values, or `default` where this result has none."""
+        return self._values.get(quantity, default)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
