@@ -47,8 +47,9 @@ class Choice:
 def choose(store: Store, item: Extraction, dotted: str, lowerings: tuple[Lowering, ...], chunk: int | None) -> Choice:
     """The fastest option; when the batch is sliced to save memory, the fastest of those with small allocations."""
     found, before = (_parts_of(diagrams) for diagrams in (item.diagrams, item.condensed))
-    allowed = (*_subsets(item.diagrams, found), *(s for s in _subsets(item.condensed, before) if s))
-    options = _options(store, item, allowed, lowerings, chunk)
+    allowed = [(subset, free) for subset in _subsets(item.diagrams, found) for free in (True, False) if subset or free]
+    allowed += [(subset, True) for subset in _subsets(item.condensed, before) if subset]
+    options = tuple(_option(store, item, subset, free, lowerings, chunk) for subset, free in allowed)
     candidates = options
     if chunk is not None:
         largest = {option: _largest(option, store.batch) for option in options}
@@ -74,24 +75,21 @@ def _largest(option: Option, batch: int) -> float:
     return max((number(step.work.fresh, batch) for step in option.steps), default=0.0)
 
 
-def _options(
+def _option(
     store: Store,
     item: Extraction,
-    allowed: tuple[frozenset[Diagram], ...],
+    kept: frozenset[Diagram],
+    free: bool,
     lowerings: tuple[Lowering, ...],
     chunk: int | None,
-) -> tuple[Option, ...]:
-    """Every set of parts that may be built, tried on a fork."""
-    options = []
-    for subset in allowed:
-        for free in (True, False) if subset else (True,):
-            trial, start = store.fork(), len(store.steps)
-            built = build_all(trial, item, subset, lowerings, chunk, free)
-            results = {quantity: trial.resolve(ref.name) for quantity, (ref, _) in built.items()}
-            forms = {quantity: form for quantity, (_, form) in built.items()}
-            seconds = trial.seconds(start) - saved(trial, start, *(ref for ref, _ in built.values()))
-            options.append(Option(subset, seconds, tuple(trial.steps[start:]), results, forms, free))
-    return tuple(options)
+) -> Option:
+    """A set of parts to build, tried on a fork."""
+    trial, start = store.fork(), len(store.steps)
+    built = build_all(trial, item, kept, lowerings, chunk, free)
+    results = {quantity: trial.resolve(ref.name) for quantity, (ref, _) in built.items()}
+    forms = {quantity: form for quantity, (_, form) in built.items()}
+    seconds = trial.seconds(start) - saved(trial, start, *(ref for ref, _ in built.values()))
+    return Option(kept, seconds, tuple(trial.steps[start:]), results, forms, free)
 
 
 def build_all(

@@ -322,7 +322,7 @@ def _extract(
     dotted = graph.parameters[item.parameter][0]
     store.note = f"{dotted}"
     choice = choose(store, item, dotted, lowerings, chunk)
-    refs = build_all(store, item, choice.chosen.kept, lowerings, chunk)
+    refs = build_all(store, item, choice.chosen.kept, lowerings, chunk, choice.chosen.free)
     codes = {}
     for quantity, (ref, _) in refs.items():
         store.note = f"{quantity} of {dotted}"

@@ -84,11 +84,8 @@ def _looked_up(store: Store, op: Selection, others: list[Operand], legs: Legs, l
         needed = {*legs, *_legs(rest), *op.index.legs, *_legs([o for o in others if o not in held])}
         free = tuple(leg for leg in _legs(held) if leg not in op.choice and leg in needed)
         table = build(store, _of(held, (*free, *op.choice)), lowerings)
-        ways = [
-            partial(rows, op=op, table=table, free=free, whole=whole)
-            for rows in (_rows, _padded_rows)
-            for whole in (False, True)
-        ]
+        splits = _splits(table, op, read(store, op.index).order)
+        ways = [partial(rows, op=op, table=table, split=split) for rows in (_rows, _padded_rows) for split in splits]
         looked_up.append(as_tensor(store, store.cheapest(ways)))
     return build(store, _of([*rest, *looked_up], legs), lowerings)
 
@@ -107,13 +104,21 @@ def _tables(op: Selection, others: list[Operand], legs: Legs) -> list[list[Opera
     return tables if every or not held else [held]
 
 
-def _rows(store: Store, op: Selection, table: Ref, free: Legs, whole: bool) -> Ref:
-    """The rows of a table [head, choice, tail] that an index [head, own] names: [head, own, tail].
+def _splits(table: Ref, op: Selection, index: Legs) -> list[tuple[Legs, Legs, Legs]]:
+    """The legs of a look-up: head, own, and tail, that is what goes on from the choice in memory, or all there is."""
+    last = max(table.stored.index(leg) for leg in op.choice)
+    found = []
+    for start in (last + 1, 0):
+        tail = tuple(leg for leg in table.stored[start:] if leg not in (*index, *op.choice))
+        head = tuple(leg for leg in table.stored if leg not in (*op.choice, *tail))
+        found.append((head, tuple(leg for leg in index if leg not in head), tail))
+    return list(dict.fromkeys(found))
 
-    A row goes on from where the choice is in memory; a whole one has all legs that the index does not have.
-    """
-    index, head, own, tail = _split(store, op, table, free, whole)
-    outside, flat = _flat(store, index, head, own, op.choice, "0")
+
+def _rows(store: Store, op: Selection, table: Ref, split: tuple[Legs, Legs, Legs]) -> Ref:
+    """The rows of a table [head, choice, tail] that an index [head, own] names: [head, own, tail]."""
+    head, own, tail = split
+    outside, flat = _flat(store, read(store, op.index), head, own, op.choice, "0")
     code = f"{placed(store, table, ((*head, *op.choice), *_axis(tail)))}.index_select(0, {flat})"
     out = (*head, *own, *tail)
     mask = f"{outside}.reshape(-1{', 1' if tail else ''})"
@@ -122,11 +127,11 @@ def _rows(store: Store, op: Selection, table: Ref, free: Legs, whole: bool) -> R
     return Ref(store.add(code, _merged(head + own, tail), Kernel.ELEMENTWISE, work, own=True), out, out)
 
 
-def _padded_rows(store: Store, op: Selection, table: Ref, free: Legs, whole: bool) -> Ref:
+def _padded_rows(store: Store, op: Selection, table: Ref, split: tuple[Legs, Legs, Legs]) -> Ref:
     """The same from a table with a row of zeros more, for an index outside: better where more rows are looked up."""
-    index, head, own, tail = _split(store, op, table, free, whole)
+    head, own, tail = split
     rows, out = (*head, *op.choice), (*head, *own, *tail)
-    _, flat = _flat(store, index, head, own, op.choice, text((merged(rows),)))
+    _, flat = _flat(store, read(store, op.index), head, own, op.choice, text((merged(rows),)))
     padding = "(0, 0, 0, 1)" if tail else "(0, 1)"
     code = f"torch.nn.functional.pad({arranged(store, table, (rows, *_axis(tail)))}, {padding})"
     work = Work(moved=((4, (*rows, *tail)),), fresh=((2, (*rows, *tail)),))
@@ -134,15 +139,6 @@ def _padded_rows(store: Store, op: Selection, table: Ref, free: Legs, whole: boo
     work = Work(moved=((2, out),), fresh=((1, out),))
     name = store.add(f"{padded}.index_select(0, {flat})", _merged(head + own, tail), Kernel.ELEMENTWISE, work, own=True)
     return Ref(name, out, out)
-
-
-def _split(store: Store, op: Selection, table: Ref, free: Legs, whole: bool) -> tuple[Ref, Legs, Legs, Legs]:
-    """The index, and the legs of the look-up: head, own, and tail."""
-    index = read(store, op.index)
-    last = max(table.stored.index(leg) for leg in op.choice)
-    tail = tuple(leg for leg in table.stored[0 if whole else last + 1 :] if leg in free and leg not in index.order)
-    head = tuple(leg for leg in table.stored if leg in free and leg not in tail)
-    return index, head, tuple(leg for leg in index.order if leg not in head), tail
 
 
 def _merged(rows: Legs, tail: Legs) -> tuple[Size, ...]:
