@@ -172,9 +172,11 @@ class Program:
     ) -> dict[str, torch.Tensor]:
         """Uniform noise for every sampled root, drawn outside the emitted function."""
         graph, plan = self._compiled.graph, self._compiled.plan
-        kinds = isinstance(seed, int | None) and isinstance(generator, torch.Generator | None)
-        if not kinds or None not in (seed, generator):
-            raise InputError(f"seed={seed!r}, generator={generator!r}: give a whole number, or a torch.Generator")
+        whole = seed is None or (isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**64)
+        if not (whole and isinstance(generator, torch.Generator | None)) or None not in (seed, generator):
+            raise InputError(
+                f"seed={seed!r}, generator={generator!r}: give a whole number of 64 bits, or a torch.Generator"
+            )
         names = noises(plan)
         if not names:
             return {}
@@ -195,7 +197,7 @@ class Program:
 
     def __repr__(self) -> str:
         plan = self._compiled.plan
-        names = ", ".join(plan.results)
+        names = ", ".join(self.quantities)
         return f"Program({names}; {len(plan.steps)} steps, {self.flops:.3g} FLOPs at N = {plan.batch})"
 
 
@@ -266,5 +268,5 @@ def _check_batch(batch: Mapping[str, torch.Tensor], values: Mapping[str, Value])
                 "compile again for this shape"
             )
     if size == 0:
-        raise InputError("the batch is empty: a mean over no samples is not defined")
+        raise InputError("the batch is empty: give at least one sample")
     return dict(batch)
