@@ -68,7 +68,7 @@ def columns_of(
 
 
 def _root(setting: Setting, signed: bool = False) -> LossRoot:
-    return loss_root(setting.graph, setting.bound, signed)
+    return loss_root(setting.graph, setting.bound, setting.scale, signed)
 
 
 def _hessian(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, first: int) -> Iterator[Columns]:

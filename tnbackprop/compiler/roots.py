@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
+import sympy
+
 from ..algebra import diagonal, differentiate
 from ..bind import BoundRule
 from ..diagram import BATCH, Diagram, N, leaves
@@ -30,6 +32,7 @@ class LossRoot:
     curvature: Diagram | None
     calls: tuple[Call, ...] = ()  # the loss's own calls, where its Hessian is taken by torch.func: {hessian_root}
     signed: bool = False  # negative curvature is in the columns' weights
+    scale: sympy.Expr = sympy.S.One  # of a sample's loss
 
     @property
     def columns(self) -> int:
@@ -40,14 +43,19 @@ class LossRoot:
         return self.output.name
 
 
-def loss_root(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...], signed: bool = False) -> LossRoot:
-    """The root for the single loss call on the model's only output. Raises `UnsupportedError` where there is none."""
+def loss_root(
+    graph: Graph, bound: tuple[tuple[Call, BoundRule], ...], scale: sympy.Expr, signed: bool = False
+) -> LossRoot:
+    """The root for the single loss call on the model's only output, with the loss's scale.
+
+    Raises `UnsupportedError` where there is none.
+    """
     output = output_of(graph, "the GGN")
     call, rule = next((call, rule) for call, rule in bound if call.output.name == graph.loss)
     found = None
     if output.name in {v.name for v in call.tensors.values()}:
         found = LossRoot(output, _apart(rule.root, output), None) if rule.root else _elementwise(rule, output)
-    return found or _from_hessian(graph, output, signed)
+    return replace(found or _from_hessian(graph, output, signed), scale=scale)
 
 
 def elementwise_root(found: LossRoot) -> LossRoot:
