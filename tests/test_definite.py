@@ -172,6 +172,19 @@ def test_an_operator_that_knows_one_dtype() -> None:
         assert (got - want).abs().max() <= 1e-6
 
 
+def test_one_hessian_for_all_roots() -> None:
+    """Exact, drawn, signed and in one matrix: one eigendecomposition, and the numbers of each alone."""
+    torch.manual_seed(0)
+    model, batch = nn.Linear(3, 4), (torch.randn(5, 3), torch.arange(5) % 4)
+    quantities = [tn.DiagGGN(), tn.DiagGGNMC(), tn.HessianDiag(), tn.HesScale(), tn.KFRA()]
+    program = tn.compile(model, SATURABLE["nll"], batch, quantities)
+    assert program.source.count("torch.linalg.eigh") == program.source.count("def loss_") == 1
+    result = program(*batch)
+    for quantity in (tn.DiagGGN(), tn.HessianDiag(), tn.HesScale()):
+        alone = weight_of(model, SATURABLE["nll"], batch, quantity)
+        torch.testing.assert_close(result[quantity.name]["weight"], alone)
+
+
 def test_torch_compile_takes_it_whole() -> None:
     model, batch = nn.Linear(3, 3), (torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0]))
     program = tn.compile(model, SATURABLE["nll"], batch, [tn.DiagGGN(), tn.HessianDiag(), tn.BL89()])

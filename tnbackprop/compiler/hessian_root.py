@@ -29,12 +29,12 @@ def hessian_root(store: Store, graph: Graph, root: LossRoot, number: str) -> tup
     """
     output = root.output
     size, shape = prod(int(s) for s in output.shape[1:]), text(output.shape)
-    inputs = _function(store, graph, root, f"loss_{number}")
+    function, inputs = _function(store, graph, root, f"loss_{number}")
     own = ", ".join("o" if name == output.name else _double(store, graph.values[name]) for name in inputs)
     base, back = _double(store, output), _back(store, output)
     device = f"{store.resolve(output.name)}.device"
     eye = f"torch.eye({size}, dtype=torch.float64, device={device}).reshape({size}, 1, {text(output.shape[1:])})"
-    gradient = f"torch.func.grad(lambda o: loss_{number}({own}))"
+    gradient = f"torch.func.grad(lambda o: {function}({own}))"
     column = f"torch.func.vmap(lambda e: torch.func.vjp({gradient}, {base})[1](e.expand({shape}))[0])({eye})"
     work = _double_work(store, size)
     hessian = store.add(column, (size, *output.shape), Kernel.NATIVE, work, name=f"hessian_{number}")
@@ -66,8 +66,11 @@ def _double_work(store: Store, size: int) -> Work:
     return Work(inside=((2 * 8 // store.itemsize, (BATCH, Leg("i", size), Leg("j", size))),))
 
 
-def _function(store: Store, graph: Graph, root: LossRoot, name: str) -> list[str]:
-    """The loss as a function of the output and of what else it reads; returns the names of its arguments."""
+def _function(store: Store, graph: Graph, root: LossRoot, name: str) -> tuple[str, list[str]]:
+    """The loss as a function of the output and of what else it reads: its name, and those of its arguments.
+
+    There is one for all roots of a program, and so one Hessian.
+    """
     made = {call.output.name for call in root.calls}
     reads = [v.name for call in root.calls for v in call.tensors.values() if v.name not in made]
     inputs = list(dict.fromkeys([root.output.name, *reads]))
@@ -78,8 +81,11 @@ def _function(store: Store, graph: Graph, root: LossRoot, name: str) -> list[str
     body = [f"    N = {root.output.name}.shape[0]", *lines_of(tuple(steps), {str(graph.loss)})]
     if any("like." in step.code for step in steps):
         body.insert(0, f"    like = {root.output.name}")
-    store.functions[name] = "\n".join([f"def {name}({', '.join(inputs)}):", *body, f"    return {graph.loss}"])
-    return inputs
+    rest = "\n".join([f"({', '.join(inputs)}):", *body, f"    return {graph.loss}"])
+    known = (other for other, source in store.functions.items() if source == f"def {other}{rest}")
+    name = next(known, name)
+    store.functions[name] = f"def {name}{rest}"
+    return name, inputs
 
 
 def _code_in_double(call: Call) -> str:
