@@ -52,23 +52,28 @@ def columns_of(
         case Source.IDENTITY:
             yield _from_output(setting, quantities, first)
         case Source.AVERAGE:
-            yield _averages(setting, quantities, _root(setting), first)
+            yield _averages(setting, quantities, _root(setting, quantities), first)
         case Source.DIAGONAL:
-            yield _diagonals(setting, quantities, _root(setting, signed=True), first)
+            yield _diagonals(setting, quantities, _root(setting, quantities, signed=True), first)
         case Source.ELEMENTWISE:
-            yield _diagonals(setting, quantities, elementwise_root(_root(setting, signed=True)), first)
+            yield _diagonals(setting, quantities, elementwise_root(_root(setting, quantities, signed=True)), first)
         case Source.HESSIAN:
-            yield from _hessian(setting, quantities, _root(setting, signed=True), first)
+            yield from _hessian(setting, quantities, _root(setting, quantities, signed=True), first)
         case Source.ROOT:
-            yield _from_loss(setting, quantities, _root(setting), 0, first)
+            yield _from_loss(setting, quantities, _root(setting, quantities), 0, first)
         case Source.SAMPLE:
-            yield _from_loss(setting, quantities, _root(setting), propagation.samples, first)
+            yield _from_loss(setting, quantities, _root(setting, quantities), propagation.samples, first)
         case Source.GRADIENT:
             raise InvariantError("the gradient is no column")
 
 
-def _root(setting: Setting, signed: bool = False) -> LossRoot:
-    return loss_root(setting.graph, setting.bound, signed)
+def _root(setting: Setting, quantities: Sequence[Quantity], signed: bool = False) -> LossRoot:
+    return loss_root(setting.graph, setting.bound, setting.scale, _classes(quantities), signed)
+
+
+def _classes(quantities: Sequence[Quantity]) -> str:
+    """What was asked for, for messages: "DiagGGN and KFLR"."""
+    return " and ".join(dict.fromkeys(type(quantity).__name__ for quantity in quantities))
 
 
 def _hessian(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, first: int) -> Iterator[Columns]:
@@ -93,7 +98,7 @@ def _residuals(setting: Setting, quantities: Sequence[Quantity], output: str, fi
 
 def _from_output(setting: Setting, quantities: Sequence[Quantity], number: int) -> Columns:
     """One-hot columns at the model's output."""
-    output = output_of(setting.graph, "Jacobians")
+    output = output_of(setting.graph, _classes(quantities))
     legs = output_legs(setting.bound, output.name)
     return _from_basis(setting, quantities, Weighted(output.name, legs, None), number, inside=False)
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sympy
+import torch
+
 from ..diagram import BATCH, N, Size
 from .arrange import arranged, sizes_of, text
 from .contract import Lowering, build
 from .cost import Kernel
+from .definite import in_double, smallest_eigenvalue
 from .derived import Basis, Columns, Given
 from .forward import fill
 from .graph import Graph
 from .hessian_root import hessian_root
+from .roots import LossRoot
 from .store import Ref, Store
 
 
@@ -30,10 +35,8 @@ def root_steps(
     code, shape = root.root.sample if columns.samples else root.root.code, root.output.shape
     rows: dict[str, str] = {}
     if root.curvature is not None:
-        _named(store, build(store, root.curvature, lowerings), f"curvature_{number}")
+        _curvature(store, root, number, lowerings, checks)
         code = code.replace("{curvature}", f"{{curvature_{number}}}")
-        if any(p.operands for p in root.curvature.products):  # else it is a number
-            checks[f"indefinite_{number}"] = _smallest(store, f"curvature_{number}")
     if root.calls:
         name, extra = hessian_root(store, graph, root, number)
         code = code.replace("{hessian_root}", "{" + name + "}")
@@ -46,11 +49,23 @@ def root_steps(
     return _rows(store, columns, columns.variable, fill(code, store.resolve), shape) | rows
 
 
-def _smallest(store: Store, name: str) -> str:
-    """The smallest entry relative to the largest."""
-    value = store.resolve(name)
-    code = f"{value}.min() / {value}.abs().max().clamp(min=torch.finfo({value}.dtype).tiny)"
-    return store.add(code, (), Kernel.NATIVE)
+def _curvature(
+    store: Store, root: LossRoot, number: str, lowerings: tuple[Lowering, ...], checks: dict[str, str]
+) -> None:
+    """A diagonal loss Hessian. Its entries are blocks of their own; in float64, so that their signs are right."""
+    assert root.curvature is not None
+    name, products = f"curvature_{number}", root.curvature.products
+    if not any(p.operands for p in products) and sympy.Add(*(p.scale for p in products)).subs(N, 1) >= 0:
+        _named(store, build(store, root.curvature, lowerings), name)
+        return
+    lower = root.output.dtype != torch.float64
+    diagram = in_double(store, root.curvature) if lower else root.curvature
+    _named(store, build(store, diagram, lowerings), name)
+    exact, output = store.resolve(name), store.resolve(root.output.name)
+    entries = (exact, f"{exact}.abs()")
+    checks[f"indefinite_{number}"] = smallest_eigenvalue(store, entries, output, root.scale, torch.float64)
+    if lower:
+        store.alias[name] = store.add(f"{exact}.to({output}.dtype)", store.shapes[exact], Kernel.NATIVE)
 
 
 def _named(store: Store, ref: Ref, name: str) -> None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
+import sympy
+from torch.utils import _pytree as pytree
+
 from ..algebra import diagonal, differentiate
 from ..bind import BoundRule
 from ..diagram import BATCH, Diagram, N, leaves
@@ -30,6 +33,7 @@ class LossRoot:
     curvature: Diagram | None
     calls: tuple[Call, ...] = ()  # the loss's own calls, where its Hessian is taken by torch.func: {hessian_root}
     signed: bool = False  # negative curvature is in the columns' weights
+    scale: sympy.Expr = sympy.S.One  # of a sample's loss
 
     @property
     def columns(self) -> int:
@@ -40,14 +44,19 @@ class LossRoot:
         return self.output.name
 
 
-def loss_root(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...], signed: bool = False) -> LossRoot:
-    """The root for the single loss call on the model's only output. Raises `UnsupportedError` where there is none."""
-    output = output_of(graph, "the GGN")
+def loss_root(
+    graph: Graph, bound: tuple[tuple[Call, BoundRule], ...], scale: sympy.Expr, what: str, signed: bool = False
+) -> LossRoot:
+    """The root for the single loss call on the model's only output, for `what` is asked for, with the loss's scale.
+
+    Raises `UnsupportedError` where there is none.
+    """
+    output = output_of(graph, what)
     call, rule = next((call, rule) for call, rule in bound if call.output.name == graph.loss)
     found = None
     if output.name in {v.name for v in call.tensors.values()}:
         found = LossRoot(output, _apart(rule.root, output), None) if rule.root else _elementwise(rule, output)
-    return found or _from_hessian(graph, output, signed)
+    return replace(found or _from_hessian(graph, output, signed), scale=scale)
 
 
 def elementwise_root(found: LossRoot) -> LossRoot:
@@ -58,10 +67,28 @@ def elementwise_root(found: LossRoot) -> LossRoot:
 
 
 def output_of(graph: Graph, what: str) -> Value:
-    """The model's only output. Raises `UnsupportedError` where there are several."""
-    if not isinstance(graph.output, str):
-        raise UnsupportedError(f"{what} needs a model with one output tensor, and this one returns several.")
-    return graph.values[graph.output]
+    """The model's only output tensor, alone or inside a dictionary or a tuple.
+
+    Raises `UnsupportedError` where there are none or several.
+    """
+    outputs = outputs_of(graph)
+    if len(outputs) == 1:
+        return next(iter(outputs.values()))
+    shown = ", ".join(f"{place or 'output'} {value.axes_text}" for place, value in outputs.items()) or "none"
+    raise UnsupportedError(
+        f"a model with one output tensor is needed for {what}, and this one returns {len(outputs)}: {shown}.\n  "
+        "Wrap it in a module that returns the one that the loss reads, or torch.cat of them; tn.ggn_product and "
+        "tn.hessian_product take several as they are."
+    )
+
+
+def outputs_of(graph: Graph) -> dict[str, Value]:
+    """The tensors that the model returns, each once, by their place in what it returns: "['logits']"."""
+    found: dict[str, Value] = {}
+    for path, leaf in pytree.tree_flatten_with_path(graph.output)[0]:
+        if isinstance(leaf, str) and leaf in graph.values and graph.values[leaf] not in found.values():
+            found[pytree.keystr(path)] = graph.values[leaf]
+    return found
 
 
 def _from_hessian(graph: Graph, output: Value, signed: bool) -> LossRoot:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ..compiler import Compiled, compile_program
 from ..compiler.arrange import text
 from ..compiler.capture import plain
+from ..compiler.definite import TOLERATED
 from ..compiler.derive import rules_text
 from ..compiler.emit import noises
 from ..compiler.explain_text import diagram_text
@@ -94,6 +95,7 @@ def _source(file: ModelFile, functions: Sequence[Function], checks: Checks, reco
     compute = _COMPUTE.replace("OUTPUT", "output[0]" if single else "output")
     lines += lines_of_text(compute.replace("INDEFINITE", quoted(repr(INDEFINITE))))
     assembled = _ASSEMBLED.replace("JOINED", _JOINED if joined else "").replace("INDEFINITE", quoted(repr(INDEFINITE)))
+    assembled = assembled.replace("TOLERATED", repr(TOLERATED))
     lines += lines_of_text(assembled)
     lines += lines_of_text(WITH_ONE) if joined else []
     lines += split_lines(compiled, functions)
@@ -185,7 +187,7 @@ _ASSEMBLED = '''
 def assembled(results):
     """Kronecker factors as square matrices, under the name of their quantity."""
     for smallest in results.pop(INDEFINITE, {}).values():
-        if smallest < -1e-5:
+        if smallest < -TOLERATED:
             raise ValueError("the loss Hessian is indefinite: it has no real square root")
     for quantity, by_name in FACTORS.items():
         results[quantity] = {

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from ..compiler import Compiled
 from ..compiler.capture import plain
 from ..compiler.cost import number, size_at
+from ..compiler.definite import TOLERATED
 from ..compiler.emit import followed, load, noises, running
 from ..compiler.explain import explain
 from ..compiler.graph import Value
@@ -151,11 +152,11 @@ class Program:
     ) -> Result:
         """What the emitted function returns, as a user reads it."""
         for smallest in values.get(INDEFINITE, {}).values():
-            if smallest < -1e-5 and self.indefinite is Indefinite.REFUSE:
+            if smallest < -TOLERATED and self.indefinite is Indefinite.REFUSE:
                 raise InputError(
-                    f"the loss Hessian is indefinite (smallest eigenvalue {float(smallest):.3g} of the largest): it "
-                    "has no real square root, and the GGN is no longer one.\n  Use a loss that is convex in the "
-                    "output, ask for HessianDiag, or compile with indefinite=tn.Indefinite.CLIP."
+                    f"the loss Hessian is indefinite (a sample's smallest eigenvalue is {float(smallest):.3g} of its "
+                    "largest): it has no real square root, and the GGN is no longer one.\n  Use a loss that is convex "
+                    "in the output, ask for HessianDiag, or compile with indefinite=tn.Indefinite.CLIP."
                 )
         made: dict[str, Any] = {name: assemble(own, values, name) for name, own in self._blocks.items()}
         return Result(loss, pytree.tree_unflatten(list(output), self._output_spec), made)
