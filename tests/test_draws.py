@@ -144,3 +144,15 @@ def test_every_draw(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         gap = max(error(mean["SqrtGGNMC"][key], value) for key, value in want["SqrtGGNMC"].items())
         assert same or gap > DIFFERENT
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_normal_columns_in_few_bits(dtype: torch.dtype) -> None:
+    """Uniform noise of 8 bits is 0 once in 256 draws, whose normal number is not finite, and has too few large ones."""
+    model = nn.Linear(3, 4).to(dtype)
+    x, y = torch.randn(4096, 3).to(dtype), torch.randn(4096, 4).to(dtype)
+    program = tn.compile(model, nn.MSELoss(reduction="sum"), (x[:4], y[:4]), [tn.SqrtGGNMC()])
+    columns = program(x, y, seed=0)["sqrt_ggn_mc"]["bias"].float()
+    assert columns.isfinite().all()
+    assert columns.unique().numel() > 256
+    assert abs(columns.square().mean() - 2) < 0.06, "the Hessian of the squared error, in 4 standard deviations"

@@ -100,7 +100,10 @@ def test_a_scale_that_divides_by_zero(where: str) -> None:
         program(X[:1], Y[:1])
 
 
-@pytest.mark.parametrize("options", [{"seed": "a"}, {"seed": 1.5}, {"seed": True}, {"seed": 2**70}, {"generator": 3}], ids=str)
+SEEDS: list[dict[str, Any]] = [{"seed": "a"}, {"seed": 1.5}, {"seed": True}, {"seed": 2**70}, {"generator": 3}]
+
+
+@pytest.mark.parametrize("options", SEEDS, ids=str)
 def test_seeds(program: tn.Program, options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"give a whole number of 64 bits, or a torch.Generator"):
         program(X, Y, **options)

@@ -156,3 +156,24 @@ def test_errors() -> None:
         tn.ntk(frozen, problem.x)
     with pytest.raises(tn.UnsupportedError, match="diag_ggn need a loss"):
         tn.compile(problem.model, None, (problem.x, None), [tn.Jacobians(), tn.DiagGGN()])
+
+
+class TwoDtypes(nn.Module):
+    """The first layer in bfloat16, the output in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4).bfloat16(), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x.bfloat16()).float().tanh())
+
+
+def test_columns_have_the_dtype_of_the_output() -> None:
+    model, x = TwoDtypes(), torch.randn(4, 3)
+    result = tn.compute(model, None, (x, None), [tn.NTK(), tn.Jacobians()])
+    want = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, x))(dict(model.named_parameters()))
+    for name, p in model.named_parameters():
+        assert result["jacobians"][name].dtype == p.dtype
+        found = result["jacobians"][name].float()
+        torch.testing.assert_close(found, want[name].detach().float(), rtol=0.02, atol=0.02)

@@ -98,7 +98,7 @@ def kronecker(J: Uses, g: Cotangents, sharing: Sharing, scale: sympy.Expr, means
     structures = {(f.blocks, f.legs, tuple(_has_cotangent(d, g.names) for d in f.diagrams)) for f in each}
     if len(structures) > 1:
         raise UnsupportedError(
-            f"the uses of the parameter have different Kronecker structure, so their factors do not add up: {gradient}\n"
+            f"the uses of the parameter have different Kronecker structure, and do not add up: {gradient}\n"
             "  Untie or freeze it (requires_grad_(False)), or ask for what needs no factors: DiagGGN, GGNTrace."
         )
     if len(each) > 1 and sharing is Sharing.REDUCE:

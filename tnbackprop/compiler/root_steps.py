@@ -29,7 +29,7 @@ def root_steps(
         store.shapes |= {columns.variable: columns.start.shape, columns.weight: (columns.count, N)}
         return {}
     if isinstance(columns.start, Basis):
-        return _basis(store, columns, columns.start, lowerings)
+        return _basis(store, graph, columns, columns.start, lowerings)
     root, number = columns.start, columns.number
     store.note = "root of the loss Hessian"
     code, shape = root.root.sample if columns.samples else root.root.code, root.output.shape
@@ -76,11 +76,15 @@ def _named(store: Store, ref: Ref, name: str) -> None:
         store.alias[name] = store.add(view, sizes_of(ref.order), Kernel.VIEW, strided=True)
 
 
-def _basis(store: Store, columns: Columns, basis: Basis, lowerings: tuple[Lowering, ...]) -> dict[str, str]:
+def _basis(
+    store: Store, graph: Graph, columns: Columns, basis: Basis, lowerings: tuple[Lowering, ...]
+) -> dict[str, str]:
     """One-hot columns, and their weights."""
     store.note = f"columns at {basis.value}"
     count, shape = basis.columns, sizes_of(basis.legs)
-    eye = f"torch.eye({count}, dtype=like.dtype, device=like.device).reshape({text((count, *shape))})"
+    several = basis.value in graph.values and not store.floating  # the value's may not be that of the parameters
+    dtype = graph.values[basis.value].dtype if several else "like.dtype"
+    eye = f"torch.eye({count}, dtype={dtype}, device=like.device).reshape({text((count, *shape))})"
     rows = _rows(store, columns, columns.variable, eye, shape)
     if basis.weight is not None:
         ref = build(store, basis.weight, lowerings)
@@ -101,7 +105,7 @@ def _rows(store: Store, columns: Columns, variable: str, code: str, shape: tuple
 
 
 def _drawn(store: Store, columns: Columns, code: str, shape: tuple[Size, ...]) -> dict[str, str]:
-    """A column for each row of noise."""
+    """A column for each row of noise, which has more bits than a column of 16: those draw too few different numbers."""
     noise, draw = (columns.variable.replace("column", word) for word in ("noise", "draw"))
     store.shapes[noise] = (columns.samples, *shape)
     _entered(store, columns, draw, noise, shape)
@@ -110,6 +114,8 @@ def _drawn(store: Store, columns: Columns, code: str, shape: tuple[Size, ...]) -
     if columns.lead:
         filled = f"torch.func.vmap(lambda each: {filled})({store.resolve(draw)})"
     scaled = f"({filled}) * {columns.samples**-0.5!r}" if columns.samples > 1 else filled
+    if isinstance(columns.start, LossRoot) and columns.start.output.dtype.itemsize == 2:
+        scaled = f"({scaled}).to({columns.start.output.dtype})"
     store.add(scaled, (*sizes_of(columns.lead), *shape), Kernel.NATIVE, name=columns.variable, alone=True)
     return {draw: noise}
 

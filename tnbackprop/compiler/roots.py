@@ -20,8 +20,8 @@ from ..jacobian import Jacobian
 from ..rule import Root
 from .graph import Call, Graph, Value
 
-NORMAL = "1.4142135623730951 * torch.erfinv((2 * {noise} - 1) * 0.9999999)"
-"""A normal number for each uniform one."""
+NORMAL = "1.4142135623730951 * torch.erfinv((2 * {noise} - 1) * (1 - torch.finfo({noise}.dtype).eps))"
+"""A normal number for each uniform one, finite for 0."""
 
 
 @dataclass(frozen=True)

@@ -188,11 +188,12 @@ class Program:
             if size == N
         )
         like = _floating(tensors)
+        dtype = torch.float32 if like.dtype.itemsize == 2 else like.dtype
         if seed is not None:
             generator = torch.Generator(like.device).manual_seed(seed)
         shapes = {name: [size_at(s, batch) for s in plan.shapes[name]] for name in names}
         return {
-            name: torch.rand(shape, dtype=like.dtype, device=like.device, generator=generator)
+            name: torch.rand(shape, dtype=dtype, device=like.device, generator=generator)
             for name, shape in shapes.items()
         }
 
