@@ -225,16 +225,16 @@ def check_roots(values):
         copies = max(16, min(4096, 2**21 // here.numel())) if drawn else 1
         many = {key: torch.cat([value] * copies) if sampled(key) else value for key, value in values.items()}
         output = torch.cat([here] * copies)
-        S = columns_of(many, output).flatten(2)
+        S = flattened(columns_of(many, output), 2)
         vectors = torch.randn((8, *here.shape), generator=torch.Generator().manual_seed(0), dtype=here.dtype)
         rest, got, want = output[samples:], [], []
         for u in vectors:
-            along = (S * torch.cat([u] * copies).flatten(1)).sum(2).square().sum(0)
+            along = (S * flattened(torch.cat([u] * copies), 1)).sum(2).square().sum(0)
             got.append(along.reshape(copies, samples).mean(0))
             leaf = here.clone().requires_grad_()
             (first,) = torch.autograd.grad(total(many, torch.cat([leaf, rest])), leaf, create_graph=True)
             (second,) = torch.autograd.grad((first * u).sum(), leaf)
-            want.append((u * second).flatten(1).sum(1))
+            want.append(flattened(u * second, 1).sum(1))
         got, want = torch.stack(got), torch.stack(want)
         largest = want.abs().max()
         label = f"Hessian of the loss by the output from columns {name}{', on average' * drawn}"
