@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
@@ -13,6 +14,7 @@ import sympy
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from ..algebra import differentiate
@@ -54,17 +56,20 @@ def trace(program: Program, x: Any, y: Any, size: int) -> Trace:
 def operate(call: Call, env: Env, size: int) -> Tensor:
     """What the module or the operator of the call gives; nothing of its rule."""
     arguments = {name: _concrete(value, env, size) for name, value in call.arguments.items()}
-    if call.module is not None:
-        result = _run_module(call.module, arguments)
-    elif call.by_rule:
-        result = call.target(**arguments)
-    else:
+    if not call.by_rule and call.module is None:
         named = {argument.name for argument in call.target._schema.arguments}
         if "self" in named:
             arguments["self"] = arguments.pop("input")
-        result = call.target(**arguments)
+    with twice_differentiable():
+        result = call.target(**arguments) if call.module is None else _run_module(call.module, arguments)
     found: Tensor = result[0] if isinstance(result, tuple) else result
     return found
+
+
+def twice_differentiable() -> AbstractContextManager[None]:
+    """Where operations run: attention with the one kernel that has second derivatives."""
+    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return context
 
 
 def _run_module(module: nn.Module, arguments: dict[str, Any]) -> Any:
