@@ -55,11 +55,16 @@ def agrees(made: tn.Generated, *labels: str) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("quantities", ["jacobians", "ntk", "grad,jacobians", "jacobians,diag_ggn", "kfac,ntk"])
+CHOICES = ("jacobians", "ntk", "grad,jacobians", "jacobians,diag_ggn", "kfac,ntk", "bl89", "diag_ggn,bl89")
+
+
+@pytest.mark.parametrize("quantities", CHOICES)
 def test_each_choice_of_quantities(quantities: str) -> None:
     """What a definition reads is in the file, also where no other quantity needs it."""
     labels = [f"{key} of 0.weight" for key in quantities.split(",")]
-    agrees(tn.generate(NET, quantities, example=(X, Y), loss=nn.CrossEntropyLoss()), *labels)
+    lines = agrees(tn.generate(NET, quantities, example=(X, Y), loss=nn.CrossEntropyLoss()), *labels)
+    rooted = any(key in quantities for key in ("diag_ggn", "kfac"))
+    assert any("Hessian of the loss" in line for line in lines) == rooted
     agrees(tn.generate(NET, quantities, example=X), *labels)
 
 
