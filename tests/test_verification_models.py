@@ -129,6 +129,14 @@ def test_a_target_of_several_outputs_needs_its_loss() -> None:
         tn.verify(Two(), (4, 3), (4, 2))
 
 
+def test_a_model_without_a_parameter() -> None:
+    """Nothing is differentiated, so nothing is compared, and the message says why."""
+    with pytest.raises(tn.InputError, match=r"(?s)quantities: the model has no trainable parameter.*Nothing could be"):
+        tn.verify(nn.Sigmoid(), (4, 3))
+    with pytest.raises(tn.InputError, match="grad: Sigmoid has no parameters"):
+        tn.verify(nn.Sigmoid(), (4, 3), quantities=[tn.Grad()])
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -120,6 +120,8 @@ def programs_for(
     asked: bool = False,
 ) -> tuple[list[Program], list[LeftOut]]:
     """One program for all that propagate alike; what is refused is left out, unless somebody `asked` for it."""
+    if not asked and not any(p.requires_grad for p in model.parameters()):
+        return [], [LeftOut("quantities", "the model has no trainable parameter")]
     groups: dict[Source, list[Quantity]] = {}
     for quantity in quantities:
         groups.setdefault(quantity.propagates.source, []).append(quantity)
