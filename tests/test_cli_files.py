@@ -121,6 +121,13 @@ def test_verify_follows_the_registry(
     assert ("in its dependence on 'bias': wrong sign" in out) == bool(status)
 
 
+def test_verify_without_a_loss(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What needs none is compared, and nothing else."""
+    status, out, _ = run(capsys, "verify", f"{file}:sized", "--input", "3,3", "--loss", "none")
+    assert status == 0 and "jacobians" in out and "ntk" in out
+    assert "batch_grad" not in out and "kfac" not in out
+
+
 def test_verify_tells_wrong_text_with_a_caret(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, "verify", f"{file}:text", "--module", "Affine")
     assert (status, out) == (1, "")
@@ -225,6 +232,14 @@ def misuse() -> Iterator[tuple[str, str, str]]:
     yield "explain {dir}/pair.py:net", r"example\(\) of .*pair\.py must return the pair \(x, y\), not Tensor", "no pair"
     yield "explain {dir}/badloss.py:net", r"`loss` of .*badloss\.py is int, not a function", "loss"
     yield "verify {dir}/badrules.py:net --quantity grad", r"RULES of .*badrules\.py is int, not a mapping", "rules"
+    yield (
+        "verify {file}:Net --loss none --quantity kfac,ntk",
+        r"kfac of .*net\.py:Net needs a loss, and it has none\n  Give --loss .*jacobians or ntk", "no loss",
+    )  # fmt: skip
+    yield (
+        "explain {dir}/two.py:Two",
+        r"forward\(\) of .*two\.py:Two takes a, b, and x does not fit: missing .*'b'\n  Define example\(\)", "inputs",
+    )  # fmt: skip
     yield "bench nope", r"no benchmark 'nope'\n  there are first_order, ", "no benchmark"
 
 
@@ -238,6 +253,8 @@ FILES = {
     "exits.py": "import sys\nsys.exit(3)\n",
     "pair.py": PLAIN + "def example():\n    return torch.randn(2, 3)\n",
     "badloss.py": PLAIN + "example_input = (2, 3)\nloss = 3\n",
+    "two.py": PLAIN + "example_input = (2, 3)\nclass Two(torch.nn.Linear):\n"
+    "    def __init__(self):\n        super().__init__(3, 2)\n    def forward(self, a, b):\n        return a + b\n",
     "badrules.py": PLAIN + "example_input = (2, 3)\nRULES = 3\n",
 }
 
@@ -253,6 +270,7 @@ def test_misuse(
     status, out, err = run(capsys, *(word.format(file=file, dir=tmp_path) for word in line.split()))
     assert (status, out) == (2, ""), err
     assert re.search(message, err), err
+    assert "cross_ntk" not in err
     assert err.startswith("tnbackprop ") and len(err.splitlines()) <= 5 and "Traceback" not in err
     after = {path.name: path.read_text(encoding="utf-8") for path in (*tmp_path.glob("*.*"), file)}
     assert after == before

@@ -88,7 +88,7 @@ def signs(problem: Problem) -> Draws:
     found = []
     for drawn in product((-1.0, 1.0), repeat=shape[1:].numel()):
         z = torch.tensor(drawn, dtype=torch.float64).reshape(1, 1, *shape[1:]).expand(1, *shape)
-        found.append(((torch.erf(z / 2**0.5) / 0.9999999 + 1) / 2, 2.0 ** -len(drawn)))
+        found.append(((torch.erf(z / 2**0.5) / (1 - 2.0**-52) + 1) / 2, 2.0 ** -len(drawn)))
     return found
 
 

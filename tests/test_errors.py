@@ -229,10 +229,12 @@ def test_a_program_without_a_loss() -> None:
 
 
 def test_nothing_to_differentiate() -> None:
-    """All parameters frozen: the quantity is there, without entries."""
+    """All parameters frozen: a quantity without entries is refused; the loss alone is not."""
     model = nn.Linear(3, 2).double().requires_grad_(False)
-    result = tn.compute(model, nn.MSELoss(), (X, Y), [tn.Grad()])
-    assert dict(result["grad"]) == {}
+    with pytest.raises(InputError, match=r"grad: all 2 parameters of Linear are frozen.*\n.*requires_grad_\(True\)"):
+        tn.compute(model, nn.MSELoss(), (X, Y), [tn.Grad()])
+    result = tn.compute(model, nn.MSELoss(), (X, Y), [])
+    torch.testing.assert_close(result.loss, nn.functional.mse_loss(model(X), Y))
 
 
 def test_the_model_has_another_dtype_now() -> None:

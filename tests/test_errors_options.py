@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tnbackprop as tn
 from tnbackprop.errors import InputError
 
 MODEL = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+FROZEN = nn.Linear(3, 2).double().requires_grad_(False)
 X, Y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
 
 
@@ -52,10 +54,22 @@ OPTIONS: dict[str, tuple[Callable[[], object], str]] = {
     "no list": (lambda: tn.compute(MODEL, nn.MSELoss(), (X, Y), tn.Grad()), "quantities is Grad, not a list"),
     "indefinite": (computed(tn.DiagGGN(), indefinite="refuse"), "indefinite='refuse': give one of tn.Indef"),
     "memory": (computed(tn.Grad(), memory_limit=-1), "memory_limit=-1 is no amount of memory"),
+    "no limit": (computed(tn.Grad(), memory_limit=float("inf")), "memory_limit=inf is no amount .*None is no limit"),
+    "a truth": (computed(tn.Grad(), memory_limit=True), "memory_limit=True is no amount of memory"),
+    "no memory": (computed(tn.Grad(), memory_limit="0B"), "memory_limit='0B' is no amount of memory"),
+    "endless memory": (computed(tn.Grad(), memory_limit="9" * 400 + "B"), "9B' is no amount of memory"),
+    "frozen": (lambda: tn.compile(FROZEN, nn.MSELoss(), (X, Y), [tn.Grad(), tn.KFAC()]),
+               r"(?s)grad, kfac: all 2 parameters of Linear are frozen.*\n.*requires_grad_\(True\)"),
+    "frozen, once": (lambda: tn.compute(FROZEN, nn.MSELoss(), (X, Y), [tn.Grad()]), "grad: all 2 parameters of Linear"),
+    "no parameter": (lambda: tn.compile(nn.ReLU(), None, (X, None), [tn.NTK()]), "ntk: ReLU has no parameters"),
+    "a frozen file": (lambda: tn.generate(FROZEN, "grad", example=(X, Y), loss=nn.MSELoss()), "grad: all 2 parameters"),
+    "a frozen kernel": (lambda: tn.ntk(FROZEN, X), r"no tangent kernel: requires_grad_\(True\)"),
     "a model's class": (lambda: tn.compile(nn.Linear, nn.MSELoss(), (X, Y), []), "model is the class Linear"),
     "a loss's class": (lambda: tn.compile(MODEL, nn.MSELoss, (X, Y), []), "loss is the class MSELoss: give"),
     "a lazy layer": (lambda: tn.compile(nn.LazyLinear(2), nn.MSELoss(), (X, Y), []), "'weight' has no shape yet: run"),
-    "a loss raises": (lambda: tn.compile(MODEL, lambda f, y: f.nope, (X, Y), []), "fails on the example"),
+    "a loss raises": (lambda: tn.compile(MODEL, lambda f, y: f.nope, (X, Y), []),
+                      r"the loss fails on the example: .*nope.*\n  .*test_errors_options\.py, line \d+: .*f\.nope"),
+    "a loss of more": (lambda: tn.compile(MODEL, nn.GaussianNLLLoss(), (X, Y), []), "the loss fails .*argument: 'var'"),
     "no kernel": (lambda: tn.ntk(3, X), "model is int, not a torch.nn.Module"),
     "nothing extracted": (returns(lambda J, g: None), r"'mine': extract returns NoneType: return a tn.Diagram"),
     "no leg": (returns(lambda J, g: (J.T @ g).sum("k")), r"(?s)KeyError: .*no leg .*options.py, line"),
@@ -75,6 +89,36 @@ def test_options(what: str) -> None:
 
 def test_memory_in_scientific_notation() -> None:
     computed(tn.Grad(), memory_limit=1e9)()
+
+
+def test_a_model_without_a_parameter_has_loss_and_output() -> None:
+    result = tn.compile(nn.ReLU(), nn.MSELoss(), (X, X), [])(X, X)
+    torch.testing.assert_close(result.loss, (X.relu() - X).square().mean())
+
+
+def test_a_loss_that_depends_on_the_data(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    """It is the loss, with the line of the user's code; torch's graph is not on stderr, what the user prints is."""
+
+    def loss(f: Tensor, y: Tensor) -> Tensor:
+        print("mine", file=sys.stderr)
+        return nn.functional.gaussian_nll_loss(f, y, torch.full_like(y, 0.3))
+
+    words = r"the graph of the loss depends on the data: .*\n  .*options\.py, line \d+: return .*gaussian_nll_loss\("
+    with pytest.raises(tn.UnsupportedError, match=words):
+        tn.compile(MODEL, loss, (X, Y), [tn.Grad()])
+    printed = capfd.readouterr().err
+    assert "mine" in printed and "def forward" not in printed
+    assert "user code" not in caplog.text
+
+
+def test_a_model_that_depends_on_the_data() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    words = r"the graph of the model depends on the data, in module '1' \(Branch\): .*\n  .*line \d+: return x if"
+    with pytest.raises(tn.UnsupportedError, match=words):
+        tn.compile(nn.Sequential(nn.Linear(3, 2).double(), Branch()), nn.MSELoss(), (X, Y), [tn.Grad()])
 
 
 def test_torch_logs_no_traceback(caplog: pytest.LogCaptureFixture) -> None:

@@ -82,6 +82,78 @@ def test_rules_of_a_model() -> None:
         tn.verify(model, (2, 3), rules=rules, quantities=FIRST)
 
 
+class Two(nn.Module):
+    """Two outputs by name, one with a further axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 2), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.one(x).tanh()
+        return {"h": h, "outer": h[:, :, None] * self.two(x)[:, None]}
+
+
+FIRST_ORDER = {"grad", "batch_grad", "batch_l2", "batch_dot", "second_moment", "variance"}
+
+
+@pytest.mark.parametrize("make,x", [(Two, (4, 3)), (lambda: nn.LSTM(2, 3, batch_first=True), (4, 2, 2))])
+def test_several_outputs(make: Any, x: tuple[int, ...]) -> None:
+    """The squares of all of them; what needs one output is left out. An LSTM's states have the batch on axis 1."""
+    report = tn.verify(make(), x)
+    assert report.ok, report
+    assert FIRST_ORDER <= {row.what for row in report.rows}
+    assert {note.what: note.why for note in report.left_out}["kfac_empirical"] == "the model returns several tensors"
+
+
+def test_a_wrong_value_of_several_outputs_is_found() -> None:
+    model, quantities = Two().double(), [tn.BatchGrad()]
+    loss = lambda f, y: (f["h"] - y).square().sum() + f["outer"].sum()  # noqa: E731
+    x, y = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    assert tn.verify(model, x, y, loss=loss, quantities=quantities).ok
+    program = tn.compile(model, loss, (x, y), quantities)
+    right = program._function
+
+    def wrong(tensors: dict[str, Tensor]) -> Any:
+        value, output, values = right(tensors)
+        return value, output, {"batch_grad": {name: 3 * own for name, own in values["batch_grad"].items()}}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tnbackprop.runtime.program.load", lambda source: wrong)
+        with pytest.raises(tn.VerificationError, match=r"batch_grad of 'one.weight'[^§]*3 times"):
+            tn.verify(program, x, y)
+
+
+def test_a_target_of_several_outputs_needs_its_loss() -> None:
+    with pytest.raises(tn.InputError, match=r"Two returns dict, so what y is the target of .*\n.*loss="):
+        tn.verify(Two(), (4, 3), (4, 2))
+
+
+def test_a_model_without_a_parameter() -> None:
+    """Nothing is differentiated, so nothing is compared, and the message says why."""
+    with pytest.raises(tn.InputError, match=r"(?s)quantities: the model has no trainable parameter.*Nothing could be"):
+        tn.verify(nn.Sigmoid(), (4, 3))
+    with pytest.raises(tn.InputError, match="grad: Sigmoid has no parameters"):
+        tn.verify(nn.Sigmoid(), (4, 3), quantities=[tn.Grad()])
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.query(x)[:, None], self.key(x)[:, None]
+        return nn.functional.scaled_dot_product_attention(q, k, q)[:, 0].sum(1)
+
+
+def test_second_derivatives_of_attention() -> None:
+    """torch's fused kernel has none: the oracle takes the one that has."""
+    report = tn.verify(Attention(), (2, 3, 3), quantities=[tn.HessianDiag(), tn.HesScale()])
+    assert report.ok and not report.left_out, report
+    assert {"hessian_diag", "hesscale"} <= {row.what for row in report.rows}
+
+
 def test_it_leaves_the_generator_alone() -> None:
     module = Affine(2, 2)
     torch.manual_seed(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .compiler import Compiled, compile_program
+from .compiler.capture import check_trainable
 from .declare import Declaration, identity, resolve
 from .errors import InputError, check_member
 from .quantities import Quantity, check_quantities
@@ -45,6 +47,7 @@ def compile(
     """
     check_quantities(quantities)
     check_member("indefinite", indefinite, Indefinite)
+    check_trainable(model, quantities)
     compiled = compile_program(model, loss, example, list(quantities), resolve(rules), _bytes(memory_limit))
     return Program(model, compiled, loss, quantities, indefinite)
 
@@ -65,6 +68,7 @@ def compute(
     changed otherwise is not noticed: use `compile` there. Rows of `rules` are told apart by identity: define them once.
     """
     check_quantities(quantities)
+    check_trainable(model, quantities)
     key = _signature(model, loss, batch, quantities), identity(rules)
     programs = _PROGRAMS.setdefault(model, {})
     if key not in programs:
@@ -95,11 +99,15 @@ def _bytes(limit: float | str | None) -> int | None:
     """A number of bytes from a number or a text like "2GiB"."""
     if limit is None:
         return None
-    if isinstance(limit, int | float) and limit >= 1:
-        return int(limit)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|[kMGT]i?B)\s*", limit) if isinstance(limit, str) else None
-    if match is None:
-        raise InputError(f"memory_limit={limit!r} is no amount of memory: write bytes, or text like '500MB' or '2GiB'")
-    unit = match[2].rstrip("B")
-    base = 1024 if unit.endswith("i") else 1000
-    return int(float(match[1]) * base ** " kMGT".index(unit[:1] or " "))
+    amount: float = 0
+    if isinstance(limit, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|[kMGT]i?B)\s*", limit)):
+        unit = match[2].rstrip("B")
+        amount = float(match[1]) * (1024 if unit.endswith("i") else 1000) ** " kMGT".index(unit[:1] or " ")
+    elif isinstance(limit, int | float) and not isinstance(limit, bool):
+        amount = limit
+    if not 1 <= amount < math.inf:
+        raise InputError(
+            f"memory_limit={limit!r} is no amount of memory: write bytes, or text like '500MB' or '2GiB'; "
+            "None is no limit"
+        )
+    return int(amount)

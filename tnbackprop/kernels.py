@@ -29,7 +29,9 @@ def ntk(model: torch.nn.Module, x: torch.Tensor, other: torch.Tensor | None = No
     if other is not None and not (len(x) and len(other)):
         raise InputError(f"the kernel of {len(x)} with {len(other)} samples is empty: pass one of each at least")
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise InputError("the model has no trainable parameters, so it has no tangent kernel")
+        raise InputError(
+            "the model has no trainable parameters, so it has no tangent kernel: requires_grad_(True) on those it is of"
+        )
     if other is None:
         return _sum(compute(model, None, (x, None), [NTK()])["ntk"])
     quantity = CrossNTK(first=len(x))

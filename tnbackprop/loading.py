@@ -208,6 +208,7 @@ def _made(loaded: Loaded, cls: Any) -> Callable[..., Tensor]:
 def target_for(loaded: Loaded, model: nn.Module, loss: Callable[..., Tensor] | None, x: Any, y: Any) -> Any:
     """y, or a random target of the right shape: classes for cross entropy, else numbers. Model and loss are tried."""
     args, kwargs = model_arguments(model, x)
+    _check_inputs(loaded, model, args, kwargs)
     with torch.no_grad(), loaded.running():
         output = model(*args, **kwargs)
     if loss is None:
@@ -217,6 +218,19 @@ def target_for(loaded: Loaded, model: nn.Module, loss: Callable[..., Tensor] | N
         with torch.no_grad(), loaded.running():
             loss(output, y)
     return y
+
+
+def _check_inputs(loaded: Loaded, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A shape stands for one input. Raises `InputError` where forward needs another number of them."""
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        names = ", ".join(required(model.forward))
+        raise InputError(
+            f"forward() of {loaded.place} takes {names or 'no input'}, and x does not fit: {error}\n"
+            "  Define example() in the file, which returns (x, y), with a tuple or a dict of the inputs for x."
+        ) from error
 
 
 def _random_target(loaded: Loaded, loss: Callable[..., Tensor], output: Any) -> Tensor:

@@ -21,10 +21,10 @@ from torch.func import functional_call, grad, vjp, vmap
 from torch.utils import _pytree as pytree
 
 from .compiler.capture import batch_size, model_arguments, plain
+from .compiler.torch_modes import own_dtypes, twice_differentiable
 from .errors import InputError, UnsupportedError, check_member
 from .front import Loss, compile
 from .quantities import BatchGrad, Fisher, Quantity, Scale, SqrtGGNMC
-from .torch_modes import own_dtypes, twice_differentiable
 
 Vector = Mapping[str, Tensor]
 Multiply = Callable[[dict[str, Tensor]], dict[str, Tensor]]

@@ -72,11 +72,25 @@ def _verify_rule(
     return tn.verify(rule, x, module=module, quantities=wanted, rules=_rules(loaded), seed=arguments.seed, check=False)
 
 
+def _without_loss(loaded: Loaded, wanted: list[tn.Quantity] | None) -> list[tn.Quantity]:
+    """The quantities of a model without a loss: derivatives of its output. Raises `InputError` for others."""
+    own: list[tn.Quantity] = [tn.Jacobians(), tn.NTK()]
+    need = [q.name for q in wanted or () if q.propagates.source is not tn.Source.IDENTITY]
+    if need:
+        raise tn.InputError(
+            f"{', '.join(need)} of {loaded.place} need{'s' * (len(need) == 1)} a loss, and it has none\n"
+            f"  Give --loss cross_entropy or mse, or ask for {' or '.join(q.name for q in own)}."
+        )
+    return wanted or own
+
+
 def _verify_model(arguments: argparse.Namespace, loaded: Loaded, wanted: list[tn.Quantity] | None) -> tn.Verification:
     if isinstance(loaded.value, tn.Program):
         return tn.verify(loaded.value, quantities=wanted, seed=arguments.seed, check=False)
     model = model_of(loaded)
     x, y = batch_of(loaded, model, arguments.input)
     loss = loss_of(loaded, arguments.loss, y)
+    if loss is None:
+        wanted = _without_loss(loaded, wanted)
     y = target_for(loaded, model, loss, x, y)
     return tn.verify(model, x, y, loss=loss, quantities=wanted, rules=_rules(loaded), seed=arguments.seed, check=False)

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from types import TracebackType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -19,13 +15,15 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError, UnsupportedError
+from ..quantities import Quantity
 from ..rule import Composite, Rules
-from ..torch_modes import own_dtypes
+from .failure import Quiet, place
 from .foreign import MISTAKES
 from .graph import Graph
 from .inplace import copy_views, mutates_view
 from .opaque import Opaque, opaque_calls
 from .symbolic import symbolic_kernels
+from .torch_modes import own_dtypes
 from .translate import translate
 
 Loss = Callable[..., Any]
@@ -49,7 +47,11 @@ class Wrapped(nn.Module):
     def forward(self, x: Any, y: Any) -> tuple[Any, Any]:
         args, kwargs = model_arguments(self.model, x)
         output = self.model(*args, **kwargs)
-        return (None if self.loss is None else self.loss(output, y)), output
+        return (None if self.loss is None else self.loss_of(output, y)), output
+
+    def loss_of(self, output: Any, y: Any) -> Any:
+        assert self.loss is not None
+        return self.loss(output, y)
 
 
 def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules: Rules) -> Graph:
@@ -77,6 +79,23 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
     batch = batch_size((x, y))
     with own_dtypes(next((p.device for p in model.parameters()), torch.device("cpu"))):
         return _any_size(Wrapped(model, loss), (x, y), batch, rules)
+
+
+def check_trainable(model: object, quantities: Sequence[Quantity]) -> None:
+    """Quantities are of parameters: a result without one entry is a slip. Raises `InputError`."""
+    if not quantities or not isinstance(model, nn.Module) or any(p.requires_grad for p in model.parameters()):
+        return
+    name, what = type(model).__name__, ", ".join(quantity.name for quantity in quantities)
+    frozen = sum(1 for _ in model.parameters())
+    if frozen:
+        raise InputError(
+            f"{what}: all {frozen} parameters of {name} are frozen, so there is nothing to differentiate by.\n"
+            "  requires_grad_(True) on those that the quantities are of."
+        )
+    raise InputError(
+        f"{what}: {name} has no parameters, so there is nothing to differentiate by.\n"
+        "  For derivatives by its input, make that a parameter: a module that adds it, before this one."
+    )
 
 
 def model_arguments(model: nn.Module, x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -162,10 +181,10 @@ def _export(
         symbolic_kernels(),
         opt_einsum.flags(enabled=False),
         torch.enable_grad(),
-        _quiet(),
     ):
         try:
-            exported = torch.export.export(wrapped, example, dynamic_shapes=shapes, strict=False)
+            with Quiet():
+                exported = torch.export.export(wrapped, example, dynamic_shapes=shapes, strict=False)
             parts = _composites(exported.graph_module, rules)
             if parts and not mutates_view(exported.graph_module):
                 copy_views(exported.graph_module)
@@ -175,19 +194,8 @@ def _export(
         except (GuardOnDataDependentSymNode, torch._dynamo.exc.UserError, ConstraintViolationError) as error:
             _refuse_export(wrapped, error)
         except (RuntimeError, AssertionError, *MISTAKES) as error:
-            where = _failing_module(wrapped, error.__traceback__)
-            raise InputError(f"the model or the loss fails on the example, in {where}: {error}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What torch logs, with a traceback, about an example that does not fit is said by the `InputError`."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
+            at = place(wrapped, error.__traceback__)
+            raise InputError(f"the {at.whole} fails on the example{at.within}: {error}{at.line}") from error
 
 
 def _composites(program: torch.fx.GraphModule, rules: Rules) -> dict[Any, Callable[..., Any]]:
@@ -202,32 +210,19 @@ def _composites(program: torch.fx.GraphModule, rules: Rules) -> dict[Any, Callab
 
 def _refuse_export(wrapped: Wrapped, error: Exception) -> NoReturn:
     text = str(error).strip()
-    where = _failing_module(wrapped, error.__traceback__)
     if "specialized" in text or "Constraints violated" in text or "not all values of batch" in text:
         raise OneSizeError(
             "the model or the loss is written for one batch size (or a range): the graph must hold for any. Use "
             "x.shape[0] or -1 for the batch axis, not len(x) and not a number, and do not branch on it. "
             f"torch.export says: {text}"
         ) from error
+    at = place(wrapped, error.__traceback__)
+    target = "the loss, as a module," if at.loss else "that module"
     raise UnsupportedError(
-        f"the graph of the model depends on the data, in {where}: an if, a loop or a shape is decided by the value of "
-        "a tensor. Use torch.where or a mask, or give that module a rule "
+        f"the graph of the {at.whole} depends on the data{at.within}: an if, a loop or a shape is decided by the "
+        f"value of a tensor.{at.line}\n  Use torch.where or a mask, or give {target} a rule "
         f"(examples/add_a_layer.py). torch.export says: {text}"
     ) from error
-
-
-def _failing_module(wrapped: Wrapped, trace: TracebackType | None) -> str:
-    """The innermost submodule whose forward was running."""
-    names = {id(module): name for name, module in wrapped.named_modules()}
-    found = ""
-    for frame, _ in traceback.walk_tb(trace):
-        owner = frame.f_locals.get("self")
-        if frame.f_code.co_name == "forward" and id(owner) in names:
-            found = names[id(owner)]
-    path = found.removeprefix("model").removeprefix(".")
-    if found == "loss":
-        return "the loss"
-    return f"module {path!r} ({type(wrapped.get_submodule(found)).__name__})" if path else "the model itself"
 
 
 def _distinct(example: tuple[Any, Any]) -> tuple[Any, Any]:

@@ -78,11 +78,10 @@ def check_lines(checks: Checks, recorded: Recorded, low: bool = False) -> list[s
     calls = []
     lines = [f"SAMPLES = {SAMPLES}", f"TOLERANCE = {1e-4 if low else 1e-9!r}"]
     tables: list[str] = []
-    if checks.references or checks.second or checks.factors:
-        texts.append(AUTOGRAD)
     read = " ".join([*(kind for kind, _ in checks.references.values()), *checks.factors.values(), *checks.texts])
-    for name, text in TEXTS.items():
-        texts += [text] if name in read else []
+    if checks.references or checks.second or checks.factors or "sampled(" in read:
+        texts.append(AUTOGRAD)
+    texts += _needed(read)
     if checks.references:
         entries = (f'    "{name}": ({kind}, {text}),' for name, (kind, text) in checks.references.items())
         tables += ["", "", "REFERENCES = {", *(row for line in entries for row in wrapped(line)), "}"]
@@ -108,6 +107,16 @@ def check_lines(checks: Checks, recorded: Recorded, low: bool = False) -> list[s
     calls += checks.calls
     lines += [row for piece in texts for row in lines_of_text(piece)]
     return [*lines, *tables, *lines_of_text(MAIN.replace("CHECKS", " + ".join(calls) or "[True]"))]
+
+
+def _needed(read: str) -> list[str]:
+    """Those of `TEXTS` that a source reads, and those that they read in turn."""
+    used: list[str] = []
+    for name, text in reversed(TEXTS.items()):
+        if name in read:
+            used.insert(0, text)
+            read += text
+    return used
 
 
 def lines_of_text(text: str) -> list[str]:
@@ -154,6 +163,11 @@ AUTOGRAD = '''
 def sampled(name):
     """Whether the first axis of an argument is that of the samples."""
     return name in ARGUMENTS and ARGUMENTS[name][0][:1] == ("N",)
+
+
+def flattened(value, lead):
+    """All axes behind the first `lead` as one, which has size 1 where there are none."""
+    return value.reshape(*value.shape[:lead], value.shape[lead:].numel())
 
 
 def of_copies(values):
@@ -213,7 +227,7 @@ TEXTS = {
     "jacobians": JACOBIANS,
     "gradients_as_columns": AS_COLUMNS,
 }
-"""Texts by the name that what reads them contains."""
+"""Texts by the name that what reads them contains; a text reads only those above it."""
 
 CHECK_DEFINITIONS = '''
 def check_definitions(values, found):
@@ -245,8 +259,8 @@ def check_second_derivatives(values, found):
                 row = torch.zeros_like(own)
                 if first.requires_grad:
                     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-                    (row,) = torch.autograd.grad(first.flatten(1)[:, k].sum(), own, **options)
-                rows.append(row.flatten(1)[:, k])
+                    (row,) = torch.autograd.grad(flattened(first, 1)[:, k].sum(), own, **options)
+                rows.append(flattened(row, 1)[:, k])
             want = torch.stack(rows, 1) if per_sample else torch.stack(rows, 1).sum(0)
             label = f"{quantity} of {name}, {len(entries)} of {size} entries"
             if got.shape != (own.shape if per_sample else own.shape[1:]):
@@ -277,7 +291,8 @@ def check_factors():
         want = (along.reshape(*along.shape, *[1] * len(d)) * rows).sum(0)
         for k, factor in enumerate(factors):
             moved = vector.movedim(k + 1, 1)
-            times = factor.reshape(blocks, d[k], d[k]) @ moved.reshape(blocks, d[k], -1)
+            matrix = factor.diag() if factor.ndim == 1 else factor
+            times = matrix.reshape(blocks, d[k], d[k]) @ moved.reshape(blocks, d[k], -1)
             vector = times.reshape(moved.shape).movedim(1, k + 1)
         right.append(compare(label, vector, want))
     return right

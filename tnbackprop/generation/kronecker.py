@@ -46,11 +46,14 @@ class Block:
 
     @property
     def axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(Sizes of the parameter's legs, which of them come first), for the factors as they are returned."""
+        """(Sizes of the parameter's legs, which of them come first), for the factors as they are returned.
+
+        Legs of size 1 that no factor has are left out.
+        """
         legs = list(self.factors.legs)
         order = self.order if not self.bias else (*legs[1 - self.input], *legs[self.input])
-        sizes = tuple(int(leg.size) for leg in self.factors.parameter)
-        return sizes, tuple(self.factors.parameter.index(leg) for leg in order)
+        own = [leg for leg in self.factors.parameter if leg in order]
+        return tuple(int(leg.size) for leg in own), tuple(own.index(leg) for leg in order)
 
     def shape(self, weight: str) -> str:
         """What a function of it returns, in words."""

@@ -149,8 +149,8 @@ _AVERAGE_OF = '''
 
 def average_of(columns):
     """The sum of their outer products, one matrix for all samples."""
-    flat = columns.flatten(0, 1).flatten(1)
-    return (flat.T @ flat).reshape(*columns.shape[2:], *columns.shape[2:])
+    flat = columns.reshape(-1, columns.shape[2:].numel())
+    return (flat.T @ flat).reshape(columns.shape[2:] * 2)
 '''
 
 _TOTAL = '''
@@ -163,7 +163,7 @@ _TEXTS: Mapping[str, str] = {
     "with_hessian": '''
 def with_hessian(values, output):
     """The same, with the Hessian Σ_v w_v S_v S_vᵀ by the output."""
-    along = (values["hessian_columns"] * (output - output.detach())).flatten(2).sum(2)
+    along = flattened(values["hessian_columns"] * (output - output.detach()), 2).sum(2)
     return total(values, output) + (values["hessian_weights"] * along.square()).sum() / 2
 ''',
     "with_diagonal": '''
@@ -182,10 +182,10 @@ def averages(values):
     found = {}
     for name, J in jacobians(values).items():
         if name in INPUTS:
-            flat = J.flatten(2)
+            flat = flattened(J, 2)
             matrix = values["average"].reshape(len(flat), len(flat))
             mean = torch.einsum("cnp,cd,dnq->pq", flat, matrix, flat) / J.shape[1]
-            found[name] = mean.reshape(*J.shape[2:], *J.shape[2:])
+            found[name] = mean.reshape(J.shape[2:] * 2)
     return found
 ''',
     "one_sample": '''

@@ -12,7 +12,7 @@ from ..compiler import Compiled
 from ..compiler.derived import Columns, Extraction
 from ..compiler.listing import alive
 from ..compiler.plan import Plan
-from ..compiler.roots import LossRoot
+from ..compiler.roots import LossRoot, elementwise_root
 from ..compiler.store import Step
 from ..diagram import N
 from ..quantities import Quantity, Source
@@ -124,6 +124,11 @@ def split(compiled: Compiled) -> tuple[list[Function], list[Root]]:
     return [first, loss, *(root.function for root in roots)], roots
 
 
+def _taken_apart(root: LossRoot) -> bool:
+    """Whether the outputs are taken not to mix, as in BL89: then it is no root of the loss's Hessian."""
+    return bool(root.root.elementwise) and elementwise_root(root) == root
+
+
 def _columns(compiled: Compiled) -> Iterator[tuple[str, Columns, tuple[str, ...], tuple[Step, ...], str]]:
     """(value, columns, quantities, steps, draw of a round): roots that are drawn, and the exact one, once."""
     plan = compiled.plan
@@ -131,7 +136,7 @@ def _columns(compiled: Compiled) -> Iterator[tuple[str, Columns, tuple[str, ...]
     exact: list[tuple[str, Columns]] = []
     served: list[str] = []
     for columns in compiled.derived.columns:
-        if not isinstance(columns.start, LossRoot) or columns.start.signed:
+        if not isinstance(columns.start, LossRoot) or columns.start.signed or _taken_apart(columns.start):
             continue
         items = [item for item in columns.schedule if isinstance(item, Extraction)]
         mine = tuple(dict.fromkeys(name.partition("#")[0] for item in items for name in item.diagrams))
@@ -225,16 +230,16 @@ def check_roots(values):
         copies = max(16, min(4096, 2**21 // here.numel())) if drawn else 1
         many = {key: torch.cat([value] * copies) if sampled(key) else value for key, value in values.items()}
         output = torch.cat([here] * copies)
-        S = columns_of(many, output).flatten(2)
+        S = flattened(columns_of(many, output), 2)
         vectors = torch.randn((8, *here.shape), generator=torch.Generator().manual_seed(0), dtype=here.dtype)
         rest, got, want = output[samples:], [], []
         for u in vectors:
-            along = (S * torch.cat([u] * copies).flatten(1)).sum(2).square().sum(0)
+            along = (S * flattened(torch.cat([u] * copies), 1)).sum(2).square().sum(0)
             got.append(along.reshape(copies, samples).mean(0))
             leaf = here.clone().requires_grad_()
             (first,) = torch.autograd.grad(total(many, torch.cat([leaf, rest])), leaf, create_graph=True)
             (second,) = torch.autograd.grad((first * u).sum(), leaf)
-            want.append((u * second).flatten(1).sum(1))
+            want.append(flattened(u * second, 1).sum(1))
         got, want = torch.stack(got), torch.stack(want)
         largest = want.abs().max()
         label = f"Hessian of the loss by the output from columns {name}{', on average' * drawn}"

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..compiler import Compiled, compile_program
 from ..compiler.arrange import text
-from ..compiler.capture import plain
+from ..compiler.capture import check_trainable, plain
 from ..compiler.definite import TOLERATED
 from ..compiler.derive import rules_text
 from ..compiler.emit import noises
@@ -62,6 +62,7 @@ def model_source(
         raise InputError("example= of a whole model is a batch (x, y)")
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"cannot generate from {type(model).__name__}: give a torch.nn.Module")
+    check_trainable(model, quantities)
     compiled = compile_program(model, loss, (example[0], example[1]), quantities, rules)
     refuse_random(compiled.graph)
     title = f"{type(model).__name__} with {getattr(loss, '__name__', type(loss).__name__)}"

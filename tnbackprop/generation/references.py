@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from ..quantities import (
     NTK,
     BatchDot,
@@ -24,18 +26,18 @@ from ..quantities import (
 DEFINITIONS: dict[type[Quantity], str] = {
     Grad: "G.sum(0)",
     BatchGrad: "G",
-    BatchL2: "G.flatten(1).square().sum(1)",
-    BatchDot: "G.flatten(1) @ G.flatten(1).T",
+    BatchL2: "flattened(G, 1).square().sum(1)",
+    BatchDot: "flattened(G, 1) @ flattened(G, 1).T",
     SecondMoment: "G.square().sum(0)",
     Variance: "(G - G.mean(0)).square().mean(0)",
     SqrtGGN: "V",
     SqrtGGNMC: "V",
     DiagGGN: "V.square().sum((0, 1))",
     DiagGGNMC: "V.square().sum((0, 1))",
-    GGNTrace: "V.flatten(2).square().sum((0, 2))",
-    GGNGram: 'torch.einsum("vnp,wmp->vnwm", V.flatten(2), V.flatten(2))',
+    GGNTrace: "flattened(V, 2).square().sum((0, 2))",
+    GGNGram: 'torch.einsum("vnp,wmp->vnwm", flattened(V, 2), flattened(V, 2))',
     Jacobians: "J.transpose(0, 1)",
-    NTK: 'torch.einsum("cnp,dmp->ncmd", J.flatten(2), J.flatten(2))',
+    NTK: 'torch.einsum("cnp,dmp->ncmd", flattened(J, 2), flattened(J, 2))',
 }
 """In the individual gradients G [N, *p], the root V [V, N, *p], or the Jacobian J [C, N, *p]."""
 
@@ -51,7 +53,7 @@ def definition(quantity: Quantity, scale: float = 1.0) -> tuple[str, str] | None
     plain = isinstance(quantity, SecondMoment | Variance) and kind is not Scale.BACKPACK
     if isinstance(quantity, SecondMoment) and plain:
         text = text.replace("sum(0)", "mean(0)")
-    letter = next(letter for letter in "GVJ" if f"{letter}." in text or text == letter)
+    letter = next(letter for letter in "GVJ" if re.search(rf"\b{letter}\b", text))
     if scale != 1.0 and (plain or kind is Scale.UNSCALED):
         text = text.replace("G", f"(G * {1 / scale:.12g})")
     return letter, text

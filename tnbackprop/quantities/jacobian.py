@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..algebra import Cotangents, Uses
 from ..diagram import COLUMN, COLUMN_COPY, Diagram, Leg, N, Product, Window
@@ -50,7 +50,7 @@ class CrossNTK(NTK):
     """
 
     name: str = "cross_ntk"
-    first: int = 1
+    first: int = field(kw_only=True)
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
         gram = _gram(J.T @ g)

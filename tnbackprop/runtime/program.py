@@ -19,10 +19,10 @@ from ..compiler.graph import Value
 from ..compiler.memory import peak_bytes
 from ..compiler.plan import INDEFINITE
 from ..compiler.stage import Stage
+from ..compiler.torch_modes import own_dtypes
 from ..diagram import N
 from ..errors import InputError
 from ..quantities import Quantity
-from ..torch_modes import own_dtypes
 from .assemble import assemble, blocks
 from .graphed import Graphed
 from .progress import bars

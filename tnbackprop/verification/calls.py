@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ..algebra import differentiate
 from ..bind import BoundRule, Equation
 from ..compiler.graph import Call, Value
+from ..compiler.torch_modes import twice_differentiable
 from ..diagram import Diagram, Leg, N
 from ..jacobian import Jacobian
 from ..reference import evaluate, size_of
@@ -54,15 +55,12 @@ def trace(program: Program, x: Any, y: Any, size: int) -> Trace:
 def operate(call: Call, env: Env, size: int) -> Tensor:
     """What the module or the operator of the call gives; nothing of its rule."""
     arguments = {name: _concrete(value, env, size) for name, value in call.arguments.items()}
-    if call.module is not None:
-        result = _run_module(call.module, arguments)
-    elif call.by_rule:
-        result = call.target(**arguments)
-    else:
+    if not call.by_rule and call.module is None:
         named = {argument.name for argument in call.target._schema.arguments}
         if "self" in named:
             arguments["self"] = arguments.pop("input")
-        result = call.target(**arguments)
+    with twice_differentiable():
+        result = call.target(**arguments) if call.module is None else _run_module(call.module, arguments)
     found: Tensor = result[0] if isinstance(result, tuple) else result
     return found
 

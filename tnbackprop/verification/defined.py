@@ -46,7 +46,9 @@ class Defined:
 
     @cached_property
     def samples(self) -> list[Sample]:
-        """Raises `NotDefined` where their Jacobians are too large."""
+        """Raises `NotDefined` where their Jacobians are too large, or the model returns several tensors."""
+        if not isinstance(self.program.compiled.graph.output, str):
+            raise NotDefined("the model returns several tensors")
         found = []
         for n in range(self.problem.size):
             y = pytree.tree_map(lambda t, n=n: t[n : n + 1] if isinstance(t, Tensor) and t.ndim else t, self.problem.y)

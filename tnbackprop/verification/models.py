@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ..compiler.capture import batch_size, model_arguments, plain
+from ..compiler.torch_modes import twice_differentiable
 from ..declare import Declaration
 from ..errors import InputError, UnsupportedError
 from ..front import compile
@@ -24,8 +25,9 @@ from .calls import BUILD_ERRORS, tensors_of, trace
 from .defined import SEED
 from .draws import unsettled
 from .oracle import Problem
+from .outputs import Squares, packed
 from .quantities import ALL, check_quantities
-from .report import LeftOut
+from .report import LeftOut, NotDefined
 from .rules import Finding, check_rule, subjects
 
 Batch = tuple[Any, Any]
@@ -44,11 +46,27 @@ def try_model(
     x, y = filled(batch[0]), filled(batch[1])
     loss = copy.deepcopy(loss).double().cpu() if isinstance(loss, nn.Module) else loss
     if loss is None:
-        y = torch.randn_like(_run(model, x)) if y is None else y
-    programs, left_out = programs_for(model, loss or nn.MSELoss(), (x, y), quantities or ALL, rules, bool(quantities))
+        loss, y = _default(model, x, y)
+    programs, left_out = programs_for(model, loss, (x, y), quantities or ALL, rules, bool(quantities))
     for program in programs:
         yield from _program_case(program, (x, y), program is programs[0])
     yield from left_out
+
+
+def _default(model: nn.Module, x: Any, y: Any) -> tuple[nn.Module, Any]:
+    """The loss where nobody gives one, and its target: squared errors, or the squares of several outputs."""
+    output = _run(model, x)
+    if isinstance(output, Tensor):
+        return nn.MSELoss(), torch.randn_like(output) if y is None else y
+    name = type(model).__name__
+    if not any(tensor.is_floating_point() for tensor in tensors_of(output)):
+        raise InputError(f"{name} returns {type(output).__name__} without a floating point tensor: nothing to compare")
+    if y is not None:
+        raise InputError(
+            f"{name} returns {type(output).__name__}, so what y is the target of is not known\n"
+            "  Give the loss as well, loss= a function (output, y); or no y, and the outputs are squared."
+        )
+    return Squares(), None
 
 
 def try_program(program: Program, batch: Batch, quantities: Sequence[Quantity] | None) -> Iterator[Finding]:
@@ -74,15 +92,19 @@ def _program_case(program: Program, batch: Batch, with_rules: bool) -> Iterator[
 def compare_quantities(program: Program, x: Any, y: Any, size: int, case: str, means: bool = True) -> Iterator[Finding]:
     """Every quantity of every parameter; `means`: what is drawn also in the mean over many draws."""
     model, loss = program.model, program.loss
-    output = _run(model, x)
-    if not isinstance(output, Tensor) or not output.ndim or output.shape[0] % size:
-        yield LeftOut("quantities", "the output is not one tensor with the samples along axis 0")
+    try:
+        several = packed(program.compiled.graph, _run(model, x), size)
+    except NotDefined as reason:
+        yield LeftOut("quantities", str(reason))
         return
+    loss = loss if several is None else several.loss(loss)
 
     def forward(theta: Mapping[str, Tensor], x: Any) -> Tensor:
         args, kwargs = model_arguments(model, x)
-        result: Tensor = functional_call(model, dict(theta), args, kwargs)
-        return result
+        with twice_differentiable():
+            result = functional_call(model, dict(theta), args, kwargs)
+        found: Tensor = result if several is None else several.pack(result)
+        return found
 
     theta = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     problem = Problem(forward, loss, theta, x, y, size)
@@ -99,6 +121,8 @@ def programs_for(
     asked: bool = False,
 ) -> tuple[list[Program], list[LeftOut]]:
     """One program for all that propagate alike; what is refused is left out, unless somebody `asked` for it."""
+    if not asked and not any(p.requires_grad for p in model.parameters()):
+        return [], [LeftOut("quantities", "the model has no trainable parameter")]
     groups: dict[Source, list[Quantity]] = {}
     for quantity in quantities:
         groups.setdefault(quantity.propagates.source, []).append(quantity)

@@ -37,7 +37,8 @@ def verify(
                 rule; a model; a `Program`
     x, y        a batch, or only the shape of x: (8, 3, 32, 32); drawn where None (not for a model)
     module      for a rule: its class, of which modules are drawn (every option changed once), or modules to try
-    loss        for a model: the loss of its quantities; mean squared error to a random target where None
+    loss        for a model: the loss of its quantities; where None, mean squared error to a random target, or the mean
+                squares of all tensors that a model returns, added up
     quantities  what is compared; where None, all (of a program: its own)
     rules       as for `compile`: where None, the built-in and the registered ones
     check       raise `VerificationError` at the first wrong entry; False: return the report
