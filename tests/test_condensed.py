@@ -59,7 +59,7 @@ def cases() -> dict[str, tuple[nn.Module, torch.Tensor]]:
         ),
         "two pools, a norm and a sigmoid": (
             nn.Sequential(
-                nn.Conv2d(2, 4, 3, padding=1, stride=2), norm, nn.ELU(), nn.MaxPool2d(3, 2, padding=1),
+                nn.Conv2d(2, 4, 3, padding=1, stride=2), norm, nn.ReLU(), nn.MaxPool2d(3, 2, padding=1),
                 nn.Conv2d(4, 5, 3, padding=1, groups=1), nn.Sigmoid(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(5, 3),
             ),
             torch.randn(3, 2, 9, 9),

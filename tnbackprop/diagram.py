@@ -8,7 +8,7 @@ have the same name, and then they must have the same size. Everything is frozen 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import sympy
@@ -29,6 +29,13 @@ class Leg:
 
     name: str
     size: Size
+    _hash: int = field(init=False, repr=False, compare=False)  # legs are looked up all the time
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.name, self.size)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __str__(self) -> str:
         return self.name
