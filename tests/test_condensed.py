@@ -101,8 +101,11 @@ def only_condensed(derived: Derived) -> Derived:
     return replace(derived, columns=columns)
 
 
-@pytest.mark.parametrize("rows", [4, 10**4])
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("overlapping", "grouped", "a set of points")
+
+
+@pytest.mark.parametrize("rows", [4, pytest.param(10**4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_the_same_values(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every quantity of what comes before a pooling, in loops over columns and without, at two batch sizes."""
     model, x = CASES[name]

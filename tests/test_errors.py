@@ -341,3 +341,36 @@ def test_a_tensor_where_none_was_compiled() -> None:
     assert "grad" in program(X)
     with pytest.raises(InputError, match="compiled for None"):
         program(X, Y)
+
+
+class Tempered(nn.Module):
+    """Cross-entropy at a temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(input / self.temperature, target)
+
+
+def test_a_trainable_parameter_of_the_loss() -> None:
+    """It would have no result; one of the model, or a frozen one, is as any other."""
+    loss = Tempered()
+    with pytest.raises(InputError, match=r"(?s)loss Tempered has .* of its own, temperature.*requires_gr"):
+        tn.compile(MODEL, loss, (X, Y), [tn.Grad()])
+    loss.requires_grad_(False)
+    found = tn.compute(MODEL, loss, (X, Y), [tn.Grad()])["grad"]
+    want = torch.autograd.grad(loss(MODEL(X), Y), tuple(MODEL.parameters()))
+    for value, expected in zip(found.values(), want, strict=True):
+        torch.testing.assert_close(value, expected)
+
+
+def test_sums_that_are_stacked() -> None:
+    """A loss may add up several sums over the batch in a tensor."""
+    loss = lambda f, y: torch.stack([(f - y).square().mean(), (f - y).abs().mean()]).sum()  # noqa: E731
+    found = tn.compute(MODEL, loss, (X, Y), [tn.Grad(), tn.BatchGrad()])
+    want = torch.autograd.grad(loss(MODEL(X), Y), tuple(MODEL.parameters()))
+    for (name, value), expected in zip(found["grad"].items(), want, strict=True):
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(found["batch_grad"][name].sum(0), expected)

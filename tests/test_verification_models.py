@@ -97,7 +97,10 @@ class Two(nn.Module):
 FIRST_ORDER = {"grad", "batch_grad", "batch_l2", "batch_dot", "second_moment", "variance"}
 
 
-@pytest.mark.parametrize("make,x", [(Two, (4, 3)), (lambda: nn.LSTM(2, 3, batch_first=True), (4, 1, 2))])
+LSTM = pytest.param(lambda: nn.LSTM(2, 3, batch_first=True), (4, 1, 2), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("make,x", [(Two, (4, 3)), LSTM])
 def test_several_outputs(make: Any, x: tuple[int, ...]) -> None:
     """The squares of all of them; what needs one output is left out. An LSTM's states have the batch on axis 1."""
     report = tn.verify(make(), x)

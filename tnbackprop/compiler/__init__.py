@@ -29,6 +29,8 @@ WIDER = 4
 CLEARLY = 0.95
 """As many columns ride together as the device likes, half as many where that looks faster (they may come out even), or
 `WIDER` times as many where that looks clearly faster: those take more memory."""
+WORTH = 1e-3
+"""Seconds that a program must take for that to be tried: planning takes longer."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def compile_program(
     check(Stage.DERIVE, derived, seen)
     check_memory(graph, derived, itemsize, memory_limit or machine_bytes(_device(model)))
     planned = plan(graph, derived, LOWERINGS, rates, itemsize)
-    for tried in others if planned.loops else ():
+    for tried in others if planned.loops and planned.seconds > WORTH else ():
         again = derive(graph, bound, quantities, tried)
         other = plan(graph, again, LOWERINGS, rates, itemsize)
         if other.seconds < (CLEARLY if tried > width else 1) * planned.seconds:

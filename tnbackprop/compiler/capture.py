@@ -73,12 +73,25 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
         raise InputError(f"parameter {lazy[0]!r} has no shape yet: run the model on a batch once, model(x)")
     if loss is not None and not callable(loss):
         raise InputError(f"loss is {type(loss).__name__}: pass a function (output, y) -> scalar, a module, or None")
+    if isinstance(loss, nn.Module):
+        _check_loss(model, loss)
     if not isinstance(example, tuple | list) or len(example) != 2:
         raise InputError("example must be the pair (x, y)")
     x, y = _distinct((plain(example[0]), plain(example[1])))
     batch = batch_size((x, y))
     with own_dtypes(next((p.device for p in model.parameters()), torch.device("cpu"))):
         return _any_size(Wrapped(model, loss), (x, y), batch, rules)
+
+
+def _check_loss(model: nn.Module, loss: nn.Module) -> None:
+    """Results are by the model's parameters: one of the loss would have none, and nobody would see that."""
+    known = {id(p) for p in model.parameters()}
+    own = [name for name, p in loss.named_parameters() if p.requires_grad and id(p) not in known]
+    if own:
+        raise InputError(
+            f"the loss {type(loss).__name__} has trainable parameters of its own, {', '.join(own)}: results are by "
+            "those of the model.\n  Make them parameters of the model, or requires_grad_(False) on them."
+        )
 
 
 def check_trainable(model: object, quantities: Sequence[Quantity]) -> None:

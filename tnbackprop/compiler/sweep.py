@@ -16,7 +16,7 @@ import sympy
 from ..algebra import Cotangents, Uses, diagonal, differentiate, identity, inline, pull_back, tensor
 from ..approximate import Factors
 from ..bind import BoundRule, Equation
-from ..diagram import BATCH, Delta, Diagram, Leg, N, Selection, fresh_names, leaves
+from ..diagram import BATCH, Delta, Diagram, Leg, N, Part, Product, Selection, fresh_names, leaves
 from ..errors import InputError, UnsupportedError
 from ..jacobian import Jacobian
 from ..quantities import Quantity
@@ -273,7 +273,7 @@ def _cotangent(sweep: Sweep, name: str, legs: tuple[Leg, ...]) -> Diagram:
                 f"the loss is not a sum over samples: what comes after {sweep.owner[name].where} is not linear in it.\n"
                 "  Only sums of the loss of each sample have individual gradients; a divisor may depend on the batch."
             )
-        total = total + term
+        total = total + inline(Diagram(legs, (Product(sympy.Integer(1), (Part(term, legs),)),)))
     return simplify(total)
 
 
