@@ -66,7 +66,7 @@ class Weighted(nn.Module):
 CURVATURES = [(1e6, -1.0), (1e6, -1e-3), (1e-6, -1e-8), (0.0, -1.0), (-1.0, -1e6)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", [True, False], ids=["by rule", "by torch.func"])
 @pytest.mark.parametrize("curvatures", CURVATURES)
 def test_one_sample_with_negative_curvature(curvatures: tuple[float, float], rule: bool, dtype: torch.dtype) -> None:

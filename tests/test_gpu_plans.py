@@ -9,13 +9,17 @@ from tnbackprop.compiler import cost
 from .cases import CASES, Case
 from .second_order import ALL, TOLERANCE, assert_equal, compiled, everything_of
 
-CHOSEN = ("linear_rank3", "conv2d_groups", "max_pool2d", "cnn", "attention", "layer_norm")
+QUICK = ("linear_rank3", "max_pool2d", "layer_norm")
+CHOSEN = (*QUICK, "conv2d_groups", "cnn", "attention")
 KINDS = {key: (key, {}) for key in ("Grad", "BatchGrad", "BatchL2", "BatchDot", "SecondMoment", "Variance")} | {
     key: ALL[key] for key in ("diag", "sqrt", "trace", "hessian", "kflr", "jacobians")
 }
+SOME = [
+    case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES if case.name in CHOSEN
+]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in CHOSEN], ids=str)
+@pytest.mark.parametrize("case", SOME, ids=str)
 def test_the_same_numbers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = case.build()
     usual = compiled(problem, KINDS)

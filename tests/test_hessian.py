@@ -51,7 +51,7 @@ def test_per_sample(name: str) -> None:
     assert_equal(result["diag_ggn"], ggn, "the GGN beside it")
 
 
-@pytest.mark.parametrize("rows", [1, 6, 12])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 6, pytest.param(12, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["cnn", "attention", "reused_module", "cross_entropy_positions"])
 def test_columns_in_rounds(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One column at a time, two at a time, and rounds that must be filled up give what all at once give."""

@@ -132,7 +132,7 @@ def test_mc_fisher_has_the_drawn_columns(name: str) -> None:
     assert error(product("mc", problem).to_dense(), rows.mT @ rows) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["cnn", "bce_with_logits", "mlp_sum"])
+@pytest.mark.parametrize("name", [pytest.param("cnn", marks=pytest.mark.slow), "bce_with_logits", "mlp_sum"])
 def test_mc_fisher_tends_to_the_ggn(name: str) -> None:
     """Its error halves with four times the samples."""
     problem = BY_NAME[name].build()

@@ -103,7 +103,7 @@ SLIDES = {
 OFFERED = {"two_strided_over_the_kernel": 1, "two_one_of_kernel_one": 1, "two_steps_with_a_divisor": 1, "three": 3}
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("slides", SLIDES)
 def test_several_axes(slides: str, groups: int, batch: int) -> None:
