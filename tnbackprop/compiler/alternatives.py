@@ -40,13 +40,15 @@ class Alternative:
     reads: tuple[str, ...]  # names of the parts that are built for it
     steps: tuple[Step, ...]
     chosen: bool
+    rounds: Mapping[str, int]  # of the steps that run in each round of a loop, how often
 
     @property
     def flops(self) -> Terms:
-        return tuple(term for step in self.steps for term in step.work.flops)
+        return tuple((c * self.rounds.get(s.name, 1), legs) for s in self.steps for c, legs in s.work.flops)
 
     def seconds(self, plan: Plan, batch: int) -> float:
-        return seconds(self.steps, plan.rates, batch, plan.itemsize)
+        each = ((seconds((step,), plan.rates, batch, plan.itemsize), step.name) for step in self.steps)
+        return sum(once * self.rounds.get(name, 1) for once, name in each)
 
 
 def seconds(steps: tuple[Step, ...], rates: Rates, batch: int, itemsize: int) -> float:
@@ -80,7 +82,8 @@ def alternatives(diagrams: Mapping[str, Diagram], choice: Choice) -> dict[str, t
             if form not in ways:
                 steps = alive(option.steps, {option.results[quantity]})
                 reads = tuple(dict.fromkeys(names[part.diagram] for part in all_parts(form)))
-                ways[form] = Alternative(_way(diagram, form), form, reads, steps, option is choice.chosen)
+                chosen = option is choice.chosen
+                ways[form] = Alternative(_way(diagram, form), form, reads, steps, chosen, option.rounds)
         found[quantity] = tuple(ways.values())
     return found
 

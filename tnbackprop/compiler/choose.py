@@ -8,14 +8,14 @@ from functools import partial
 from itertools import combinations
 
 from ..algebra import all_parts, inline, parts
-from ..diagram import Diagram
+from ..diagram import Diagram, Tensor
 from .contract import Lowering, build
 from .cost import number
 from .derived import Extraction
 from .rows import in_rows
 from .slices import build_sliced
 from .store import Ref, Step, Store
-from .tails import saved
+from .tails import saved, tails
 
 MOST_PARTS = 4
 """Up to here every subset of parts is tried; beyond it, parts are decided one after the other."""
@@ -23,7 +23,10 @@ MOST_PARTS = 4
 
 @dataclass(frozen=True, eq=False)
 class Option:
-    """A set of parts to build, tried out: all steps that it takes, and which of them gives each quantity."""
+    """A set of parts to build, tried out: all steps that it takes, and which of them gives each quantity.
+
+    rounds  of the steps that run in each round of a loop over columns, how often
+    """
 
     kept: frozenset[Diagram]
     seconds: float
@@ -31,6 +34,7 @@ class Option:
     results: Mapping[str, str]  # quantity -> value name, of a step or of something built before
     forms: Mapping[str, Diagram]  # quantity -> the diagram that was built
     free: bool  # whether a quantity could be multiplied out all the same
+    rounds: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,18 @@ def choose(store: Store, item: Extraction, dotted: str, lowerings: tuple[Lowerin
     if chunk is not None:
         largest = {option: _largest(option, store.batch) for option in options}
         candidates = tuple(option for option in options if largest[option] <= 2 * min(largest.values()))
-    return Choice(dotted, (*found, *before), options, min(candidates, key=lambda option: option.seconds), item)
+    chosen = min(candidates, key=lambda option: option.seconds)
+    return Choice(dotted, tuple(dict.fromkeys((*found, *before))), options, chosen, item)
 
 
 def _parts_of(diagrams: Mapping[str, Diagram]) -> tuple[Diagram, ...]:
-    return tuple(dict.fromkeys(part for diagram in diagrams.values() for part in parts(diagram)))
+    """What there is to build; a part that is one tensor is there already."""
+    found = dict.fromkeys(part for diagram in diagrams.values() for part in parts(diagram))
+    return tuple(part for part in found if not _is_tensor(part))
+
+
+def _is_tensor(diagram: Diagram) -> bool:
+    return [len(p.operands) for p in diagram.products] == [1] and isinstance(diagram.products[0].operands[0], Tensor)
 
 
 def _subsets(diagrams: Mapping[str, Diagram], found: tuple[Diagram, ...]) -> list[frozenset[Diagram]]:
@@ -88,8 +99,12 @@ def _option(
     built = build_all(trial, item, kept, lowerings, chunk, free)
     results = {quantity: trial.resolve(ref.name) for quantity, (ref, _) in built.items()}
     forms = {quantity: form for quantity, (_, form) in built.items()}
-    seconds = trial.seconds(start) - saved(trial, start, *(ref for ref, _ in built.values()))
-    return Option(kept, seconds, tuple(trial.steps[start:]), results, forms, free)
+    refs = [ref for ref, _ in built.values()]
+    seconds = trial.seconds(start) - saved(trial, start, *refs)
+    once = tails(trial, start, *refs)
+    steps = tuple(trial.steps[start:])
+    rounds = {step.name: trial.rounds for step in steps if step.name in trial.varying and step.name not in once}
+    return Option(kept, seconds, steps, results, forms, free, rounds)
 
 
 def build_all(

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import sympy
-
 from ..algebra import inline
 from ..diagram import Diagram, Leg, Map, Part, Product, Selection, Tensor, summed_legs
 from ..errors import UnsupportedError
@@ -71,4 +69,4 @@ def _scatters(formula: Diagram) -> bool:
     (product,) = formula.products
     places = {leg for op in product.operands if isinstance(op, Selection) for leg in op.index.legs}
     plain = all(isinstance(op, Tensor | Map | Selection) for op in product.operands)
-    return plain and set(summed_legs(product, formula.legs)) <= places and product.scale != sympy.Integer(0)
+    return plain and set(summed_legs(product, formula.legs)) <= places

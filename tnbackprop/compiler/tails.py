@@ -52,9 +52,18 @@ def behind(
 
 def saved(store: Store, start: int, *refs: Ref) -> float:
     """Predicted seconds that a loop which sums the values saves where tails of the steps from `start` on run once."""
+    return sum(seconds for seconds, _ in _tails(store, start, refs))
+
+
+def tails(store: Store, start: int, *refs: Ref) -> frozenset[str]:
+    """The names of those steps."""
+    return frozenset(step.name for _, tail in _tails(store, start, refs) for step in tail)
+
+
+def _tails(store: Store, start: int, refs: Sequence[Ref]) -> list[tuple[float, tuple[Step, ...]]]:
     values = [store.resolve(ref.name) for ref in refs if not any(leg.name == COLUMN for leg in ref.order)]
     by_name, readers = _read([step for step in store.steps[start:] if step.name in store.varying], values)
-    return sum(_tail(store, by_name, readers, value)[0] for value in values) if store.rounds > 1 else 0.0
+    return [_tail(store, by_name, readers, value) for value in values] if store.rounds > 1 else []
 
 
 def _read(steps: Sequence[Step], values: Sequence[str]) -> tuple[dict[str, Step], Counter[str]]:
