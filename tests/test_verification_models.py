@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +49,28 @@ def test_a_program_in_its_own_dtype() -> None:
     assert in_float64(program, model.double()).source == program.source
 
 
+@contextmanager
+def multiplied(program: tn.Program, quantity: str, factor: int) -> Iterator[None]:
+    """Programs that are compiled here give a multiple of a quantity."""
+    right = program._function
+
+    def wrong(tensors: dict[str, Tensor]) -> Any:
+        loss, output, values = right(tensors)
+        return loss, output, {quantity: {name: factor * value for name, value in values[quantity].items()}}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tnbackprop.runtime.program.load", lambda source: wrong)
+        yield
+
+
 def test_a_wrong_program_is_found() -> None:
     """Rules are right, the quantity is not: the factor is said."""
     model = nn.Linear(3, 2).double()
     program = tn.compile(model, nn.MSELoss(), (torch.randn(4, 3).double(), torch.randn(4, 2).double()), [tn.BatchL2()])
     assert tn.verify(program).ok
-    right = program._function
-
-    def wrong(tensors: dict[str, Tensor]) -> Any:
-        loss, output, values = right(tensors)
-        return loss, output, {"batch_l2": {name: 2 * value for name, value in values["batch_l2"].items()}}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tnbackprop.runtime.program.load", lambda source: wrong)
-        with pytest.raises(tn.VerificationError, match=r"batch_l2 of 'weight'\[axis0=0\]: the program[^§]*2 times"):
-            tn.verify(program)
+    match = r"batch_l2 of 'weight'\[axis0=0\]: the program[^§]*2 times"
+    with multiplied(program, "batch_l2", 2), pytest.raises(tn.VerificationError, match=match):
+        tn.verify(program)
 
 
 def test_an_operation_without_a_rule_is_left_out() -> None:
@@ -115,16 +124,9 @@ def test_a_wrong_value_of_several_outputs_is_found() -> None:
     x, y = torch.randn(4, 3).double(), torch.randn(4, 2).double()
     assert tn.verify(model, x, y, loss=loss, quantities=quantities).ok
     program = tn.compile(model, loss, (x, y), quantities)
-    right = program._function
-
-    def wrong(tensors: dict[str, Tensor]) -> Any:
-        value, output, values = right(tensors)
-        return value, output, {"batch_grad": {name: 3 * own for name, own in values["batch_grad"].items()}}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tnbackprop.runtime.program.load", lambda source: wrong)
-        with pytest.raises(tn.VerificationError, match=r"batch_grad of 'one.weight'[^§]*3 times"):
-            tn.verify(program, x, y)
+    match = r"batch_grad of 'one.weight'[^§]*3 times"
+    with multiplied(program, "batch_grad", 3), pytest.raises(tn.VerificationError, match=match):
+        tn.verify(program, x, y)
 
 
 def test_a_target_of_several_outputs_needs_its_loss() -> None:
