@@ -96,6 +96,11 @@ class Columns:
         return bool(self.width != self.count)
 
     @property
+    def rounds(self) -> int:
+        """How many; the last one may be filled up."""
+        return -(-int(self.count) // int(self.width))
+
+    @property
     def lead(self) -> tuple[Leg, ...]:
         return column_leg(self.width)
 

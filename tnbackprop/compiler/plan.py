@@ -98,7 +98,7 @@ def _plan(
     for columns in sorted(derived.columns, key=lambda c: c.looped):
         rows = root_steps(store, graph, columns, lowerings, checks)
         if columns.looped:
-            store.in_rounds(-(-int(columns.count) // int(columns.width)), rows)
+            store.in_rounds(columns.rounds, rows)
         mine = _scheduled(store, graph, columns.schedule, lowerings, chunk, choices, columns.carried)
         if columns.looped:
             stacked = {q for item in columns.schedule if isinstance(item, Extraction) for q in _with_columns(item)}

@@ -95,7 +95,7 @@ def _basis(
 
 def _rows(store: Store, columns: Columns, variable: str, code: str, shape: tuple[Size, ...]) -> dict[str, str]:
     """All rows at once, with rows of zeros to fill up the last round."""
-    rows = -(-int(columns.count) // int(columns.width)) * int(columns.width)
+    rows = columns.rounds * int(columns.width)
     if rows > columns.count:
         code = f"torch.nn.functional.pad({code}, ({'0, 0, ' * len(shape)}0, {rows - int(columns.count)}))"
     name = variable.replace("column", "root") if variable == columns.variable else f"{variable}_rows"
