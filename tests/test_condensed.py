@@ -136,6 +136,10 @@ def test_what_is_condensed() -> None:
         assert sum(isinstance(op, Selection) for op in product.operands) == 2, "one for each half"
         names = {op.name for op in product.operands if isinstance(op, Tensor)}
         assert {name.partition("_")[2] for name in names if name.startswith("s")} == {"layer_2"}, "behind the pooling"
+    mixing = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Conv2d(3, 4, 3), *model[1:]).double()
+    derived = tn.compile(mixing, loss, (x, y), [tn.DiagGGN()]).compiled.derived
+    found = [item.parameter for item in condensed_items(derived)]
+    assert found == ["p_1_weight", "p_1_bias"], "the layer before adds up channels: its cotangent is zero nowhere"
     alone = tn.compile(model, loss, (x, y), [tn.Grad(), tn.DiagGGNMC(), tn.KFAC()])
     assert not list(condensed_items(alone.compiled.derived))
     branching = nn.Sequential(Residual(), nn.Linear(3 * 4 + 3 * 16, 3)).double()
