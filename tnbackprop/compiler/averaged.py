@@ -17,7 +17,8 @@ from ..jacobian import Jacobian
 from ..simplify import simplify
 from .derived import Backward
 from .graph import Call
-from .sweep import Sweep, all_uses, classify, cotangent_of, extraction, jacobian_of, operands_of
+from .lines import jacobian_of, operands_of
+from .sweep import Sweep, all_uses, classify, cotangent_of, extraction
 
 Legs = tuple[Leg, ...]
 Bound = tuple[tuple[Call, BoundRule], ...]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 
 import sympy
 
@@ -15,7 +16,7 @@ from ..errors import InvariantError
 from ..quantities import Propagation, Quantity, Source
 from ..simplify import simplify
 from .averaged import copied, run_averaged
-from .derived import HESSIAN_WEIGHTS, Basis, Columns, Given, column_leg
+from .derived import HESSIAN_WEIGHTS, Arriving, Basis, Columns, Given, column_leg
 from .graph import Call, Graph
 from .layer import HANDED, handed_shape
 from .residual import Paired, Weighted, residual_diagonal, residuals
@@ -25,6 +26,8 @@ from .sweep import Sweep, add, all_uses, extraction, run, schedule
 Bound = tuple[tuple[Call, BoundRule], ...]
 ONE = sympy.Integer(1)
 EVERY = 2**62
+MOST_ROWS = 2**22
+"""Columns join others that are one-hot at a value while these, written out for every sample, have so many elements."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Setting:
     scale: sympy.Expr
     width: int
     gradient: Sweep
+    roots: bool  # whether the columns of the root ride through all layers anyway, for other quantities
 
 
 def columns_of(
@@ -78,22 +82,58 @@ def _classes(quantities: Sequence[Quantity]) -> str:
 
 def _hessian(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, first: int) -> Iterator[Columns]:
     """Columns of the loss Hessian, and of the residual of every line before it."""
+    found = _found(setting, root.value)
+    until = "" if setting.roots else _meeting(setting, found)
     if root.curvature is None:
-        yield _from_loss(setting, quantities, root, 0, first)
+        ahead = _from_loss(setting, quantities, root, 0, first, until)
     else:
         at_loss = Weighted(root.value, root.curvature.legs, root.curvature)
-        yield _from_basis(setting, quantities, at_loss, first, inside=False)
-    yield from _residuals(setting, quantities, root.value, first)
+        ahead = _from_basis(setting, quantities, at_loss, first, inside=False, until=until)
+    yield ahead
+    yield from _residuals(setting, quantities, found, first, [ahead])
 
 
-def _residuals(setting: Setting, quantities: Sequence[Quantity], output: str, first: int) -> Iterator[Columns]:
-    """Columns of the residual of every line before the output."""
-    behind = _behind(setting.graph, output)
-    for number, found in enumerate(residuals(setting.gradient, setting.bound, behind), start=first + 1):
-        if isinstance(found, Weighted):
-            yield _from_basis(setting, quantities, found, number, inside=True)
-        else:
-            yield _from_pair(setting, quantities, found, number)
+def _found(setting: Setting, output: str) -> list[Weighted | Paired]:
+    """The residuals of the lines before the output, in the order in which a sweep comes to them."""
+    found = residuals(setting.gradient, setting.bound, _behind(setting.graph, output))
+    return sorted(found, key=lambda each: _position(setting, each.value), reverse=True)
+
+
+def _position(setting: Setting, value: str) -> int:
+    """Of the call that computes the value, or a line of which does."""
+    calls = setting.graph.calls
+    return calls.index(setting.gradient.owner[value]) if value in setting.gradient.owner else -1
+
+
+def _residuals(
+    setting: Setting,
+    quantities: Sequence[Quantity],
+    found: Sequence[Weighted | Paired],
+    first: int,
+    ahead: Sequence[Columns] = (),
+) -> Iterator[Columns]:
+    """Columns of the residuals. All that ride at once stop where others are one-hot, and go on in those's rounds."""
+    waiting = list(ahead)
+    for number, each in enumerate(found, start=first + 1):
+        if isinstance(each, Paired):
+            yield _from_pair(setting, quantities, each, number)
+            continue
+        here = [columns for columns in waiting if columns.until == each.value]
+        later = [other for other in found if _position(setting, other.value) < _position(setting, each.value)]
+        made = _from_basis(setting, quantities, each, number, True, here, _meeting(setting, later) if ahead else "")
+        waiting = [*(columns for columns in waiting if columns not in here), made]
+        yield made
+
+
+def _meeting(setting: Setting, found: Sequence[Weighted | Paired]) -> str:
+    """The first value where one-hot columns take along what comes from behind, all of which must pass there."""
+    each = (w for w in found if isinstance(w, Weighted) and setting.gradient.samples[w.value])
+    return next((w.value for w in each if _rows(setting, w) <= MOST_ROWS and setting.graph.is_bottleneck(w.value)), "")
+
+
+def _rows(setting: Setting, found: Weighted) -> int:
+    """Elements of the one-hot columns, written out for every sample."""
+    return setting.graph.example_batch * prod(int(leg.size) for leg in _own(found.legs)) ** 2
 
 
 def _from_output(setting: Setting, quantities: Sequence[Quantity], number: int) -> Columns:
@@ -129,7 +169,7 @@ def _given(setting: Setting, quantities: Sequence[Quantity], source: Source, num
                 schedule(sweep, value)
     yield Columns(name, Given(output.name, shape, width), 0, whole, tuple(sweep.schedule), width)
     if signed:
-        yield from _residuals(replace(setting, width=EVERY), quantities, output.name, number)
+        yield from _residuals(replace(setting, width=EVERY), quantities, _found(setting, output.name), number)
 
 
 def _diagonals(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, number: int) -> Columns:
@@ -180,7 +220,7 @@ def _behind(graph: Graph, output: str) -> set[str]:
 
 
 def _from_loss(
-    setting: Setting, quantities: Sequence[Quantity], root: LossRoot, samples: int, number: int
+    setting: Setting, quantities: Sequence[Quantity], root: LossRoot, samples: int, number: int, until: str = ""
 ) -> Columns:
     """Columns of the root, at the model's output: cotangents like the gradient."""
     legs = output_legs(setting.bound, root.value)
@@ -191,22 +231,36 @@ def _from_loss(
         weight = tensor(f"weight_{number}", (*lead, BATCH))
     sweep = _sweep(setting, quantities, number, width, weight, inside=False)
     sweep.several = (samples or root.columns) > 1
+    sweep.until = until if width == root.columns else ""
     sweep.terms[root.value] = [tensor(variable, (*lead, *legs))]
     run(sweep, setting.bound)
-    return Columns(variable, root, samples, (*lead, *legs), tuple(sweep.schedule), width)
+    return Columns(variable, root, samples, (*lead, *legs), tuple(sweep.schedule), width, until=sweep.until)
 
 
 def _from_basis(
-    setting: Setting, quantities: Sequence[Quantity], found: Weighted, number: int, inside: bool
+    setting: Setting,
+    quantities: Sequence[Quantity],
+    found: Weighted,
+    number: int,
+    inside: bool,
+    arriving: Sequence[Columns] = (),
+    until: str = "",
 ) -> Columns:
-    """One-hot columns with a weight for each sample."""
-    start = _basis(found)
+    """One-hot columns with a weight for each sample, and the columns that arrive where they are."""
+    start = replace(_basis(found), arriving=tuple(_arriving(columns) for columns in arriving))
     lead = column_leg(width := _even(start.columns, setting.width))
     weight = None if start.weight is None else tensor(f"weight_{number}", (*lead, BATCH))
     sweep = _sweep(setting, quantities, number, width, weight, inside)
-    _start(sweep, found.value, found.legs)
+    sweep.since = found.value if arriving else ""
+    sweep.until = until if width == start.columns else ""
+    own = _start(sweep, found.value, found.legs, written_out=bool(arriving))
     run(sweep, setting.bound)
-    return Columns(sweep.variable, start, 0, (*lead, *start.legs), tuple(sweep.schedule), width)
+    return Columns(sweep.variable, start, 0, (*lead, *own), tuple(sweep.schedule), width, until=sweep.until)
+
+
+def _arriving(columns: Columns) -> Arriving:
+    weight = columns.weight if columns.weighted else ""
+    return Arriving(f"s{columns.number}_{columns.until}", int(columns.count), weight)
 
 
 def _basis(found: Weighted) -> Basis:
@@ -266,12 +320,14 @@ def _sweep(
     )  # fmt: skip
 
 
-def _start(sweep: Sweep, value: str, legs: tuple[Leg, ...]) -> None:
-    """One-hot columns at a value with these legs; they are the same for every sample."""
-    column = Product(ONE, (Tensor(sweep.variable, (*sweep.lead, *_own(legs))),))
+def _start(sweep: Sweep, value: str, legs: tuple[Leg, ...], written_out: bool = False) -> tuple[Leg, ...]:
+    """Columns at a value with these legs; the same for every sample, if they are not written out. The legs of one."""
     sampled = any(leg.size == N for leg in legs)
     batched = tuple(BATCH if leg.size == N else leg for leg in legs) if sampled else (BATCH, *legs)
+    own = batched if written_out else _own(legs)
+    column = Product(ONE, (Tensor(sweep.variable, (*sweep.lead, *own)),))
     add(sweep, value, Diagram((*sweep.lead, *batched), (column,)), sampled)
+    return own
 
 
 def _divisor(count: int, width: int) -> int:

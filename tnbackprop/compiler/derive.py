@@ -112,7 +112,7 @@ def derive(
             schedule(sweep, name)
     scale = scale_of(sweep)
     columns: list[Columns] = []
-    setting = Setting(graph, bound, scale, width, sweep)
+    setting = Setting(graph, bound, scale, width, sweep, any(p.source is Source.ROOT for p in wanted))
     trainable = any(graph.values[name].depends_on for name in graph.parameters)
     for propagation in (p for p in wanted if p.source is not Source.GRADIENT and trainable):
         mine = [q for q in quantities if _propagation(q, given) == propagation]

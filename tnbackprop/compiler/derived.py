@@ -75,13 +75,15 @@ class Columns:
     schedule: Schedule
     width: Size = 1
     summed: bool = False  # the sweep sums them where they start, and carries none of them
+    until: str = ""  # the value where they go on together with later ones
 
     def __str__(self) -> str:
         if isinstance(self.start, Given):
             return f"{self.variable}, handed in at {self.start.value}"
         if isinstance(self.start, Basis):
             weighted = "" if self.start.weight is None else ", weighted"
-            return f"the {self.count} one-hot columns at {self.start.value}{weighted}"
+            others = f", and {self.start.columns - self.start.own} that arrive there" if self.start.arriving else ""
+            return f"the {self.start.own} one-hot columns at {self.start.value}{weighted}{others}"
         which = f"{self.samples} sampled" if self.samples else "all"
         return f"the root at {self.start.value}, {which}"
 
@@ -114,6 +116,16 @@ class Columns:
         return self.variable.rsplit("_", 1)[-1]
 
     @property
+    def weighted(self) -> bool:
+        """Whether each column has a weight for each sample."""
+        match self.start:
+            case LossRoot(signed=signed):
+                return signed
+            case Basis(weight=weight):
+                return weight is not None
+        return False
+
+    @property
     def weight(self) -> str:
         """The variable of the columns' weights."""
         return HESSIAN_WEIGHTS if isinstance(self.start, Given) else f"weight_{self.number}"
@@ -129,16 +141,31 @@ class Given:
 
 
 @dataclass(frozen=True)
+class Arriving:
+    """Columns that an earlier sweep has brought to a value, where a later one goes on with them."""
+
+    cotangent: str  # the value that has them
+    columns: int
+    weight: str  # the variable of their weights; "" for 1
+
+
+@dataclass(frozen=True)
 class Basis:
     """One-hot columns at a value, the same for every sample, and the weight of each of them (None: 1)."""
 
     value: str
     legs: tuple[Leg, ...]  # of the value, without the batch
     weight: Diagram | None = None  # [*legs, n]
+    arriving: tuple[Arriving, ...] = ()  # what goes on together with them: all are written out for every sample then
+
+    @property
+    def own(self) -> int:
+        """How many of the columns are one-hot."""
+        return prod(int(leg.size) for leg in self.legs)
 
     @property
     def columns(self) -> int:
-        return prod(int(leg.size) for leg in self.legs)
+        return self.own + sum(columns.columns for columns in self.arriving)
 
 
 def column_leg(width: Size) -> tuple[Leg, ...]:

@@ -123,6 +123,16 @@ class Graph:
     absent: tuple[int, ...] = ()  # which of its leaves are None: they are no inputs
     cotangent: str = ""  # of a layer on its own: the input that is the cotangent of its output
 
+    def is_bottleneck(self, value: str) -> bool:
+        """Whether what is computed after a value reads nothing trainable that is read or computed before it."""
+        made = next((k for k, call in enumerate(self.calls) if call.output.name == value), None)
+        if made is None:
+            return False
+        earlier, later = self.calls[: made + 1], self.calls[made + 1 :]
+        before = {v.name for call in earlier for v in (*call.tensors.values(), call.output)}
+        after = {v.name for call in later for v in call.tensors.values()}
+        return not any(self.values[name].differentiable for name in before & after - {value})
+
     def __str__(self) -> str:
         """A table: one line per call with its output, shape, op, operands and module."""
         named = [f"{self.values[name]}" for name in (*self.inputs, *self.parameters, *self.buffers, *self.constants)]

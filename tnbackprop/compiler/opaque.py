@@ -164,6 +164,7 @@ def _op(library: torch.library.Library, name: str, opaque: Opaque) -> Callable[.
             raise UnsupportedError(
                 f"{opaque} has a rule but returns {type(output).__name__}: a rule describes one output tensor. Split it"
             )
+        output = output.contiguous()  # as the rule's value is: strides with the batch size in them may fix that
         return output.clone() if any(output is t for t in (*inputs, *tensors)) else output
 
     library.define(f"{name}(Tensor[] inputs, Tensor[] tensors, int site) -> Tensor")  # type: ignore[no-untyped-call]

@@ -21,7 +21,8 @@ from ..jacobian import Jacobian
 from ..simplify import simplify
 from .forward import PLACEHOLDER
 from .graph import Call
-from .sweep import Sweep, cotangent_of, jacobian_of, operands_of
+from .lines import jacobian_of, operands_of
+from .sweep import Sweep, cotangent_of
 
 Legs = tuple[Leg, ...]
 

@@ -10,7 +10,7 @@ from .arrange import arranged, sizes_of, text
 from .contract import Lowering, build
 from .cost import Kernel
 from .definite import in_double, smallest_eigenvalue
-from .derived import Basis, Columns, Given
+from .derived import Arriving, Basis, Columns, Given
 from .forward import fill
 from .graph import Graph
 from .hessian_root import hessian_root
@@ -79,18 +79,30 @@ def _named(store: Store, ref: Ref, name: str) -> None:
 def _basis(
     store: Store, graph: Graph, columns: Columns, basis: Basis, lowerings: tuple[Lowering, ...]
 ) -> dict[str, str]:
-    """One-hot columns, and their weights."""
+    """One-hot columns with what arrives where they are, and their weights."""
     store.note = f"columns at {basis.value}"
-    count, shape = basis.columns, sizes_of(basis.legs)
     several = basis.value in graph.values and not store.floating  # the value's may not be that of the parameters
     dtype = graph.values[basis.value].dtype if several else "like.dtype"
-    eye = f"torch.eye({count}, dtype={dtype}, device=like.device).reshape({text((count, *shape))})"
-    rows = _rows(store, columns, columns.variable, eye, shape)
+    code = f"torch.eye({basis.own}, dtype={dtype}, device=like.device)"
+    legs = tuple(leg for leg in columns.legs if leg not in columns.lead)
+    shape, once = sizes_of(legs), tuple(1 if leg == BATCH else leg.size for leg in legs)
+    code = f"{code}.reshape({text((basis.own, *once))})"
+    if basis.arriving:
+        others = (f"{store.resolve(a.cotangent)}.reshape({text((a.columns, *shape))})" for a in basis.arriving)
+        code = f"torch.cat([{', '.join([f'{code}.expand({text((basis.own, *shape))})', *others])}])"
+    rows = _rows(store, columns, columns.variable, code, shape)
     if basis.weight is not None:
         ref = build(store, basis.weight, lowerings)
         code = arranged(store, ref, (tuple(leg for leg in ref.order if leg != BATCH), (BATCH,)))
+        if basis.arriving:
+            code = f"torch.cat([{', '.join([code, *(_weights(store, a) for a in basis.arriving)])}])"
         rows |= _rows(store, columns, columns.weight, code, (N,))
     return rows
+
+
+def _weights(store: Store, arriving: Arriving) -> str:
+    size = text((arriving.columns, N))
+    return f"{store.resolve(arriving.weight)}.reshape({size})" if arriving.weight else f"like.new_ones({size})"
 
 
 def _rows(store: Store, columns: Columns, variable: str, code: str, shape: tuple[Size, ...]) -> dict[str, str]:

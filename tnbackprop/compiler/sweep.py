@@ -13,10 +13,10 @@ from functools import reduce
 
 import sympy
 
-from ..algebra import Cotangents, Uses, diagonal, differentiate, identity, inline, pull_back, tensor
+from ..algebra import Cotangents, Uses, identity, inline, pull_back, tensor
 from ..approximate import Factors
 from ..bind import BoundRule, Equation
-from ..diagram import BATCH, Delta, Diagram, Leg, N, Part, Product, Selection, fresh_names, leaves
+from ..diagram import BATCH, Delta, Diagram, Leg, N, Part, Product, fresh_names, leaves
 from ..errors import InputError, UnsupportedError
 from ..jacobian import Jacobian
 from ..quantities import Quantity
@@ -26,6 +26,7 @@ from .condense import condensed
 from .derived import Backward, Extraction, Individual, Native
 from .foreign import foreign
 from .graph import Call, Graph
+from .lines import elementwise, jacobian_of, lines_to, operands_of, selects, unchanged
 
 
 @dataclass
@@ -49,10 +50,22 @@ class Sweep:
     along: Callable[[Jacobian], Jacobian] | None = None  # what is propagated with in the place of a Jacobian
     beside: Callable[[Call, BoundRule, Equation, str], Diagram | None] | None = None  # what a line adds to an operand
     partial: bool = False  # it starts inside the model: what it does not reach has nothing to add
+    since: str = ""  # the value where it goes on for an earlier sweep, too
+    until: str = ""  # the value where a later one goes on for it
 
     def reached(self, name: str) -> bool:
         """Whether something is propagated to the value."""
         return bool(self.terms.get(name)) or bool(self.uses.get(name))
+
+    def owes(self, parameter: str) -> bool:
+        """Whether it gives results for a parameter even if it does not reach it."""
+        if self.until and self._behind(self.until, parameter):
+            return False
+        return not self.partial or bool(self.since and self._behind(self.since, parameter))
+
+    def _behind(self, value: str, parameter: str) -> bool:
+        values = self.graph.values
+        return values[parameter].depends_on <= values[value].depends_on
 
 
 def run(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
@@ -61,9 +74,14 @@ def run(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
     classify(sweep, bound)
     last_use = _first_call_of_each_parameter(graph, bound)
     _extract(sweep, [p for p in last_use if last_use[p] is None])
+    arrived = False
     for position in reversed(range(len(bound))):
         call, rule = bound[position]
-        _sweep_call(sweep, call, rule)
+        if call.output.name == sweep.until:
+            schedule(sweep, sweep.until)
+            arrived = True
+        if not arrived:
+            _sweep_call(sweep, call, rule)
         _extract(sweep, [p for p, first in last_use.items() if first == position])
 
 
@@ -111,16 +129,16 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
     if sweep.along is not None:  # native code is J, and may not be what is propagated with
         if rule.fallback:
             raise UnsupportedError(f"{call.where} has no rule, and only its VJP is known.\n  Declare one: README.")
-        native = {name for name in native if _unchanged(sweep.along, rule.equations[-1], name)}
+        native = {name for name in native if unchanged(sweep.along, rule.equations[-1], name)}
     # What does not depend on the columns, as an activation's derivative does not, is computed once for all of them.
-    native -= {name for name in native if sweep.several and _elementwise(rule.equations[-1], name)}
+    native -= {name for name in native if sweep.several and elementwise(rule.equations[-1], name)}
     for name in sorted(native):
         cotangent = f"{sweep.prefix}_{call.output.name}"
         pulled = Native(rule.vjp[name], cotangent, call.output.name, _formula(sweep, rule, name, cotangent))
         sweep.terms.setdefault(name, []).append(pulled)
     if native:
         schedule(sweep, call.output.name)
-    wanted = _lines_to(rule.equations, trainable - native)
+    wanted = lines_to(rule.equations, trainable - native)
     for equation in reversed(rule.equations):
         for operand in operands_of(equation):
             if operand in wanted and sweep.reached(equation.name):
@@ -142,50 +160,14 @@ def _pull_individually(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> 
     sweep.uses.setdefault(name, []).append((identity(out), tensor(own, (*sweep.lead, BATCH, *out))))
 
 
-def _unchanged(along: Callable[[Jacobian], Jacobian], equation: Equation, operand: str) -> bool:
-    jacobian = jacobian_of(equation, operand)
-    return jacobian is not None and along(jacobian).diagram == simplify(jacobian.diagram)
-
-
 def _formula(sweep: Sweep, rule: BoundRule, name: str, cotangent: str) -> Diagram | None:
     """What native code computes of several columns, if the rule selects."""
     equation, *others = rule.equations
     jacobian = jacobian_of(equation, name) if sweep.several and not others else None
-    if jacobian is None or not _selects(jacobian.diagram):
+    if jacobian is None or not selects(jacobian.diagram):
         return None
     into = tuple(BATCH if leg.size == N else leg for leg in jacobian.into)
     return pull_back(jacobian, tensor(cotangent, (*sweep.lead, *equation.legs)), sweep.lead, into)
-
-
-def _selects(diagram: Diagram) -> bool:
-    return any(isinstance(op, Selection) for product in diagram.products for op in product.operands)
-
-
-def _elementwise(equation: Equation, operand: str) -> bool:
-    jacobian = jacobian_of(equation, operand)
-    return jacobian is not None and diagonal(jacobian) is not None
-
-
-def jacobian_of(equation: Equation, operand: str) -> Jacobian | None:
-    """The Jacobian of one line with respect to an operand, declared or derived; None where it has neither."""
-    if operand in equation.jacobians:
-        return equation.jacobians[operand]
-    found = differentiate(equation.diagram, operand) if equation.diagram is not None else None
-    return replace(found, units=equation.units.get(operand, ())) if found is not None else None
-
-
-def operands_of(equation: Equation) -> tuple[str, ...]:
-    from_formula = leaves(equation.diagram) if equation.diagram is not None else ()
-    return tuple(dict.fromkeys((*from_formula, *equation.jacobians)))
-
-
-def _lines_to(equations: tuple[Equation, ...], operands: set[str]) -> set[str]:
-    """The operands and the lines through which they reach the output."""
-    wanted = set(operands)
-    for equation in equations[:-1]:
-        if wanted & set(operands_of(equation)):
-            wanted.add(equation.name)
-    return wanted
 
 
 def _pull(sweep: Sweep, call: Call, rule: BoundRule, equation: Equation, operand: str) -> None:
@@ -347,7 +329,7 @@ def _with_legs(jacobian: Jacobian, legs: tuple[Leg, ...]) -> Jacobian:
 
 def _extract(sweep: Sweep, parameters: list[str]) -> None:
     for name in parameters if sweep.quantities else ():
-        if sweep.partial and not sweep.uses.get(name):
+        if not sweep.uses.get(name) and not sweep.owes(name):
             continue
         uses, g = all_uses(sweep, name)
         found = extraction(sweep, name, uses, g)
