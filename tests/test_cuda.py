@@ -85,7 +85,7 @@ LOOPED = {"kflr": ALL["kflr"], "diag": ALL["diag"], "hessian": ALL["hessian"], "
 def test_loops_over_columns(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     want = everything_of(compiled(case := cnn(nn.Sigmoid).build(), kinds := {key: LOOPED[key]}), case)
     monkeypatch.setitem(cost.RATES, "cuda", replace(cost.CUDA, rows=16))
-    monkeypatch.setattr(compiler, "WIDER", 1)
+    monkeypatch.setattr(compiler, "WIDER", ())
     program = compiled(problem := on_gpu(cnn(nn.Sigmoid).build()), kinds)
     assert program.compiled.plan.loops
     assert_equal(cpu(everything_of(program, problem)[key]), want[key], key, BOUND)

@@ -59,7 +59,7 @@ def test_all_columns_ride_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the device likes: what multiplies columns with each other needs all of them."""
     problem = BY_NAME["cnn"].build()
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=1))
-    monkeypatch.setattr(compiler, "WIDER", 1)
+    monkeypatch.setattr(compiler, "WIDER", ())
     result = tn.compile(problem.model, problem.loss, (problem.x, problem.y), [tn.GGNGram(), tn.NTK(), tn.Jacobians()])(
         problem.x, problem.y
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import sympy
@@ -141,8 +143,29 @@ def test_fewer_columns_at_a_time_where_that_looks_faster(monkeypatch: pytest.Mon
 def test_how_many_columns_are_tried() -> None:
     """What the device likes, half as many, and more: each once."""
     assert [compiler._widths(replace(cost.CPU, rows=400), batch) for batch in (50, 200, 400, 1600, 1601)] == [
-        (8, 4, 32), (2, 1, 8), (1, 4), (1,), (1,)
+        (8, 4, 32, 64), (2, 1, 8, 16), (1, 4, 8), (1, 2), (1,)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({8: 1.0, 4: 0.99}, 4),  # a little faster is enough for fewer; more are not tried then
+        ({8: 1.0, 4: 1.0, 32: 0.96}, 8),  # not for more
+        ({8: 1.0, 4: 1.1, 32: 0.93, 64: 0.94}, 32),
+        ({8: 1.0, 4: 1.1, 32: 0.94, 64: 0.93}, 64),
+    ],
+)
+def test_how_many_columns_are_taken(seconds: dict[int, float], chosen: int) -> None:
+    """The fastest; each width is planned once, and none in vain."""
+    tried = []
+
+    def attempt(width: int) -> Any:
+        tried.append(width)
+        return width, SimpleNamespace(loops=(1,), seconds=seconds[width])
+
+    assert compiler._fastest(8, (4, 32, 64), attempt)[0] == chosen
+    assert tried == list(seconds)
 
 
 @dataclass(frozen=True)
@@ -159,7 +182,7 @@ class Alike(tn.HessianDiag):
 def test_as_many_columns_at_a_time_as_you_like(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Each sweep that reaches a parameter adds it once: the loss's, and those of the two activations behind it."""
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=rows))
-    monkeypatch.setattr(compiler, "WIDER", 1)
+    monkeypatch.setattr(compiler, "WIDER", ())
     monkeypatch.setattr(columns, "MOST_ROWS", 0)  # else they go on together
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2)).double()
@@ -199,3 +222,19 @@ def test_one_drawn_column_is_pulled_by_native_code(samples: int, native: int) ->
     example = (torch.randn(5, 3), torch.randint(2, (5,)))
     source = tn.compile(model, nn.CrossEntropyLoss(), example, [tn.Grad(), tn.DiagGGNMC(mc_samples=samples)]).source
     assert source.count("threshold_backward.grad_input(") == native
+
+
+def test_what_is_added_already_costs_nothing_more() -> None:
+    """Two results go back to one value that the loop adds up: the second tail starts there, too."""
+    a, b = Leg("a", 40), Leg("b", 40)
+    store = Store(replace(cost.CPU, launch=0.0), 4, 4, shapes={"column_0": (40, 40), "y": (40, 40), "z": (40,)})
+    store.in_rounds(3, ["column_0"])
+    square = Work(flops=((2, (a, b)),), moved=((3, (a, b)),))
+    gram = store.add("torch.mm(column_0, column_0)", (40, 40), Kernel.MM, Work(flops=((200, (a, b)),)))
+    one = store.add(f"torch.mm({gram}, y)", (40, 40), Kernel.MM, Work(flops=((20000, (a, b)),)))
+    other = store.add(f"torch.mv({gram}, z)", (40,), Kernel.MM, square)
+    pairs, after = behind(store, store.steps, [(one, "total_0_0"), (other, "total_0_1")], {})
+    assert pairs == [(gram, "total_0_0_of")]
+    assert [step.name for step in after] == ["total_0_0", "total_0_1"]
+    pairs, _ = behind(store, store.steps, [(other, "total_0_1")], {})
+    assert pairs == [(other, "total_0_1")], "alone it is added up as the small result that it is"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tnbackprop.compiler.arrange import arranged
 from tnbackprop.compiler.contract import build
 from tnbackprop.compiler.cost import CPU, Kernel, Rates, Work, size_at
-from tnbackprop.compiler.lower import LOWERINGS
+from tnbackprop.compiler.lower import LOWERINGS, WHOLE, tiles
 from tnbackprop.compiler.store import Ref, Store
 from tnbackprop.diagram import (
     BATCH,
@@ -52,7 +52,9 @@ class Contrary(Rates):
         return -super().seconds(kernel, work, batch, itemsize)
 
 
-CONTRARY = Contrary("contrary", CPU.flops, CPU.bandwidth, CPU.launch, CPU.fresh_bandwidth, CPU.fresh_threshold)
+CONTRARY = Contrary(
+    "contrary", CPU.flops, CPU.bandwidth, CPU.launch, CPU.fresh_bandwidth, CPU.fresh_threshold, flipped=1
+)
 
 
 @dataclass
@@ -227,6 +229,7 @@ def test_convolutions_for_another_batch(kind: str) -> None:
     [
         ("forward", "functional.conv2d("),
         ("input", "conv2d_input("),
+        ("input", "functional.conv2d("),  # with the flipped kernel
         ("weight", "conv2d_weight("),
         ("samples", "conv2d_weight("),
     ],
@@ -356,11 +359,12 @@ def test_random_diagrams(given: Diagram) -> None:
 
 
 def test_every_row_is_used() -> None:
-    """Each lowering offers a plan for some diagram above."""
+    """Each lowering offers a plan for some diagram above; tiles (test_tiles.py) only in loops over columns."""
     terms = [(d.legs, p) for d in DIAGRAMS.values() for p in d.products]
     conv = convolution("forward", SLIDES["two"])
     terms.append((conv.legs, conv.products[0]))
-    for row in LOWERINGS:
+    assert LOWERINGS == (*WHOLE, tiles)
+    for row in WHOLE:
         store = Store(CPU, 3, 8)
         assert any(row(store, term, tuple(leg for leg in legs if leg in term.legs)) for legs, term in terms), row
 

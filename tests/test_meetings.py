@@ -142,7 +142,7 @@ def test_where_columns_meet(name: str, size: int) -> None:
 def test_weights_and_rounds(loss: Loss, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns with weights of their own bring them along, into rounds of any width."""
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=rows))
-    monkeypatch.setattr(compiler, "WIDER", 1)
+    monkeypatch.setattr(compiler, "WIDER", ())
     model, x, y = problem("a chain", 4)
     program = tn.compile(model, loss, (x, y), [tn.HessianDiag()])
     assert bool(arrivals(program)) == (rows >= 12)

@@ -57,7 +57,7 @@ def test_columns_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_loops_over_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several columns in each round."""
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=8 if name == "kfac" else 16))
-    monkeypatch.setattr(compiler, "WIDER", 1)
+    monkeypatch.setattr(compiler, "WIDER", ())
     program = assert_one_graph(QUANTITIES[name], None)
     assert program.compiled.plan.loops
 

@@ -25,10 +25,10 @@ from .plan import Plan, names_in, plan
 from .stage import Stage
 from .verify import asked, check
 
-WIDER = 4
+WIDER = (4, 8)
 CLEARLY = 0.95
 """As many columns ride together as the device likes, half as many where that looks faster (they may come out even), or
-`WIDER` times as many where that looks clearly faster: those take more memory."""
+one of `WIDER` times as many where that looks clearly faster: those take more memory."""
 WORTH = 1e-3
 """Seconds that a program must take for that to be tried: planning takes longer."""
 
@@ -62,13 +62,12 @@ def compile_program(
     derived = derive(graph, bound, quantities, width)
     check(Stage.DERIVE, derived, seen)
     check_memory(graph, derived, itemsize, memory_limit or machine_bytes(_device(model)))
-    planned = plan(graph, derived, LOWERINGS, rates, itemsize)
-    for tried in others if planned.loops and planned.seconds > WORTH else ():
-        again = derive(graph, bound, quantities, tried)
-        other = plan(graph, again, LOWERINGS, rates, itemsize)
-        if other.seconds < (CLEARLY if tried > width else 1) * planned.seconds:
-            derived, planned = again, other
-            break
+
+    def attempt(columns: int) -> tuple[Derived, Plan]:
+        again = derived if columns == width else derive(graph, bound, quantities, columns)
+        return again, plan(graph, again, LOWERINGS, rates, itemsize)
+
+    derived, planned = _fastest(width, others, attempt)
     if memory_limit is not None and peak_bytes(planned) > memory_limit:
         derived = derive(graph, bound, quantities)
         check(Stage.DERIVE, derived, seen)
@@ -109,8 +108,21 @@ def part(layer: Layer, results: Sequence[tuple[str, str]], output: Any = None) -
 def _widths(rates: Rates, batch: int) -> tuple[int, ...]:
     """How many columns may ride together: what the device likes, and what else to try."""
     likes = max(1, rates.rows // batch)
-    tried = (likes, max(1, rates.rows // (2 * batch)), max(1, WIDER * rates.rows // batch))
+    tried = (likes, max(1, rates.rows // (2 * batch)), *(max(1, times * rates.rows // batch) for times in WIDER))
     return tuple(dict.fromkeys(tried))
+
+
+def _fastest(width: int, others: Sequence[int], attempt: Callable[[int], tuple[Derived, Plan]]) -> tuple[Derived, Plan]:
+    """What is derived and planned for as many columns at a time as looks best."""
+    best = attempt(width)
+    likes = best[1].seconds
+    for tried in others if best[1].loops and likes > WORTH else ():
+        made = attempt(tried)
+        better = made[1].seconds < (likes if tried < width else min(CLEARLY * likes, best[1].seconds))
+        best = made if better else best
+        if better == (tried < width):  # fewer do, or these are too many
+            break
+    return best
 
 
 def _rates(model: torch.nn.Module) -> Rates:

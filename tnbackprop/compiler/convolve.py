@@ -16,7 +16,7 @@ import sympy
 from ..diagram import Leg, Product, Tensor, Window, ordered_union
 from .arrange import merged, placed, text
 from .contract import Plan, read
-from .cost import Kernel, Work
+from .cost import Kernel, Work, size_at
 from .store import Ref, Store
 from .windows import padded, reach
 
@@ -196,11 +196,23 @@ def _input_vjp(store: Store, roles: Roles, legs: Legs) -> Ref:
         f"torch.nn.grad.conv{roles.dims}d_input(({size}), {weight}, {g}, {roles.step(roles.ones)}, {padding}, "
         f"{roles.step(roles.twos)}, {_groups(groups)})"
     )
+    if prod(size_at(leg.size, store.batch) for leg in batch) >= store.rates.flipped:
+        code = _flipped(roles, weight, g, padding) or code
     if not fits:
         code = _cut(code, roles)
     order = (*batch, *groups, *inner, *roles.images)
     kernel = _kernel(roles, roles.twos)
     return _entered(store, code, roles, order, legs, kernel, (batch, (*groups, *inner)))
+
+
+def _flipped(roles: Roles, weight: str, g: str, padding: tuple[int, ...]) -> str | None:
+    """The input VJP with stride 1 as a convolution: out[image] = Σ g[image + padding - c2·two] · weight[two]."""
+    gaps = roles.step(roles.twos)
+    other = tuple(gap * (int(k.size) - 1) - p for gap, k, p in zip(gaps, roles.twos, padding, strict=True))
+    if roles.shared or set(roles.step(roles.ones)) != {1} or min(other) < 0:
+        return None
+    kernel = f"{weight}.flip({tuple(range(2, 2 + roles.dims))}).transpose(0, 1)"
+    return f"torch.nn.functional.conv{roles.dims}d({g}, {kernel}, None, 1, {other}, {gaps})"
 
 
 def _cut(call: str, roles: Roles) -> str:

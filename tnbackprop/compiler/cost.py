@@ -44,6 +44,7 @@ class Kernel(Enum):
     GENERAL = "einsum"
     NATIVE = "native"
     SLICED = "sliced batch"
+    TILED = "tiles of the batch"
     SHIFTED = "shifted windows"
 
 
@@ -62,6 +63,8 @@ class Rates:
     rows: int = 32  # samples times columns that ride through the layers together
     narrow: int = 0  # a matmul with fewer columns is `narrow_factor` times slower than the transposed one
     narrow_factor: float = 1.0
+    tile: float = 1e15  # bytes of a value that stay in the cache while the next step reads them
+    flipped: int = 2**62  # images from which on an input VJP is faster as the convolution with the flipped kernel
 
     def seconds(self, kernel: Kernel, work: Work, batch: int, itemsize: int) -> float:
         """max(FLOPs/rate, bytes/bandwidth) + launches + the price of fresh pages."""
@@ -89,6 +92,7 @@ CPU = Rates(
         Kernel.GENERAL: 40e9,
         Kernel.NATIVE: 20e9,
         Kernel.SLICED: 60e9,
+        Kernel.TILED: 100e9,
         Kernel.SHIFTED: 120e9,
     },
     bandwidth=24e9,
@@ -99,6 +103,8 @@ CPU = Rates(
     copy_run=15.0,
     narrow=16,
     narrow_factor=2.5,
+    tile=4e6,
+    flipped=128,
 )
 # One server GPU, float32 without tensor cores; measured on an H200 at the sizes of 3C3D.
 CUDA = Rates(
@@ -114,6 +120,7 @@ CUDA = Rates(
         Kernel.GENERAL: 15e12,
         Kernel.NATIVE: 10e12,
         Kernel.SLICED: 10e12,
+        Kernel.TILED: 10e12,
         Kernel.SHIFTED: 20e12,
     },
     bandwidth=3.5e12,

@@ -15,6 +15,7 @@ from .cost import Kernel, Work
 from .pairs import sum_of_squares
 from .selections import selected
 from .shifts import shifts
+from .slices import columns_first
 from .store import Ref, Store
 from .windows import unfolded
 
@@ -33,7 +34,7 @@ def squares(store: Store, product: Product, legs: Legs) -> list[Plan]:
 
 def selections(store: Store, product: Product, legs: Legs) -> list[Plan]:
     """A selection looks rows up, or adds them at their places."""
-    return selected(store, product, legs, LOWERINGS)
+    return selected(store, product, legs, WHOLE)
 
 
 def unfolding(store: Store, product: Product, legs: Legs) -> list[Plan]:
@@ -86,4 +87,10 @@ def _one_hot(store: Store, operand: Selection) -> Tensor:
     return as_tensor(store, Ref(name, legs, legs))
 
 
-LOWERINGS: tuple[Lowering, ...] = (squares, convolutions, shifts, selections, unfolding)
+def tiles(store: Store, product: Product, legs: Legs) -> list[Plan]:
+    """Of a loop over columns, what is linear in their sum."""
+    return columns_first(store, product, legs, WHOLE)
+
+
+WHOLE: tuple[Lowering, ...] = (squares, convolutions, shifts, selections, unfolding)
+LOWERINGS: tuple[Lowering, ...] = (*WHOLE, tiles)

@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import sympy
 
-from ..diagram import BATCH, Diagram, Leg, Map, N, Operand, Part, Product, Selection, Tensor
+from ..canonical import key
+from ..diagram import BATCH, COLUMN, Diagram, Leg, Map, N, Operand, Part, Product, Selection, Tensor, ordered_union
 from .arrange import arranged, sizes_of
-from .contract import Lowering, as_tensor, build, read
+from .contract import Lowering, Plan, as_tensor, build, read
 from .cost import Kernel, Terms, Work, number
 from .listing import alive, lines_of
 from .store import Ref, Step, Store
@@ -63,7 +64,44 @@ def _renamed(part: Part) -> Diagram:
     return part.diagram.rename(dict(zip(part.diagram.legs, part.legs, strict=True)))
 
 
-def _sliced(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering, ...], chunk: int) -> Ref:
+def columns_first(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering, ...]) -> list[Plan]:
+    """In a loop over columns their sum first, and the rest, which is linear in it, in tiles that stay in the cache.
+
+    Without tiles, only where the sum is there already.
+    """
+    summed = [op for op in product.operands if isinstance(op, Tensor) and store.resolve(op.name) in store.varying]
+    rest = [op for op in product.operands if op not in summed]
+    if store.rounds == 1 or len(summed) < 2 or not rest or any(leg.name == COLUMN for leg in legs):
+        return []
+    needed = {*legs, *(leg for op in rest for leg in op.legs)}
+    between = tuple(leg for leg in ordered_union(*(op.legs for op in summed)) if leg in needed)
+    inner = Diagram(between, (Product(sympy.Integer(1), tuple(summed)),))
+    chunk = _tile(store, between, legs)
+    tiled = chunk < store.batch and _sliceable(Product(sympy.Integer(1), (Part(inner, between), *rest)), legs)
+    if not tiled and key(inner) not in store.built:
+        return []
+
+    def plan(store: Store) -> Ref:
+        total = as_tensor(store, build(store, inner, lowerings))
+        product = Product(sympy.Integer(1), (total, *rest))
+        if tiled:
+            return _sliced(store, product, legs, lowerings, chunk, linear=total.name)
+        return build(store, Diagram(legs, (product,)), lowerings)
+
+    return [plan]
+
+
+def _tile(store: Store, between: Legs, legs: Legs) -> int:
+    """How many samples at a time keep in the cache what has one of two legs each that are summed, and the result's."""
+    twice = number(((1, tuple(leg for leg in between if leg not in (*legs, BATCH))),), store.batch)
+    each = twice**0.5 * number(((1, tuple(leg for leg in legs if leg != BATCH)),), store.batch) * store.itemsize
+    return min(store.batch, max(1, int(store.rates.tile / each)))
+
+
+def _sliced(
+    store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering, ...], chunk: int, linear: str = ""
+) -> Ref:
+    """The term as calls of a function of `chunk` samples; with `linear`, an operand that it has once, in tiles."""
     own = tuple(leg for leg in legs if leg in set(product.legs))
     operands = tuple(_open(store, op, lowerings) for op in product.operands)
     inner = Diagram(own, (Product(sympy.Integer(1), operands),))
@@ -81,11 +119,16 @@ def _sliced(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowerin
     name = _function(store, parameters, lines_of(steps, kept), result, next(iter(_sliced_names(inputs))), inputs)
     arguments = [_argument(store, tensor, chunk) for tensor in inputs.values()]
     arguments += (["like"] if uses_like else []) + (["N"] if "total" in parameters else [])
-    calls = f"{name}({', '.join(arguments)}) for i in progress(range(0, N, {chunk}))"
+    rounds = f"range(0, N, {chunk})"
+    calls = f"{name}({', '.join(arguments)}) for i in {rounds if linear else f'progress({rounds})'}"
     axis = own.index(BATCH) if BATCH in own else None
     code = f"sum({calls})" if axis is None else f"torch.cat([{calls}]{f', {axis}' if axis else ''})"
-    value = store.add(code, sizes_of(own), Kernel.SLICED, _work(steps, store, chunk))
-    return Ref(value, own, own)
+    work = _work(steps, store, chunk)
+    if linear:
+        moved = tuple((1, tensor.legs) for tensor in inputs.values())
+        work = replace(work, moved=(*moved, (1, own)), launches=len(steps) * -(-store.batch // chunk))
+    kernel = Kernel.TILED if linear else Kernel.SLICED
+    return Ref(store.add(code, sizes_of(own), kernel, work, linear=linear and store.resolve(linear)), own, own)
 
 
 def _open(store: Store, op: Operand, lowerings: tuple[Lowering, ...]) -> Operand:

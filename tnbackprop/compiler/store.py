@@ -27,6 +27,7 @@ class Step:
 
     own      the value is a new tensor of the program's floating dtype, in memory that no earlier value has
     into     (operand, code) pairs: the same written over an operand, for when nobody reads that any more
+    linear   an input in which the value is linear, where the code does not show it
     """
 
     name: str
@@ -37,6 +38,7 @@ class Step:
     note: str = ""
     own: bool = False
     into: tuple[tuple[str, str], ...] = ()
+    linear: str = ""
 
 
 def is_rearranged(code: str, base: str) -> bool:
@@ -129,6 +131,7 @@ class Store:
         alone: bool = False,
         own: bool = False,
         into: tuple[tuple[str, str], ...] = (),
+        linear: str = "",
     ) -> str:
         """Enter a step, unless the same code was entered before (`alone`: even then); returns the value's name."""
         if code in self.by_code and not alone:
@@ -143,7 +146,7 @@ class Store:
         floating = any(read in self.floating for read in inputs)
         own = own and floating
         into = tuple((operand, other) for operand, other in into if own and operand in self.whole)
-        self.steps.append(Step(name, code, inputs, kernel, work, self.note, own, into))
+        self.steps.append(Step(name, code, inputs, kernel, work, self.note, own, into, linear))
         if not self.varying.isdisjoint(inputs):
             self.varying.add(name)
         if own or (floating and kernel in (Kernel.VIEW, Kernel.COPY)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
 from ..diagram import COLUMN, Leg
@@ -32,7 +32,7 @@ def behind(
     pairs: dict[str, str] = {}
     kept, after = [], []
     for value, total in summed:
-        _, tail = _tail(store, by_name, readers, value)
+        _, tail = _tail(store, by_name, readers, value, pairs)
         if not tail:
             kept.append((value, total))
             continue
@@ -63,7 +63,7 @@ def tails(store: Store, start: int, *refs: Ref) -> frozenset[str]:
 def _tails(store: Store, start: int, refs: Sequence[Ref]) -> list[tuple[float, tuple[Step, ...]]]:
     values = [store.resolve(ref.name) for ref in refs if not any(leg.name == COLUMN for leg in ref.order)]
     by_name, readers = _read([step for step in store.steps[start:] if step.name in store.varying], values)
-    return [_tail(store, by_name, readers, value) for value in values] if store.rounds > 1 else []
+    return [_tail(store, by_name, readers, value, ()) for value in values] if store.rounds > 1 else []
 
 
 def _read(steps: Sequence[Step], values: Sequence[str]) -> tuple[dict[str, Step], Counter[str]]:
@@ -72,9 +72,12 @@ def _read(steps: Sequence[Step], values: Sequence[str]) -> tuple[dict[str, Step]
 
 
 def _tail(
-    store: Store, by_name: Mapping[str, Step], readers: Mapping[str, int], value: str
+    store: Store, by_name: Mapping[str, Step], readers: Mapping[str, int], value: str, added: Container[str]
 ) -> tuple[float, tuple[Step, ...]]:
-    """The last steps to a value that are best done once, with the seconds saved; none if the loop does them all."""
+    """The last steps to a value that are best done once, with the seconds saved; none if the loop does them all.
+
+    What is added up for another value already costs nothing to add up.
+    """
     tail: list[Step] = []
     inside, rounds = store.varying, store.rounds
     whole = rounds * _seconds(store, _adding(store, value))
@@ -82,12 +85,13 @@ def _tail(
     done = 0.0
     while (step := by_name.get(value)) is not None and readers[value] == 1:
         own = [name for name in step.inputs if name in inside]
-        if len(own) != 1 or own[0] not in by_name or not is_linear(step.code, own[0]):
+        if len(own) != 1 or own[0] not in by_name or not (step.linear == own[0] or is_linear(step.code, own[0])):
             break
         tail.insert(0, step)
         value = own[0]
         done += store.seconds_of(step)
-        seconds = done + rounds * (_seconds(store, _adding(store, value)) - done)
+        adding = 0.0 if value in added else _seconds(store, _adding(store, value))
+        seconds = done + rounds * (adding - done)
         best = min(best, (seconds, tuple(tail)), key=lambda found: found[0])
     return whole - best[0], best[1]
 
