@@ -85,7 +85,7 @@ def columns_first(store: Store, product: Product, legs: Legs, lowerings: tuple[L
         total = as_tensor(store, build(store, inner, lowerings))
         product = Product(sympy.Integer(1), (total, *rest))
         if tiled:
-            return _sliced(store, product, legs, lowerings, chunk, linear=total.name)
+            return _sliced(store, product, legs, lowerings, chunk, tiled=True)
         return build(store, Diagram(legs, (product,)), lowerings)
 
     return [plan]
@@ -99,9 +99,9 @@ def _tile(store: Store, between: Legs, legs: Legs) -> int:
 
 
 def _sliced(
-    store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering, ...], chunk: int, linear: str = ""
+    store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering, ...], chunk: int, tiled: bool = False
 ) -> Ref:
-    """The term as calls of a function of `chunk` samples; with `linear`, an operand that it has once, in tiles."""
+    """The term as calls of a function of `chunk` samples; tiled, where it has one operand that varies in a loop."""
     own = tuple(leg for leg in legs if leg in set(product.legs))
     operands = tuple(_open(store, op, lowerings) for op in product.operands)
     inner = Diagram(own, (Product(sympy.Integer(1), operands),))
@@ -120,15 +120,16 @@ def _sliced(
     arguments = [_argument(store, tensor, chunk) for tensor in inputs.values()]
     arguments += (["like"] if uses_like else []) + (["N"] if "total" in parameters else [])
     rounds = f"range(0, N, {chunk})"
-    calls = f"{name}({', '.join(arguments)}) for i in {rounds if linear else f'progress({rounds})'}"
+    calls = f"{name}({', '.join(arguments)}) for i in {rounds if tiled else f'progress({rounds})'}"
     axis = own.index(BATCH) if BATCH in own else None
     code = f"sum({calls})" if axis is None else f"torch.cat([{calls}]{f', {axis}' if axis else ''})"
     work = _work(steps, store, chunk)
-    if linear:
-        moved = tuple((1, tensor.legs) for tensor in inputs.values())
-        work = replace(work, moved=(*moved, (1, own)), launches=len(steps) * -(-store.batch // chunk))
-    kernel = Kernel.TILED if linear else Kernel.SLICED
-    return Ref(store.add(code, sizes_of(own), kernel, work, linear=linear and store.resolve(linear)), own, own)
+    if not tiled:
+        return Ref(store.add(code, sizes_of(own), Kernel.SLICED, work), own, own)
+    moved = tuple((1, tensor.legs) for tensor in inputs.values())
+    work = replace(work, moved=(*moved, (1, own)), launches=len(steps) * -(-store.batch // chunk))
+    (linear,) = (name for name in store.names_in(code) if name in store.varying)
+    return Ref(store.add(code, sizes_of(own), Kernel.TILED, work, linear=linear), own, own)
 
 
 def _open(store: Store, op: Operand, lowerings: tuple[Lowering, ...]) -> Operand:
