@@ -116,6 +116,7 @@ def _values(program: tn.Program, x: Tensor, y: Tensor) -> dict[str, Any]:
     """Every value of a run by name."""
     values: dict[str, Any] = {"torch": torch, **program.tensors(x, y), "N": len(x)}
     values["like"] = next(v for v in values.values() if isinstance(v, Tensor) and v.is_floating_point())
+    exec("\n".join(program.compiled.plan.functions.values()), values)
     with torch.no_grad():
         for step in program.compiled.plan.steps:
             values[step.name] = eval(step.code, values)
@@ -134,7 +135,7 @@ def _run(option: Option, values: Mapping[str, Any]) -> Callable[[], list[Tensor]
         lines += [f"    del {', '.join(dead)}"] if dead else []
     lines.append(f"    return [{', '.join(sorted(kept))}]")
     namespace = {name: value for name, value in values.items() if name not in own}
-    exec("\n".join(lines), namespace)
+    exec("\n".join([*option.functions.values(), *lines]), namespace)
     run: Callable[[], list[Tensor]] = torch.no_grad()(namespace["run"])
     return run
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import first_order, second_order
+import tnbackprop as tn
+from benchmarks import first_order, plan_choice, second_order
+from benchmarks.models import PROBLEMS
 
 FILES = Path(first_order.__file__).parent.glob("*.py")
 COMMANDS = sorted(path.stem for path in FILES if "argparse" in path.read_text(encoding="utf-8"))
@@ -37,3 +41,11 @@ def test_a_row(module: object, problem: str, row: str, capsys: pytest.CaptureFix
     assert module.main(options) == 0  # type: ignore[attr-defined]
     printed = capsys.readouterr().out
     assert f"| {row} |" in printed
+
+
+@pytest.mark.slow
+def test_plans_of_one_parameter() -> None:
+    """Every plan runs, also one that calls a function, and gives what the others give."""
+    problem = replace(PROBLEMS["3c3d-32"], batch=8)
+    row = plan_choice.measure(problem, torch.device("cpu"), "3.weight", tn.Variance(), rounds=1)
+    assert row.ratio >= 1 and {row.chosen, row.fastest} <= row.milliseconds.keys() == row.predicted.keys()

@@ -35,6 +35,7 @@ class Option:
     forms: Mapping[str, Diagram]  # quantity -> the diagram that was built
     free: bool  # whether a quantity could be multiplied out all the same
     rounds: Mapping[str, int]
+    functions: Mapping[str, str]  # that steps call: name -> source
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _option(
     once = tails(trial, start, *refs)
     steps = tuple(trial.steps[start:])
     rounds = {step.name: trial.rounds for step in steps if step.name in trial.varying and step.name not in once}
-    return Option(kept, seconds, steps, results, forms, free, rounds)
+    return Option(kept, seconds, steps, results, forms, free, rounds, trial.functions)
 
 
 def build_all(
