@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
+from torch._subclasses.fake_impls import get_fast_op_impls
 
 aten = torch.ops.aten
 NONE, MEAN = 0, 1  # at::Reduction
@@ -40,16 +42,27 @@ KERNELS: dict[Any, Callable[..., Tensor]] = {aten.cross_entropy_loss.default: _c
 """The same values as the operator's own."""
 
 
+def _divided(own: Callable[..., Any], mode: Any, *operands: Any) -> Any:
+    """A quotient of integers is no integer: PyTorch 2.7 takes it for one where the batch size is symbolic."""
+    if any(isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) for x in operands):
+        return own(mode, *operands)
+    return own(mode, *(x.to(torch.get_default_dtype()) if isinstance(x, Tensor) else x for x in operands))
+
+
 @contextmanager
 def symbolic_kernels() -> Iterator[None]:
     """While active, tracing runs these; the operator stays one node. Eager calls never see them."""
     before = {target: dict(target.py_kernels) for target in KERNELS}
+    fast = get_fast_op_impls()
+    own = {target: fast[target] for target in (aten.div.Tensor,) if target in fast}
+    fast.update({target: partial(_divided, function) for target, function in own.items()})
     for target, kernel in KERNELS.items():
         target.py_kernels[COMPOSITE] = kernel
         target._dispatch_cache.clear()
     try:
         yield
     finally:
+        fast.update(own)
         for target, kernels in before.items():
             target.py_kernels.clear()
             target.py_kernels.update(kernels)
