@@ -112,7 +112,7 @@ def _residuals(
     first: int,
     ahead: Sequence[Columns] = (),
 ) -> Iterator[Columns]:
-    """Columns of the residuals. All that ride at once stop where others are one-hot, and go on in those's rounds."""
+    """Columns of the residuals. What rides at once stops where others are one-hot, and goes on with them."""
     waiting = list(ahead)
     for number, each in enumerate(found, start=first + 1):
         if isinstance(each, Paired):
