@@ -52,9 +52,7 @@ class Contrary(Rates):
         return -super().seconds(kernel, work, batch, itemsize)
 
 
-CONTRARY = Contrary(
-    "contrary", CPU.flops, CPU.bandwidth, CPU.launch, CPU.fresh_bandwidth, CPU.fresh_threshold, flipped=1
-)
+CONTRARY = Contrary("contrary", CPU.flops, CPU.bandwidth, CPU.launch, CPU.fresh_bandwidth, CPU.fresh_threshold)
 
 
 @dataclass

@@ -7,7 +7,7 @@ have is a group: with the batch leg among them, the weight VJP gives individual 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
@@ -16,11 +16,14 @@ import sympy
 from ..diagram import Leg, Product, Tensor, Window, ordered_union
 from .arrange import merged, placed, text
 from .contract import Plan, read
-from .cost import Kernel, Work, size_at
+from .cost import Kernel, Work
 from .store import Ref, Store
 from .windows import padded, reach
 
 Legs = tuple[Leg, ...]
+
+TURNED = 6
+"""A copy with another axis last takes as long as plain ones that move so many times its elements (on a CPU)."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ def convolutions(store: Store, product: Product, legs: Legs) -> list[Plan]:
     if roles.of_image is None:
         # Of two that cost the same, the one with the small kernel comes first.
         readings = sorted((roles, roles.swapped()), key=lambda r: prod(int(leg.size) for leg in r.twos))
-        return [partial(_input_vjp, roles=r, legs=legs) for r in readings]
+        native = [partial(_input_vjp, roles=r, legs=legs) for r in readings]
+        return [*native, *(partial(_flipped, roles=r, legs=legs) for r in readings if _flips(r))]
     if roles.of_one is not None:
         roles = roles.swapped()
     return [partial(_weight_vjp, roles=roles, legs=legs), partial(_forward, roles=roles, legs=legs)]
@@ -162,7 +166,8 @@ def _forward(store: Store, roles: Roles, legs: Legs) -> Ref:
         f"{roles.step(roles.twos)}, {_groups(groups)})"
     )
     order = (*batch, *groups, *outer, *roles.ones)
-    return _entered(store, code, roles, order, legs, _kernel(roles, roles.twos), (batch, (*groups, *outer)))
+    axes = (batch, (*groups, *outer))
+    return _entered(store, code, order, legs, _kernel(roles, roles.twos), axes, _work(roles, order))
 
 
 def _weight_vjp(store: Store, roles: Roles, legs: Legs) -> Ref:
@@ -178,7 +183,8 @@ def _weight_vjp(store: Store, roles: Roles, legs: Legs) -> Ref:
         f"{roles.step(roles.ones)}, {_groups(groups)})"
     )
     order = (*groups, *outer, *inner, *roles.ones)
-    return _entered(store, code, roles, order, legs, _kernel(roles, roles.ones), ((*groups, *outer), inner))
+    axes = ((*groups, *outer), inner)
+    return _entered(store, code, order, legs, _kernel(roles, roles.ones), axes, _work(roles, order))
 
 
 def _input_vjp(store: Store, roles: Roles, legs: Legs) -> Ref:
@@ -196,23 +202,45 @@ def _input_vjp(store: Store, roles: Roles, legs: Legs) -> Ref:
         f"torch.nn.grad.conv{roles.dims}d_input(({size}), {weight}, {g}, {roles.step(roles.ones)}, {padding}, "
         f"{roles.step(roles.twos)}, {_groups(groups)})"
     )
-    if prod(size_at(leg.size, store.batch) for leg in batch) >= store.rates.flipped:
-        code = _flipped(roles, weight, g, padding) or code
     if not fits:
         code = _cut(code, roles)
     order = (*batch, *groups, *inner, *roles.images)
-    kernel = _kernel(roles, roles.twos)
-    return _entered(store, code, roles, order, legs, kernel, (batch, (*groups, *inner)))
+    axes = (batch, (*groups, *inner))
+    return _entered(store, code, order, legs, _kernel(roles, roles.twos), axes, _work(roles, order))
 
 
-def _flipped(roles: Roles, weight: str, g: str, padding: tuple[int, ...]) -> str | None:
-    """The input VJP with stride 1 as a convolution: out[image] = Σ g[image + padding - c2·two] · weight[two]."""
+def _around(roles: Roles) -> tuple[int, ...]:
+    """The padding of the output with which the flipped kernel covers the image."""
+    own = [-w.offset if symmetric(roles, roles.ones, roles.twos) else 0 for w in roles.windows]
     gaps = roles.step(roles.twos)
-    other = tuple(gap * (int(k.size) - 1) - p for gap, k, p in zip(gaps, roles.twos, padding, strict=True))
-    if roles.shared or set(roles.step(roles.ones)) != {1} or min(other) < 0:
-        return None
-    kernel = f"{weight}.flip({tuple(range(2, 2 + roles.dims))}).transpose(0, 1)"
-    return f"torch.nn.functional.conv{roles.dims}d({g}, {kernel}, None, 1, {other}, {gaps})"
+    return tuple(gap * (int(k.size) - 1) - p for gap, k, p in zip(gaps, roles.twos, own, strict=True))
+
+
+def _flips(roles: Roles) -> bool:
+    """Whether the input VJP is a convolution of two dimensions: with stride 1, and without groups."""
+    return roles.dims == 2 and not roles.shared and set(roles.step(roles.ones)) == {1} and min(_around(roles)) >= 0
+
+
+def _flipped(store: Store, roles: Roles, legs: Legs) -> Ref:
+    """The input VJP as a convolution: out[image] = Σ g[image + padding - c2·two] · weight[two], channels last.
+
+    That kernel multiplies channels as matrices: where they are many, it is worth to copy g and the result.
+    """
+    assert roles.of_one is not None and roles.of_two is not None
+    batch, inner, outer = roles.image_one, roles.image_two, roles.one_two
+    g = placed(store, read(store, roles.of_one), (batch, outer, *_each(roles.ones)))
+    weight = placed(store, read(store, roles.of_two), (outer, inner, *_each(roles.twos)))
+    last = ".contiguous(memory_format=torch.channels_last)"
+    shape = (merged(inner), merged(outer), *(leg.size for leg in roles.twos))
+    turned = Work(moved=((2 * TURNED, (*inner, *outer, *roles.twos)),))
+    kernel = store.add(f"{weight}.flip((2, 3)).transpose(0, 1){last}", shape, Kernel.COPY, turned, strided=True)
+    code = f"torch.nn.functional.conv2d({g}{last}, {kernel}, None, 1, {_around(roles)}, {roles.step(roles.twos)})"
+    if not symmetric(roles, roles.ones, roles.twos):
+        code = _cut(code, roles)
+    order = (*batch, *inner, *roles.images)
+    both = ((1, (*batch, *outer, *roles.ones)), (1, order))
+    work = replace(_work(roles, order), moved=tuple((TURNED * count, each) for count, each in both), inside=both)
+    return _entered(store, f"{code}.contiguous()", order, legs, Kernel.CHANNELS_LAST, (batch, inner), work)
 
 
 def _cut(call: str, roles: Roles) -> str:
@@ -239,9 +267,9 @@ def _groups(groups: Legs) -> str:
 
 
 def _entered(
-    store: Store, code: str, roles: Roles, order: Legs, legs: Legs, kernel: Kernel, two: tuple[Legs, Legs]
+    store: Store, code: str, order: Legs, legs: Legs, kernel: Kernel, axes: tuple[Legs, Legs], work: Work
 ) -> Ref:
-    sliding = order[len(two[0]) + len(two[1]) :]
-    shape = (merged(two[0]), merged(two[1]), *(leg.size for leg in sliding))
-    name = store.add(code, shape, kernel, _work(roles, order), own=True)
+    sliding = order[len(axes[0]) + len(axes[1]) :]
+    shape = (merged(axes[0]), merged(axes[1]), *(leg.size for leg in sliding))
+    name = store.add(code, shape, kernel, work, own=True)
     return Ref(name, order, legs)

@@ -40,12 +40,17 @@ class Kernel(Enum):
     MM = "mm"
     BMM = "bmm"
     CONVOLUTION = "convolution"
+    CHANNELS_LAST = "convolution with the channels last"
     GROUPED = "grouped convolution"
     GENERAL = "einsum"
     NATIVE = "native"
     SLICED = "sliced batch"
     TILED = "tiles of the batch"
     SHIFTED = "shifted windows"
+
+
+IN_TURN = frozenset({Kernel.SHIFTED, Kernel.CHANNELS_LAST})
+"""Kernels that multiply, and copy or add before or after it: neither hides the other."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,6 @@ class Rates:
     narrow: int = 0  # a matmul with fewer columns is `narrow_factor` times slower than the transposed one
     narrow_factor: float = 1.0
     tile: float = 1e15  # bytes of a value that stay in the cache while the next step reads them
-    flipped: int = 2**62  # images from which on an input VJP is faster as the convolution with the flipped kernel
 
     def seconds(self, kernel: Kernel, work: Work, batch: int, itemsize: int) -> float:
         """max(FLOPs/rate, bytes/bandwidth) + launches + the price of fresh pages."""
@@ -74,7 +78,7 @@ class Rates:
         traffic = number(work.moved, batch) * itemsize / self.bandwidth
         fresh = number(work.fresh, batch) * itemsize
         pages = fresh / self.fresh_bandwidth if fresh > self.fresh_threshold else 0.0
-        busy = compute + traffic if kernel is Kernel.SHIFTED else max(compute, traffic)  # it multiplies, then it adds
+        busy = compute + traffic if kernel in IN_TURN else max(compute, traffic)
         return busy + self.launch * work.launches + pages
 
 
@@ -88,6 +92,7 @@ CPU = Rates(
         Kernel.MM: 140e9,
         Kernel.BMM: 120e9,
         Kernel.CONVOLUTION: 140e9,
+        Kernel.CHANNELS_LAST: 170e9,
         Kernel.GROUPED: 60e9,
         Kernel.GENERAL: 40e9,
         Kernel.NATIVE: 20e9,
@@ -104,7 +109,6 @@ CPU = Rates(
     narrow=16,
     narrow_factor=2.5,
     tile=4e6,
-    flipped=128,
 )
 # One server GPU, float32 without tensor cores; measured on an H200 at the sizes of 3C3D.
 CUDA = Rates(
@@ -116,6 +120,7 @@ CUDA = Rates(
         Kernel.MM: 45e12,
         Kernel.BMM: 20e12,
         Kernel.CONVOLUTION: 15e12,
+        Kernel.CHANNELS_LAST: 15e12,
         Kernel.GROUPED: 2.5e12,
         Kernel.GENERAL: 15e12,
         Kernel.NATIVE: 10e12,
