@@ -25,6 +25,7 @@ from ..errors import InputError
 from ..quantities import Quantity
 from .assemble import assemble, blocks
 from .graphed import Graphed
+from .pages import keep_freed_pages
 from .progress import bars
 from .result import Result
 
@@ -56,6 +57,7 @@ class Program:
     ) -> None:
         self.model, self.loss, self.indefinite, self._compiled = model, loss, indefinite, compiled
         self.quantities = {quantity.name: quantity for quantity in quantities}
+        keep_freed_pages()
         self._function = load(compiled.source)
         self._fixed = dict(compiled.graph.constants)
         self._blocks = {name: blocks(compiled, name) for name in self.quantities}
