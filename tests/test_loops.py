@@ -51,6 +51,7 @@ def test_a_matmul_that_others_read_is_kept() -> None:
         ("x.reshape(N, 3).sum((0, 1))", True),
         ("a * x.unsqueeze(1)", True),
         ("x * (1/N)", True),
+        ("torch.bmm(x, a).narrow(2, 0, 3)", True),
         ("x + a", False),
         ("x * x", False),
         ("torch.mm(x, x.t())", False),

@@ -68,6 +68,7 @@ class Rates:
     rows: int = 32  # samples times columns that ride through the layers together
     narrow: int = 0  # a matmul with fewer columns is `narrow_factor` times slower than the transposed one
     narrow_factor: float = 1.0
+    odd: int = 1  # a batched matmul with an odd number of columns is faster with this multiple of them
     tile: float = 1e15  # bytes of a value that stay in the cache while the next step reads them
 
     def seconds(self, kernel: Kernel, work: Work, batch: int, itemsize: int) -> float:
@@ -108,6 +109,7 @@ CPU = Rates(
     copy_run=15.0,
     narrow=16,
     narrow_factor=2.5,
+    odd=16,
     tile=4e6,
 )
 # One server GPU, float32 without tensor cores; measured on an H200 at the sizes of 3C3D.

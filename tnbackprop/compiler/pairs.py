@@ -270,7 +270,20 @@ class Product2:
         if not self.head:
             return f"torch.mm({one}, {two})"
         missing = (".squeeze(1)" if not self.left else "") + (".squeeze(-1)" if not self.right else "")
+        if extra := self.filled(store):
+            width = int(merged(self.right))
+            shape = (*(merged(group) for group in (self.head, self.summed)), width + extra)
+            code = f"torch.nn.functional.pad({two}, (0, {extra}))"
+            two = store.add(code, shape, Kernel.COPY, copy_work(self.second.stored))
+            missing = f".narrow(2, 0, {width}){missing}"
         return f"torch.bmm({one}, {two}){missing}"
+
+    def filled(self, store: Store) -> int:
+        """How many columns of zeros are put to an odd number of them that stay the same in all rounds of a loop."""
+        columns = merged(self.right)
+        odd = self.head and isinstance(columns, int) and columns > 1 and columns % 2
+        stays = store.rounds > 1 and store.resolve(self.second.name) not in store.varying
+        return -int(columns) % store.rates.odd if odd and stays else 0
 
 
 def _matmul(store: Store, a: Ref, b: Ref, output: Legs, ordered: bool) -> Ref:
@@ -282,7 +295,8 @@ def _matmul(store: Store, a: Ref, b: Ref, output: Legs, ordered: bool) -> Ref:
         large, small = (best.first, best.second) if best.left else (best.second, best.first)
         if _weighing_seconds(store, large, small) < best.seconds(store, output if ordered else None):
             return _weighed(store, large, small, best.summed)
-    name = store.add(best.code(store), best.shape, best.kernel, best.work, own=True)
+    filled = best.filled(store) > 0
+    name = store.add(best.code(store), best.shape, best.kernel, best.work, strided=filled, own=True)
     return Ref(name, best.legs, best.legs)
 
 

@@ -20,7 +20,7 @@ from .store import Ref, Step, Store
 Totals = Sequence[tuple[str, str]]
 _MATMULS = ("torch.mm", "torch.bmm", "torch.mv")
 _LINEAR = frozenset(
-    ("contiguous", "expand", "mT", "permute", "reshape", "squeeze", "sum", "t", "transpose", "unsqueeze")
+    ("contiguous", "expand", "mT", "narrow", "permute", "reshape", "squeeze", "sum", "t", "transpose", "unsqueeze")
 )
 
 

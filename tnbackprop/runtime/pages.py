@@ -14,6 +14,6 @@ def keep_freed_pages() -> None:
     It takes blocks above a threshold (128 KiB at first) from the system, and gives twice as much at the end of the
     heap back to it; what is taken again comes page by page, about 1 µs each. The threshold follows the largest block
     that was freed (mallopt(3), M_MMAP_THRESHOLD): this allocates one of the largest size that counts, touches none
-    of its pages, and frees it. With settings of one's own (MALLOC_TRIM_THRESHOLD_), or another allocator, nothing changes.
+    of its pages, and frees it. Where MALLOC_TRIM_THRESHOLD_ is set, or with another allocator, nothing changes.
     """
     torch.empty(LARGEST, dtype=torch.uint8, device="cpu")
