@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tnbackprop.compiler.arrange import arranged
 from tnbackprop.compiler.contract import build
-from tnbackprop.compiler.cost import CPU, CUDA, Kernel, Rates, Work, size_at
+from tnbackprop.compiler.cost import CPU, Kernel, Rates, Work, size_at
 from tnbackprop.compiler.lower import LOWERINGS, WHOLE, tiles
 from tnbackprop.compiler.store import Ref, Store
 from tnbackprop.diagram import (
@@ -25,7 +25,6 @@ from tnbackprop.diagram import (
     Diagram,
     Leg,
     Map,
-    N,
     Operand,
     Product,
     Selection,
@@ -239,26 +238,6 @@ def test_native_convolutions_are_offered(kind: str, function: str) -> None:
     assert (".unfold(" in called) or kind == "input"
 
 
-@pytest.mark.parametrize(
-    ("rates", "slide", "outer", "inner", "last"),
-    [
-        (CPU, Slide(6, 6, 3, padding=1), 128, 96, True),
-        (CPU, Slide(14, 12, 3), 96, 64, False),  # 600 FLOPs for each element that is copied, not 1000
-        (CPU, Slide(14, 10, 5), 16, 6, False),
-        (CPU, Slide(6, 6, 1), 512, 512, False),
-        (CUDA, Slide(6, 6, 3, padding=1), 128, 96, False),
-    ],
-)
-def test_channels_last_where_they_are_many(rates: Rates, slide: Slide, outer: int, inner: int, last: bool) -> None:
-    """As measured: the copies to that layout and back are paid by the faster kernel, or they are not."""
-    given = convolution("input", (slide, slide), 1, outer, inner)
-    store = Store(rates, 256, 4)
-    for tensor in (op for op in given.products[0].operands if isinstance(op, Tensor)):
-        store.shapes[tensor.name] = tuple(leg.size for leg in tensor.legs)
-    build(store, given, LOWERINGS)
-    assert any("channels_last" in step.code for step in store.steps) == last
-
-
 sizes = st.integers(1, 5)
 
 
@@ -274,29 +253,6 @@ sizes = st.integers(1, 5)
 )
 def test_random_convolutions(kind: str, slides: list[Slide], groups: int) -> None:
     check(convolution(kind, tuple(slides), groups))
-
-
-# ---------------------------------------------------------------- odd matrices
-
-
-@pytest.mark.parametrize(
-    ("columns", "rounds", "varying", "filled"),
-    [(27, 3, "x", 5), (1, 3, "x", 0), (28, 3, "x", 0), (27, 1, "x", 0), (27, 3, "xy", 0)],
-    ids=["odd", "one", "even", "no loop", "another matrix in each round"],
-)
-def test_odd_columns_that_stay_are_filled_up(columns: int, rounds: int, varying: str, filled: int) -> None:
-    """The zeros are put there once, before the loop; 5 more make two times 16."""
-    rows, inner, k = Leg("r", 40), Leg("i", 9), Leg("k", columns)
-    given = Diagram((n, rows, k), (product(Tensor("x", (n, rows, inner)), Tensor("y", (n, inner, k))),))
-    values = tensors(given, 3)
-    store = Store(CPU, 3, 8, rounds=rounds, varying=set(varying))
-    store.shapes |= {"x": (N, 40, 9), "y": (N, 9, columns)}
-    ref = build(store, given, LOWERINGS)
-    found = run(store, ref, values, 3)
-    assert torch.equal(found, values["x"] @ values["y"])
-    pads = [step for step in store.steps if "pad(" in step.code]
-    assert [step.name in store.varying for step in pads] == [False] * bool(filled)
-    assert all(f"(0, {filled})" in step.code for step in pads)
 
 
 # ---------------------------------------------------------------- everything else

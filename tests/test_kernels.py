@@ -1,0 +1,55 @@
+"""Kernels that are faster for some sizes: chosen for those, with the same values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tnbackprop.compiler.contract import build
+from tnbackprop.compiler.cost import CPU, CUDA, Rates
+from tnbackprop.compiler.lower import LOWERINGS
+from tnbackprop.compiler.store import Store
+from tnbackprop.diagram import BATCH, Diagram, Leg, N, Tensor
+
+from .symbolic.random_diagrams import product
+from .test_lowerings import Slide, convolution, run, tensors
+
+
+@pytest.mark.parametrize(
+    ("rates", "slide", "outer", "inner", "last"),
+    [
+        (CPU, Slide(6, 6, 3, padding=1), 128, 96, True),
+        (CPU, Slide(14, 12, 3), 96, 64, False),  # 600 FLOPs for each element that is copied, not 1000
+        (CPU, Slide(14, 10, 5), 16, 6, False),
+        (CPU, Slide(6, 6, 1), 512, 512, False),
+        (CUDA, Slide(6, 6, 3, padding=1), 128, 96, False),
+    ],
+)
+def test_channels_last_where_they_are_many(rates: Rates, slide: Slide, outer: int, inner: int, last: bool) -> None:
+    """As measured: the copies to that layout and back are paid by the faster kernel, or they are not."""
+    given = convolution("input", (slide, slide), 1, outer, inner)
+    store = Store(rates, 256, 4)
+    for tensor in (op for op in given.products[0].operands if isinstance(op, Tensor)):
+        store.shapes[tensor.name] = tuple(leg.size for leg in tensor.legs)
+    build(store, given, LOWERINGS)
+    assert any("channels_last" in step.code for step in store.steps) == last
+
+
+@pytest.mark.parametrize(
+    ("columns", "rounds", "varying", "filled"),
+    [(27, 3, "x", 5), (1, 3, "x", 0), (28, 3, "x", 0), (27, 1, "x", 0), (27, 3, "xy", 0)],
+    ids=["odd", "one", "even", "no loop", "another matrix in each round"],
+)
+def test_odd_columns_that_stay_are_filled_up(columns: int, rounds: int, varying: str, filled: int) -> None:
+    """The zeros are put there once, before the loop; 5 more make two times 16."""
+    rows, inner, k = Leg("r", 40), Leg("i", 9), Leg("k", columns)
+    given = Diagram((BATCH, rows, k), (product(Tensor("x", (BATCH, rows, inner)), Tensor("y", (BATCH, inner, k))),))
+    values = tensors(given, 3)
+    store = Store(CPU, 3, 8, rounds=rounds, varying=set(varying))
+    store.shapes |= {"x": (N, 40, 9), "y": (N, 9, columns)}
+    ref = build(store, given, LOWERINGS)
+    found = run(store, ref, values, 3)
+    assert torch.equal(found, values["x"] @ values["y"])
+    pads = [step for step in store.steps if "pad(" in step.code]
+    assert [step.name in store.varying for step in pads] == [False] * bool(filled)
+    assert all(f"(0, {filled})" in step.code for step in pads)
