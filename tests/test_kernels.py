@@ -53,3 +53,14 @@ def test_odd_columns_that_stay_are_filled_up(columns: int, rounds: int, varying:
     pads = [step for step in store.steps if "pad(" in step.code]
     assert [step.name in store.varying for step in pads] == [False] * bool(filled)
     assert all(f"(0, {filled})" in step.code for step in pads)
+
+
+def test_a_vector_is_not_filled_up() -> None:
+    """It is read as one column, and may be what is done once behind the loop."""
+    rows, inner = Leg("r", 8), Leg("i", 9)
+    given = Diagram((BATCH, rows), (product(Tensor("x", (BATCH, rows, inner)), Tensor("y", (BATCH, inner))),))
+    store = Store(CPU, 3, 8, rounds=3, varying={"x"})
+    store.shapes |= {"x": (N, 8, 9), "y": (N, 9)}
+    build(store, given, LOWERINGS)
+    (step,) = store.steps
+    assert "torch.bmm(" in step.code and "narrow" not in step.code

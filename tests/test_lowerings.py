@@ -203,6 +203,7 @@ SLIDES = {
     "two": (Slide(5, 3, 3), Slide(4, 4, 3, padding=1)),
     "two_mixed": (Slide(6, 3, 3, 2, 1, 1), Slide(7, 2, 2, 2, 3, 0)),
     "two_asymmetric": (Slide(4, 4, 2, padding=1), Slide(4, 4, 4, padding=2)),
+    "two_too_large_padding": (Slide(3, 9, 3, padding=4), Slide(4, 4, 3, padding=1)),
     "two_one_of_kernel_one": (Slide(3, 3, 1), Slide(5, 3, 3)),
     "three": (Slide(3, 2, 2), Slide(3, 3, 3, padding=1), Slide(4, 2, 2, stride=2)),
 }  # fmt: skip
