@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy, deepcopy
 from enum import Enum
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.utils import _pytree as pytree
@@ -198,6 +199,24 @@ class Program:
             name: torch.rand(shape, dtype=dtype, device=like.device, generator=generator)
             for name, shape in shapes.items()
         }
+
+    def __copy__(self) -> Program:
+        """The same program of the same model."""
+        other = object.__new__(Program)
+        other.__dict__ |= self.__dict__
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        """The program of a copy of the model, whose parameters go their own way. Nothing is compiled again."""
+        memo[id(self)] = other = copy(self)
+        other.model, other.loss = deepcopy((self.model, self.loss), memo)
+        return other
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a program is not pickled: it holds functions of this process.\n"
+            "  Compile again where it is needed, or write it to a file that needs no compiler: tn.generate"
+        )
 
     def __repr__(self) -> str:
         plan = self._compiled.plan
