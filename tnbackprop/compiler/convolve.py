@@ -65,8 +65,8 @@ def convolutions(store: Store, product: Product, legs: Legs) -> list[Plan]:
     if roles.of_image is None:
         # Of two that cost the same, the one with the small kernel comes first.
         readings = sorted((roles, roles.swapped()), key=lambda r: prod(int(leg.size) for leg in r.twos))
-        native = [partial(_input_vjp, roles=r, legs=legs) for r in readings]
-        return [*native, *(partial(_flipped, roles=r, legs=legs) for r in readings if _flips(r))]
+        plans: list[Plan] = [partial(_input_vjp, roles=r, legs=legs) for r in readings]
+        return [*plans, partial(_flipped, roles=readings[0], legs=legs)] if _flips(readings[0]) else plans
     if roles.of_one is not None:
         roles = roles.swapped()
     return [partial(_weight_vjp, roles=roles, legs=legs), partial(_forward, roles=roles, legs=legs)]
@@ -217,14 +217,15 @@ def _around(roles: Roles) -> tuple[int, ...]:
 
 
 def _flips(roles: Roles) -> bool:
-    """Whether the input VJP is a convolution of two dimensions: with stride 1, and without groups."""
-    return roles.dims == 2 and not roles.shared and set(roles.step(roles.ones)) == {1} and min(_around(roles)) >= 0
+    """Whether the input VJP is a plain convolution of two dimensions: stride 1, no groups, a kernel of usual size."""
+    plain = roles.dims == 2 and not roles.shared and _kernel(roles, roles.twos) is Kernel.CONVOLUTION
+    return plain and set(roles.step(roles.ones)) == {1} and min(_around(roles)) >= 0
 
 
 def _flipped(store: Store, roles: Roles, legs: Legs) -> Ref:
     """The input VJP as a convolution: out[image] = Σ g[image + padding - c2·two] · weight[two], channels last.
 
-    That kernel multiplies channels as matrices: where they are many, it is worth to copy g and the result.
+    That kernel multiplies channels as matrices: where they are many, copying g and the result is paid for.
     """
     assert roles.of_one is not None and roles.of_two is not None
     batch, inner, outer = roles.image_one, roles.image_two, roles.one_two
