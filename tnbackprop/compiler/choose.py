@@ -49,18 +49,25 @@ class Choice:
     item: Extraction
 
 
-def choose(store: Store, item: Extraction, dotted: str, lowerings: tuple[Lowering, ...], chunk: int | None) -> Choice:
-    """The fastest option; when the batch is sliced to save memory, the fastest of those with small allocations."""
+def choose(
+    store: Store, item: Extraction, dotted: str, lowerings: tuple[Lowering, ...], chunk: int | None
+) -> tuple[Choice, dict[str, Ref]]:
+    """The fastest option, built; when the batch is sliced to save memory, the fastest with small allocations."""
     found, before = (_parts_of(diagrams) for diagrams in (item.diagrams, item.condensed))
     allowed = [(subset, free) for subset in _subsets(item.diagrams, found) for free in (True, False) if subset or free]
     allowed += [(subset, True) for subset in _subsets(item.condensed, before) if subset]
-    options = tuple(_option(store, item, subset, free, lowerings, chunk) for subset, free in allowed)
-    candidates = options
+    tried = {}
+    for subset, free in allowed:
+        option, trial, refs = _option(store, item, subset, free, lowerings, chunk)
+        tried[option] = trial, refs
+    options = candidates = tuple(tried)
     if chunk is not None:
         largest = {option: _largest(option, store.batch) for option in options}
         candidates = tuple(option for option in options if largest[option] <= 2 * min(largest.values()))
     chosen = min(candidates, key=lambda option: option.seconds)
-    return Choice(dotted, tuple(dict.fromkeys((*found, *before))), options, chosen, item)
+    trial, refs = tried[chosen]
+    store.adopt(trial)
+    return Choice(dotted, tuple(dict.fromkeys((*found, *before))), options, chosen, item), refs
 
 
 def _parts_of(diagrams: Mapping[str, Diagram]) -> tuple[Diagram, ...]:
@@ -94,27 +101,27 @@ def _option(
     free: bool,
     lowerings: tuple[Lowering, ...],
     chunk: int | None,
-) -> Option:
-    """A set of parts to build, tried on a fork."""
+) -> tuple[Option, Store, dict[str, Ref]]:
+    """A set of parts to build, tried on a fork, and what that has built."""
     trial, start = store.fork(), len(store.steps)
-    built = build_all(trial, item, kept, lowerings, chunk, free)
-    results = {quantity: trial.resolve(ref.name) for quantity, (ref, _) in built.items()}
+    built = _build_all(trial, item, kept, lowerings, chunk, free)
+    refs = {quantity: ref for quantity, (ref, _) in built.items()}
+    results = {quantity: trial.resolve(ref.name) for quantity, ref in refs.items()}
     forms = {quantity: form for quantity, (_, form) in built.items()}
-    refs = [ref for ref, _ in built.values()]
-    seconds = trial.seconds(start) - saved(trial, start, *refs)
-    once = tails(trial, start, *refs)
+    seconds = trial.seconds(start) - saved(trial, start, *refs.values())
+    once = tails(trial, start, *refs.values())
     steps = tuple(trial.steps[start:])
     rounds = {step.name: trial.rounds for step in steps if step.name in trial.varying and step.name not in once}
-    return Option(kept, seconds, steps, results, forms, free, rounds, trial.functions)
+    return Option(kept, seconds, steps, results, forms, free, rounds, trial.functions), trial, refs
 
 
-def build_all(
+def _build_all(
     store: Store,
     item: Extraction,
     kept: frozenset[Diagram],
     lowerings: tuple[Lowering, ...],
     chunk: int | None,
-    free: bool = True,
+    free: bool,
 ) -> dict[str, tuple[Ref, Diagram]]:
     """Every quantity of the parameter with the parts in `kept` built; if `free`, each may be multiplied out still."""
     dotted = store.note.rsplit(" of ", 1)[-1]

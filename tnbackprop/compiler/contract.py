@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import opt_einsum
 import sympy
@@ -21,6 +21,7 @@ from .tails import saved
 Legs = tuple[Leg, ...]
 Plan = Callable[[Store], Ref]
 Lowering = Callable[[Store, Product, Legs], list[Plan]]
+Path = tuple[tuple[int, ...], ...]
 
 
 def build(store: Store, diagram: Diagram, lowerings: tuple[Lowering, ...]) -> Ref:
@@ -144,23 +145,29 @@ def _private(ref: Ref, position: int, refs: list[Ref], output: tuple[Leg, ...]) 
     return tuple(leg for leg in ref.order if leg not in others and leg not in output)
 
 
-def _paths(store: Store, refs: list[Ref], legs: tuple[Leg, ...]) -> list[tuple[tuple[int, ...], ...]]:
+def _paths(store: Store, refs: list[Ref], legs: tuple[Leg, ...]) -> tuple[Path, ...]:
     """opt_einsum's, for all columns of a loop: what is done to their sum is done once."""
     if len(refs) == 2:
-        return [((0, 1),)]
+        return (((0, 1),),)
     symbols = {leg: opt_einsum.get_symbol(k) for k, leg in enumerate(ordered_union(*(r.order for r in refs), legs))}
     terms = ["".join(symbols[leg] for leg in ref.order) for ref in refs]
     equation = f"{','.join(terms)}->{''.join(symbols[leg] for leg in legs)}"
     rounds = {leg: store.rounds for leg in symbols if leg.name == COLUMN}
-    shapes = [tuple(size_at(leg.size, store.batch) * rounds.get(leg, 1) for leg in ref.order) for ref in refs]
-    found: dict[tuple[tuple[int, ...], ...], None] = {}
+    return _searched(
+        equation, tuple(tuple(size_at(leg.size, store.batch) * rounds.get(leg, 1) for leg in r.order) for r in refs)
+    )
+
+
+@lru_cache(2**12)  # the options of a parameter ask the same again and again
+def _searched(equation: str, shapes: tuple[tuple[int, ...], ...]) -> tuple[Path, ...]:
+    found: dict[Path, None] = {}
     for method in ("dp", "greedy"):
         path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=method)
         found[tuple(tuple(p) for p in path)] = None
-    return list(found)
+    return tuple(found)
 
 
-def _along(store: Store, refs: list[Ref], path: tuple[tuple[int, ...], ...], legs: tuple[Leg, ...]) -> Ref:
+def _along(store: Store, refs: list[Ref], path: Path, legs: tuple[Leg, ...]) -> Ref:
     remaining = list(refs)
     for step, positions in enumerate(path):
         chosen = [remaining.pop(k) for k in sorted(positions, reverse=True)][::-1]

@@ -154,6 +154,7 @@ def _value(size: sympy.Expr, batch: int) -> int:
     return int(size.xreplace({N: batch, V: COLUMNS}))
 
 
+@lru_cache(2**14)
 def number(terms: Terms, batch: int) -> float:
     """The polynomial as a number at this batch size."""
     total = 0.0

@@ -290,7 +290,7 @@ def _matmul(store: Store, a: Ref, b: Ref, output: Legs, ordered: bool) -> Ref:
     """The orientation that needs the fewest copies and gives the order asked for."""
     ways = [_oriented(*pair, output, follow) for follow in (ordered, False) for pair in ((a, b), (b, a))]
     ways += [replace(w, summed=tuple(leg for leg in w.second.stored if leg in w.summed)) for w in ways]
-    best = min(ways, key=lambda way: way.seconds(store, output if ordered else None))
+    best = min(dict.fromkeys(ways), key=lambda way: way.seconds(store, output if ordered else None))
     if not best.head and not (best.left and best.right):
         large, small = (best.first, best.second) if best.left else (best.second, best.first)
         if _weighing_seconds(store, large, small) < best.seconds(store, output if ordered else None):

@@ -13,7 +13,7 @@ from ..bind import BoundRule
 from ..diagram import COLUMN, Diagram, Leg, N, Size, is_head
 from ..errors import UnsupportedError
 from .arrange import arranged, sizes_of, text
-from .choose import Choice, build_all, choose
+from .choose import Choice, choose
 from .contract import Lowering, build
 from .cost import Kernel, Rates, Terms, Work
 from .derived import Backward, Derived, Extraction, Individual, Native, Schedule
@@ -321,10 +321,9 @@ def _extract(
     """All results of one parameter, with the set of parts that makes them cheapest together."""
     dotted = graph.parameters[item.parameter][0]
     store.note = f"{dotted}"
-    choice = choose(store, item, dotted, lowerings, chunk)
-    refs = build_all(store, item, choice.chosen.kept, lowerings, chunk, choice.chosen.free)
+    choice, refs = choose(store, item, dotted, lowerings, chunk)
     codes = {}
-    for quantity, (ref, _) in refs.items():
+    for quantity, ref in refs.items():
         store.note = f"{quantity} of {dotted}"
         whole = "#" not in quantity
         shape = _result_shape(ref.order, graph.values[item.parameter].shape) if whole else sizes_of(ref.order)
