@@ -14,7 +14,7 @@ from tnbackprop.runtime.pages import keep_freed_pages
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
-        blocks = [torch.ones(2**21) for _ in range(4)]  # 32 MiB in all
+        blocks = [torch.ones(2**21) for _ in range(7)]  # 56 MiB in all
         del blocks
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10
 
