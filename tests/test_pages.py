@@ -29,10 +29,12 @@ print(before, faults())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide otherwise")
 def test_freed_pages_are_kept() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    out = subprocess.run(
-        [sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True, timeout=120
-    ).stdout
-    before, after = map(float, out.split())
-    if before < 1000:
-        pytest.skip("pages are not taken one by one here")
-    assert after < before / 10
+    for _ in range(6):  # where something happens to lie at the end of the heap, nothing is given back
+        out = subprocess.run(
+            [sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True, timeout=120
+        ).stdout
+        before, after = map(float, out.split())
+        assert after < 1000
+        if before > 10_000:
+            return
+    pytest.skip("pages are not given back here")
