@@ -239,8 +239,9 @@ def _flipped(store: Store, roles: Roles, legs: Legs) -> Ref:
     if not symmetric(roles, roles.ones, roles.twos):
         code = _cut(code, roles)
     order = (*batch, *inner, *roles.images)
-    both = ((1, (*batch, *outer, *roles.ones)), (1, order))
-    work = replace(_work(roles, order), moved=tuple((TURNED * count, each) for count, each in both), inside=both)
+    copied = (*batch, *outer, *roles.ones), order
+    moved, inside = (tuple((times, each) for each in copied) for times in (TURNED, 1))
+    work = replace(_work(roles, order), moved=moved, inside=inside)
     return _entered(store, f"{code}.contiguous()", order, legs, Kernel.CHANNELS_LAST, (batch, inner), work)
 
 
