@@ -15,6 +15,7 @@ import tnbackprop as tn
 from tnbackprop import compiler
 from tnbackprop.compiler import columns, cost
 from tnbackprop.compiler.cost import CPU, Kernel, Work
+from tnbackprop.compiler.derived import Apart
 from tnbackprop.compiler.loops import Loop, loop_lines
 from tnbackprop.compiler.store import NO_WORK, Ref, Step, Store
 from tnbackprop.compiler.tails import behind, is_linear, saved
@@ -148,25 +149,44 @@ def test_how_many_columns_are_tried() -> None:
     ]  # fmt: skip
 
 
+APART = -64
+"""Stands for the widest, and one sample after the other."""
+
+
 @pytest.mark.parametrize(
-    ("seconds", "chosen"),
+    ("columns", "seconds", "chosen"),
     [
-        ({8: 1.0, 4: 0.99}, 4),  # a little faster is enough for fewer; more are not tried then
-        ({8: 1.0, 4: 1.0, 32: 0.96}, 8),  # not for more
-        ({8: 1.0, 4: 1.1, 32: 0.93, 64: 0.94}, 32),
-        ({8: 1.0, 4: 1.1, 32: 0.94, 64: 0.93}, 64),
+        (20, {8: 1.0, 4: 0.99}, 4),  # a little faster is enough for fewer; more are not tried then
+        (20, {8: 1.0, 4: 1.0, 32: 0.96}, 8),  # not for more
+        (20, {8: 1.0, 4: 1.1, 32: 0.93, 64: 0.94}, 32),
+        (20, {8: 1.0, 4: 1.1, 32: 0.94, 64: 0.93}, 64),
+        (90, {8: 1.0, APART: 0.93, 4: 1.1, 32: 0.94}, APART),  # samples one by one, where columns are many
+        (90, {8: 1.0, APART: 0.94, 4: 1.1, 32: 0.93, 64: 0.95}, 32),
+        (90, {8: 1.0, APART: 0.96, 4: 0.98}, 4),
+        (90, {8: 1.0, APART: 0.9, 4: 0.98}, APART),
+        (90, {8: 1e-4}, 8),  # planning takes longer
     ],
 )
-def test_how_many_columns_are_taken(seconds: dict[int, float], chosen: int) -> None:
+def test_how_many_columns_are_taken(columns: int, seconds: dict[int, float], chosen: int) -> None:
     """The fastest; each width is planned once, and none in vain."""
     tried = []
 
-    def attempt(width: int) -> Any:
-        tried.append(width)
-        return width, SimpleNamespace(loops=(1,), seconds=seconds[width])
+    def attempt(width: int, apart: Apart | None = None) -> Any:
+        tried.append(width if apart is None else -width)
+        plan = SimpleNamespace(loops=(SimpleNamespace(columns=columns),), seconds=seconds[tried[-1]])
+        return SimpleNamespace(width=tried[-1], columns=()), plan
 
-    assert compiler._fastest(8, (4, 32, 64), attempt)[0] == chosen
+    assert compiler._fastest(8, (4, 32, 64), Apart(64, 16), attempt)[0].width == chosen
     assert tried == list(seconds)
+
+
+def test_not_one_by_one_where_that_cannot_be() -> None:
+    plan = SimpleNamespace(loops=(SimpleNamespace(columns=90),), seconds=1.0)
+
+    def attempt(width: int, apart: Apart | None = None) -> Any:
+        return (None, plan) if apart is None else None
+
+    assert compiler._fastest(8, (), Apart(64, 16), attempt)[1] is plan
 
 
 @dataclass(frozen=True)

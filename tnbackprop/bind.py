@@ -211,7 +211,7 @@ class _Binder:
         for node in nodes:
             yield from (access for access in accesses(node) if access.tensor not in self.absent)
             for select in selects(node):
-                yield Access("select", select.choice, select.place)
+                yield Access("select", (*select.choice, *select.near), select.place)
 
     def _equation(self, line: Line, jacobians: Mapping[str, Jacobian] = MappingProxyType({})) -> Equation:
         legs = self.legs.flat(line.left.items)

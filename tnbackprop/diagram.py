@@ -132,18 +132,20 @@ class Window:
 class Selection:
     """One-hot of an integer tensor: 1 where `index` equals the row-major position in `choice`.
 
-    An index outside of the range selects nothing.
+    An index outside of the range selects nothing. Where `near` has a window for each leg of the choice, every index
+    lies in all of them: choice = coefficient·position + coefficient·k + offset for some k, as in max pooling.
     """
 
     index: Tensor
     choice: tuple[Leg, ...]
+    near: tuple[Window, ...] = ()
 
     @property
     def legs(self) -> tuple[Leg, ...]:
         return ordered_union(self.index.legs, self.choice)
 
     def rename(self, to: Renaming) -> Selection:
-        return Selection(self.index.rename(to), _renamed(self.choice, to))
+        return Selection(self.index.rename(to), _renamed(self.choice, to), tuple(w.rename(to) for w in self.near))
 
     def __str__(self) -> str:
         return f"𝟙[{self.index}=({_names(self.choice)})]"

@@ -290,7 +290,8 @@ class Expander:
         tensor, shape = self.access(node.index)
         if shape:
             raise node.index.place.error("the index of a select has plain legs only")
-        return Selection(tensor, choice)
+        near = (Window(leg, *self.affine(item)) for leg, item in zip(choice, node.near, strict=bool(node.near)))
+        return Selection(tensor, choice, tuple(near))
 
     def map(self, node: Node) -> list[_Term]:
         """A nonlinear expression as one map (or a number, if it reads no tensor)."""

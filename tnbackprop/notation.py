@@ -4,6 +4,7 @@
     line      = name "[" items "]" "=" expression      a line may go on inside open brackets
     item      = leg | "*" star | leg "." leg … | affine index | "..."
     factor    = number | constant | SIZE | name "[" items "]" | delta[a, b] | select(index[items], leg, …)
+                | select(index[items], leg=position, …)
     operators = + - * / **, unary -, comparisons, and/or/not, `a if condition else b`, the FUNCTIONS below
 
 The grammar is Python's own, so `ast` reads it; what is not listed here is a `RuleError` with a caret.
@@ -310,11 +311,25 @@ def _node(node: ast.expr, source: _Source) -> Node:
         case ast.IfExp(test=test, body=body, orelse=orelse):
             return Apply("if", of(test, body, orelse), place)
         case ast.Call(func=ast.Name(id="select"), args=[index, *choice], keywords=[]) if choice:
-            return Select(_access(index, source), tuple(_item(c, source) for c in choice), place)
+            return Select(_access(index, source), tuple(_item(c, source) for c in choice), (), place)
+        case ast.Call(func=ast.Name(id="select"), args=[index], keywords=[*near]) if near:
+            return Select(_access(index, source), *_near(near, source), place)
         case ast.Call():
             return _call(node, source)
         case _:
             raise place.error("this is not part of the notation", _NOTATION)
+
+
+def _near(keywords: list[ast.keyword], source: _Source) -> tuple[tuple[Item, ...], tuple[Index, ...]]:
+    """The legs of a choice, and the position that each of them has for some value of a leg of its own."""
+    choice, near = [], []
+    for leg in keywords:
+        place, position = source.place(leg.value), _item(leg.value, source)
+        if leg.arg is None or not isinstance(position, Index):
+            raise place.error("a choice lies at a position, as in select(index[h], y=2*h + k)")
+        choice.append(Factors((_leg(leg.arg, place),), place))
+        near.append(position)
+    return tuple(choice), tuple(near)
 
 
 def _call(node: ast.Call, source: _Source) -> Apply:

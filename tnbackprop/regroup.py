@@ -117,7 +117,7 @@ def _split_operand(operand: Operand, split: dict[Leg, Legs]) -> Operand:
     if isinstance(operand, Map):
         return Map(operand.expr, tuple(_split_tensor(a, split) for a in operand.args))
     if isinstance(operand, Selection):
-        return Selection(_split_tensor(operand.index, split), operand.choice)
+        return Selection(_split_tensor(operand.index, split), operand.choice, operand.near)
     return _split_tensor(operand, split) if isinstance(operand, Tensor) else operand
 
 

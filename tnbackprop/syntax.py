@@ -99,10 +99,14 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class Select:
-    """``select(index[items], y, x)``: one-hot of the index over the row-major positions of (y, x)."""
+    """``select(index[items], y, x)``: one-hot of the index over the row-major positions of (y, x).
+
+    ``select(index[h], y=2*h + k)`` says in addition where the choice lies, for some k.
+    """
 
     index: Access
     choice: tuple[Item, ...]
+    near: tuple[Index, ...] = ()
     place: Place = field(compare=False, default=Place())
 
 

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tnbackprop.bind import BoundRule, bind
-from tnbackprop.diagram import BATCH, Delta, Map, N, Selection, Size, Tensor, Window, argument
+from tnbackprop.diagram import BATCH, Delta, Leg, Map, N, Selection, Size, Tensor, Window, argument
 from tnbackprop.notation import parse_program
 from tnbackprop.reference import evaluate
 from tnbackprop.rule import Rule
@@ -172,6 +172,22 @@ def test_softmax_program_divides_and_sums_a_map() -> None:
     np.testing.assert_allclose(run(bound(text, "N 5", input="N 5"), input=x), expected, rtol=1e-14)
     short = "output[n] = exp(input[n, c])"
     np.testing.assert_allclose(run(bound(short, "N", input="N 5"), input=x), np.exp(x).sum(1), rtol=1e-14)
+
+
+def test_select_nearby() -> None:
+    """``select(index[h], y=2*h + k)`` is the same selection, and knows where the choice lies."""
+    text = "output[n, h] = select(index[n, h], y=2*h + k - 1) * input[n, y]"
+    rule = bound(Rule(text, constants={"K": 3}), "N 4", input="N 7", index="N 4")
+    x, index = integers(3, 7), np.array([[0, 2, 3, 6], [1, 1, 4, 5], [0, 3, 5, 6]])
+    assert np.array_equal(run(rule, input=x, index=index), np.take_along_axis(x, index, 1))
+    (diagram,) = (equation.diagram for equation in rule.equations)
+    assert diagram is not None
+    (selection,) = (op for op in diagram.products[0].operands if isinstance(op, Selection))
+    ((window,), (choice,)) = selection.near, selection.choice
+    assert (window.image, window.offset) == (choice, -1)
+    assert [(c, leg.size) for c, leg in window.terms] == [(2, 4), (1, 3)]
+    renamed = selection.rename({choice: Leg("z", 7)})
+    assert renamed.near[0].image == renamed.choice[0] == Leg("z", 7)
 
 
 def test_select_reads_where_the_index_says() -> None:

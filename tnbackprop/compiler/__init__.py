@@ -14,7 +14,7 @@ from ..rule import Rules
 from .capture import capture
 from .cost import RATES, Rates
 from .derive import bind_all, derive, needs_rule
-from .derived import Derived
+from .derived import Apart, Derived
 from .emit import emit
 from .graph import Graph
 from .layer import Layer, opened
@@ -22,6 +22,7 @@ from .limits import check_memory, machine_bytes
 from .lower import LOWERINGS
 from .memory import peak_bytes
 from .plan import Plan, names_in, plan
+from .samples import separable
 from .stage import Stage
 from .verify import asked, check
 
@@ -29,8 +30,13 @@ WIDER = (4, 8)
 CLEARLY = 0.95
 """As many columns ride together as the device likes, half as many where that looks faster (they may come out even), or
 one of `WIDER` times as many where that looks clearly faster: those take more memory."""
+MANY = 2
+"""A sample that has this many times the columns that the device likes may have them all at once."""
 WORTH = 1e-3
 """Seconds that a program must take for that to be tried: planning takes longer."""
+
+
+Made = tuple[Derived, Plan]
 
 
 @dataclass(frozen=True)
@@ -63,11 +69,11 @@ def compile_program(
     check(Stage.DERIVE, derived, seen)
     check_memory(graph, derived, itemsize, memory_limit or machine_bytes(_device(model)))
 
-    def attempt(columns: int) -> tuple[Derived, Plan]:
-        again = derived if columns == width else derive(graph, bound, quantities, columns)
-        return again, plan(graph, again, LOWERINGS, rates, itemsize)
+    def attempt(columns: int, apart: Apart | None = None) -> Made | None:
+        again = derived if columns == width and apart is None else derive(graph, bound, quantities, columns, apart)
+        return (again, plan(graph, again, LOWERINGS, rates, itemsize)) if separable(again) else None
 
-    derived, planned = _fastest(width, others, attempt)
+    derived, planned = _fastest(width, others, Apart(MANY * rates.rows, rates.odd), attempt)
     if memory_limit is not None and peak_bytes(planned) > memory_limit:
         derived = derive(graph, bound, quantities)
         check(Stage.DERIVE, derived, seen)
@@ -112,14 +118,22 @@ def _widths(rates: Rates, batch: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(tried))
 
 
-def _fastest(width: int, others: Sequence[int], attempt: Callable[[int], tuple[Derived, Plan]]) -> tuple[Derived, Plan]:
-    """What is derived and planned for as many columns at a time as looks best."""
+def _fastest(width: int, others: Sequence[int], apart: Apart, attempt: Callable[..., Made | None]) -> Made:
+    """What is derived and planned for as many columns at a time as looks best, or for one sample after the other."""
     best = attempt(width)
+    assert best is not None
     likes = best[1].seconds
-    for tried in others if best[1].loops and likes > WORTH else ():
+    if not best[1].loops or likes < WORTH:
+        return best
+    many = any(loop.columns >= apart.least for loop in best[1].loops)
+    alone = attempt(max((width, *others)), apart) if many else None
+    if alone is not None and alone[1].seconds < CLEARLY * likes:
+        best = alone
+    for tried in others:
         made = attempt(tried)
+        assert made is not None
         better = made[1].seconds < (likes if tried < width else min(CLEARLY * likes, best[1].seconds))
-        best = made if better else best
+        best = made if better and made[1].seconds < best[1].seconds else best
         if better == (tried < width):  # fewer do, or these are too many
             break
     return best

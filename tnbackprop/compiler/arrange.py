@@ -122,7 +122,7 @@ def copies(store: Store, ref: Ref, groups: Groups) -> bool:
     place = {leg: k for k, leg in enumerate(ref.stored)}
     solid = store.resolve(ref.name) not in store.strided
     for group in groups:
-        real = [leg for leg in group if leg.size != 1]
+        real = store.real(group)
         if any(not solid or place[b] != place[a] + 1 for a, b in pairwise(real)):
             return True
     return False
@@ -154,14 +154,14 @@ def copy_seconds(store: Store, ref: Ref, groups: Groups) -> float:
 
 def _run(store: Store, ref: Ref, groups: Groups) -> int:
     """How many elements lie next to each other both in memory and in the copy, along its innermost leg."""
-    flat = [leg for group in groups for leg in group if leg.size != 1]
+    flat = store.real(tuple(leg for group in groups for leg in group))
     name = store.resolve(ref.name)
     if not flat:
         return 1
     if name in store.near:  # a short stride takes what it skips as well
         steps = {ref.stored[k]: step for k, step in store.near[name].items()}
         return max(1, size_at(flat[-1].size, store.batch) // steps[flat[-1]]) if flat[-1] in steps else 1
-    run, stored = 1, [leg for leg in ref.stored if leg.size != 1]
+    run, stored = 1, store.real(ref.stored)
     while flat and stored and flat[-1] == stored[-1]:
         run *= size_at(flat.pop().size, store.batch)
         stored.pop()

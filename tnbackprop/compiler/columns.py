@@ -16,7 +16,7 @@ from ..errors import InvariantError
 from ..quantities import Propagation, Quantity, Source
 from ..simplify import simplify
 from .averaged import copied, run_averaged
-from .derived import HESSIAN_WEIGHTS, Arriving, Basis, Columns, Given, column_leg
+from .derived import HESSIAN_WEIGHTS, Apart, Arriving, Basis, Columns, Given, column_leg
 from .graph import Call, Graph
 from .layer import HANDED, handed_shape
 from .residual import Paired, Weighted, residual_diagonal, residuals
@@ -32,7 +32,10 @@ MOST_ROWS = 2**22
 
 @dataclass(frozen=True)
 class Setting:
-    """What all sweeps of columns have in common; `width` is the most columns that may ride together."""
+    """What all sweeps of columns have in common; `width` is the most columns that may ride together.
+
+    apart  which of them go sample by sample
+    """
 
     graph: Graph
     bound: Bound
@@ -40,6 +43,17 @@ class Setting:
     width: int
     gradient: Sweep
     roots: bool  # whether the columns of the root ride through all layers anyway, for other quantities
+    apart: Apart | None = None
+
+    def alone(self, count: int) -> bool:
+        """Whether so many columns go sample by sample."""
+        return self.apart is not None and count >= self.apart.least
+
+    def together(self, count: int) -> int:
+        """How many of them ride at once."""
+        if self.apart is not None and self.alone(count):
+            return -(-count // self.apart.even) * self.apart.even
+        return _even(count, self.width)
 
 
 def columns_of(
@@ -224,17 +238,19 @@ def _from_loss(
 ) -> Columns:
     """Columns of the root, at the model's output: cotangents like the gradient."""
     legs = output_legs(setting.bound, root.value)
-    width = _divisor(samples, setting.width) if samples else _even(root.columns, setting.width)
+    width = _divisor(samples, setting.width) if samples else setting.together(root.columns)
+    alone = not samples and setting.alone(root.columns)
     lead = column_leg(width)
     variable, weight = f"column_{number}", None
     if root.signed:
         weight = tensor(f"weight_{number}", (*lead, BATCH))
     sweep = _sweep(setting, quantities, number, width, weight, inside=False)
     sweep.several = (samples or root.columns) > 1
-    sweep.until = until if width == root.columns else ""
+    sweep.until = until if width == root.columns and not alone else ""
     sweep.terms[root.value] = [tensor(variable, (*lead, *legs))]
     run(sweep, setting.bound)
-    return Columns(variable, root, samples, (*lead, *legs), tuple(sweep.schedule), width, until=sweep.until)
+    schedule = tuple(sweep.schedule)
+    return Columns(variable, root, samples, (*lead, *legs), schedule, width, until=sweep.until, alone=alone)
 
 
 def _from_basis(
@@ -248,14 +264,15 @@ def _from_basis(
 ) -> Columns:
     """One-hot columns with a weight for each sample, and the columns that arrive where they are."""
     start = replace(_basis(found), arriving=tuple(_arriving(columns) for columns in arriving))
-    lead = column_leg(width := _even(start.columns, setting.width))
+    lead, alone = column_leg(width := setting.together(start.columns)), setting.alone(start.columns)
     weight = None if start.weight is None else tensor(f"weight_{number}", (*lead, BATCH))
     sweep = _sweep(setting, quantities, number, width, weight, inside)
     sweep.since = found.value if arriving else ""
-    sweep.until = until if width == start.columns else ""
+    sweep.until = until if width == start.columns and not alone else ""
     own = _start(sweep, found.value, found.legs, written_out=bool(arriving))
     run(sweep, setting.bound)
-    return Columns(sweep.variable, start, 0, (*lead, *own), tuple(sweep.schedule), width, until=sweep.until)
+    schedule, legs = tuple(sweep.schedule), (*lead, *own)
+    return Columns(sweep.variable, start, 0, legs, schedule, width, until=sweep.until, alone=alone)
 
 
 def _arriving(columns: Columns) -> Arriving:

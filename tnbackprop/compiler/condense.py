@@ -21,6 +21,11 @@ Terms = Mapping[str, Sequence[Diagram | Native]]
 """What the cotangents are sums of, by their names."""
 
 
+def gathered(term: Diagram | Native, terms: Terms) -> Diagram | None:
+    """A term that sums over what a selection scattered, in terms of the cotangent behind the selection."""
+    return condensed(term, terms) if isinstance(term, Diagram) and not _scatters(term) else None
+
+
 def condensed(g: Diagram, terms: Terms) -> Diagram | None:
     """A cotangent in terms of the one behind the next selection; None if no selection scatters it."""
     while (opened := _opened(g, terms)) is not None:

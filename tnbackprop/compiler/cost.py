@@ -21,6 +21,7 @@ class Work:
 
     inside     elements that it holds beside its result while it runs
     launches   kernels that it starts
+    each       what it does for every sample, one after the other, where that is not one kernel
     """
 
     flops: Terms = ()
@@ -28,6 +29,7 @@ class Work:
     fresh: Terms = ()
     inside: Terms = ()
     launches: int = 1
+    each: tuple[tuple[Kernel, Work], ...] = ()
 
 
 class Kernel(Enum):
@@ -47,9 +49,11 @@ class Kernel(Enum):
     SLICED = "sliced batch"
     TILED = "tiles of the batch"
     SHIFTED = "shifted windows"
+    RECEPTIVE = "receptive fields"
+    ALONE = "sample by sample"
 
 
-IN_TURN = frozenset({Kernel.SHIFTED, Kernel.CHANNELS_LAST})
+IN_TURN = frozenset({Kernel.SHIFTED, Kernel.CHANNELS_LAST, Kernel.RECEPTIVE})
 """Kernels that multiply, and copy or add before or after it: neither hides the other."""
 
 
@@ -75,6 +79,8 @@ class Rates:
         """max(FLOPs/rate, bytes/bandwidth) + launches + the price of fresh pages."""
         if kernel is Kernel.VIEW:
             return 0.0
+        if work.each:
+            return batch * sum(self.seconds(inner, own, 1, itemsize) for inner, own in work.each)
         compute = number(work.flops, batch) / self.flops.get(kernel, self.flops[Kernel.GENERAL])
         traffic = number(work.moved, batch) * itemsize / self.bandwidth
         fresh = number(work.fresh, batch) * itemsize
@@ -100,6 +106,7 @@ CPU = Rates(
         Kernel.SLICED: 60e9,
         Kernel.TILED: 100e9,
         Kernel.SHIFTED: 120e9,
+        Kernel.RECEPTIVE: 125e9,
     },
     bandwidth=24e9,
     launch=4e-6,
@@ -129,6 +136,7 @@ CUDA = Rates(
         Kernel.SLICED: 10e12,
         Kernel.TILED: 10e12,
         Kernel.SHIFTED: 20e12,
+        Kernel.RECEPTIVE: 10e12,
     },
     bandwidth=3.5e12,
     launch=10e-6,

@@ -13,7 +13,7 @@ from ..errors import RuleError, UnsupportedError
 from ..quantities import Propagation, Quantity, Source
 from ..rule import Rule, RuleFunction, Rules
 from .columns import Setting, columns_of, output_legs
-from .derived import Columns, Derived
+from .derived import Apart, Columns, Derived
 from .fallback import fallback
 from .foreign import foreign
 from .graph import Call, Graph, Value, op_text
@@ -87,11 +87,16 @@ def _check_read(bound: tuple[tuple[Call, BoundRule], ...]) -> None:
 
 
 def derive(
-    graph: Graph, bound: tuple[tuple[Call, BoundRule], ...], quantities: Sequence[Quantity], width: int = 1
+    graph: Graph,
+    bound: tuple[tuple[Call, BoundRule], ...],
+    quantities: Sequence[Quantity],
+    width: int = 1,
+    apart: Apart | None = None,
 ) -> Derived:
     """One reverse sweep for the gradient, and one for each kind of column that a quantity propagates.
 
     width  the most columns that may ride through the layers together
+    apart  which sweeps go sample by sample
     """
     if quantities:
         _check_read(bound)
@@ -112,7 +117,7 @@ def derive(
             schedule(sweep, name)
     scale = scale_of(sweep)
     columns: list[Columns] = []
-    setting = Setting(graph, bound, scale, width, sweep, any(p.source is Source.ROOT for p in wanted))
+    setting = Setting(graph, bound, scale, width, sweep, any(p.source is Source.ROOT for p in wanted), apart)
     trainable = any(graph.values[name].depends_on for name in graph.parameters)
     for propagation in (p for p in wanted if p.source is not Source.GRADIENT and trainable):
         mine = [q for q in quantities if _propagation(q, given) == propagation]

@@ -35,6 +35,7 @@ class Backward:
     value: str
     terms: tuple[Diagram | Native, ...]
     note: str
+    condensed: Diagram | None = None  # the only term, from the cotangent before a selection
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,14 @@ HESSIAN_WEIGHTS = "hessian_weights"
 
 
 @dataclass(frozen=True)
+class Apart:
+    """Sweeps of at least so many columns go sample by sample, each filled up to a multiple of `even`."""
+
+    least: int
+    even: int
+
+
+@dataclass(frozen=True)
 class Columns:
     """A sweep that runs once for every `width` columns, with `variable` for them at the value where they start.
 
@@ -76,8 +85,13 @@ class Columns:
     width: Size = 1
     summed: bool = False  # the sweep sums them where they start, and carries none of them
     until: str = ""  # the value where they go on together with later ones
+    alone: bool = False  # all those of a sample ride together, one sample after the other
 
     def __str__(self) -> str:
+        return f"{self._what}{', sample by sample' if self.alone else ''}"
+
+    @property
+    def _what(self) -> str:
         if isinstance(self.start, Given):
             return f"{self.variable}, handed in at {self.start.value}"
         if isinstance(self.start, Basis):
@@ -95,7 +109,7 @@ class Columns:
     @property
     def looped(self) -> bool:
         """Whether they ride through the layers in several rounds."""
-        return bool(self.width != self.count)
+        return bool(self.width != self.count) or self.alone
 
     @property
     def rounds(self) -> int:

@@ -13,6 +13,7 @@ from .contract import Lowering, Plan, as_tensor, contracted, diagonal, read
 from .convolve import convolutions
 from .cost import Kernel, Work
 from .pairs import sum_of_squares
+from .receptive import receptive_fields
 from .selections import selected
 from .shifts import shifts
 from .slices import columns_first
@@ -35,6 +36,11 @@ def squares(store: Store, product: Product, legs: Legs) -> list[Plan]:
 def selections(store: Store, product: Product, legs: Legs) -> list[Plan]:
     """A selection looks rows up, or adds them at their places."""
     return selected(store, product, legs, WHOLE)
+
+
+def pooled(store: Store, product: Product, legs: Legs) -> list[Plan]:
+    """Of columns, what max pooling and the convolution before it send back, without what pooling scatters."""
+    return receptive_fields(store, product, legs, WHOLE)
 
 
 def unfolding(store: Store, product: Product, legs: Legs) -> list[Plan]:
@@ -92,5 +98,5 @@ def tiles(store: Store, product: Product, legs: Legs) -> list[Plan]:
     return columns_first(store, product, legs, WHOLE)
 
 
-WHOLE: tuple[Lowering, ...] = (squares, convolutions, shifts, selections, unfolding)
+WHOLE: tuple[Lowering, ...] = (squares, convolutions, shifts, selections, pooled, unfolding)
 LOWERINGS: tuple[Lowering, ...] = (*WHOLE, tiles)

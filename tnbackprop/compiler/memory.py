@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..diagram import Size
 from .cost import Kernel, number, size_at
 from .loops import Loop
 from .store import Step
@@ -12,7 +15,29 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 
-def peak_bytes(plan: Plan) -> float:
+@dataclass(frozen=True)
+class Piece:
+    """Steps without a loop that lead to some values, as a part of a plan."""
+
+    steps: tuple[Step, ...]
+    values: tuple[str, ...]
+    shapes: Mapping[str, tuple[Size, ...]]
+    batch: int
+    itemsize: int
+    loops: tuple[Loop, ...] = ()
+
+    @property
+    def timed(self) -> Iterator[tuple[Step, int]]:
+        """Every step with the number of times that it runs."""
+        yield from ((step, 1) for step in self.steps)
+
+    @property
+    def kept(self) -> set[str]:
+        """The values that it is for."""
+        return set(self.values)
+
+
+def peak_bytes(plan: Plan | Piece) -> float:
     """The peak when every step frees what nobody reads any more, results included, inputs and parameters not.
 
     A view keeps its base alive and takes nothing; a call takes its own values for as long as it runs.
@@ -35,7 +60,7 @@ def peak_bytes(plan: Plan) -> float:
     return peak
 
 
-def _last_uses(plan: Plan, steps: list[Step], base: dict[str, str | None]) -> dict[str, int]:
+def _last_uses(plan: Plan | Piece, steps: list[Step], base: dict[str, str | None]) -> dict[str, int]:
     """After which step a value is free. What a loop reads from outside lives until its last turn ends."""
     last: dict[str, int] = {}
     for k, step in enumerate(steps):
@@ -47,16 +72,15 @@ def _last_uses(plan: Plan, steps: list[Step], base: dict[str, str | None]) -> di
         for name in loop.reads:
             last[_owner(base, name)] = max(end - 1, last.get(_owner(base, name), 0))
         end += len(loop.after)
-    kept = {code for by in plan.results.values() for code in by.values()} | set(plan.output.values()) | {plan.loss}
-    return last | {_owner(base, name): len(steps) for name in kept if name is not None}
+    return last | {_owner(base, name): len(steps) for name in plan.kept}
 
 
-def _totals(loop: Loop, plan: Plan) -> float:
+def _totals(loop: Loop, plan: Plan | Piece) -> float:
     """What a loop gathers."""
     return sum(_bytes(total, plan) for _, total in loop.outputs)
 
 
-def _base(step: Step, plan: Plan) -> str | None:
+def _base(step: Step, plan: Plan | Piece) -> str | None:
     """The value whose memory a view reads; None for a value of its own."""
     if step.kernel is not Kernel.VIEW or not step.inputs:
         return None
@@ -69,7 +93,7 @@ def _owner(base: dict[str, str | None], name: str) -> str:
     return name
 
 
-def _bytes(name: str, plan: Plan) -> float:
+def _bytes(name: str, plan: Plan | Piece) -> float:
     total = float(plan.itemsize)
     for size in plan.shapes[name]:
         total *= size_at(size, plan.batch)

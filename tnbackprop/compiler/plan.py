@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from math import prod
 
 import torch
 
 from ..bind import BoundRule
-from ..diagram import COLUMN, Diagram, Leg, N, Size, is_head
+from ..diagram import COLUMN, Diagram, Leg, Size
 from ..errors import UnsupportedError
-from .arrange import arranged, sizes_of, text
-from .choose import Choice, choose
+from .choose import Choice
 from .contract import Lowering, build
-from .cost import Kernel, Rates, Terms, Work
-from .derived import Backward, Derived, Extraction, Individual, Native, Schedule
-from .forward import call_code, call_written_over, fill, forward_work, is_fresh, vjp_written_over
+from .cost import Kernel, Rates, Work
+from .derived import Columns, Derived, Extraction
+from .forward import call_code, call_written_over, fill, forward_work, is_fresh
 from .graph import Call, Graph, op_text
+from .items import named, scheduled, shaped
 from .listing import alive
 from .loops import Loop, Results, over_columns
 from .memory import peak_bytes
 from .pairs import written_over
 from .root_steps import root_steps
-from .store import NO_WORK, Ref, Step, Store
+from .samples import sample_by_sample
+from .store import Ref, Step, Store
 
 INDEFINITE = "#indefinite"
 """Key of the checks that a loss Hessian is positive semi-definite, among the results."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -52,6 +53,12 @@ class Plan:
         for loop in self.loops:
             yield from ((step, loop.count) for step in loop.steps)
             yield from ((step, 1) for step in loop.after)
+
+    @property
+    def kept(self) -> set[str]:
+        """The values that it is for."""
+        codes = {code for by in self.results.values() for code in by.values()} | set(self.output.values())
+        return codes | ({self.loss} if self.loss else set())
 
     @property
     def seconds(self) -> float:
@@ -91,24 +98,9 @@ def _plan(
     _inputs(store, graph)
     _forward(store, graph, {call.output.name: rule for call, rule in derived.bound}, lowerings)
     choices: list[Choice] = []
-    results = _scheduled(store, graph, derived.schedule, lowerings, chunk, choices)
-    loops = []
+    results = scheduled(store, graph, derived.schedule, lowerings, chunk, choices)
     checks: dict[str, str] = {}
-    # Sweeps without a loop come first: what a loop sums may go on from their results.
-    for columns in sorted(derived.columns, key=lambda c: c.looped):
-        rows = root_steps(store, graph, columns, lowerings, checks)
-        if columns.looped:
-            store.in_rounds(columns.rounds, rows)
-        mine = _scheduled(store, graph, columns.schedule, lowerings, chunk, choices, columns.carried)
-        if columns.looped:
-            stacked = {q for item in columns.schedule if isinstance(item, Extraction) for q in _with_columns(item)}
-            loop, mine = over_columns(store, rows, columns, mine, stacked, results)
-            loops.append(loop)
-            store.in_rounds(1)
-        else:
-            mine = _together(store, mine, results)
-        for quantity, by in mine.items():
-            results.setdefault(quantity, {}).update(by)
+    loops = _sweeps(store, graph, derived, lowerings, chunk, choices, results, checks)
     if checks:
         results[INDEFINITE] = checks
     output = {name: store.resolve(name) for name in names_in(graph.output)}
@@ -122,6 +114,48 @@ def _plan(
         steps, _in_order(results, graph), loss, output, tuple(choices), graph.example_batch, itemsize, rates, shapes,
         store.functions, tuple(loops),
     )  # fmt: skip
+
+
+def _sweeps(
+    store: Store,
+    graph: Graph,
+    derived: Derived,
+    lowerings: tuple[Lowering, ...],
+    chunk: int | None,
+    choices: list[Choice],
+    results: dict[str, dict[str, str]],
+    checks: dict[str, str],
+) -> list[Loop]:
+    """All sweeps of columns. Those in a loop come last: what it sums may go on from results of the others."""
+    saved = [each.name for _, rule in derived.bound for each in rule.saved]
+    looped: list[tuple[Columns, Mapping[str, str]]] = []
+    for columns in derived.columns:
+        rows = root_steps(store, graph, columns, lowerings, checks)
+        if columns.alone:
+            mine = sample_by_sample(store, graph, columns, saved, rows, lowerings, choices)
+        elif columns.looped:
+            mine = None
+        else:
+            mine = scheduled(store, graph, columns.schedule, lowerings, chunk, choices, columns.carried)
+        if mine is None:
+            looped.append((columns, rows))
+        else:
+            _gather(results, _together(store, mine, results))
+    loops = []
+    for columns, varying in looped:
+        store.in_rounds(columns.rounds, varying)
+        mine = scheduled(store, graph, columns.schedule, lowerings, chunk, choices, columns.carried)
+        stacked = {q for item in columns.schedule if isinstance(item, Extraction) for q in _with_columns(item)}
+        loop, sums = over_columns(store, varying, columns, mine, stacked, results)
+        store.in_rounds(1)
+        loops.append(loop)
+        _gather(results, sums)
+    return loops
+
+
+def _gather(results: dict[str, dict[str, str]], mine: Results) -> None:
+    for quantity, by in mine.items():
+        results.setdefault(quantity, {}).update(by)
 
 
 def _together(store: Store, mine: Results, earlier: Results) -> dict[str, dict[str, str]]:
@@ -145,31 +179,6 @@ def _sum(store: Store, one: str | None, other: str) -> str:
 def _total(loop: Loop, shape: tuple[Size, ...], total: str) -> tuple[Size, ...]:
     """The shape of what a loop gives: a concatenation has a row per column."""
     return (loop.columns, *shape[1:]) if total in loop.stacked else shape
-
-
-def _scheduled(
-    store: Store,
-    graph: Graph,
-    schedule: Schedule,
-    lowerings: tuple[Lowering, ...],
-    chunk: int | None,
-    choices: list[Choice],
-    lead: tuple[Leg, ...] = (),
-) -> dict[str, dict[str, str]]:
-    """Every item of a sweep; quantity -> parameter name -> value."""
-    results: dict[str, dict[str, str]] = {}
-    for item in schedule:
-        if isinstance(item, Backward):
-            _backward(store, graph, item, lowerings, lead)
-        elif isinstance(item, Individual):
-            ref = _native(store, item.native, (N, *graph.values[item.of].shape), lead)
-            _name(store, ref, item.name)
-        else:
-            codes, choice = _extract(store, graph, item, lowerings, chunk)
-            choices.append(choice)
-            for quantity, code in codes.items():
-                results.setdefault(quantity, {})[graph.parameters[item.parameter][0]] = code
-    return results
 
 
 def _with_columns(item: Extraction) -> set[str]:
@@ -223,7 +232,7 @@ def _from_formula(store: Store, call: Call, rule: BoundRule | None, lowerings: t
     diagram = rule.equations[-1].diagram if rule is not None else None
     if diagram is None:
         raise UnsupportedError(f"{call.where} has a rule without a formula: give the rule a forward.")
-    return _shaped(store, build(store, diagram, lowerings), call.output.shape)
+    return shaped(store, build(store, diagram, lowerings), call.output.shape)
 
 
 def _saved(store: Store, rule: BoundRule) -> None:
@@ -233,131 +242,7 @@ def _saved(store: Store, rule: BoundRule) -> None:
 
 
 def _supply(store: Store, name: str, diagram: Diagram, lowerings: tuple[Lowering, ...]) -> None:
-    _name(store, build(store, diagram, lowerings), name)
-
-
-def _name(store: Store, ref: Ref, name: str) -> None:
-    """Call a built value `name`; a value in another memory order is read through a permuted view."""
-    if ref.order == ref.stored:
-        store.alias[name] = store.resolve(ref.name)
-    else:
-        code = arranged(store, ref, tuple((leg,) for leg in ref.order))
-        store.add(code, sizes_of(ref.order), Kernel.VIEW, name=name, strided=True)
-
-
-def _backward(
-    store: Store, graph: Graph, item: Backward, lowerings: tuple[Lowering, ...], lead: tuple[Leg, ...]
-) -> None:
-    """One cotangent: the sum of what its users send, each by native code or by its diagram."""
-    what = f"cotangent of {item.value}" if item.value else "averaged matrix"
-    store.note = what + (f", {item.note}" if item.note else "")
-    shape = graph.values[item.value].shape if item.value in graph.values else None
-    refs = []
-    for term in item.terms:
-        if isinstance(term, Native):
-            refs.append(_native(store, term, shape, lead))
-        else:
-            refs.append(build(store, term, lowerings))
-    if len(refs) == 1:
-        _name(store, refs[0], item.name)
-        return
-    shape = (*sizes_of(lead), *shape) if shape is not None else sizes_of(refs[0].order)
-    codes = [_shaped(store, ref, shape) for ref in refs]
-    legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(shape))
-    work = Work(flops=((len(refs) - 1, legs),), moved=((len(refs) + 1, legs),), fresh=((1, legs),))
-    in_order = [Ref(ref.name, legs, legs) if ref.order == ref.stored else None for ref in refs]
-    into = written_over(store, in_order, codes, legs, "add_")
-    store.add(" + ".join(codes), shape, Kernel.ELEMENTWISE, work, name=item.name, own=True, into=into)
-
-
-def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tuple[Leg, ...]) -> Ref:
-    """Native code; over the columns that ride together by vmap, unless it takes them itself."""
-    assert shape is not None
-    cotangent = store.resolve(term.cotangent)
-    out = store.shapes[store.resolve(term.of)]
-    if not any(N in factor.free_symbols for factor in out if not isinstance(factor, int)):
-        out = (N, *out)  # a value of parameters: one cotangent per sample
-    out = (*sizes_of(lead), *out)
-    shown = cotangent if store.shapes[cotangent] == out else f"{cotangent}.reshape({text(out)})"
-    together = "{cotangents}" in term.code
-    if together and shown != cotangent:
-        shown = store.add(shown, out, Kernel.VIEW)
-    mapped = bool(lead) and not together
-    filled = term.code.replace("{cotangents}", shown).replace("{cotangent}", "each" if mapped else shown)
-    code = fill(filled, store.resolve)
-    code = f"torch.func.vmap(lambda each: {code})({shown})" if mapped else code
-    legs = (*lead, *(Leg(f"a{k}", size) for k, size in enumerate(shape)))
-    kernel, forward = store.works.get(term.of, (Kernel.NATIVE, NO_WORK))
-    scaled = replace(forward, flops=_times(forward.flops, lead), moved=_times(forward.moved, lead))
-    moved = (*scaled.moved, (1, legs)) if scaled.moved else ((3, legs),)
-    work = Work(scaled.flops or ((2, legs),), moved, ((1, legs),))
-    own = term.code.startswith("torch.ops.aten.") and "_backward(" in term.code  # others may return what they are given
-    own = own or term.code.startswith("{cotangents}.new_zeros(")
-    name = store.add(code, sizes_of(legs), kernel, work, own=own, into=vjp_written_over(code, shown))
-    return Ref(name, legs, legs)
-
-
-def _times(terms: Terms, lead: tuple[Leg, ...]) -> Terms:
-    return tuple((c, (*lead, *legs)) for c, legs in terms)
-
-
-def _shaped(store: Store, ref: Ref, shape: tuple[Size, ...]) -> str:
-    """Code for a value in its legs' order, with the given shape."""
-    now = sizes_of(ref.order)
-    code = arranged(store, ref, tuple((leg,) for leg in ref.order))
-    if code == store.resolve(ref.name):
-        now = store.shapes[code]
-    if now == shape:
-        return code
-    if ref.order == ref.stored:  # one reshape is enough
-        name = store.resolve(ref.name)
-        return name if store.shapes[name] == shape else f"{name}.reshape({text(shape) or '()'})"
-    return f"{code}.reshape({text(shape) or '()'})"
-
-
-def _extract(
-    store: Store, graph: Graph, item: Extraction, lowerings: tuple[Lowering, ...], chunk: int | None
-) -> tuple[dict[str, str], Choice]:
-    """All results of one parameter, with the set of parts that makes them cheapest together."""
-    dotted = graph.parameters[item.parameter][0]
-    store.note = f"{dotted}"
-    choice, refs = choose(store, item, dotted, lowerings, chunk)
-    codes = {}
-    for quantity, ref in refs.items():
-        store.note = f"{quantity} of {dotted}"
-        whole = "#" not in quantity
-        shape = _result_shape(ref.order, graph.values[item.parameter].shape) if whole else sizes_of(ref.order)
-        codes[quantity] = _final(store, _shaped(store, ref, shape), shape, ref)
-    return codes, choice
-
-
-def _result_shape(order: tuple[Leg, ...], shape: tuple[Size, ...]) -> tuple[Size, ...]:
-    """The legs that are copies of the batch (and columns) first, then the parameter's own shape, as often as it is."""
-    head = tuple(leg.size for leg in order if is_head(leg))
-    rest = tuple(leg.size for leg in order if not is_head(leg))
-    copies = _copies(rest, prod(int(size) for size in shape))
-    return (*head, *(rest if copies is None else shape * copies))
-
-
-def _copies(sizes: tuple[Size, ...], elements: int) -> int | None:
-    """How many runs of legs have as many elements as the parameter; None if the legs are not made of such runs."""
-    found, run = 0, 1
-    for size in sizes:
-        if not isinstance(size, int):
-            return None
-        run *= size
-        if run == elements:
-            found, run = found + 1, 1
-    return found if run == 1 else None
-
-
-def _final(store: Store, code: str, shape: tuple[Size, ...], ref: Ref) -> str:
-    """A name for the result, so that no two results share memory with each other or with an input by accident."""
-    if code == store.resolve(ref.name):
-        return code
-    if any(step.name == store.resolve(ref.name) and ".expand(" in step.code for step in store.steps):
-        code += ".contiguous()"  # a constant result must be one that can be written to
-    return store.add(code, shape, Kernel.VIEW, strided=ref.order != ref.stored)
+    named(store, build(store, diagram, lowerings), name)
 
 
 def names_in(output: object) -> list[str]:
@@ -368,4 +253,3 @@ def names_in(output: object) -> list[str]:
 
 def _note(call: Call) -> str:
     return f"{call.path or 'model'}: {op_text(call.target).removeprefix('aten.')}"
-

@@ -34,7 +34,7 @@ def _sliced(store: Store, op: Operand, window: Window, lowerings: tuple[Lowering
         case Map():
             return Map(op.expr, tuple(_view(store, arg, window) for arg in op.args))
         case Selection():
-            return Selection(_view(store, op.index, window), op.choice)
+            return Selection(_view(store, op.index, window), op.choice, op.near)
         case Part():
             built = as_tensor(store, build(store, op.diagram, lowerings))
             return _view(store, built.rename(dict(zip(op.diagram.legs, op.legs, strict=True))), window)

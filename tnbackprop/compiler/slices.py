@@ -43,7 +43,7 @@ def build_sliced(store: Store, diagram: Diagram, lowerings: tuple[Lowering, ...]
 def _sliceable(product: Product, legs: Legs) -> bool:
     """Whether n runs through a product that is more than its value, and nothing pairs samples with each other."""
     reduced = BATCH not in legs or len(product.operands) > 1
-    return BATCH in product.legs and reduced and not _pairs_samples(product, legs)
+    return BATCH in product.legs and reduced and not pairs_samples(product, legs)
 
 
 def _large(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering, ...]) -> bool:
@@ -54,11 +54,12 @@ def _large(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering
     return largest > LARGE * number(((1, ref.order),), store.batch)
 
 
-def _pairs_samples(product: Product, legs: Legs) -> bool:
+def pairs_samples(product: Product, legs: Legs) -> bool:
+    """Whether samples meet each other in it."""
     if BATCH in product.legs and any(leg.size == N and leg != BATCH for leg in (*product.legs, *legs)):
         return True
     inner = [_renamed(op) for op in product.operands if isinstance(op, Part)]
-    return any(_pairs_samples(p, d.legs) for d in inner for p in d.products)
+    return any(pairs_samples(p, d.legs) for d in inner for p in d.products)
 
 
 def _renamed(part: Part) -> Diagram:
@@ -117,7 +118,9 @@ def _sliced(
     steps = alive(small.steps, kept)
     uses_like = any("like" in step.inputs for step in steps)
     parameters = [*inputs, *(["like"] if uses_like else []), *(["total"] if _has_total(steps) else [])]
-    name = _function(store, parameters, lines_of(steps, kept), result, next(iter(_sliced_names(inputs))), inputs)
+    first = next(tensor for tensor in inputs.values() if BATCH in tensor.legs)
+    batch = f"{first.name}.shape[{first.legs.index(BATCH)}]"
+    name = function_of(store, parameters, lines_of(steps, kept), result, batch)
     arguments = [_argument(store, tensor, chunk) for tensor in inputs.values()]
     arguments += (["like"] if uses_like else []) + (["N"] if "total" in parameters else [])
     rounds = f"range(0, N, {chunk})"
@@ -173,10 +176,6 @@ def _leaves(diagram: Diagram) -> dict[str, Tensor]:
     return found
 
 
-def _sliced_names(inputs: dict[str, Tensor]) -> list[str]:
-    return [name for name, tensor in inputs.items() if BATCH in tensor.legs]
-
-
 def _argument(store: Store, tensor: Tensor, chunk: int) -> str:
     ref = read(store, tensor)
     code = arranged(store, ref, tuple((leg,) for leg in tensor.legs))
@@ -185,11 +184,9 @@ def _argument(store: Store, tensor: Tensor, chunk: int) -> str:
     return f"{code}[{':, ' * tensor.legs.index(BATCH)}i : i + {chunk}]"
 
 
-def _function(
-    store: Store, parameters: list[str], lines: list[str], result: str, first: str, inputs: dict[str, Tensor]
-) -> str:
-    axis = inputs[first].legs.index(BATCH)
-    body = [f"    N = {first}.shape[{axis}]", *lines, f"    return {result}"]
+def function_of(store: Store, parameters: list[str], lines: list[str], result: str, batch: str) -> str:
+    """The name of a function of some samples, as many as `batch` says; two that are the same are one."""
+    body = [f"    N = {batch}", *lines, f"    return {result}"]
     text = "\n".join(body)
     for known, source in store.functions.items():
         if source.split("\n", 1)[1] == text and source.startswith(f"def {known}({', '.join(parameters)}):"):

@@ -10,7 +10,7 @@ from typing import TypeVar
 import sympy
 
 from ..canonical import Key
-from ..diagram import Diagram, Leg, Size
+from ..diagram import Diagram, Leg, N, Size
 from ..errors import InvariantError
 from .cost import Kernel, Rates, Work
 
@@ -93,6 +93,7 @@ class Store:
     varying: set[str] = field(default_factory=set)  # what is another value in each of them
     note: str = ""
     prefix: str = "t"
+    alone: bool = False  # there is one sample
 
     def fork(self) -> Store:
         """An independent copy, to try a plan on."""
@@ -174,6 +175,10 @@ class Store:
         while name in self.alias:
             name = self.alias[name]
         return name
+
+    def real(self, legs: tuple[Leg, ...]) -> list[Leg]:
+        """The legs that are more than one element."""
+        return [leg for leg in legs if leg.size != 1 and not (self.alone and leg.size == N)]
 
     def in_rounds(self, rounds: int, rows: Iterable[str] = ()) -> None:
         """From here on there are so many rounds, with other values of these names, and of what reads them, in each."""

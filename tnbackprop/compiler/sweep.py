@@ -22,7 +22,7 @@ from ..jacobian import Jacobian
 from ..quantities import Quantity
 from ..regroup import refine, refinement
 from ..simplify import simplify
-from .condense import condensed
+from .condense import condensed, gathered
 from .derived import Backward, Extraction, Individual, Native
 from .foreign import foreign
 from .graph import Call, Graph
@@ -285,7 +285,9 @@ def schedule(sweep: Sweep, name: str) -> None:
     if not any(isinstance(item, Backward) and item.value == name for item in sweep.schedule):
         call = sweep.owner.get(name)
         where = call.where if call else ""
-        sweep.schedule.append(Backward(f"{sweep.prefix}_{name}", name, tuple(sweep.terms[name]), where))
+        terms = tuple(sweep.terms[name])
+        before = gathered(terms[0], _terms(sweep)) if sweep.several and len(terms) == 1 else None
+        sweep.schedule.append(Backward(f"{sweep.prefix}_{name}", name, terms, where, before))
 
 
 def all_uses(sweep: Sweep, name: str) -> tuple[Uses, Cotangents]:
@@ -336,9 +338,14 @@ def _extract(sweep: Sweep, parameters: list[str]) -> None:
         sweep.schedule.append(replace(found, condensed=_condensed(sweep, found, uses, g)))
 
 
+def _terms(sweep: Sweep) -> dict[str, list[Diagram | Native]]:
+    """What the cotangents so far are sums of, by their names."""
+    return {f"{sweep.prefix}_{value}": each for value, each in sweep.terms.items()}
+
+
 def _condensed(sweep: Sweep, found: Extraction, uses: Uses, g: Cotangents) -> dict[str, Diagram]:
     """The same quantities from the cotangents of several columns as they were before a selection scattered them."""
-    terms = {f"{sweep.prefix}_{value}": each for value, each in sweep.terms.items()} if sweep.several else {}
+    terms = _terms(sweep) if sweep.several else {}
     before = [condensed(each, terms) for each in g.each]
     if not any(before):
         return {}

@@ -42,7 +42,7 @@ def behind(
             names[step.name] = f"{names[first]}_{step.name}"
         if total not in begin:
             names[value] = total
-        after += [_renamed(step, names) for step in tail]
+        after += [renamed(step, names) for step in tail]
         if total in begin:
             code = f"{begin[total]} + {names[value]}"
             after.append(Step(total, code, (begin[total], names[value]), Kernel.ELEMENTWISE, _adding(store, value)))
@@ -105,15 +105,18 @@ def _seconds(store: Store, work: Work) -> float:
     return store.rates.seconds(Kernel.ELEMENTWISE, work, store.batch, store.itemsize)
 
 
-def _renamed(step: Step, names: Mapping[str, str]) -> Step:
+def renamed(step: Step, names: Mapping[str, str]) -> Step:
+    """The step with other names for what it reads, and for itself."""
+    if not names:
+        return step
     pattern = re.compile(r"(?<![\w.])(" + "|".join(map(re.escape, names)) + r")\b")
 
-    def renamed(code: str) -> str:
+    def code_with(code: str) -> str:
         return pattern.sub(lambda match: names[match.group(1)], code)
 
     inputs = tuple(names.get(name, name) for name in step.inputs)
-    into = tuple((names.get(name, name), renamed(code)) for name, code in step.into)
-    return replace(step, name=names[step.name], code=renamed(step.code), inputs=inputs, into=into)
+    into = tuple((names.get(name, name), code_with(code)) for name, code in step.into)
+    return replace(step, name=names.get(step.name, step.name), code=code_with(step.code), inputs=inputs, into=into)
 
 
 def is_linear(code: str, name: str) -> bool:

@@ -86,6 +86,6 @@ def _operand(op: Operand, held: frozenset[Leg]) -> Operand | None:
             return Window(op.image, tuple((c, leg) for c, leg in op.terms if leg.size != 1 or leg in held), op.offset)
         case Selection():
             choice = _kept(op.choice, held)
-            return Selection(Tensor(op.index.name, _kept(op.index.legs, held)), choice)
+            return Selection(Tensor(op.index.name, _kept(op.index.legs, held)), choice, op.near)
         case _:
             return op

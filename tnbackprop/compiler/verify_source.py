@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 from .by_rows import BY_ROWS
+from .receptive import RECEPTIVE
+from .samples import ADDED
 from .shifts import WINDOW_GRAM
 
 Flaws = Iterator[tuple[str, str]]
@@ -24,7 +26,7 @@ LOSS = "loss_"
 SLICE, COLUMN, NOISE = "slice_", "column_", "noise_"
 """How names begin: functions of a slice of the batch, columns of a root, random inputs."""
 
-FIXED = frozenset({WINDOW_GRAM, *BY_ROWS.values()})
+FIXED = frozenset({WINDOW_GRAM, *BY_ROWS.values(), *RECEPTIVE.values(), ADDED})
 """Functions of constant text, with loops over sizes: their own tests check them, here only what calls them is read."""
 
 

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from ..rule import Rule, Table
+from ..rule import Constant, Rule, Table
 from .text import IMAGE, KERNEL, SPACE, axis, for_rank, join, leg_names, per_axis, refuse
 
 TABLE = Table()
 aten = torch.ops.aten
+NO_CONSTANTS: Mapping[str, Constant] = MappingProxyType({})
 
 
-def _max_rule(call: Any, count: int, pooled: str, saved: Mapping[str, str]) -> Rule:
-    """output[*s, h] = input[*s, y] at the y that the saved index chooses (the first maximum, or a NaN)."""
+def _max_rule(
+    call: Any,
+    count: int,
+    pooled: str,
+    saved: Mapping[str, str],
+    where: Sequence[str] = (),
+    constants: Mapping[str, Constant] = NO_CONSTANTS,
+) -> Rule:
+    """output[*s, h] = input[*s, y] at the y that the saved index chooses (the first maximum, or a NaN).
+
+    where  for each space axis y = stride*h + dilation*k - padding, if that is known of y
+    """
     space, image = join(SPACE[count]), join(IMAGE[count])
     row_major = ".contiguous()" if saved else ""
     plane, head = list(call.input.shape[-count:]), f"*{{cotangents}}.shape[:-{count}]"
@@ -25,7 +37,8 @@ def _max_rule(call: Any, count: int, pooled: str, saved: Mapping[str, str]) -> R
         f".expand({head}, -1), {{cotangents}}.flatten(-{count})).unflatten(-1, {plane})"
     )
     return Rule(
-        f"output[*s, {space}] = select(index[*s, {space}], {image}) * input[*s, {image}]",
+        f"output[*s, {space}] = select(index[*s, {space}], {join(where) or image}) * input[*s, {image}]",
+        constants=constants,
         saved={**saved, "pooled": pooled, f"index[*s, {space}]": f"{{pooled}}[1]{row_major}"},
         forward=f"{{pooled}}[0]{row_major}",
         vjp={"input": vjp},
@@ -39,7 +52,12 @@ def max_pool(call: Any, count: int) -> Rule:
     geometry = f"{join([str(v) for v in numbers])}, {call.ceil_mode}"
     saved, source = _channels_last(call, count)
     pooled = f"torch.ops.aten.max_pool{count}d_with_indices({source}, {geometry})"
-    return _max_rule(call, count, pooled, saved)
+    where: list[str] = []
+    constants: dict[str, Constant] = {}
+    for a, (kernel, step, padding, gap) in enumerate(zip(*numbers, strict=True)):
+        where.append(f"{IMAGE[count][a]}=s{a}*{SPACE[count][a]} + d{a}*{KERNEL[count][a]} - p{a}")
+        constants |= {KERNEL[count][a].upper(): kernel, f"s{a}": step, f"d{a}": gap, f"p{a}": padding}
+    return _max_rule(call, count, pooled, saved, where, constants)
 
 
 def _channels_last(call: Any, count: int) -> tuple[dict[str, str], str]:

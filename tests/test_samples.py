@@ -1,0 +1,159 @@
+"""Sample by sample: all columns of one ride at once, and the results are the sums that a loop over columns gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tnbackprop as tn
+from tnbackprop import compiler
+from tnbackprop.compiler.derived import Apart, Derived
+from tnbackprop.compiler.memory import peak_bytes
+from tnbackprop.compiler.plan import Plan
+
+from . import oracle_second
+from .cases import seq
+from .second_order import assert_equal
+from .test_meetings import CASES, indefinite, problem, weighted
+
+Attempt = Callable[..., tuple[Derived, Plan] | None]
+
+
+@pytest.fixture(autouse=True)
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two columns are many, and one sample after the other is taken to be best wherever that can be."""
+
+    def fastest(width: int, others: Sequence[int], apart: Apart, attempt: Attempt) -> tuple[Derived, Plan] | None:
+        return attempt(1024, Apart(2, 4)) or attempt(1)
+
+    monkeypatch.setattr(compiler, "_fastest", fastest)
+
+
+def calls(program: tn.Program) -> int:
+    """How many sweeps go sample by sample."""
+    return program.source.count("= added(slice_")
+
+
+def check(program: tn.Program, model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor, name: str) -> None:
+    result = program(x, y)
+    assert_equal(result["hessian_diag"], oracle_second.hessian_diag(model, loss, x, y), name)
+    assert_equal(result["diag_ggn"], oracle_second.diag_ggn(model, loss, x, y), name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exact(name: str) -> None:
+    """Every sweep of many columns goes so; for any batch, also one of a single sample."""
+    model, x, y = problem(name, 4)
+    loss = nn.CrossEntropyLoss()
+    program = tn.compile(model, loss, (x, y), [tn.HessianDiag(), tn.DiagGGN()])
+    assert calls(program) >= 2
+    for size in (4, 1, 7):
+        check(program, model, loss, *problem(name, size)[1:], name)
+
+
+@pytest.mark.parametrize("loss", [weighted, indefinite, F.cross_entropy], ids=["weighted", "indefinite", "plain"])
+def test_weights(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Columns of either sign, and what the loss averages over: the batch is that of the call, not one sample."""
+    model, x, y = problem("a chain", 5)
+    program = tn.compile(model, loss, (x, y), [tn.HessianDiag()])
+    assert calls(program)
+    assert_equal(program(x, y)["hessian_diag"], oracle_second.hessian_diag(model, loss, x, y), "hessian_diag")
+
+
+class Everything(nn.Module):
+    """A frozen parameter, a fallback, normalisation, an embedding, an einsum, and a layer that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(7, 4), nn.LayerNorm(4)
+        self.twice, self.frozen, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.mix = nn.Parameter(torch.randn(4, 4))
+        self.frozen.weight.requires_grad_(False)
+        self.register_buffer("shift", torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.table(x))
+        x = self.twice(self.twice(x).tanh()).sigmoid() + self.shift
+        x = torch.einsum("nti,ij->ntj", self.frozen(x), self.mix)
+        return self.head(torch.cumsum(x, 1).mean(1))
+
+
+def test_what_a_sample_reads() -> None:
+    torch.manual_seed(0)
+    model, x, y = Everything().double(), torch.randint(0, 7, (3, 5)), torch.arange(3)
+    loss = nn.CrossEntropyLoss()
+    program = tn.compile(model, loss, (x, y), [tn.HessianDiag(), tn.DiagGGN()])
+    assert calls(program) >= 2
+    check(program, model, loss, x, y, "everything")
+
+
+@pytest.mark.parametrize("expand", list(tn.Sharing))
+def test_kronecker_factors(expand: tn.Sharing) -> None:
+    """The scales of the factors are those of the whole batch."""
+    torch.manual_seed(0)
+    model = seq(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(18, 4)).double()
+    x, y = torch.randn(3, 1, 4, 4, dtype=torch.float64), torch.arange(3)
+    quantities = [tn.KFLR(sharing=expand)]
+    program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), quantities)
+    assert calls(program)
+    with pytest.MonkeyPatch.context() as usual:
+        usual.setattr(compiler, "_fastest", lambda width, others, apart, attempt: attempt(1))
+        other = tn.compile(model, nn.CrossEntropyLoss(), (x, y), quantities)
+    assert not calls(other)
+    one, two = program(x, y)["kflr"], other(x, y)["kflr"]
+    for name in two:
+        for factor, want in zip(one[name].factors, two[name].factors, strict=True):
+            torch.testing.assert_close(factor, want, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "quantity",
+    [tn.SqrtGGN(), tn.DiagGGN(per_sample=True), tn.GGNTrace(), tn.GGNGram(), tn.HessianDiag(per_sample=True)],
+    ids=lambda quantity: quantity.name,
+)
+def test_results_that_keep_samples(quantity: tn.Quantity) -> None:
+    """They are no sums over samples: their columns go in a loop, as ever."""
+    model, x, y = problem("a chain", 3)
+    assert not calls(tn.compile(model, nn.CrossEntropyLoss(), (x, y), [quantity]))
+
+
+def test_what_does_not_depend_on_samples_is_outside() -> None:
+    """A transposed or rearranged parameter is read by every call, and made once."""
+    model, x, y = problem("a chain", 3)
+    program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.HessianDiag()])
+    assert "weight.flip" not in program.source.split("def program")[0]
+    assert "1/N" not in program.source.split("def program")[0]
+
+
+def test_shown_and_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Explained as what it is, and a bar has a round for each sample."""
+    totals: list[tuple[object, int]] = []
+
+    def track(rows: list[int], total: int, description: str, **options: object) -> list[int]:
+        totals.append((description, total))
+        return rows
+
+    monkeypatch.setattr("tnbackprop.runtime.progress.track", track)
+    model, x, y = problem("a chain", 3)
+    program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.HessianDiag()])
+    assert "sample by sample" in program.explain("derive")
+    assert "sample by sample" in program.explain("plan")
+    program(x, y, progress=True)
+    assert totals == [("slices of the batch", 3)] * calls(program)
+
+
+def test_memory_is_that_of_one_sample() -> None:
+    """What a call holds does not grow with the batch; the results do not, either."""
+    model = seq(nn.Linear(40, 60), nn.Sigmoid(), nn.Linear(60, 50), nn.Sigmoid(), nn.Linear(50, 3))
+    peaks = []
+    for size in (8, 64):
+        x, y = torch.randn(size, 40), torch.arange(size) % 3
+        program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.HessianDiag()])
+        assert calls(program)
+        rows = sum(4 * size * c.start.columns * 60 for c in program.compiled.derived.columns)
+        peaks.append(peak_bytes(program.compiled.plan) - 2 * rows)
+    assert peaks[1] < 2 * peaks[0]
