@@ -148,7 +148,9 @@ def test_exact(name: str, columns: int) -> None:
         ("+ y - above", "- above"),
         ("field[0] - 1 - y", "field[0] - y"),
         ("(y - first[0]) // step[0] + 1", "(y - first[0]) // step[0]"),
-        ("(left - start) * images :", "0 * left :"),
+        ("(left - start) * inner :", "0 * left :"),
+        (".zero_()", ""),
+        ("low * outer :", "0 * outer :"),
         ("min(down, ", "max(down, "),
     ],
 )

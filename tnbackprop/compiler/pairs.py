@@ -19,8 +19,6 @@ Legs = tuple[Leg, ...]
 Into = tuple[tuple[str, str], ...]
 """Values that a step may be written over, with the code that does it (see `Step.into`)."""
 NOWHERE: Into = ()
-ODD = 1.2
-"""A batched matmul with an odd number of columns takes so much longer (on a CPU)."""
 
 
 def sum_legs(store: Store, ref: Ref, gone: Legs) -> Ref:
@@ -252,16 +250,15 @@ class Product2:
         total += matrix_seconds(store, self.second, self.leading, self.summed, self.right)
         if output is not None and store.real(self.legs) != store.real(output):
             total += _seconds(store, Kernel.COPY, copy_work(self.legs))
-        if self.filled(store):
+        if store.alone and self.filled(store):  # for every sample; before a loop it is nothing
             total += _seconds(store, Kernel.COPY, copy_work(self.second.stored))
         return total + _seconds(store, self.kernel, self.work) * self._slower(store)
 
     def _slower(self, store: Store) -> float:
         """Matmul kernels are made for many columns: few of them had better be rows."""
         matrices = self.head or (self.left and self.right)
-        if matrices and size_at(merged(self.right), store.batch) < store.rates.narrow:
-            return store.rates.narrow_factor
-        return ODD if self.odd(store) and not self.filled(store) else 1.0
+        narrow = matrices and size_at(merged(self.right), store.batch) < store.rates.narrow
+        return store.rates.narrow_factor if narrow else 1.0
 
     def code(self, store: Store) -> str:
         """mv, mm, or bmm with the missing axis put in and taken out again."""
@@ -285,13 +282,10 @@ class Product2:
 
     def filled(self, store: Store) -> int:
         """How many columns of zeros are put to an odd number of them that stay the same in all rounds of a loop."""
-        stays = (store.rounds > 1 or store.alone) and store.resolve(self.second.name) not in store.varying
-        return -int(merged(self.right)) % store.rates.odd if self.odd(store) and stays else 0
-
-    def odd(self, store: Store) -> bool:
-        """Whether a batched matmul has an odd number of columns, and that is slower."""
         columns = merged(self.right)
-        return bool(self.head) and store.rates.odd > 1 and isinstance(columns, int) and columns > 1 and columns % 2 == 1
+        odd = self.head and isinstance(columns, int) and columns > 1 and columns % 2
+        stays = (store.rounds > 1 or store.alone) and store.resolve(self.second.name) not in store.varying
+        return -int(columns) % store.rates.odd if odd and stays else 0
 
 
 def _matmul(store: Store, a: Ref, b: Ref, output: Legs, ordered: bool) -> Ref:

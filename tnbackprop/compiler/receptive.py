@@ -42,27 +42,30 @@ def receptive_rows(places, choices, step, gap, first, field):
     rows = torch.arange(places[0].shape[1], device=places[0].device)[:, None, None]
     for axis, (place, many) in enumerate(zip(places, choices, strict=True)):
         start = step[axis] * torch.arange(place.shape[2 + axis], device=place.device) + first[axis]
-        rows = rows * many + (place - (start if axis else start[:, None])) // gap[axis]
+        choice = place - (start if axis else start[:, None])
+        rows = rows * many + (choice // gap[axis] if gap[axis] > 1 else choice)
     return (rows * field).permute(0, 3, 2, 1).contiguous()"""
 
 VJP = """\
 def receptive_vjp(g, rows, kernels, step, first, field, size):
     # g[n, w, h, o, v] -> [n, y, x, i, v]: what reaches a row y of the image is multiplied by the kernels chosen there.
-    across, down, images = g.shape[1], g.shape[2], kernels.shape[1] // field[1]
-    out = g.new_zeros((len(g), size[0], size[1] * images, g.shape[-1]))
+    across, down, outer, inner = *g.shape[1:4], kernels.shape[1] // field[1]
+    out = g.new_empty((len(g), size[0], size[1] * inner, g.shape[-1]))
     above = step[0] * torch.arange(down, device=g.device)[:, None] + first[0]
-    for y in range(size[0]):
-        low, high = max(0, -((first[0] + field[0] - 1 - y) // step[0])), min(down, (y - first[0]) // step[0] + 1)
-        for n in range(len(g) if low < high else 0):
-            chosen = kernels.index_select(0, (rows[n, :, low:high] + y - above[low:high]).flatten())
-            chosen = chosen.unflatten(0, (across, -1))
-            for w in range(across):
-                start = first[1] + step[1] * w
-                left, right = max(0, start), min(size[1], start + field[1])
-                if left < right:
-                    kernel = chosen[w, :, (left - start) * images : (right - start) * images]
-                    out[n, y, left * images : right * images].addmm_(kernel.t(), g[n, w, low:high].flatten(0, 1))
-    return out.unflatten(2, (size[1], images))"""
+    starts = [first[1] + step[1] * w for w in range(across)]
+    fields = [(max(0, start), min(size[1], start + field[1]), start) for start in starts]
+    for n, pooled in enumerate(g.flatten(2, 3)):
+        for y in range(size[0]):
+            image = out[n, y].zero_()
+            low, high = max(0, -((first[0] + field[0] - 1 - y) // step[0])), min(down, (y - first[0]) // step[0] + 1)
+            if low < high:
+                chosen = kernels.index_select(0, (rows[n, :, low:high] + y - above[low:high]).flatten())
+                chosen = chosen.unflatten(0, (across, -1)).mT
+                for w, (left, right, start) in enumerate(fields):
+                    if left < right:
+                        kernel = chosen[w, (left - start) * inner : (right - start) * inner]
+                        image[left * inner : right * inner].addmm_(kernel, pooled[w, low * outer : high * outer])
+    return out.unflatten(2, (size[1], inner))"""
 
 RECEPTIVE = {"receptive_kernels": KERNELS, "receptive_rows": ROWS, "receptive_vjp": VJP}
 
@@ -272,8 +275,10 @@ def _rows(store: Store, fields: Fields) -> str:
     positions = tuple((axis.position,) for axis in fields.axes)
     index = read(store, fields.selection.index)
     code = arranged(store, index, ((BATCH,), (fields.outer,), *positions))
-    width = int(fields.selection.choice[1].size)
-    places = [f"{code} // {width}", f"{code} % {width}"]
+    width, own = int(fields.selection.choice[1].size), (BATCH, fields.outer, *(leg for (leg,) in positions))
+    work = Work(moved=((2, own),))
+    down = store.add(f"{code} // {width}", sizes_of(own), Kernel.ELEMENTWISE, work)
+    places = [down, f"{code} - {down} * {width}"]
     pools = [axis.pool for axis in fields.axes]
     if pools[0].image != fields.selection.choice[0]:
         places.reverse()
