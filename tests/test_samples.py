@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from tnbackprop.compiler.plan import Plan
 from . import oracle_second
 from .cases import seq
 from .second_order import assert_equal
-from .test_meetings import CASES, indefinite, problem, weighted
+from .test_generate import passes
+from .test_meetings import CASES, arrivals, indefinite, problem, weighted
 
 Attempt = Callable[..., tuple[Derived, Plan] | None]
 
@@ -62,6 +64,16 @@ def test_weights(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     program = tn.compile(model, loss, (x, y), [tn.HessianDiag()])
     assert calls(program)
     assert_equal(program(x, y)["hessian_diag"], oracle_second.hessian_diag(model, loss, x, y), "hessian_diag")
+
+
+def test_what_arrives_rides_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few columns of a sweep before come to where many are one-hot, and go on with them, sample by sample."""
+    monkeypatch.setattr(compiler, "_fastest", lambda width, others, apart, attempt: attempt(1024, Apart(10, 4)))
+    model, x, y = problem("a chain", 3)
+    program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.HessianDiag()])
+    assert arrivals(program)[-1] == ("layer_0", 9) and calls(program) == 1
+    want = oracle_second.hessian_diag(model, nn.CrossEntropyLoss(), x, y)
+    assert_equal(program(x, y)["hessian_diag"], want, "a chain")
 
 
 class Everything(nn.Module):
@@ -121,6 +133,16 @@ def test_results_that_keep_samples(quantity: tn.Quantity) -> None:
     assert not calls(tn.compile(model, nn.CrossEntropyLoss(), (x, y), [quantity]))
 
 
+def test_in_a_file_of_its_own(tmp_path: Path) -> None:
+    """What is generated checks itself: against autograd, for several batch sizes."""
+    torch.manual_seed(0)
+    model = seq(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(27, 4), nn.Sigmoid())
+    example = torch.randn(4, 1, 8, 8), torch.arange(4)
+    file = tn.generate(model, [tn.HessianDiag()], loss=nn.CrossEntropyLoss(), example=example)
+    assert "def added(" in file.source
+    passes(file.source, tmp_path)
+
+
 def test_what_does_not_depend_on_samples_is_outside() -> None:
     """A transposed or rearranged parameter is read by every call, and made once."""
     model, x, y = problem("a chain", 3)
@@ -141,7 +163,9 @@ def test_shown_and_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y = problem("a chain", 3)
     program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.HessianDiag()])
     assert "sample by sample" in program.explain("derive")
-    assert "sample by sample" in program.explain("plan")
+    shown = program.explain("plan")
+    assert "sample by sample" in shown and "N × cotangent of layer_0" in shown
+    assert "# the 4 one-hot columns at layer_2, weighted, sample by sample" in program.source
     program(x, y, progress=True)
     assert totals == [("slices of the batch", 3)] * calls(program)
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 import tnbackprop as tn
 from tnbackprop import compiler
 from tnbackprop.compiler import cost
+from tnbackprop.compiler.derived import Apart
 from tnbackprop.compiler.emit import noises
 
 QUANTITIES = {
@@ -20,10 +21,12 @@ QUANTITIES = {
 }  # fmt: skip
 
 
-def assert_one_graph(quantity: tn.Quantity, share: float | None, backend: str = "eager") -> tn.Program:
+def assert_one_graph(
+    quantity: tn.Quantity, share: float | None, backend: str = "eager", before: tuple[nn.Module, ...] = ()
+) -> tn.Program:
     """The same numbers from the traced source; `share` of the memory that the program would take."""
     torch.manual_seed(0)
-    features = (nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3), nn.Sigmoid())
+    features = (*before, nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3), nn.Sigmoid())
     model = nn.Sequential(*features, nn.Flatten(), nn.Linear(24, 8), nn.Tanh(), nn.Linear(8, 5)).double()
     loss, x, y = nn.CrossEntropyLoss(), torch.randn(8, 2, 8, 8).double(), torch.randint(5, (8,))
     program = tn.compile(model, loss, (x, y), [quantity])
@@ -60,6 +63,17 @@ def test_loops_over_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "WIDER", ())
     program = assert_one_graph(QUANTITIES[name], None)
     assert program.compiled.plan.loops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["diag_ggn", "hessian_diag"])
+def test_sample_by_sample(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with kernels that are picked by what max pooling chose."""
+    flops = dict.fromkeys(cost.Kernel, 1e3) | {cost.Kernel.RECEPTIVE: 1e18}
+    monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, launch=0.0, bandwidth=1e18, flops=flops))
+    monkeypatch.setattr(compiler, "_fastest", lambda width, others, apart, attempt: attempt(1024, Apart(2, 4)))
+    program = assert_one_graph(QUANTITIES[name], None, before=(nn.Conv2d(2, 2, 1),))
+    assert "= added(slice_" in program.source and "= receptive_vjp(" in program.source
 
 
 @pytest.mark.slow

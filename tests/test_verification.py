@@ -57,6 +57,25 @@ def test_right_rules(name: str) -> None:
     assert any("N = 1," in row.case for row in report.rows) and any("whole numbers" in row.case for row in report.rows)
 
 
+class Pairs(nn.Module):
+    """The larger one of every two."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input.unflatten(1, (-1, 2)).amax(2)
+
+
+@pytest.mark.parametrize("near", [2, 1])
+def test_where_a_choice_lies(near: int) -> None:
+    """What a rule says of the place of a choice is checked with the rest: here it may be the second of a pair."""
+    rule = tn.Rule(
+        "output[n, h] = select(index[n, h], y=2*h + k) * input[n, y]",
+        constants={"K": near},
+        saved={"index[n, h]": "{input}.unflatten(1, (-1, 2)).argmax(2) + 2 * torch.arange({input}.shape[1] // 2)"},
+    )
+    report = tn.verify(rule, module=Pairs(), x=(3, 6), quantities=FIRST, check=False)
+    assert report.ok == (near == 2)
+
+
 def test_every_quantity_of_a_rule_and_of_its_input() -> None:
     """Second derivatives, too, and what is defined line by line; nothing is left out."""
     report = tn.verify(norm, module=nn.LayerNorm(3), x=(2, 3))

@@ -114,4 +114,16 @@ def _selection(operand: Selection, values: Values, n: int) -> Array:
     sizes = [size_of(leg.size, n) for leg in choice]
     stored = materialise(operand.index, values, n)
     one_hot = (stored[..., None] == np.arange(math.prod(sizes))).astype(np.float64).reshape([*stored.shape, *sizes])
-    return _ordered(one_hot, index + choice, operand.legs)
+    value = _ordered(one_hot, index + choice, operand.legs)
+    for window in operand.near:
+        value = value * _near(window, operand.legs, n)
+    return value
+
+
+def _near(window: Window, legs: tuple[Leg, ...], n: int) -> Array:
+    """1 where some k brings a position to the image: an index that is elsewhere selects nothing here."""
+    dense = _window(window, tuple(size_of(leg.size, n) for leg in window.legs))
+    apart = tuple(k for k, leg in enumerate(window.legs) if leg not in legs)
+    own = tuple(leg for leg in window.legs if leg in legs)
+    inside = dense.max(axis=apart).transpose(sorted(range(len(own)), key=lambda k: legs.index(own[k])))
+    return np.asarray(inside.reshape([size_of(leg.size, n) if leg in own else 1 for leg in legs]))

@@ -186,6 +186,8 @@ def test_select_nearby() -> None:
     ((window,), (choice,)) = selection.near, selection.choice
     assert (window.image, window.offset) == (choice, -1)
     assert [(c, leg.size) for c, leg in window.terms] == [(2, 4), (1, 3)]
+    wrong = np.array([[0, 5, 3, 6]] * 3)  # position 1 has its window at 1, 2 and 3: for the reference that is nothing
+    assert np.array_equal(run(rule, input=x, index=wrong)[:, 1], np.zeros(3))
     renamed = selection.rename({choice: Leg("z", 7)})
     assert renamed.near[0].image == renamed.choice[0] == Leg("z", 7)
 

@@ -17,6 +17,7 @@ from .cost import number, size_at
 from .derived import Backward, Extraction, Individual, Native, Schedule
 from .explain_text import body_text, diagram_text, legs_text, milliseconds, shortened, size_text, table
 from .memory import peak_bytes
+from .plan import Plan
 from .polynomials import Symbols, in_batch_text, number_text
 from .stage import Stage
 from .store import Step
@@ -251,8 +252,7 @@ def _way_row(compiled: Compiled, symbols: Symbols, way: Alternative) -> tuple[st
 def _path(compiled: Compiled) -> Iterator[str]:
     """Every step, grouped by what it is for."""
     groups: list[tuple[str, list[Step]]] = []
-    for step, times in compiled.plan.timed:
-        note = step.note if times == 1 else f"{times} × {step.note}"
+    for step, note in _noted(compiled.plan):
         if not groups or groups[-1][0] != note:
             groups.append((note, []))
         groups[-1][1].append(step)
@@ -267,6 +267,14 @@ def _path(compiled: Compiled) -> Iterator[str]:
         if k in heads:
             yield heads[k]
         yield line
+
+
+def _noted(plan: Plan) -> Iterator[tuple[Step, str]]:
+    """Every step and what it is for; after a call for each sample the steps of that, with the work of all samples."""
+    for step, times in plan.timed:
+        yield step, step.note if times == 1 else f"{times} × {step.note}"
+        if step.name in plan.pieces:
+            yield from ((inner, f"N × {inner.note}") for inner in plan.pieces[step.name].steps)
 
 
 def step_row(compiled: Compiled, symbols: Symbols, step: Step) -> tuple[str, ...]:

@@ -160,7 +160,7 @@ def _dotted(store: Store, a: Ref, b: Ref, summed: Legs) -> Ref:
     groups: Groups = (*((leg,) for leg in kept), summed)
     if a.stored == b.stored == (*summed, *kept):
         order, groups = a.stored, (summed, *((leg,) for leg in kept))
-    elif copies(store, a, groups) or copies(store, b, groups) or (store.alone and a.stored != order):
+    elif copies(store, a, groups) or copies(store, b, groups) or (store.alone and a.stored != order):  # as in memory
         order = a.stored
         groups = tuple((leg,) for leg in a.stored)
     dims = ", ".join(str(k) for k, group in enumerate(groups) if group[0] in summed)

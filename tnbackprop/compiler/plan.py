@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,7 +20,7 @@ from .graph import Call, Graph, op_text
 from .items import named, scheduled, shaped
 from .listing import alive
 from .loops import Loop, Results, over_columns
-from .memory import peak_bytes
+from .memory import Piece, peak_bytes
 from .pairs import written_over
 from .root_steps import root_steps
 from .samples import sample_by_sample
@@ -45,6 +45,7 @@ class Plan:
     shapes: Mapping[str, tuple[Size, ...]]
     functions: Mapping[str, str]  # slices of the batch: name -> source
     loops: tuple[Loop, ...] = ()
+    pieces: Mapping[str, Piece] = field(default_factory=dict)  # steps that call a function of one sample -> its steps
 
     @property
     def timed(self) -> Iterator[tuple[Step, int]]:
@@ -100,7 +101,7 @@ def _plan(
     choices: list[Choice] = []
     results = scheduled(store, graph, derived.schedule, lowerings, chunk, choices)
     checks: dict[str, str] = {}
-    loops = _sweeps(store, graph, derived, lowerings, chunk, choices, results, checks)
+    loops, pieces = _sweeps(store, graph, derived, lowerings, chunk, choices, results, checks)
     if checks:
         results[INDEFINITE] = checks
     output = {name: store.resolve(name) for name in names_in(graph.output)}
@@ -112,7 +113,7 @@ def _plan(
     shapes = store.shapes | {out: _total(loop, store.shapes[own], out) for loop in loops for own, out in loop.outputs}
     return Plan(
         steps, _in_order(results, graph), loss, output, tuple(choices), graph.example_batch, itemsize, rates, shapes,
-        store.functions, tuple(loops),
+        store.functions, tuple(loops), pieces,
     )  # fmt: skip
 
 
@@ -125,21 +126,25 @@ def _sweeps(
     choices: list[Choice],
     results: dict[str, dict[str, str]],
     checks: dict[str, str],
-) -> list[Loop]:
-    """All sweeps of columns. Those in a loop come last: what it sums may go on from results of the others."""
+) -> tuple[list[Loop], dict[str, Piece]]:
+    """All sweeps of columns, and what is called for each sample.
+
+    Those in a loop come last: what it sums may go on from results of the others.
+    """
     saved = [each.name for _, rule in derived.bound for each in rule.saved]
     looped: list[tuple[Columns, Mapping[str, str]]] = []
+    pieces: dict[str, Piece] = {}
     for columns in derived.columns:
         rows = root_steps(store, graph, columns, lowerings, checks)
-        if columns.alone:
-            mine = sample_by_sample(store, graph, columns, saved, rows, lowerings, choices)
+        apart = sample_by_sample(store, graph, columns, saved, rows, lowerings) if columns.alone else None
+        if apart is not None:
+            choices += apart.choices
+            pieces[apart.call] = apart.piece
+            _gather(results, _together(store, apart.results, results))
         elif columns.looped:
-            mine = None
-        else:
-            mine = scheduled(store, graph, columns.schedule, lowerings, chunk, choices, columns.carried)
-        if mine is None:
             looped.append((columns, rows))
         else:
+            mine = scheduled(store, graph, columns.schedule, lowerings, chunk, choices, columns.carried)
             _gather(results, _together(store, mine, results))
     loops = []
     for columns, varying in looped:
@@ -150,7 +155,7 @@ def _sweeps(
         store.in_rounds(1)
         loops.append(loop)
         _gather(results, sums)
-    return loops
+    return loops, pieces
 
 
 def _gather(results: dict[str, dict[str, str]], mine: Results) -> None:

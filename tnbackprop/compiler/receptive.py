@@ -190,7 +190,7 @@ def find_fields(product: Product, legs: Legs) -> Fields | None:
     if len(weights) != 1 or not isinstance(weights[0], Tensor) or len(outer) != 1 or not carried:
         return None
     inner = tuple(leg for leg in weights[0].legs if leg not in (*kernels, *outer))
-    columns = tuple(leg for leg in legs if leg.name == COLUMN)
+    columns = tuple(leg for leg in legs if leg.name == COLUMN and isinstance(leg.size, int))
     fields = Fields(selection, axes, weights[0], carried, there, outer[0], inner, columns)
     return fields if _complete(fields, legs) else None
 
@@ -284,7 +284,7 @@ def _rows(store: Store, fields: Fields) -> str:
         places.reverse()
     step, gap = (tuple(pool.terms[k][0] for pool in pools) for k in (0, 1))
     first = tuple(pool.offset for pool in pools)
-    legs = fields.order[: 4]
+    legs = fields.order[:4]
     numbers = f"{fields.of_axes('choices')}, {step}, {gap}, {first}, {fields.axes[0].field}"
     code = f"receptive_rows(({', '.join(places)}), {numbers})"
     return store.add(code, sizes_of(legs), Kernel.ELEMENTWISE, Work(moved=((12, legs),), launches=12))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ..diagram import BATCH, Diagram, N, Part, Product, Size, is_head
 from .choose import Choice
@@ -24,6 +24,16 @@ from .store import Step, Store
 from .tails import renamed
 
 Results = dict[str, dict[str, str]]
+
+@dataclass(frozen=True)
+class Swept:
+    """What came of a sweep: its results, what was chosen for them, and the step that calls `piece` for each sample."""
+
+    results: Results
+    choices: tuple[Choice, ...]
+    call: str
+    piece: Piece
+
 
 ADDED = """\
 def added(samples):
@@ -64,9 +74,8 @@ def sample_by_sample(
     saved: Iterable[str],
     rows: Mapping[str, str],
     lowerings: tuple[Lowering, ...],
-    choices: list[Choice],
-) -> Results | None:
-    """The results of a sweep, summed over calls of a function of one sample; None if it reads what has no samples.
+) -> Swept | None:
+    """A sweep as the sum over calls of a function of one sample; None if it reads what has no samples.
 
     rows  the columns and their weights: variable -> value
     """
@@ -85,17 +94,19 @@ def sample_by_sample(
     arguments = {name: _argument(rows.get(name, name), small.shapes[name]) for name in inputs}
     if not all(name in fixed or code is not None for name, code in arguments.items()):
         return None
-    asked = (item for item in columns.schedule if isinstance(item, Extraction))
-    choices += [replace(choice, item=item) for choice, item in zip(made, asked, strict=True)]
     total = [TOTAL.name] if any(TOTAL.name in step.code for step in steps) else []
     first = next(name for name, code in arguments.items() if code is not None)
     batch = f"{first}.shape[{small.shapes[first].index(N)}]"
     name = function_of(store, [*inputs, *total], lines_of(steps, set(values)), ", ".join((*values, "")), batch)
     given = ", ".join([*(code or rows.get(name, name) for name, code in arguments.items()), *("N" for _ in total)])
-    work = _work(small, steps, values)
-    sums = store.add(f"added({name}({given}) for i in progress(range(N)))", (), Kernel.ALONE, work)
+    store.note = str(columns)
+    piece = Piece(steps, values, small.shapes, 1, small.itemsize)
+    sums = store.add(f"added({name}({given}) for i in progress(range(N)))", (), Kernel.ALONE, _work(piece))
     names = {v: store.add(f"{sums}[{k}]", small.shapes[v], Kernel.VIEW, strided=True) for k, v in enumerate(values)}
-    return {quantity: {key: names[value] for key, value in by.items()} for quantity, by in results.items()}
+    asked = (item for item in columns.schedule if isinstance(item, Extraction))
+    choices = tuple(replace(choice, item=item) for choice, item in zip(made, asked, strict=True))
+    summed = {quantity: {key: names[value] for key, value in by.items()} for quantity, by in results.items()}
+    return Swept(summed, choices, sums, piece)
 
 
 def _small(store: Store, graph: Graph, saved: Iterable[str], rows: Mapping[str, str]) -> Store:
@@ -166,10 +177,10 @@ def _argument(value: str, shape: tuple[Size, ...]) -> str | None:
     return f"{value}[{':, ' * shape.index(N)}i : i + 1]" if N in shape else None
 
 
-def _work(small: Store, steps: tuple[Step, ...], values: tuple[str, ...]) -> Work:
+def _work(piece: Piece) -> Work:
     """That of all samples; what is held while it runs is that of one."""
-    flops = tuple(term for step in steps for term in step.work.flops)
-    moved = tuple(term for step in steps for term in step.work.moved)
-    held = peak_bytes(Piece(steps, values, small.shapes, 1, small.itemsize)) / small.itemsize
-    each = tuple((step.kernel, step.work) for step in steps)
-    return Work(flops, moved, inside=((int(held), ()),), launches=len(steps), each=each)
+    flops = tuple(term for step in piece.steps for term in step.work.flops)
+    moved = tuple(term for step in piece.steps for term in step.work.moved)
+    inside = ((int(peak_bytes(piece) / piece.itemsize), ()),)
+    each = tuple((step.kernel, step.work) for step in piece.steps)
+    return Work(flops, moved, inside=inside, launches=len(piece.steps), each=each)
