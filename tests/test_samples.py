@@ -6,15 +6,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import sympy
 import torch
-from torch import Tensor, nn
+from torch import Tensor as Values
+from torch import nn
 from torch.nn import functional as F
 
 import tnbackprop as tn
 from tnbackprop import compiler
+from tnbackprop.compiler.arrange import copies
+from tnbackprop.compiler.contract import build
+from tnbackprop.compiler.cost import CPU, Kernel
 from tnbackprop.compiler.derived import Apart, Derived
+from tnbackprop.compiler.lower import LOWERINGS
 from tnbackprop.compiler.memory import peak_bytes
 from tnbackprop.compiler.plan import Plan
+from tnbackprop.compiler.samples import _without_samples
+from tnbackprop.compiler.store import Ref, Store
+from tnbackprop.diagram import BATCH, COLUMN, Diagram, Leg, N, Product, Tensor
 
 from . import oracle_second
 from .cases import seq
@@ -40,7 +49,7 @@ def calls(program: tn.Program) -> int:
     return program.source.count("= added(slice_")
 
 
-def check(program: tn.Program, model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor, name: str) -> None:
+def check(program: tn.Program, model: nn.Module, loss: nn.Module, x: Values, y: Values, name: str) -> None:
     result = program(x, y)
     assert_equal(result["hessian_diag"], oracle_second.hessian_diag(model, loss, x, y), name)
     assert_equal(result["diag_ggn"], oracle_second.diag_ggn(model, loss, x, y), name)
@@ -53,12 +62,14 @@ def test_exact(name: str) -> None:
     loss = nn.CrossEntropyLoss()
     program = tn.compile(model, loss, (x, y), [tn.HessianDiag(), tn.DiagGGN()])
     assert calls(program) >= 2
+    alone = [columns for columns in program.compiled.derived.columns if columns.alone]
+    assert all(int(columns.width) % 4 == 0 and 0 <= int(columns.width) - int(columns.count) < 4 for columns in alone)
     for size in (4, 1, 7):
         check(program, model, loss, *problem(name, size)[1:], name)
 
 
 @pytest.mark.parametrize("loss", [weighted, indefinite, F.cross_entropy], ids=["weighted", "indefinite", "plain"])
-def test_weights(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+def test_weights(loss: Callable[[Values, Values], Values]) -> None:
     """Columns of either sign, and what the loss averages over: the batch is that of the call, not one sample."""
     model, x, y = problem("a chain", 5)
     program = tn.compile(model, loss, (x, y), [tn.HessianDiag()])
@@ -87,7 +98,7 @@ class Everything(nn.Module):
         self.frozen.weight.requires_grad_(False)
         self.register_buffer("shift", torch.randn(4))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Values) -> Values:
         x = self.norm(self.table(x))
         x = self.twice(self.twice(x).tanh()).sigmoid() + self.shift
         x = torch.einsum("nti,ij->ntj", self.frozen(x), self.mix)
@@ -101,6 +112,64 @@ def test_what_a_sample_reads() -> None:
     program = tn.compile(model, loss, (x, y), [tn.HessianDiag(), tn.DiagGGN()])
     assert calls(program) >= 2
     check(program, model, loss, x, y, "everything")
+
+
+class Turned(nn.Module):
+    def forward(self, input: Values) -> Values:
+        return input.flip(1)
+
+
+def test_what_has_no_samples() -> None:
+    """A value that only code reads, a tuple say, cannot be taken apart: columns behind it go in a loop."""
+    torch.manual_seed(0)
+    rule = tn.Rule(
+        "output[n, i] = input[n, 3 - i]", saved={"both": "({input} + 2, 1)"}, forward="{input}.flip({both}[1])",
+        vjp={"input": "({cotangent} + 0 * {both}[0]).flip({both}[1])"},
+    )  # fmt: skip
+    first, last = (nn.Linear(4, 5), nn.Sigmoid(), nn.Linear(5, 4)), (nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 3))
+    model = seq(*first, Turned(), *last).double()
+    x, y = torch.randn(3, 4, dtype=torch.float64), torch.arange(3)
+    loss, rules = nn.CrossEntropyLoss(), tn.RULES | {Turned: lambda layer: rule}
+    program = tn.compile(model, loss, (x, y), [tn.HessianDiag(), tn.DiagGGN()], rules=rules)
+    assert calls(program) == 1 and len(program.compiled.plan.loops) == 3  # alone is what begins below it
+    check(program, model, loss, x, y, "a tuple")
+
+
+def test_what_counts_samples_stays() -> None:
+    """A step that reads parameters alone is made once, before; not one with the batch size in its code."""
+    shape = (N, 3)
+    small = Store(CPU, 1, 8, shapes={"p": (3,), "x": shape, "like": ()}, prefix="u", alone=True)
+    once = small.add("p * 2", (3,), Kernel.ELEMENTWISE)
+    many = small.add("p.expand(N, 3)", shape, Kernel.VIEW)
+    out = small.add(f"x * {once} + {many}", shape, Kernel.ELEMENTWISE)
+    store = Store(CPU, 3, 8, shapes={"p": (3,)})
+    steps, fixed = _without_samples(store, small, tuple(small.steps), (out,), {"p", "like"})
+    assert [step.code for step in store.steps] == ["p * 2"]
+    assert [step.code for step in steps] == ["p.expand(N, 3)", f"x * {store.steps[0].name} + {many}"]
+    assert fixed == {"p", "like", store.steps[0].name}
+
+
+def test_one_sample_is_no_axis() -> None:
+    """What only a leg of one sample lies between is not copied, and read in the order of memory."""
+    h, i, k = Leg("h", 4), Leg("i", 5), Leg("k", 6)
+    ref = Ref("x", (BATCH, h, i, k), (BATCH, h, i, k))
+    apart, shared = (Store(CPU, 1, 8, shapes={"x": (N, 4, 5, 6)}, alone=alone) for alone in (True, False))
+    groups = ((BATCH, i), (h,), (k,))
+    assert not copies(apart, ref, groups) and copies(shared, ref, groups)
+    pair = Product(sympy.Integer(1), (Tensor("x", (BATCH, h, i, k)), Tensor("y", (BATCH, h, i, k))))
+    for store in (apart, shared):
+        store.shapes["y"] = (N, 4, 5, 6)
+        build(store, Diagram((i, k), (pair,)), LOWERINGS)
+        assert not any("permute" in step.code or "transpose" in step.code for step in store.steps)
+
+
+def test_odd_matrices() -> None:
+    """Rather 272 columns of a product than 75, which would have to be filled up for every sample."""
+    o, p, k, v = Leg("o", 64), Leg("p", 196), Leg("k", 75), Leg(COLUMN, 272)
+    store = Store(CPU, 1, 4, shapes={"x": (64, 196, 75), "g": (196, 64, 272)}, alone=True, varying={"g"})
+    factors = Product(sympy.Integer(1), (Tensor("x", (o, p, k)), Tensor("g", (p, o, v))))
+    build(store, Diagram((v, o, k), (factors,)), LOWERINGS)
+    assert not any("pad(" in step.code for step in store.steps)
 
 
 @pytest.mark.parametrize("expand", list(tn.Sharing))
