@@ -290,8 +290,15 @@ class Expander:
         tensor, shape = self.access(node.index)
         if shape:
             raise node.index.place.error("the index of a select has plain legs only")
-        near = (Window(leg, *self.affine(item)) for leg, item in zip(choice, node.near, strict=bool(node.near)))
+        near = (self.near(leg, item, tensor.legs) for leg, item in zip(choice, node.near, strict=bool(node.near)))
         return Selection(tensor, choice, tuple(near))
+
+    def near(self, choice: Leg, item: Index, index: tuple[Leg, ...]) -> Window:
+        """Where a choice lies: the index's own legs come first, and the others are in no formula."""
+        terms, offset = self.affine(item)
+        own = tuple((c, leg) for c, leg in terms if leg in index)
+        free = tuple((c, Leg(f"{leg}°", leg.size)) for c, leg in terms if leg not in index)
+        return Window(choice, (*own, *free), offset)
 
     def map(self, node: Node) -> list[_Term]:
         """A nonlinear expression as one map (or a number, if it reads no tensor)."""

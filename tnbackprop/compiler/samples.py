@@ -25,6 +25,7 @@ from .tails import renamed
 
 Results = dict[str, dict[str, str]]
 
+
 @dataclass(frozen=True)
 class Swept:
     """What came of a sweep: its results, what was chosen for them, and the step that calls `piece` for each sample."""
