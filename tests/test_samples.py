@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,26 @@ class Turned(nn.Module):
         return input.flip(1)
 
 
+@dataclass(frozen=True)
+class Mean(tn.DiagGGN):
+    """A quantity that says how many samples there are."""
+
+    name: str = "mean"
+
+    def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Diagram:
+        found = super().extract(J, g)
+        return tn.Diagram(found.legs, tuple(replace(product, scale=product.scale / tn.N) for product in found.products))
+
+
+def test_the_batch_is_that_of_the_call() -> None:
+    """And not the one sample that a function sees."""
+    model, x, y = problem("a chain", 5)
+    program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [Mean()])
+    assert calls(program)
+    want = oracle_second.diag_ggn(model, nn.CrossEntropyLoss(), x, y)
+    assert_equal(program(x, y)["mean"], {name: value / 5 for name, value in want.items()}, "mean")
+
+
 def test_what_has_no_samples() -> None:
     """A value that only code reads, a tuple say, cannot be taken apart: columns behind it go in a loop."""
     torch.manual_seed(0)
@@ -172,32 +193,16 @@ def test_odd_matrices() -> None:
     assert not any("pad(" in step.code for step in store.steps)
 
 
-@pytest.mark.parametrize("expand", list(tn.Sharing))
-def test_kronecker_factors(expand: tn.Sharing) -> None:
-    """The scales of the factors are those of the whole batch."""
-    torch.manual_seed(0)
-    model = seq(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(18, 4)).double()
-    x, y = torch.randn(3, 1, 4, 4, dtype=torch.float64), torch.arange(3)
-    quantities = [tn.KFLR(sharing=expand)]
-    program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), quantities)
-    assert calls(program)
-    with pytest.MonkeyPatch.context() as usual:
-        usual.setattr(compiler, "_fastest", lambda width, others, apart, attempt: attempt(1))
-        other = tn.compile(model, nn.CrossEntropyLoss(), (x, y), quantities)
-    assert not calls(other)
-    one, two = program(x, y)["kflr"], other(x, y)["kflr"]
-    for name in two:
-        for factor, want in zip(one[name].factors, two[name].factors, strict=True):
-            torch.testing.assert_close(factor, want, rtol=1e-10, atol=1e-14)
-
-
 @pytest.mark.parametrize(
     "quantity",
-    [tn.SqrtGGN(), tn.DiagGGN(per_sample=True), tn.GGNTrace(), tn.GGNGram(), tn.HessianDiag(per_sample=True)],
+    [
+        tn.SqrtGGN(), tn.DiagGGN(per_sample=True), tn.GGNTrace(), tn.GGNGram(), tn.HessianDiag(per_sample=True),
+        tn.KFLR(),
+    ],
     ids=lambda quantity: quantity.name,
-)
-def test_results_that_keep_samples(quantity: tn.Quantity) -> None:
-    """They are no sums over samples: their columns go in a loop, as ever."""
+)  # fmt: skip
+def test_what_stays_together(quantity: tn.Quantity) -> None:
+    """What is no sum over samples, and factors, which share those of the input: their columns go in a loop, as ever."""
     model, x, y = problem("a chain", 3)
     assert not calls(tn.compile(model, nn.CrossEntropyLoss(), (x, y), [quantity]))
 

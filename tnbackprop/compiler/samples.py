@@ -51,9 +51,10 @@ def separable(derived: Derived) -> bool:
 
 
 def _separable(schedule: Schedule) -> bool:
+    """Kronecker factors stay together: those of the input are one tensor for all sweeps."""
     found = [diagram for item in schedule if isinstance(item, Extraction) for diagram in item.diagrams.values()]
     found += [diagram for item in schedule if isinstance(item, Extraction) for diagram in item.condensed.values()]
-    plain = all(isinstance(item, Backward | Extraction) for item in schedule)
+    plain = all(isinstance(item, Backward) or (isinstance(item, Extraction) and not item.factors) for item in schedule)
     return plain and all(_sums(diagram) for diagram in found)
 
 
