@@ -254,4 +254,7 @@ def test_memory_is_that_of_one_sample() -> None:
         assert calls(program)
         rows = sum(4 * size * c.start.columns * 60 for c in program.compiled.derived.columns)
         peaks.append(peak_bytes(program.compiled.plan) - 2 * rows)
+        largest = max(peak_bytes(piece) for piece in program.compiled.plan.pieces.values())
+        sums = 4 * sum(p.numel() for p in model[0].parameters())
+        assert program.peak_bytes >= largest + sums  # what the last sample gives, beside the sums so far
     assert peaks[1] < 2 * peaks[0]

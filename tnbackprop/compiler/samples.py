@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ..diagram import BATCH, Diagram, N, Part, Product, Size, is_head
+from ..diagram import BATCH, Diagram, Leg, N, Part, Product, Size, is_head
 from .choose import Choice
 from .contract import Lowering
 from .cost import Kernel, Work
@@ -104,7 +104,7 @@ def sample_by_sample(
     store.note = str(columns)
     piece = Piece(steps, values, small.shapes, 1, small.itemsize)
     sums = store.add(f"added({name}({given}) for i in progress(range(N)))", (), Kernel.ALONE, _work(piece))
-    names = {v: store.add(f"{sums}[{k}]", small.shapes[v], Kernel.VIEW, strided=True) for k, v in enumerate(values)}
+    names = {v: store.add(f"{sums}[{k}]", small.shapes[v], Kernel.NATIVE, strided=True) for k, v in enumerate(values)}
     asked = (item for item in columns.schedule if isinstance(item, Extraction))
     choices = tuple(replace(choice, item=item) for choice, item in zip(made, asked, strict=True))
     summed = {quantity: {key: names[value] for key, value in by.items()} for quantity, by in results.items()}
@@ -180,9 +180,10 @@ def _argument(value: str, shape: tuple[Size, ...]) -> str | None:
 
 
 def _work(piece: Piece) -> Work:
-    """That of all samples; what is held while it runs is that of one."""
+    """That of all samples; what is held while it runs is that of one, and the sums so far."""
     flops = tuple(term for step in piece.steps for term in step.work.flops)
     moved = tuple(term for step in piece.steps for term in step.work.moved)
-    inside = ((int(peak_bytes(piece) / piece.itemsize), ()),)
+    sums = tuple((1, tuple(Leg(f"a{k}", size) for k, size in enumerate(piece.shapes[v]))) for v in piece.values)
+    inside = ((int(peak_bytes(piece) / piece.itemsize), ()), *sums)
     each = tuple((step.kernel, step.work) for step in piece.steps)
     return Work(flops, moved, inside=inside, launches=len(piece.steps), each=each)
