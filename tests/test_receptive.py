@@ -219,6 +219,8 @@ def test_in_a_program(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> 
     program = tn.compile(model, loss, example, [tn.HessianDiag(), tn.DiagGGN("each", per_sample=True)])
     calls = program.source.count("= receptive_vjp(")
     assert (calls >= count > 0) or calls == count == 0
+    shown = [line for line in program.explain("derive").splitlines() if line.startswith("  → Σ") and "𝟙[" in line]
+    assert any("Π[" in line and "_weight[" in line for line in shown) or not count  # what a cotangent may be, too
     result = program(x, y)
     assert_equal(result["hessian_diag"], oracle_second.hessian_diag(model, loss, x, y), name)
     want = oracle_second.diag_ggn_per_sample(model, loss, x, y)

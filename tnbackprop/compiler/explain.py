@@ -126,6 +126,8 @@ def _cotangents(item: Backward) -> Iterator[str]:
     for k, term in enumerate(item.terms):
         line = _cotangent(item.name, term)
         yield line.replace(" = ", " += ", 1) if k else line
+    if item.condensed is not None:  # the same, where the planner finds that cheaper
+        yield f"  → {body_text(item.condensed, {})}"
 
 
 def _cotangent(name: str, term: Diagram | Native) -> str:

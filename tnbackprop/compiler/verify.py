@@ -223,7 +223,8 @@ def _terms(item: Backward | Individual | Extraction) -> list[tuple[str, Diagram 
         case Individual():
             return [(item.name, item.native)]
         case Backward():
-            return [(item.name, term) for term in item.terms]
+            before = [] if item.condensed is None else [item.condensed]
+            return [(item.name, term) for term in (*item.terms, *before)]
 
 
 def _made(
