@@ -65,17 +65,21 @@ def synchronize(device: torch.device) -> None:
 def peak_bytes(call: Call, device: torch.device) -> int | None:
     """Most bytes that the call held beyond what was held before it; None where the system does not tell.
 
-    CPU: the resident set's high-water mark, so run it in a process of its own (with `MALLOC_ENVIRONMENT`).
+    CPU: the resident set's high-water mark, so run it in a process of its own (with `MALLOC_ENVIRONMENT`). What an
+    earlier call gave is held meanwhile: its memory is not there to be used again.
     """
-    call()  # kernels, handles and autotuning are not the call's own
+    held = call()  # kernels, handles and autotuning are not the call's own
     if device.type == "cuda":
         synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         call()
         synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    return _resident_peak(call)
+        found: int | None = torch.cuda.max_memory_allocated(device) - before
+    else:
+        found = _resident_peak(call)
+    del held
+    return found
 
 
 # Freed blocks go back to the system at once, so that the resident set is what is held.

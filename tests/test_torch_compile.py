@@ -14,6 +14,7 @@ from tnbackprop import compiler
 from tnbackprop.compiler import cost
 from tnbackprop.compiler.derived import Apart
 from tnbackprop.compiler.emit import noises
+from tnbackprop.compiler.plan import Plan
 
 QUANTITIES = {
     "kfac": tn.KFAC(mc_samples=2), "kflr": tn.KFLR(), "kfra": tn.KFRA(), "diag_ggn": tn.DiagGGN(),
@@ -53,6 +54,16 @@ def test_columns_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=10**6))
     program = assert_one_graph(QUANTITIES[name], None)
     assert not program.compiled.plan.loops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kflr", "diag_ggn", "sqrt_ggn"])
+@pytest.mark.parametrize("rows", [8, 10**6])
+def test_large_values(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they go is left to torch.compile."""
+    monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=rows))
+    monkeypatch.setattr(Plan, "large", property(lambda plan: frozenset(plan.shapes)))
+    assert "out=memory(like, " in assert_one_graph(QUANTITIES[name], None, "aot_eager").source
 
 
 @pytest.mark.slow

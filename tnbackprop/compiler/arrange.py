@@ -34,6 +34,11 @@ def text(sizes: tuple[Size, ...]) -> str:
     return ", ".join(sympy.sstr(s).replace(" ", "") if not isinstance(s, int) else str(s) for s in sizes)
 
 
+def tuple_text(sizes: tuple[Size, ...]) -> str:
+    """The same as a tuple."""
+    return f"({text(sizes)}{',' if len(sizes) == 1 else ''})"
+
+
 def arranged(store: Store, ref: Ref, groups: Groups) -> str:
     """Code for `ref` with one axis per group; a group without legs is an axis of size 1."""
     name = store.resolve(ref.name)

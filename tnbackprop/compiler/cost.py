@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -160,6 +161,11 @@ def size_at(size: Size, batch: int) -> int:
 @lru_cache(4096)
 def _value(size: sympy.Expr, batch: int) -> int:
     return int(size.xreplace({N: batch, V: COLUMNS}))
+
+
+def bytes_of(shape: Sequence[Size], batch: int, itemsize: int) -> float:
+    """What a value of this shape takes."""
+    return float(itemsize) * math.prod(size_at(size, batch) for size in shape)
 
 
 @lru_cache(2**14)

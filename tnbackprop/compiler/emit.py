@@ -16,6 +16,7 @@ from ..errors import InputError
 from .graph import Graph
 from .listing import lines_of
 from .loops import loop_lines
+from .outs import MEMORY, handed
 from .plan import Plan
 from .store import Step
 
@@ -23,6 +24,8 @@ _serial = count(1)
 WIDTH = 120
 FILENAME = "<tnbackprop program"
 """How the name begins under which a source is known to linecache."""
+FOLLOWED, HANDED = "progress=iter", f"{MEMORY}=lambda like, shape: None"
+"""Arguments of a program that has rounds, and of one that has large values."""
 
 
 def emit(graph: Graph, plan: Plan, header: str) -> str:
@@ -30,7 +33,13 @@ def emit(graph: Graph, plan: Plan, header: str) -> str:
     lines = [f'"""{header}"""', "", "import torch", "", ""]
     for source in plan.functions.values():
         lines += [*source.split("\n"), "", ""]
-    lines.append("def program(tensors, progress=iter):" if followed(plan) else "def program(tensors):")
+    wanted = _read_by_output(graph, plan) | {name for loop in plan.loops for name in loop.reads}
+    body = lines_of(handed(plan.steps, plan.shapes, plan.large), wanted)
+    for loop in plan.loops:
+        body += loop_lines(loop, plan.shapes, wanted, plan.large)
+    large = any(f"{MEMORY}(like, " in line for line in body)
+    arguments = ["tensors", *[FOLLOWED] * followed(plan), *[HANDED] * large]
+    lines.append(f"def program({', '.join(arguments)}):")
     inputs = (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs)
     read = {name for step, _ in plan.timed for name in step.inputs} | _read_by_output(graph, plan)
     floating = next((n for n in (*graph.parameters, *graph.inputs) if graph.values[n].dtype.is_floating_point), None)
@@ -40,14 +49,9 @@ def emit(graph: Graph, plan: Plan, header: str) -> str:
             lines.append(f"    {name} = tensors[{name!r}]  # [{', '.join(map(str, graph.values[name].shape))}]")
     lines += [f"    {name} = tensors[{name!r}]" for name in noises(plan)]
     lines.append(_batch_line(graph))
-    if any("like" in step.inputs for step, _ in plan.timed) or any(loop.outputs for loop in plan.loops):
+    if large or any("like" in step.inputs for step, _ in plan.timed) or any(loop.outputs for loop in plan.loops):
         lines.append(f"    like = {floating}")
-    wanted = _read_by_output(graph, plan) | {name for loop in plan.loops for name in loop.reads}
-    lines += lines_of(plan.steps, wanted)
-    for loop in plan.loops:
-        lines += loop_lines(loop, plan.shapes, wanted)
-    lines += _return(graph, plan)
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *body, *_return(graph, plan)]) + "\n"
 
 
 def noises(plan: Plan) -> list[str]:

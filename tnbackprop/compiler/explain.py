@@ -13,7 +13,7 @@ from ..diagram import BATCH, COLUMN, Diagram, Leg, Part, Product, Tensor, operan
 from ..simplify import simplify
 from .alternatives import Alternative, Way, alternatives, conditions, part_names, seconds, work_numbers
 from .choose import Choice
-from .cost import number, size_at
+from .cost import bytes_of, number
 from .derived import Backward, Extraction, Individual, Native, Schedule
 from .explain_text import body_text, diagram_text, legs_text, milliseconds, shortened, size_text, table
 from .memory import peak_bytes
@@ -334,10 +334,8 @@ def _opaque(compiled: Compiled) -> set[str]:
 def _bytes(compiled: Compiled, name: str) -> float:
     """At the item size of the value where the graph knows it, else of the parameters."""
     value = compiled.graph.values.get(name)
-    total = float(value.dtype.itemsize if value is not None else compiled.plan.itemsize)
-    for size in compiled.plan.shapes[name]:
-        total *= size_at(size, compiled.plan.batch)
-    return total
+    itemsize = value.dtype.itemsize if value is not None else compiled.plan.itemsize
+    return bytes_of(compiled.plan.shapes[name], compiled.plan.batch, itemsize)
 
 
 def _totals(compiled: Compiled) -> Iterator[str]:

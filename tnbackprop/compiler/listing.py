@@ -39,7 +39,7 @@ def lines_of(steps: tuple[Step, ...], kept: set[str]) -> list[str]:
 
 def functional(steps: Iterable[Step]) -> tuple[Step, ...]:
     """The same, writing over nothing: for what autograd or vmap is to see through."""
-    return tuple(replace(step, into=()) for step in steps)
+    return tuple(replace(step, into=(), own=False) for step in steps)
 
 
 def _in_place(steps: tuple[Step, ...], kept: set[str]) -> tuple[Step, ...]:

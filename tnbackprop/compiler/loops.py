@@ -5,16 +5,16 @@ A result that keeps the column leg is the concatenation of what the columns give
 
 from __future__ import annotations
 
-import ast
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 
 from ..diagram import Size
-from .arrange import text
+from .arrange import text, tuple_text
 from .cost import Kernel
 from .derived import Columns
 from .listing import alive, captured_by, freed, lines_of
+from .outs import ADDING, empty, function_of, handed, written_to
 from .store import Step, Store, is_rearranged
 from .tails import behind
 
@@ -78,7 +78,9 @@ def over_columns(
     return replace(loop, steps=steps, outputs=outputs, begin=begin, after=tuple(after)), renamed
 
 
-def loop_lines(loop: Loop, shapes: Mapping[str, tuple[Size, ...]], wanted: set[str]) -> list[str]:
+def loop_lines(
+    loop: Loop, shapes: Mapping[str, tuple[Size, ...]], wanted: set[str], large: Container[str] = ()
+) -> list[str]:
     """The loop as source, and what is done after it; `wanted` are the values that are read later.
 
     Totals are allocated once: sums are added up in place, a concatenation is filled in. A value that no column
@@ -93,17 +95,18 @@ def loop_lines(loop: Loop, shapes: Mapping[str, tuple[Size, ...]], wanted: set[s
     lines = [f"    # {loop.columns} columns, {loop.width} at a time"]
     lines += [f"    {total} = {loop.begin[total]} + {value}" for value, total in alike]
     for value, total in summed:
-        zeros = f"like.new_zeros(({text(shapes[value])}{',' if shapes[value] else ''}))"
+        zeros = f"like.new_zeros({tuple_text(shapes[value])})"
         lines.append(f"    {total} = {f'{loop.begin[total]}.clone()' if total in loop.begin else zeros}")
     for value, total in stacked:
-        lines.append(f"    {total} = like.new_empty(({text((loop.count * loop.width, *shapes[value][1:]))},))")
+        shape = (loop.count * loop.width, *shapes[value][1:])
+        lines.append(f"    {total} = {empty(shape, total in large)}")
     rows = ", ".join(f"{name}.{cut}" for name in (*loop.rows.values(), *slots))
     targets = ", ".join([*loop.rows, *slots.values()])
     lines.append(f"    for {targets} in progress({f'zip({rows}, strict=True)' if ',' in targets else rows}):")
     steps, copied = _filling(loop, stacked, slots, shapes)
     steps, added = _adding(loop, steps, summed, shapes)
     kept = {value for value, _ in (*copied, *added)} | {value for value, _ in stacked}
-    lines += [f"    {line}" for line in lines_of(steps, kept)]
+    lines += [f"    {line}" for line in lines_of(handed(steps, shapes, large), kept)]
     squeezed = "" if loop.width > 1 else ".squeeze(0)"
     lines += [f"        {slots[total]}[:] = {value}{squeezed}" for value, total in copied]
     lines += [f"        {total} = {total}.add_({value})" for value, total in added]
@@ -112,7 +115,7 @@ def loop_lines(loop: Loop, shapes: Mapping[str, tuple[Size, ...]], wanted: set[s
     lines += freed([*loop.rows, *slots.values(), *left], captured_by(steps))
     if loop.count * loop.width > loop.columns:
         lines += [f"    {total} = {total}[:{loop.columns}]" for _, total in stacked]
-    lines += lines_of(loop.after, wanted)
+    lines += lines_of(handed(loop.after, shapes, large), wanted)
     spent = [total for _, total in summed if total not in wanted]
     return [*lines, *freed(spent, captured_by(loop.after))]
 
@@ -131,26 +134,17 @@ def _adding(
             chain.append(by_name.get(step.inputs[0]))
         base = chain[-1]
         alone = all(step is not None and readers[step.name] == 1 for step in chain)
-        function = _function(base.code) if base is not None else ""
-        if base is None or not alone or function not in _ADDING:
+        function = function_of(base.code) if base is not None else ""
+        if base is None or not alone or function not in ADDING:
             added.append((value, total))
             continue
         shown = total if shapes[base.name] == shapes[value] else f"{total}.view({text(shapes[base.name])})"
         replaced |= {step.name: None for step in chain if step is not None}
         code = f"{total}.view({text(shapes[value])})"
-        own = f"{shown}.{_ADDING[function]}{base.code.removeprefix(function)}{code.removeprefix(total)}"
+        own = f"{shown}.{ADDING[function]}{base.code.removeprefix(function)}{code.removeprefix(total)}"
         replaced[base.name] = replace(base, name=total, code=own, own=False, into=())
     kept = (replaced.get(step.name, step) for step in steps)
     return tuple(step for step in kept if step is not None), added
-
-
-_ADDING = {"torch.mm": "addmm_", "torch.bmm": "baddbmm_"}
-
-
-def _function(code: str) -> str:
-    """The function that code calls, if it is one call and nothing else."""
-    node = ast.parse(code, mode="eval").body
-    return ast.unparse(node.func) if isinstance(node, ast.Call) else ""
 
 
 def _is_view(step: Step) -> bool:
@@ -170,19 +164,9 @@ def _filling(
         while base is not None and base.kernel is Kernel.VIEW:
             base = by_name.get(base.inputs[0]) if _is_view(base) else None
         out = f"{slots[total]}.view({text(shapes[base.name])})" if base is not None else ""
-        code = _into(base.code, out) if base is not None and base.name not in written else None
+        code = written_to(out, base.code) if base is not None and base.name not in written else None
         if base is None or code is None:
             copied.append((value, total))
         else:
             written[base.name] = replace(base, code=code, own=False, into=())
     return tuple(written.get(step.name, step) for step in loop.steps), copied
-
-
-def _into(code: str, out: str) -> str | None:
-    """The same product or matmul with out=; None for other code."""
-    node = ast.parse(code, mode="eval").body
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-        return f"torch.mul({ast.unparse(node.left)}, {ast.unparse(node.right)}, out={out})"
-    if _function(code) in _ADDING:
-        return f"{code[:-1]}, out={out})"
-    return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..diagram import Size
-from .cost import Kernel, number, size_at
+from .cost import Kernel, bytes_of, number
 from .loops import Loop
 from .store import Step
 
@@ -94,7 +94,4 @@ def _owner(base: dict[str, str | None], name: str) -> str:
 
 
 def _bytes(name: str, plan: Plan | Piece) -> float:
-    total = float(plan.itemsize)
-    for size in plan.shapes[name]:
-        total *= size_at(size, plan.batch)
-    return total
+    return bytes_of(plan.shapes[name], plan.batch, plan.itemsize)

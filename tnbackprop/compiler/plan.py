@@ -13,7 +13,7 @@ from ..diagram import COLUMN, Diagram, Leg, Size
 from ..errors import UnsupportedError
 from .choose import Choice
 from .contract import Lowering, build
-from .cost import Kernel, Rates, Work
+from .cost import Kernel, Rates, Work, bytes_of
 from .derived import Columns, Derived, Extraction
 from .forward import call_code, call_written_over, fill, forward_work, is_fresh
 from .graph import Call, Graph, op_text
@@ -60,6 +60,12 @@ class Plan:
         """The values that it is for."""
         codes = {code for by in self.results.values() for code in by.values()} | set(self.output.values())
         return codes | ({self.loss} if self.loss else set())
+
+    @property
+    def large(self) -> frozenset[str]:
+        """The values whose memory the system would give page by page."""
+        sizes = {name: bytes_of(shape, self.batch, self.itemsize) for name, shape in self.shapes.items()}
+        return frozenset(name for name, size in sizes.items() if size > self.rates.fresh_threshold)
 
     @property
     def seconds(self) -> float:

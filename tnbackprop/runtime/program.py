@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy, deepcopy
 from enum import Enum
+from inspect import signature
 from typing import Any, NoReturn
 
 import torch
@@ -14,10 +15,11 @@ from ..compiler import Compiled
 from ..compiler.capture import plain
 from ..compiler.cost import number, size_at
 from ..compiler.definite import TOLERATED
-from ..compiler.emit import followed, load, noises, running
+from ..compiler.emit import load, noises, running
 from ..compiler.explain import explain
 from ..compiler.graph import Value
 from ..compiler.memory import peak_bytes
+from ..compiler.outs import MEMORY
 from ..compiler.plan import INDEFINITE
 from ..compiler.stage import Stage
 from ..compiler.torch_modes import own_dtypes
@@ -26,7 +28,7 @@ from ..errors import InputError
 from ..quantities import Quantity
 from .assemble import assemble, blocks
 from .graphed import Graphed
-from .pages import keep_freed_pages
+from .pages import Blocks, keep_freed_pages
 from .progress import bars
 from .result import Result
 
@@ -59,7 +61,9 @@ class Program:
         self.model, self.loss, self.indefinite, self._compiled = model, loss, indefinite, compiled
         self.quantities = {quantity.name: quantity for quantity in quantities}
         keep_freed_pages()
+        self._memory = Blocks()
         self._function = load(compiled.source)
+        self._takes = frozenset(signature(self._function).parameters)
         self._fixed = dict(compiled.graph.constants)
         self._blocks = {name: blocks(compiled, name) for name in self.quantities}
         self._output_spec = pytree.tree_structure(compiled.graph.output)
@@ -135,9 +139,10 @@ class Program:
         Raises `InputError` where the batch does not fit what the program was compiled for.
         """
         tensors = self._with_noise(x, y, seed, generator)
-        follow = {"progress": bars()} if progress and followed(self._compiled.plan) else {}
-        with running(self._compiled.source), own_dtypes(_device(tensors)):
-            found = self._function(tensors, **follow)
+        extra = {"progress": bars() if progress else iter, MEMORY: self._memory.out}
+        extra = {name: value for name, value in extra.items() if name in self._takes}
+        with running(self._compiled.source), own_dtypes(_device(tensors)), self._memory.call():
+            found = self._function(tensors, **extra)
         return self._result(*found)
 
     def graphed(self, x: Any, y: Any = None) -> Graphed:
