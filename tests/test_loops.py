@@ -171,7 +171,9 @@ def test_how_many_columns_are_taken(columns: int, seconds: dict[int, float], cho
     """The fastest; each width is planned once, and none in vain."""
     tried = []
 
-    def attempt(width: int, apart: Apart | None = None) -> Any:
+    def attempt(width: int, apart: Apart | None = None, beside: bool = False) -> Any:
+        if beside:
+            return None  # there is no gradient to ride along
         tried.append(width if apart is None else -width)
         plan = SimpleNamespace(loops=(SimpleNamespace(columns=columns),), seconds=seconds[tried[-1]])
         return SimpleNamespace(width=tried[-1], columns=()), plan
@@ -183,8 +185,8 @@ def test_how_many_columns_are_taken(columns: int, seconds: dict[int, float], cho
 def test_not_one_by_one_where_that_cannot_be() -> None:
     plan = SimpleNamespace(loops=(SimpleNamespace(columns=90),), seconds=1.0)
 
-    def attempt(width: int, apart: Apart | None = None) -> Any:
-        return (None, plan) if apart is None else None
+    def attempt(width: int, apart: Apart | None = None, beside: bool = False) -> Any:
+        return None if apart or beside else (None, plan)
 
     assert compiler._fastest(8, (), Apart(64, 16), attempt)[1] is plan
 

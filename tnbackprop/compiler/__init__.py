@@ -29,11 +29,12 @@ from .verify import asked, check
 WIDER = (4, 8)
 CLEARLY = 0.95
 """As many columns ride together as the device likes, half as many where that looks faster (they may come out even), or
-one of `WIDER` times as many where that looks clearly faster: those take more memory."""
+one of `WIDER` times as many where that looks clearly faster: those take more memory. The gradient rides along with them
+where that looks clearly faster, too: views are not free."""
 MANY = 2
 """A sample that has this many times the columns that the device likes may have them all at once."""
 WORTH = 1e-3
-"""Seconds that a program must take for that to be tried: planning takes longer."""
+"""Seconds that a program must take for another way to be tried: planning takes longer."""
 
 
 Made = tuple[Derived, Plan]
@@ -69,9 +70,11 @@ def compile_program(
     check(Stage.DERIVE, derived, seen)
     check_memory(graph, derived, itemsize, memory_limit or machine_bytes(_device(model)))
 
-    def attempt(columns: int, apart: Apart | None = None) -> Made | None:
-        again = derived if columns == width and apart is None else derive(graph, bound, quantities, columns, apart)
-        return (again, plan(graph, again, LOWERINGS, rates, itemsize)) if separable(again) else None
+    def attempt(columns: int, apart: Apart | None = None, beside: bool = False) -> Made | None:
+        plain = columns == width and apart is None and not beside
+        again = derived if plain else derive(graph, bound, quantities, columns, apart, beside)
+        possible = separable(again) and beside == any(each.beside for each in again.columns)
+        return (again, plan(graph, again, LOWERINGS, rates, itemsize)) if possible else None
 
     derived, planned = _fastest(width, others, Apart(MANY * rates.rows, rates.odd), attempt)
     if memory_limit is not None and peak_bytes(planned) > memory_limit:
@@ -123,7 +126,11 @@ def _fastest(width: int, others: Sequence[int], apart: Apart, attempt: Callable[
     best = attempt(width)
     assert best is not None
     likes = best[1].seconds
-    if not best[1].loops or likes < WORTH:
+    if likes < WORTH:
+        return best
+    together = attempt(width, beside=True)
+    best = together if together is not None and together[1].seconds < CLEARLY * likes else best
+    if not best[1].loops:
         return best
     many = any(loop.columns >= apart.least for loop in best[1].loops)
     alone = attempt(max((width, *others)), apart) if many else None

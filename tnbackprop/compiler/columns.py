@@ -16,7 +16,7 @@ from ..errors import InvariantError
 from ..quantities import Propagation, Quantity, Source
 from ..simplify import simplify
 from .averaged import copied, run_averaged
-from .derived import HESSIAN_WEIGHTS, Apart, Arriving, Basis, Columns, Given, column_leg
+from .derived import HESSIAN_WEIGHTS, Apart, Arriving, Backward, Basis, Columns, Extraction, Given, column_leg
 from .graph import Call, Graph
 from .layer import HANDED, handed_shape
 from .residual import Paired, Weighted, residual_diagonal, residuals
@@ -34,7 +34,8 @@ MOST_ROWS = 2**22
 class Setting:
     """What all sweeps of columns have in common; `width` is the most columns that may ride together.
 
-    apart  which of them go sample by sample
+    apart   which of them go sample by sample
+    beside  whether the gradient rides along with the columns of a root that leave room for it
     """
 
     graph: Graph
@@ -44,6 +45,7 @@ class Setting:
     gradient: Sweep
     roots: bool  # whether the columns of the root ride through all layers anyway, for other quantities
     apart: Apart | None = None
+    beside: bool = False
 
     def alone(self, count: int) -> bool:
         """Whether so many columns go sample by sample."""
@@ -244,13 +246,27 @@ def _from_loss(
     variable, weight = f"column_{number}", None
     if root.signed:
         weight = tensor(f"weight_{number}", (*lead, BATCH))
+    count = samples or root.columns
     sweep = _sweep(setting, quantities, number, width, weight, inside=False)
-    sweep.several = (samples or root.columns) > 1
     sweep.until = until if width == root.columns and not alone else ""
+    fits = width == count < setting.width and not alone and not sweep.until
+    beside = _gradient_at(setting, root.value) if fits else 0
+    sweep.several = count > 1 or bool(beside)
     sweep.terms[root.value] = [tensor(variable, (*lead, *legs))]
     run(sweep, setting.bound)
-    schedule = tuple(sweep.schedule)
-    return Columns(variable, root, samples, (*lead, *legs), schedule, width, until=sweep.until, alone=alone)
+    return Columns(
+        variable, root, samples, (*lead, *legs), tuple(sweep.schedule), width,
+        until=sweep.until, alone=alone, beside=beside,
+    )  # fmt: skip
+
+
+def _gradient_at(setting: Setting, value: str) -> int:
+    """How many items of the gradient's sweep lead to the value, if it should ride along from there; else 0."""
+    items = setting.gradient.schedule
+    found = (k for k, item in enumerate(items) if isinstance(item, Backward) and item.value == value)
+    position = next(found, None) if setting.beside else None
+    goes_on = position is not None and any(isinstance(item, Extraction) for item in items[position + 1 :])
+    return position + 1 if position is not None and goes_on else 0
 
 
 def _from_basis(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import sympy
 
@@ -92,11 +93,13 @@ def derive(
     quantities: Sequence[Quantity],
     width: int = 1,
     apart: Apart | None = None,
+    beside: bool = False,
 ) -> Derived:
     """One reverse sweep for the gradient, and one for each kind of column that a quantity propagates.
 
-    width  the most columns that may ride through the layers together
-    apart  which sweeps go sample by sample
+    width   the most columns that may ride through the layers together
+    apart   which sweeps go sample by sample
+    beside  whether the gradient may ride along with one of them
     """
     if quantities:
         _check_read(bound)
@@ -117,11 +120,12 @@ def derive(
             schedule(sweep, name)
     scale = scale_of(sweep)
     columns: list[Columns] = []
-    setting = Setting(graph, bound, scale, width, sweep, any(p.source is Source.ROOT for p in wanted), apart)
+    setting = Setting(graph, bound, scale, width, sweep, any(p.source is Source.ROOT for p in wanted), apart, beside)
     trainable = any(graph.values[name].depends_on for name in graph.parameters)
     for propagation in (p for p in wanted if p.source is not Source.GRADIENT and trainable):
         mine = [q for q in quantities if _propagation(q, given) == propagation]
         columns += columns_of(setting, mine, propagation, len(columns))
+        setting = replace(setting, beside=beside and not any(each.beside for each in columns))
     return Derived(bound, tuple(sweep.schedule), scale, tuple(columns))
 
 

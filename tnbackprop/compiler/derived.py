@@ -86,9 +86,11 @@ class Columns:
     summed: bool = False  # the sweep sums them where they start, and carries none of them
     until: str = ""  # the value where they go on together with later ones
     alone: bool = False  # all those of a sample ride together, one sample after the other
+    beside: int = 0  # after so many items of its sweep the gradient may ride along
 
     def __str__(self) -> str:
-        return f"{self._what}{', sample by sample' if self.alone else ''}"
+        ways = ((self.alone, ", sample by sample"), (self.beside, ", the gradient beside"))
+        return self._what + "".join(text for chosen, text in ways if chosen)
 
     @property
     def _what(self) -> str:
@@ -200,6 +202,11 @@ class Derived:
     def sweeps(self) -> tuple[Schedule, ...]:
         """The schedule of the gradient and of each kind of column."""
         return (self.schedule, *(c.schedule for c in self.columns))
+
+    @property
+    def swept(self) -> dict[str, str]:
+        """The value of every cotangent."""
+        return {item.name: item.value for item in self.items if isinstance(item, Backward)}
 
     @property
     def items(self) -> Iterator[Backward | Individual | Extraction]:

@@ -31,7 +31,7 @@ def scheduled(
     results: dict[str, dict[str, str]] = {}
     for item in schedule:
         if isinstance(item, Backward):
-            _backward(store, graph, item, lowerings, lead)
+            backward(store, graph, item, lowerings, lead)
         elif isinstance(item, Individual):
             ref = _native(store, item.native, (N, *graph.values[item.of].shape), lead)
             named(store, ref, item.name)
@@ -53,7 +53,7 @@ def named(store: Store, ref: Ref, name: str) -> None:
         store.views[name] = ref
 
 
-def _backward(
+def backward(
     store: Store, graph: Graph, item: Backward, lowerings: tuple[Lowering, ...], lead: tuple[Leg, ...]
 ) -> None:
     """One cotangent: the sum of what its users send, each by native code or by its diagram."""

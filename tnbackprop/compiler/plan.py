@@ -11,6 +11,7 @@ import torch
 from ..bind import BoundRule
 from ..diagram import COLUMN, Diagram, Leg, Size
 from ..errors import UnsupportedError
+from .beside import Beside
 from .choose import Choice
 from .contract import Lowering, build
 from .cost import Kernel, Rates, Work, bytes_of
@@ -105,7 +106,8 @@ def _plan(
     _inputs(store, graph)
     _forward(store, graph, {call.output.name: rule for call, rule in derived.bound}, lowerings)
     choices: list[Choice] = []
-    results = scheduled(store, graph, derived.schedule, lowerings, chunk, choices)
+    ahead = next((columns.beside for columns in derived.columns if columns.beside), len(derived.schedule))
+    results = scheduled(store, graph, derived.schedule[:ahead], lowerings, chunk, choices)
     checks: dict[str, str] = {}
     loops, pieces = _sweeps(store, graph, derived, lowerings, chunk, choices, results, checks)
     if checks:
@@ -140,13 +142,17 @@ def _sweeps(
     saved = [each.name for _, rule in derived.bound for each in rule.saved]
     looped: list[tuple[Columns, Mapping[str, str]]] = []
     pieces: dict[str, Piece] = {}
-    for columns in derived.columns:
+    for columns in sorted(derived.columns, key=lambda each: not each.beside):  # what is left of the gradient first
         rows = root_steps(store, graph, columns, lowerings, checks)
         apart = sample_by_sample(store, graph, columns, saved, rows, lowerings) if columns.alone else None
         if apart is not None:
             choices += apart.choices
             pieces[apart.call] = apart.piece
             _gather(results, _together(store, apart.results, results))
+        elif columns.beside:
+            both = Beside(store, graph, lowerings, columns, derived.swept)
+            for found in both.build(derived.schedule[columns.beside :], chunk, choices):
+                _gather(results, found)
         elif columns.looped:
             looped.append((columns, rows))
         else:

@@ -1,0 +1,150 @@
+"""Beside: the gradient rides along with the columns of a root, as one more of them, through layers that both pass.
+
+One call for both instead of one for each; what comes out of it is read by either through a view. This pays where few
+rows are slow for a kernel: small batches, and devices that are slow to launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from ..diagram import COLUMN, Diagram, Leg, N, Operand, Product, Size, Tensor, operand_tensors
+from .arrange import copy_work, sizes_of, text
+from .choose import Choice
+from .contract import Lowering
+from .cost import Kernel
+from .derived import Backward, Columns, Extraction, Individual, Native, Schedule
+from .graph import Graph
+from .items import backward, scheduled
+from .loops import Results
+from .store import Store
+
+Item = Backward | Individual | Extraction
+Term = Diagram | Native
+
+
+def in_turns(gradient: Schedule, columns: Schedule) -> Iterator[tuple[Item | None, Item | None]]:
+    """The items of both sweeps, each in its order: two cotangents of one value are a pair."""
+    one, other = list(gradient), list(columns)
+    while one or other:
+        if one and (not isinstance(one[0], Backward) or one[0].value not in _values(other)):
+            yield one.pop(0), None
+        elif other and (not isinstance(other[0], Backward) or other[0].value not in _values(one)):
+            yield None, other.pop(0)
+        elif _values(one[:1]) == _values(other[:1]):
+            yield one.pop(0), other.pop(0)
+        else:
+            yield one.pop(0), None
+
+
+def _values(items: Sequence[Item]) -> list[str]:
+    return [item.value for item in items if isinstance(item, Backward)]
+
+
+@dataclass
+class Beside:
+    """Builds the sweep of some columns with the rest of the gradient's; `joint` are the values that have both."""
+
+    store: Store
+    graph: Graph
+    lowerings: tuple[Lowering, ...]
+    columns: Columns
+    behind: dict[str, str]  # the value of each cotangent of either sweep
+    joint: dict[str, str] = field(default_factory=dict)
+
+    def build(self, gradient: Schedule, chunk: int | None, choices: list[Choice]) -> Iterator[Results]:
+        """The results of each item: quantity -> parameter name -> value."""
+        for one, other in in_turns(gradient, self.columns.schedule):
+            if isinstance(one, Backward) and isinstance(other, Backward) and self._together(one, other):
+                continue
+            for item, lead in ((one, ()), (other, self.columns.carried)):
+                if item is not None:
+                    yield scheduled(self.store, self.graph, (item,), self.lowerings, chunk, choices, lead)
+
+    def _together(self, one: Backward, other: Backward) -> bool:
+        """Build both cotangents of a value in one call. Not where some term cannot, or is there in one sweep only."""
+        pairs = list(zip(one.terms, other.terms, strict=False))
+        alike = len(one.terms) == len(other.terms) and all(self._alike(*pair) for pair in pairs)
+        if not (alike and self._sampled(other.value)):
+            return False
+        store, name = self.store, f"both_{other.value}"
+        terms = tuple(self._joined(*pair) for pair in pairs)
+        note = ", ".join([*([other.note] if other.note else []), "with the gradient"])
+        backward(store, self.graph, Backward(name, other.value, terms, note), self.lowerings, self._lead)
+        self.joint[other.value] = name
+        shape = self.graph.values[other.value].shape
+        whole = self._shown(name, (*sizes_of(self._lead), *shape))
+        strided, width = store.resolve(name) in store.strided, self.columns.width
+        own = f"narrow(0, 0, {width})" if self.columns.carried else "select(0, 0)"
+        mine = (*sizes_of(self.columns.carried), *shape)
+        store.add(f"{whole}.{own}", mine, Kernel.VIEW, name=other.name, strided=strided)
+        store.add(f"{whole}.select(0, {width})", shape, Kernel.VIEW, name=one.name, strided=strided)
+        return True
+
+    @property
+    def _lead(self) -> tuple[Leg, ...]:
+        return (Leg(COLUMN, self.columns.width + 1),)
+
+    def _alike(self, one: Term, other: Term) -> bool:
+        """Whether both pull back a cotangent of the same value, in a way that takes several columns at once."""
+        if isinstance(other, Native) and not (isinstance(one, Native) and "{cotangents}" in other.code):
+            return False
+        read, reads = self._cotangent(one), self._cotangent(other)
+        if read is None or reads is None:
+            return False
+        return self.behind[read] == self.behind[reads] and self._sampled(self.behind[reads])
+
+    def _sampled(self, value: str) -> bool:
+        """Whether it is a value of the graph with a batch: its cotangents have its shape."""
+        return value in self.graph.values and any(N in axis for axis in self.graph.values[value].axes)
+
+    def _cotangent(self, term: Term) -> str | None:
+        """The cotangent in which the term is linear, if it is read once in each product, and not inside a part."""
+        if isinstance(term, Native):
+            return term.cotangent
+        names = {name for product in term.products for name in self._read(product)}
+        once = all(len(self._read(product)) == 1 for product in term.products)
+        outside = all(any(isinstance(op, Tensor) and op.name in names for op in p.operands) for p in term.products)
+        return names.pop() if len(names) == 1 and once and outside else None
+
+    def _read(self, product: Product) -> list[str]:
+        tensors = (tensor for op in product.operands for tensor in operand_tensors(op))
+        return [tensor.name for tensor in tensors if tensor.name in self.behind]
+
+    def _joined(self, one: Term, other: Term) -> Term:
+        """The columns' term for both."""
+        read, reads = self._cotangent(one), self._cotangent(other)
+        assert read is not None and reads is not None
+        both = self.joint.get(self.behind[reads]) or self._stacked(other, read, reads)
+        if isinstance(other, Native):
+            return replace(other, cotangent=both)
+        (column,), lead = self._lead, self.columns.carried
+        whole = other.rename({lead[0]: column}) if lead else other
+        legs = whole.legs if lead else (column, *whole.legs)
+        return Diagram(legs, tuple(_reading(p, reads, both, () if lead else (column,)) for p in whole.products))
+
+    def _stacked(self, term: Term, read: str, reads: str) -> str:
+        """Both cotangents of a value, where they were not built together."""
+        value = self.behind[reads]
+        shape = self.graph.values[value].shape
+        count = self.columns.width
+        codes = self._shown(reads, (count, *shape)), self._shown(read, (1, *shape))
+        sizes = (count + 1, *shape)
+        legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(sizes))
+        name = self.store.add(f"torch.cat([{', '.join(codes)}])", sizes, Kernel.COPY, copy_work(legs))
+        self.joint[value] = name
+        return name
+
+    def _shown(self, name: str, shape: tuple[Size, ...]) -> str:
+        found = self.store.resolve(name)
+        return found if self.store.shapes[found] == shape else f"{found}.reshape({text(shape)})"
+
+
+def _reading(product: Product, before: str, after: str, lead: tuple[Leg, ...]) -> Product:
+    """The product with another tensor in the place of one, whose legs come after `lead`."""
+
+    def other(op: Operand) -> Operand:
+        return Tensor(after, (*lead, *op.legs)) if isinstance(op, Tensor) and op.name == before else op
+
+    return Product(product.scale, tuple(map(other, product.operands)))
