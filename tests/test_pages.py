@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -115,6 +116,26 @@ def test_what_a_call_has_no_use_for_goes_back() -> None:
     with blocks.call():
         pass
     assert blocks.idle == 0
+
+
+@needs_advice
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No block is handed out twice, whoever tidies up meanwhile."""
+    monkeypatch.setattr(pages, "LARGEST", 0)
+    blocks, wrong = Blocks(), []
+
+    def work(mark: int) -> None:
+        for _ in range(300):
+            with blocks.call():
+                mine = [blocks.out(LIKE, (2**10 * (1 + k % 2),)) for k in range(4)]
+                for value in mine:
+                    assert value is not None
+                    value.fill_(mark)
+                wrong.extend(value for value in mine if value is not None and not value.eq(mark).all())
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert not wrong
 
 
 def test_torch_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:

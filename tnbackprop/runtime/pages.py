@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from weakref import finalize, ref
 
 import torch
@@ -37,7 +37,7 @@ class Blocks:
     """
 
     def __init__(self) -> None:
-        self._free: dict[int, list[tuple[int, mmap.mmap]]] = defaultdict(list)  # size -> (call when it came back, it)
+        self._free: dict[int, deque[tuple[int, mmap.mmap]]] = defaultdict(deque)  # size -> (call when it came back, it)
         self._calls = 0
 
     @contextmanager
@@ -45,8 +45,12 @@ class Blocks:
         """Around a call: what was there before and is still there afterwards goes back to the system."""
         self._calls += 1
         yield
-        for size, found in list(self._free.items()):
-            self._free[size] = [(call, block) for call, block in found if call == self._calls]
+        for found in list(self._free.values()):
+            for _ in range(len(found)):  # steps are atomic: another thread may be taking blocks
+                with suppress(IndexError):
+                    back = found.popleft()
+                    if back[0] == self._calls:
+                        found.append(back)
 
     def out(self, like: Tensor, shape: Sequence[int]) -> Tensor | None:
         """Memory for a value of this shape, with the dtype of `like`; None where torch is better asked."""
@@ -64,10 +68,9 @@ class Blocks:
         return sum(size * len(found) for size, found in self._free.items())
 
     def _taken(self, size: int) -> mmap.mmap | None:
-        try:
+        with suppress(IndexError):
             return self._free[size].pop()[1]
-        except IndexError:
-            return None
+        return None
 
     def keep(self, block: mmap.mmap) -> None:
         """Nobody holds it any more."""

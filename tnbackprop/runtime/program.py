@@ -43,6 +43,9 @@ class Indefinite(Enum):
 class Program:
     """A compiled model, loss and list of quantities. Call it with ``(x, y)`` of any batch size.
 
+    On a CPU it keeps the memory of results above 32 MB that nobody holds any more for its next call, as pages that the
+    system may take back.
+
     model, loss, quantities, indefinite   what was compiled, the quantities by their key in the result
     source      the Python source that runs
     flops       planned floating-point operations for the example batch
