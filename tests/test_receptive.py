@@ -11,11 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import tnbackprop as tn
-from tnbackprop.compiler import cost
+from tnbackprop import compiler
+from tnbackprop.compiler import cost, receptive
 from tnbackprop.compiler.contract import build
 from tnbackprop.compiler.cost import CPU
 from tnbackprop.compiler.lower import WHOLE
-from tnbackprop.compiler.receptive import VJP, find_fields, receptive_fields
+from tnbackprop.compiler.receptive import MANY, VJP, find_fields, receptive_fields
 from tnbackprop.compiler.store import Store
 from tnbackprop.diagram import BATCH, COLUMN, Diagram, Leg, Operand, Product, Selection, Tensor, Window
 
@@ -140,6 +141,51 @@ def test_exact(name: str, columns: int) -> None:
     found = planned(given, values)
     assert len(found) == 2
     assert all(torch.equal(value, want) for value in found)
+
+
+needs_onednn = pytest.mark.skipif(not compiler.has_onednn(), reason="no AVX-512, or torch without oneDNN")
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_many_columns_by_onednn(name: str) -> None:
+    """In float32; small integers, so the sums are exact."""
+    given, values = example(GEOMETRIES[name], MANY)
+    want = expected(GEOMETRIES[name], values)
+    single = {key: value.float() if value.is_floating_point() else value for key, value in values.items()}
+    shapes = {t.name: tuple(leg.size for leg in t.legs) for t in _tensors(given)}
+    rates = replace(CPU, onednn=True)
+    start = Store(rates, 2, 4, shapes=shapes | {"like": ()}, floating={"g", "mask", "weight"})
+    plans = receptive_fields(start, given.products[0], given.legs, WHOLE)
+    assert len(plans) == 2
+    for plan in plans:
+        store = start.fork()
+        found = run(store, plan(store), single | {"like": torch.zeros(())}, 2)
+        assert any("receptive_vjp_wide(" in step.code for step in store.steps)
+        assert torch.equal(found.double(), want)
+
+
+@needs_onednn
+def test_where_onednn_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 by a program that runs here; not in float64, with few columns, in a file, or on another machine."""
+    monkeypatch.setitem(cost.RATES, "cpu", replace(EAGER, rows=10**6))
+    model, sample, _ = models()["nothing between"]
+    x, y, loss = torch.randn(2, *sample), torch.arange(2), nn.CrossEntropyLoss()
+    model(x)
+    monkeypatch.setattr(receptive, "MANY", 2)
+
+    def called(dtype: torch.dtype = torch.float32) -> bool:
+        program = tn.compile(model.to(dtype), loss, (x.to(dtype), y), [tn.DiagGGN()])
+        assert "= receptive_vjp" in program.source
+        return "mkldnn" in program.source
+
+    assert called() and not called(torch.float64)
+    assert "mkldnn" not in tn.generate(model.float(), [tn.DiagGGN()], loss=loss, example=(x, y)).source
+    monkeypatch.setattr(receptive, "MANY", 100)
+    assert not called()
+    monkeypatch.setattr(receptive, "MANY", 2)
+    monkeypatch.setattr(compiler, "has_onednn", lambda: False)
+    assert not called()
 
 
 @pytest.mark.parametrize(

@@ -57,14 +57,16 @@ def compile_program(
     quantities: Sequence[Quantity],
     rules: Rules,
     memory_limit: int | None = None,
+    here: bool = True,
 ) -> Compiled:
-    """Run the stages on an example batch."""
+    """Run the stages on an example batch; `here` where the source runs on this machine: by what this one has."""
     graph = capture(model, loss, example, rules)
     seen = asked(model, tuple(q.name for q in quantities))
     check(Stage.CAPTURE, graph, seen)
     bound = bind_all(graph, rules)
     check(Stage.BIND, bound, seen := replace(seen, graph=graph))
     rates, itemsize = _rates(model), _itemsize(model)
+    rates = replace(rates, onednn=here and rates.name == "cpu" and has_onednn())
     width, *others = _widths(rates, graph.example_batch)
     derived = derive(graph, bound, quantities, width)
     check(Stage.DERIVE, derived, seen)
@@ -144,6 +146,13 @@ def _fastest(width: int, others: Sequence[int], apart: Apart, attempt: Callable[
         if better == (tried < width):  # fewer do, or these are too many
             break
     return best
+
+
+def has_onednn() -> bool:
+    """Whether torch can call oneDNN's matmul for float32, and the processor has what makes it fast."""
+    fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(fast and there and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
 
 
 def _rates(model: torch.nn.Module) -> Rates:

@@ -75,6 +75,7 @@ class Rates:
     narrow_factor: float = 1.0
     odd: int = 1  # a batched matmul with an odd number of columns is faster with this multiple of them
     tile: float = 1e15  # bytes of a value that stay in the cache while the next step reads them
+    onednn: bool = False  # whether there is oneDNN's matmul for float32, and faster than torch.mm may be
 
     def seconds(self, kernel: Kernel, work: Work, batch: int, itemsize: int) -> float:
         """max(FLOPs/rate, bytes/bandwidth) + launches + the price of fresh pages."""

@@ -67,7 +67,17 @@ def receptive_vjp(g, rows, kernels, step, first, field, size):
                         image[left * inner : right * inner].addmm_(kernel, pooled[w, low * outer : high * outer])
     return out.unflatten(2, (size[1], inner))"""
 
-RECEPTIVE = {"receptive_kernels": KERNELS, "receptive_rows": ROWS, "receptive_vjp": VJP}
+_ADDED = "image[left * inner : right * inner].addmm_(kernel, pooled[w, low * outer : high * outer])"
+_BY_ONEDNN = """\
+columns = pooled[w, low * outer : high * outer].t()
+                        product = torch.ops.mkldnn._linear_pointwise(kernel, columns, None, "none", [], "")
+                        image[left * inner : right * inner].add_(product)"""
+WIDE_VJP = VJP.replace("receptive_vjp(", "receptive_vjp_wide(").replace(_ADDED, _BY_ONEDNN)
+"""The same by oneDNN's matmul: it uses all of AVX-512 on any processor, and is worth a pass more for many columns."""
+MANY = 192
+"""So many columns."""
+
+RECEPTIVE = frozenset({KERNELS, ROWS, VJP, WIDE_VJP})
 
 
 @dataclass(frozen=True)
@@ -216,7 +226,6 @@ def _complete(fields: Fields, legs: Legs) -> bool:
 
 
 def _over_fields(store: Store, fields: Fields, legs: Legs, lowerings: tuple[Lowering, ...]) -> Ref:
-    store.functions |= RECEPTIVE
     index, one = fields.selection.index, sympy.Integer(1)
     factors = list(fields.carried)
     if fields.there:
@@ -229,7 +238,10 @@ def _over_fields(store: Store, fields: Fields, legs: Legs, lowerings: tuple[Lowe
     filled = replace(fields, columns=(Leg(COLUMN, count + extra),))
     g = _in_order(store, carried, fields, extra)
     geometry = ", ".join(str(fields.of_axes(name)) for name in ("step", "first", "field", "size"))
-    code = f"receptive_vjp({g}, {_rows(store, fields)}, {_kernels(store, fields)}, {geometry})"
+    wide = store.rates.onednn and store.itemsize == 4 and bool(store.floating) and count >= MANY
+    vjp, text = ("receptive_vjp_wide", WIDE_VJP) if wide else ("receptive_vjp", VJP)
+    store.functions |= {"receptive_kernels": KERNELS, "receptive_rows": ROWS, vjp: text}
+    code = f"{vjp}({g}, {_rows(store, fields)}, {_kernels(store, fields)}, {geometry})"
     name = store.add(code, sizes_of(filled.result), Kernel.RECEPTIVE, _work(store, filled), own=True)
     if extra:
         name = store.add(f"{name}.narrow(4, 0, {count})", sizes_of(fields.result), Kernel.VIEW, strided=True)

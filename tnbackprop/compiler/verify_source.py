@@ -26,7 +26,7 @@ LOSS = "loss_"
 SLICE, COLUMN, NOISE = "slice_", "column_", "noise_"
 """How names begin: functions of a slice of the batch, columns of a root, random inputs."""
 
-FIXED = frozenset({WINDOW_GRAM, *BY_ROWS.values(), *RECEPTIVE.values(), ADDED})
+FIXED = frozenset({WINDOW_GRAM, *BY_ROWS.values(), *RECEPTIVE, ADDED})
 """Functions of constant text, with loops over sizes: their own tests check them, here only what calls them is read."""
 
 

@@ -63,7 +63,7 @@ def model_source(
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"cannot generate from {type(model).__name__}: give a torch.nn.Module")
     check_trainable(model, quantities)
-    compiled = compile_program(model, loss, (example[0], example[1]), quantities, rules)
+    compiled = compile_program(model, loss, (example[0], example[1]), quantities, rules, here=False)
     refuse_random(compiled.graph)
     title = f"{type(model).__name__} with {getattr(loss, '__name__', type(loss).__name__)}"
     leaves = [leaf for leaf in pytree.tree_leaves((plain(example[0]), plain(example[1]))) if leaf is not None]
