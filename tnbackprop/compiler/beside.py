@@ -90,10 +90,10 @@ class Beside:
         """Whether both pull back a cotangent of the same value, in a way that takes several columns at once."""
         if isinstance(other, Native) and not (isinstance(one, Native) and "{cotangents}" in other.code):
             return False
-        read, reads = self._cotangent(one), self._cotangent(other)
-        if read is None or reads is None:
+        gradient, column = self._cotangent(one), self._cotangent(other)
+        if gradient is None or column is None:
             return False
-        return self.behind[read] == self.behind[reads] and self._sampled(self.behind[reads])
+        return self.behind[gradient] == self.behind[column] and self._sampled(self.behind[column])
 
     def _sampled(self, value: str) -> bool:
         """Whether it is a value of the graph with a batch: its cotangents have its shape."""
@@ -114,22 +114,21 @@ class Beside:
 
     def _joined(self, one: Term, other: Term) -> Term:
         """The columns' term for both."""
-        read, reads = self._cotangent(one), self._cotangent(other)
-        assert read is not None and reads is not None
-        both = self.joint.get(self.behind[reads]) or self._stacked(other, read, reads)
+        gradient, column = self._cotangent(one), self._cotangent(other)
+        assert gradient is not None and column is not None
+        both = self.joint.get(self.behind[column]) or self._stacked(column, gradient)
         if isinstance(other, Native):
             return replace(other, cotangent=both)
-        (column,), lead = self._lead, self.columns.carried
-        whole = other.rename({lead[0]: column}) if lead else other
-        legs = whole.legs if lead else (column, *whole.legs)
-        return Diagram(legs, tuple(_reading(p, reads, both, () if lead else (column,)) for p in whole.products))
+        (leg,), lead = self._lead, self.columns.carried
+        whole = other.rename({lead[0]: leg}) if lead else other
+        legs = whole.legs if lead else (leg, *whole.legs)
+        return Diagram(legs, tuple(_reading(p, column, both, () if lead else (leg,)) for p in whole.products))
 
-    def _stacked(self, term: Term, read: str, reads: str) -> str:
+    def _stacked(self, column: str, gradient: str) -> str:
         """Both cotangents of a value, where they were not built together."""
-        value = self.behind[reads]
-        shape = self.graph.values[value].shape
-        count = self.columns.width
-        codes = self._shown(reads, (count, *shape)), self._shown(read, (1, *shape))
+        value = self.behind[column]
+        shape, count = self.graph.values[value].shape, self.columns.width
+        codes = self._shown(column, (count, *shape)), self._shown(gradient, (1, *shape))
         sizes = (count + 1, *shape)
         legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(sizes))
         name = self.store.add(f"torch.cat([{', '.join(codes)}])", sizes, Kernel.COPY, copy_work(legs))
