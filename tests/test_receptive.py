@@ -11,10 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import tnbackprop as tn
-from tnbackprop import compiler
-from tnbackprop.compiler import cost, receptive
+from tnbackprop.compiler import cost, processor, receptive
 from tnbackprop.compiler.contract import build
-from tnbackprop.compiler.cost import CPU
+from tnbackprop.compiler.cost import CPU, Kernel
 from tnbackprop.compiler.lower import WHOLE
 from tnbackprop.compiler.receptive import MANY, VJP, find_fields, receptive_fields
 from tnbackprop.compiler.store import Store
@@ -143,7 +142,7 @@ def test_exact(name: str, columns: int) -> None:
     assert all(torch.equal(value, want) for value in found)
 
 
-needs_onednn = pytest.mark.skipif(not compiler.has_onednn(), reason="no AVX-512, or torch without oneDNN")
+needs_onednn = pytest.mark.skipif(not processor.has_onednn(), reason="no AVX-512, or torch without oneDNN")
 
 
 @needs_onednn
@@ -167,12 +166,14 @@ def test_many_columns_by_onednn(name: str) -> None:
 
 @needs_onednn
 def test_where_onednn_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32 by a program that runs here; not in float64, with few columns, in a file, or on another machine."""
+    """In float32 by a program that runs here; not in float64, with few columns, in a file, or where it is no faster."""
     monkeypatch.setitem(cost.RATES, "cpu", replace(EAGER, rows=10**6))
     model, sample, _ = models()["nothing between"]
     x, y, loss = torch.randn(2, *sample), torch.arange(2), nn.CrossEntropyLoss()
     model(x)
     monkeypatch.setattr(receptive, "MANY", 2)
+    monkeypatch.setattr(processor, "onednn_over_mm", lambda: 2.0)
+    assert processor.of_processor(CPU).flops[Kernel.CHANNELS_LAST] == 2 * CPU.flops[Kernel.CHANNELS_LAST]
 
     def called(dtype: torch.dtype = torch.float32) -> bool:
         program = tn.compile(model.to(dtype), loss, (x.to(dtype), y), [tn.DiagGGN()])
@@ -184,8 +185,10 @@ def test_where_onednn_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(receptive, "MANY", 100)
     assert not called()
     monkeypatch.setattr(receptive, "MANY", 2)
-    monkeypatch.setattr(compiler, "has_onednn", lambda: False)
-    assert not called()
+    for ratio, there, chosen in ((1.2, True, False), (2.0, False, False), (2.0, True, True)):
+        monkeypatch.setattr(processor, "onednn_over_mm", lambda ratio=ratio: ratio)
+        monkeypatch.setattr(processor, "has_onednn", lambda there=there: there)
+        assert called() == chosen
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from .limits import check_memory, machine_bytes
 from .lower import LOWERINGS
 from .memory import peak_bytes
 from .plan import Plan, names_in, plan
+from .processor import of_processor
 from .samples import separable
 from .stage import Stage
 from .verify import asked, check
@@ -66,7 +67,8 @@ def compile_program(
     bound = bind_all(graph, rules)
     check(Stage.BIND, bound, seen := replace(seen, graph=graph))
     rates, itemsize = _rates(model), _itemsize(model)
-    rates = replace(rates, onednn=here and rates.name == "cpu" and has_onednn())
+    if here and rates.name == "cpu" and itemsize == 4:
+        rates = of_processor(rates)
     width, *others = _widths(rates, graph.example_batch)
     derived = derive(graph, bound, quantities, width)
     check(Stage.DERIVE, derived, seen)
@@ -146,13 +148,6 @@ def _fastest(width: int, others: Sequence[int], apart: Apart, attempt: Callable[
         if better == (tried < width):  # fewer do, or these are too many
             break
     return best
-
-
-def has_onednn() -> bool:
-    """Whether torch can call oneDNN's matmul for float32, and the processor has what makes it fast."""
-    fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return bool(fast and there and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
 
 
 def _rates(model: torch.nn.Module) -> Rates:
