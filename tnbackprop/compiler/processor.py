@@ -1,7 +1,7 @@
 """Processor: what this one does otherwise than the one that the rates were measured on.
 
-Convolutions are oneDNN's, matmuls MKL's. On a processor that is not Intel's MKL uses AVX2: half of what units for AVX-512
-can do, where they are as wide as that. Convolutions are then twice as fast beside matmuls, and so is oneDNN's matmul.
+Convolutions are oneDNN's, matmuls MKL's. On a processor that is not Intel's MKL uses AVX2: half of AVX-512, where its
+units are as wide as that. Convolutions are then twice as fast beside matmuls, and so is oneDNN's matmul.
 """
 
 from __future__ import annotations
