@@ -16,7 +16,7 @@ import torch
 from .cost import Kernel, Rates
 
 SIZE, RUNS = 512, 7
-"""Of the matrices that are multiplied to find out: about 10 ms in all, once in a process."""
+"""Of the matrices that are multiplied to find out: about 15 ms in all, once in a process."""
 CLEARLY = 1.5
 """Where the two differ, it is by a factor of two."""
 TWICE = (Kernel.CONVOLUTION, Kernel.CHANNELS_LAST)
