@@ -13,7 +13,11 @@ from torch.fx import Node
 RESERVED = frozenset(
     {*keyword.kwlist, *keyword.softkwlist, *dir(builtins), *"N n v torch math loss output parameters buffers".split()}
     | {"x", "y", "aten", "F", "nn", "functional", "window_gram", "sum_of_products", "sum_of_shifted_squares"}
+    | {"like", "memory", "progress", "tensors", "results", "added"}
+    | {"receptive_kernels", "receptive_rows", "receptive_vjp", "receptive_vjp_wide"}
 )
+_OWN = re.compile(r"(both|column|curvature|draw|noise|root|slice|slot|total|weight)_\d\w*|[tu]\d+")
+"""How the emitted function calls values of its own."""
 
 
 class Names:
@@ -25,7 +29,7 @@ class Names:
     def fresh(self, wanted: str, reserved: bool = False) -> str:
         """`wanted` as an identifier, with a number behind it where it is taken. `reserved`: take a reserved name."""
         base = re.sub(r"\W", "_", wanted, flags=re.ASCII).strip("_") or "value"
-        if base[0].isdigit():
+        if base[0].isdigit() or _OWN.fullmatch(base):
             base = f"layer_{base}"
         name, count = base, 1
         while name in self._taken or (name in RESERVED and not reserved):
