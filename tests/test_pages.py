@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import tnbackprop as tn
 from tnbackprop.compiler import cost
+from tnbackprop.compiler.outs import written_to
 from tnbackprop.compiler.plan import Plan
 from tnbackprop.runtime import pages
 from tnbackprop.runtime.pages import Blocks
@@ -59,6 +60,25 @@ def test_freed_pages_are_kept() -> None:
         assert run(MAPPED).split() == ["1", "0"]
     else:
         assert run(KEEP) == "", "elsewhere nothing happens, without an error"
+
+
+@pytest.mark.parametrize(
+    ("code", "want"),
+    [
+        ("a * b.unsqueeze(1)", "torch.mul(a, b.unsqueeze(1), out=o)"),
+        ("(1/N) * a", "torch.mul(a, 1 / N, out=o)"),
+        ("a * -1", "torch.mul(a, -1, out=o)"),
+        ("torch.bmm(a, b)", "torch.bmm(a, b, out=o)"),
+        ("torch.bmm(a, b).squeeze(1)", None),
+        ("a + b", None),
+    ],
+)
+def test_written_to_what_is_there(code: str, want: str | None) -> None:
+    assert written_to("o", code) == want
+    if want is not None:
+        scope = {"torch": torch, "a": torch.randn(2, 3, 3), "b": torch.randn(2, 3, 3), "N": 4}
+        expected = eval(code, scope)
+        assert eval(want, scope | {"o": torch.empty_like(expected)}).equal(expected)
 
 
 needs_advice = pytest.mark.skipif(pages.ADVICE is None, reason="the system knows no MADV_FREE")
@@ -199,4 +219,3 @@ def test_programs(quantity: tn.Quantity, rows: int, monkeypatch: pytest.MonkeyPa
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
     assert all(map(torch.equal, values(copy.deepcopy(program)(*batch)), kept[-1][0]))
     assert seen, "what was let go of has come back"
-

@@ -26,8 +26,14 @@ def written_to(out: str, code: str) -> str | None:
     """The same product or matmul with out=; None for other code."""
     node = ast.parse(code, mode="eval").body
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-        return f"torch.mul({ast.unparse(node.left)}, {ast.unparse(node.right)}, out={out})"
+        first, second = sorted((node.left, node.right), key=_is_number)  # a number cannot come first
+        return f"torch.mul({ast.unparse(first)}, {ast.unparse(second)}, out={out})"
     return f"{code[:-1]}, out={out})" if function_of(code) in ADDING else None
+
+
+def _is_number(node: ast.expr) -> bool:
+    """Whether code reads nothing but sizes."""
+    return {each.id for each in ast.walk(node) if isinstance(each, ast.Name)} <= {"N", "V"}
 
 
 def handed(steps: Iterable[Step], shapes: Mapping[str, tuple[Size, ...]], large: Container[str]) -> tuple[Step, ...]:
