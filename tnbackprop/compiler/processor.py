@@ -26,7 +26,8 @@ def of_processor(rates: Rates) -> Rates:
     """The rates, for float32, with faster convolutions and oneDNN's matmul where this processor has them."""
     if not has_onednn() or onednn_over_mm() < CLEARLY:
         return rates
-    return replace(rates, onednn=True, flops={**rates.flops, **{kernel: 2 * rates.flops[kernel] for kernel in TWICE}})
+    flops = {**rates.flops, **{kernel: 2 * rates.flops[kernel] for kernel in TWICE}}
+    return replace(rates, name=f"{rates.name} with fast convolutions", onednn=True, flops=flops)
 
 
 def has_onednn() -> bool:
