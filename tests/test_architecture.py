@@ -23,6 +23,7 @@ MATHEMATICS = ("errors", *SYMBOLIC, *NOTATION, "approximate")
 MAY_IMPORT = {
     "errors": (),
     "version": (),
+    "fingerprint": (),
     "diagram": ("errors",),
     "canonical": ("diagram",),
     "jacobian": ("diagram",),
@@ -38,9 +39,9 @@ MAY_IMPORT = {
     "runtime": ("runtime", "compiler", "quantities", "linalg", *MATHEMATICS),
     "declare": ("rules", *MATHEMATICS),
     "layer": ("compiler", "rules", *MATHEMATICS),
-    "front": ("declare", "runtime", "compiler", "quantities", *MATHEMATICS),
+    "front": ("declare", "fingerprint", "runtime", "compiler", "quantities", "rules", *MATHEMATICS),
     "kernels": ("front", "quantities", "errors"),
-    "products": ("front", "compiler", "quantities", "errors"),
+    "products": ("front", "fingerprint", "compiler", "quantities", "errors"),
     "drawing": ("drawing", "runtime", "compiler", *MATHEMATICS),
     "generation": ("generation", "version", "declare", "compiler", "quantities", *MATHEMATICS),
     "verification": (

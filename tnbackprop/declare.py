@@ -100,13 +100,6 @@ def resolve(rules: Mapping[Any, Declaration] | None) -> Rules:
     return table
 
 
-def identity(rules: Mapping[Any, Declaration] | None) -> frozenset[tuple[Any, Any]]:
-    """A key for a cache: the same targets with the same rows. It is valid as long as the rows are alive."""
-    rows: Mapping[Any, Declaration] = RULES | REGISTRY if rules is None else rules
-    _check_mapping(rows)
-    return frozenset((target, row if isinstance(row, str) else id(row)) for target, row in rows.items())
-
-
 def target_of(target: Any) -> Any:
     """The key of a target in a table. Raises `RuleError` where it cannot have a rule."""
     if isinstance(target, torch._library.custom_ops.CustomOpDef):

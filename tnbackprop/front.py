@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
 
-from .compiler import Compiled, compile_program
-from .compiler.capture import check_trainable
-from .declare import Declaration, identity, resolve
+from .compiler import compile_program
+from .compiler.capture import check_trainable, plain
+from .declare import REGISTRY, Declaration, resolve
 from .errors import InputError, check_member
+from .fingerprint import Fingerprint, fingerprint
 from .quantities import Quantity, check_quantities
+from .rules import RULES
 from .runtime import Indefinite, Program, Result
 
 Loss = Callable[..., torch.Tensor]
@@ -59,40 +61,53 @@ def compute(
     quantities: Sequence[Quantity],
     *,
     rules: Mapping[Any, Declaration] | None = None,
+    memory_limit: float | str | None = None,
+    indefinite: Indefinite = Indefinite.REFUSE,
     seed: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Result:
-    """Compile (once per model, loss, quantities, rules and shapes) and run; `seed` and `generator` as for a `Program`.
+    """Compile and run: the options of `compile`, and `seed` and `generator` as for a `Program`.
 
-    A model whose parameters, modes (train, eval) or trainable flags changed is compiled again; one whose layers
-    changed otherwise is not noticed: use `compile` there. Rows of `rules` are told apart by identity: define them once.
+    What was compiled is kept, the last `KEPT` programs of a model for as long as it lives. Everything that a program
+    depends on is looked at in each call: layers, modes, attributes, hooks and ties of the model, options of the loss,
+    what functions read (defaults, closures, globals), rules and shapes; the values of parameters and the batch size are
+    free. Where something changed, or hides what it holds (an iterator, a scripted module), it is compiled anew. A
+    `Program` looks at none of that, so it is faster.
     """
-    check_quantities(quantities)
-    check_trainable(model, quantities)
-    key = _signature(model, loss, batch, quantities), identity(rules)
-    programs = _PROGRAMS.setdefault(model, {})
-    if key not in programs:
-        resolved = resolve(rules)
-        compiled = compile_program(model, loss, batch, list(quantities), resolved)
-        programs[key] = compiled, (dict(rules or {}), resolved)
-    return Program(model, programs[key][0], loss, quantities)(*batch, seed=seed, generator=generator)
+    options: dict[str, Any] = {"rules": rules, "memory_limit": memory_limit, "indefinite": indefinite}
+    state = _state(model, loss, batch, quantities, options) if isinstance(model, torch.nn.Module) else None
+    kept = [] if state is None else _PROGRAMS.get(model, [])
+    for k, (key, program) in enumerate(kept):
+        if state is not None and key.matches(state):
+            _PROGRAMS[model] = [kept[k], *kept[:k], *kept[k + 1 :]] if k else kept
+            return program.attached(model, loss)(*batch, seed=seed, generator=generator)
+    program = compile(model, loss, batch, quantities, **options)
+    if state is not None:
+        _PROGRAMS[model] = [(state, program.detached()), *kept][:KEPT]
+    return program(*batch, seed=seed, generator=generator)
 
 
-_PROGRAMS: WeakKeyDictionary[torch.nn.Module, dict[Hashable, tuple[Compiled, object]]] = WeakKeyDictionary()
-"""What `compute` has compiled, with the rows that its key names by identity; forgotten with the model."""
+KEPT = 16
+_PROGRAMS: MutableMapping[torch.nn.Module, list[tuple[Fingerprint, Program]]] = WeakIdKeyDictionary()
+"""What `compute` has compiled, the latest first; forgotten with the model, which the programs do not hold."""
 
 
-def _signature(
-    model: torch.nn.Module, loss: Loss | None, batch: tuple[Any, Any], quantities: Sequence[Quantity]
-) -> Hashable:
-    """Everything that a compilation depends on, the batch size apart."""
-    leaves, spec = pytree.tree_flatten(batch)
-    inputs = tuple(
-        (leaf.shape[1:], leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
-    )
-    state = tuple((name, p.shape, p.dtype, p.device, p.requires_grad) for name, p in model.named_parameters())
-    modes = tuple(module.training for module in model.modules())
-    return loss, tuple(quantities), inputs, str(spec), state, modes
+def _state(
+    model: torch.nn.Module, loss: Loss | None, batch: tuple[Any, Any], quantities: Sequence[Quantity], options: Any
+) -> Fingerprint | None:
+    """Everything that a compilation depends on; the batch size where memory is limited."""
+    leaves, spec = pytree.tree_flatten(tuple(map(plain, batch)) if isinstance(batch, tuple | list) else batch)
+    sizes = slice(1 if options["memory_limit"] is None else 0, None)
+    inputs = [
+        (leaf.ndim, leaf.shape[sizes], leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf
+        for leaf in leaves
+    ]
+    rules = REGISTRY if options["rules"] is None else options["rules"]
+    if isinstance(rules, Mapping):
+        rules = len(rules), [row for row in rules.items() if RULES.get(row[0]) is not row[1]]
+    named = isinstance(batch, tuple | list) and [isinstance(part, dict) for part in batch]
+    given = (loss, quantities, inputs, str(spec), named, {**options, "rules": rules})
+    return fingerprint(model, *given, built_in=(*RULES, *RULES.values()))
 
 
 def _bytes(limit: float | str | None) -> int | None:

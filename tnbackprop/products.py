@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
 from torch.utils import _pytree as pytree
 
-from .compiler.capture import batch_size, model_arguments, plain
+from .compiler.capture import batch_size, model_arguments, plain, takes_names
 from .compiler.torch_modes import own_dtypes, twice_differentiable
 from .errors import InputError, UnsupportedError, check_member
 from .front import Loss, compile
@@ -264,7 +264,7 @@ class _Problem:
             raise InputError("the batch must be the pair (x, y)")
         x, self.y = pytree.tree_map_only(Tensor, Tensor.detach, (plain(batch[0]), plain(batch[1])))
         self.model, self.given_loss, self.size = model, loss, batch_size((x, self.y))
-        self.args, self.kwargs = model_arguments(model, x)
+        self.args, self.kwargs = model_arguments(model, x, takes_names(model, batch[0]))
         self.theta = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         if not self.theta:
             raise InputError("the model has no trainable parameter: requires_grad_(True) on those of the matrix")

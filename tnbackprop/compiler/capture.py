@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.backends import opt_einsum
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 from torch.nn.parameter import UninitializedParameter
@@ -21,9 +22,9 @@ from .failure import Quiet, place
 from .foreign import MISTAKES
 from .graph import Graph
 from .inplace import copy_views, mutates_view
-from .opaque import Opaque, opaque_calls
+from .opaque import Opaque, named_tensors, opaque_calls
 from .symbolic import symbolic_kernels
-from .torch_modes import own_dtypes
+from .torch_modes import check_plain, own_dtypes
 from .translate import translate
 
 Loss = Callable[..., Any]
@@ -38,14 +39,15 @@ MOST = 65535
 class Wrapped(nn.Module):
     """(x, y) -> (loss, output), with the model and the loss as submodules."""
 
-    def __init__(self, model: nn.Module, loss: Loss | None) -> None:
+    def __init__(self, model: nn.Module, loss: Loss | None, named: bool) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
+        self.named = named
         self.training = model.training
 
     def forward(self, x: Any, y: Any) -> tuple[Any, Any]:
-        args, kwargs = model_arguments(self.model, x)
+        args, kwargs = model_arguments(self.model, x, self.named)
         output = self.model(*args, **kwargs)
         return (None if self.loss is None else self.loss_of(output, y)), output
 
@@ -78,9 +80,29 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
     if not isinstance(example, tuple | list) or len(example) != 2:
         raise InputError("example must be the pair (x, y)")
     x, y = _distinct((plain(example[0]), plain(example[1])))
+    _check_transforms(model, (x, y))
     batch = batch_size((x, y))
     with own_dtypes(next((p.device for p in model.parameters()), torch.device("cpu"))):
-        return _any_size(Wrapped(model, loss), (x, y), batch, rules)
+        return _any_size(Wrapped(model, loss, takes_names(model, example[0])), (x, y), batch, rules)
+
+
+def _check_transforms(model: nn.Module, example: tuple[Any, Any]) -> None:
+    """Tensors are plain ones: no part of a derivative that someone else takes, none that no derivative can have."""
+    for name, tensor in named_tensors(model).items():
+        check_plain(f"{name!r} of the model", tensor)
+        if tensor.is_inference():
+            raise InputError(
+                f"{name!r} of the model was made in inference mode, so torch takes no derivatives of what reads it:\n"
+                "  make the model outside of torch.inference_mode()"
+            )
+    for path, leaf in pytree.tree_flatten_with_path(example)[0]:
+        if isinstance(leaf, Tensor):
+            check_plain(("x" if path[0] == pytree.SequenceKey(0) else "y") + pytree.keystr(path[1:]), leaf)
+    if peek_interpreter_stack() is not None:
+        raise UnsupportedError(
+            "compiling inside a torch.func transform (grad, vjp, jvp, jacrev, vmap, …), whose tensors the model or the "
+            "loss may read:\n  compile outside, and call the program there"
+        )
 
 
 def _check_loss(model: nn.Module, loss: nn.Module) -> None:
@@ -111,16 +133,30 @@ def check_trainable(model: object, quantities: Sequence[Quantity]) -> None:
     )
 
 
-def model_arguments(model: nn.Module, x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """How x is passed to the model: a tuple as positional arguments, a dict as keyword arguments that forward takes."""
+def model_arguments(model: nn.Module, x: Any, named: bool | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How x is passed to the model: a tuple as positional arguments, a dict as keyword arguments that forward takes.
+
+    named   what `takes_names` says of x as it was given, where `plain` has made a dict of it
+    """
     if isinstance(x, tuple | list):
         return tuple(x), {}
-    if isinstance(x, Mapping) and all(isinstance(key, str) for key in x):
-        parameters = inspect.signature(model.forward).parameters.values()
-        names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        if set(x) <= names or any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return (), dict(x)
+    if takes_names(model, x) if named is None else named:
+        return (), dict(x)
     return (x,), {}
+
+
+def takes_names(model: nn.Module, x: Any) -> bool:
+    """Whether the entries of x are keyword arguments: a mapping whose keys forward names, or a dict if it takes any.
+
+    A forward(*args, **kwargs), which only hands on, gets mappings of other types as one argument.
+    """
+    if not isinstance(x, Mapping) or not all(isinstance(key, str) for key in x):
+        return False
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    kinds = {p.kind for p in parameters}
+    hands_on = inspect.Parameter.VAR_POSITIONAL in kinds and not isinstance(x, dict)
+    return set(x) <= names or (inspect.Parameter.VAR_KEYWORD in kinds and not hands_on)
 
 
 def plain(tree: Any) -> Any:
@@ -239,11 +275,14 @@ def _refuse_export(wrapped: Wrapped, error: Exception) -> NoReturn:
 
 
 def _distinct(example: tuple[Any, Any]) -> tuple[Any, Any]:
-    """A tensor that appears twice as two: torch.export reads all appearances of one object from the last input."""
+    """A tensor that appears twice as two: torch.export reads all appearances of one object from the last input.
+
+    One that was made in inference mode as a copy, for torch takes no derivatives beside it.
+    """
     seen: set[int] = set()
 
     def copy(leaf: Any) -> Any:
-        repeated = isinstance(leaf, Tensor) and id(leaf) in seen
+        repeated = isinstance(leaf, Tensor) and (id(leaf) in seen or leaf.is_inference())
         seen.add(id(leaf))
         return leaf.detach().clone() if repeated else leaf
 

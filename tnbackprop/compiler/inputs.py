@@ -17,6 +17,7 @@ from .graph import Value
 from .names import Names
 from .opaque import named_tensors
 from .sizes import Sizes
+from .torch_modes import check_plain
 
 
 @dataclass
@@ -88,6 +89,7 @@ def _lifted(entered: Entered, model: nn.Module, target: str, tensor: Tensor, nam
     """A buffer of the model; everything else (the loss's tensors, literals) is a constant."""
     name = target.removeprefix("model.")
     _refuse_complex(name, tensor)
+    check_plain(repr(name), tensor)
     own = target.startswith("model.") and dict(model.named_buffers(remove_duplicate=False)).get(name) is tensor
     value = entered.add(names.fresh(f"{'b' if own else 'c'}_{name}"), tuple(tensor.shape), tensor)
     if own:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -57,7 +58,14 @@ def peak_bytes(plan: Plan | Piece) -> float:
         peak = max(peak, sum(held.values()) + inside)
         for name in [name for name in held if last.get(name, len(steps)) == k]:
             del held[name]
-    return peak
+    return max(peak, sum(held.values()) + _copied(plan))
+
+
+def _copied(plan: Plan | Piece) -> float:
+    """What the results are that are one value, but for the first: each has memory of its own in the end."""
+    results = () if isinstance(plan, Piece) else plan.results.values()
+    times = Counter(code for by in results for code in by.values())
+    return sum((count - 1) * _bytes(code, plan) for code, count in times.items() if count > 1)
 
 
 def _last_uses(plan: Plan | Piece, steps: list[Step], base: dict[str, str | None]) -> dict[str, int]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -146,9 +147,12 @@ def _outermost(wrapped: nn.Module, rules: Rules) -> Iterator[tuple[str, nn.Modul
 
 def _op(library: torch.library.Library, name: str, opaque: Opaque) -> Callable[..., Tensor]:
     """Define the op; returns what is called instead of the function."""
-    module = opaque.module
+    known = ref(opaque)  # torch keeps what is registered with it, and so would the model
 
     def run(inputs: list[Tensor], tensors: list[Tensor], site: int) -> Tensor:
+        opaque = known()
+        assert opaque is not None
+        module = opaque.module
         args, kwargs = opaque.called(site, inputs)
         if module is None:
             output = opaque.function(*args, **kwargs)

@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+from ..errors import UnsupportedError
 
 
 def own_dtypes(device: torch.device) -> AbstractContextManager[object]:
@@ -17,6 +21,20 @@ def own_dtypes(device: torch.device) -> AbstractContextManager[object]:
     kind = device.type
     known = torch.amp.autocast_mode.is_autocast_available(kind)
     return torch.autocast(kind, enabled=False) if known and torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def check_plain(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor by which torch.func or forward-mode AD would differentiate what does not follow it."""
+    if is_functorch_wrapped_tensor(tensor):
+        what = "inside a torch.func transform (grad, vjp, jvp, jacrev, vmap, …)"
+    elif unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+        what = "with a tangent (torch.autograd.forward_ad)"
+    else:
+        return
+    raise UnsupportedError(
+        f"{name} comes {what}: a program is not differentiated or vectorised, its results would have no derivative by "
+        "it.\n  Ask for what you need as a quantity, transform loss(model(x), y) itself, or call the program outside."
+    )
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def _with_bias(factors: Factors, tensors: list[torch.Tensor], name: str) -> Kron
 
 def _kronecker(factors: Factors, tensors: list[torch.Tensor], shape: tuple[int, ...], name: str) -> KroneckerFactors:
     shapes = zip(tensors, factors.shapes, strict=True)
-    sized = tuple(t.reshape(size) if t.numel() == prod(size) else t.expand(size) for t, size in shapes)
+    sized = tuple(t.reshape(size) if t.numel() == prod(size) else t.expand(size).contiguous() for t, size in shapes)
     kinds = tuple(Kind.DIAGONAL if flat else Kind.FULL for flat in factors.diagonal)
     place = {leg: k for k, leg in enumerate(factors.parameter)}
     sizes = tuple(int(leg.size) for leg in factors.parameter)

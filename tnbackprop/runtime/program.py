@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy, deepcopy
+from dataclasses import replace
 from enum import Enum
+from functools import partial
 from inspect import signature
 from typing import Any, NoReturn
 
@@ -22,12 +24,13 @@ from ..compiler.memory import peak_bytes
 from ..compiler.outs import MEMORY
 from ..compiler.plan import INDEFINITE
 from ..compiler.stage import Stage
-from ..compiler.torch_modes import own_dtypes
+from ..compiler.torch_modes import check_plain, own_dtypes
 from ..diagram import N
 from ..errors import InputError
 from ..quantities import Quantity
-from .assemble import assemble, blocks
+from .assemble import Values, assemble, blocks
 from .graphed import Graphed
+from .owned import Owner
 from .pages import Blocks, keep_freed_pages
 from .progress import bars
 from .result import Result
@@ -42,6 +45,9 @@ class Indefinite(Enum):
 
 class Program:
     """A compiled model, loss and list of quantities. Call it with ``(x, y)`` of any batch size.
+
+    Results are in memory of their own and take no part in autograd: none of them requires grad, even where an input
+    does. Inside torch.func transforms and for tensors with a tangent the program refuses to run.
 
     On a CPU it keeps the memory of results above 32 MB that nobody holds any more for its next call, as pages that the
     system may take back.
@@ -116,6 +122,9 @@ class Program:
         if any(leaves[k] is not None for k in graph.absent):
             raise InputError("the batch has a tensor where the program was compiled for None: compile again with it")
         flat = [leaf for k, leaf in enumerate(leaves) if k not in graph.absent]
+        for name, leaf in zip(graph.inputs, flat, strict=True):
+            if isinstance(leaf, torch.Tensor):
+                check_plain(f"input {name!r}", leaf)
         values = dict(self._fixed)
         own = _named_tensors(self.model, self.loss)
         for name, (dotted, *_) in graph.parameters.items():
@@ -146,7 +155,7 @@ class Program:
         extra = {name: value for name, value in extra.items() if name in self._takes}
         with running(self._compiled.source), own_dtypes(_device(tensors)), self._memory.call():
             found = self._function(tensors, **extra)
-        return self._result(*found)
+        return self._result(tensors, *found)
 
     def graphed(self, x: Any, y: Any = None) -> Graphed:
         """The program for batches of this size as a CUDA graph: see `Graphed`.
@@ -156,12 +165,12 @@ class Program:
         inputs = frozenset({*self._compiled.graph.inputs, *noises(self._compiled.plan)})
         example = self._with_noise(x, y, None, None)
         with running(self._compiled.source), own_dtypes(_device(example)):
-            return Graphed(self._function, self._with_noise, self._result, inputs, example)
+            return Graphed(self._function, self._with_noise, partial(self._result, example), inputs, example)
 
     def _result(
-        self, loss: torch.Tensor | None, output: Any, values: Mapping[str, Mapping[str, torch.Tensor]]
+        self, read: Mapping[str, torch.Tensor], loss: torch.Tensor | None, output: Any, values: Values
     ) -> Result:
-        """What the emitted function returns, as a user reads it."""
+        """What the emitted function returns, as a user reads it, in memory of its own."""
         for smallest in values.get(INDEFINITE, {}).values():
             if smallest < -TOLERATED and self.indefinite is Indefinite.REFUSE:
                 raise InputError(
@@ -169,8 +178,11 @@ class Program:
                     "largest): it has no real square root, and the GGN is no longer one.\n  Use a loss that is convex "
                     "in the output, ask for HessianDiag, or compile with indefinite=tn.Indefinite.CLIP."
                 )
-        made: dict[str, Any] = {name: assemble(own, values, name) for name, own in self._blocks.items()}
-        return Result(loss, pytree.tree_unflatten(list(output), self._output_spec), made)
+        own = Owner(read.values()).own
+        values = {name: {key: own(value) for key, value in by.items()} for name, by in values.items()}
+        made: dict[str, Any] = {name: assemble(blocks, values, name) for name, blocks in self._blocks.items()}
+        leaves = [own(leaf) for leaf in output]
+        return Result(None if loss is None else own(loss), pytree.tree_unflatten(leaves, self._output_spec), made)
 
     def _with_noise(
         self, x: Any, y: Any, seed: int | None, generator: torch.Generator | None
@@ -207,6 +219,23 @@ class Program:
             name: torch.rand(shape, dtype=dtype, device=like.device, generator=generator)
             for name, shape in shapes.items()
         }
+
+    def detached(self) -> Program:
+        """The program without its model and loss, and without what was read of them but is not needed to run."""
+        other = copy(self)
+        graph, derived = replace(self._compiled.graph, calls=()), replace(self._compiled.derived, bound=())
+        other.__dict__ |= {
+            "model": None,
+            "loss": None,
+            "_compiled": replace(self._compiled, graph=graph, derived=derived),
+        }
+        return other
+
+    def attached(self, model: torch.nn.Module, loss: Callable[..., Any] | None) -> Program:
+        """The program of another model and loss that it would be compiled from just as well."""
+        other = copy(self)
+        other.model, other.loss = model, loss
+        return other
 
     def __copy__(self) -> Program:
         """The same program of the same model."""
@@ -265,6 +294,7 @@ def _named_tensors(model: torch.nn.Module, loss: Callable[..., Any] | None) -> d
     found: dict[str, torch.Tensor] = {}
     for prefix, module in modules.items():
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            check_plain(f"{prefix + name!r} of the model", tensor)
             found.setdefault(prefix + name, tensor.detach())
     return found
 
