@@ -9,10 +9,12 @@ Computation 14(7).
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -21,14 +23,18 @@ from torch.func import functional_call, grad, vjp, vmap
 from torch.utils import _pytree as pytree
 
 from .compiler.capture import batch_size, model_arguments, plain, takes_names
-from .compiler.torch_modes import own_dtypes, twice_differentiable
+from .compiler.torch_modes import Random, check_constant, own_dtypes, twice_differentiable
 from .errors import InputError, UnsupportedError, check_member
+from .fingerprint import fingerprint
 from .front import Loss, compile
 from .quantities import BatchGrad, Fisher, Quantity, Scale, SqrtGGNMC
 
 Vector = Mapping[str, Tensor]
 Multiply = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 Linear = Callable[[Any], Any]
+Columns = tuple[Tensor, Tensor]
+Recipe = Callable[[], tuple[Any, ...]]
+"""What a product is made from once more where it is unpickled, the arguments of `_made_again`."""
 
 
 class Blocks(Enum):
@@ -55,6 +61,15 @@ class CurvatureProduct:
     _theta: Mapping[str, Tensor]
     _multiply: Multiply
     _others: Mapping[str, str]  # other names of parameters -> why they have no entry
+    _recipe: Recipe
+
+    def __deepcopy__(self, memo: object) -> CurvatureProduct:
+        """Nothing in it changes."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As model, loss, batch and what was drawn: where it is unpickled the model runs forward once more."""
+        return _made_again, (self.label, self.blocks, *self._recipe())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -145,6 +160,7 @@ class CurvatureProduct:
                 f"{self.label}: the vector's {name!r} is {v.dtype} on {v.device}, but the parameter is {p.dtype} on "
                 f"{p.device}: convert it with .to(...)"
             )
+        check_constant(f"{self.label}: the vector's {name!r}", v)
         axes = v.ndim - p.ndim
         if axes < 0 or v.shape[axes:] != p.shape:
             raise InputError(
@@ -164,11 +180,7 @@ def ggn_product(
     Raises `InputError` where batch, model or loss do not fit, `UnsupportedError` for complex parameters and outputs
     that are no floating point tensors.
     """
-    problem = _Problem(model, loss, batch)
-    with problem.own_dtypes():
-        output, push, pull = problem.linearise()
-        _, curve = _vjp(grad(problem.loss), output)
-    return problem.product("GGN", lambda v: pull(curve(push(v))), blocks)
+    return _product("GGN", _Problem(model, loss, batch), blocks)
 
 
 def hessian_product(
@@ -178,10 +190,7 @@ def hessian_product(
 
     The derivative of a function with kinks (ReLU, max pooling) is that of the branch taken. Raises as `ggn_product`.
     """
-    problem = _Problem(model, loss, batch)
-    with problem.own_dtypes():
-        _, multiply = _vjp(grad(lambda theta: problem.loss(problem.output(theta))), problem.theta)
-    return problem.product("Hessian", multiply, blocks)
+    return _product("Hessian", _Problem(model, loss, batch), blocks)
 
 
 def fisher_product(
@@ -205,24 +214,67 @@ def fisher_product(
     check_member("fisher", fisher, Fisher)
     if mc_samples < 1:
         raise InputError(f"mc_samples={mc_samples}: draw at least one column per sample")
-    problem = _Problem(model, loss, batch)
-    with problem.own_dtypes():
-        output, push, pull = problem.linearise()
-        left, right = _columns(problem, output, fisher, mc_samples, seed)
-
-    def curve(u: Tensor) -> Tensor:
-        inner = torch.einsum("vnf,nf->vn", right, u.reshape(problem.size, -1))
-        return torch.einsum("vn,vnf->nf", inner, left).reshape(u.shape)
-
-    return problem.product(f"{_TITLES[fisher]} Fisher", lambda v: pull(curve(push(v))), blocks)
+    draw = partial(_columns, fisher=fisher, mc_samples=mc_samples, seed=seed)
+    return _product(f"{_TITLES[fisher]} Fisher", _Problem(model, loss, batch), blocks, draw)
 
 
 _TITLES = {Fisher.MC: "MC", Fisher.EMPIRICAL: "empirical"}
 
 
+def _product(
+    label: str, problem: _Problem, blocks: Blocks, draw: Callable[[_Problem, Any], Columns] | None = None
+) -> CurvatureProduct:
+    """v -> Jᵀ H J v, with the loss Hessian, or with the columns that `draw` gives at the output; or the Hessian."""
+    check_member("blocks", blocks, Blocks)
+    columns = None
+    with problem.own_dtypes():
+        if label == "Hessian":
+            multiply = _vjp(grad(lambda theta: problem.loss(problem.output(theta))), problem.theta)[1]
+        else:
+            output, push, pull = problem.linearise()
+            columns = draw and draw(problem, output)
+            curve = _vjp(grad(problem.loss), output)[1] if columns is None else partial(_outer, columns, problem.size)
+            multiply = lambda v: pull(curve(push(v)))  # noqa: E731
+    chosen = multiply if blocks is Blocks.FULL else _blockwise(multiply, problem.theta)
+
+    def product(v: Any) -> Any:
+        with problem.own_dtypes():
+            return chosen(v)
+
+    return CurvatureProduct(
+        label, blocks, problem.theta, product, _others(problem.model), lambda: (*problem.recipe(label), columns)
+    )
+
+
+def _outer(columns: Columns, size: int, u: Tensor) -> Tensor:
+    """Σ_v R_vn S_vnᵀ u_n for every sample."""
+    left, right = columns
+    inner = torch.einsum("vnf,nf->vn", right, u.reshape(size, -1))
+    return torch.einsum("vn,vnf->nf", inner, left).reshape(u.shape)
+
+
+def _made_again(
+    label: str,
+    blocks: Blocks,
+    functions: bytes,
+    batch: tuple[Any, Any],
+    named: bool,
+    theta: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    random: Random,
+    columns: Columns | None,
+) -> CurvatureProduct:
+    """The product that was pickled: of the same values, and of the same draws where the state of torch's was kept."""
+    model, loss = pickle.loads(functions)
+    problem = _Problem(model, loss, batch, named)
+    problem.theta, problem.buffers, problem.random = theta, buffers, random
+    with random.again():
+        return _product(label, problem, blocks, None if columns is None else lambda problem, output: columns)
+
+
 def _columns(
     problem: _Problem, output: Any, fisher: Fisher, mc_samples: int, seed: int | None
-) -> tuple[Tensor, Tensor]:
+) -> Columns:
     """R and S [V, N, F] at the output: Σ_v R_vn S_vnᵀ stands for sample n's block of the loss Hessian."""
     if not isinstance(output, Tensor) or output.shape[:1] != (problem.size,):
         shown = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -255,26 +307,32 @@ class _Shifted(nn.Module):
 class _Problem:
     """Output and loss as functions of the trainable parameters, on one batch of `size` samples."""
 
-    def __init__(self, model: nn.Module, loss: Loss, batch: tuple[Any, Any]) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, batch: tuple[Any, Any], named: bool | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(f"model is {type(model).__name__}, not a torch.nn.Module")
         if not callable(loss):
             raise InputError(f"loss is {type(loss).__name__}: pass a function (output, y) -> scalar, or a module")
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise InputError("the batch must be the pair (x, y)")
-        x, self.y = pytree.tree_map_only(Tensor, Tensor.detach, (plain(batch[0]), plain(batch[1])))
+        self.batch = pytree.tree_map_only(Tensor, Tensor.detach, (plain(batch[0]), plain(batch[1])))
+        x, self.y = self.batch
         self.model, self.given_loss, self.size = model, loss, batch_size((x, self.y))
-        self.args, self.kwargs = model_arguments(model, x, takes_names(model, batch[0]))
+        self.named = takes_names(model, batch[0]) if named is None else named
+        self.args, self.kwargs = model_arguments(model, x, self.named)
         self.theta = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        self.seen = partial(fingerprint, model, loss, pytree.tree_leaves(self.batch))
+        self.state = self.seen()
         if not self.theta:
             raise InputError("the model has no trainable parameter: requires_grad_(True) on those of the matrix")
         for name, p in self.theta.items():
             if p.is_complex():
                 raise UnsupportedError(f"{name!r} is complex: complex tensors are not supported")
+        self.random = Random.of(next(iter(self.theta.values())).device)
 
     def output(self, theta: dict[str, Tensor]) -> Any:
         """The model's output. Buffers are copies; kernels are used that have second derivatives."""
-        buffers = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         with twice_differentiable():
             output = functional_call(self.model, theta | buffers, self.args, self.kwargs)
         for leaf in pytree.tree_leaves(output):
@@ -288,7 +346,8 @@ class _Problem:
         return own_dtypes(next(iter(self.theta.values())).device)
 
     def loss(self, output: Any) -> Tensor:
-        value = self.given_loss(output, self.y)
+        with twice_differentiable():
+            value = self.given_loss(output, self.y)
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
             shown = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise InputError(
@@ -299,18 +358,25 @@ class _Problem:
     def linearise(self) -> tuple[Any, Linear, Linear]:
         """The output, v -> Jv, u -> Jᵀu."""
         output, pull = _vjp(self.output, self.theta)
-        _, push = _vjp(pull, pytree.tree_map(torch.zeros_like, output))
+        _, push = _vjp(pull, pytree.tree_map(torch.ones_like, output))  # any point: some kernels have none at zero
         return output, push, pull
 
-    def product(self, label: str, multiply: Multiply, blocks: Blocks) -> CurvatureProduct:
-        check_member("blocks", blocks, Blocks)
-        chosen = multiply if blocks is Blocks.FULL else _blockwise(multiply, self.theta)
-
-        def product(v: Any) -> Any:
-            with self.own_dtypes():
-                return chosen(v)
-
-        return CurvatureProduct(label, blocks, self.theta, product, _others(self.model))
+    def recipe(self, label: str) -> tuple[Any, ...]:
+        """What the product is made from, for pickle. Raises `TypeError` where that is gone, or cannot be pickled."""
+        now = self.seen()
+        if self.state is None or now is None or not self.state.matches(now):
+            raise TypeError(
+                f"{label}: model, loss or batch changed since the product was made, or hide what they hold:\n"
+                "  pickle the product before they change, or model, loss and batch instead"
+            )
+        try:
+            functions = pickle.dumps((self.model, self.given_loss))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise TypeError(
+                f"{label}: a product is pickled as its model and loss, and one of them is not: {error}.\n"
+                "  Define functions and classes in a module, not inside a function; no lambda"
+            ) from error
+        return functions, self.batch, self.named, self.theta, self.buffers, self.random
 
 
 def _vjp(function: Callable[[Any], Any], primal: Any) -> tuple[Any, Linear]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -68,3 +68,9 @@ class Graphed:
                 static.copy_(value)
         self._graph.replay()
         return self._result(*self._outputs)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a CUDA graph is neither pickled nor copied: it reads memory of this process.\n"
+            "  Record it again where it is needed: program.graphed(x, y)"
+        )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.serialization import add_safe_globals
 
 from ..errors import InputError
 
@@ -42,3 +43,6 @@ class Result(Mapping[str, Mapping[str, torch.Tensor]]):
         loss = "" if self.loss is None else f"loss {float(self.loss):.6g}, "
         shown = (f"{q} of {len(by)} parameters" for q, by in self._values.items())
         return f"Result({loss}{', '.join(shown)})"
+
+
+add_safe_globals([Result])  # what torch.load takes as it is
