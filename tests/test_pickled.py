@@ -131,6 +131,7 @@ TWICE: dict[str, Callable[[Tensor], Tensor]] = {
     "logcumsumexp": lambda h: h.logcumsumexp(1),
     "logcumsumexp_first": lambda h: torch.logcumsumexp(h, dim=-1)[:, :2],
     "logcumsumexp_relu": lambda h: h.logcumsumexp(dim=0 - 1).relu(),
+    "logcumsumexp_cancelled": lambda h: (lambda s: torch.cat([s, -s], 1))(h.logcumsumexp(1)),
     "logcumsumexp_rows": lambda h: h.reshape(-1, 2, 2).logcumsumexp(1).flatten(1),
     "std_of_a_constant": lambda h: (h - h).std(1, keepdim=True) + h,
     "std": lambda h: torch.std(h, dim=1, keepdim=True, correction=0),
