@@ -16,7 +16,7 @@ OWN = sorted(PACKAGE.rglob("*.py"))
 FOLDERS = ("tnbackprop", "tests", "benchmarks", "examples", "docs")
 ALL = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
-SYMBOLIC = ("diagram", "canonical", "simplify", "jacobian", "algebra", "reference")
+SYMBOLIC = ("diagram", "radix", "canonical", "simplify", "jacobian", "algebra", "reference")
 NOTATION = ("syntax", "legs", "notation", "expand", "regroup", "rule", "bind")
 MATHEMATICS = ("errors", *SYMBOLIC, *NOTATION, "approximate")
 # What each part of the package may import, of the package. A part not listed here is a question for DESIGN.md.
@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "canonical": ("diagram",),
     "jacobian": ("diagram",),
     "reference": ("diagram",),
-    "simplify": ("diagram", "canonical"),
+    "radix": ("diagram",),
+    "simplify": ("diagram", "radix", "canonical"),
     "algebra": ("errors", *SYMBOLIC),
     "approximate": ("errors", "diagram", "jacobian", "simplify", "algebra"),
     **dict.fromkeys(NOTATION, ("errors", *SYMBOLIC, *NOTATION)),

@@ -48,6 +48,7 @@ MADE_OF_OTHERS = (
     Case("GRU cell", lambda: nn.GRUCell(3, 2)),
     Case("RNN cell", lambda: nn.RNNCell(3, 2)),
     Case("weight norm", lambda: weight_norm(nn.Linear(3, 2))),
+    Case("weight norm of the whole", lambda: weight_norm(nn.Linear(3, 2), dim=None)),
     function("moves", lambda t: torch.hstack([t.tile(2, 1), t.fliplr().swapaxes(1, 2).swapaxes(1, 2)]), (2, 3), 2),
     function("masks", lambda t: torch.where(t > 0.2, t, 0.5) * torch.max(t, t.sin()) * t.clip(-1, 1)),
     function("similarities", lambda t: F.cosine_similarity(t, t.roll(1, 1).exp(), 1)

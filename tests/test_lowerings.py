@@ -267,6 +267,9 @@ def one(legs: str, *operands: Operand, scale: object = 1) -> Diagram:
     return diagram(legs, product(*operands, scale=scale))
 
 
+SIX = Leg("i", 6)
+SIXTH = Window(SIX, ((2, d), (1, c))), Window(SIX, ((2, b), (1, a)))  # one leg that two windows count
+
 DIAGRAMS = {
     "scalar": one("", t("x"), scale="3/4"),
     "constant": one("", scale=5),
@@ -339,6 +342,13 @@ DIAGRAMS = {
     "selection_summed": one("n", Selection(t("I", n), (a, c)), t("x", n, a, c)),
     "selection_turned": one("nc", Selection(t("I", n, c), (a,)), t("x", a)),
     "selection_counts": one("a", Selection(t("I", n), (a,))),
+    "digits_of_a_pattern": one("nac", Window(f, ((2, a), (1, c))), Window(f, ((1, b),), 1), t("x", n, b)),
+    "digits_of_a_selection": one("nac", Window(f, ((2, a), (1, c))), Selection(t("I", b), (f,)), t("x", n, b)),
+    "digits_of_digits": one("nba", *SIXTH, t("x", n, c), t("y", d, e)),
+    "digits_of_digits_summed": one("n", *SIXTH, t("x", n, c), t("y", d), t("z", b, n)),
+    "digits_that_one_operand_has": one("nb", *SIXTH, t("x", n, c)),
+    "digits_with_their_leg": one("nac", Window(f, ((2, a), (1, c))), Window(f, ((1, b),)), t("x", n, b), t("y", f, a)),
+    "digits_of_a_kept_leg": one("nf", Window(f, ((2, a), (1, c))), t("x", n, a, c)),
     "sum_of_terms": diagram("ab", product(t("x", a, b), scale=2), product(t("y", b, a)), product(t("z", a))),
     "sum_with_constant": diagram("nb", product(t("x", b, n), scale="1/2"), product(scale=3)),
     "sum_of_contractions": diagram("ac", product(t("x", a, b), t("y", b, c)), product(t("z", c, a), scale=-1)),

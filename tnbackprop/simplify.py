@@ -10,6 +10,7 @@ import sympy
 
 from .canonical import product_key
 from .diagram import Delta, Diagram, Leg, Map, Operand, Product, Selection, Tensor, Window, argument
+from .radix import digits_of
 
 
 @cache
@@ -117,20 +118,15 @@ def trim_window(product: Product, output: tuple[Leg, ...]) -> Product | None:
 def split_leg(product: Product, output: tuple[Leg, ...]) -> Product | None:
     """A window that counts i = (a, b, …) in mixed radix, each i once: tensors are read with legs a, b, … for i."""
     for position, op in enumerate(product.operands):
-        if not isinstance(op, Window) or op.image in output or op.offset != 0:
+        if not isinstance(op, Window) or op.image in output:
             continue
-        digits = sorted(op.terms, key=lambda term: -term[0])
-        place = 1
-        for coefficient, leg in reversed(digits):
-            if coefficient != place:
-                break
-            place *= leg.size
-        else:
-            rest = product.operands[:position] + product.operands[position + 1 :]
-            legs = tuple(leg for _, leg in digits)
-            if place == op.image.size and all(_splits(o, op.image) for o in rest):
-                operands = tuple(_with_split(o, op.image, legs) for o in rest)
-                return Product(product.scale, operands)
+        legs = digits_of(op)
+        rest = product.operands[:position] + product.operands[position + 1 :]
+        if legs is not None and all(_splits(o, op.image) for o in rest):
+            operands = tuple(_with_split(o, op.image, legs) for o in rest)
+            after = Product(product.scale, operands)
+            lost = [leg.size for leg in legs if leg not in output and leg not in after.legs]
+            return Product(sympy.Mul(product.scale, *lost), operands)
     return None
 
 

@@ -155,6 +155,10 @@ REWRITTEN = {
         diagram("ac", product(Window(i4, ((2, a), (1, c))), t("x", i4))),
         diagram("ac", product(t("x", a, c))),
     ),
+    "mixed radix of legs that nothing else has": (
+        diagram("a", product(Window(i4, ((2, a), (1, c))), t("x", a))),
+        diagram("a", product(t("x", a), scale=2)),
+    ),
     "mixed radix in the other order": (
         diagram("ab", product(Window(i6, ((1, a), (2, b))), t("x", i6))),
         diagram("ab", product(t("x", b, a))),

@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from ..algebra import inline
 from ..diagram import Diagram, Leg, Map, Part, Product, Selection, Tensor, summed_legs
-from ..errors import UnsupportedError
 from ..jacobian import Jacobian
-from ..regroup import refine, refinement
+from ..regroup import common, regroup
 from .derived import Native
 
 Legs = tuple[Leg, ...]
@@ -58,13 +57,10 @@ def _read_with(legs: Legs, formula: Diagram) -> Diagram | None:
     if [leg.size for leg in legs] == [leg.size for leg in formula.legs]:
         return formula
     sizes, own = (tuple(leg.size for leg in each if isinstance(leg.size, int)) for each in (legs, formula.legs))
-    try:
-        if refinement(own, sizes) != sizes:
-            return None
-    except UnsupportedError:
+    if common(own, sizes) != sizes:
         return None
     symbolic, rest = (tuple(leg for leg in formula.legs if isinstance(leg.size, int) is kept) for kept in (False, True))
-    return refine(Jacobian(formula, symbolic, rest), into=sizes).diagram
+    return regroup(Jacobian(formula, symbolic, rest), into=sizes).diagram
 
 
 def _scatters(formula: Diagram) -> bool:

@@ -12,6 +12,7 @@ from .arrange import arranged, sizes_of
 from .contract import Lowering, Plan, as_tensor, contracted, diagonal, read
 from .convolve import convolutions
 from .cost import Kernel, Work
+from .digits import viewed
 from .pairs import sum_of_squares
 from .receptive import receptive_fields
 from .selections import selected
@@ -41,6 +42,11 @@ def selections(store: Store, product: Product, legs: Legs) -> list[Plan]:
 def pooled(store: Store, product: Product, legs: Legs) -> list[Plan]:
     """Of columns, what max pooling and the convolution before it send back, without what pooling scatters."""
     return receptive_fields(store, product, legs, WHOLE)
+
+
+def digits(store: Store, product: Product, legs: Legs) -> list[Plan]:
+    """A leg that others count in mixed radix is read as these."""
+    return viewed(store, product, legs, WHOLE)
 
 
 def unfolding(store: Store, product: Product, legs: Legs) -> list[Plan]:
@@ -98,5 +104,5 @@ def tiles(store: Store, product: Product, legs: Legs) -> list[Plan]:
     return columns_first(store, product, legs, WHOLE)
 
 
-WHOLE: tuple[Lowering, ...] = (squares, convolutions, shifts, selections, pooled, unfolding)
+WHOLE: tuple[Lowering, ...] = (squares, convolutions, shifts, selections, pooled, digits, unfolding)
 LOWERINGS: tuple[Lowering, ...] = (*WHOLE, tiles)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 
 import sympy
 
@@ -20,7 +19,7 @@ from ..diagram import BATCH, Delta, Diagram, Leg, N, Part, Product, fresh_names,
 from ..errors import InputError, UnsupportedError
 from ..jacobian import Jacobian
 from ..quantities import Quantity
-from ..regroup import refine, refinement
+from ..regroup import common, regroup
 from ..simplify import simplify
 from .condense import condensed, gathered
 from .derived import Backward, Extraction, Individual, Native
@@ -269,10 +268,10 @@ def _composed(sweep: Sweep, name: str, jacobian: Jacobian) -> tuple[Jacobian, Di
     uses, g = all_uses(sweep, name)
     if not jacobian.out:
         return jacobian, inline((uses.T @ g).sum_parameter())
-    sizes = refinement(tuple(leg.size for leg in jacobian.out), tuple(leg.size for leg in uses.legs))
-    jacobian = refine(jacobian, out=sizes)
-    refined = tuple(refine(j, into=sizes) for j in uses.jacobians)
-    cotangent = inline(Uses(refined, refined[0].into).T @ g)
+    sizes = common(tuple(leg.size for leg in jacobian.out), tuple(leg.size for leg in uses.legs))
+    jacobian = regroup(jacobian, out=sizes)
+    regrouped = tuple(regroup(j, into=sizes) for j in uses.jacobians)
+    cotangent = inline(Uses(regrouped, regrouped[0].into).T @ g)
     kept = cotangent.legs[: len(cotangent.legs) - len(sizes)]
     taken = {leg.name for p in cotangent.products for leg in p.legs} | {leg.name for leg in jacobian.diagram.legs}
     fresh = {leg: Leg(next(fresh_names(taken, f"{leg.name}{k}_")), leg.size) for k, leg in enumerate(jacobian.out)}
@@ -296,8 +295,8 @@ def all_uses(sweep: Sweep, name: str) -> tuple[Uses, Cotangents]:
     value = sweep.graph.values.get(name)
     sizes = tuple(size for size in value.shape if size != 1) if value is not None else ()
     if pairs:
-        sizes = reduce(refinement, (tuple(leg.size for leg in jacobian.into) for jacobian, _ in pairs))
-    jacobians = [refine(jacobian, into=sizes) for jacobian, _ in pairs]
+        sizes = common(*(tuple(leg.size for leg in jacobian.into) for jacobian, _ in pairs))
+    jacobians = [regroup(jacobian, into=sizes) for jacobian, _ in pairs]
     named = jacobians[0].into if jacobians else tuple(Leg(f"p{k}", size) for k, size in enumerate(sizes))
     legs = _distinct(tuple(Leg(leg.name.rstrip("'") or "p", leg.size) for leg in named)) or (Leg("p", 1),)
     whole = tuple(_with_legs(jacobian, legs) for jacobian in jacobians)

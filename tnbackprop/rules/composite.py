@@ -43,8 +43,8 @@ def logit(x: Tensor, eps: float | None = None) -> Tensor:
 
 @TABLE.composite(aten._weight_norm.default)
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """w = g v / |v|, the norm over all axes but `dim` (Salimans & Kingma 2016, arXiv:1602.07868)."""
-    rest = [axis for axis in range(v.ndim) if axis != dim % v.ndim]
+    """w = g v / |v|, the norm over all axes but `dim`, with -1 over all (Salimans & Kingma 2016, arXiv:1602.07868)."""
+    rest = [axis for axis in range(v.ndim) if dim == -1 or axis != dim % v.ndim]
     return v * (g * v.square().sum(rest, keepdim=True).rsqrt())
 
 
