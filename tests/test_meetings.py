@@ -69,6 +69,30 @@ class Positions(nn.Module):
         return self.head(self.second(x).sigmoid().mean(0))
 
 
+class Towers(nn.Module):
+    """Two branches of layers of their own that are added, with a layer before them or none."""
+
+    def __init__(self, trunk: bool) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(4, 4), nn.Tanh()) if trunk else nn.Identity()
+        self.one, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.trunk(x)
+        return F.softplus(self.one(x)) + torch.exp(-(self.other(x) ** 2))
+
+
+class Divided(nn.Module):
+    """A value of the parameters alone, behind the layer: no sample passes there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.weight = nn.Linear(4, 4), nn.Parameter(torch.rand(4, 3) + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x).tanh() @ self.weight / self.weight.exp().sum()
+
+
 def square() -> nn.Module:
     return nn.Linear(4, 4)
 
@@ -90,6 +114,9 @@ CASES: dict[str, tuple[Model, tuple[int, ...], list[tuple[str, int]]]] = {
     "a way around": (lambda: seq(square(), Skip(square(), nn.Tanh()), nn.Linear(4, 3)), (4,), []),
     "the same parameters before and after": (Tied, (4,), []),
     "what nothing reaches": (Beside, (4,), [("add", 2)]),
+    "towers": (lambda: Towers(trunk=False), (4,), [("one", 2)]),
+    "towers on a layer": (lambda: Towers(trunk=True), (4,), [("trunk_0", 11)]),
+    "divided by a sum of parameters": (Divided, (4,), [("first", 2)]),
     "the batch is the second axis": (Positions, (5, 3), [("second", 2), ("first", 17)]),
 }  # fmt: skip
 
@@ -101,6 +128,12 @@ def weighted(f: Tensor, y: Tensor) -> Tensor:
 def indefinite(f: Tensor, y: Tensor) -> Tensor:
     """Its root has columns of either sign."""
     return (f.sin().sum(1) + f.prod(1)).mean()
+
+
+def twice(f: Tensor, y: Tensor) -> Tensor:
+    """A value that one call reads twice."""
+    d = f - F.one_hot(y, 3)
+    return (d * d * torch.stack([d, d]).sum(0).cosh()).sum(1).mean()
 
 
 def elementwise(f: Tensor, y: Tensor) -> Tensor:
@@ -137,7 +170,7 @@ def test_where_columns_meet(name: str, size: int) -> None:
     assert_equal(result["each"], oracle_second.hessian_diag_per_sample(model, loss, x, y), name)
 
 
-@pytest.mark.parametrize("loss", [weighted, indefinite, elementwise], ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("loss", [weighted, indefinite, elementwise, twice], ids=lambda loss: loss.__name__)
 @pytest.mark.parametrize("rows", [1, 12, 64])
 def test_weights_and_rounds(loss: Loss, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns with weights of their own bring them along, into rounds of any width."""

@@ -99,12 +99,12 @@ def _classes(quantities: Sequence[Quantity]) -> str:
 def _hessian(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, first: int) -> Iterator[Columns]:
     """Columns of the loss Hessian, and of the residual of every line before it."""
     found = _found(setting, root.value)
-    until = "" if setting.roots else _meeting(setting, found)
+    meetings = () if setting.roots else _meetings(setting, found)
     if root.curvature is None:
-        ahead = _from_loss(setting, quantities, root, 0, first, until)
+        ahead = _from_loss(setting, quantities, root, 0, first, meetings)
     else:
         at_loss = Weighted(root.value, root.curvature.legs, root.curvature)
-        ahead = _from_basis(setting, quantities, at_loss, first, inside=False, until=until)
+        ahead = _from_basis(setting, quantities, at_loss, first, inside=False, meetings=meetings)
     yield ahead
     yield from _residuals(setting, quantities, found, first, [ahead])
 
@@ -136,15 +136,15 @@ def _residuals(
             continue
         here = [columns for columns in waiting if columns.until == each.value]
         later = [other for other in found if _position(setting, other.value) < _position(setting, each.value)]
-        made = _from_basis(setting, quantities, each, number, True, here, _meeting(setting, later) if ahead else "")
+        made = _from_basis(setting, quantities, each, number, True, here, _meetings(setting, later) if ahead else ())
         waiting = [*(columns for columns in waiting if columns not in here), made]
         yield made
 
 
-def _meeting(setting: Setting, found: Sequence[Weighted | Paired]) -> str:
-    """The first value where one-hot columns take along what comes from behind, all of which must pass there."""
+def _meetings(setting: Setting, found: Sequence[Weighted | Paired]) -> tuple[str, ...]:
+    """The values where one-hot columns may take along what comes from behind, all of which must pass there."""
     each = (w for w in found if isinstance(w, Weighted) and setting.gradient.samples[w.value])
-    return next((w.value for w in each if _rows(setting, w) <= MOST_ROWS and setting.graph.is_bottleneck(w.value)), "")
+    return tuple(w.value for w in each if _rows(setting, w) <= MOST_ROWS and setting.graph.is_bottleneck(w.value))
 
 
 def _rows(setting: Setting, found: Weighted) -> int:
@@ -236,7 +236,12 @@ def _behind(graph: Graph, output: str) -> set[str]:
 
 
 def _from_loss(
-    setting: Setting, quantities: Sequence[Quantity], root: LossRoot, samples: int, number: int, until: str = ""
+    setting: Setting,
+    quantities: Sequence[Quantity],
+    root: LossRoot,
+    samples: int,
+    number: int,
+    meetings: tuple[str, ...] = (),
 ) -> Columns:
     """Columns of the root, at the model's output: cotangents like the gradient."""
     legs = output_legs(setting.bound, root.value)
@@ -248,8 +253,8 @@ def _from_loss(
         weight = tensor(f"weight_{number}", (*lead, BATCH))
     count = samples or root.columns
     sweep = _sweep(setting, quantities, number, width, weight, inside=False)
-    sweep.until = until if width == root.columns and not alone else ""
-    fits = width == count < setting.width and not alone and not sweep.until
+    sweep.meetings = meetings if width == root.columns and not alone else ()
+    fits = width == count < setting.width and not alone and not sweep.meetings
     beside = _gradient_at(setting, root.value) if fits else 0
     sweep.several = count > 1 or bool(beside)
     sweep.terms[root.value] = [tensor(variable, (*lead, *legs))]
@@ -276,7 +281,7 @@ def _from_basis(
     number: int,
     inside: bool,
     arriving: Sequence[Columns] = (),
-    until: str = "",
+    meetings: tuple[str, ...] = (),
 ) -> Columns:
     """One-hot columns with a weight for each sample, and the columns that arrive where they are."""
     start = replace(_basis(found), arriving=tuple(_arriving(columns) for columns in arriving))
@@ -284,7 +289,7 @@ def _from_basis(
     weight = None if start.weight is None else tensor(f"weight_{number}", (*lead, BATCH))
     sweep = _sweep(setting, quantities, number, width, weight, inside)
     sweep.since = found.value if arriving else ""
-    sweep.until = until if width == start.columns and not alone else ""
+    sweep.meetings = meetings if width == start.columns and not alone else ()
     own = _start(sweep, found.value, found.legs, written_out=bool(arriving))
     run(sweep, setting.bound)
     schedule, legs = tuple(sweep.schedule), (*lead, *own)

@@ -76,7 +76,7 @@ def _function(store: Store, graph: Graph, root: LossRoot, name: str) -> tuple[st
     inputs = list(dict.fromkeys([root.output.name, *reads]))
     steps = []
     for call in root.calls:
-        needed = tuple(v.name for v in call.tensors.values())
+        needed = tuple(dict.fromkeys(v.name for v in call.tensors.values()))
         steps.append(Step(call.output.name, _code_in_double(call), needed, Kernel.NATIVE, NO_WORK))
     body = [f"    N = {root.output.name}.shape[0]", *lines_of(tuple(steps), {str(graph.loss)})]
     if any("like." in step.code for step in steps):

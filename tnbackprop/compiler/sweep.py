@@ -50,7 +50,8 @@ class Sweep:
     beside: Callable[[Call, BoundRule, Equation, str], Diagram | None] | None = None  # what a line adds to an operand
     partial: bool = False  # it starts inside the model: what it does not reach has nothing to add
     since: str = ""  # the value where it goes on for an earlier sweep, too
-    until: str = ""  # the value where a later one goes on for it
+    meetings: tuple[str, ...] = ()  # values where a later one may go on for it
+    until: str = ""  # the first of them that it reaches: there it stops
 
     def reached(self, name: str) -> bool:
         """Whether something is propagated to the value."""
@@ -73,13 +74,12 @@ def run(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
     classify(sweep, bound)
     last_use = _first_call_of_each_parameter(graph, bound)
     _extract(sweep, [p for p in last_use if last_use[p] is None])
-    arrived = False
     for position in reversed(range(len(bound))):
         call, rule = bound[position]
-        if call.output.name == sweep.until:
+        if not sweep.until and call.output.name in sweep.meetings and sweep.reached(call.output.name):
+            sweep.until = call.output.name
             schedule(sweep, sweep.until)
-            arrived = True
-        if not arrived:
+        if not sweep.until:
             _sweep_call(sweep, call, rule)
         _extract(sweep, [p for p, first in last_use.items() if first == position])
 
