@@ -17,7 +17,7 @@ FOLDERS = ("tnbackprop", "tests", "benchmarks", "examples", "docs")
 ALL = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 SYMBOLIC = ("diagram", "radix", "canonical", "simplify", "jacobian", "algebra", "reference")
-NOTATION = ("syntax", "legs", "notation", "expand", "regroup", "rule", "bind")
+NOTATION = ("functions", "inside", "syntax", "legs", "notation", "expand", "regroup", "rule", "bind")
 MATHEMATICS = ("errors", *SYMBOLIC, *NOTATION, "approximate")
 # What each part of the package may import, of the package. A part not listed here is a question for DESIGN.md.
 MAY_IMPORT = {

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from .diagram import BATCH, Delta, Diagram, Leg, Map, Product, Size, Tensor, leaves, summed_legs
 from .errors import RuleError, UnsupportedError
 from .expand import Expander
+from .inside import check_inside
 from .jacobian import Jacobian, Unit
 from .legs import Axes, solve
 from .notation import RESERVED, parse_access, parse_expression, parse_legs, parse_program
@@ -73,6 +74,7 @@ class BoundRule:
     root: Root | None = None  # placeholders are runtime value names, and {noise} in the sample
     draw: str = ""  # {noise} stays
     fallback: str = ""  # where there is no rule: the call, for the report
+    looped: frozenset[str] = frozenset()  # operands to which vmap of its VJP would be wrong
 
 
 def bind(
@@ -233,6 +235,7 @@ class _Binder:
     def check_slips(self, equations: tuple[Equation, ...]) -> None:
         """A leg that one factor sums alone, beside one of its size that only others sum, is a slip of the pen."""
         for line, equation in zip(self.lines, equations, strict=bool(self.lines)):
+            check_inside(line, self.legs)
             for product in equation.diagram.products if equation.diagram else ():
                 for leg, other in _slips(product, equation.legs):
                     if leg in self.legs.all and other in self.legs.all:

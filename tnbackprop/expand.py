@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product as pairs
+from numbers import Integral, Real
 
 import sympy
 
@@ -27,6 +28,7 @@ from .diagram import (
     argument,
     ordered_union,
 )
+from .functions import power
 from .legs import Legs
 from .notation import FUNCTIONS
 from .syntax import Access, Apply, Factors, Index, Name, Node, Number, Rest, Select, accesses, mixing, nearest, selects
@@ -117,7 +119,10 @@ class Expander:
             case Number():
                 return [_Term(node.value)]
             case Name():
-                return [_Term(self.constant(node))]
+                value = self.constant(node)
+                if value.is_infinite:
+                    raise node.place.error(f"'{node.name}' is infinite: it may only be compared with")
+                return [_Term(value)]
             case Access(tensor="delta"):
                 return [_Term(sympy.Integer(1), self.delta(node))]
             case Access():
@@ -166,11 +171,11 @@ class Expander:
             value = self.constants[node.name]
             if isinstance(value, sympy.Expr):
                 return value
-            if isinstance(value, bool) or not isinstance(value, int | float) or value - value != 0:
-                raise node.place.error(f"the constant '{node.name}' is {value!r}, not a finite number")
-            return sympy.Rational(value)
-        if node.name == "pi":
-            return sympy.pi
+            if isinstance(value, bool) or not isinstance(value, Real) or value != value:
+                raise node.place.error(f"the constant '{node.name}' is {value!r}, not a number")
+            return exact(value)
+        if node.name in ("pi", "inf"):
+            return sympy.pi if node.name == "pi" else sympy.oo
         size = self.legs.size(node.name)
         if size is not None:
             return size
@@ -305,7 +310,7 @@ class Expander:
         arguments = _Arguments()
         expr = sympy.sympify(self.scalar(node, arguments))
         if expr.has(sympy.zoo, sympy.nan, sympy.oo, -sympy.oo):
-            raise node.place.error("the value is not finite: it divides by zero")
+            raise node.place.error("the value is not finite: a constant in it is infinite, or it divides by zero")
         used = [k for k in range(len(arguments.tensors)) if argument(k) in expr.free_symbols]
         renumbered = expr.xreplace({argument(k): argument(position) for position, k in enumerate(used)})
         tensors = tuple(arguments.tensors[k] for k in used)
@@ -372,6 +377,14 @@ class Expander:
                 raise node.place.error("a condition is a comparison, as in input[*s] > 0")
 
 
+def exact(number: Real) -> sympy.Expr:
+    """A number of Python or NumPy as sympy's, infinite or exact."""
+    if isinstance(number, Integral):
+        return sympy.Integer(int(number))
+    value = float(number)
+    return sympy.Rational(value) if value - value == 0 else sympy.oo * (1 if value > 0 else -1)
+
+
 def leaves_image(window: Window) -> bool:
     """Whether some position of the window lies outside of the image."""
     low = high = window.offset
@@ -392,6 +405,6 @@ def _arithmetic(op: str, args: list[sympy.Basic]) -> sympy.Expr:
         case "/":
             return args[0] / args[1]
         case "**":
-            return args[0] ** args[1]
+            return power(args[0], args[1])
         case _:
             return -args[0]

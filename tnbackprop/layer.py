@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from math import sqrt
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -199,7 +200,7 @@ def _batch_item(lines: tuple[Line, ...]) -> str:
 
 
 def _is_number(given: Any) -> bool:
-    return isinstance(given, int | float) and not isinstance(given, bool)
+    return isinstance(given, Real) and not isinstance(given, bool)
 
 
 def _is_pair(given: Any) -> bool:

@@ -23,6 +23,7 @@ from types import MappingProxyType
 import sympy
 
 from .errors import RuleError
+from .functions import erfc, expm1, log1p, logsigmoid, sigmoid, softplus
 from .syntax import (
     Access,
     Apply,
@@ -61,10 +62,7 @@ FUNCTIONS: Mapping[str, tuple[int, Callable[..., sympy.Expr]]] = MappingProxyTyp
         "erf": (1, sympy.erf),
         "abs": (1, sympy.Abs),
         "sign": (1, sympy.sign),
-        "sigmoid": (1, lambda x: 1 / (1 + sympy.exp(-x))),
-        # branches that never overflow
-        "logsigmoid": (1, lambda x: _branch(x >= 0, -sympy.log(1 + sympy.exp(-x)), x - sympy.log(1 + sympy.exp(x)))),
-        "softplus": (1, lambda x: _branch(x >= 0, x + sympy.log(1 + sympy.exp(-x)), sympy.log(1 + sympy.exp(x)))),
+        **{f.__name__: (1, f) for f in (expm1, log1p, erfc, sigmoid, logsigmoid, softplus)},
         # at a tie the derivative is that of the first argument
         "maximum": (2, lambda a, b: _branch(a >= b, a, b)),
         "minimum": (2, lambda a, b: _branch(a <= b, a, b)),
@@ -72,7 +70,7 @@ FUNCTIONS: Mapping[str, tuple[int, Callable[..., sympy.Expr]]] = MappingProxyTyp
 )
 """Functions of a formula: name -> (number of arguments, sympy expression)."""
 
-RESERVED = frozenset(FUNCTIONS) | {"delta", "select", "pi"}
+RESERVED = frozenset(FUNCTIONS) | {"delta", "select", "pi", "inf"}
 LOOKALIKES = dict(zip("−–·×⋅∗÷²", ("-", "-", "*", "*", "*", "*", "/", "**2"), strict=True))
 """What is meant by characters that papers use."""
 HINTS = {

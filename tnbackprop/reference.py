@@ -20,7 +20,12 @@ Values = Mapping[str, NDArray[np.generic]]
 
 _FUNCTIONS = {
     "erf": np.vectorize(math.erf, otypes=[float]),
+    "erfc": np.vectorize(math.erfc, otypes=[float]),
     "loggamma": np.vectorize(math.lgamma, otypes=[float]),
+    "sigmoid": lambda x: np.exp(-np.logaddexp(0, -x)),
+    "logsigmoid": lambda x: -np.logaddexp(0, -x),
+    "softplus": lambda x: np.logaddexp(0, x),
+    "power": np.power,
     "DiracDelta": np.zeros_like,  # derivatives are those of the branch taken: no mass at a kink
 }
 

@@ -130,7 +130,8 @@ def test_mixing_samples_is_refused(text: str, output: str, shape: str, message: 
         (Rule("output[*s] = input[*s]", vjp={"input": "{cot}"}), "unknown tensor 'cot' in the code(.|\n)*cotangent"),
         (Rule("output[*s] = input[*s]", saved={"input[*s]": "1"}), "needs another name"),
         (Rule("output[*s] = input[*s]", legs={"foo": "n"}), "legs names 'foo'"),
-        (Rule("output[*s] = k * input[*s]", constants={"k": float("inf")}), "not a finite number"),
+        (Rule("output[*s] = k * input[*s]", constants={"k": float("inf")}), "a constant in it is infinite"),
+        (Rule("output[*s] = k * input[*s]", constants={"k": float("nan")}), "not a number"),
     ],
 )
 def test_wrong_rules_are_told(rule: Rule, message: str) -> None:

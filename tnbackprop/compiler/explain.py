@@ -71,6 +71,8 @@ def jacobian_lines(equation: Equation, wanted: set[str]) -> Iterator[str]:
 def declaration_lines(rule: BoundRule, wanted: set[str]) -> Iterator[str]:
     if rule.fallback:
         yield "    no rule: VJPs by torch.func, one sample at a time"
+    for name in sorted(rule.looped & wanted):
+        yield f"    in a loop for {name}: torch.func.vmap gives other numbers, or knows no such derivative"
     for saved in rule.saved:
         yield f"    saved {saved.name} = {_bare(saved.code)}"
     for name, code in rule.vjp.items() if not rule.fallback else ():

@@ -1,11 +1,14 @@
 """An op without a rule: VJPs by torch.func, per sample, and named in the report.
 
 The op must treat samples apart. That is tried out on random tensors: changing one sample must not change the others.
+There, too, `torch.func.vmap` over its VJP is compared with one call for each sample and column: for some ops torch
+knows no such derivative, or a wrong one (`cdist`), and for those the program has a loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +22,14 @@ from .cost import size_at
 from .forward import call_code
 from .graph import Call, Value
 
+LOOP = "one_by_one"
+ONE_BY_ONE = """\
+def one_by_one(vjp, axes, cotangents, *rows):
+    # The VJP of each sample, for one cotangent [N, ...] with so many axes, or several on axes in front.
+    columns = cotangents.reshape(-1, *cotangents.shape[-axes:])
+    found = [vjp(*sample, g) for column in columns for *sample, g in zip(*rows, column, strict=True)]
+    return torch.stack(found).unflatten(0, cotangents.shape[: cotangents.ndim - axes + 1])"""
+
 
 def fallback(call: Call) -> BoundRule:
     """A rule without a formula. Raises `UnsupportedError` where the op mixes samples or keeps the batch elsewhere."""
@@ -31,9 +42,12 @@ def fallback(call: Call) -> BoundRule:
             raise _refused(call, f"it reduces over the samples of '{value.name}'")
     _try_apart(call)
     legs = tuple(BATCH if N in axis else Leg(f"a{k}", _int(axis)) for k, axis in enumerate(call.output.axes))
-    code = {v.name: _vjp(call, v) for v in values if v.differentiable}
+    operands = tuple(v for v in dict.fromkeys(values) if v.differentiable)
+    looped = frozenset(v.name for v in operands if not _maps(call, v))
+    code = {v.name: _vjp(call, v, v.name in looped) for v in operands}
     equation = Equation(call.output.name, legs, None, MappingProxyType({}))
-    return BoundRule((equation,), (), "", MappingProxyType(code), "", MappingProxyType({}), fallback=call.where)
+    own = BoundRule((equation,), (), "", MappingProxyType(code), "", MappingProxyType({}))
+    return replace(own, fallback=call.where, looped=looped)
 
 
 def _int(axis: tuple[Any, ...]) -> int:
@@ -49,9 +63,9 @@ def _refused(call: Call, why: str) -> UnsupportedError:
     )
 
 
-def _vjp(call: Call, operand: Value) -> str:
+def _vjp(call: Call, operand: Value, looped: bool) -> str:
     """Torch code of the VJP with respect to one operand: [N, *operand], one sample at a time."""
-    batched = [v for v in dict.fromkeys(call.tensors.values()) if v.axes and N in v.axes[0]]
+    batched = _batched(call)
     own_rows = {v.name for v in batched}
     single = call_code(_one_sample(call), lambda name: f"{name}_n" if name in own_rows else "{" + name + "}")
     for value in batched:
@@ -60,8 +74,42 @@ def _vjp(call: Call, operand: Value) -> str:
     function = single.replace(f"{own}.unsqueeze(0)", "u.unsqueeze(0)").replace(own, "u")
     head = "g" if not _sampled(call.output) else "g.unsqueeze(0)"
     names = ", ".join([*(f"{v.name}_n" for v in batched), "g"])
-    stacked = ", ".join([*("{" + v.name + "}" for v in batched), "{cotangent}"])
-    return f"torch.func.vmap(lambda {names}: torch.func.vjp(lambda u: {function}, {own})[1]({head})[0])({stacked})"
+    each = f"lambda {names}: torch.func.vjp(lambda u: {function}, {own})[1]({head})[0]"
+    stacked = ["{" + v.name + "}" for v in batched]
+    if not looped:
+        return f"torch.func.vmap({each})({', '.join([*stacked, '{cotangent}'])})"
+    axes = len(call.output.axes) + (not _sampled(call.output))
+    return f"{LOOP}({each}, {axes}, {', '.join(['{cotangents}', *stacked])})"
+
+
+def _batched(call: Call) -> list[Value]:
+    return [v for v in dict.fromkeys(call.tensors.values()) if _sampled(v)]
+
+
+def _maps(call: Call, operand: Value) -> bool:
+    """Whether vmap over samples and columns gives what single VJPs give, on random tensors."""
+    batched, inputs = _batched(call), _drawn(call)
+    one, generator = _one_sample(call), torch.Generator().manual_seed(1)
+    sampled = _sampled(call.output)
+    shape = [3, 3, *(size_at(size, 3) for size in call.output.shape[sampled:])]
+    cotangents = torch.randn(shape, generator=generator, dtype=torch.float64).to(call.output.dtype)
+
+    def vjp(cotangent: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
+        own = inputs | {v.name: row.unsqueeze(0) for v, row in zip(batched, rows, strict=True)}
+        back = torch.func.vjp(lambda u: _run(one, own | {operand.name: u}), own[operand.name])[1]
+        found: torch.Tensor = back(cotangent.unsqueeze(0) if sampled else cotangent)[0]
+        return found
+
+    rows = [inputs[v.name] for v in batched]
+    single = [torch.stack([vjp(*each) for each in zip(column, *rows, strict=True)]) for column in cotangents]
+    try:
+        over_samples = torch.func.vmap(vjp, (0, *(0 for _ in rows)))
+        mapped = torch.func.vmap(over_samples, (0, *(None for _ in rows)))(cotangents, *rows)
+    except RuntimeError:  # an op that vmap does not know, or draws numbers
+        return False
+    want = torch.stack(single)
+    bound = torch.finfo(want.dtype).eps ** 0.5 * want.abs().nan_to_num(0).amax()
+    return torch.allclose(mapped, want, rtol=0, atol=float(bound), equal_nan=True)
 
 
 def _sampled(value: Value) -> bool:
@@ -76,7 +124,8 @@ def _one_sample(call: Call) -> Call:
     return Call(call.target, MappingProxyType(arguments), call.output, call.path, call.module_type, call.module)
 
 
-def _try_apart(call: Call) -> None:
+def _drawn(call: Call) -> dict[str, torch.Tensor]:
+    """Random operands for three samples."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(value: Value) -> torch.Tensor:
@@ -85,7 +134,11 @@ def _try_apart(call: Call) -> None:
             return torch.rand(shape, generator=generator, dtype=torch.float64).to(value.dtype)
         return torch.zeros(shape, dtype=value.dtype)
 
-    inputs = {v.name: draw(v) for v in call.tensors.values()}
+    return {v.name: draw(v) for v in call.tensors.values()}
+
+
+def _try_apart(call: Call) -> None:
+    inputs = _drawn(call)
     sampled = {v.name for v in call.tensors.values() if _sampled(v)}
     if not sampled or not _sampled(call.output):
         return

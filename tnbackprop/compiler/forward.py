@@ -88,7 +88,7 @@ def literal(value: Any, resolve: Callable[[str], str]) -> str:
         return str(sympy.sstr(value))
     if isinstance(value, torch.device):
         return "like.device"
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+    if isinstance(value, float) and value - value != 0:
         return f"float('{value}')"
     return repr(value)
 

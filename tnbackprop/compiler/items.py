@@ -12,6 +12,7 @@ from .choose import Choice, choose
 from .contract import Lowering, build
 from .cost import Kernel, Terms, Work
 from .derived import Backward, Extraction, Individual, Native, Schedule
+from .fallback import LOOP, ONE_BY_ONE
 from .forward import fill, vjp_written_over
 from .graph import Graph
 from .pairs import written_over
@@ -95,6 +96,8 @@ def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tu
     filled = term.code.replace("{cotangents}", shown).replace("{cotangent}", "each" if mapped else shown)
     code = fill(filled, store.resolve)
     code = f"torch.func.vmap(lambda each: {code})({shown})" if mapped else code
+    if term.code.startswith(f"{LOOP}("):
+        store.functions[LOOP] = ONE_BY_ONE
     legs = (*lead, *(Leg(f"a{k}", size) for k, size in enumerate(shape)))
     kernel, forward = store.works.get(term.of, (Kernel.NATIVE, NO_WORK))
     scaled = replace(forward, flops=_times(forward.flops, lead), moved=_times(forward.moved, lead))

@@ -5,18 +5,28 @@ from __future__ import annotations
 import sympy
 from sympy.printing.pycode import PythonCodePrinter
 
+from ..errors import RuleError
+
+_TORCH = "exp log tanh cosh sinh sin cos tan atan erf erfc sign sigmoid log1p expm1"
 _FUNCTIONS = {
-    "exp": "torch.exp",
-    "log": "torch.log",
-    "tanh": "torch.tanh",
-    "cosh": "torch.cosh",
-    "sinh": "torch.sinh",
-    "sin": "torch.sin",
-    "cos": "torch.cos",
-    "erf": "torch.erf",
+    **{name: f"torch.{name}" for name in _TORCH.split()},
     "Abs": "torch.abs",
-    "sign": "torch.sign",
+    "power": "torch.pow",
+    "logsigmoid": "torch.nn.functional.logsigmoid",
+    "softplus": "torch.nn.functional.softplus",
 }
+_OPTIONS = {"softplus": ", threshold=40"}
+"""softplus is x from the default threshold on, which float64 tells apart."""
+
+
+def _number(number: sympy.Expr) -> str:
+    """An exact number as an int that every dtype takes, or as the nearest float."""
+    if number.is_Integer and abs(number) < 2**53:
+        return str(int(number))
+    value = float(number)
+    if value - value != 0:
+        raise RuleError(f"the number {sympy.sstr(number.evalf(6))} of a formula is beyond those of float64")
+    return repr(value)
 
 
 class _Printer(PythonCodePrinter):  # type: ignore[misc]
@@ -38,13 +48,15 @@ class _Printer(PythonCodePrinter):  # type: ignore[misc]
     def _print_Mul(self, expr: sympy.Mul) -> str:
         numbers, rest = expr.as_coeff_mul()
         shown = [self._print(sympy.Float(numbers) if not numbers.is_Integer else numbers)] if numbers != 1 else []
-        for factor in rest:
+        for factor in _ratios(rest):
             code = self._print(factor)
             shown.append(f"({code})" if factor.is_Add or (factor.is_Pow and " " in code) else code)
         return " * ".join(shown)
 
     def _print_Rational(self, expr: sympy.Rational) -> str:
-        return repr(float(expr)) if expr.q != 1 else str(expr.p)
+        return _number(expr)
+
+    _print_Integer = _print_Rational
 
     def _print_Float(self, expr: sympy.Float) -> str:
         return repr(float(expr))
@@ -58,7 +70,7 @@ class _Printer(PythonCodePrinter):  # type: ignore[misc]
         name = type(expr).__name__
         if name not in _FUNCTIONS:
             raise NotImplementedError(f"no torch code for the function {name} in {expr}")
-        return f"{_FUNCTIONS[name]}({', '.join(self._print(a) for a in expr.args)})"
+        return f"{_FUNCTIONS[name]}({', '.join(self._print(a) for a in expr.args)}{_OPTIONS.get(name, '')})"
 
     def _print_Piecewise(self, expr: sympy.Piecewise) -> str:
         pieces = [(self._print(value), condition) for value, condition in expr.args]
@@ -82,6 +94,18 @@ class _Printer(PythonCodePrinter):  # type: ignore[misc]
         return f"{left} {condition.rel_op} {right}"
 
 
+def _ratios(factors: tuple[sympy.Expr, ...]) -> list[sympy.Expr]:
+    """The factors with a² b⁻² as (a / b)²: the squares of small numbers are zero."""
+    found = list(factors)
+    for below in factors:
+        base, exponent = below.as_base_exp()
+        above = next((f for f in found if exponent.is_Integer and f.is_Pow and f.exp == -exponent), None)
+        if exponent.is_Integer and exponent <= -2 and above is not None:
+            found[found.index(above)] = sympy.Pow(above.base / base, -exponent, evaluate=False)
+            found.remove(below)
+    return found
+
+
 for _name in _FUNCTIONS:
     setattr(_Printer, f"_print_{_name}", _Printer._print_Function)
 
@@ -98,7 +122,7 @@ def torch_code(expr: sympy.Expr, arguments: dict[sympy.Symbol, str]) -> str:
 def number_code(scale: sympy.Expr) -> str:
     """An exact scale as a Python expression of N and numbers."""
     if scale.is_number:
-        return str(int(scale)) if scale.is_Integer and abs(scale) < 2**53 else repr(float(scale))
+        return _number(scale)
     long = {r: sympy.Float(float(r), 17) for r in scale.atoms(sympy.Rational) if max(abs(r.p), r.q) > 10**6}
     exact = scale.xreplace(long).replace(lambda e: e.is_number and not (e.is_Rational or e.is_Float), sympy.Float)
     return f"({sympy.sstr(exact, full_prec=True)})"

@@ -121,6 +121,8 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
     trainable = {v.name for v in call.tensors.values() if v.differentiable}
     for name in sorted(trainable & set(rule.vjp)):  # the same source every time
         if rule.fallback and not sweep.samples[name]:
+            if sweep.reads[name]:
+                raise _no_sum(f"{call.where} reads a sum over them, and has no rule that says it is linear")
             _pull_individually(sweep, call, rule, name)
             trainable.discard(name)
     native = {name for name in trainable & set(rule.vjp) if sweep.samples[name] and sweep.samples[call.output.name]}
@@ -149,7 +151,7 @@ def _pull_individually(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> 
     output = rule.equations[-1]
     if sweep.samples[output.name]:
         schedule(sweep, output.name)
-    else:
+    elif not any(isinstance(item, Backward) and item.value == output.name for item in sweep.schedule):
         uses, g = all_uses(sweep, output.name)
         sweep.schedule.append(Backward(f"{sweep.prefix}_{output.name}", output.name, (uses.T @ g,), call.where))
     own = f"{sweep.prefix}_{name}_{output.name}"
@@ -177,8 +179,11 @@ def _pull(sweep: Sweep, call: Call, rule: BoundRule, equation: Equation, operand
         add(sweep, operand, more, sweep.samples[operand])
     if sweep.along is not None:
         jacobian = sweep.along(jacobian)
-    jacobian, cotangent = cotangent_of(sweep, equation, jacobian)
     out_samples, in_samples = sweep.samples[equation.name], sweep.samples[operand]
+    whole = {leaf for leaf in leaves(jacobian.diagram) if not sweep.samples.get(leaf, True)}
+    if in_samples and not out_samples and any(_varies(sweep, leaf) for leaf in whole):
+        raise _no_sum(f"what {call.where} takes of one depends on the others")
+    jacobian, cotangent = cotangent_of(sweep, equation, jacobian)
     if out_samples and in_samples:
         _check_diagonal(call, operand, jacobian)
     if sweep.reads[operand] and not in_samples and out_samples:
@@ -250,12 +255,16 @@ def _cotangent(sweep: Sweep, name: str, legs: tuple[Leg, ...]) -> Diagram:
     total = Diagram(legs, ())
     for term in sweep.terms[name]:
         if isinstance(term, Native) or any(_varies(sweep, leaf) for leaf in leaves(term)):
-            raise UnsupportedError(
-                f"the loss is not a sum over samples: what comes after {sweep.owner[name].where} is not linear in it.\n"
-                "  Only sums of the loss of each sample have individual gradients; a divisor may depend on the batch."
-            )
+            raise _no_sum(f"what comes after {sweep.owner[name].where} is not linear in it")
         total = total + inline(Diagram(legs, (Product(sympy.Integer(1), (Part(term, legs),)),)))
     return simplify(total)
+
+
+def _no_sum(what: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"the loss is not a sum over samples: {what}.\n"
+        "  Only sums of the loss of each sample have individual gradients; a divisor may depend on the batch."
+    )
 
 
 def _varies(sweep: Sweep, leaf: str) -> bool:

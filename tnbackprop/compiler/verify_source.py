@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 from .by_rows import BY_ROWS
+from .fallback import ONE_BY_ONE
 from .receptive import RECEPTIVE
 from .samples import ADDED
 from .shifts import WINDOW_GRAM
@@ -26,7 +27,7 @@ LOSS = "loss_"
 SLICE, COLUMN, NOISE = "slice_", "column_", "noise_"
 """How names begin: functions of a slice of the batch, columns of a root, random inputs."""
 
-FIXED = frozenset({WINDOW_GRAM, *BY_ROWS.values(), *RECEPTIVE, ADDED})
+FIXED = frozenset({WINDOW_GRAM, *BY_ROWS.values(), *RECEPTIVE, ADDED, ONE_BY_ONE})
 """Functions of constant text, with loops over sizes: their own tests check them, here only what calls them is read."""
 
 

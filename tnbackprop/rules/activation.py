@@ -15,7 +15,6 @@ aten = torch.ops.aten
 enter = TABLE.rule
 
 # fmt: off
-# sigmoid(x) inside of a product is (1 + tanh(x / 2)) / 2, whose derivatives overflow nowhere.
 # The strictness of each comparison is torch's, and lets a NaN take the branch with slope 1 where torch's does.
 enter(aten.relu.default)(elementwise(
     "0 if x <= 0 else x", vjp="torch.ops.aten.threshold_backward({cotangent}, {output}, 0)", kinks="0 at 0"))
@@ -34,23 +33,23 @@ enter(aten.hardsigmoid.default)(elementwise(
     "0 if x <= -3 else (1 if x >= 3 else x / 6 + 1 / 2)",
     vjp="torch.ops.aten.hardsigmoid_backward({cotangent}, {input})", kinks="0 at -3 and 3"))
 enter(aten.elu.default)(elementwise(
-    "scale * alpha * (exp(input_scale * x) - 1) if x <= 0 else scale * x",
+    "scale * alpha * expm1(input_scale * x) if x <= 0 else scale * x",
     arguments=("alpha", "scale", "input_scale"), kinks="scale * alpha * input_scale at 0",
     vjp="torch.ops.aten.elu_backward({cotangent}, <alpha>, <scale>, <input_scale>, False, {input})"))
 enter(aten.celu.default)(elementwise(
-    "alpha * (exp(x / alpha) - 1) if x <= 0 else x", arguments=("alpha",)))
+    "alpha * expm1(x / alpha) if x <= 0 else x", arguments=("alpha",)))
 enter(aten.selu.default)(elementwise(
-    "scale * alpha * (exp(x) - 1) if x <= 0 else scale * x", kinks="scale * alpha at 0",
+    "scale * alpha * expm1(x) if x <= 0 else scale * x", kinks="scale * alpha at 0",
     constants={"alpha": 1.6732632423543772848170429916717, "scale": 1.0507009873554804934193349852946}))
 enter(aten.sigmoid.default)(elementwise(
     "sigmoid(x)", derivative="y * (1 - y)", vjp="torch.ops.aten.sigmoid_backward({cotangent}, {output})"))
 enter(aten.tanh.default)(elementwise(
     "tanh(x)", derivative="1 - y**2", vjp="torch.ops.aten.tanh_backward({cotangent}, {output})"))
 enter(aten.silu.default)(elementwise(
-    "x * (1 + tanh(x / 2)) / 2", vjp="torch.ops.aten.silu_backward({cotangent}, {input})"))
+    "x * sigmoid(x)", vjp="torch.ops.aten.silu_backward({cotangent}, {input})"))
 enter(aten.log_sigmoid.default)(elementwise("logsigmoid(x)"))
 enter(aten.softplus.default)(elementwise(
-    "x if beta * x > threshold else log(1 + exp(beta * x)) / beta", arguments=("beta", "threshold"),
+    "x if beta * x > threshold else softplus(beta * x) / beta", arguments=("beta", "threshold"),
     vjp="torch.ops.aten.softplus_backward({cotangent}, {input}, <beta>, <threshold>)",
     kinks="linear above threshold / beta"))
 enter(aten.mish.default)(elementwise(
@@ -60,9 +59,9 @@ enter(aten.hardshrink.default)(elementwise(
 enter(aten.softshrink.default)(elementwise(
     "0 if abs(x) <= lambd else (x - lambd if x > 0 else x + lambd)", arguments=("lambd",), kinks="0 at both ends"))
 enter(aten.exp.default)(elementwise("exp(x)", derivative="y"))
-enter(aten.expm1.default)(elementwise("exp(x) - 1"))
+enter(aten.expm1.default)(elementwise("expm1(x)"))
 enter(aten.log.default)(elementwise("log(x)"))
-enter(aten.log1p.default)(elementwise("log(1 + x)"))
+enter(aten.log1p.default)(elementwise("log1p(x)"))
 enter(aten.sqrt.default)(elementwise("sqrt(x)"))
 enter(aten.rsqrt.default)(elementwise("x**(-1 / 2)"))
 enter(aten.reciprocal.default)(elementwise("1 / x"))
@@ -71,7 +70,7 @@ enter(aten.abs.default)(elementwise("abs(x)", kinks="0 at 0"))
 enter(aten.sin.default)(elementwise("sin(x)"))
 enter(aten.cos.default)(elementwise("cos(x)"))
 enter(aten.erf.default)(elementwise("erf(x)"))
-enter(aten.erfc.default)(elementwise("1 - erf(x)"))
+enter(aten.erfc.default)(elementwise("erfc(x)"))
 enter(aten.neg.default)(elementwise("-x"))
 enter(aten.tan.default)(elementwise("tan(x)", derivative="1 + y**2"))
 enter(aten.sinh.default)(elementwise("sinh(x)"))
@@ -85,7 +84,7 @@ enter(aten.acos.default)(elementwise("", derivative="-(1 - x**2)**(-1/2)"))
 enter(aten.exp2.default)(elementwise("exp(c * x)", constants={"c": math.log(2)}))
 enter(aten.log2.default)(elementwise("log(x) / c", constants={"c": math.log(2)}))
 enter(aten.log10.default)(elementwise("log(x) / c", constants={"c": math.log(10)}))
-enter(aten.special_ndtr.default)(elementwise("(1 + erf(c * x)) / 2", constants={"c": math.sqrt(0.5)}))
+enter(aten.special_ndtr.default)(elementwise("erfc(-c * x) / 2", constants={"c": math.sqrt(0.5)}))
 enter(aten.frac.default)(elementwise("", derivative="1 + 0 * x", kinks="1 at whole numbers"))
 # fmt: on
 
@@ -94,7 +93,7 @@ enter(aten.frac.default)(elementwise("", derivative="1 + 0 * x", kinks="1 at who
 def gelu(call: Any) -> Rule:
     """x Phi(x), or its tanh approximation."""
     formula = {
-        "none": "x * (1 + erf(x / sqrt(2))) / 2",
+        "none": "x * erfc(-x / sqrt(2)) / 2",
         "tanh": "x * (1 + tanh(c * (x + 0.044715 * x**3))) / 2",
     }[call.approximate]
     vjp = f"torch.ops.aten.gelu_backward({{cotangent}}, {{input}}, approximate={call.approximate!r})"
@@ -157,7 +156,7 @@ def glu(call: Any) -> Rule:
     second = [f"{leg} + half" if k == dim else leg for k, leg in enumerate(legs)]
     half = call.output.shape[dim]
     a, b = f"input[{join(first)}]", f"input[{join(second)}]"
-    return Rule(f"output[{join(legs)}] = {a} / 2 + {a} * tanh({b} / 2) / 2", constants={"half": half})
+    return Rule(f"output[{join(legs)}] = {a} * sigmoid({b})", constants={"half": half})
 
 
 @TABLE.rule(aten.dropout.default)

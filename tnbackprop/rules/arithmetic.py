@@ -20,7 +20,7 @@ TABLE.rule(aten.div.Tensor, aten.div.Scalar)(broadcast("{input} / {other}"))
 TABLE.rule(aten.addcmul.default)(broadcast("{input} + {value} * {tensor1} * {tensor2}"))
 TABLE.rule(aten.addcdiv.default)(broadcast("{input} + {value} * {tensor1} / {tensor2}"))
 TABLE.rule(aten.lerp.Tensor, aten.lerp.Scalar)(broadcast("{input} + {weight} * {end} - {weight} * {input}"))
-TABLE.rule(aten.pow.Tensor_Tensor)(broadcast("exp({exponent} * log({input}))"))
+TABLE.rule(aten.pow.Tensor_Tensor)(broadcast("{input} ** {exponent}"))
 
 
 @TABLE.rule(aten.maximum.default, aten.minimum.default)

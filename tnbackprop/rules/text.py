@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 import sympy
 
 from ..diagram import N
-from ..errors import UnsupportedError
+from ..errors import RuleError, UnsupportedError
 from ..rule import Constant, Rule
 
 SPACE = {1: ("w",), 2: ("h", "w"), 3: ("d", "h", "w")}
@@ -76,7 +77,11 @@ def broadcast_sizes(text: str) -> dict[str, Constant]:
 
 
 def literal(number: Constant) -> str:
-    """A number as text, exact where it is a short fraction."""
+    """A number as text, exact where it is a short fraction; an infinite one, which may only be compared with."""
+    if math.isinf(number):
+        return "inf" if number > 0 else "(-inf)"
+    if number != number:
+        raise RuleError("a formula has no place for the number nan")
     fraction = Fraction(number)
     if fraction.denominator == 1:
         return f"({fraction})" if fraction < 0 else str(fraction)
@@ -152,7 +157,8 @@ def _words(text: str) -> list[str]:
 def _fill(code: str, numbers: Mapping[str, Any]) -> str:
     """The code with ``<name>`` replaced by the value of the argument; braces stay."""
     for name, value in numbers.items():
-        code = code.replace(f"<{name}>", repr(value))
+        finite = not isinstance(value, float) or math.isfinite(value)
+        code = code.replace(f"<{name}>", repr(value) if finite else f"float('{value}')")
     return code
 
 

@@ -179,9 +179,21 @@ def _map(operand: Map, env: Env, like: Tensor) -> Tensor:
     return torch.as_tensor(_torch(operand.expr, len(args))(*args), dtype=like.dtype).expand(_sizes(operand.legs))
 
 
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "power": torch.pow,
+    "sigmoid": torch.sigmoid,
+    "logsigmoid": torch.nn.functional.logsigmoid,
+    "softplus": lambda x: -torch.nn.functional.logsigmoid(-x),
+    "log1p": torch.log1p,
+    "expm1": torch.expm1,
+    "erfc": torch.erfc,
+}
+
+
 @cache
 def _torch(expression: sympy.Expr, count: int) -> Callable[..., Any]:
-    function: Callable[..., Any] = sympy.lambdify([argument(k) for k in range(count)], expression.subs(N, 1), "torch")
+    symbols, modules = [argument(k) for k in range(count)], [_FUNCTIONS, "torch"]
+    function: Callable[..., Any] = sympy.lambdify(symbols, expression.subs(N, 1), modules)
     return function
 
 
