@@ -6,10 +6,11 @@ arithmetic becomes a `Window` on a fresh image leg, a leg twice in one access a 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product as pairs
-from numbers import Integral, Real
+from numbers import Real
 
 import sympy
 
@@ -28,12 +29,15 @@ from .diagram import (
     argument,
     ordered_union,
 )
-from .functions import power
+from .functions import exact, power
 from .legs import Legs
 from .notation import FUNCTIONS
 from .syntax import Access, Apply, Factors, Index, Name, Node, Number, Rest, Select, accesses, mixing, nearest, selects
 
 _RELATIONS = {"<": sympy.Lt, "<=": sympy.Le, ">": sympy.Gt, ">=": sympy.Ge, "==": sympy.Eq, "!=": sympy.Ne}
+_ARITHMETIC = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "**": power, "neg": operator.neg,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -360,8 +364,8 @@ class Expander:
                 return sympy.Piecewise((self.scalar(yes, arguments), condition), (self.scalar(no, arguments), True))
             case Apply(op=op, args=args) if op in FUNCTIONS:
                 return FUNCTIONS[op][1](*(self.scalar(a, arguments) for a in args))
-            case Apply(op="+" | "-" | "*" | "/" | "**" | "neg" as op, args=args):
-                return _arithmetic(op, [self.scalar(a, arguments) for a in args])
+            case Apply(op=op, args=args) if op in _ARITHMETIC:
+                return _ARITHMETIC[op](*(self.scalar(a, arguments) for a in args))
             case _:
                 return sympy.Piecewise((1, self.condition(node, arguments)), (0, True))
 
@@ -377,14 +381,6 @@ class Expander:
                 raise node.place.error("a condition is a comparison, as in input[*s] > 0")
 
 
-def exact(number: Real) -> sympy.Expr:
-    """A number of Python or NumPy as sympy's, infinite or exact."""
-    if isinstance(number, Integral):
-        return sympy.Integer(int(number))
-    value = float(number)
-    return sympy.Rational(value) if value - value == 0 else sympy.oo * (1 if value > 0 else -1)
-
-
 def leaves_image(window: Window) -> bool:
     """Whether some position of the window lies outside of the image."""
     low = high = window.offset
@@ -392,19 +388,3 @@ def leaves_image(window: Window) -> bool:
         reach = coefficient * (int(leg.size) - 1)
         low, high = low + min(reach, 0), high + max(reach, 0)
     return bool(low < 0 or high >= int(window.image.size))
-
-
-def _arithmetic(op: str, args: list[sympy.Basic]) -> sympy.Expr:
-    match op:
-        case "+":
-            return args[0] + args[1]
-        case "-":
-            return args[0] - args[1]
-        case "*":
-            return args[0] * args[1]
-        case "/":
-            return args[0] / args[1]
-        case "**":
-            return power(args[0], args[1])
-        case _:
-            return -args[0]

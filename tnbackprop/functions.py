@@ -6,6 +6,8 @@ in such functions, too. All of them are real, of real arguments.
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import sympy
 
 
@@ -83,3 +85,11 @@ class power(_Real):
         # torch's: at base 0 the power is flat, for exponents that are not negative
         flat = sympy.And(sympy.Eq(base, 0), exponent >= 0)
         return sympy.Piecewise((0, flat), (self * sympy.log(base), True))
+
+
+def exact(number: Real) -> sympy.Expr:
+    """A number of Python or NumPy as sympy's, infinite or exact."""
+    if isinstance(number, Integral):
+        return sympy.Integer(int(number))
+    value = float(number)
+    return sympy.Rational(value) if value - value == 0 else sympy.oo * (1 if value > 0 else -1)
