@@ -7,7 +7,7 @@ arithmetic becomes a `Window` on a fresh image leg, a leg twice in one access a 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import product as pairs
 from numbers import Real
@@ -35,7 +35,7 @@ from .notation import FUNCTIONS
 from .syntax import Access, Apply, Factors, Index, Name, Node, Number, Rest, Select, accesses, mixing, nearest, selects
 
 _RELATIONS = {"<": sympy.Lt, "<=": sympy.Le, ">": sympy.Gt, ">=": sympy.Ge, "==": sympy.Eq, "!=": sympy.Ne}
-_ARITHMETIC = {
+_ARITHMETIC: dict[str, Callable[..., sympy.Basic]] = {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "**": power, "neg": operator.neg,
 }  # fmt: skip
 
