@@ -227,6 +227,7 @@ POOLING = (
 SHAPE = (
     function("flips_rolls_turns", lambda t: t.flip(1, 2) * t.roll((1, 1), (1, 2))
              + t.rot90(1, (1, 2)).rot90(3, (1, 2)) * t.rot90(2, (1, 2)), (2, 2), 2),
+    function("rolls_of_an_axis_twice", lambda t: t.roll((1, 1), (1, 1)) * t.roll((1, -3, 2), (-1, 1, 2)), (4, 3), 3),
     function("repeats", lambda t: t.repeat(1, 2, 1) * t.repeat_interleave(2, 1)
              + t.unsqueeze(1).repeat(1, 2, 1, 1).flatten(1, 2), (2, 2), 2),
     function("triangles", lambda t: (t @ t.cumsum(1).mT).tril() + (t.flip(1) @ t.mT).triu(1), (2, 3), 2),
@@ -344,8 +345,8 @@ ATTENTION = (
 )  # fmt: skip
 
 FIRST_ORDER = frozenset(
-    """norms other_bases inverse_functions clamp_to_tensors maximum_minimum flips_rolls_turns repeats triangles
-    diagonals pieces written_pieces unfold_and_fold index upsample_bicubic poisson kl_div""".split()
+    """norms other_bases inverse_functions clamp_to_tensors maximum_minimum flips_rolls_turns rolls_of_an_axis_twice
+    repeats triangles diagonals pieces written_pieces unfold_and_fold index upsample_bicubic poisson kl_div""".split()
 )
 """Of these rows the Jacobians and the first-order quantities are tested; the others are made of the same diagrams."""
 EVERY = (

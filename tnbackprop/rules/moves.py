@@ -47,8 +47,11 @@ def flip(call: Any) -> Rule:
 def roll(call: Any) -> Rule:
     if not call.dims:
         refuse(call, "it rolls all axes as one", "Say dims=.")
-    shifts = zip(call.dims, call.shifts, strict=True)
-    return _sourced(call, {axis(d, len(call.input.axes)): f"{_places(call, d)}.roll({by})" for d, by in shifts})
+    shifts: dict[int, Any] = {}
+    for dim, by in zip(call.dims, call.shifts, strict=True):  # shifts along one axis that is there twice add up
+        dim = axis(dim, len(call.input.axes))
+        shifts[dim] = shifts.get(dim, 0) + by
+    return _sourced(call, {dim: f"{_places(call, dim)}.roll({by})" for dim, by in shifts.items()})
 
 
 @TABLE.rule(aten.index_select.default)
