@@ -9,21 +9,19 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
-from torch.backends import opt_einsum
-from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError, UnsupportedError
 from ..quantities import Quantity
 from ..rule import Composite, Rules
-from .failure import Quiet, place
+from .failure import place
 from .foreign import MISTAKES
 from .graph import Graph
 from .inplace import copy_views, mutates_view
 from .opaque import Opaque, named_tensors, opaque_calls
 from .symbolic import symbolic_kernels
+from .torch_internals import EXPORT_REFUSALS, Quiet, alone, peek_interpreter_stack, whole_einsums
 from .torch_modes import check_plain, own_dtypes
 from .translate import translate
 
@@ -82,7 +80,7 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
     x, y = _distinct((plain(example[0]), plain(example[1])))
     _check_transforms(model, (x, y))
     batch = batch_size((x, y))
-    with own_dtypes(next((p.device for p in model.parameters()), torch.device("cpu"))):
+    with alone(), own_dtypes(next((p.device for p in model.parameters()), torch.device("cpu"))):
         return _any_size(Wrapped(model, loss, takes_names(model, example[0])), (x, y), batch, rules)
 
 
@@ -228,7 +226,7 @@ def _export(
     with (
         opaque_calls(wrapped, rules) as opaque,
         symbolic_kernels(),
-        opt_einsum.flags(enabled=False),
+        whole_einsums(),
         torch.enable_grad(),
     ):
         try:
@@ -240,7 +238,7 @@ def _export(
             if parts or mutates_view(exported.graph_module):
                 exported = exported.run_decompositions(parts)
             return exported, opaque
-        except (GuardOnDataDependentSymNode, torch._dynamo.exc.UserError, ConstraintViolationError) as error:
+        except EXPORT_REFUSALS as error:
             _refuse_export(wrapped, error)
         except (RuntimeError, AssertionError, *MISTAKES) as error:
             at = place(wrapped, error.__traceback__)

@@ -1,13 +1,10 @@
-"""What torch.export says when it fails: where in the user's code it was, and nothing besides the error."""
+"""Where in the user's code an error was."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import linecache
-import logging
-import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,34 +62,3 @@ def place(wrapped: nn.Module, trace: TracebackType | None) -> Place:
     whole, _, path = found.partition(".")
     known = whole == ("loss" if loss else "model")
     return Place(loss, path if known else "", type(wrapped.get_submodule(found)).__name__, line)
-
-
-class Quiet:
-    """What torch logs and prints about an example that does not fit is said by the error."""
-
-    def __init__(self) -> None:
-        self.logger, self.guards = logging.getLogger(_EXAMPLE), logging.getLogger(_GUARDS)
-        self.before, self.printed = self.logger.disabled, io.StringIO()
-        self.redirected = contextlib.redirect_stderr(self.printed)
-
-    def __enter__(self) -> None:
-        self.logger.disabled = True
-        self.guards.addFilter(_is_news)
-        self.redirected.__enter__()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.redirected.__exit__(kind, error, trace)
-        self.logger.disabled = self.before
-        self.guards.removeFilter(_is_news)
-        graph = getattr(error, "partial_fx_graph", None)
-        printed = self.printed.getvalue()
-        sys.stderr.write(printed if graph is None else printed.replace(f"{graph}\n", ""))
-
-
-_EXAMPLE, _GUARDS = "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith("Unable to find user code")

@@ -13,6 +13,7 @@ from ..bind import BoundRule
 from ..diagram import Selection, Tensor, Window
 from .cost import Kernel, Work
 from .graph import Call, Value
+from .torch_internals import OpOverload
 
 aten = torch.ops.aten
 FRESH = frozenset(
@@ -47,7 +48,7 @@ def is_fresh(call: Call) -> bool:
 def call_written_over(call: Call, resolve: Callable[[str], str]) -> tuple[tuple[str, str], ...]:
     """The operand that an elementwise operator can write its result over, and the code that does so."""
     target = call.target
-    if not isinstance(target, torch._ops.OpOverload) or list(call.tensors) != ["input"]:
+    if not isinstance(target, OpOverload) or list(call.tensors) != ["input"]:
         return ()
     value = call.tensors["input"]
     views = any(returned.alias_info is not None for returned in target._schema.returns)

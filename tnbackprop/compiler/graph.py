@@ -11,6 +11,7 @@ import sympy
 import torch
 
 from ..diagram import Size
+from .torch_internals import OpOverload
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Call:
     @property
     def by_rule(self) -> bool:
         """A module or a primitive: its forward is that of its rule, for there is no operator to call."""
-        return not isinstance(self.target, torch._ops.OpOverload)
+        return not isinstance(self.target, OpOverload)
 
     @property
     def tensors(self) -> dict[str, Value]:

@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..errors import UnsupportedError
+from .torch_internals import OpOverload
 
 aten = torch.ops.aten
 
@@ -29,7 +30,7 @@ RENAMED = {
 
 def is_mutation(target: Any) -> bool:
     """Whether a call of `target` writes to one of its arguments."""
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return isinstance(target, OpOverload) and target._schema.is_mutable
 
 
 def functional(target: Any, where: str) -> Any:
@@ -94,6 +95,6 @@ def copy_views(program: GraphModule) -> None:
 
 
 def _is_view(node: Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload) or is_mutation(node.target) or node.target in WHOLE:
+    if not isinstance(node.target, OpOverload) or is_mutation(node.target) or node.target in WHOLE:
         return False
     return node.target in MAYBE_SAME or any(r.alias_info is not None for r in node.target._schema.returns)

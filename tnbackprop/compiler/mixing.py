@@ -6,11 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ..errors import UnsupportedError
 from .axes import ADVICE, batch_axis, show
 from .graph import Value
+from .torch_internals import OpOverload
 
 ALONG = frozenset(
     """softmax _softmax log_softmax _log_softmax safe_softmax cumsum cumprod logcumsumexp cummax cummin flip roll sort
@@ -25,7 +24,7 @@ RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 def check_mixing(target: Any, arguments: Mapping[str, Any], output: Value, ranges: set[str], where: str) -> None:
     """Refuse a differentiable call that couples samples. `ranges`: names of values equal to arange(N)."""
-    if not output.depends_on or not isinstance(target, torch._ops.OpOverload):
+    if not output.depends_on or not isinstance(target, OpOverload):
         return
     base = target._schema.name.split("::")[1]
     if base == "einsum":

@@ -7,8 +7,9 @@ import keyword
 import re
 from typing import Any
 
-import torch
 from torch.fx import Node
+
+from .torch_internals import OpOverload
 
 RESERVED = frozenset(
     {*keyword.kwlist, *keyword.softkwlist, *dir(builtins), *"N n v torch math loss output parameters buffers".split()}
@@ -55,6 +56,6 @@ def module_of(node: Node) -> tuple[str, str, str]:
 
 def op_name(target: object) -> str:
     """relu for aten.relu_.default"""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return target._schema.name.split("::")[1].strip("_")
     return getattr(target, "__name__", "value").strip("_").lower()

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 from weakref import ref
 
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import RuleError, UnsupportedError
 from ..rule import Primitive, Rules
+from .torch_internals import operators, with_tensors
 
 NAMESPACE = "tnbackprop_capture"
 
@@ -78,35 +80,39 @@ class _Position:
 @contextmanager
 def opaque_calls(wrapped: nn.Module, rules: Rules) -> Iterator[dict[str, Opaque]]:
     """While active, each outermost submodule and each primitive with a rule runs as one op; yields them by op name."""
-    library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
     found: dict[str, Opaque] = {}
     patched: list[tuple[nn.Module, Any]] = []
     primitives = [target for target in rules if isinstance(target, Primitive)]
-    try:
-        for path, module in _outermost(wrapped, rules):
-            target = rule_class(module, rules)
-            assert target is not None
-            if target.forward not in (type(module).forward, nn.Module.forward):
-                raise RuleError(
-                    f"module {path!r} ({type(module).__name__}) has a forward of its own, but its rule would be that "
-                    f"of {target.__name__}: give {type(module).__name__} a rule"
-                )
-            name = _op_name(type(module).__name__, len(found))
-            found[name] = Opaque(target, module.forward, _signature(module), module, path)
-            forward = _op(library, name, found[name])
-            patched.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = forward
-        for primitive in primitives:
-            name = _op_name(primitive.function.__name__, len(found))
-            found[name] = Opaque(primitive, primitive.function, inspect.signature(primitive.function))
-            primitive.stand_in = _op(library, name, found[name])
-        yield found
-    finally:
-        for module, own in patched:
-            _restore(module, own)
-        for primitive in primitives:
-            primitive.stand_in = None
-        library._destroy()  # type: ignore[no-untyped-call]
+    with operators(NAMESPACE) as library:
+        try:
+            for path, module in _outermost(wrapped, rules):
+                name = _op_name(type(module).__name__, len(found))
+                found[name] = Opaque(_target(path, module, rules), module.forward, _signature(module), module, path)
+                forward = _op(library, name, found[name])
+                patched.append((module, module.__dict__.get("forward")))
+                module.__dict__["forward"] = forward
+            for primitive in primitives:
+                name = _op_name(primitive.function.__name__, len(found))
+                found[name] = Opaque(primitive, primitive.function, inspect.signature(primitive.function))
+                primitive.stand_in = _op(library, name, found[name])
+            yield found
+        finally:
+            for module, own in patched:
+                _restore(module, own)
+            for primitive in primitives:
+                primitive.stand_in = None
+
+
+def _target(path: str, module: nn.Module, rules: Rules) -> type[nn.Module]:
+    """The class whose rule is that of the module."""
+    target = rule_class(module, rules)
+    assert target is not None
+    if target.forward not in (type(module).forward, nn.Module.forward):
+        raise RuleError(
+            f"module {path!r} ({type(module).__name__}) has a forward of its own, but its rule would be that "
+            f"of {target.__name__}: give {type(module).__name__} a rule"
+        )
+    return target
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -145,7 +151,7 @@ def _outermost(wrapped: nn.Module, rules: Rules) -> Iterator[tuple[str, nn.Modul
             yield name.removeprefix("model").removeprefix("."), module
 
 
-def _op(library: torch.library.Library, name: str, opaque: Opaque) -> Callable[..., Tensor]:
+def _op(library: torch.library.Library, name: str, opaque: Opaque) -> Callable[..., Any]:
     """Define the op; returns what is called instead of the function."""
     known = ref(opaque)  # torch keeps what is registered with it, and so would the model
 
@@ -160,7 +166,7 @@ def _op(library: torch.library.Library, name: str, opaque: Opaque) -> Callable[.
             state = dict(zip(opaque.tensors, tensors, strict=True))
             patched = module.__dict__.pop("forward")
             try:
-                with torch.nn.utils.stateless._reparametrize_module(module, state):
+                with with_tensors(module, state):
                     output = opaque.function(*args, **kwargs)
             finally:
                 module.__dict__["forward"] = patched
@@ -175,7 +181,11 @@ def _op(library: torch.library.Library, name: str, opaque: Opaque) -> Callable[.
     torch.library.register_fake(f"{NAMESPACE}::{name}", run, lib=library)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
-    def stand_in(*args: Any, **kwargs: Any) -> Tensor:
+    compiling = get_ident()
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        if get_ident() != compiling:  # another thread only runs it
+            return opaque.function(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         inputs: list[Tensor] = []
         for k, leaf in enumerate(leaves):

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey
-from torch._subclasses.fake_impls import get_fast_op_impls
+
+from .torch_internals import composite_kernel, shapes_by, traced_as
 
 aten = torch.ops.aten
 NONE, MEAN = 0, 1  # at::Reduction
-COMPOSITE = DispatchKey.CompositeImplicitAutograd
 
 
 def _cross_entropy_loss(
@@ -28,7 +26,7 @@ def _cross_entropy_loss(
     """For probabilities older torch (2.11 is one) divides by their number as an int."""
     if input.shape != target.shape or not target.is_floating_point() or ignore_index >= 0:
         rest = weight, reduction, ignore_index, label_smoothing
-        own: Tensor = aten.cross_entropy_loss.default._op_dk(COMPOSITE, input, target, *rest)
+        own: Tensor = composite_kernel(aten.cross_entropy_loss.default, input, target, *rest)
         return own
     axis = min(1, input.ndim - 1)
     target = target * (1 - label_smoothing) + label_smoothing / input.shape[axis]
@@ -49,21 +47,11 @@ def _divided(own: Callable[..., Any], mode: Any, *operands: Any) -> Any:
     return own(mode, *(x.to(torch.get_default_dtype()) if isinstance(x, Tensor) else x for x in operands))
 
 
+SHAPES: dict[Any, Callable[..., Any]] = {aten.div.Tensor: _divided}
+
+
 @contextmanager
 def symbolic_kernels() -> Iterator[None]:
     """While active, tracing runs these; the operator stays one node. Eager calls never see them."""
-    before = {target: dict(target.py_kernels) for target in KERNELS}
-    fast = get_fast_op_impls()
-    own = {target: fast[target] for target in (aten.div.Tensor,) if target in fast}
-    fast.update({target: partial(_divided, function) for target, function in own.items()})
-    for target, kernel in KERNELS.items():
-        target.py_kernels[COMPOSITE] = kernel
-        target._dispatch_cache.clear()
-    try:
+    with shapes_by(SHAPES), traced_as(KERNELS):
         yield
-    finally:
-        fast.update(own)
-        for target, kernels in before.items():
-            target.py_kernels.clear()
-            target.py_kernels.update(kernels)
-            target._dispatch_cache.clear()

@@ -9,12 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedError
+from .torch_internals import (
+    alone,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    is_gradtrackingtensor,
+    weight_norm,
+)
 
 
 def own_dtypes(device: torch.device) -> AbstractContextManager[object]:
@@ -78,7 +84,7 @@ class Random:
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """In place of kernels whose second derivative is missing (attention) or wrong (`_TWICE`), ones that have it."""
-    with sdpa_kernel(SDPBackend.MATH), _Plain():
+    with alone(), sdpa_kernel(SDPBackend.MATH), _Plain():  # which kernels there are is the same for all threads
         yield
 
 
@@ -109,7 +115,7 @@ def _std(input: Tensor, *args: Any, **options: Any) -> Tensor:
 
 
 _TWICE: dict[Any, Callable[..., Any]] = {
-    torch._weight_norm: _weight_norm,
+    weight_norm: _weight_norm,
     torch.logcumsumexp: _logcumsumexp,
     Tensor.logcumsumexp: _logcumsumexp,
     torch.std: _std,

@@ -32,6 +32,7 @@ from .mixing import check_mixing
 from .names import Names, module_of, op_name
 from .opaque import NAMESPACE, Opaque
 from .sizes import Sizes
+from .torch_internals import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten
 no_grad_block = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -99,7 +100,7 @@ class _Translator:
         value = node.meta.get("val")
         if node.target is no_grad_block:
             self.env[node] = self._block(node)
-        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+        elif isinstance(node.target, HigherOrderOperator):
             raise UnsupportedError(
                 f"{self._where(node)}: {node.target} is a nested graph, which has no rule. Write it as plain ops"
             )
@@ -112,7 +113,7 @@ class _Translator:
 
     def _call(self, node: Node) -> None:
         target = node.target
-        assert isinstance(target, torch._ops.OpOverload)
+        assert isinstance(target, OpOverload)
         arguments = self._arguments(node)
         if target.namespace == NAMESPACE:
             opaque = self.opaque[target._schema.name.split("::")[1]]
@@ -219,7 +220,7 @@ class _Translator:
 
     def _arguments(self, node: Node) -> dict[str, Any]:
         """The arguments by schema name, defaults filled in, `self` as `input`."""
-        assert isinstance(node.target, torch._ops.OpOverload)
+        assert isinstance(node.target, OpOverload)
         arguments: dict[str, Any] = {}
         for k, argument in enumerate(node.target._schema.arguments):
             value = node.args[k] if k < len(node.args) else node.kwargs.get(argument.name, argument.default_value)

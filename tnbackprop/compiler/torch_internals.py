@@ -1,0 +1,170 @@
+"""What the compiler reads of torch that torch does not promise, each with a test of its own, and the lock around it.
+
+Nothing else in the compiler names a private part of torch. Exporting changes state that all threads share (kernels,
+switches, loggers, the modules of the model): `alone` lets one thread at a time do it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import DispatchKey
+from torch._C._functorch import (
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    is_gradtrackingtensor,
+    peek_interpreter_stack,
+)
+from torch._subclasses.fake_impls import get_fast_op_impls
+from torch.backends import opt_einsum
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
+from torch.nn.modules import module as module_globals
+
+__all__ = ["get_unwrapped", "is_functorch_wrapped_tensor", "is_gradtrackingtensor", "peek_interpreter_stack"]
+
+OpOverload = torch._ops.OpOverload
+HigherOrderOperator = torch._ops.HigherOrderOperator
+PythonNode = torch.autograd.function.BackwardCFunction
+"""A node of autograd's graph whose backward is Python: that of an `autograd.Function`."""
+EXPORT_REFUSALS = (GuardOnDataDependentSymNode, torch._dynamo.exc.UserError, ConstraintViolationError)
+"""What torch.export raises where the graph would depend on data or on one batch size."""
+weight_norm = torch._weight_norm
+"""The fused operator that `torch.nn.utils.weight_norm` calls."""
+
+COMPOSITE = DispatchKey.CompositeImplicitAutograd
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """One thread at a time; the same thread may enter again."""
+    with _LOCK:
+        yield
+
+
+@contextmanager
+def whole_einsums() -> Iterator[None]:
+    """An einsum stays one operator, in whatever order torch would contract it."""
+    with alone(), opt_einsum.flags(enabled=False):
+        yield
+
+
+def composite_kernel(target: Any, *operands: Any) -> Any:
+    """What an operator made of others computes, past kernels that `traced_as` put in its place."""
+    return target._op_dk(COMPOSITE, *operands)
+
+
+@contextmanager
+def traced_as(kernels: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """While active, tracing an operator made of others runs these; the operator stays one node. Eager calls do not."""
+    with alone():
+        before = {target: dict(target.py_kernels) for target in kernels}
+        try:
+            for target, kernel in kernels.items():
+                target.py_kernels[COMPOSITE] = kernel
+                target._dispatch_cache.clear()
+            yield
+        finally:
+            for target, own in before.items():
+                target.py_kernels.clear()
+                target.py_kernels.update(own)
+                target._dispatch_cache.clear()
+
+
+@contextmanager
+def shapes_by(functions: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """While active, operators on tensors without values are what these say, from (own, mode, *operands)."""
+    with alone():
+        fast = get_fast_op_impls()
+        own = {target: fast[target] for target in functions if target in fast}
+        try:
+            fast.update({target: partial(functions[target], function) for target, function in own.items()})
+            yield
+        finally:
+            fast.update(own)
+
+
+@contextmanager
+def operators(namespace: str) -> Iterator[torch.library.Library]:
+    """A library whose operators are gone afterwards."""
+    with alone():
+        library = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
+        try:
+            yield library
+        finally:
+            library._destroy()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """While active, the module has these for its parameters and buffers, by dotted name."""
+    with nn.utils.stateless._reparametrize_module(module, dict(tensors)):
+        yield
+
+
+def backward_hooks(module: nn.Module) -> int:
+    """How many functions autograd would call before or after the backward pass of a module."""
+    return len(module._backward_hooks) + len(module._backward_pre_hooks)
+
+
+def forward_hooks(module: nn.Module) -> int:
+    """How many functions run before or after the forward of a module."""
+    return len(module._forward_hooks) + len(module._forward_pre_hooks)
+
+
+def global_backward_hooks() -> int:
+    """How many functions autograd would call before or after the backward pass of every module."""
+    return len(module_globals._global_backward_hooks) + len(module_globals._global_backward_pre_hooks)
+
+
+def tensor_hooks(tensor: Tensor) -> int:
+    """How many functions autograd would call with the gradient of a tensor."""
+    after = getattr(tensor, "_post_accumulate_grad_hooks", None)
+    return len(tensor._backward_hooks or ()) + len(after or ())
+
+
+def version(tensor: Tensor) -> int:
+    """Grows with every operation that writes to the tensor, or to one that shares its memory."""
+    return tensor._version
+
+
+class Quiet:
+    """What torch logs and prints about an example that does not fit is said by the error."""
+
+    def __init__(self) -> None:
+        self.logger, self.guards = logging.getLogger(_EXAMPLE), logging.getLogger(_GUARDS)
+        self.before, self.printed = self.logger.disabled, io.StringIO()
+        self.redirected = contextlib.redirect_stderr(self.printed)
+
+    def __enter__(self) -> None:
+        self.logger.disabled = True
+        self.guards.addFilter(_is_news)
+        self.redirected.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.redirected.__exit__(kind, error, trace)
+        self.logger.disabled = self.before
+        self.guards.removeFilter(_is_news)
+        graph = getattr(error, "partial_fx_graph", None)
+        printed = self.printed.getvalue()
+        sys.stderr.write(printed if graph is None else printed.replace(f"{graph}\n", ""))
+
+
+_EXAMPLE, _GUARDS = "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Unable to find user code")
