@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -19,9 +20,13 @@ from .failure import place
 from .foreign import MISTAKES
 from .graph import Graph
 from .inplace import copy_views, mutates_view
+from .inputs import refuse_complex
+from .one_sample import least_batch
 from .opaque import Opaque, named_tensors, opaque_calls
+from .rehearse import rehearse
+from .state import resized
 from .symbolic import symbolic_kernels
-from .torch_internals import EXPORT_REFUSALS, Quiet, alone, peek_interpreter_stack, whole_einsums
+from .torch_internals import Quiet, alone, export_refusals, peek_interpreter_stack, whole_einsums
 from .torch_modes import check_plain, own_dtypes
 from .translate import translate
 
@@ -68,6 +73,8 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
             raise InputError(f"{name} is the class {given.__name__}: give an instance, {given.__name__}(…)")
     if not isinstance(model, nn.Module):
         raise InputError(f"model is {type(model).__name__}, not a torch.nn.Module")
+    for name, parameter in model.named_parameters():
+        refuse_complex(name, parameter)
     lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise InputError(f"parameter {lazy[0]!r} has no shape yet: run the model on a batch once, model(x)")
@@ -81,7 +88,15 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
     _check_transforms(model, (x, y))
     batch = batch_size((x, y))
     with alone(), own_dtypes(next((p.device for p in model.parameters()), torch.device("cpu"))):
-        return _any_size(Wrapped(model, loss, takes_names(model, example[0])), (x, y), batch, rules)
+        wrapped = Wrapped(model, loss, takes_names(model, example[0]))
+        seen = rehearse(wrapped, (x, y), batch, rules)
+        try:
+            graph, exported, opaque = _any_size(wrapped, (x, y), batch, rules)
+        except (InputError, ExportError) as error:  # it ran without torch.export: what it writes to may be why
+            seen.refuse_writes(error)
+            raise
+        seen.check(graph)
+        return _with_least(graph, wrapped, exported, opaque, (x, y))
 
 
 def _check_transforms(model: nn.Module, example: tuple[Any, Any]) -> None:
@@ -188,26 +203,45 @@ def batch_size(example: tuple[Any, Any]) -> int:
     return batch
 
 
-def _any_size(wrapped: Wrapped, example: tuple[Any, Any], batch: int, rules: Rules) -> Graph:
+def _any_size(
+    wrapped: Wrapped, example: tuple[Any, Any], batch: int, rules: Rules
+) -> tuple[Graph, torch.export.ExportedProgram, dict[str, Opaque]]:
     """Export with the example's size; where that one size was burnt in, once more with one that nothing else has."""
     taken = {size for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) for size in leaf.shape[1:]}
     taken |= {size for parameter in wrapped.parameters() for size in parameter.shape}
     other = next((size for size in EXPORT_SIZES if size not in taken | {batch}), 29)
-    used = _resized(example, batch, other) if batch == 1 else example
+    used = resized(example, other) if batch == 1 else example
     try:
         exported, opaque = _export(wrapped, used, rules, _batch_dimension(batch))
     except OneSizeError as first:
         # Another size tells whether the example's own is to blame; translating names the op where torch names a guard.
         for dimension in (_batch_dimension(batch), torch.export.Dim.DYNAMIC):
             try:
-                exported, opaque = _export(wrapped, _resized(example, batch, other), rules, dimension)
-            except (OneSizeError, InputError):
+                exported, opaque = _export(wrapped, resized(example, other), rules, dimension)
+            except (OneSizeError, ExportError, InputError):
                 continue
             graph = translate(wrapped, exported, opaque, example, batch)
             if dimension is not torch.export.Dim.DYNAMIC:
-                return graph
+                return graph, exported, opaque
         raise UnsupportedError(str(first)) from first
-    return translate(wrapped, exported, opaque, example, batch)
+    return translate(wrapped, exported, opaque, example, batch), exported, opaque
+
+
+def _with_least(
+    graph: Graph,
+    wrapped: Wrapped,
+    exported: torch.export.ExportedProgram,
+    opaque: dict[str, Opaque],
+    example: tuple[Any, Any],
+) -> Graph:
+    """The graph with the least batch size that it holds for."""
+    least = least_batch(wrapped, exported, opaque, example)
+    if graph.example_batch < least:
+        raise OneSizeError(
+            "the model or the loss does something else for one sample (a branch on the batch size): the graph must "
+            f"hold for any.\n  Compile with an example of {least} samples or more, or do not branch on x.shape[0]."
+        )
+    return replace(graph, least=least)
 
 
 def _batch_dimension(batch: int) -> Any:
@@ -217,6 +251,10 @@ def _batch_dimension(batch: int) -> Any:
 
 class OneSizeError(UnsupportedError):
     """The exported graph holds for some batch sizes only."""
+
+
+class ExportError(UnsupportedError):
+    """torch.export fails on what runs by itself."""
 
 
 def _export(
@@ -238,11 +276,14 @@ def _export(
             if parts or mutates_view(exported.graph_module):
                 exported = exported.run_decompositions(parts)
             return exported, opaque
-        except EXPORT_REFUSALS as error:
+        except export_refusals() as error:
             _refuse_export(wrapped, error)
         except (RuntimeError, AssertionError, *MISTAKES) as error:
             at = place(wrapped, error.__traceback__)
-            raise InputError(f"the {at.whole} fails on the example{at.within}: {error}{at.line}") from error
+            raise ExportError(
+                f"torch.export fails on the {at.whole}, which runs as it is{at.within}: {error}{at.line}\n"
+                "  Write that otherwise (.detach() for .data), or give the module a rule (examples/add_a_layer.py)."
+            ) from error
 
 
 def _composites(program: torch.fx.GraphModule, rules: Rules) -> dict[Any, Callable[..., Any]]:
@@ -286,15 +327,3 @@ def _distinct(example: tuple[Any, Any]) -> tuple[Any, Any]:
 
     distinct: tuple[Any, Any] = pytree.tree_map(copy, example)
     return distinct
-
-
-def _resized(example: tuple[Any, Any], batch: int, size: int) -> tuple[Any, Any]:
-    """The same samples repeated to a batch of `size`."""
-
-    def repeat(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.ndim:
-            return leaf
-        return leaf[torch.arange(size, device=leaf.device) % batch]
-
-    resized: tuple[Any, Any] = pytree.tree_map(repeat, example)
-    return resized

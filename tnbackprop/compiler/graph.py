@@ -122,6 +122,7 @@ class Graph:
     example_batch: int
     in_spec: Any = None  # torch.utils._pytree spec of (x, y)
     absent: tuple[int, ...] = ()  # which of its leaves are None: they are no inputs
+    least: int = 1  # samples: for fewer the model does something else
     cotangent: str = ""  # of a layer on its own: the input that is the cotangent of its output
 
     def is_bottleneck(self, value: str) -> bool:
@@ -142,8 +143,10 @@ class Graph:
             operands = ", ".join(value.name for value in call.tensors.values())
             rows.append((call.output.name, call.output.axes_text, op_text(call.target), operands, call.path))
         widths = [max(len(row[k]) for row in rows) for k in range(5)]
+        sizes = f", for N >= {self.least}" if self.least > 1 else ""
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join(["reads  " + ", ".join(named), *lines, f"gives  output {self.output}, loss {self.loss}"])
+        gives = f"gives  output {self.output}, loss {self.loss}{sizes}"
+        return "\n".join(["reads  " + ", ".join(named), *lines, gives])
 
 
 def is_batch(size: Size) -> bool:

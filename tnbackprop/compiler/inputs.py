@@ -78,7 +78,6 @@ def _parameters(entered: Entered, model: nn.Module, names: Names) -> dict[int, V
     known: dict[int, Value] = {}
     for first, parameter in model.named_parameters():
         depends: frozenset[str] = frozenset({first}) if parameter.requires_grad else frozenset()
-        _refuse_complex(first, parameter)
         value = entered.add(names.fresh(f"p_{first}"), tuple(parameter.shape), parameter, depends)
         entered.parameters[value.name] = (first, *(name for name in dotted[id(parameter)] if name != first))
         known[id(parameter)] = value
@@ -88,7 +87,7 @@ def _parameters(entered: Entered, model: nn.Module, names: Names) -> dict[int, V
 def _lifted(entered: Entered, model: nn.Module, target: str, tensor: Tensor, names: Names) -> Value:
     """A buffer of the model; everything else (the loss's tensors, literals) is a constant."""
     name = target.removeprefix("model.")
-    _refuse_complex(name, tensor)
+    refuse_complex(name, tensor)
     check_plain(repr(name), tensor)
     own = target.startswith("model.") and dict(model.named_buffers(remove_duplicate=False)).get(name) is tensor
     value = entered.add(names.fresh(f"{'b' if own else 'c'}_{name}"), tuple(tensor.shape), tensor)
@@ -99,7 +98,8 @@ def _lifted(entered: Entered, model: nn.Module, target: str, tensor: Tensor, nam
     return value
 
 
-def _refuse_complex(name: str, tensor: Tensor) -> None:
+def refuse_complex(name: str, tensor: Tensor) -> None:
+    """Of a parameter or a buffer, by its name."""
     if tensor.is_complex():
         raise UnsupportedError(f"{name!r} is complex: complex tensors are not supported")
 

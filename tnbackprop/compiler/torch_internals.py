@@ -21,24 +21,29 @@ import torch
 from torch import Tensor, nn
 from torch._C import DispatchKey
 from torch._C._functorch import (
-    get_unwrapped,
-    is_functorch_wrapped_tensor,
-    is_gradtrackingtensor,
-    peek_interpreter_stack,
+    get_unwrapped as get_unwrapped,
+)
+from torch._C._functorch import (
+    is_functorch_wrapped_tensor as is_functorch_wrapped_tensor,
+)
+from torch._C._functorch import (
+    is_gradtrackingtensor as is_gradtrackingtensor,
+)
+from torch._C._functorch import (
+    peek_interpreter_stack as peek_interpreter_stack,
 )
 from torch._subclasses.fake_impls import get_fast_op_impls
 from torch.backends import opt_einsum
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 from torch.nn.modules import module as module_globals
 
-__all__ = ["get_unwrapped", "is_functorch_wrapped_tensor", "is_gradtrackingtensor", "peek_interpreter_stack"]
-
 OpOverload = torch._ops.OpOverload
 HigherOrderOperator = torch._ops.HigherOrderOperator
+OpOverloadPacket = torch._ops.OpOverloadPacket
 PythonNode = torch.autograd.function.BackwardCFunction
 """A node of autograd's graph whose backward is Python: that of an `autograd.Function`."""
-EXPORT_REFUSALS = (GuardOnDataDependentSymNode, torch._dynamo.exc.UserError, ConstraintViolationError)
-"""What torch.export raises where the graph would depend on data or on one batch size."""
+READS_GRAPH: Any = Tensor.grad_fn.__get__  # type: ignore[union-attr]
+"""The function that a mode sees where the node of a tensor in autograd's graph is read."""
 weight_norm = torch._weight_norm
 """The fused operator that `torch.nn.utils.weight_norm` calls."""
 
@@ -137,6 +142,23 @@ def tensor_hooks(tensor: Tensor) -> int:
 def version(tensor: Tensor) -> int:
     """Grows with every operation that writes to the tensor, or to one that shares its memory."""
     return tensor._version
+
+
+def export_refusals() -> tuple[type[Exception], ...]:
+    """What torch.export raises where the graph would depend on data or on one batch size."""
+    return GuardOnDataDependentSymNode, torch._dynamo.exc.UserError, ConstraintViolationError  # imports dynamo, slowly
+
+
+def leaf_of(node: Any) -> Tensor | None:
+    """The leaf whose gradient a node of autograd's graph adds up, where it is such a node."""
+    return getattr(node, "variable", None)
+
+
+@contextmanager
+def evenly() -> Iterator[None]:
+    """While active, what torch.compile made runs as it was written."""
+    with alone(), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 class Quiet:

@@ -19,7 +19,7 @@ from ..compiler.cost import number, size_at
 from ..compiler.definite import TOLERATED
 from ..compiler.emit import load, noises, running
 from ..compiler.explain import explain
-from ..compiler.graph import Value
+from ..compiler.graph import Graph, Value
 from ..compiler.memory import peak_bytes
 from ..compiler.outs import MEMORY
 from ..compiler.plan import INDEFINITE
@@ -126,12 +126,13 @@ class Program:
             if isinstance(leaf, torch.Tensor):
                 check_plain(f"input {name!r}", leaf)
         values = dict(self._fixed)
+        _check_parameters(self.model, graph)
         own = _named_tensors(self.model, self.loss)
         for name, (dotted, *_) in graph.parameters.items():
             values[name] = _own("parameter", dotted, own, graph.values[name])
         for name, dotted in graph.buffers.items():
             values[name] = _own("buffer", dotted, own, graph.values[name])
-        batch = _check_batch(dict(zip(graph.inputs, flat, strict=True)), graph.values)
+        batch = _check_batch(dict(zip(graph.inputs, flat, strict=True)), graph.values, graph.least)
         return values | batch
 
     @torch.no_grad()
@@ -285,6 +286,35 @@ def _own(kind: str, dotted: str, own: Mapping[str, torch.Tensor], value: Value) 
     return tensor
 
 
+def _check_parameters(model: torch.nn.Module, graph: Graph) -> None:
+    """The model has the parameters that the program was compiled for: the same are tied, and the same trainable."""
+    names: dict[int, list[str]] = {}
+    trainable: dict[str, bool] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+        trainable[name] = parameter.requires_grad
+    now = {name: frozenset(tied) for tied in names.values() for name in tied}
+    then = {name: frozenset(tied) for tied in graph.parameters.values() for name in tied}
+    for name in (*then, *now):
+        if name not in now:
+            raise InputError(f"the model has no parameter {name!r} any more: compile again")
+        if name not in then:
+            _changed(name, "was not there")
+        for other in sorted(then[name] - now[name]):
+            _changed(name, f"is no longer the same as {other!r} (tied)")
+        for other in sorted(now[name] - then[name]):
+            _changed(name, f"is the same as {other!r} now (tied)")
+    for value, (first, *_) in graph.parameters.items():
+        if trainable[first] != graph.values[value].differentiable:
+            _changed(first, f"has requires_grad={trainable[first]} now")
+
+
+def _changed(name: str, what: str) -> NoReturn:
+    raise InputError(
+        f"parameter {name!r} {what}: the model is not the one that the program was compiled for.\n  Compile again."
+    )
+
+
 def _structure(spec: pytree.TreeSpec) -> str:
     return str(pytree.tree_unflatten(["tensor"] * spec.num_leaves, spec)).replace("'tensor'", "tensor")
 
@@ -299,7 +329,9 @@ def _named_tensors(model: torch.nn.Module, loss: Callable[..., Any] | None) -> d
     return found
 
 
-def _check_batch(batch: Mapping[str, torch.Tensor], values: Mapping[str, Value]) -> dict[str, torch.Tensor]:
+def _check_batch(
+    batch: Mapping[str, torch.Tensor], values: Mapping[str, Value], least: int
+) -> dict[str, torch.Tensor]:
     """Every input has the dtype, rank and sizes that the program was compiled for, and one batch size."""
     size: int | None = None
     first = ""
@@ -330,4 +362,9 @@ def _check_batch(batch: Mapping[str, torch.Tensor], values: Mapping[str, Value])
             )
     if size == 0:
         raise InputError("the batch is empty: give at least one sample")
+    if size is not None and size < least:
+        raise InputError(
+            "the batch has one sample, for which the model does something else (it branches on the batch size): the "
+            f"program is for {least} or more.\n  Give more samples, or do not branch on x.shape[0] and compile again."
+        )
     return dict(batch)
