@@ -87,7 +87,8 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
     x, y = _distinct((plain(example[0]), plain(example[1])))
     _check_transforms(model, (x, y))
     batch = batch_size((x, y))
-    with alone(), own_dtypes(next((p.device for p in model.parameters()), torch.device("cpu"))):
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with alone(), own_dtypes(device), torch.inference_mode(False):
         wrapped = Wrapped(model, loss, takes_names(model, example[0]))
         seen = rehearse(wrapped, (x, y), batch, rules)
         try:

@@ -170,11 +170,8 @@ def _op(library: torch.library.Library, name: str, opaque: Opaque) -> Callable[.
                     output = opaque.function(*args, **kwargs)
             finally:
                 module.__dict__["forward"] = patched
-        if not isinstance(output, Tensor):
-            raise UnsupportedError(
-                f"{opaque} has a rule but returns {type(output).__name__}: a rule describes one output tensor. Split it"
-            )
-        output = output.contiguous()  # as the rule's value is: strides with the batch size in them may fix that
+        # as the rule's value is: strides with the batch size in them may fix that
+        output = check_output(str(opaque), output).contiguous()
         return output.clone() if any(output is t for t in (*inputs, *tensors)) else output
 
     library.define(f"{name}(Tensor[] inputs, Tensor[] tensors, int site) -> Tensor")  # type: ignore[no-untyped-call]
@@ -197,6 +194,15 @@ def _op(library: torch.library.Library, name: str, opaque: Opaque) -> Callable[.
         return output
 
     return stand_in
+
+
+def check_output(what: str, output: Any) -> Tensor:
+    """What a rule describes: one tensor."""
+    if not isinstance(output, Tensor):
+        raise UnsupportedError(
+            f"{what} has a rule but returns {type(output).__name__}: a rule describes one output tensor. Split it"
+        )
+    return output
 
 
 def _restore(module: nn.Module, own: Any) -> None:

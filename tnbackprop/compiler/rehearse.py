@@ -22,7 +22,7 @@ from ..rule import Primitive, Rules
 from .failure import place
 from .foreign import MISTAKES
 from .graph import Graph
-from .opaque import rule_class
+from .opaque import check_output, rule_class
 from .state import Copies, copied, resized
 from .torch_internals import (
     READS_GRAPH,
@@ -110,8 +110,10 @@ class Rehearsal(TorchFunctionMode):
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         self.leave(output)
 
-    def _ruled(self, function: Callable[..., Any], thread: int, *args: Any, **kwargs: Any) -> Any:
-        return self.inside(RULED, function, args, kwargs) if get_ident() == thread else function(*args, **kwargs)
+    def _ruled(self, primitive: Primitive, thread: int, *args: Any, **kwargs: Any) -> Any:
+        if get_ident() != thread:
+            return primitive.function(*args, **kwargs)
+        return check_output(str(primitive), self.inside(RULED, primitive.function, args, kwargs))
 
     @contextmanager
     def followed(self) -> Iterator[None]:
@@ -129,7 +131,7 @@ class Rehearsal(TorchFunctionMode):
             handles.append(module.register_forward_hook(self._after, prepend=True))
         try:
             for primitive in primitives:
-                primitive.stand_in = partial(self._ruled, primitive.function, get_ident())
+                primitive.stand_in = partial(self._ruled, primitive, get_ident())
             yield
         finally:
             for primitive in primitives:
