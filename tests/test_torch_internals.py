@@ -216,6 +216,40 @@ def test_one_thread_at_a_time() -> None:
     )  # fmt: skip
 
 
+def test_another_thread_runs_modules_while_one_exports() -> None:
+    """One call of the loss of both begins before those of the thread that exports, and ends after them."""
+    started, inside, exported = threading.Event(), threading.Event(), threading.Event()
+    exporting = threading.get_ident()
+    x = torch.randn(5, 3, dtype=torch.float64)
+
+    def difference(m: Any, output: Tensor, y: Tensor) -> Tensor:
+        if threading.get_ident() != exporting:
+            inside.set()
+            assert exported.wait(60)
+        return (output - y).square().mean()
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            started.set()
+            assert inside.wait(20)
+        return m.a(x)
+
+    def other() -> Tensor:
+        assert started.wait(20)
+        return loss(x, 2 * x)
+
+    loss, model = Function(difference), Function(forward, a=nn.Linear(3, 3)).double()
+    with ThreadPoolExecutor(1) as threads:
+        seen = threads.submit(other)
+        try:
+            result = tn.compile(model, loss, (x, x), [tn.Grad()])(x, x)
+        finally:
+            exported.set()
+        torch.testing.assert_close(seen.result(), x.square().mean())
+    want = torch.autograd.grad(loss(model(x), x), model.a.bias)[0]
+    torch.testing.assert_close(result["grad"]["a.bias"], want)
+
+
 def test_another_thread_runs_a_primitive_while_one_compiles() -> None:
     """A stand-in is for the thread that compiles: others call the function itself."""
     started, done, seen = threading.Event(), threading.Event(), []

@@ -26,7 +26,7 @@ from .opaque import Opaque, named_tensors, opaque_calls
 from .rehearse import rehearse
 from .state import resized
 from .symbolic import symbolic_kernels
-from .torch_internals import Quiet, alone, export_refusals, peek_interpreter_stack, whole_einsums
+from .torch_internals import Quiet, alone, export_refusals, peek_interpreter_stack, traced_here, whole_einsums
 from .torch_modes import check_plain, own_dtypes
 from .translate import translate
 
@@ -266,6 +266,7 @@ def _export(
         opaque_calls(wrapped, rules) as opaque,
         symbolic_kernels(),
         whole_einsums(),
+        traced_here(),
         torch.enable_grad(),
     ):
         try:

@@ -34,6 +34,7 @@ from torch._C._functorch import (
 )
 from torch._subclasses.fake_impls import get_fast_op_impls
 from torch.backends import opt_einsum
+from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 from torch.nn.modules import module as module_globals
 
@@ -68,6 +69,29 @@ def whole_einsums() -> Iterator[None]:
 def composite_kernel(target: Any, *operands: Any) -> Any:
     """What an operator made of others computes, past kernels that `traced_as` put in its place."""
     return target._op_dk(COMPOSITE, *operands)
+
+
+@contextmanager
+def traced_here() -> Iterator[None]:
+    """While active, torch.export follows the modules that this thread calls; it patches `nn.Module` for all threads."""
+    with alone():
+        thread, call, read = threading.get_ident(), _ModuleStackTracer.call_module, _ModuleStackTracer.getattr
+
+        def call_module(self: Any, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return forward(*args, **kwargs)
+            return call(self, module, forward, args, kwargs)
+
+        def read_attribute(self: Any, name: str, value: Any, known: Any) -> Any:
+            return value if threading.get_ident() != thread else read(self, name, value, known)
+
+        try:
+            _ModuleStackTracer.call_module = call_module  # type: ignore[assignment, method-assign]
+            _ModuleStackTracer.getattr = read_attribute  # type: ignore[assignment, method-assign]
+            yield
+        finally:
+            _ModuleStackTracer.call_module = call  # type: ignore[method-assign]
+            _ModuleStackTracer.getattr = read  # type: ignore[method-assign]
 
 
 @contextmanager
