@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tnbackprop as tn
 from tnbackprop.errors import InputError, UnsupportedError
 
 from .capturing import Function
@@ -131,6 +132,11 @@ def test_a_branch_on_one_sample(condition: Callable[[int], bool]) -> None:
             torch.testing.assert_close(got[name], value)
     with pytest.raises(InputError, match=r"(?s)one sample.*branches on the batch size"):
         program(*batch(1))
+
+
+def test_no_file_of_a_branch_on_one_sample() -> None:
+    with pytest.raises(UnsupportedError, match="for one sample"):
+        tn.generate(branch(lambda n: n == 1).double(), [tn.BatchGrad()], loss=LOSS, example=batch())
 
 
 def test_a_branch_that_changes_only_the_gradient() -> None:

@@ -81,7 +81,7 @@ def _close(got: Sequence[Any], want: Sequence[Any]) -> bool:
     if [isinstance(a, Tensor) and a.numel() for a in got] != [isinstance(b, Tensor) and b.numel() for b in want]:
         return False
     both = zip(got, want, strict=True)
-    pairs = [(a.detach().flatten(), b.detach().flatten()) for a, b in both if isinstance(a, Tensor)]
+    pairs = [(_flat(a), _flat(b)) for a, b in both if isinstance(a, Tensor)]
     sizes = [_size(b) for _, b in pairs]
     largest = max(sizes, default=0.0)
     for (a, b), size in zip(pairs, sizes, strict=True):
@@ -89,6 +89,12 @@ def _close(got: Sequence[Any], want: Sequence[Any]) -> bool:
         if not torch.allclose(a.to(b.dtype), b, rtol=0, atol=tolerance, equal_nan=True):
             return False
     return True
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Its elements; a gradient may be sparse."""
+    tensor = tensor.detach()
+    return (tensor if tensor.layout == torch.strided else tensor.to_dense()).flatten()
 
 
 def _size(tensor: Tensor) -> float:

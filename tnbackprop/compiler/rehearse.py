@@ -222,7 +222,7 @@ class Seen:
             ) from cause
 
     def check(self, graph: Graph) -> None:
-        """Raises `UnsupportedError` where forward writes, or the graph has other gradients than autograd."""
+        """Raises `UnsupportedError` where forward writes, or the graph lacks a gradient that autograd has."""
         self.refuse_writes()
         ends = [name for name in (graph.loss, *pytree.tree_leaves(graph.output)) if isinstance(name, str)]
         known = frozenset[str]().union(*(graph.values[name].depends_on for name in ends))
@@ -231,11 +231,6 @@ class Seen:
                 f"parameter {name!r} has a gradient, but not in the graph that torch.export makes: what follows a "
                 "no_grad block inside an autograd.Function (torch.utils.checkpoint with use_reentrant=True is one) is "
                 "taken for part of it.\n  Leave the Function out, or give its module a rule (examples/add_a_layer.py)."
-            )
-        for name in sorted(known - self.reached):
-            raise UnsupportedError(
-                f"parameter {name!r} has no gradient, but it has one in the graph that torch.export makes, which does "
-                "not see what cuts it (an autograd.Function may).\n  Write .detach() for that."
             )
 
 

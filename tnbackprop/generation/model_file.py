@@ -20,7 +20,7 @@ from ..compiler.explain_text import diagram_text
 from ..compiler.graph import Graph
 from ..compiler.plan import INDEFINITE
 from ..diagram import N
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 from ..quantities import Quantity
 from ..rule import Rules
 from ..version import __version__
@@ -65,6 +65,11 @@ def model_source(
     check_trainable(model, quantities)
     compiled = compile_program(model, loss, (example[0], example[1]), quantities, rules, here=False)
     refuse_random(compiled.graph)
+    if compiled.graph.least > 1:
+        raise UnsupportedError(
+            "the model does something else for one sample (it branches on the batch size), and a file is for any "
+            "batch.\n  Do not branch on x.shape[0]."
+        )
     title = f"{type(model).__name__} with {getattr(loss, '__name__', type(loss).__name__)}"
     leaves = [leaf for leaf in pytree.tree_leaves((plain(example[0]), plain(example[1]))) if leaf is not None]
     graph = compiled.graph
