@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tnbackprop.compiler.listing import lines_of
 from torch import Tensor, nn
 
 import tnbackprop as tn
 from tnbackprop.compiler.cost import Kernel
-from tnbackprop.compiler.listing import lines_of
 from tnbackprop.compiler.store import NO_WORK, Step
 
 INTO = (("t0", "t0.mul_(b)"),)

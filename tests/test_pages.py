@@ -14,11 +14,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tnbackprop.compiler.outs import written_to
 from torch import Tensor, nn
 
 import tnbackprop as tn
 from tnbackprop.compiler import cost
-from tnbackprop.compiler.outs import written_to
 from tnbackprop.compiler.plan import Plan
 from tnbackprop.runtime import pages
 from tnbackprop.runtime.pages import Blocks

@@ -5,15 +5,12 @@ equations = bind(rule, {"input": axes, "weight": axes, "bias": None}, names, out
 
 from __future__ import annotations
 
-import ast
-import builtins
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from types import MappingProxyType
 
+from .code import Code, Hole, check, holes_of
 from .diagram import BATCH, Delta, Diagram, Leg, Map, Product, Size, Tensor, leaves, summed_legs
 from .errors import RuleError, UnsupportedError
 from .expand import Expander
@@ -21,19 +18,21 @@ from .inside import check_inside
 from .jacobian import Jacobian, Unit
 from .legs import Axes, solve
 from .notation import RESERVED, parse_access, parse_expression, parse_legs, parse_program
-from .rule import Root, Rule
+from .rule import Rule
 from .syntax import Access, Factors, Index, Line, Node, accesses, mixing, nearest, selects
 
 __all__ = ["Axes", "BoundRule", "Equation", "Saved", "bind", "output_axes"]
 
-_PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
+COTANGENT, COTANGENTS, NOISE, CURVATURE, HESSIAN_ROOT = ":cotangent :cotangents :noise :curvature :hessian_root".split()
+LOOP = ":one_by_one"
+"""Holes of bound code that no runtime value has the name of; the last is for the function of that name."""
 
 
 @dataclass(frozen=True)
 class Equation:
     """One line of a rule, over runtime values.
 
-    name       the value it defines; the last equation defines the call's output, line `x` is "{output}_x"
+    name       the value it defines; the last equation defines the call's output, line `x` is "{output}:x"
     legs       the legs of the value, row-major
     diagram    the formula; None where only Jacobians are declared
     jacobians  declared ones, by runtime value name of the operand (only on the last equation)
@@ -49,17 +48,28 @@ class Equation:
 
 @dataclass(frozen=True)
 class Saved:
-    """A tensor that the forward keeps: torch code with {runtime value name} placeholders."""
+    """A tensor that the forward keeps: torch code whose holes are runtime values."""
 
     name: str
     legs: tuple[Leg, ...]
     shape: tuple[Size, ...]
-    code: str
+    code: Code
+
+
+@dataclass(frozen=True)
+class BoundRoot:
+    """The root of a loss's rule (`Root`) over runtime values, and `NOISE` in the sample."""
+
+    columns: int
+    code: Code
+    sample: Code
+    mixes: tuple[int, ...] = ()
+    elementwise: Code = Code()  # noqa: RUF009
 
 
 @dataclass(frozen=True)
 class BoundRule:
-    """A rule for one call. Code placeholders are {runtime value name}, and {cotangent} or {cotangents} in a vjp.
+    """A rule for one call. The holes of code are runtime values, and `COTANGENT` or `COTANGENTS` in a vjp.
 
     legs  runtime value name of an operand -> its legs where the rule reads it first (row-major; the image leg
           where it is index arithmetic)
@@ -67,12 +77,12 @@ class BoundRule:
 
     equations: tuple[Equation, ...]
     saved: tuple[Saved, ...]
-    forward: str
-    vjp: Mapping[str, str]
+    forward: Code
+    vjp: Mapping[str, Code]
     kinks: str
     legs: Mapping[str, tuple[Leg, ...]]
-    root: Root | None = None  # placeholders are runtime value names, and {noise} in the sample
-    draw: str = ""  # {noise} stays
+    root: BoundRoot | None = None
+    draw: Code = Code()  # noqa: RUF009
     fallback: str = ""  # where there is no rule: the call, for the report
     looped: frozenset[str] = frozenset()  # operands to which vmap of its VJP would be wrong
 
@@ -148,7 +158,7 @@ class _Binder:
         own = [line.left.tensor for line in self.lines[:-1]] + list(self.saved)
         self.own = tuple(own)
         self.names = {name: names[name] for name, axes in operands.items() if axes is not None}
-        self.names |= {name: f"{output}_{name}" for name in (*own, *self.opaque)} | {"output": output}
+        self.names |= {name: f"{output}:{name}" for name in (*own, *self.opaque)} | {"output": output}
         self._check_names(operands)
         if output_axes is not None:
             self.axes["output"] = output_axes
@@ -318,39 +328,33 @@ class _Binder:
             if over_batch or tainted:
                 summed.add(equation.name)
 
-    def _vjp(self) -> Mapping[str, str]:
+    def _vjp(self) -> Mapping[str, Code]:
         """Native VJPs by runtime value; none for a value that is two operands."""
-        found: dict[str, str] = {}
+        found: dict[str, Code] = {}
         for name, code in self.rule.vjp.items():
             bound = self._code(code, "cotangent", "cotangents")
             if name not in self.absent and list(self.names.values()).count(self.names[name]) == 1:
                 found[self.names[name]] = bound
         return MappingProxyType(found)
 
-    def _root(self) -> Root | None:
+    def _root(self) -> BoundRoot | None:
         root = self.rule.root
         if root is None:
             return None
         code, sample = self._code(root.code), self._code(root.sample, "noise")
-        return Root(root.columns, code, sample, root.mixes, self._code(root.elementwise))
+        return BoundRoot(root.columns, code, sample, root.mixes, self._code(root.elementwise))
 
-    def _code(self, code: str, *kept: str) -> str:
-        """Torch code with {operand} replaced by {runtime value name}, and by None where it is absent."""
-
-        def replace(match: re.Match[str]) -> str:
-            name = match[1]
-            if name in kept:
-                return match[0]
-            if name in self.absent:
-                return "None"
-            if name not in self.names:
+    def _code(self, code: str, *kept: str) -> Code:
+        """Torch code with runtime values in its holes, and None for what is absent; those of `kept` stay apart."""
+        check(code, frozenset(self.names))
+        to: dict[str, Hole | str] = {}
+        for name, place in holes_of(code):
+            if name not in self.names and name not in (*kept, *self.absent):
                 known = [*self.names, *self.absent, *kept]
-                raise RuleError(f"unknown tensor '{name}' in the code", code, match.start(1), nearest(name, known))
-            return "{" + self.names[name] + "}"
-
-        bound = _PLACEHOLDER.sub(replace, code)
-        _check_code(code, frozenset(self.names))
-        return bound
+                raise RuleError(f"unknown tensor '{name}' in the code", code, place, nearest(name, known))
+            own = Hole(f":{name}" if name in kept else self.names.get(name, name))
+            to[name] = "None" if name in self.absent and name not in kept else own
+        return Code.parsed(code).with_holes(to)
 
 
 def _slips(product: Product, kept: tuple[Leg, ...]) -> Iterator[tuple[Leg, Leg]]:
@@ -362,23 +366,3 @@ def _slips(product: Product, kept: tuple[Leg, ...]) -> Iterator[tuple[Leg, Leg]]
             name = holders[0].name
             mine = {own for read in reads if isinstance(read, Tensor) and read.name == name for own in read.legs}
             yield from ((leg, other) for other in summed if other.size == leg.size and other not in mine)
-
-
-@lru_cache(maxsize=4096)
-def _check_code(code: str, operands: frozenset[str]) -> None:
-    """Torch code is an expression of Python that reads torch and what stands in braces."""
-    if not code:
-        return
-    plain = _PLACEHOLDER.sub(lambda match: f"({'0' * len(match[1])})", code)
-    try:
-        nodes = list(ast.walk(ast.parse(plain, mode="eval")))
-    except SyntaxError as error:
-        line = code.split("\n")[(error.lineno or 1) - 1]
-        raise RuleError(f"the code is no expression of Python: {error.msg}", line, (error.offset or 1) - 1) from None
-    own = {node.arg for node in nodes if isinstance(node, ast.arg)}
-    own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    for node in nodes:
-        if isinstance(node, ast.Name) and node.id not in own | {"torch", "N"} and not hasattr(builtins, node.id):
-            hint = f"write {{{node.id}}}" if node.id in operands else "it reads torch, and operands in braces: {input}"
-            line = code.split("\n")[node.lineno - 1]
-            raise RuleError(f"unknown name '{node.id}' in the code", line, node.col_offset, hint)

@@ -69,7 +69,12 @@ class Tensor:
         return Tensor(self.name, _renamed(self.legs, to))
 
     def __str__(self) -> str:
-        return f"{self.name}[{_names(self.legs)}]"
+        return f"{hint_of(self.name)}[{_names(self.legs)}]"
+
+
+def hint_of(name: str) -> str:
+    """How the name of a runtime value is shown. A colon in it keeps it apart from every name that a model can give."""
+    return name.strip(":").replace("::", ":").replace(":", "_")
 
 
 @dataclass(frozen=True, slots=True)

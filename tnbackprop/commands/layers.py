@@ -28,7 +28,7 @@ from ..compiler.explain import (
 from ..compiler.explain_text import diagram_text
 from ..compiler.graph import Call, op_text
 from ..compiler.polynomials import Symbols
-from ..compiler.store import Step
+from ..compiler.program.expr import Value
 from ..diagram import Diagram
 from .document import Block, Formulas, Grid, Heading, Picture, Words
 
@@ -43,10 +43,10 @@ def document(program: tn.Program, title: str) -> Iterator[Block]:
     yield Heading(title)
     yield Words(f"{', '.join(program.quantities) or 'no quantity'} at N = {batch}; {len(graph.calls)} calls.")
     yield from _model(program)
-    told: set[str] = set()
+    told: set[Value] = set()
     for path in dict.fromkeys(call.path for call, _ in compiled.derived.bound):
         yield from _layer(program, path, told)
-    others = [(step, times) for step, times in compiled.plan.timed if step.name not in told]
+    others = [(step, times) for step, times in compiled.plan.timed if step not in told]
     if others:
         yield Heading("Elsewhere", 2)
         yield from _steps(compiled, others)
@@ -80,7 +80,7 @@ def _model(program: tn.Program) -> Iterator[Block]:
         yield Grid(("cotangents", "columns of"), (("g_…", "the gradient"), *swept))
 
 
-def _layer(program: tn.Program, path: str, told: set[str]) -> Iterator[Block]:
+def _layer(program: tn.Program, path: str, told: set[Value]) -> Iterator[Block]:
     compiled = program.compiled
     calls = [(call, rule) for call, rule in compiled.derived.bound if call.path == path]
     kinds = ", ".join(dict.fromkeys(call.module_type or op_text(call.target) for call, _ in calls))
@@ -94,8 +94,9 @@ def _layer(program: tn.Program, path: str, told: set[str]) -> Iterator[Block]:
     dotted = [compiled.graph.parameters[name][0] for name in compiled.graph.parameters if name in mine]
     for name in dotted:
         yield from _parameter(program, name)
-    steps = [(step, times) for step, times in compiled.plan.timed if step.name not in told and _of(step, calls, dotted)]
-    told.update(step.name for step, _ in steps)
+    left = [(step, times) for step, times in compiled.plan.timed if step not in told]
+    steps = [(step, times) for step, times in left if _of(compiled, step, calls, dotted)]
+    told.update(step for step, _ in steps)
     if steps:
         yield Heading("Path", 3)
         yield from _steps(compiled, steps)
@@ -154,14 +155,15 @@ def _drawable(diagram: Diagram) -> bool:
     return max(sizes, default=0) <= MOST and inner <= LARGEST
 
 
-def _of(step: Step, calls: list[tuple[Call, BoundRule]], dotted: list[str]) -> bool:
+def _of(compiled: Compiled, step: Value, calls: list[tuple[Call, BoundRule]], dotted: list[str]) -> bool:
     """Whether a step belongs to a layer: its forward, the cotangents that pass it, the quantities of its parameters."""
     names = {call.output.name for call, _ in calls} | {saved.name for _, rule in calls for saved in rule.saved}
+    forward = {compiled.plan.forward[name] for name in names}
     about = any(call.where in step.note for call, _ in calls)
-    return step.name in names or about or step.note.rpartition(" of ")[2] in dotted
+    return step in forward or about or step.note.rpartition(" of ")[2] in dotted
 
 
-def _steps(compiled: Compiled, steps: list[tuple[Step, int]]) -> Iterator[Block]:
+def _steps(compiled: Compiled, steps: list[tuple[Value, int]]) -> Iterator[Block]:
     symbols = Symbols()
     rows = []
     for step, times in steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .capture import capture
 from .cost import RATES, Rates
 from .derive import bind_all, derive, needs_rule
 from .derived import Apart, Derived
-from .emit import emit
+from .emit import Writer, emit
 from .graph import Graph
 from .layer import Layer, opened
 from .limits import check_memory, machine_bytes
@@ -23,6 +24,7 @@ from .lower import LOWERINGS
 from .memory import peak_bytes
 from .plan import Plan, names_in, plan
 from .processor import of_processor
+from .program.expr import Value
 from .samples import separable
 from .stage import Stage
 from .verify import asked, check
@@ -49,6 +51,11 @@ class Compiled:
     derived: Derived
     plan: Plan
     source: str
+
+    @cached_property
+    def texts(self) -> dict[Value, tuple[str, str]]:
+        """The name and the expression of every step, for people."""
+        return Writer(self.graph, self.plan).texts()
 
 
 def compile_program(

@@ -12,10 +12,10 @@ from ..algebra import all_parts, inline
 from ..diagram import Diagram, Part
 from .choose import Choice
 from .cost import Rates, Terms, number
-from .listing import alive
 from .plan import Plan
 from .polynomials import Symbols, number_text, without_common_factor
-from .store import Step
+from .program.expr import Value
+from .program.lines import alive
 
 BATCHES = 4096
 """Up to this batch size it is said which alternative is predicted to be faster."""
@@ -38,20 +38,20 @@ class Alternative:
     way: Way
     diagram: Diagram
     reads: tuple[str, ...]  # names of the parts that are built for it
-    steps: tuple[Step, ...]
+    steps: tuple[Value, ...]
     chosen: bool
-    rounds: Mapping[str, int]  # of the steps that run in each round of a loop, how often
+    rounds: Mapping[Value, int]  # of the steps that run in each round of a loop, how often
 
     @property
     def flops(self) -> Terms:
-        return tuple((c * self.rounds.get(s.name, 1), legs) for s in self.steps for c, legs in s.work.flops)
+        return tuple((c * self.rounds.get(s, 1), legs) for s in self.steps for c, legs in s.work.flops)
 
     def seconds(self, plan: Plan, batch: int) -> float:
-        each = ((seconds((step,), plan.rates, batch, plan.itemsize), step.name) for step in self.steps)
-        return sum(once * self.rounds.get(name, 1) for once, name in each)
+        each = ((seconds((step,), plan.rates, batch, plan.itemsize), step) for step in self.steps)
+        return sum(once * self.rounds.get(step, 1) for once, step in each)
 
 
-def seconds(steps: tuple[Step, ...], rates: Rates, batch: int, itemsize: int) -> float:
+def seconds(steps: tuple[Value, ...], rates: Rates, batch: int, itemsize: int) -> float:
     """Predicted seconds of some steps."""
     return sum(rates.seconds(step.kernel, step.work, batch, itemsize) for step in steps)
 

@@ -1,4 +1,4 @@
-"""Arrange: the torch expression that reads a value with its legs in a given order and grouping."""
+"""Arrange: the expression that reads a value with its legs in a given order and grouping."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import sympy
 
 from ..diagram import Leg, Size
 from .cost import Kernel, Work, size_at
-from .store import Ref, Store
+from .program import functions as f
+from .program.expr import Call, Expr, Ref
+from .program.functions import Function
+from .store import Store
 
 Groups = tuple[tuple[Leg, ...], ...]
 CACHED = 2**16
@@ -28,35 +31,45 @@ def merged(group: tuple[Leg, ...]) -> Size:
     return fixed if symbols == 1 else symbols * fixed
 
 
-@lru_cache(CACHED)
-def text(sizes: tuple[Size, ...]) -> str:
-    """Sizes as they stand in the source."""
-    return ", ".join(sympy.sstr(s).replace(" ", "") if not isinstance(s, int) else str(s) for s in sizes)
+Steps = tuple[tuple[Function, tuple[object, ...]], ...]
+"""Views one after the other: each a function and its arguments."""
 
 
-def tuple_text(sizes: tuple[Size, ...]) -> str:
-    """The same as a tuple."""
-    return f"({text(sizes)}{',' if len(sizes) == 1 else ''})"
+def arranged(store: Store, ref: Ref, groups: Groups) -> Expr:
+    """`ref` with one axis per group; a group without legs is an axis of size 1."""
+    expr: Expr = ref.value
+    for fn, args in _views(ref.value.shape, ref.stored, groups):
+        expr = Call(fn, (expr, *args))
+    return expr
 
 
-def arranged(store: Store, ref: Ref, groups: Groups) -> str:
-    """Code for `ref` with one axis per group; a group without legs is an axis of size 1."""
-    name = store.resolve(ref.name)
-    return name + _methods(store.shapes[name], ref.stored, groups)
+def in_order(store: Store, ref: Ref) -> Expr:
+    """`ref` with an axis for each leg, in their order."""
+    return arranged(store, ref, tuple((leg,) for leg in ref.order))
 
 
-@lru_cache(CACHED)  # forks of a store ask the same again and again
-def _methods(shape: tuple[Size, ...], stored: tuple[Leg, ...], groups: Groups) -> str:
+def as_stored(store: Store, ref: Ref) -> Expr:
+    """`ref` with an axis for each leg, in the order of its memory."""
+    return arranged(store, ref, tuple((leg,) for leg in ref.stored))
+
+
+def reshaped(expr: Expr, shape: tuple[Size, ...], wanted: tuple[Size, ...]) -> Expr:
+    """An expression of this shape in another one."""
+    return expr if shape == wanted else Call(f.RESHAPE, (expr, *(wanted or ((),))))
+
+
+@lru_cache(CACHED)  # trials ask the same again and again
+def _views(shape: tuple[Size, ...], stored: tuple[Leg, ...], groups: Groups) -> Steps:
     flat = tuple(leg for group in groups for leg in group)
     wanted = tuple(merged(group) for group in groups)
     if flat == stored:
-        return "" if wanted == shape else f".{_reshape(shape, wanted)}"
+        return () if wanted == shape else (_reshape(shape, wanted),)
     axes, permuted_shape = _coarsest(stored, flat, shape)
-    code = "" if sizes_of_axes(axes) == shape else f".reshape({text(sizes_of_axes(axes))})"
+    steps: Steps = () if sizes_of_axes(axes) == shape else ((f.RESHAPE, sizes_of_axes(axes)),)
     order = [axes.index(axis) for axis in permuted_shape]
-    code += _permute(order)
+    steps += _permute(order)
     now = sizes_of_axes(tuple(permuted_shape))
-    return code if now == wanted else f"{code}.{_reshape(now, wanted)}"
+    return steps if now == wanted else (*steps, _reshape(now, wanted))
 
 
 def sizes_of_axes(axes: tuple[tuple[Leg, ...], ...]) -> tuple[Size, ...]:
@@ -100,32 +113,32 @@ def _runs(stored: tuple[Leg, ...], flat: tuple[Leg, ...]) -> Groups:
     return tuple(stored[a:b] for a, b in pairwise(starts))
 
 
-def _reshape(shape: tuple[Size, ...], wanted: tuple[Size, ...]) -> str:
-    """The plainest method that reshapes: unsqueeze and squeeze read better than reshape."""
+def _reshape(shape: tuple[Size, ...], wanted: tuple[Size, ...]) -> tuple[Function, tuple[object, ...]]:
+    """The plainest view that reshapes: unsqueeze and squeeze read better than reshape."""
     for k in range(len(wanted)):
         if wanted[k] == 1 and (*wanted[:k], *wanted[k + 1 :]) == shape:
-            return f"unsqueeze({k})"
+            return f.UNSQUEEZE, (k,)
     for k in range(len(shape)):
         if shape[k] == 1 and (*shape[:k], *shape[k + 1 :]) == wanted:
-            return f"squeeze({k})"
-    return f"reshape({text(wanted)})" if wanted else "reshape(())"
+            return f.SQUEEZE, (k,)
+    return f.RESHAPE, wanted or ((),)
 
 
-def _permute(order: list[int]) -> str:
+def _permute(order: list[int]) -> Steps:
     if order == sorted(order):
-        return ""
+        return ()
     moved = [k for k, o in enumerate(order) if k != o]
     if len(order) == 2:
-        return ".t()"
+        return ((f.T, ()),)
     if len(moved) == 2:
-        return f".transpose({moved[0]}, {moved[1]})"
-    return f".permute({', '.join(map(str, order))})"
+        return ((f.TRANSPOSE, (moved[0], moved[1])),)
+    return ((f.PERMUTE, tuple(order)),)
 
 
 def copies(store: Store, ref: Ref, groups: Groups) -> bool:
     """Whether that expression has to copy: some group joins legs that are not neighbours in memory."""
     place = {leg: k for k, leg in enumerate(ref.stored)}
-    solid = store.resolve(ref.name) not in store.strided
+    solid = not ref.value.strided
     for group in groups:
         real = store.real(group)
         if any(not solid or place[b] != place[a] + 1 for a, b in pairwise(real)):
@@ -137,13 +150,13 @@ def copy_work(legs: tuple[Leg, ...]) -> Work:
     return Work(moved=((2, legs),), fresh=((1, legs),))
 
 
-def placed(store: Store, ref: Ref, groups: Groups) -> str:
-    """Like `arranged`; where that copies, the copy is a step of its own, so that others can share it."""
-    code = arranged(store, ref, groups)
+def placed(store: Store, ref: Ref, groups: Groups) -> Expr:
+    """Like `arranged`; where that copies, the copy is a value of its own, so that others can share it."""
+    expr = arranged(store, ref, groups)
     if not copies(store, ref, groups):
-        return code
+        return expr
     flat = tuple(leg for group in groups for leg in group)
-    return store.add(code, sizes_of_axes(groups), Kernel.COPY, copy_work(flat))
+    return store.add(expr, sizes_of_axes(groups), Kernel.COPY, copy_work(flat))
 
 
 def copy_seconds(store: Store, ref: Ref, groups: Groups) -> float:
@@ -151,7 +164,7 @@ def copy_seconds(store: Store, ref: Ref, groups: Groups) -> float:
 
     A copy runs along its innermost leg; short runs and strides are what makes it slow (measured on a CPU).
     """
-    if not copies(store, ref, groups) or arranged(store, ref, groups) in store.by_code:
+    if not copies(store, ref, groups) or store.known(arranged(store, ref, groups)) is not None:
         return 0.0
     seconds = store.rates.seconds(Kernel.COPY, copy_work(ref.stored), store.batch, store.itemsize)
     return seconds * (store.rates.copy_factor + store.rates.copy_run / _run(store, ref, groups))
@@ -160,11 +173,10 @@ def copy_seconds(store: Store, ref: Ref, groups: Groups) -> float:
 def _run(store: Store, ref: Ref, groups: Groups) -> int:
     """How many elements lie next to each other both in memory and in the copy, along its innermost leg."""
     flat = store.real(tuple(leg for group in groups for leg in group))
-    name = store.resolve(ref.name)
     if not flat:
         return 1
-    if name in store.near:  # a short stride takes what it skips as well
-        steps = {ref.stored[k]: step for k, step in store.near[name].items()}
+    if ref.value.near is not None:  # a short stride takes what it skips as well
+        steps = {ref.stored[k]: step for k, step in ref.value.near.items()}
         return max(1, size_at(flat[-1].size, store.batch) // steps[flat[-1]]) if flat[-1] in steps else 1
     run, stored = 1, store.real(ref.stored)
     while flat and stored and flat[-1] == stored[-1]:
@@ -178,9 +190,9 @@ def matrix_seconds(store: Store, ref: Ref, head: Groups, rows: tuple[Leg, ...], 
     return min(copy_seconds(store, ref, (*head, rows, columns)), copy_seconds(store, ref, (*head, columns, rows)))
 
 
-def matrix(store: Store, ref: Ref, head: Groups, rows: tuple[Leg, ...], columns: tuple[Leg, ...]) -> str:
-    """Code for a value as [head, rows, columns]; matmul reads a transposed copy as well as a straight one."""
+def matrix(store: Store, ref: Ref, head: Groups, rows: tuple[Leg, ...], columns: tuple[Leg, ...]) -> Expr:
+    """A value as [head, rows, columns]; matmul reads a transposed copy as well as a straight one."""
     straight, turned = (*head, rows, columns), (*head, columns, rows)
     if copy_seconds(store, ref, straight) <= copy_seconds(store, ref, turned):
         return placed(store, ref, straight)
-    return f"{placed(store, ref, turned)}.mT"
+    return Call(f.MT, (placed(store, ref, turned),))

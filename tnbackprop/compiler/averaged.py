@@ -52,7 +52,7 @@ class Averages:
 
 
 def block_name(one: str, other: str) -> str:
-    return f"K_{one}" if one == other else f"K_{one}_{other}"
+    return f"K:{one}" if one == other else f"K::{one}:{other}"
 
 
 def copied(legs: Legs) -> Legs:

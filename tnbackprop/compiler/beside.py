@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..diagram import COLUMN, Diagram, Leg, N, Operand, Product, Size, Tensor, operand_tensors
-from .arrange import copy_work, sizes_of, text
+from ..bind import COTANGENTS
+from ..diagram import COLUMN, Diagram, Leg, N, Operand, Product, Size, Tensor, hint_of, operand_tensors
+from .arrange import copy_work, reshaped, sizes_of
 from .choose import Choice
 from .contract import Lowering
 from .cost import Kernel
@@ -18,6 +19,8 @@ from .derived import Backward, Columns, Extraction, Individual, Native, Schedule
 from .graph import Graph
 from .items import backward, scheduled
 from .loops import Results
+from .program import functions as f
+from .program.expr import Call, Expr
 from .store import Store
 
 Item = Backward | Individual | Extraction
@@ -68,18 +71,19 @@ class Beside:
         alike = len(one.terms) == len(other.terms) and all(self._alike(*pair) for pair in pairs)
         if not (alike and self._sampled(other.value)):
             return False
-        store, name = self.store, f"both_{other.value}"
+        store, name = self.store, f"both:{other.value}"
         terms = tuple(self._joined(*pair) for pair in pairs)
         note = ", ".join([*([other.note] if other.note else []), "with the gradient"])
         backward(store, self.graph, Backward(name, other.value, terms, note), self.lowerings, self._lead)
         self.joint[other.value] = name
         shape = self.graph.values[other.value].shape
         whole = self._shown(name, (*sizes_of(self._lead), *shape))
-        strided, width = store.resolve(name) in store.strided, self.columns.width
-        own = f"narrow(0, 0, {width})" if self.columns.carried else "select(0, 0)"
+        strided, width = store.find(name).strided, self.columns.width
+        own = (f.NARROW, 0, 0, width) if self.columns.carried else (f.SELECT, 0, 0)
         mine = (*sizes_of(self.columns.carried), *shape)
-        store.add(f"{whole}.{own}", mine, Kernel.VIEW, name=other.name, strided=strided)
-        store.add(f"{whole}.select(0, {width})", shape, Kernel.VIEW, name=one.name, strided=strided)
+        for each, (view, *args), sizes in ((other, own, mine), (one, (f.SELECT, 0, width), shape)):
+            expr = Call(view, (whole, *args))
+            store.name(each.name, store.add(expr, sizes, Kernel.VIEW, hint=hint_of(each.name), strided=strided))
         return True
 
     @property
@@ -88,7 +92,7 @@ class Beside:
 
     def _alike(self, one: Term, other: Term) -> bool:
         """Whether both pull back a cotangent of the same value, in a way that takes several columns at once."""
-        if isinstance(other, Native) and not (isinstance(one, Native) and "{cotangents}" in other.code):
+        if isinstance(other, Native) and not (isinstance(one, Native) and COTANGENTS in other.code.holes):
             return False
         gradient, column = self._cotangent(one), self._cotangent(other)
         if gradient is None or column is None:
@@ -128,16 +132,16 @@ class Beside:
         """Both cotangents of a value, where they were not built together."""
         value = self.behind[column]
         shape, count = self.graph.values[value].shape, self.columns.width
-        codes = self._shown(column, (count, *shape)), self._shown(gradient, (1, *shape))
+        both = [self._shown(column, (count, *shape)), self._shown(gradient, (1, *shape))]
         sizes = (count + 1, *shape)
         legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(sizes))
-        name = self.store.add(f"torch.cat([{', '.join(codes)}])", sizes, Kernel.COPY, copy_work(legs))
-        self.joint[value] = name
-        return name
+        joined = self.store.add(Call(f.CAT, (both,)), sizes, Kernel.COPY, copy_work(legs))
+        self.joint[value] = self.store.key_of(joined)
+        return self.joint[value]
 
-    def _shown(self, name: str, shape: tuple[Size, ...]) -> str:
-        found = self.store.resolve(name)
-        return found if self.store.shapes[found] == shape else f"{found}.reshape({text(shape)})"
+    def _shown(self, name: str, shape: tuple[Size, ...]) -> Expr:
+        found = self.store.find(name)
+        return reshaped(found, found.shape, shape)
 
 
 def _reading(product: Product, before: str, after: str, lead: tuple[Leg, ...]) -> Product:

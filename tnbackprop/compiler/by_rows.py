@@ -5,7 +5,9 @@ from __future__ import annotations
 from ..diagram import Leg
 from .arrange import arranged, sizes_of
 from .cost import Kernel, Work, number
-from .store import Ref, Store
+from .program.expr import Call, Expr, Ref
+from .program.functions import Function, Memory, helper
+from .store import Store
 
 Legs = tuple[Leg, ...]
 
@@ -26,37 +28,38 @@ def sum_of_shifted_squares(x, y):
         total.addcmul_(row, row)
     return total"""
 
-BY_ROWS = {"sum_of_products": SUM_OF_PRODUCTS, "sum_of_shifted_squares": SUM_OF_SHIFTED_SQUARES}
+PRODUCTS = helper("sum_of_products", SUM_OF_PRODUCTS, memory=Memory.OWN)
+SHIFTED_SQUARES = helper("sum_of_shifted_squares", SUM_OF_SHIFTED_SQUARES, memory=Memory.OWN)
 
 
-def by_rows(store: Store, whole: Work, codes: tuple[str, str], read: tuple[Legs, ...], kept: Legs) -> Ref | None:
+def by_rows(store: Store, whole: Work, factors: tuple[Expr, Expr], read: tuple[Legs, ...], kept: Legs) -> Ref | None:
     """Σ of products over the first axis, if that is faster than `whole`, which builds them."""
-    return _called(store, whole, "sum_of_products", codes, read, kept, launches=1)
+    return _called(store, whole, PRODUCTS, factors, read, kept, launches=1)
 
 
-def shifted_by_rows(store: Store, whole: Work, codes: tuple[str, str], read: Legs, kept: Legs) -> Ref | None:
+def shifted_by_rows(store: Store, whole: Work, terms: tuple[Expr, Expr], read: Legs, kept: Legs) -> Ref | None:
     """The same for squares of rows with something added that is equal for all of them."""
-    return _called(store, whole, "sum_of_shifted_squares", codes, (read,), kept, launches=2)
+    return _called(store, whole, SHIFTED_SQUARES, terms, (read,), kept, launches=2)
 
 
-def shifted(store: Store, ref: Ref, kept: Legs) -> tuple[Ref, str] | None:
-    """A value as a sum: of one in the same order, and of one with kept legs only, as code that broadcasts over rows."""
-    large, small = store.sums.get(store.resolve(ref.name), (None, None))
-    if large is None or small is None:
+def shifted(store: Store, ref: Ref, kept: Legs) -> tuple[Ref, Expr] | None:
+    """A value as a sum: of one in the same order, and of one with kept legs only, as it broadcasts over rows."""
+    if ref.value.summands is None:
         return None
+    large, small = ref.value.summands
     now = dict(zip(large.stored, ref.stored, strict=True))
     legs = tuple(now[leg] for leg in small.order)
     if not set(legs) <= set(kept):
         return None
     shift = arranged(store, small.renamed(legs), tuple((leg,) if leg in legs else () for leg in kept))
-    return Ref(large.name, ref.stored, ref.stored), shift
+    return Ref(large.value, ref.stored, ref.stored), shift
 
 
 def _called(
     store: Store,
     whole: Work,
-    function: str,
-    codes: tuple[str, str],
+    function: Function,
+    args: tuple[Expr, Expr],
     read: tuple[Legs, ...],
     kept: Legs,
     launches: int,
@@ -67,6 +70,5 @@ def _called(
     first, other = (store.rates.seconds(Kernel.REDUCE, each, store.batch, store.itemsize) for each in (work, whole))
     if first >= other:
         return None
-    store.functions[function] = BY_ROWS[function]
-    name = store.add(f"{function}({', '.join(codes)})", sizes_of(kept), Kernel.REDUCE, work, own=True)
-    return Ref(name, kept, kept)
+    value = store.add(Call(function, args), sizes_of(kept), Kernel.REDUCE, work)
+    return Ref(value, kept, kept)

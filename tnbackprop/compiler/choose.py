@@ -12,9 +12,10 @@ from ..diagram import Diagram, Tensor
 from .contract import Lowering, build
 from .cost import number
 from .derived import Extraction
+from .program.expr import Ref, Value
 from .rows import in_rows
 from .slices import build_sliced
-from .store import Ref, Step, Store
+from .store import Store
 from .tails import saved, tails
 
 MOST_PARTS = 4
@@ -30,12 +31,11 @@ class Option:
 
     kept: frozenset[Diagram]
     seconds: float
-    steps: tuple[Step, ...]
-    results: Mapping[str, str]  # quantity -> value name, of a step or of something built before
+    steps: tuple[Value, ...]
+    results: Mapping[str, Value]  # by quantity: made by the steps, or built before
     forms: Mapping[str, Diagram]  # quantity -> the diagram that was built
     free: bool  # whether a quantity could be multiplied out all the same
-    rounds: Mapping[str, int]
-    functions: Mapping[str, str]  # that steps call: name -> source
+    rounds: Mapping[Value, int]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def choose(
     allowed += [(subset, True) for subset in _subsets(item.condensed, before) if subset]
     tried = {}
     for subset, free in allowed:
-        option, trial, refs = _option(store, item, subset, free, lowerings, chunk)
+        option, trial, refs = _option(store, item, dotted, subset, free, lowerings, chunk)
         tried[option] = trial, refs
     options = candidates = tuple(tried)
     if chunk is not None:
@@ -97,35 +97,35 @@ def _largest(option: Option, batch: int) -> float:
 def _option(
     store: Store,
     item: Extraction,
+    dotted: str,
     kept: frozenset[Diagram],
     free: bool,
     lowerings: tuple[Lowering, ...],
     chunk: int | None,
 ) -> tuple[Option, Store, dict[str, Ref]]:
     """A set of parts to build, tried on a fork, and what that has built."""
-    trial, start = store.fork(), len(store.steps)
-    built = _build_all(trial, item, kept, lowerings, chunk, free)
+    trial = store.fork()
+    built = _build_all(trial, item, dotted, kept, lowerings, chunk, free)
     refs = {quantity: ref for quantity, (ref, _) in built.items()}
-    results = {quantity: trial.resolve(ref.name) for quantity, ref in refs.items()}
+    results = {quantity: ref.value for quantity, ref in refs.items()}
     forms = {quantity: form for quantity, (_, form) in built.items()}
-    seconds = trial.seconds(start) - saved(trial, start, *refs.values())
-    once = tails(trial, start, *refs.values())
-    steps = tuple(trial.steps[start:])
-    rounds = {step.name: trial.rounds for step in steps if step.name in trial.varying and step.name not in once}
-    return Option(kept, seconds, steps, results, forms, free, rounds, trial.functions), trial, refs
+    seconds = trial.seconds - saved(trial, *refs.values())
+    once = tails(trial, *refs.values())
+    steps = tuple(trial.steps)
+    rounds = {step: trial.rounds for step in steps if trial.varies(step) and step not in once}
+    return Option(kept, seconds, steps, results, forms, free, rounds), trial, refs
 
 
 def _build_all(
     store: Store,
     item: Extraction,
+    dotted: str,
     kept: frozenset[Diagram],
     lowerings: tuple[Lowering, ...],
     chunk: int | None,
     free: bool,
 ) -> dict[str, tuple[Ref, Diagram]]:
     """Every quantity of the parameter with the parts in `kept` built; if `free`, each may be multiplied out still."""
-    dotted = store.note.rsplit(" of ", 1)[-1]
-
     def one(diagram: Diagram, trial: Store) -> Ref:
         diagram = in_rows(trial, diagram, lowerings)
         return build(trial, diagram, lowerings) if chunk is None else build_sliced(trial, diagram, lowerings, chunk)

@@ -196,13 +196,13 @@ def _diagonals(setting: Setting, quantities: Sequence[Quantity], root: LossRoot,
         legs = root.curvature.legs
         start = _basis(Weighted(root.value, legs, root.curvature))
         columned = start.legs
-    lead, variable = column_leg(start.columns), f"column_{number}"
+    lead, variable = column_leg(start.columns), f"column:{number}"
     sweep = _sweep(setting, quantities, number, 1, inside=False, prefix="h")
     sweep.kept, sweep.along = (BATCH,), squared
     sweep.beside = partial(residual_diagonal, setting.gradient)
     product = [Tensor(variable, (*lead, *columned))] * 2
     if isinstance(start, Basis) or start.signed:
-        product.append(Tensor(f"weight_{number}", (*lead, BATCH)))
+        product.append(Tensor(f"weight:{number}", (*lead, BATCH)))
     sweep.terms[root.value] = [simplify(Diagram(legs, (Product(ONE, tuple(product)),)))]
     run(sweep, setting.bound)
     return Columns(variable, start, 0, (*lead, *columned), tuple(sweep.schedule), start.columns, summed=True)
@@ -215,7 +215,7 @@ def _averages(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, 
     sweep.kept = (BATCH,)
     plain = _own(legs)
     other = dict(zip(plain, copied(plain), strict=True))
-    column = Tensor(f"column_{number}", (*own, *legs))
+    column = Tensor(f"column:{number}", (*own, *legs))
     start = Diagram((*plain, *copied(plain)), (Product(ONE, (column, column.rename(other))),))
     run_averaged(sweep, setting.bound, root.value, start)
     return Columns(column.name, root, 0, (*own, *legs), tuple(sweep.schedule), root.columns, summed=True)
@@ -248,9 +248,9 @@ def _from_loss(
     width = _divisor(samples, setting.width) if samples else setting.together(root.columns)
     alone = not samples and setting.alone(root.columns)
     lead = column_leg(width)
-    variable, weight = f"column_{number}", None
+    variable, weight = f"column:{number}", None
     if root.signed:
-        weight = tensor(f"weight_{number}", (*lead, BATCH))
+        weight = tensor(f"weight:{number}", (*lead, BATCH))
     count = samples or root.columns
     sweep = _sweep(setting, quantities, number, width, weight, inside=False)
     sweep.meetings = meetings if width == root.columns and not alone else ()
@@ -286,7 +286,7 @@ def _from_basis(
     """One-hot columns with a weight for each sample, and the columns that arrive where they are."""
     start = replace(_basis(found), arriving=tuple(_arriving(columns) for columns in arriving))
     lead, alone = column_leg(width := setting.together(start.columns)), setting.alone(start.columns)
-    weight = None if start.weight is None else tensor(f"weight_{number}", (*lead, BATCH))
+    weight = None if start.weight is None else tensor(f"weight:{number}", (*lead, BATCH))
     sweep = _sweep(setting, quantities, number, width, weight, inside)
     sweep.since = found.value if arriving else ""
     sweep.meetings = meetings if width == start.columns and not alone else ()
@@ -298,7 +298,7 @@ def _from_basis(
 
 def _arriving(columns: Columns) -> Arriving:
     weight = columns.weight if columns.weighted else ""
-    return Arriving(f"s{columns.number}_{columns.until}", int(columns.count), weight)
+    return Arriving(f"s{columns.number}:{columns.until}", int(columns.count), weight)
 
 
 def _basis(found: Weighted) -> Basis:
@@ -353,7 +353,7 @@ def _sweep(
 ) -> Sweep:
     kept = (Leg(COLUMN, width), BATCH)
     return Sweep(
-        setting.graph, quantities, scales={setting.scale}, prefix=f"{prefix}{number}", variable=f"column_{number}",
+        setting.graph, quantities, scales={setting.scale}, prefix=f"{prefix}{number}", variable=f"column:{number}",
         several=True, lead=column_leg(width), kept=kept, weight=weight, partial=inside,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Contract: a diagram without halves becomes steps. Paths come from opt_einsum; the rest is choosing kernels."""
+"""Contract: a diagram without halves becomes values. Paths come from opt_einsum; the rest is choosing kernels."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import sympy
 from ..canonical import key
 from ..diagram import COLUMN, Diagram, Leg, Map, Operand, Part, Product, Tensor, argument, ordered_union
 from ..simplify import simplify
-from .arrange import arranged, sizes_of
+from .arrange import arranged, as_stored, in_order, sizes_of
 from .cost import Kernel, Work, size_at
-from .pairs import contract_pair, elementwise, sum_legs, written_over
-from .printing import number_code
-from .store import Ref, Store
+from .pairs import contract_pair, elementwise, sum_legs
+from .program import functions as f
+from .program.expr import Call, Ref
+from .program.numbers import Number
+from .store import Store
 from .tails import saved
 
 Legs = tuple[Leg, ...]
@@ -27,8 +29,8 @@ Path = tuple[tuple[int, ...], ...]
 def build(store: Store, diagram: Diagram, lowerings: tuple[Lowering, ...]) -> Ref:
     """The value of a diagram, with its legs in the diagram's order. Equal diagrams are built once."""
     identity = key(diagram)
-    if identity in store.built:
-        return store.built[identity].renamed(diagram.legs)
+    if (known := store.built(identity)) is not None:
+        return known.renamed(diagram.legs)
     terms = [_term(store, p, diagram.legs, lowerings) for p in diagram.products]
     if not terms:
         ref = _full(store, diagram.legs, sympy.Integer(0))
@@ -36,7 +38,7 @@ def build(store: Store, diagram: Diagram, lowerings: tuple[Lowering, ...]) -> Re
         ref = terms[0]
     else:
         ref = _added(store, terms, diagram.legs)
-    store.built[identity] = ref
+    store.keep(identity, ref)
     return ref
 
 
@@ -61,11 +63,9 @@ def _term(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering,
 
 
 def _times(store: Store, ref: Ref, scale: sympy.Expr) -> Ref:
-    codes = [arranged(store, ref, tuple((leg,) for leg in ref.stored)), number_code(scale)]
-    into = written_over(store, [ref, None], codes, ref.stored, "mul_")
     work = Work(flops=((1, ref.stored),), moved=((2, ref.stored),), fresh=((1, ref.stored),))
-    name = store.add(" * ".join(codes), sizes_of(ref.stored), Kernel.ELEMENTWISE, work, own=True, into=into)
-    return Ref(name, ref.stored, ref.order)
+    expr = Call(f.MUL, (as_stored(store, ref), Number(scale)))
+    return Ref(store.add(expr, sizes_of(ref.stored), Kernel.ELEMENTWISE, work), ref.stored, ref.order)
 
 
 def _part(store: Store, op: Operand, lowerings: tuple[Lowering, ...]) -> Operand:
@@ -89,25 +89,20 @@ def is_square(op: Operand) -> bool:
 
 
 def read(store: Store, tensor: Tensor) -> Ref:
-    """The runtime value behind a tensor operand, built now if nothing has read it yet."""
-    name = store.resolve(tensor.name)
-    if name not in store.shapes:
-        store.suppliers[name](store)
-        name = store.resolve(tensor.name)
-    base = store.views.get(name)
+    """The value behind a tensor operand, built now if nothing has read it yet."""
+    value = store.find(tensor.name)
+    base = value.seen
     if base is not None and [leg.size for leg in base.order] == [leg.size for leg in tensor.legs]:
         return base.renamed(tensor.legs)  # a permuted view is its base, in the memory order of that
-    return Ref(name, tensor.legs, tensor.legs)
+    return Ref(value, tensor.legs, tensor.legs)
 
 
 def as_tensor(store: Store, ref: Ref) -> Tensor:
     """An operand for a built value. A value that is stored in another order is read through a permuted view."""
-    if ref.order == ref.stored:
-        return Tensor(ref.name, ref.order)
-    code = arranged(store, ref, tuple((leg,) for leg in ref.order))
-    name = store.add(code, sizes_of(ref.order), Kernel.VIEW, strided=True)
-    store.views[name] = ref
-    return Tensor(name, ref.order)
+    value = ref.value
+    if ref.order != ref.stored:
+        value = store.add(in_order(store, ref), sizes_of(ref.order), Kernel.VIEW, strided=True, seen=ref)
+    return Tensor(store.key_of(value), ref.order)
 
 
 def contracted(store: Store, product: Product, legs: tuple[Leg, ...]) -> Ref:
@@ -126,12 +121,11 @@ def diagonal(store: Store, ref: Ref) -> Ref:
         if leg in ref.stored[:k]:
             first = ref.stored.index(leg)
             apart = _apart(ref.stored)
-            base = arranged(store, Ref(ref.name, apart, apart), tuple((x,) for x in apart))
+            base = in_order(store, Ref(ref.value, apart, apart))
             rest = (*(x for i, x in enumerate(ref.stored) if i not in (first, k)), leg)
-            name = store.add(
-                f"{base}.diagonal(dim1={first}, dim2={k})", sizes_of(rest), Kernel.VIEW, strided=True
-            )
-            return diagonal(store, Ref(name, rest, rest))
+            expr = Call(f.DIAGONAL, (base,), (("dim1", first), ("dim2", k)))
+            value = store.add(expr, sizes_of(rest), Kernel.VIEW, strided=True)
+            return diagonal(store, Ref(value, rest, rest))
     return ref
 
 
@@ -198,32 +192,22 @@ def _order_of(legs: tuple[Leg, ...], partner: Ref | None) -> tuple[Leg, ...]:
 def _expanded(store: Store, ref: Ref, legs: tuple[Leg, ...]) -> Ref:
     """The value, constant along the legs that it does not have."""
     groups = tuple((leg,) if leg in ref.order else () for leg in legs)
-    code = f"{arranged(store, ref, groups)}.expand({_sizes(legs)})"
-    name = store.add(code, sizes_of(legs), Kernel.VIEW, strided=True)
-    store.expanded[name] = ref
-    return Ref(name, legs, legs)
-
-
-def _sizes(legs: tuple[Leg, ...]) -> str:
-    return ", ".join(str(leg.size) for leg in legs)
+    expr = Call(f.EXPAND, (arranged(store, ref, groups), *sizes_of(legs)))
+    return Ref(store.add(expr, sizes_of(legs), Kernel.VIEW, strided=True, spread=ref), legs, legs)
 
 
 def _full(store: Store, legs: tuple[Leg, ...], value: sympy.Expr) -> Ref:
     """A constant."""
-    sizes = ", ".join(str(leg.size) for leg in legs)
-    code = f"like.new_full(({sizes}{',' if legs else ''}), {number_code(value)})"
-    name = store.add(code, sizes_of(legs), Kernel.ELEMENTWISE)
-    return Ref(name, legs, legs)
+    expr = Call(f.NEW_FULL, (store.like, sizes_of(legs), Number(value)))
+    return Ref(store.add(expr, sizes_of(legs), Kernel.ELEMENTWISE), legs, legs)
 
 
 def _added(store: Store, terms: list[Ref], legs: tuple[Leg, ...]) -> Ref:
     """The sum of several values, in the memory order of the largest."""
     order = terms[0].stored if set(terms[0].stored) == set(legs) else legs
-    codes = [arranged(store, t, tuple((leg,) for leg in order)) for t in terms]
+    shown = tuple(arranged(store, t, tuple((leg,) for leg in order)) for t in terms)
     work = Work(flops=((len(terms) - 1, legs),), moved=((len(terms) + 1, legs),), fresh=((1, legs),))
-    into = written_over(store, terms, codes, order, "add_")
-    name = store.add(" + ".join(codes), sizes_of(order), Kernel.ELEMENTWISE, work, own=True, into=into)
-    if len(terms) == 2 and terms[0].stored == order and terms[1].name in store.expanded:
-        store.sums[name] = terms[0], store.expanded[terms[1].name]
-    return Ref(name, order, legs)
-
+    spread = terms[1].value.spread if len(terms) == 2 and terms[0].stored == order else None
+    summands = (terms[0], spread) if spread is not None else None
+    value = store.add(Call(f.ADD, shown), sizes_of(order), Kernel.ELEMENTWISE, work, summands=summands)
+    return Ref(value, order, legs)

@@ -11,13 +11,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
-import sympy
+import torch
 
 from ..diagram import Leg, Product, Tensor, Window, ordered_union
-from .arrange import merged, placed, text
+from .arrange import merged, placed
 from .contract import Plan, read
 from .cost import Kernel, Work
-from .store import Ref, Store
+from .program import functions as f
+from .program.expr import Call, Expr, Ref, Word
+from .store import Store
 from .windows import padded, reach
 
 Legs = tuple[Leg, ...]
@@ -130,18 +132,18 @@ def _work(roles: Roles, result: Legs) -> Work:
 
 def _image(
     store: Store, roles: Roles, groups: tuple[Legs, ...], stride: Legs, kernel: Legs
-) -> tuple[str, tuple[int, ...]]:
+) -> tuple[Expr, tuple[int, ...]]:
     """The image operand and the padding: the kernel's own where it is symmetric, else padded and cut here."""
     assert roles.of_image is not None
     ref = read(store, roles.of_image)
     if symmetric(roles, stride, kernel):
         return placed(store, ref, groups), tuple(-w.offset for w in roles.windows)
-    code = padded(store, ref, list(roles.windows))
+    expr = padded(store, ref, list(roles.windows))
     lengths = {w.image: Leg(w.image.name, reach(w)[2]) for w in roles.windows}
     legs = tuple(lengths.get(leg, leg) for leg in ref.order)
-    name = store.add(code, tuple(leg.size for leg in legs), Kernel.VIEW, strided=True)
+    value = store.add(expr, tuple(leg.size for leg in legs), Kernel.VIEW, strided=True)
     exact = tuple(tuple(lengths.get(leg, leg) for leg in group) for group in groups)
-    return placed(store, Ref(name, legs, legs), exact), (0,) * roles.dims
+    return placed(store, Ref(value, legs, legs), exact), (0,) * roles.dims
 
 
 def symmetric(roles: Roles, stride: Legs, kernel: Legs) -> bool:
@@ -161,13 +163,11 @@ def _forward(store: Store, roles: Roles, legs: Legs) -> Ref:
     x, padding = _image(store, roles, (batch, (*groups, *inner), *_each(roles.images)), roles.ones, roles.twos)
     two = read(store, roles.of_two)
     weight = placed(store, two, ((*groups, *outer), inner, *_each(roles.twos)))
-    code = (
-        f"torch.nn.functional.conv{roles.dims}d({x}, {weight}, None, {roles.step(roles.ones)}, {padding}, "
-        f"{roles.step(roles.twos)}, {_groups(groups)})"
-    )
+    numbers = roles.step(roles.ones), padding, roles.step(roles.twos), merged(groups)
+    expr = Call(f.CONV[roles.dims], (x, weight, None, *numbers))
     order = (*batch, *groups, *outer, *roles.ones)
     axes = (batch, (*groups, *outer))
-    return _entered(store, code, order, legs, _kernel(roles, roles.twos), axes, _work(roles, order))
+    return _entered(store, expr, order, legs, _kernel(roles, roles.twos), axes, _work(roles, order))
 
 
 def _weight_vjp(store: Store, roles: Roles, legs: Legs) -> Ref:
@@ -177,14 +177,12 @@ def _weight_vjp(store: Store, roles: Roles, legs: Legs) -> Ref:
     x, padding = _image(store, roles, (batch, (*groups, *inner), *_each(roles.images)), roles.twos, roles.ones)
     two = read(store, roles.of_two)
     g = placed(store, two, (batch, (*groups, *outer), *_each(roles.twos)))
-    size = text((merged((*groups, *outer)), merged(inner), *(leg.size for leg in roles.ones)))
-    code = (
-        f"torch.nn.grad.conv{roles.dims}d_weight({x}, ({size}), {g}, {roles.step(roles.twos)}, {padding}, "
-        f"{roles.step(roles.ones)}, {_groups(groups)})"
-    )
+    size = (merged((*groups, *outer)), merged(inner), *(leg.size for leg in roles.ones))
+    numbers = roles.step(roles.twos), padding, roles.step(roles.ones), merged(groups)
+    expr = Call(f.CONV_WEIGHT[roles.dims], (x, size, g, *numbers))
     order = (*groups, *outer, *inner, *roles.ones)
     axes = ((*groups, *outer), inner)
-    return _entered(store, code, order, legs, _kernel(roles, roles.ones), axes, _work(roles, order))
+    return _entered(store, expr, order, legs, _kernel(roles, roles.ones), axes, _work(roles, order))
 
 
 def _input_vjp(store: Store, roles: Roles, legs: Legs) -> Ref:
@@ -197,16 +195,14 @@ def _input_vjp(store: Store, roles: Roles, legs: Legs) -> Ref:
     fits = symmetric(roles, roles.ones, roles.twos)
     lengths = [w.image.size if fits else reach(w)[2] for w in roles.windows]
     padding = tuple(-w.offset if fits else 0 for w in roles.windows)
-    size = text((merged(batch), merged((*groups, *inner)), *lengths))
-    code = (
-        f"torch.nn.grad.conv{roles.dims}d_input(({size}), {weight}, {g}, {roles.step(roles.ones)}, {padding}, "
-        f"{roles.step(roles.twos)}, {_groups(groups)})"
-    )
+    size = (merged(batch), merged((*groups, *inner)), *lengths)
+    numbers = roles.step(roles.ones), padding, roles.step(roles.twos), merged(groups)
+    expr: Expr = Call(f.CONV_INPUT[roles.dims], (size, weight, g, *numbers))
     if not fits:
-        code = _cut(code, roles)
+        expr = _cut(expr, roles)
     order = (*batch, *groups, *inner, *roles.images)
     axes = (batch, (*groups, *inner))
-    return _entered(store, code, order, legs, _kernel(roles, roles.twos), axes, _work(roles, order))
+    return _entered(store, expr, order, legs, _kernel(roles, roles.twos), axes, _work(roles, order))
 
 
 def _around(roles: Roles) -> tuple[int, ...]:
@@ -231,47 +227,43 @@ def _flipped(store: Store, roles: Roles, legs: Legs) -> Ref:
     batch, inner, outer = roles.image_one, roles.image_two, roles.one_two
     g = placed(store, read(store, roles.of_one), (batch, outer, *_each(roles.ones)))
     weight = placed(store, read(store, roles.of_two), (outer, inner, *_each(roles.twos)))
-    last = ".contiguous(memory_format=torch.channels_last)"
     shape = (merged(inner), merged(outer), *(leg.size for leg in roles.twos))
     turned = Work(moved=((2 * TURNED, (*inner, *outer, *roles.twos)),))
-    kernel = store.add(f"{weight}.flip((2, 3)).transpose(0, 1){last}", shape, Kernel.COPY, turned, strided=True)
-    code = f"torch.nn.functional.conv2d({g}{last}, {kernel}, None, 1, {_around(roles)}, {roles.step(roles.twos)})"
+    flipped = Call(f.TRANSPOSE, (Call(f.FLIP, (weight, (2, 3))), 0, 1))
+    kernel = store.add(_channels_last(flipped), shape, Kernel.COPY, turned, strided=True)
+    expr: Expr = Call(f.CONV[2], (_channels_last(g), kernel, None, 1, _around(roles), roles.step(roles.twos)))
     if not symmetric(roles, roles.ones, roles.twos):
-        code = _cut(code, roles)
+        expr = _cut(expr, roles)
     order = (*batch, *inner, *roles.images)
     copied = (*batch, *outer, *roles.ones), order
     moved, inside = (tuple((times, each) for each in copied) for times in (TURNED, 1))
     work = replace(_work(roles, order), moved=moved, inside=inside)
-    return _entered(store, f"{code}.contiguous()", order, legs, Kernel.CHANNELS_LAST, (batch, inner), work)
+    return _entered(store, Call(f.CONTIGUOUS, (expr,)), order, legs, Kernel.CHANNELS_LAST, (batch, inner), work)
 
 
-def _cut(call: str, roles: Roles) -> str:
+def _channels_last(expr: Expr) -> Expr:
+    return Call(f.CONTIGUOUS, (expr,), (("memory_format", Word("torch.channels_last", torch.channels_last)),))
+
+
+def _cut(expr: Expr, roles: Roles) -> Expr:
     """From the length that the pattern covers back to the image: cut what was padding, put zeros for the rest."""
-    pads = []
+    pads: list[int] = []
     for axis, window in enumerate(roles.windows, start=2):
         left, _, length = reach(window)
         size = int(window.image.size)
         kept, left = max(0, min(size, length - left)), min(left, length)
-        call += f".narrow({axis}, {left}, {kept})"
-        pads.append((0, size - kept))
-    if all(pad == (0, 0) for pad in pads):
-        return call
-    return f"torch.nn.functional.pad({call}, ({', '.join(f'{a}, {b}' for a, b in reversed(pads))}))"
+        expr = Call(f.NARROW, (expr, axis, left, kept))
+        pads = [0, size - kept, *pads]
+    return Call(f.PAD, (expr, tuple(pads))) if any(pads) else expr
 
 
 def _each(legs: Legs) -> tuple[Legs, ...]:
     return tuple((leg,) for leg in legs)
 
 
-def _groups(groups: Legs) -> str:
-    size = merged(groups)
-    return str(size) if isinstance(size, int | sympy.Symbol) else text((size,))
-
-
 def _entered(
-    store: Store, code: str, order: Legs, legs: Legs, kernel: Kernel, axes: tuple[Legs, Legs], work: Work
+    store: Store, expr: Expr, order: Legs, legs: Legs, kernel: Kernel, axes: tuple[Legs, Legs], work: Work
 ) -> Ref:
     sliding = order[len(axes[0]) + len(axes[1]) :]
     shape = (merged(axes[0]), merged(axes[1]), *(leg.size for leg in sliding))
-    name = store.add(code, shape, kernel, work, own=True)
-    return Ref(name, order, legs)
+    return Ref(store.add(expr, shape, kernel, work, own=True), order, legs)

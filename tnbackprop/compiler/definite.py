@@ -8,9 +8,10 @@ import sympy
 import torch
 
 from ..diagram import Diagram, Map, Operand, Tensor
-from .contract import read
 from .cost import Kernel
-from .printing import number_code
+from .program import functions as f
+from .program.expr import Call, Expr, Value
+from .program.numbers import Number
 from .store import Store
 
 TOLERATED = 1e-5
@@ -19,12 +20,12 @@ ROUNDINGS = 100
 
 
 def smallest_eigenvalue(
-    store: Store, blocks: tuple[str, str], output: str, scale: sympy.Expr, dtype: torch.dtype, name: str | None = None
-) -> str:
-    """Name of the smallest eigenvalue of all blocks, relative to the largest magnitude in its own block.
+    store: Store, blocks: tuple[Expr, Expr], output: Expr, scale: sympy.Expr, dtype: torch.dtype, hint: str = ""
+) -> Value:
+    """The smallest eigenvalue of all blocks, relative to the largest magnitude in its own block.
 
-    blocks  code: the smallest eigenvalue of each block, and the largest magnitude, tensors of one shape
-    output  code: the output at which the Hessian was taken
+    blocks  the smallest eigenvalue of each block, and the largest magnitude, tensors of one shape
+    output  at which the Hessian was taken
     scale   of a sample's loss
     dtype   in which the Hessian was taken
 
@@ -33,9 +34,11 @@ def smallest_eigenvalue(
     times |output|, for that is how far exp(output) is off. So much is added to the magnitude to make them tolerable.
     """
     low, high = blocks[0], store.add(blocks[1], (), Kernel.NATIVE)
-    terms = f"{high}.amax().clamp(min={number_code(scale)}) * {output}.abs().amax().clamp(min=1)"
-    floor = ROUNDINGS * torch.finfo(dtype).eps / TOLERATED
-    return store.add(f"({low} / ({high} + {floor:.2g} * {terms})).min()", (), Kernel.NATIVE, name=name)
+    curvature = Call(f.CLAMP, (Call(f.AMAX, (high,)),), (("min", Number(scale)),))
+    size = Call(f.CLAMP, (Call(f.AMAX, (Call(f.ABS, (output,)),)),), (("min", 1),))
+    floor = float(f"{ROUNDINGS * torch.finfo(dtype).eps / TOLERATED:.2g}")
+    bound = Call(f.ADD, (high, Call(f.MUL, (floor, curvature, size))))
+    return store.add(Call(f.MIN, (Call(f.DIV, (low, bound)),)), (), Kernel.NATIVE, hint=hint)
 
 
 def in_double(store: Store, formula: Diagram) -> Diagram:
@@ -56,7 +59,6 @@ def _operand(store: Store, operand: Operand) -> Operand:
 
 
 def _tensor(store: Store, tensor: Tensor) -> Tensor:
-    read(store, tensor)
-    name = store.resolve(tensor.name)
-    double = store.add(f"{name}.double()", store.shapes[name], Kernel.NATIVE, strided=name in store.strided)
-    return replace(tensor, name=double)
+    value = store.find(tensor.name)
+    double = store.add(Call(f.DOUBLE, (value,)), value.shape, Kernel.NATIVE, strided=value.strided)
+    return replace(tensor, name=store.key_of(double))

@@ -12,16 +12,17 @@ import sympy
 from ..approximate import Factors
 from ..bind import BoundRule
 from ..canonical import key
-from ..diagram import COLUMN, Diagram, Leg, Size, V
+from ..code import Code
+from ..diagram import COLUMN, Diagram, Leg, Size, V, hint_of
 from .graph import Call
 from .roots import LossRoot
 
 
 @dataclass(frozen=True)
 class Native:
-    """A VJP in torch code; placeholders are {runtime value name} and {cotangent}."""
+    """A VJP in torch code; its holes are runtime values and the cotangent."""
 
-    code: str
+    code: Code
     cotangent: str
     of: str  # the value whose cotangent that is
     formula: Diagram | None = None  # the same as a diagram, where the rule selects
@@ -55,6 +56,11 @@ class Extraction:
     diagrams: Mapping[str, Diagram]  # by quantity name; factor k of a quantity is "name#k"
     factors: Mapping[str, Factors] = field(default_factory=dict)  # quantities whose values have several factors
     condensed: Mapping[str, Diagram] = field(default_factory=dict)  # the same from cotangents before a selection
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Those of the diagrams that are a part of a quantity's value: a factor, or the mean of one."""
+        return frozenset(name for name in self.diagrams if any(name.startswith(f"{q}#") for q in self.factors))
 
 
 Schedule = tuple[Backward | Individual | Extraction, ...]
@@ -95,7 +101,7 @@ class Columns:
     @property
     def _what(self) -> str:
         if isinstance(self.start, Given):
-            return f"{self.variable}, handed in at {self.start.value}"
+            return f"{hint_of(self.variable)}, handed in at {self.start.value}"
         if isinstance(self.start, Basis):
             weighted = "" if self.start.weight is None else ", weighted"
             others = f", and {self.start.columns - self.start.own} that arrive there" if self.start.arriving else ""
@@ -129,7 +135,17 @@ class Columns:
 
     @property
     def number(self) -> str:
-        return self.variable.rsplit("_", 1)[-1]
+        return self.variable.rsplit(":", 1)[-1]
+
+    @property
+    def noise(self) -> str:
+        """The random input that its columns are drawn from."""
+        return f"noise:{self.number}"
+
+    @property
+    def draw(self) -> str:
+        """The noise of one round."""
+        return f"draw:{self.number}"
 
     @property
     def weighted(self) -> bool:
@@ -144,7 +160,7 @@ class Columns:
     @property
     def weight(self) -> str:
         """The variable of the columns' weights."""
-        return HESSIAN_WEIGHTS if isinstance(self.start, Given) else f"weight_{self.number}"
+        return HESSIAN_WEIGHTS if isinstance(self.start, Given) else f"weight:{self.number}"
 
 
 @dataclass(frozen=True)

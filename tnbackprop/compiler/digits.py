@@ -13,7 +13,8 @@ import sympy
 from ..diagram import Diagram, Leg, Operand, Product, Tensor, Window, ordered_union
 from ..radix import digits_of
 from .contract import Lowering, Plan, as_tensor, build
-from .store import Ref, Store
+from .program.expr import Ref
+from .store import Store
 
 Legs = tuple[Leg, ...]
 Operands = tuple[Operand, ...]

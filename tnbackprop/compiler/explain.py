@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import sympy
 
 from ..algebra import differentiate
-from ..bind import BoundRule, Equation
-from ..diagram import BATCH, COLUMN, Diagram, Leg, Part, Product, Tensor, operand_tensors
+from ..bind import COTANGENT, BoundRule, Equation
+from ..diagram import BATCH, COLUMN, Diagram, Leg, Part, Product, Tensor, hint_of, operand_tensors
 from ..simplify import simplify
 from .alternatives import Alternative, Way, alternatives, conditions, part_names, seconds, work_numbers
 from .choose import Choice
@@ -19,8 +19,8 @@ from .explain_text import body_text, diagram_text, legs_text, milliseconds, shor
 from .memory import peak_bytes
 from .plan import Plan
 from .polynomials import Symbols, in_batch_text, number_text
+from .program.expr import Value
 from .stage import Stage
-from .store import Step
 
 if TYPE_CHECKING:
     from . import Compiled
@@ -64,7 +64,7 @@ def jacobian_lines(equation: Equation, wanted: set[str]) -> Iterator[str]:
         if jacobian is None and equation.diagram is not None:
             jacobian, how = differentiate(equation.diagram, name), "derived"
         if jacobian is not None:
-            left = f"∂{equation.name}[{legs_text(jacobian.out)}]/∂{name}[{legs_text(jacobian.into)}]"
+            left = f"∂{hint_of(equation.name)}[{legs_text(jacobian.out)}]/∂{hint_of(name)}[{legs_text(jacobian.into)}]"
             yield f"    {left} = {body_text(jacobian.diagram, {})}" + ("" if how == "derived" else f"  ({how})")
 
 
@@ -74,24 +74,19 @@ def declaration_lines(rule: BoundRule, wanted: set[str]) -> Iterator[str]:
     for name in sorted(rule.looped & wanted):
         yield f"    in a loop for {name}: torch.func.vmap gives other numbers, or knows no such derivative"
     for saved in rule.saved:
-        yield f"    saved {saved.name} = {_bare(saved.code)}"
+        yield f"    saved {hint_of(saved.name)} = {saved.code.filled(hint_of)}"
     for name, code in rule.vjp.items() if not rule.fallback else ():
         if name in wanted:
-            yield f"    native VJP to {name}: {shortened(_bare(code), 2 * CODE_WIDTH)}"
+            yield f"    native VJP to {name}: {shortened(code.filled(hint_of), 2 * CODE_WIDTH)}"
     if rule.kinks:
         yield f"    at a kink: {rule.kinks}"
-
-
-def _bare(code: str) -> str:
-    """Code without the braces of its placeholders."""
-    return code.replace("{", "").replace("}", "")
 
 
 def _schedules(compiled: Compiled) -> Iterator[tuple[str, Schedule]]:
     """Every sweep, with what is said above it."""
     yield "", compiled.derived.schedule
     for columns in compiled.derived.columns:
-        yield f"for each column {columns.variable} of {columns}:", columns.schedule
+        yield f"for each column {hint_of(columns.variable)} of {columns}:", columns.schedule
 
 
 def choice_of(compiled: Compiled, item: Extraction) -> Choice:
@@ -134,8 +129,8 @@ def _cotangents(item: Backward) -> Iterator[str]:
 
 def _cotangent(name: str, term: Diagram | Native) -> str:
     if isinstance(term, Native):
-        code = _bare(term.code.replace("{cotangent}", term.cotangent))
-        return f"{name} = {shortened(code, 2 * CODE_WIDTH)}  (native)"
+        code = term.code.filled(lambda hole: hint_of(term.cotangent if hole == COTANGENT else hole))
+        return f"{hint_of(name)} = {shortened(code, 2 * CODE_WIDTH)}  (native)"
     return diagram_text(name, term, {})
 
 
@@ -255,7 +250,7 @@ def _way_row(compiled: Compiled, symbols: Symbols, way: Alternative) -> tuple[st
 
 def _path(compiled: Compiled) -> Iterator[str]:
     """Every step, grouped by what it is for."""
-    groups: list[tuple[str, list[Step]]] = []
+    groups: list[tuple[str, list[Value]]] = []
     for step, note in _noted(compiled.plan):
         if not groups or groups[-1][0] != note:
             groups.append((note, []))
@@ -273,15 +268,15 @@ def _path(compiled: Compiled) -> Iterator[str]:
         yield line
 
 
-def _noted(plan: Plan) -> Iterator[tuple[Step, str]]:
+def _noted(plan: Plan) -> Iterator[tuple[Value, str]]:
     """Every step and what it is for; after a call for each sample the steps of that, with the work of all samples."""
     for step, times in plan.timed:
         yield step, step.note if times == 1 else f"{times} × {step.note}"
-        if step.name in plan.pieces:
-            yield from ((inner, f"N × {inner.note}") for inner in plan.pieces[step.name].steps)
+        if step in plan.pieces:
+            yield from ((inner, f"N × {inner.note}") for inner in plan.pieces[step].steps)
 
 
-def step_row(compiled: Compiled, symbols: Symbols, step: Step) -> tuple[str, ...]:
+def step_row(compiled: Compiled, symbols: Symbols, step: Value) -> tuple[str, ...]:
     plan = compiled.plan
     flops, moved = number(step.work.flops, plan.batch), plan.itemsize * number(step.work.moved, plan.batch)
     time = 1e3 * plan.rates.seconds(step.kernel, step.work, plan.batch, plan.itemsize)
@@ -290,12 +285,8 @@ def step_row(compiled: Compiled, symbols: Symbols, step: Step) -> tuple[str, ...
         for scale, terms in ((1, step.work.flops), (plan.itemsize, step.work.moved))
     ]
     numbers = (number_text(flops), number_text(moved), f"{time:.3f}")
-    return step.name, step.kernel.value, *numbers, *shown, shortened(step.code, CODE_WIDTH)
-
-
-def _forward_names(compiled: Compiled) -> set[str]:
-    saved = {saved.name for _, rule in compiled.derived.bound for saved in rule.saved}
-    return saved | {call.output.name for call in compiled.graph.calls}
+    name, code = compiled.texts[step]
+    return name, step.kernel.value, *numbers, *shown, shortened(code, CODE_WIDTH)
 
 
 def _kept(compiled: Compiled) -> Iterator[str]:
@@ -306,20 +297,21 @@ def _kept(compiled: Compiled) -> Iterator[str]:
 
 def kept_rows(compiled: Compiled) -> tuple[list[tuple[str, ...]], str]:
     """The forward values that a later step reads: derived from the diagrams, not declared. And their bytes together."""
-    plan, forward = compiled.plan, _forward_names(compiled)
+    plan = compiled.plan
+    forward = {value: name for name, value in reversed(list(plan.forward.items()))}
     readers: dict[str, list[str]] = {}
     for step, _ in plan.timed:
-        for name in step.inputs if step.name not in forward else ():
-            if name in forward and step.note not in readers.setdefault(name, []):
-                readers[name].append(step.note)
+        for value in step.inputs if step not in forward else ():
+            if value in forward and step.note not in readers.setdefault(forward[value], []):
+                readers[forward[value]].append(step.note)
     opaque = _opaque(compiled)
     taken = {name: _bytes(compiled, name) for name in readers if name not in opaque}
     rows: list[tuple[str, ...]] = []
     for name, notes in readers.items():
-        shape, size = "[" + ", ".join(map(str, plan.shapes[name])) + "]", size_text(taken.get(name, 0.0))
+        shape, size = "[" + ", ".join(map(str, plan.forward[name].shape)) + "]", size_text(taken.get(name, 0.0))
         shape, size = ("?", "?") if name in opaque else (shape, size)
         more = f" and {len(notes) - 2} more" if len(notes) > 2 else ""
-        rows.append((name, shape, size, "for " + ", ".join(note.split(", ")[0] for note in notes[:2]) + more))
+        rows.append((hint_of(name), shape, size, "for " + ", ".join(n.split(", ")[0] for n in notes[:2]) + more))
     unknown = len(readers) - len(taken)
     return rows, size_text(sum(taken.values())) + f", and {unknown} of unknown shape" * bool(unknown)
 
@@ -337,7 +329,7 @@ def _bytes(compiled: Compiled, name: str) -> float:
     """At the item size of the value where the graph knows it, else of the parameters."""
     value = compiled.graph.values.get(name)
     itemsize = value.dtype.itemsize if value is not None else compiled.plan.itemsize
-    return bytes_of(compiled.plan.shapes[name], compiled.plan.batch, itemsize)
+    return bytes_of(compiled.plan.forward[name].shape, compiled.plan.batch, itemsize)
 
 
 def _totals(compiled: Compiled) -> Iterator[str]:
@@ -352,11 +344,11 @@ def peak_text(compiled: Compiled) -> str:
 
 def total_rows(compiled: Compiled) -> list[tuple[str, ...]]:
     """Forward, backward and quantities; their sums are `program.flops` and `program.bytes`."""
-    plan, forward = compiled.plan, _forward_names(compiled)
-    groups: dict[str, list[Step]] = {"forward": [], "backward": [], "quantities": []}
+    plan, forward = compiled.plan, set(compiled.plan.forward.values())
+    groups: dict[str, list[Value]] = {"forward": [], "backward": [], "quantities": []}
     for step in (step for step, times in plan.timed for _ in range(times)):
         backward = "backward" if step.note.startswith("cotangent of") else "quantities"
-        groups["forward" if step.name in forward else backward].append(step)
+        groups["forward" if step in forward else backward].append(step)
     rows: list[tuple[str, ...]] = [("", "steps", "FLOPs", "bytes", "predicted", "in N")]
     groups["together"] = [step for some in groups.values() for step in some]
     for name, steps in groups.items():

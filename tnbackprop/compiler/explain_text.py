@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import sympy
 from sympy.printing.str import StrPrinter
 
-from ..diagram import Diagram, Leg, Map, Operand, Part, Product, argument, summed_legs
+from ..diagram import Diagram, Leg, Map, Operand, Part, Product, argument, hint_of, summed_legs
 
 Names = Mapping[Diagram, str]
 """Parts that are called by a name instead of being written out."""
@@ -38,7 +38,7 @@ class _Printer(StrPrinter):  # type: ignore[misc]
 
 def diagram_text(name: str, diagram: Diagram, names: Names) -> str:
     """name[legs] = formula"""
-    return f"{name}[{legs_text(diagram.legs)}] = {body_text(diagram, names)}"
+    return f"{hint_of(name)}[{legs_text(diagram.legs)}] = {body_text(diagram, names)}"
 
 
 def body_text(diagram: Diagram, names: Names) -> str:

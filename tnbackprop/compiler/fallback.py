@@ -15,20 +15,13 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..bind import BoundRule, Equation
+from ..bind import COTANGENT, COTANGENTS, LOOP, BoundRule, Equation
+from ..code import Code, Hole
 from ..diagram import BATCH, Leg, N
 from ..errors import UnsupportedError
 from .cost import size_at
-from .forward import call_code
+from .forward import operator_code
 from .graph import Call, Value
-
-LOOP = "one_by_one"
-ONE_BY_ONE = """\
-def one_by_one(vjp, axes, cotangents, *rows):
-    # The VJP of each sample, for one cotangent [N, ...] with so many axes, or several on axes in front.
-    columns = cotangents.reshape(-1, *cotangents.shape[-axes:])
-    found = [vjp(*sample, g) for column in columns for *sample, g in zip(*rows, column, strict=True)]
-    return torch.stack(found).unflatten(0, cotangents.shape[: cotangents.ndim - axes + 1])"""
 
 
 def fallback(call: Call) -> BoundRule:
@@ -46,7 +39,7 @@ def fallback(call: Call) -> BoundRule:
     looped = frozenset(v.name for v in operands if not _maps(call, v))
     code = {v.name: _vjp(call, v, v.name in looped) for v in operands}
     equation = Equation(call.output.name, legs, None, MappingProxyType({}))
-    own = BoundRule((equation,), (), "", MappingProxyType(code), "", MappingProxyType({}))
+    own = BoundRule((equation,), (), Code(), MappingProxyType(code), "", MappingProxyType({}))
     return replace(own, fallback=call.where, looped=looped)
 
 
@@ -63,23 +56,23 @@ def _refused(call: Call, why: str) -> UnsupportedError:
     )
 
 
-def _vjp(call: Call, operand: Value, looped: bool) -> str:
+def _vjp(call: Call, operand: Value, looped: bool) -> Code:
     """Torch code of the VJP with respect to one operand: [N, *operand], one sample at a time."""
     batched = _batched(call)
-    own_rows = {v.name for v in batched}
-    single = call_code(_one_sample(call), lambda name: f"{name}_n" if name in own_rows else "{" + name + "}")
-    for value in batched:
-        single = single.replace(f"{value.name}_n", f"{value.name}_n.unsqueeze(0)")
-    own = f"{operand.name}_n" if operand in batched else "{" + operand.name + "}"
-    function = single.replace(f"{own}.unsqueeze(0)", "u.unsqueeze(0)").replace(own, "u")
+    rows = {v.name: f"x{k}" for k, v in enumerate(batched)}
+    whole: dict[str, Hole | str] = {name: f"{row}.unsqueeze(0)" for name, row in rows.items()}
+    own = rows.get(operand.name) or Hole(operand.name)
+    u = "u.unsqueeze(0)" if operand.name in rows else "u"
+    function = operator_code(_one_sample(call)).with_holes({**whole, operand.name: u})
     head = "g" if not _sampled(call.output) else "g.unsqueeze(0)"
-    names = ", ".join([*(f"{v.name}_n" for v in batched), "g"])
-    each = f"lambda {names}: torch.func.vjp(lambda u: {function}, {own})[1]({head})[0]"
-    stacked = ["{" + v.name + "}" for v in batched]
+    names = ", ".join([*rows.values(), "g"])
+    each = Code.of(f"lambda {names}: torch.func.vjp(lambda u: ", function, ", ", own, f")[1]({head})[0]")
+    stacked = [piece for v in batched for piece in (Hole(v.name), ", ")]
     if not looped:
-        return f"torch.func.vmap({each})({', '.join([*stacked, '{cotangent}'])})"
+        return Code.of("torch.func.vmap(", each, ")(", *stacked, Hole(COTANGENT), ")")
     axes = len(call.output.axes) + (not _sampled(call.output))
-    return f"{LOOP}({each}, {axes}, {', '.join(['{cotangents}', *stacked])})"
+    others = [piece for v in batched for piece in (", ", Hole(v.name))]
+    return Code.of(Hole(LOOP), "(", each, f", {axes}, ", Hole(COTANGENTS), *others, ")")
 
 
 def _batched(call: Call) -> list[Value]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from types import MappingProxyType
 
 import sympy
@@ -15,7 +14,6 @@ from .cost import RATES
 from .derived import Derived
 from .emit import emit, load, running
 from .graph import Call, Graph, Value
-from .listing import functional
 from .lower import LOWERINGS
 from .names import Names
 from .plan import plan
@@ -53,7 +51,7 @@ def formula_function(
     )
     derived = Derived(((call, without_units(bound)),), (), sympy.Integer(1))
     planned = plan(graph, derived, LOWERINGS, RATES.get(device, RATES["cpu"]), output.dtype.itemsize)
-    source = emit(graph, replace(planned, steps=functional(planned.steps)), where)
+    source = emit(graph, planned, where, functional=True)
     program = load(source)
 
     def function(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

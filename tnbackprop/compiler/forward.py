@@ -1,21 +1,28 @@
-"""The forward: the model's own calls as source text."""
+"""The forward: the model's own calls as expressions."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import sympy
 import torch
 
-from ..bind import BoundRule
+from ..bind import LOOP, BoundRule
+from ..code import Code, Hole
 from ..diagram import Selection, Tensor, Window
 from .cost import Kernel, Work
 from .graph import Call, Value
+from .printer import Printer
+from .program import expr as e
+from .program import functions as f
+from .program.expr import Expr, Filled
+from .program.functions import Function, Memory
+from .store import LIKE, Store
 from .torch_internals import OpOverload
 
 aten = torch.ops.aten
+EACH = e.Value("each", None, (), hint="each")
+"""The variable of a function that is mapped over columns."""
 FRESH = frozenset(
     {getattr(aten, f"conv{rank}d").default for rank in (1, 2, 3)}
     | {getattr(aten, f"conv{rank}d").padding for rank in (1, 2, 3)}
@@ -23,53 +30,54 @@ FRESH = frozenset(
     | {aten.batch_norm.default, aten.layer_norm.default, aten.group_norm.default}
     | {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.relu.default}
 )
-PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
-def call_code(call: Call, resolve: Callable[[str], str]) -> str:
-    """The call of an operator with every argument, as Python."""
+def call_expr(call: Call, read: Callable[[Value], Expr], like: Expr) -> Expr:
+    """The call of an operator with every argument that is not as by default; devices are those of `like`."""
     arguments = call.target._schema.arguments
-    shown: list[str] = []
-    for argument in arguments:
-        name = "input" if argument.name == "self" else argument.name
-        value = call.arguments[name]
+    shown: list[Any] = []
+    named: list[tuple[str, Any]] = []
+    for k, argument in enumerate(arguments):
+        value = call.arguments["input" if argument.name == "self" else argument.name]
         if argument.has_default_value() and _same(value, argument.default_value):
             continue
-        keyword = argument.kwarg_only or (shown and "=" in shown[-1]) or len(shown) < arguments.index(argument)
-        shown.append(f"{argument.name}={literal(value, resolve)}" if keyword else literal(value, resolve))
-    return f"torch.ops.{call.target!s}({', '.join(shown)})"
+        if argument.kwarg_only or named or len(shown) < k:
+            named.append((argument.name, _argument(value, read, like)))
+        else:
+            shown.append(_argument(value, read, like))
+    return e.Call(operator(call), tuple(shown), tuple(named))
 
 
-def is_fresh(call: Call) -> bool:
-    """Whether the operator's result lies in memory of its own, whatever it is given."""
-    return call.target in FRESH
+def operator_code(call: Call) -> Code:
+    """The same as code whose holes are the operands."""
+    values = list(dict.fromkeys(call.tensors.values()))
+    own = {value.name: e.Value(value.name, None, value.shape) for value in values}
+    like = e.Value(LIKE, None, ())
+    names = {value: f"v{k}" for k, value in enumerate((*own.values(), like))}
+    text = Printer(lambda value: f"{{{names[value]}}}", {}).text(call_expr(call, lambda v: own[v.name], like))
+    return Code.parsed(text).with_holes({name: Hole(value.key) for value, name in names.items()})
 
 
-def call_written_over(call: Call, resolve: Callable[[str], str]) -> tuple[tuple[str, str], ...]:
-    """The operand that an elementwise operator can write its result over, and the code that does so."""
+def operator(call: Call) -> Function:
+    """The row of the operator that is called."""
+    memory = Memory.OWN if call.target in FRESH else Memory.UNKNOWN
+    return f.aten(call.target, memory, _over(call))
+
+
+def _over(call: Call) -> OpOverload | str:
+    """The operator that writes its result over its only operand, if it is elementwise."""
     target = call.target
     if not isinstance(target, OpOverload) or list(call.tensors) != ["input"]:
-        return ()
+        return ""
     value = call.tensors["input"]
     views = any(returned.alias_info is not None for returned in target._schema.returns)
     name, overload = target._schema.name.removeprefix("aten::"), target._overloadname
-    there = overload in getattr(getattr(aten, f"{name}_", None), "overloads", list)()
+    packet = getattr(aten, f"{name}_", None)
+    there = packet is not None and overload in packet.overloads()
     if views or not there or (value.shape, value.dtype) != (call.output.shape, call.output.dtype):
-        return ()
-    plain = f"torch.ops.{target!s}("
-    return ((resolve(value.name), call_code(call, resolve).replace(plain, f"torch.ops.aten.{name}_.{overload}(", 1)),)
-
-
-def vjp_written_over(code: str, cotangent: str) -> tuple[tuple[str, str], ...]:
-    """A native VJP of an elementwise operator over the cotangent that it reads."""
-    match = _BACKWARD.fullmatch(code)
-    if match is None or match[1] not in ELEMENTWISE or not match[2].startswith(f"{cotangent}, "):
-        return ()
-    return ((cotangent, f"torch.ops.aten.{match[1]}_backward.grad_input({match[2]}, grad_input={cotangent})"),)
-
-
-_BACKWARD = re.compile(r"torch\.ops\.aten\.(\w+)_backward\((.*)\)")
-ELEMENTWISE = frozenset("threshold sigmoid tanh silu elu leaky_relu hardtanh softplus hardsigmoid".split())
+        return ""
+    found: OpOverload = getattr(packet, overload)
+    return found
 
 
 def _same(value: Any, default: Any) -> bool:
@@ -79,24 +87,19 @@ def _same(value: Any, default: Any) -> bool:
     return bool(one == two)
 
 
-def literal(value: Any, resolve: Callable[[str], str]) -> str:
-    """A Python expression for an argument."""
+def _argument(value: Any, read: Callable[[Value], Expr], like: Expr) -> Any:
+    """An argument of a call in an expression."""
     if isinstance(value, Value):
-        return resolve(value.name)
+        return read(value)
     if isinstance(value, tuple | list):
-        return f"[{', '.join(literal(v, resolve) for v in value)}]"
-    if isinstance(value, sympy.Expr):
-        return str(sympy.sstr(value))
-    if isinstance(value, torch.device):
-        return "like.device"
-    if isinstance(value, float) and value - value != 0:
-        return f"float('{value}')"
-    return repr(value)
+        return [_argument(each, read, like) for each in value]
+    return e.Call(f.DEVICE, (like,)) if isinstance(value, torch.device) else value
 
 
-def fill(code: str, resolve: Callable[[str], str]) -> str:
-    """Code with its {value} placeholders replaced."""
-    return PLACEHOLDER.sub(lambda match: resolve(match[1]), code)
+def fill(store: Store, code: Code, given: Mapping[str, Expr]) -> Expr:
+    """Code with values in its holes: those that are given, and what diagrams call so."""
+    given = {LOOP: e.Name(f.LOOP), **given}
+    return Filled(code, tuple((name, given[name] if name in given else store.find(name)) for name in code.holes))
 
 
 def forward_work(rule: BoundRule | None) -> tuple[Kernel, Work]:

@@ -12,53 +12,72 @@ from math import prod
 import torch
 
 from ..diagram import BATCH, Leg
-from .arrange import text
 from .cost import Kernel, Work
 from .definite import smallest_eigenvalue
-from .forward import call_code
+from .forward import call_expr
 from .graph import Call, Graph, Value
-from .listing import lines_of
+from .program import expr as e
+from .program import functions as f
+from .program.expr import Body, Expr, Lambda, Of, Slice, reads
 from .roots import LossRoot
-from .store import NO_WORK, Step, Store
+from .store import Store
+
+AT, TANGENT = (e.Value(name, None, (), hint=name) for name in ("o", "e"))
+"""The variables of functions: an output, and a tangent."""
 
 
-def hessian_root(store: Store, graph: Graph, root: LossRoot, number: str) -> tuple[str, str]:
-    """Names of the root [D, N, *output], and of its smallest eigenvalue relative to the largest of its sample.
+def hessian_root(store: Store, graph: Graph, root: LossRoot, number: str) -> tuple[Expr, Expr]:
+    """The root [D, N, *output], and its smallest eigenvalue relative to the largest of its sample.
 
-    Of a signed one, the columns are roots of the magnitudes, and the second name is that of their signs, [D, N].
+    Of a signed one, the columns are roots of the magnitudes, and the second are their signs, [D, N].
     """
     output = root.output
-    size, shape = prod(int(s) for s in output.shape[1:]), text(output.shape)
-    function, inputs = _function(store, graph, root, f"loss_{number}")
-    own = ", ".join("o" if name == output.name else _double(store, graph.values[name]) for name in inputs)
-    base, back = _double(store, output), _back(store, output)
-    device = f"{store.resolve(output.name)}.device"
-    eye = f"torch.eye({size}, dtype=torch.float64, device={device}).reshape({size}, 1, {text(output.shape[1:])})"
-    gradient = f"torch.func.grad(lambda o: {function}({own}))"
-    column = f"torch.func.vmap(lambda e: torch.func.vjp({gradient}, {base})[1](e.expand({shape}))[0])({eye})"
+    at = store.find(output.name)
+    size = prod(int(s) for s in output.shape[1:])
+    base = _double(at, output)
+    hessian = _hessian(store, graph, root, number, size)
+    blocks = e.Call(f.TRANSPOSE, (e.Call(f.RESHAPE, (hessian, size, BATCH.size, size)), 0, 1))
     work = _double_work(store, size)
-    hessian = store.add(column, (size, *output.shape), Kernel.NATIVE, work, name=f"hessian_{number}")
-    blocks = f"{hessian}.reshape({size}, N, {size}).transpose(0, 1)"
-    eigen = store.add(f"torch.linalg.eigh({blocks})", (), Kernel.NATIVE, work, name=f"eigen_{number}")
-    size_of = "abs()" if root.signed else "clamp(min=0)"
-    positive = f"{eigen}[0].{size_of}.sqrt().unsqueeze(1)"
-    code = f"({eigen}[1] * {positive}).permute(2, 0, 1).reshape({size}, {shape}){back}"
-    name = store.add(code, (size, *output.shape), Kernel.NATIVE, work, name=f"hessian_root_{number}")
+    eigen = store.add(e.Call(f.EIGH, (blocks,)), (), Kernel.NATIVE, work, hint=f"eigen_{number}")
+    values, vectors = (e.Call(f.ITEM, (eigen, k)) for k in (0, 1))
+    size_of = e.Call(f.ABS, (values,)) if root.signed else e.Call(f.CLAMP, (values,), (("min", 0),))
+    positive = e.Call(f.UNSQUEEZE, (e.Call(f.SQRT, (size_of,)), 1))
+    turned = e.Call(f.PERMUTE, (e.Call(f.MUL, (vectors, positive)), 2, 0, 1))
+    columns = _back(e.Call(f.RESHAPE, (turned, size, *output.shape)), at, output)
+    made = store.add(columns, (size, *output.shape), Kernel.NATIVE, work, hint=f"hessian_root_{number}")
     if root.signed:
-        return name, f"{eigen}[0].sign().t(){back}"
-    blockwise = (f"{eigen}[0][:, 0]", f"{eigen}[0].abs().amax(1)")
-    return name, smallest_eigenvalue(store, blockwise, base, root.scale, _precision(root), f"indefinite_{number}")
+        return made, _back(e.Call(f.T, (e.Call(f.SIGN, (values,)),)), at, output)
+    blockwise = e.Call(f.ITEM, (values, (Slice(), 0))), e.Call(f.AMAX, (e.Call(f.ABS, (values,)), 1))
+    found = smallest_eigenvalue(store, blockwise, base, root.scale, _precision(root), f"indefinite_{number}")
+    return made, found
 
 
-def _double(store: Store, value: Value) -> str:
+def _hessian(store: Store, graph: Graph, root: LossRoot, number: str, size: int) -> e.Value:
+    """The Hessian of every sample, a column for each element of its output."""
+    output = root.output
+    at = store.find(output.name)
+    body, others = _function(store, graph, root)
+    own = tuple(AT if value == output else _double(store.find(value.name), value) for value in others)
+    options = (("dtype", torch.float64), ("device", e.Call(f.DEVICE, (at,))))
+    eye = e.Call(f.RESHAPE, (e.Call(f.EYE, (size,), options), size, 1, *output.shape[1:]))
+    gradient = e.Call(f.GRAD, (Lambda((AT,), Of(body, own)),))
+    pull = e.Call(f.ITEM, (e.Call(f.VJP, (gradient, _double(at, output))), 1))
+    tangent = e.Call(f.EXPAND, (TANGENT, *output.shape))
+    column = Lambda((TANGENT,), e.Call(f.ITEM, (e.Call(f.APPLY, (pull, tangent)), 0)))
+    every = e.Call(f.APPLY, (e.Call(f.VMAP, (column,)), eye))
+    work = _double_work(store, size)
+    return store.add(every, (size, *output.shape), Kernel.NATIVE, work, hint=f"hessian_{number}")
+
+
+def _double(read: Expr, value: Value) -> Expr:
     """A value in float64, if it is a floating one."""
     lower = value.dtype.is_floating_point and value.dtype != torch.float64
-    return f"{store.resolve(value.name)}.double()" if lower else store.resolve(value.name)
+    return e.Call(f.DOUBLE, (read,)) if lower else read
 
 
-def _back(store: Store, value: Value) -> str:
-    """Code that casts what was taken in float64 back to a value's dtype."""
-    return "" if value.dtype == torch.float64 else f".to({store.resolve(value.name)}.dtype)"
+def _back(expr: Expr, at: e.Value, value: Value) -> Expr:
+    """What was taken in float64, in a value's dtype."""
+    return expr if value.dtype == torch.float64 else e.Call(f.TO, (expr, e.Call(f.DTYPE, (at,))))
 
 
 def _double_work(store: Store, size: int) -> Work:
@@ -66,42 +85,48 @@ def _double_work(store: Store, size: int) -> Work:
     return Work(inside=((2 * 8 // store.itemsize, (BATCH, Leg("i", size), Leg("j", size))),))
 
 
-def _function(store: Store, graph: Graph, root: LossRoot, name: str) -> tuple[str, list[str]]:
-    """The loss as a function of the output and of what else it reads: its name, and those of its arguments.
+def _function(store: Store, graph: Graph, root: LossRoot) -> tuple[Body, list[Value]]:
+    """The loss as a function of the output and of what else it reads, with what that is.
 
     There is one for all roots of a program, and so one Hessian.
     """
     made = {call.output.name for call in root.calls}
-    reads = [v.name for call in root.calls for v in call.tensors.values() if v.name not in made]
-    inputs = list(dict.fromkeys([root.output.name, *reads]))
-    steps = []
-    for call in root.calls:
-        needed = tuple(dict.fromkeys(v.name for v in call.tensors.values()))
-        steps.append(Step(call.output.name, _code_in_double(call), needed, Kernel.NATIVE, NO_WORK))
-    body = [f"    N = {root.output.name}.shape[0]", *lines_of(tuple(steps), {str(graph.loss)})]
-    if any("like." in step.code for step in steps):
-        body.insert(0, f"    like = {root.output.name}")
-    rest = "\n".join([f"({', '.join(inputs)}):", *body, f"    return {graph.loss}"])
-    known = (other for other, source in store.functions.items() if source == f"def {other}{rest}")
-    name = next(known, name)
-    store.functions[name] = f"def {name}{rest}"
-    return name, inputs
+    reading = [v for call in root.calls for v in call.tensors.values() if v.name not in made]
+    others = list(dict.fromkeys([root.output, *reading]))
+    key = ("loss", root.output.name, graph.loss)
+    if key not in store.bodies:
+        params = [e.Value(v.name, None, v.shape, hint=v.name) for v in others]
+        env = dict(zip((v.name for v in others), params, strict=True))
+        steps = []
+        for call in root.calls:
+            expr = _in_double(call, env, params[0])
+            step = e.Value(call.output.name, expr, call.output.shape, hint=call.output.name, inputs=reads(expr))
+            env[call.output.name] = step
+            steps.append(step)
+        end = env[str(graph.loss)]
+        store.bodies[key] = Body(tuple(params), tuple(steps), (end,), (params[0], 0), "loss")
+    return store.bodies[key], others
 
 
-def _code_in_double(call: Call) -> str:
+def _in_double(call: Call, env: dict[str, e.Value], like: e.Value) -> Expr:
     """A call on operands in float64, with a result in float64.
 
     A floating dtype among its arguments becomes float64. An operator from outside torch is called in the dtypes that it
     was captured with: it may know no others.
     """
-    floating = {v.name: v.dtype for v in call.tensors.values() if v.dtype.is_floating_point}
-    if _is_foreign(call):
-        code = call_code(call, lambda name: f"{name}.to({floating[name]})" if name in floating else name)
-    else:
+    foreign = _is_foreign(call)
+    floating = any(v.dtype.is_floating_point for v in call.tensors.values())
+
+    def read(value: Value) -> Expr:
+        lower = foreign and value.dtype.is_floating_point
+        return e.Call(f.TO, (env[value.name], value.dtype)) if lower else env[value.name]
+
+    if not foreign:
         arguments = {key: torch.float64 if _is_floating(value) else value for key, value in call.arguments.items()}
-        code = call_code(replace(call, arguments=arguments), lambda name: name)
-    follows = floating and not _is_foreign(call)
-    return code if follows or not call.output.dtype.is_floating_point else f"{code}.double()"
+        call = replace(call, arguments=arguments)
+    expr = call_expr(call, read, like)
+    follows = floating and not foreign
+    return expr if follows or not call.output.dtype.is_floating_point else e.Call(f.DOUBLE, (expr,))
 
 
 def _is_floating(value: object) -> bool:

@@ -6,17 +6,20 @@ from dataclasses import replace
 from functools import partial
 from math import prod
 
-from ..diagram import Leg, N, Size, is_head
-from .arrange import arranged, sizes_of, text
+from ..bind import COTANGENT, COTANGENTS
+from ..diagram import Leg, N, Size, hint_of, is_head
+from .arrange import in_order, reshaped, sizes_of
 from .choose import Choice, choose
 from .contract import Lowering, build
 from .cost import Kernel, Terms, Work
 from .derived import Backward, Extraction, Individual, Native, Schedule
-from .fallback import LOOP, ONE_BY_ONE
-from .forward import fill, vjp_written_over
+from .forward import EACH, fill
 from .graph import Graph
-from .pairs import written_over
-from .store import NO_WORK, Ref, Store
+from .program import functions as f
+from .program.expr import NO_WORK, Call, Expr, Lambda, Ref, Value
+from .store import Store
+
+Results = dict[str, dict[str, Value]]
 
 
 def scheduled(
@@ -27,9 +30,9 @@ def scheduled(
     chunk: int | None,
     choices: list[Choice],
     lead: tuple[Leg, ...] = (),
-) -> dict[str, dict[str, str]]:
+) -> Results:
     """Every item of a sweep; quantity -> parameter name -> value."""
-    results: dict[str, dict[str, str]] = {}
+    results: Results = {}
     for item in schedule:
         if isinstance(item, Backward):
             backward(store, graph, item, lowerings, lead)
@@ -37,28 +40,27 @@ def scheduled(
             ref = _native(store, item.native, (N, *graph.values[item.of].shape), lead)
             named(store, ref, item.name)
         else:
-            codes, choice = _extract(store, graph, item, lowerings, chunk)
+            values, choice = _extract(store, graph, item, lowerings, chunk)
             choices.append(choice)
-            for quantity, code in codes.items():
-                results.setdefault(quantity, {})[graph.parameters[item.parameter][0]] = code
+            for quantity, value in values.items():
+                results.setdefault(quantity, {})[graph.parameters[item.parameter][0]] = value
     return results
 
 
 def named(store: Store, ref: Ref, name: str) -> None:
     """Call a built value `name`; a value in another memory order is read through a permuted view."""
-    if ref.order == ref.stored:
-        store.alias[name] = store.resolve(ref.name)
-    else:
-        code = arranged(store, ref, tuple((leg,) for leg in ref.order))
-        store.add(code, sizes_of(ref.order), Kernel.VIEW, name=name, strided=True)
-        store.views[name] = ref
+    value = ref.value
+    if ref.order != ref.stored:
+        shape = sizes_of(ref.order)
+        value = store.add(in_order(store, ref), shape, Kernel.VIEW, hint=hint_of(name), strided=True, seen=ref)
+    store.name(name, value)
 
 
 def backward(
     store: Store, graph: Graph, item: Backward, lowerings: tuple[Lowering, ...], lead: tuple[Leg, ...]
 ) -> None:
     """One cotangent: the sum of what its users send, each by native code or by its diagram."""
-    what = f"cotangent of {item.value}" if item.value else "averaged matrix"
+    what = f"cotangent of {hint_of(item.value)}" if item.value else "averaged matrix"
     store.note = what + (f", {item.note}" if item.note else "")
     shape = graph.values[item.value].shape if item.value in graph.values else None
     refs = []
@@ -72,75 +74,66 @@ def backward(
         named(store, refs[0], item.name)
         return
     shape = (*sizes_of(lead), *shape) if shape is not None else sizes_of(refs[0].order)
-    codes = [shaped(store, ref, shape) for ref in refs]
+    terms = tuple(shaped(store, ref, shape) for ref in refs)
     legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(shape))
     work = Work(flops=((len(refs) - 1, legs),), moved=((len(refs) + 1, legs),), fresh=((1, legs),))
-    in_order = [Ref(ref.name, legs, legs) if ref.order == ref.stored else None for ref in refs]
-    into = written_over(store, in_order, codes, legs, "add_")
-    store.add(" + ".join(codes), shape, Kernel.ELEMENTWISE, work, name=item.name, own=True, into=into)
+    total = store.add(Call(f.ADD, terms), shape, Kernel.ELEMENTWISE, work, hint=hint_of(item.name))
+    store.name(item.name, total)
 
 
 def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tuple[Leg, ...]) -> Ref:
     """Native code; over the columns that ride together by vmap, unless it takes them itself."""
     assert shape is not None
-    cotangent = store.resolve(term.cotangent)
-    out = store.shapes[store.resolve(term.of)]
+    cotangent: Expr = store.find(term.cotangent)
+    before = store.find(term.cotangent).shape
+    out = store.find(term.of).shape
     if not any(N in factor.free_symbols for factor in out if not isinstance(factor, int)):
         out = (N, *out)  # a value of parameters: one cotangent per sample
     out = (*sizes_of(lead), *out)
-    shown = cotangent if store.shapes[cotangent] == out else f"{cotangent}.reshape({text(out)})"
-    together = "{cotangents}" in term.code
-    if together and shown != cotangent:
-        shown = store.add(shown, out, Kernel.VIEW)
+    cotangent = reshaped(cotangent, before, out)
+    together = COTANGENTS in term.code.holes
+    if together and before != out:
+        cotangent = store.add(cotangent, out, Kernel.VIEW)
     mapped = bool(lead) and not together
-    filled = term.code.replace("{cotangents}", shown).replace("{cotangent}", "each" if mapped else shown)
-    code = fill(filled, store.resolve)
-    code = f"torch.func.vmap(lambda each: {code})({shown})" if mapped else code
-    if term.code.startswith(f"{LOOP}("):
-        store.functions[LOOP] = ONE_BY_ONE
+    expr = fill(store, term.code, {COTANGENT: EACH if mapped else cotangent, COTANGENTS: cotangent})
+    expr = Call(f.APPLY, (Call(f.VMAP, (Lambda((EACH,), expr),)), cotangent)) if mapped else expr
     legs = (*lead, *(Leg(f"a{k}", size) for k, size in enumerate(shape)))
     kernel, forward = store.works.get(term.of, (Kernel.NATIVE, NO_WORK))
     scaled = replace(forward, flops=_times(forward.flops, lead), moved=_times(forward.moved, lead))
     moved = (*scaled.moved, (1, legs)) if scaled.moved else ((3, legs),)
     work = Work(scaled.flops or ((2, legs),), moved, ((1, legs),))
-    own = term.code.startswith("torch.ops.aten.") and "_backward(" in term.code  # others may return what they are given
-    own = own or term.code.startswith("{cotangents}.new_zeros(")
-    name = store.add(code, sizes_of(legs), kernel, work, own=own, into=vjp_written_over(code, shown))
-    return Ref(name, legs, legs)
+    call = term.code.call  # another function may return what it is given
+    own = (call.name.startswith("torch.ops.aten.") and call.name.endswith("_backward")) or call.name == "new_zeros"
+    return Ref(store.add(expr, sizes_of(legs), kernel, work, own=own), legs, legs)
 
 
 def _times(terms: Terms, lead: tuple[Leg, ...]) -> Terms:
     return tuple((c, (*lead, *legs)) for c, legs in terms)
 
 
-def shaped(store: Store, ref: Ref, shape: tuple[Size, ...]) -> str:
-    """Code for a value in its legs' order, with the given shape."""
+def shaped(store: Store, ref: Ref, shape: tuple[Size, ...]) -> Expr:
+    """A value in its legs' order, with the given shape."""
     now = sizes_of(ref.order)
-    code = arranged(store, ref, tuple((leg,) for leg in ref.order))
-    if code == store.resolve(ref.name):
-        now = store.shapes[code]
-    if now == shape:
-        return code
+    expr = in_order(store, ref)
     if ref.order == ref.stored:  # one reshape is enough
-        name = store.resolve(ref.name)
-        return name if store.shapes[name] == shape else f"{name}.reshape({text(shape) or '()'})"
-    return f"{code}.reshape({text(shape) or '()'})"
+        return reshaped(ref.value, ref.value.shape, shape)
+    return reshaped(expr, now, shape)
 
 
 def _extract(
     store: Store, graph: Graph, item: Extraction, lowerings: tuple[Lowering, ...], chunk: int | None
-) -> tuple[dict[str, str], Choice]:
+) -> tuple[dict[str, Value], Choice]:
     """All results of one parameter, with the set of parts that makes them cheapest together."""
     dotted = graph.parameters[item.parameter][0]
     store.note = f"{dotted}"
     choice, refs = choose(store, item, dotted, lowerings, chunk)
-    codes = {}
+    values = {}
     for quantity, ref in refs.items():
         store.note = f"{quantity} of {dotted}"
-        whole = "#" not in quantity
+        whole = quantity not in item.parts
         shape = _result_shape(ref.order, graph.values[item.parameter].shape) if whole else sizes_of(ref.order)
-        codes[quantity] = _final(store, shaped(store, ref, shape), shape, ref)
-    return codes, choice
+        values[quantity] = _final(store, ref, shape)
+    return values, choice
 
 
 def _result_shape(order: tuple[Leg, ...], shape: tuple[Size, ...]) -> tuple[Size, ...]:
@@ -163,10 +156,11 @@ def _copies(sizes: tuple[Size, ...], elements: int) -> int | None:
     return found if run == 1 else None
 
 
-def _final(store: Store, code: str, shape: tuple[Size, ...], ref: Ref) -> str:
-    """A name for the result, so that no two results share memory with each other or with an input by accident."""
-    if code == store.resolve(ref.name):
-        return code
-    if any(step.name == store.resolve(ref.name) and ".expand(" in step.code for step in store.steps):
-        code += ".contiguous()"  # a constant result must be one that can be written to
-    return store.add(code, shape, Kernel.VIEW, strided=ref.order != ref.stored)
+def _final(store: Store, ref: Ref, shape: tuple[Size, ...]) -> Value:
+    """The result; one that is constant along some legs is written out, so that it can be written to."""
+    expr = shaped(store, ref, shape)
+    if isinstance(expr, Value):
+        return expr
+    if ref.value.spread is not None:
+        expr = Call(f.CONTIGUOUS, (expr,))
+    return store.add(expr, shape, Kernel.VIEW, strided=ref.order != ref.stored)

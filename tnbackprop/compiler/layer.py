@@ -79,7 +79,7 @@ class Layer:
         given = ((c.variable, c.schedule) for c in self.derived.columns if isinstance(c.start, Given))
         for handed, schedule in ((COTANGENT, self.derived.schedule), *given):
             for item in (item for item in schedule if isinstance(item, Backward)):
-                value = item.value or item.name.removeprefix("K_")
+                value = item.value or item.name.removeprefix("K:")
                 if value in self.graph.inputs:
                     yield value, item.name, handed
 

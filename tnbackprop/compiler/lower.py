@@ -8,17 +8,19 @@ from __future__ import annotations
 from functools import partial
 
 from ..diagram import Delta, Leg, Map, Operand, Product, Selection, Tensor, Window
-from .arrange import arranged, sizes_of
+from .arrange import in_order, sizes_of
 from .contract import Lowering, Plan, as_tensor, contracted, diagonal, read
 from .convolve import convolutions
 from .cost import Kernel, Work
 from .digits import viewed
 from .pairs import sum_of_squares
+from .program import functions as f
+from .program.expr import Call, Expr, Ref
 from .receptive import receptive_fields
 from .selections import selected
 from .shifts import shifts
 from .slices import columns_first
-from .store import Ref, Store
+from .store import Store
 from .windows import unfolded
 
 Legs = tuple[Leg, ...]
@@ -69,17 +71,24 @@ def dense(store: Store, operand: Operand) -> Tensor:
         return _one_hot(store, operand)
     legs = operand.legs
     if isinstance(operand, Window):
-        right = " + ".join(f"{c} * {_arange(leg, legs)}" for c, leg in operand.terms) or "0"
-        code = f"({_arange(operand.image, legs)} == {right} + {operand.offset}).to(like)"
+        right: Expr | int = 0
+        for k, (c, leg) in enumerate(operand.terms):
+            term = Call(f.MUL, (c, _arange(store, leg, legs)))
+            right = Call(f.ADD, (right, term)) if k else term
+        meets = Call(f.EQUAL, (_arange(store, operand.image, legs), Call(f.ADD, (right, operand.offset))))
     else:
-        code = f"({_arange(legs[0], legs)} == {_arange(legs[1], legs)}).to(like)"
-    name = store.add(code, sizes_of(legs), Kernel.ELEMENTWISE, Work(moved=((2, legs),)))
-    return Tensor(name, legs)
+        meets = Call(f.EQUAL, (_arange(store, legs[0], legs), _arange(store, legs[1], legs)))
+    value = store.add(_as_like(store, meets), sizes_of(legs), Kernel.ELEMENTWISE, Work(moved=((2, legs),)))
+    return Tensor(store.key_of(value), legs)
 
 
-def _arange(leg: Leg, legs: Legs) -> str:
-    shape = ", ".join("-1" if other == leg else "1" for other in legs)
-    return f"torch.arange({leg.size}, device=like.device).reshape({shape})"
+def _arange(store: Store, leg: Leg, legs: Legs) -> Expr:
+    counted = Call(f.ARANGE, (leg.size,), (("device", Call(f.DEVICE, (store.like,))),))
+    return Call(f.RESHAPE, (counted, *(-1 if other == leg else 1 for other in legs)))
+
+
+def _as_like(store: Store, expr: Expr) -> Expr:
+    return Call(f.TO, (expr, store.like))
 
 
 def _one_hot(store: Store, operand: Selection) -> Tensor:
@@ -90,13 +99,12 @@ def _one_hot(store: Store, operand: Selection) -> Tensor:
     count = 1
     for leg in operand.choice:
         count = count * leg.size
-    code = arranged(store, index, tuple((leg,) for leg in index.order))
-    code = f"({code}.unsqueeze(-1) == torch.arange({count}, device=like.device)).to(like)"
+    counted = Call(f.ARANGE, (count,), (("device", Call(f.DEVICE, (store.like,))),))
+    meets = Call(f.EQUAL, (Call(f.UNSQUEEZE, (in_order(store, index), -1)), counted))
     legs = (*index.order, *operand.choice)
-    name = store.add(
-        code, (*sizes_of(index.order), count), Kernel.ELEMENTWISE, Work(moved=((2, legs),))
-    )
-    return as_tensor(store, Ref(name, legs, legs))
+    shape = (*sizes_of(index.order), count)
+    value = store.add(_as_like(store, meets), shape, Kernel.ELEMENTWISE, Work(moved=((2, legs),)))
+    return as_tensor(store, Ref(value, legs, legs))
 
 
 def tiles(store: Store, product: Product, legs: Legs) -> list[Plan]:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import sympy
 
 from ..diagram import Leg, Size, argument, ordered_union
-from .arrange import Groups, arranged, copies, copy_seconds, copy_work, matrix, matrix_seconds, merged, placed, sizes_of
+from .arrange import (
+    Groups,
+    arranged,
+    as_stored,
+    copies,
+    copy_seconds,
+    copy_work,
+    matrix,
+    matrix_seconds,
+    merged,
+    placed,
+    sizes_of,
+)
 from .by_rows import by_rows, shifted, shifted_by_rows
 from .cost import Kernel, Work, size_at
-from .printing import torch_code
-from .store import Ref, Store
+from .program import functions as f
+from .program.expr import Call, Expr, Pointwise, Ref
+from .store import Store
 
 Legs = tuple[Leg, ...]
-Into = tuple[tuple[str, str], ...]
-"""Values that a step may be written over, with the code that does it (see `Step.into`)."""
-NOWHERE: Into = ()
+Dims = tuple[int | tuple[int, ...], ...]
+"""The argument of a sum over some axes; nothing where they are all."""
 
 
 def sum_legs(store: Store, ref: Ref, gone: Legs) -> Ref:
@@ -26,81 +37,76 @@ def sum_legs(store: Store, ref: Ref, gone: Legs) -> Ref:
     if not gone:
         return ref
     kept = tuple(leg for leg in ref.stored if leg not in gone)
-    code, dims = _with_dims(store, ref, gone)
+    expr, dims = _with_dims(store, ref, gone)
     work = Work(flops=((1, ref.stored),), moved=((1, ref.stored),), fresh=((1, kept),))
-    name = store.add(f"{code}.sum({dims})", sizes_of(kept), Kernel.REDUCE, work, own=True)
-    return Ref(name, kept, tuple(leg for leg in ref.order if leg not in gone))
+    value = store.add(Call(f.SUM, (expr, *dims)), sizes_of(kept), Kernel.REDUCE, work)
+    return Ref(value, kept, tuple(leg for leg in ref.order if leg not in gone))
 
 
 def sum_of_squares(store: Store, ref: Ref, gone: Legs) -> Ref:
     """Σ x² over legs of one value: a norm where they are innermost, else row by row, or a square and a sum."""
     kept = tuple(leg for leg in ref.stored if leg not in gone)
-    code, dims = _with_dims(store, ref, gone)
+    expr, dims = _with_dims(store, ref, gone)
     innermost = ref.stored[len(ref.stored) - len(gone) :] == tuple(leg for leg in ref.stored if leg in gone)
-    solid = store.resolve(ref.name) not in store.strided
-    into = NOWHERE
-    if innermost and solid:
-        whole = dims if "," in dims else (dims.strip("()") or "None")
-        code = f"torch.linalg.vector_norm({code}, dim={whole}).square()"
+    if innermost and not ref.value.strided:
+        norm = Call(f.NORM, (expr,), (("dim", dims[0] if dims else None),))
+        squares = Call(f.SQUARE, (norm,))
         work = Work(flops=((2, ref.stored),), moved=((1, ref.stored),), fresh=((1, kept),))
     else:
         work = Work(flops=((2, ref.stored),), moved=((3, ref.stored),), fresh=((1, ref.stored),))
-        if dims == "0" and (found := _squares_by_rows(store, ref, gone, kept, code, work)):
+        if dims == (0,) and (found := _squares_by_rows(store, ref, gone, kept, expr, work)):
             return found.reordered(tuple(leg for leg in ref.order if leg not in gone))
-        into = ((store.resolve(ref.name), f"{code}.square_().sum({dims})"),)
-        code = f"{code}.square().sum({dims})"
-    name = store.add(code, sizes_of(kept), Kernel.REDUCE, work, own=True, into=into)
-    return Ref(name, kept, tuple(leg for leg in ref.order if leg not in gone))
+        squares = Call(f.SUM, (Call(f.SQUARE, (expr,)), *dims))
+    value = store.add(squares, sizes_of(kept), Kernel.REDUCE, work)
+    return Ref(value, kept, tuple(leg for leg in ref.order if leg not in gone))
 
 
-def _squares_by_rows(store: Store, ref: Ref, gone: Legs, kept: Legs, code: str, whole: Work) -> Ref | None:
-    """Σ x² over the first axis of `code`, if that is faster row by row; what is added to all rows, row by row, too."""
+def _squares_by_rows(store: Store, ref: Ref, gone: Legs, kept: Legs, expr: Expr, whole: Work) -> Ref | None:
+    """Σ x² over the first axis, if that is faster row by row; what is added to all rows, row by row, too."""
     parts = shifted(store, ref, kept)
     if parts is not None:
-        codes = _with_dims(store, parts[0], gone)[0], parts[1]
-        return shifted_by_rows(store, whole, codes, ref.stored, kept)
-    return by_rows(store, whole, (code, code), (ref.stored,), kept)
+        both = _with_dims(store, parts[0], gone)[0], parts[1]
+        return shifted_by_rows(store, whole, both, ref.stored, kept)
+    return by_rows(store, whole, (expr, expr), (ref.stored,), kept)
 
 
 def _seconds(store: Store, kernel: Kernel, work: Work) -> float:
     return store.rates.seconds(kernel, work, store.batch, store.itemsize)
 
 
-def _with_dims(store: Store, ref: Ref, gone: Legs) -> tuple[str, str]:
-    """Code for the value with runs of legs merged, and the axes that are summed."""
+def _with_dims(store: Store, ref: Ref, gone: Legs) -> tuple[Expr, Dims]:
+    """The value with runs of legs merged, and the axes that are summed."""
     groups: list[Legs] = []
     for leg in ref.stored:
         if leg.size != 1 and groups and leg in gone and groups[-1][-1] in gone:
             groups[-1] = (*groups[-1], leg)
         else:
             groups.append((leg,))
-    if copies(store, Ref(ref.name, ref.stored, ref.stored), tuple(groups)):
+    stored = ref.reordered(ref.stored)
+    if copies(store, stored, tuple(groups)):
         groups = [(leg,) for leg in ref.stored]
-    dims = [str(k) for k, group in enumerate(groups) if group[0] in gone]
-    shown = dims[0] if len(dims) == 1 else f"({', '.join(dims)})"
-    code = arranged(store, Ref(ref.name, ref.stored, ref.stored), tuple(groups))
-    return code, "" if len(dims) == len(groups) == 1 else shown
+    dims = tuple(k for k, group in enumerate(groups) if group[0] in gone)
+    return arranged(store, stored, tuple(groups)), () if len(dims) == len(groups) == 1 else _dims(dims)
+
+
+def _dims(axes: tuple[int, ...]) -> Dims:
+    return axes if len(axes) == 1 else (axes,)
 
 
 def elementwise(store: Store, expr: sympy.Expr, args: tuple[Ref, ...]) -> Ref:
     """A map applied to values that broadcast by leg."""
     legs = ordered_union(*(ref.stored for ref in sorted(args, key=lambda r: -len(r.stored))))
     groups: Groups = tuple((leg,) for leg in legs)
-    codes = {}
-    for k, ref in enumerate(args):
+    read: list[Expr] = []
+    for ref in args:
         own = groups if set(ref.stored) == set(legs) else tuple((leg,) if leg in ref.stored else () for leg in legs)
-        codes[argument(k)] = arranged(store, ref, own)
+        read.append(arranged(store, ref, own))
     work = Work(flops=((4, legs),), moved=((1 + len(args), legs),), fresh=((1, legs),))
-    code, into = torch_code(expr, codes), NOWHERE
-    if expr == argument(0) ** 2:
-        code, into = _square(store, args[0], codes[argument(0)])
-    name = store.add(code, sizes_of(legs), Kernel.ELEMENTWISE, work, own=code not in codes.values(), into=into)
-    return Ref(name, legs, legs)
-
-
-def _square(store: Store, ref: Ref, code: str) -> tuple[str, Into]:
-    """Code for the square of a value that `code` reads, and how it is written over the value."""
-    return f"{code}.square()", ((store.resolve(ref.name), f"{code}.square_()"),)
+    if expr == argument(0):
+        return Ref(store.add(read[0], sizes_of(legs), Kernel.ELEMENTWISE, work), legs, legs)
+    symbols = tuple((argument(k), each) for k, each in enumerate(read))
+    made: Expr = Call(f.SQUARE, (read[0],)) if expr == argument(0) ** 2 else Pointwise(expr, symbols)
+    return Ref(store.add(made, sizes_of(legs), Kernel.ELEMENTWISE, work, own=True), legs, legs)
 
 
 def contract_pair(store: Store, a: Ref, b: Ref, output: Legs, ordered: bool) -> Ref:
@@ -128,29 +134,27 @@ def _summed(store: Store, a: Ref, b: Ref, summed: Legs, output: Legs, ordered: b
 
 def _multiplied(store: Store, a: Ref, b: Ref, wanted: Legs | None) -> Ref:
     """Elementwise product with broadcasting."""
-    a, b, legs, codes = _factors(store, a, b, wanted)
+    a, b, legs, factors = _factors(store, a, b, wanted)
     work = Work(flops=((1, legs),), moved=((1, legs), (1, a.stored), (1, b.stored)), fresh=((1, legs),))
-    into = written_over(store, (a, b), codes, legs, "mul_")
-    code = " * ".join(codes)
-    if codes[0] == codes[1] and a.stored == legs:
-        code, into = _square(store, a, codes[0])
-    name = store.add(code, sizes_of(legs), Kernel.ELEMENTWISE, work, own=True, into=into)
-    return Ref(name, legs, legs)
+    square = factors[0] == factors[1] and a.stored == legs
+    expr = Call(f.SQUARE, factors[:1]) if square else Call(f.MUL, factors)
+    return Ref(store.add(expr, sizes_of(legs), Kernel.ELEMENTWISE, work), legs, legs)
 
 
-def _factors(store: Store, a: Ref, b: Ref, wanted: Legs | None) -> tuple[Ref, Ref, Legs, list[str]]:
-    """The larger factor, the smaller one, the legs of their product, and code for each that broadcasts to them."""
+def _factors(store: Store, a: Ref, b: Ref, wanted: Legs | None) -> tuple[Ref, Ref, Legs, tuple[Expr, Expr]]:
+    """The larger factor, the smaller one, the legs of their product, and each as it broadcasts to them."""
     if len(b.stored) > len(a.stored):
         a, b = b, a
     legs = wanted or ordered_union(a.stored, b.stored)
-    return a, b, legs, [arranged(store, r, tuple((leg,) if leg in r.stored else () for leg in legs)) for r in (a, b)]
+    one, other = (arranged(store, r, tuple((leg,) if leg in r.stored else () for leg in legs)) for r in (a, b))
+    return a, b, legs, (one, other)
 
 
 def _known_product(store: Store, a: Ref, b: Ref) -> Ref | None:
     """The elementwise product, where it has been computed for something else."""
-    a, b, legs, codes = _factors(store, a, b, None)
-    name = store.by_code.get(" * ".join(codes))
-    return Ref(name, legs, legs) if name is not None else None
+    a, b, legs, factors = _factors(store, a, b, None)
+    value = store.known(Call(f.MUL, factors))
+    return Ref(value, legs, legs) if value is not None else None
 
 
 def _dotted(store: Store, a: Ref, b: Ref, summed: Legs) -> Ref:
@@ -163,29 +167,22 @@ def _dotted(store: Store, a: Ref, b: Ref, summed: Legs) -> Ref:
     elif copies(store, a, groups) or copies(store, b, groups) or (store.alone and a.stored != order):  # as in memory
         order = a.stored
         groups = tuple((leg,) for leg in a.stored)
-    dims = ", ".join(str(k) for k, group in enumerate(groups) if group[0] in summed)
-    dims = dims if "," not in dims else f"({dims})"
-    codes = [arranged(store, a, groups), arranged(store, b, groups)]
+    dims = _dims(tuple(k for k, group in enumerate(groups) if group[0] in summed))
+    factors = arranged(store, a, groups), arranged(store, b, groups)
     work = Work(flops=((2, order),), moved=((4, order),), fresh=((1, order),))
-    if dims == "0" and (found := by_rows(store, work, (codes[0], codes[1]), (order, order), kept)):
+    if dims == (0,) and (found := by_rows(store, work, factors, (order, order), kept)):
         return found
-    into = written_over(store, (a, b), codes, order, "mul_", f".sum({dims})")
-    code = f"({' * '.join(codes)}).sum({dims})"
-    name = store.add(code, sizes_of(kept), Kernel.REDUCE, work, own=True, into=into)
-    return Ref(name, kept, kept)
+    expr = Call(f.SUM, (Call(f.MUL, factors), *dims))
+    return Ref(store.add(expr, sizes_of(kept), Kernel.REDUCE, work), kept, kept)
 
 
 def _weighed(store: Store, large: Ref, small: Ref, summed: Legs) -> Ref:
     """Σ large·small over all legs of the small one, in the memory order of the large one: no copy of it."""
     kept = tuple(leg for leg in large.stored if leg not in summed)
     weights = arranged(store, small, tuple((leg,) if leg in small.stored else () for leg in large.stored))
-    dims = ", ".join(str(k) for k, leg in enumerate(large.stored) if leg in summed)
-    total = f".sum({dims if ',' not in dims else f'({dims})'})"
-    code = arranged(store, Ref(large.name, large.stored, large.stored), tuple((leg,) for leg in large.stored))
-    into = written_over(store, (large, small), (code, weights), large.stored, "mul_", total)
-    code, work = f"({code} * {weights}){total}", _weighing(large)
-    name = store.add(code, sizes_of(kept), Kernel.REDUCE, work, own=True, into=into)
-    return Ref(name, kept, kept)
+    dims = _dims(tuple(k for k, leg in enumerate(large.stored) if leg in summed))
+    expr = Call(f.SUM, (Call(f.MUL, (as_stored(store, large), weights)), *dims))
+    return Ref(store.add(expr, sizes_of(kept), Kernel.REDUCE, _weighing(large)), kept, kept)
 
 
 def _weighing(large: Ref) -> Work:
@@ -196,20 +193,6 @@ def _weighing_seconds(store: Store, large: Ref, small: Ref) -> float:
     order = tuple((leg,) if leg in small.stored else () for leg in large.stored)
     copies_small = copy_seconds(store, small, tuple(group for group in order if group))
     return copies_small + _seconds(store, Kernel.REDUCE, _weighing(large))
-
-
-def written_over(
-    store: Store, refs: Sequence[Ref | None], codes: Sequence[str], order: Legs, method: str, then: str = ""
-) -> Into:
-    """The codes' sum or product written over each of them that is in memory in the result's order (see `Step.into`)."""
-    found = []
-    for k, ref in enumerate(refs):
-        others = [*codes[:k], *codes[k + 1 :]]
-        if ref is not None and ref.stored == order:
-            name = store.resolve(ref.name)
-            if all(name not in store.names_in(other) for other in others):
-                found.append((name, codes[k] + "".join(f".{method}({other})" for other in others) + then))
-    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -260,31 +243,33 @@ class Product2:
         narrow = matrices and size_at(merged(self.right), store.batch) < store.rates.narrow
         return store.rates.narrow_factor if narrow else 1.0
 
-    def code(self, store: Store) -> str:
+    def expr(self, store: Store) -> Expr:
         """mv, mm, or bmm with the missing axis put in and taken out again."""
         if not self.head and not self.left:
             vector = placed(store, self.first, (self.summed,))
-            return f"torch.mv({matrix(store, self.second, (), self.right, self.summed)}, {vector})"
+            return Call(f.MV, (matrix(store, self.second, (), self.right, self.summed), vector))
         one = matrix(store, self.first, self.leading, self.left, self.summed)
         if not self.head and not self.right:
-            return f"torch.mv({one}, {placed(store, self.second, (self.summed,))})"
+            return Call(f.MV, (one, placed(store, self.second, (self.summed,))))
         two = matrix(store, self.second, self.leading, self.summed, self.right)
         if not self.head:
-            return f"torch.mm({one}, {two})"
-        missing = (".squeeze(1)" if not self.left else "") + (".squeeze(-1)" if not self.right else "")
-        if extra := self.filled(store):
-            width = int(merged(self.right))
+            return Call(f.MM, (one, two))
+        extra = self.filled(store)
+        width = int(merged(self.right)) if extra else 0
+        if extra:
             shape = (*(merged(group) for group in (self.head, self.summed)), width + extra)
-            code = f"torch.nn.functional.pad({two}, (0, {extra}))"
-            two = store.add(code, shape, Kernel.COPY, copy_work(self.second.stored))
-            missing = f".narrow(2, 0, {width}){missing}"
-        return f"torch.bmm({one}, {two}){missing}"
+            padded = Call(f.PAD, (two, (0, extra)))
+            two = store.add(padded, shape, Kernel.COPY, copy_work(self.second.stored))
+        found: Expr = Call(f.BMM, (one, two))
+        found = Call(f.NARROW, (found, 2, 0, width)) if extra else found
+        found = found if self.left else Call(f.SQUEEZE, (found, 1))
+        return found if self.right else Call(f.SQUEEZE, (found, -1))
 
     def filled(self, store: Store) -> int:
         """How many columns of zeros are put to an odd number of them that stay the same in all rounds of a loop."""
         columns = merged(self.right)
         odd = self.head and isinstance(columns, int) and columns > 1 and columns % 2
-        stays = (store.rounds > 1 or store.alone) and store.resolve(self.second.name) not in store.varying
+        stays = (store.rounds > 1 or store.alone) and not store.varies(self.second.value)
         return -int(columns) % store.rates.odd if odd and stays else 0
 
 
@@ -298,8 +283,8 @@ def _matmul(store: Store, a: Ref, b: Ref, output: Legs, ordered: bool) -> Ref:
         if _weighing_seconds(store, large, small) < best.seconds(store, output if ordered else None):
             return _weighed(store, large, small, best.summed)
     filled = best.filled(store) > 0
-    name = store.add(best.code(store), best.shape, best.kernel, best.work, strided=filled, own=True)
-    return Ref(name, best.legs, best.legs)
+    value = store.add(best.expr(store), best.shape, best.kernel, best.work, strided=filled)
+    return Ref(value, best.legs, best.legs)
 
 
 def _oriented(first: Ref, second: Ref, output: Legs, follow: bool) -> Product2:

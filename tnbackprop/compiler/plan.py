@@ -9,47 +9,54 @@ from functools import partial
 import torch
 
 from ..bind import BoundRule
-from ..diagram import COLUMN, Diagram, Leg, Size
+from ..diagram import COLUMN, Diagram, Leg, hint_of
 from ..errors import UnsupportedError
 from .beside import Beside
 from .choose import Choice
 from .contract import Lowering, build
 from .cost import Kernel, Rates, Work, bytes_of
 from .derived import Columns, Derived, Extraction
-from .forward import call_code, call_written_over, fill, forward_work, is_fresh
+from .forward import call_expr, fill, forward_work
 from .graph import Call, Graph, op_text
 from .items import named, scheduled, shaped
-from .listing import alive
 from .loops import Loop, Results, over_columns
 from .memory import Piece, peak_bytes
-from .pairs import written_over
+from .program import functions as f
+from .program.expr import Call as Made
+from .program.expr import Expr, Value
+from .program.lines import alive
 from .root_steps import root_steps
 from .samples import sample_by_sample
-from .store import Ref, Step, Store
+from .store import LIKE, Store
 
 INDEFINITE = "#indefinite"
 """Key of the checks that a loss Hessian is positive semi-definite, among the results."""
+
+NOISES = "noise:"
+"""How the names of random inputs begin: no value of a graph has a colon in its name."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """Straight-line steps and where the results are."""
 
-    steps: tuple[Step, ...]
-    results: Mapping[str, Mapping[str, str]]  # quantity -> parameter name -> code
-    loss: str | None
-    output: Mapping[str, str]  # value name in the model's output -> value
+    steps: tuple[Value, ...]
+    results: Mapping[str, Mapping[str, Value]]  # by quantity and parameter
+    loss: Value | None
+    output: Mapping[str, Value]  # by name in the model's output
     choices: tuple[Choice, ...]
     batch: int
     itemsize: int
     rates: Rates
-    shapes: Mapping[str, tuple[Size, ...]]
-    functions: Mapping[str, str]  # slices of the batch: name -> source
+    given: Mapping[str, Value]  # what the program reads: tensors of the model, constants, inputs, noise
+    like: Value
+    columns: Mapping[str, Value]  # variable of a sweep -> all its columns, or those that are drawn in a round
+    forward: Mapping[str, Value]  # what the calls of the model give, and what rules save of them
     loops: tuple[Loop, ...] = ()
-    pieces: Mapping[str, Piece] = field(default_factory=dict)  # steps that call a function of one sample -> its steps
+    pieces: Mapping[Value, Piece] = field(default_factory=dict)  # calls of a function of one sample -> its steps
 
     @property
-    def timed(self) -> Iterator[tuple[Step, int]]:
+    def timed(self) -> Iterator[tuple[Value, int]]:
         """Every step with the number of times that it runs."""
         yield from ((step, 1) for step in self.steps)
         for loop in self.loops:
@@ -57,16 +64,19 @@ class Plan:
             yield from ((step, 1) for step in loop.after)
 
     @property
-    def kept(self) -> set[str]:
+    def kept(self) -> set[Value]:
         """The values that it is for."""
-        codes = {code for by in self.results.values() for code in by.values()} | set(self.output.values())
-        return codes | ({self.loss} if self.loss else set())
+        found = {value for by in self.results.values() for value in by.values()} | set(self.output.values())
+        return found | ({self.loss} if self.loss else set())
 
     @property
-    def large(self) -> frozenset[str]:
-        """The values whose memory the system would give page by page."""
-        sizes = {name: bytes_of(shape, self.batch, self.itemsize) for name, shape in self.shapes.items()}
-        return frozenset(name for name, size in sizes.items() if size > self.rates.fresh_threshold)
+    def noises(self) -> dict[str, Value]:
+        """The random inputs."""
+        return {name: value for name, value in self.given.items() if name.startswith(NOISES)}
+
+    def is_large(self, value: Value) -> bool:
+        """Whether the system would give its memory page by page."""
+        return bytes_of(value.shape, self.batch, self.itemsize) > self.rates.fresh_threshold
 
     @property
     def seconds(self) -> float:
@@ -108,21 +118,27 @@ def _plan(
     choices: list[Choice] = []
     ahead = next((columns.beside for columns in derived.columns if columns.beside), len(derived.schedule))
     results = scheduled(store, graph, derived.schedule[:ahead], lowerings, chunk, choices)
-    checks: dict[str, str] = {}
-    loops, pieces = _sweeps(store, graph, derived, lowerings, chunk, choices, results, checks)
+    checks: dict[str, Value] = {}
+    starts: dict[str, Value] = {}
+    loops, pieces = _sweeps(store, graph, derived, lowerings, chunk, choices, results, checks, starts)
     if checks:
         results[INDEFINITE] = checks
-    output = {name: store.resolve(name) for name in names_in(graph.output)}
-    loss = store.resolve(graph.loss) if graph.loss else None
-    inner = {step.name for loop in loops for step in loop.steps}
-    wanted = {*output.values(), *(code for by in results.values() for code in by.values()), *([loss] if loss else [])}
-    wanted |= {name for loop in loops for name in loop.reads}
-    steps = alive((step for step in store.steps if step.name not in inner), wanted)
-    shapes = store.shapes | {out: _total(loop, store.shapes[own], out) for loop in loops for own, out in loop.outputs}
+    output = {name: store.find(name) for name in names_in(graph.output)}
+    loss = store.find(graph.loss) if graph.loss else None
+    inner = {step for loop in loops for step in loop.steps}
+    wanted = {*output.values(), *(value for by in results.values() for value in by.values()), *([loss] if loss else [])}
+    wanted |= {value for loop in loops for value in loop.reads}
+    steps = alive((step for step in store.steps if step not in inner), wanted)
+    given = {name: value for name, value in store.names.items() if value.expr is None and name != LIKE}
     return Plan(
-        steps, _in_order(results, graph), loss, output, tuple(choices), graph.example_batch, itemsize, rates, shapes,
-        store.functions, tuple(loops), pieces,
+        steps, _in_order(results, graph), loss, output, tuple(choices), graph.example_batch, itemsize, rates, given,
+        store.like, starts, _forward_values(store, graph, derived), tuple(loops), pieces,
     )  # fmt: skip
+
+
+def _forward_values(store: Store, graph: Graph, derived: Derived) -> dict[str, Value]:
+    saved = [each.name for _, rule in derived.bound for each in rule.saved]
+    return {name: store.find(name) for name in (*saved, *(call.output.name for call in graph.calls))}
 
 
 def _sweeps(
@@ -132,19 +148,20 @@ def _sweeps(
     lowerings: tuple[Lowering, ...],
     chunk: int | None,
     choices: list[Choice],
-    results: dict[str, dict[str, str]],
-    checks: dict[str, str],
-) -> tuple[list[Loop], dict[str, Piece]]:
+    results: dict[str, dict[str, Value]],
+    checks: dict[str, Value],
+    starts: dict[str, Value],
+) -> tuple[list[Loop], dict[Value, Piece]]:
     """All sweeps of columns, and what is called for each sample.
 
     Those in a loop come last: what it sums may go on from results of the others.
     """
-    saved = [each.name for _, rule in derived.bound for each in rule.saved]
-    looped: list[tuple[Columns, Mapping[str, str]]] = []
-    pieces: dict[str, Piece] = {}
+    looped: list[tuple[Columns, Mapping[str, Value]]] = []
+    pieces: dict[Value, Piece] = {}
     for columns in sorted(derived.columns, key=lambda each: not each.beside):  # what is left of the gradient first
-        rows = root_steps(store, graph, columns, lowerings, checks)
-        apart = sample_by_sample(store, graph, columns, saved, rows, lowerings) if columns.alone else None
+        rows: Mapping[str, Value] = root_steps(store, graph, columns, lowerings, checks)
+        starts[columns.variable] = rows.get(columns.variable) or store.find(columns.variable)
+        apart = sample_by_sample(store, graph, columns, rows, lowerings) if columns.alone else None
         if apart is not None:
             choices += apart.choices
             pieces[apart.call] = apart.piece
@@ -159,7 +176,8 @@ def _sweeps(
             mine = scheduled(store, graph, columns.schedule, lowerings, chunk, choices, columns.carried)
             _gather(results, _together(store, mine, results))
     loops = []
-    for columns, varying in looped:
+    for columns, rows in looped:
+        varying = {store.find(name): value for name, value in rows.items()}
         store.in_rounds(columns.rounds, varying)
         mine = scheduled(store, graph, columns.schedule, lowerings, chunk, choices, columns.carried)
         stacked = {q for item in columns.schedule if isinstance(item, Extraction) for q in _with_columns(item)}
@@ -170,12 +188,12 @@ def _sweeps(
     return loops, pieces
 
 
-def _gather(results: dict[str, dict[str, str]], mine: Results) -> None:
+def _gather(results: dict[str, dict[str, Value]], mine: Results) -> None:
     for quantity, by in mine.items():
         results.setdefault(quantity, {}).update(by)
 
 
-def _together(store: Store, mine: Results, earlier: Results) -> dict[str, dict[str, str]]:
+def _together(store: Store, mine: Results, earlier: Results) -> dict[str, dict[str, Value]]:
     """The results of a sweep added to what earlier sweeps have contributed."""
     return {
         quantity: {name: _sum(store, earlier.get(quantity, {}).get(name), value) for name, value in by.items()}
@@ -183,19 +201,12 @@ def _together(store: Store, mine: Results, earlier: Results) -> dict[str, dict[s
     }
 
 
-def _sum(store: Store, one: str | None, other: str) -> str:
+def _sum(store: Store, one: Value | None, other: Value) -> Value:
     if one is None:
         return other
-    legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(store.shapes[other]))
+    legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(other.shape))
     work = Work(flops=((1, legs),), moved=((3, legs),), fresh=((1, legs),))
-    codes = [one, other]
-    into = written_over(store, [Ref(code, legs, legs) for code in codes], codes, legs, "add_")
-    return store.add(" + ".join(codes), store.shapes[other], Kernel.ELEMENTWISE, work, own=True, into=into)
-
-
-def _total(loop: Loop, shape: tuple[Size, ...], total: str) -> tuple[Size, ...]:
-    """The shape of what a loop gives: a concatenation has a row per column."""
-    return (loop.columns, *shape[1:]) if total in loop.stacked else shape
+    return store.add(Made(f.ADD, (one, other)), other.shape, Kernel.ELEMENTWISE, work)
 
 
 def _with_columns(item: Extraction) -> set[str]:
@@ -203,19 +214,19 @@ def _with_columns(item: Extraction) -> set[str]:
     return {q for q, diagram in item.diagrams.items() if any(leg.name == COLUMN for leg in diagram.legs)}
 
 
-def _in_order(results: dict[str, dict[str, str]], graph: Graph) -> dict[str, dict[str, str]]:
+def _in_order(results: dict[str, dict[str, Value]], graph: Graph) -> dict[str, dict[str, Value]]:
     """Parameters in the order of the model, not of the sweep."""
     names = [dotted[0] for dotted in graph.parameters.values()]
     return {q: {name: by[name] for name in (*names, *by) if name in by} for q, by in results.items()}
 
 
 def _inputs(store: Store, graph: Graph) -> None:
-    for name in (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs):
-        store.shapes[name] = graph.values[name].shape
-    store.shapes["like"] = ()
     dtypes = {value.dtype for value in graph.values.values() if value.dtype.is_floating_point}
-    if len(dtypes) == 1:
-        store.floating |= {name for name, value in graph.values.items() if value.dtype in dtypes}
+    store.one_dtype = len(dtypes) == 1
+    for name in (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs):
+        value = graph.values[name]
+        store.given(name, value.shape, store.one_dtype and value.dtype in dtypes)
+    store.like = store.given(LIKE, ())
 
 
 def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule], lowerings: tuple[Lowering, ...]) -> None:
@@ -227,25 +238,28 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule], lowerin
             _saved(store, rule)
         for equation in rule.equations[:-1] if rule is not None else ():
             assert equation.diagram is not None
-            supply = partial(_supply, name=equation.name, diagram=equation.diagram, lowerings=lowerings)
-            store.suppliers[equation.name] = supply
+            store.suppliers[equation.name] = partial(
+                _supply, name=equation.name, diagram=equation.diagram, lowerings=lowerings
+            )
+        random = torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ())
+        own: bool | None = None
         if rule is not None and rule.forward:
-            code = fill(rule.forward, store.resolve)
+            expr = fill(store, rule.forward, {})
         elif call.by_rule:
-            code = _from_formula(store, call, rule, lowerings)
+            expr, own = _from_formula(store, call, rule, lowerings), False
         else:
-            code = call_code(call, store.resolve)
+            expr, own = call_expr(call, lambda v: store.find(v.name), store.like), False if random else None
         name, (kernel, work) = call.output.name, forward_work(rule)
         store.works[name] = kernel, work
-        random = torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ())
-        plain = not (call.by_rule or (rule is not None and rule.forward) or random)
-        into = call_written_over(call, store.resolve) if plain else ()
-        own = is_fresh(call) and plain
-        store.add(code, call.output.shape, kernel, work, name=name, alone=random, own=own, into=into)
+        floating = store.one_dtype and call.output.dtype.is_floating_point
+        made = store.add(
+            expr, call.output.shape, kernel, work, hint=name, alone=random, own=own, floating=floating
+        )
+        store.name(name, made)
 
 
-def _from_formula(store: Store, call: Call, rule: BoundRule | None, lowerings: tuple[Lowering, ...]) -> str:
-    """Code for a call whose forward is its rule's formula."""
+def _from_formula(store: Store, call: Call, rule: BoundRule | None, lowerings: tuple[Lowering, ...]) -> Expr:
+    """A call whose forward is its rule's formula."""
     diagram = rule.equations[-1].diagram if rule is not None else None
     if diagram is None:
         raise UnsupportedError(f"{call.where} has a rule without a formula: give the rule a forward.")
@@ -254,8 +268,9 @@ def _from_formula(store: Store, call: Call, rule: BoundRule | None, lowerings: t
 
 def _saved(store: Store, rule: BoundRule) -> None:
     for saved in rule.saved:
-        code = fill(saved.code, store.resolve)
-        store.add(code, saved.shape, Kernel.NATIVE, Work(moved=((2, saved.legs),)), name=saved.name, alone=True)
+        expr, work = fill(store, saved.code, {}), Work(moved=((2, saved.legs),))
+        made = store.add(expr, saved.shape, Kernel.NATIVE, work, hint=hint_of(saved.name), alone=True)
+        store.name(saved.name, made)
 
 
 def _supply(store: Store, name: str, diagram: Diagram, lowerings: tuple[Lowering, ...]) -> None:

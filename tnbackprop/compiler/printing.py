@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import sympy
 from sympy.printing.pycode import PythonCodePrinter
 
@@ -30,6 +33,13 @@ def _number(number: sympy.Expr) -> str:
 
 
 class _Printer(PythonCodePrinter):  # type: ignore[misc]
+    """`arguments` are the code of symbols; any other symbol is its own name."""
+
+    arguments: Mapping[sympy.Symbol, str] = MappingProxyType({})
+
+    def _print_Symbol(self, expr: sympy.Symbol) -> str:
+        return self.arguments.get(expr) or str(expr.name)
+
     def _print_Pow(self, expr: sympy.Pow, **kwargs: object) -> str:
         base, exponent = expr.args
         if base.is_number and exponent.is_number:
@@ -75,7 +85,7 @@ class _Printer(PythonCodePrinter):  # type: ignore[misc]
     def _print_Piecewise(self, expr: sympy.Piecewise) -> str:
         pieces = [(self._print(value), condition) for value, condition in expr.args]
         if len(pieces) > 1 and all(value.is_number for value, _ in expr.args):  # where() of numbers would be float32
-            like = min(str(symbol) for symbol in expr.free_symbols)
+            like = self._print(min(expr.free_symbols, key=str))
             pieces[-1] = (f"torch.full_like({like}, {pieces[-1][0]})", pieces[-1][1])
         code: str = pieces[-1][0]
         if pieces[-1][1] is not sympy.true:
@@ -110,13 +120,12 @@ for _name in _FUNCTIONS:
     setattr(_Printer, f"_print_{_name}", _Printer._print_Function)
 
 
-def torch_code(expr: sympy.Expr, arguments: dict[sympy.Symbol, str]) -> str:
-    """Torch code of `expr` with its symbols replaced by code."""
-    placeholders = {symbol: sympy.Symbol(f"arg{k}_", real=True) for k, symbol in enumerate(arguments)}
-    code = str(_Printer().doprint(expr.xreplace(placeholders)))
-    for symbol, placeholder in placeholders.items():
-        code = code.replace(placeholder.name, arguments[symbol])
-    return code
+def torch_code(expr: sympy.Expr, arguments: Mapping[sympy.Symbol, str]) -> str:
+    """Torch code of `expr` with code for each of its symbols."""
+    to = {symbol: sympy.Symbol(f"arg{k}_", real=True) for k, symbol in enumerate(arguments)}
+    printer = _Printer()
+    printer.arguments = {to[symbol]: code for symbol, code in arguments.items()}
+    return str(printer.doprint(expr.xreplace(to)))
 
 
 def number_code(scale: sympy.Expr) -> str:

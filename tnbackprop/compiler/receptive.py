@@ -21,7 +21,10 @@ from ..diagram import BATCH, COLUMN, Diagram, Leg, Operand, Product, Selection, 
 from .arrange import arranged, merged, sizes_of
 from .contract import Lowering, Plan, as_tensor, build, read
 from .cost import Kernel, Work
-from .store import Ref, Store
+from .program import functions as f
+from .program.expr import Call, Expr, Ref, Value
+from .program.functions import Memory, helper
+from .store import Store
 
 Legs = tuple[Leg, ...]
 
@@ -77,7 +80,10 @@ WIDE_VJP = VJP.replace("receptive_vjp(", "receptive_vjp_wide(").replace(_ADDED, 
 MANY = 192
 """So many columns."""
 
-RECEPTIVE = frozenset({KERNELS, ROWS, VJP, WIDE_VJP})
+OF_KERNELS = helper("receptive_kernels", KERNELS, memory=Memory.OWN)
+OF_ROWS = helper("receptive_rows", ROWS)
+OF_VJP = helper("receptive_vjp", VJP, memory=Memory.OWN)
+OF_WIDE_VJP = helper("receptive_vjp_wide", WIDE_VJP, memory=Memory.OWN)
 
 
 @dataclass(frozen=True)
@@ -237,15 +243,14 @@ def _over_fields(store: Store, fields: Fields, legs: Legs, lowerings: tuple[Lowe
     extra = -count % store.rates.odd
     filled = replace(fields, columns=(Leg(COLUMN, count + extra),))
     g = _in_order(store, carried, fields, extra)
-    geometry = ", ".join(str(fields.of_axes(name)) for name in ("step", "first", "field", "size"))
-    wide = store.rates.onednn and store.itemsize == 4 and bool(store.floating) and count >= MANY
-    vjp, text = ("receptive_vjp_wide", WIDE_VJP) if wide else ("receptive_vjp", VJP)
-    store.functions |= {"receptive_kernels": KERNELS, "receptive_rows": ROWS, vjp: text}
-    code = f"{vjp}({g}, {_rows(store, fields)}, {_kernels(store, fields)}, {geometry})"
-    name = store.add(code, sizes_of(filled.result), Kernel.RECEPTIVE, _work(store, filled), own=True)
+    geometry = tuple(fields.of_axes(name) for name in ("step", "first", "field", "size"))
+    wide = store.rates.onednn and store.itemsize == 4 and store.find(fields.weight.name).floating and count >= MANY
+    expr = Call(OF_WIDE_VJP if wide else OF_VJP, (g, _rows(store, fields), _kernels(store, fields), *geometry))
+    value = store.add(expr, sizes_of(filled.result), Kernel.RECEPTIVE, _work(store, filled))
     if extra:
-        name = store.add(f"{name}.narrow(4, 0, {count})", sizes_of(fields.result), Kernel.VIEW, strided=True)
-    return Ref(name, fields.result, legs)
+        narrow = Call(f.NARROW, (value, 4, 0, count))
+        value = store.add(narrow, sizes_of(fields.result), Kernel.VIEW, strided=True)
+    return Ref(value, fields.result, legs)
 
 
 def _memory(store: Store, fields: Fields) -> Legs:
@@ -255,20 +260,20 @@ def _memory(store: Store, fields: Fields) -> Legs:
     return stored if len(stored) == len(fields.order) and set(stored) == set(fields.order) else fields.order
 
 
-def _in_order(store: Store, ref: Ref, fields: Fields, extra: int) -> str:
+def _in_order(store: Store, ref: Ref, fields: Fields, extra: int) -> Value:
     """What is pooled with its axes in the order that is read, and columns of zeros to fill up an odd number of them."""
     order = fields.order
-    code = arranged(store, ref, tuple((leg,) for leg in order))
-    solid = store.resolve(ref.name) not in store.strided
-    code = f"torch.nn.functional.pad({code}, (0, {extra}))" if extra else code
+    expr = arranged(store, ref, tuple((leg,) for leg in order))
+    expr = Call(f.PAD, (expr, (0, extra))) if extra else expr
     shape = (*sizes_of(order)[:-1], int(merged(fields.columns)) + extra)
-    if not extra and solid and store.real(ref.stored) == store.real(order):  # nothing is copied
-        return store.add(f"{code}.contiguous()", shape, Kernel.VIEW)
+    solid = Call(f.CONTIGUOUS, (expr,))
+    if not extra and not ref.value.strided and store.real(ref.stored) == store.real(order):  # nothing is copied
+        return store.add(solid, shape, Kernel.VIEW)
     work = Work(moved=((4, order),), fresh=((1, order),))
-    return store.add(f"{code}.contiguous()", shape, Kernel.COPY, work, own=True)
+    return store.add(solid, shape, Kernel.COPY, work, own=True)
 
 
-def _kernels(store: Store, fields: Fields) -> str:
+def _kernels(store: Store, fields: Fields) -> Value:
     """A kernel for each channel and choice, at its place in the receptive field."""
     rows, columns = fields.axes
     groups = ((fields.outer,), fields.inner, (rows.kernel[1],), (columns.kernel[1],))
@@ -278,28 +283,25 @@ def _kernels(store: Store, fields: Fields) -> str:
     shape = (int(fields.outer.size) * choices[0] * choices[1] * field[0], field[1] * int(merged(fields.inner)))
     legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(shape))
     work = Work(moved=((2, legs),), fresh=((1, legs),), launches=choices[0] * choices[1] + 1)
-    code = f"receptive_kernels({weight}, {choices}, {gap}, {dilation}, {field})"
-    return store.add(code, shape, Kernel.COPY, work, own=True)
+    return store.add(Call(OF_KERNELS, (weight, choices, gap, dilation, field)), shape, Kernel.COPY, work)
 
 
-def _rows(store: Store, fields: Fields) -> str:
+def _rows(store: Store, fields: Fields) -> Value:
     """Where the kernels of all choices begin."""
     positions = tuple((axis.position,) for axis in fields.axes)
     index = read(store, fields.selection.index)
-    code = arranged(store, index, ((BATCH,), (fields.outer,), *positions))
+    at = arranged(store, index, ((BATCH,), (fields.outer,), *positions))
     width, own = int(fields.selection.choice[1].size), (BATCH, fields.outer, *(leg for (leg,) in positions))
-    work = Work(moved=((2, own),))
-    down = store.add(f"{code} // {width}", sizes_of(own), Kernel.ELEMENTWISE, work)
-    places = [down, f"{code} - {down} * {width}"]
+    down = store.add(Call(f.FLOOR_DIV, (at, width)), sizes_of(own), Kernel.ELEMENTWISE, Work(moved=((2, own),)))
+    places: list[Expr] = [down, Call(f.SUB, (at, Call(f.MUL, (down, width))))]
     pools = [axis.pool for axis in fields.axes]
     if pools[0].image != fields.selection.choice[0]:
         places.reverse()
     step, gap = (tuple(pool.terms[k][0] for pool in pools) for k in (0, 1))
     first = tuple(pool.offset for pool in pools)
     legs = fields.order[:4]
-    numbers = f"{fields.of_axes('choices')}, {step}, {gap}, {first}, {fields.axes[0].field}"
-    code = f"receptive_rows(({', '.join(places)}), {numbers})"
-    return store.add(code, sizes_of(legs), Kernel.ELEMENTWISE, Work(moved=((12, legs),), launches=12))
+    expr = Call(OF_ROWS, (tuple(places), fields.of_axes("choices"), step, gap, first, fields.axes[0].field))
+    return store.add(expr, sizes_of(legs), Kernel.ELEMENTWISE, Work(moved=((12, legs),), launches=12))
 
 
 def _work(store: Store, fields: Fields) -> Work:

@@ -6,7 +6,6 @@ the line's operands by the parameters (Dangel et al. 2020, arXiv:1912.10985, App
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
@@ -19,7 +18,6 @@ from ..diagram import BATCH, Diagram, Leg, N, Part, Product, Tensor, leaves
 from ..errors import UnsupportedError
 from ..jacobian import Jacobian
 from ..simplify import simplify
-from .forward import PLACEHOLDER
 from .graph import Call
 from .lines import jacobian_of, operands_of
 from .sweep import Sweep, cotangent_of
@@ -90,8 +88,6 @@ def _of_line(sweep: Sweep, call: Call, rule: BoundRule, equation: Equation) -> I
             yield _pair(u, w, second)
 
 
-_FORM = re.compile(r"\{\w+\}\.(dtype|device|shape|numel\(\))")
-"""What of a value does not vary with its numbers."""
 COTANGENT = "~g"
 """Stands for the cotangent while its line is differentiated again: what it is made of may be an operand, too."""
 
@@ -133,7 +129,7 @@ def _check_saved(sweep: Sweep, call: Call, rule: BoundRule, equation: Equation, 
     """A declared Jacobian may read a saved value that depends on the operand in a way that nobody has declared."""
     varying = {name for name, behind in sweep.depends.items() if behind}
     for saved in rule.saved:
-        if varying & set(PLACEHOLDER.findall(_FORM.sub("", saved.code))):
+        if varying & saved.code.numbers:
             varying.add(saved.name)
     unknown = varying & {saved.name for saved in rule.saved} & set(leaves(diagram))
     if equation.jacobians and unknown:

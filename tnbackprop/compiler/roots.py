@@ -13,25 +13,28 @@ import sympy
 from torch.utils import _pytree as pytree
 
 from ..algebra import diagonal, differentiate
-from ..bind import BoundRule
+from ..bind import CURVATURE, HESSIAN_ROOT, NOISE, BoundRoot, BoundRule
+from ..code import Code, Hole
 from ..diagram import BATCH, Diagram, N, leaves
 from ..errors import UnsupportedError
 from ..jacobian import Jacobian
-from ..rule import Root
 from .graph import Call, Graph, Value
 
-NORMAL = "1.4142135623730951 * torch.erfinv((2 * {noise} - 1) * (1 - torch.finfo({noise}.dtype).eps))"
+_UNIFORM = Hole(NOISE)
+NORMAL = Code.of(
+    "1.4142135623730951 * torch.erfinv((2 * ", _UNIFORM, " - 1) * (1 - torch.finfo(", _UNIFORM, ".dtype).eps))"
+)  # fmt: skip
 """A normal number for each uniform one, finite for 0."""
 
 
 @dataclass(frozen=True)
 class LossRoot:
-    """The loss's root; `curvature` is the diagonal Hessian that its code reads as {curvature}, if it has one."""
+    """The loss's root; `curvature` is the diagonal Hessian that its code reads, if it has one."""
 
     output: Value
-    root: Root
+    root: BoundRoot
     curvature: Diagram | None
-    calls: tuple[Call, ...] = ()  # the loss's own calls, where its Hessian is taken by torch.func: {hessian_root}
+    calls: tuple[Call, ...] = ()  # the loss's own calls, where its Hessian is taken by torch.func
     signed: bool = False  # negative curvature is in the columns' weights
     scale: sympy.Expr = sympy.S.One  # of a sample's loss
 
@@ -62,7 +65,7 @@ def loss_root(
 def elementwise_root(found: LossRoot) -> LossRoot:
     """One column with the squared entries that the rule gives where outputs are taken not to mix, if it does."""
     code = found.root.elementwise
-    root = replace(found.root, columns=1, code=f"({code}).sqrt().unsqueeze(0)")
+    root = replace(found.root, columns=1, code=Code.of("(", code, ").sqrt().unsqueeze(0)"))
     return replace(found, root=root) if code else found
 
 
@@ -112,24 +115,26 @@ def _from_hessian(graph: Graph, output: Value, signed: bool) -> LossRoot:
             )
     size = prod(int(s) for s in output.shape[1:])
     shape = ", ".join(str(s) for s in output.shape)
-    drawn = f"({NORMAL}).reshape(N, {size}).t().unsqueeze(-1)"
-    sample = f"({{hessian_root}}.reshape({size}, N, {size}) * {drawn}).sum(0).reshape({shape})"
-    return LossRoot(output, Root(size, "{hessian_root} * 1", sample, ()), None, tuple(calls), signed)
+    columns = Hole(HESSIAN_ROOT)
+    drawn = Code.of("(", NORMAL, f").reshape(N, {size}).t().unsqueeze(-1)")
+    sample = Code.of("(", columns, f".reshape({size}, N, {size}) * ", drawn, f").sum(0).reshape({shape})")
+    return LossRoot(output, BoundRoot(size, Code.of(columns, " * 1"), sample), None, tuple(calls), signed)
 
 
-def _apart(root: Root, output: Value) -> Root:
+def _apart(root: BoundRoot, output: Value) -> BoundRoot:
     """The columns of every position of a sample apart: its Hessian does not mix them, so its columns may not either."""
     factors = [(size, axis in root.mixes) for axis, sizes in enumerate(output.axes) for size in sizes]
     free = [int(size) for size, mixed in factors if size != N and not mixed]
     if prod(free) == 1:
         return root
     ones = [str(size) if size != N and not mixed else "1" for size, mixed in factors]
-    like = f"dtype={{{output.name}}}.dtype, device={{{output.name}}}.device"
-    eye = f"torch.eye({prod(free)}, {like}).reshape({prod(free)}, {', '.join(ones)})"
-    spread = f"({root.code}).reshape({root.columns}, 1, {', '.join(str(size) for size, _ in factors)}) * {eye}"
+    like = Code.of("dtype=", Hole(output.name), ".dtype, device=", Hole(output.name), ".device")
+    eye = Code.of(f"torch.eye({prod(free)}, ", like, f").reshape({prod(free)}, {', '.join(ones)})")
+    places = ", ".join(str(size) for size, _ in factors)
+    spread = Code.of("(", root.code, f").reshape({root.columns}, 1, {places}) * ", eye)
     shape = ", ".join(str(size) for size in output.shape)
     columns = root.columns * prod(free)
-    return replace(root, columns=columns, code=f"({spread}).reshape({columns}, {shape})")
+    return replace(root, columns=columns, code=Code.of("(", spread, f").reshape({columns}, {shape})"))
 
 
 def _slope(rule: BoundRule, name: str) -> Jacobian | None:
@@ -155,7 +160,7 @@ def _elementwise(rule: BoundRule, output: Value) -> LossRoot | None:
         return None
     curvature = curvature.rename({leg: BATCH for leg in first.into if leg.size == BATCH.size})
     shape = ", ".join(str(s) for s in output.shape)
-    one = Root(1, f"{{curvature}}.clamp(min=0).sqrt().reshape(1, {shape})", "", ())
-    root = _apart(one, output)
-    sample = f"{{curvature}}.clamp(min=0).sqrt().reshape({shape}) * {rule.draw or NORMAL}"
-    return LossRoot(output, Root(root.columns, root.code, sample, ()), curvature)
+    entries = Code.of(Hole(CURVATURE), ".clamp(min=0).sqrt()")
+    root = _apart(BoundRoot(1, Code.of(entries, f".reshape(1, {shape})"), Code()), output)
+    sample = Code.of(entries, f".reshape({shape}) * ", rule.draw or NORMAL)
+    return LossRoot(output, BoundRoot(root.columns, root.code, sample), curvature)

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 from ..diagram import Diagram, Map, N, Operand, Part, Product, Selection, Tensor, Window
 from ..errors import InvariantError
-from .arrange import arranged, sizes_of
+from .arrange import in_order, sizes_of
 from .contract import Lowering, as_tensor, build, read
 from .cost import Kernel
+from .program import functions as f
+from .program.expr import Call, Slice
 from .store import Store
 
 
@@ -48,8 +50,9 @@ def _view(store: Store, tensor: Tensor, window: Window) -> Tensor:
     ref, axis = read(store, tensor), tensor.legs.index(window.image)
     rows = tuple(leg for _, leg in window.terms)
     stop = window.offset + rows[0].size if rows else N
-    picked = f"{window.offset or ''}:{'' if stop == N else stop}" if rows else f"{window.offset}"
-    code = f"{arranged(store, ref, tuple((leg,) for leg in ref.order))}[{':, ' * axis}{picked}]"
+    every = tuple(Slice() for _ in range(axis))
+    picked = Slice(window.offset or None, None if stop == N else stop) if rows else window.offset
+    expr = Call(f.ITEM, (in_order(store, ref), (*every, picked)))
     legs = (*tensor.legs[:axis], *rows, *tensor.legs[axis + 1 :])
-    solid = axis == 0 and ref.order == ref.stored and ref.name not in store.strided
-    return Tensor(store.add(code, sizes_of(legs), Kernel.VIEW, strided=not solid), legs)
+    solid = axis == 0 and ref.order == ref.stored and not ref.value.strided
+    return Tensor(store.key_of(store.add(expr, sizes_of(legs), Kernel.VIEW, strided=not solid)), legs)

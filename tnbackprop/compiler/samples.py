@@ -6,24 +6,25 @@ the source, whose results are summed over its calls. What depends on parameters 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ..diagram import BATCH, Diagram, Leg, N, Part, Product, Size, is_head
+from ..diagram import BATCH, Diagram, Leg, N, Part, Product, is_head
 from .choose import Choice
 from .contract import Lowering
 from .cost import Kernel, Work
 from .derived import Backward, Columns, Derived, Extraction, Individual, Native, Schedule
 from .graph import Graph
 from .items import scheduled
-from .listing import alive, lines_of
 from .memory import Piece, peak_bytes
-from .slices import TOTAL, function_of, pairs_samples
-from .store import Step, Store
-from .tails import renamed
+from .program import functions as f
+from .program.expr import Body, Call, Expr, Join, Slices, Value, replaced, sizes_in
+from .program.lines import alive
+from .program.numbers import TOTAL
+from .slices import pairs_samples
+from .store import Store
 
-Results = dict[str, dict[str, str]]
+Results = dict[str, dict[str, Value]]
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,8 @@ class Swept:
 
     results: Results
     choices: tuple[Choice, ...]
-    call: str
+    call: Value
     piece: Piece
-
-
-ADDED = """\
-def added(samples):
-    # Σ over samples of tuples of tensors.
-    total = next(samples)
-    for one in samples:
-        total = [before + each for before, each in zip(total, one, strict=True)]
-    return total"""
 
 
 def separable(derived: Derived) -> bool:
@@ -73,56 +65,59 @@ def sample_by_sample(
     store: Store,
     graph: Graph,
     columns: Columns,
-    saved: Iterable[str],
-    rows: Mapping[str, str],
+    rows: Mapping[str, Value],
     lowerings: tuple[Lowering, ...],
 ) -> Swept | None:
     """A sweep as the sum over calls of a function of one sample; None if it reads what has no samples.
 
     rows  the columns and their weights: variable -> value
     """
-    small = _small(store, graph, saved, rows)
-    small.in_rounds(1, rows)
+    small, outside = _small(store, rows)
+    small.in_rounds(1, [small.find(name) for name in rows])
     made: list[Choice] = []
-    schedule = _in_total(columns.schedule)
-    results = scheduled(small, graph, schedule, lowerings, None, made, columns.carried)
-    store.functions |= small.functions | {"added": ADDED}
+    results = scheduled(small, graph, _in_total(columns.schedule), lowerings, None, made, columns.carried)
     values = tuple(dict.fromkeys(value for by in results.values() for value in by.values()))
-    fixed = {*graph.parameters, *graph.buffers, *graph.constants, *rows, "like"}  # one-hot columns may be alike for all
-    steps, before = _without_samples(store, small, alive(small.steps, set(values)), values, fixed - set(rows))
-    fixed |= before
-    own = {step.name for step in steps}
-    inputs = tuple(dict.fromkeys([*rows, *(name for step in steps for name in step.inputs if name not in own)]))
-    arguments = {name: _argument(rows.get(name, name), small.shapes[name]) for name in inputs}
-    if not all(name in fixed or code is not None for name, code in arguments.items()):
+    plain = {store.find(name) for name in (*graph.parameters, *graph.buffers, *graph.constants)} | {store.like}
+    fixed = {inner for inner, outer in outside.items() if outer in plain and inner.key not in rows}
+    steps = _without_samples(store, alive(small.steps, set(values)), values, fixed, outside)
+    own = set(steps)
+    inputs = dict.fromkeys([*map(small.find, rows), *(v for step in steps for v in step.inputs if v not in own)])
+    args = [(outside[inner], _axis(inner)) for inner in inputs]
+    if not all(axis is not None or inner in fixed for inner, (_, axis) in zip(inputs, args, strict=True)):
         return None
-    total = [TOTAL.name] if any(TOTAL.name in step.code for step in steps) else []
-    first = next(name for name, code in arguments.items() if code is not None)
-    batch = f"{first}.shape[{small.shapes[first].index(N)}]"
-    name = function_of(store, [*inputs, *total], lines_of(steps, set(values)), ", ".join((*values, "")), batch)
-    given = ", ".join([*(code or rows.get(name, name) for name, code in arguments.items()), *("N" for _ in total)])
+    first = next(inner for inner in inputs if _axis(inner) is not None)
+    total = any(TOTAL in sizes_in(step.expr) for step in steps)
+    batch = first, first.shape.index(N)
+    body = Body(tuple(inputs), steps, values, batch, "slice", several=True, total=total)
+    args += [(N, None)] if total else []
     store.note = str(columns)
-    piece = Piece(steps, values, small.shapes, 1, small.itemsize)
-    sums = store.add(f"added({name}({given}) for i in progress(range(N)))", (), Kernel.ALONE, _work(piece))
-    names = {v: store.add(f"{sums}[{k}]", small.shapes[v], Kernel.NATIVE, strided=True) for k, v in enumerate(values)}
+    piece = Piece(steps, values, 1, small.itemsize)
+    sums = store.add(Slices(body, tuple(args), 1, Join.EACH), (), Kernel.ALONE, _work(piece))
+    names = {
+        v: store.add(Call(f.ITEM, (sums, k)), v.shape, Kernel.NATIVE, strided=True) for k, v in enumerate(values)
+    }
     asked = (item for item in columns.schedule if isinstance(item, Extraction))
     choices = tuple(replace(choice, item=item) for choice, item in zip(made, asked, strict=True))
     summed = {quantity: {key: names[value] for key, value in by.items()} for quantity, by in results.items()}
     return Swept(summed, choices, sums, piece)
 
 
-def _small(store: Store, graph: Graph, saved: Iterable[str], rows: Mapping[str, str]) -> Store:
-    """A store for one sample, that knows what the forward has computed."""
-    known = {*graph.values, *saved, *rows, "like"} & set(store.shapes)
-    return Store(
-        store.rates, 1, store.itemsize, note=store.note, prefix="u", functions=store.functions, alone=True,
-        shapes={name: store.shapes[name] for name in known},
-        strided=store.strided & known,
-        floating=(store.floating & known) | (set(rows) if store.floating else set()),
-        alias={name: value for name, value in store.alias.items() if store.resolve(name) in known},
-        suppliers=store.suppliers,
-        works=store.works,
-    )  # fmt: skip
+def _small(store: Store, rows: Mapping[str, Value]) -> tuple[Store, dict[Value, Value]]:
+    """A store for one sample, that knows what the forward has computed, and what each of its values is outside."""
+    small = Store(store.rates, 1, store.itemsize, alone=True)
+    small.note, small.suppliers, small.works = store.note, store.suppliers, store.works
+    outside: dict[Value, Value] = {}
+    inside: dict[Value, Value] = {}
+    for name, outer in store.names.items():
+        if outer not in inside:
+            inside[outer] = small.given(name, outer.shape, outer.floating, outer.strided)
+            outside[inside[outer]] = outer
+        small.name(name, inside[outer])
+    small.like = inside[store.like]
+    for name, outer in rows.items():
+        inner = small.given(name, store.find(name).shape, store.one_dtype)
+        outside[inner] = outer
+    return small, outside
 
 
 def _in_total(schedule: Schedule) -> Schedule:
@@ -153,37 +148,32 @@ def _product_scaled(product: Product) -> Product:
 
 
 def _without_samples(
-    store: Store, small: Store, steps: tuple[Step, ...], values: tuple[str, ...], fixed: set[str]
-) -> tuple[tuple[Step, ...], set[str]]:
-    """The steps that read a sample, and the names of all others, which run once, before."""
-    names: dict[str, str] = {}
+    store: Store, steps: tuple[Value, ...], values: tuple[Value, ...], fixed: set[Value], outside: dict[Value, Value]
+) -> tuple[Value, ...]:
+    """The steps that read a sample. All others are computed once, before; they are among what is `fixed` then."""
     left = []
     for step in steps:
-        step = renamed(step, names)
-        if set(step.inputs) <= fixed and step.name not in values and not _SAMPLES.search(step.code):
-            strided = step.name in small.strided
-            name = store.add(step.code, small.shapes[step.name], step.kernel, step.work, strided=strided, own=step.own)
-            names[step.name] = name
-            small.shapes[name] = store.shapes[name]
-            fixed.add(name)
+        if set(step.inputs) <= fixed and step not in values and not sizes_in(step.expr) & {N, TOTAL}:
+            expr: Expr = replaced(step.expr, lambda value: outside[value])
+            outside[step] = store.add(
+                expr, step.shape, step.kernel, step.work, own=step.own, strided=step.strided
+            )
+            fixed.add(step)
         else:
             left.append(step)
-    return tuple(left), fixed
+    return tuple(left)
 
 
-_SAMPLES = re.compile(rf"\b(N|{TOTAL.name})\b")
-
-
-def _argument(value: str, shape: tuple[Size, ...]) -> str | None:
-    """Sample i of a value; None if no axis counts the samples."""
-    return f"{value}[{':, ' * shape.index(N)}i : i + 1]" if N in shape else None
+def _axis(value: Value) -> int | None:
+    """The axis that counts the samples."""
+    return value.shape.index(N) if N in value.shape else None
 
 
 def _work(piece: Piece) -> Work:
     """That of all samples; what is held while it runs is that of one, and the sums so far."""
     flops = tuple(term for step in piece.steps for term in step.work.flops)
     moved = tuple(term for step in piece.steps for term in step.work.moved)
-    sums = tuple((1, tuple(Leg(f"a{k}", size) for k, size in enumerate(piece.shapes[v]))) for v in piece.values)
+    sums = tuple((1, tuple(Leg(f"a{k}", size) for k, size in enumerate(v.shape))) for v in piece.values)
     inside = ((int(peak_bytes(piece) / piece.itemsize), ()), *sums)
     each = tuple((step.kernel, step.work) for step in piece.steps)
     return Work(flops, moved, inside=inside, launches=len(piece.steps), each=each)

@@ -8,10 +8,12 @@ from itertools import chain
 import sympy
 
 from ..diagram import Diagram, Leg, Operand, Product, Selection, Size, Tensor, Window, ordered_union
-from .arrange import arranged, merged, placed, sizes_of, text
+from .arrange import arranged, merged, placed, sizes_of
 from .contract import Lowering, Plan, as_tensor, build, read
 from .cost import Kernel, Work
-from .store import Ref, Store
+from .program import functions as f
+from .program.expr import Call, Expr, Ref, Slice, Value
+from .store import Store
 
 Legs = tuple[Leg, ...]
 Lowerings = tuple[Lowering, ...]
@@ -65,13 +67,14 @@ def _equal(store: Store, one: Selection, other: Selection) -> Tensor:
     refs = [read(store, op.index) for op in (one, other)]
     legs = ordered_union(refs[0].order, refs[1].order)
     first, second = (arranged(store, r, tuple((leg,) if leg in r.order else () for leg in legs)) for r in refs)
-    code = f"(({first} == {second}) & {_inside(first, merged(one.choice))}).to(like)"
-    name = store.add(code, sizes_of(legs), Kernel.ELEMENTWISE, Work(moved=((2, legs),), fresh=((1, legs),)))
-    return Tensor(name, legs)
+    meets = Call(f.AND, (Call(f.EQUAL, (first, second)), _inside(first, merged(one.choice))))
+    work = Work(moved=((2, legs),), fresh=((1, legs),))
+    value = store.add(Call(f.TO, (meets, store.like)), sizes_of(legs), Kernel.ELEMENTWISE, work)
+    return Tensor(store.key_of(value), legs)
 
 
-def _inside(index: str, count: object) -> str:
-    return f"({index} >= 0) & ({index} < {count})"
+def _inside(index: Expr, count: Size) -> Expr:
+    return Call(f.AND, (Call(f.AT_LEAST, (index, 0)), Call(f.LESS, (index, count))))
 
 
 def _looked_up(store: Store, op: Selection, others: list[Operand], legs: Legs, lowerings: Lowerings) -> Ref:
@@ -118,27 +121,27 @@ def _splits(table: Ref, op: Selection, index: Legs) -> list[tuple[Legs, Legs, Le
 def _rows(store: Store, op: Selection, table: Ref, split: tuple[Legs, Legs, Legs]) -> Ref:
     """The rows of a table [head, choice, tail] that an index [head, own] names: [head, own, tail]."""
     head, own, tail = split
-    outside, flat = _flat(store, read(store, op.index), head, own, op.choice, "0")
-    code = f"{placed(store, table, ((*head, *op.choice), *_axis(tail)))}.index_select(0, {flat})"
+    outside, flat = _flat(store, read(store, op.index), head, own, op.choice, 0)
+    rows = Call(f.INDEX_SELECT, (placed(store, table, ((*head, *op.choice), *_axis(tail))), 0, flat))
     out = (*head, *own, *tail)
-    mask = f"{outside}.reshape(-1{', 1' if tail else ''})"
+    mask = Call(f.RESHAPE, (outside, -1, *([1] if tail else [])))
     work = Work(moved=((3, out),), fresh=((1, out),), launches=2)
-    code = f"{code}.masked_fill_({mask}, 0)"
-    return Ref(store.add(code, _merged(head + own, tail), Kernel.ELEMENTWISE, work, own=True), out, out)
+    expr = Call(f.MASKED_FILL, (rows, mask, 0))
+    return Ref(store.add(expr, _merged(head + own, tail), Kernel.ELEMENTWISE, work), out, out)
 
 
 def _padded_rows(store: Store, op: Selection, table: Ref, split: tuple[Legs, Legs, Legs]) -> Ref:
     """The same from a table with a row of zeros more, for an index outside: better where more rows are looked up."""
     head, own, tail = split
     rows, out = (*head, *op.choice), (*head, *own, *tail)
-    _, flat = _flat(store, read(store, op.index), head, own, op.choice, text((merged(rows),)))
-    padding = "(0, 0, 0, 1)" if tail else "(0, 1)"
-    code = f"torch.nn.functional.pad({arranged(store, table, (rows, *_axis(tail)))}, {padding})"
+    _, flat = _flat(store, read(store, op.index), head, own, op.choice, merged(rows))
+    padding = (0, 0, 0, 1) if tail else (0, 1)
+    expr = Call(f.PAD, (arranged(store, table, (rows, *_axis(tail))), padding))
     work = Work(moved=((4, (*rows, *tail)),), fresh=((2, (*rows, *tail)),))
-    padded = store.add(code, (merged(rows) + 1, *_merged((), tail)[1:]), Kernel.COPY, work, own=True)
+    padded = store.add(expr, (merged(rows) + 1, *_merged((), tail)[1:]), Kernel.COPY, work, own=True)
     work = Work(moved=((2, out),), fresh=((1, out),))
-    name = store.add(f"{padded}.index_select(0, {flat})", _merged(head + own, tail), Kernel.ELEMENTWISE, work, own=True)
-    return Ref(name, out, out)
+    found = Call(f.INDEX_SELECT, (padded, 0, flat))
+    return Ref(store.add(found, _merged(head + own, tail), Kernel.ELEMENTWISE, work), out, out)
 
 
 def _merged(rows: Legs, tail: Legs) -> tuple[Size, ...]:
@@ -159,14 +162,14 @@ def _scattered(store: Store, op: Selection, others: list[Operand], legs: Legs, l
     tail = tuple(leg for leg in values.stored[last + 1 :] if leg not in index.order)
     head = tuple(leg for leg in values.stored if leg not in own and leg not in tail)
     count = merged((*head, *op.choice))
-    _, flat = _flat(store, index, head, own, op.choice, text((count,)))
+    _, flat = _flat(store, index, head, own, op.choice, count)
     source = placed(store, values, ((*head, *own), *_axis(tail)))
-    rows = text((count + 1, *(merged(group) for group in _axis(tail))))
     out = (*head, *op.choice, *tail)
     shape = (count, *(merged(group) for group in _axis(tail)))
-    code = f"like.new_zeros({rows}).index_add_(0, {flat}, {source})[:{text((count,))}]"
+    zeros = Call(f.NEW_ZEROS, (store.like, count + 1, *shape[1:]))
+    expr = Call(f.ITEM, (Call(f.INDEX_ADD, (zeros, 0, flat, source)), Slice(stop=count)))
     work = Work(moved=((3, (*head, *own, *tail)), (2, out)), fresh=((1, out),), launches=2)
-    ref = Ref(store.add(code, shape, Kernel.REDUCE, work), out, out)
+    ref = Ref(store.add(expr, shape, Kernel.REDUCE, work), out, out)
     return build(store, _of([as_tensor(store, ref), *holders], legs), lowerings) if holders else ref.reordered(legs)
 
 
@@ -174,27 +177,30 @@ def _axis(legs: Legs) -> tuple[Legs, ...]:
     return (legs,) if legs else ()
 
 
-def _flat(store: Store, index: Ref, head: Legs, own: Legs, choice: Legs, other: str) -> tuple[str, str]:
-    """Names of [head, own] -> whether the index is outside the choice, and its place in [head, choice] or `other`."""
+def _flat(store: Store, index: Ref, head: Legs, own: Legs, choice: Legs, other: Size) -> tuple[Value, Value]:
+    """[head, own] -> whether the index is outside the choice, and its place in [head, choice] or `other`."""
     axes = tuple((leg,) if leg in index.order else () for leg in head)
     count, every = merged(choice), (*head, *own)
-    code = arranged(store, index, (*axes, own))
+    at = arranged(store, index, (*axes, own))
     work = Work(moved=((2, every),), launches=3)
-    outside = store.add(f"({code} < 0) | ({code} >= {count})", (*_kept(axes), merged(own)), Kernel.ELEMENTWISE, work)
-    place = code
+    beyond = Call(f.OR, (Call(f.LESS, (at, 0)), Call(f.AT_LEAST, (at, count))))
+    outside = store.add(beyond, (*_kept(axes), merged(own)), Kernel.ELEMENTWISE, work)
+    place = at
     if head:
-        starts = f"torch.arange({text((merged(head),))}, device=like.device).reshape({text(sizes_of(head))}, 1)"
-        place = f"{code} + {starts} * {count}"
-    chosen = f"torch.where({outside}, {other}, {place})" + ".reshape(-1)" * bool(head)
+        counted = Call(f.ARANGE, (merged(head),), (("device", Call(f.DEVICE, (store.like,))),))
+        starts = Call(f.RESHAPE, (counted, *sizes_of(head), 1))
+        place = Call(f.ADD, (at, Call(f.MUL, (starts, count))))
+    chosen: Expr = Call(f.WHERE, (outside, other, place))
+    chosen = Call(f.RESHAPE, (chosen, -1)) if head else chosen
     flat = store.add(chosen, (merged(every),), Kernel.ELEMENTWISE, work)
     return (outside if axes == tuple((leg,) for leg in head) else _spread(store, outside, head, own)), flat
 
 
-def _spread(store: Store, mask: str, head: Legs, own: Legs) -> str:
+def _spread(store: Store, mask: Value, head: Legs, own: Legs) -> Value:
     """The mask for legs that the index does not have."""
     shape = (*sizes_of(head), merged(own))
-    return store.add(f"{mask}.expand({text(shape)})", shape, Kernel.VIEW, strided=True)
+    return store.add(Call(f.EXPAND, (mask, *shape)), shape, Kernel.VIEW, strided=True)
 
 
-def _kept(axes: tuple[Legs, ...]) -> tuple[object, ...]:
+def _kept(axes: tuple[Legs, ...]) -> tuple[Size, ...]:
     return tuple(merged(group) for group in axes)

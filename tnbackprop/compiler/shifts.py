@@ -15,10 +15,12 @@ from functools import partial
 from math import gcd
 
 from ..diagram import Leg, Product, Tensor, Window
-from .arrange import Groups, placed, sizes_of, sizes_of_axes, text
+from .arrange import Groups, placed, sizes_of, sizes_of_axes
 from .contract import Plan, read
 from .cost import Kernel, Work
-from .store import Ref, Store
+from .program.expr import Call, Ref, Value
+from .program.functions import Memory, helper
+from .store import Store
 from .windows import slides_over, unfolded
 
 Legs = tuple[Leg, ...]
@@ -49,6 +51,7 @@ def window_gram(x, y, shape, at, out, dilation):
                     if x is y and k != l:
                         blocks[l + stride * t, k + stride * t] = block.mT.reshape(blocks.shape[2:])
     return gram"""
+GRAM = helper("window_gram", WINDOW_GRAM, memory=Memory.OWN)
 
 
 @dataclass(frozen=True)
@@ -133,25 +136,23 @@ def _shifted(store: Store, product: Product, pair: Pair, legs: Legs) -> Ref:
     shared = [leg for leg in one.order if leg in two.order]
     head = tuple(leg for leg in legs if leg in shared)
     summed = tuple(leg for leg in shared if leg not in legs)
-    names: list[str] = []
+    images: list[Value] = []
     own: list[Legs] = []
     for ref, (_, outer, inner) in zip((one, two), bases, strict=True):
         own.append(tuple(leg for leg in legs if leg in ref.order and leg not in head))
         rest = (inner,) if inner in ref.order else ()
-        names.append(_named(store, ref, (rest, *((head,) if head else ()), own[-1], (outer,), summed)))
+        images.append(_entered(store, ref, (rest, *((head,) if head else ()), own[-1], (outer,), summed)))
     sides = [tuple(leg for leg in legs if leg in (*mine, k)) for mine, k in zip(own, pair.kernels, strict=True)]
     order = (*head, *sides[0], *sides[1])
     at = tuple(order.index(leg) for leg in pair.kernels)
-    store.functions["window_gram"] = WINDOW_GRAM
-    code = f"window_gram({', '.join(names)}, ({text(sizes_of(order))}), {at}, {pair.out}, {pair.dilation})"
-    work = _work(pair, names[0] == names[1], head, own[0], own[1], summed)
-    return Ref(store.add(code, sizes_of(order), Kernel.SHIFTED, work, own=True), order, legs)
+    expr = Call(GRAM, (*images, sizes_of(order), at, pair.out, pair.dilation))
+    work = _work(pair, images[0] is images[1], head, own[0], own[1], summed)
+    return Ref(store.add(expr, sizes_of(order), Kernel.SHIFTED, work), order, legs)
 
 
-def _named(store: Store, ref: Ref, groups: Groups) -> str:
-    """The name of the arranged value: one for both images, where they are the same."""
-    code = placed(store, ref, groups)
-    return code if code in store.shapes else store.add(code, sizes_of_axes(groups), Kernel.VIEW)
+def _entered(store: Store, ref: Ref, groups: Groups) -> Value:
+    """The arranged value: one for both images, where they are the same."""
+    return store.add(placed(store, ref, groups), sizes_of_axes(groups), Kernel.VIEW)
 
 
 def _work(pair: Pair, symmetric: bool, head: Legs, one: Legs, two: Legs, summed: Legs) -> Work:

@@ -13,15 +13,15 @@ import sympy
 
 from ..canonical import key
 from ..diagram import BATCH, COLUMN, Diagram, Leg, Map, N, Operand, Part, Product, Selection, Tensor, ordered_union
-from .arrange import arranged, sizes_of
+from .arrange import arranged, in_order, sizes_of
 from .contract import Lowering, Plan, as_tensor, build, read
 from .cost import Kernel, Terms, Work, number
-from .listing import alive, lines_of
-from .store import Ref, Step, Store
+from .program.expr import Body, Expr, Join, Ref, Slices, Value, reads, sizes_in
+from .program.lines import alive
+from .program.numbers import TOTAL
+from .store import LIKE, Store
 
 Legs = tuple[Leg, ...]
-TOTAL = sympy.Symbol("total", integer=True, positive=True)
-"""Inside a slice: the batch size as a number in a scale. N is the size of the slice there."""
 
 
 LARGE = 2
@@ -48,9 +48,9 @@ def _sliceable(product: Product, legs: Legs) -> bool:
 
 def _large(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering, ...]) -> bool:
     """Whether some value on the way is much larger than the result."""
-    trial, start = store.fork(), len(store.steps)
+    trial = store.fork()
     ref = build(trial, Diagram(legs, (product,)), lowerings)
-    largest = max((number(step.work.fresh, store.batch) for step in trial.steps[start:]), default=0.0)
+    largest = max((number(step.work.fresh, store.batch) for step in trial.steps), default=0.0)
     return largest > LARGE * number(((1, ref.order),), store.batch)
 
 
@@ -71,7 +71,7 @@ def columns_first(store: Store, product: Product, legs: Legs, lowerings: tuple[L
 
     Without tiles, only where the sum is there already.
     """
-    summed = [op for op in product.operands if isinstance(op, Tensor) and store.resolve(op.name) in store.varying]
+    summed = [op for op in product.operands if isinstance(op, Tensor) and store.varies(store.find(op.name))]
     rest = [op for op in product.operands if op not in summed]
     if store.rounds == 1 or len(summed) < 2 or not rest or any(leg.name == COLUMN for leg in legs):
         return []
@@ -80,7 +80,7 @@ def columns_first(store: Store, product: Product, legs: Legs, lowerings: tuple[L
     inner = Diagram(between, (Product(sympy.Integer(1), tuple(summed)),))
     chunk = _tile(store, between, legs)
     tiled = chunk < store.batch and _sliceable(Product(sympy.Integer(1), (Part(inner, between), *rest)), legs)
-    if not tiled and key(inner) not in store.built:
+    if not tiled and store.built(key(inner)) is None:
         return []
 
     def plan(store: Store) -> Ref:
@@ -107,33 +107,45 @@ def _sliced(
     own = tuple(leg for leg in legs if leg in set(product.legs))
     operands = tuple(_open(store, op, lowerings) for op in product.operands)
     inner = Diagram(own, (Product(sympy.Integer(1), operands),))
-    inputs = _leaves(inner)
-    small = Store(store.rates, chunk, store.itemsize, note=store.note, prefix="u", functions=store.functions)
-    small.floating |= store.floating & set(inputs)
-    small.shapes |= {name: sizes_of(tensor.legs) for name, tensor in inputs.items()} | {"like": ()}
-    ref = build(small, inner, lowerings)
-    store.functions |= small.functions
-    result = arranged(small, ref, tuple((leg,) for leg in own)) or ref.name
-    kept = set(small.names_in(result))
-    steps = alive(small.steps, kept)
-    uses_like = any("like" in step.inputs for step in steps)
-    parameters = [*inputs, *(["like"] if uses_like else []), *(["total"] if _has_total(steps) else [])]
-    first = next(tensor for tensor in inputs.values() if BATCH in tensor.legs)
-    batch = f"{first.name}.shape[{first.legs.index(BATCH)}]"
-    name = function_of(store, parameters, lines_of(steps, kept), result, batch)
-    arguments = [_argument(store, tensor, chunk) for tensor in inputs.values()]
-    arguments += (["like"] if uses_like else []) + (["N"] if "total" in parameters else [])
-    rounds = f"range(0, N, {chunk})"
-    calls = f"{name}({', '.join(arguments)}) for i in {rounds if tiled else f'progress({rounds})'}"
+    identity = (*key(inner), "sliced", chunk, tiled)
+    if (known := store.built(identity)) is not None:
+        return known.renamed(own)
+    body, inputs = _body(store, inner, chunk, lowerings)
+    args = [_argument(store, tensor) for tensor in inputs]
+    args += [(store.like, None)] if len(body.params) > len(inputs) else []
+    args += [(N, None)] if body.total else []
     axis = own.index(BATCH) if BATCH in own else None
-    code = f"sum({calls})" if axis is None else f"torch.cat([{calls}]{f', {axis}' if axis else ''})"
-    work = _work(steps, store, chunk)
-    if not tiled:
-        return Ref(store.add(code, sizes_of(own), Kernel.SLICED, work), own, own)
-    moved = tuple((1, tensor.legs) for tensor in inputs.values())
-    work = replace(work, moved=(*moved, (1, own)), launches=len(steps) * -(-store.batch // chunk))
-    (linear,) = (name for name in store.names_in(code) if name in store.varying)
-    return Ref(store.add(code, sizes_of(own), Kernel.TILED, work, linear=linear), own, own)
+    join = Join.SUM if axis is None else Join.CAT
+    calls = Slices(body, tuple(args), chunk, join, axis or 0, followed=not tiled)
+    work = _work(body.steps, chunk)
+    if tiled:
+        moved = tuple((1, tensor.legs) for tensor in inputs)
+        launches = len(body.steps) * -(-store.batch // chunk)
+        work = replace(work, moved=(*moved, (1, own)), launches=launches)
+        (linear,) = (value for value in reads(calls) if store.varies(value))
+        ref = Ref(store.add(calls, sizes_of(own), Kernel.TILED, work, linear=linear), own, own)
+    else:
+        ref = Ref(store.add(calls, sizes_of(own), Kernel.SLICED, work), own, own)
+    store.keep(identity, ref)
+    return ref
+
+
+def _body(store: Store, inner: Diagram, chunk: int, lowerings: tuple[Lowering, ...]) -> tuple[Body, list[Tensor]]:
+    """The function of `chunk` samples, and what it reads: a parameter for each, and `like` behind them if it does."""
+    small = Store(store.rates, chunk, store.itemsize)
+    small.note = store.note
+    leaves = _leaves(inner)
+    params = {name: small.given(name, sizes_of(t.legs), store.find(name).floating) for name, t in leaves.items()}
+    small.like = small.given(LIKE, ())
+    ref = build(small, inner, lowerings)
+    result = in_order(small, ref)
+    steps = alive(small.steps, set(reads(result)))
+    read = {value for step in steps for value in step.inputs} | set(reads(result))
+    own = [*params.values(), *([small.like] if small.like in read else [])]
+    first = next(name for name, tensor in leaves.items() if BATCH in tensor.legs)
+    batch = params[first], leaves[first].legs.index(BATCH)
+    total = any(TOTAL in sizes_in(step.expr) for step in steps)
+    return Body(tuple(own), steps, (result,), batch, "slice", total=total), list(leaves.values())
 
 
 def _open(store: Store, op: Operand, lowerings: tuple[Lowering, ...]) -> Operand:
@@ -176,31 +188,14 @@ def _leaves(diagram: Diagram) -> dict[str, Tensor]:
     return found
 
 
-def _argument(store: Store, tensor: Tensor, chunk: int) -> str:
+def _argument(store: Store, tensor: Tensor) -> tuple[Expr, int | None]:
+    """What a parameter is given, and the axis along which it is cut."""
     ref = read(store, tensor)
-    code = arranged(store, ref, tuple((leg,) for leg in tensor.legs))
-    if BATCH not in tensor.legs:
-        return code
-    return f"{code}[{':, ' * tensor.legs.index(BATCH)}i : i + {chunk}]"
+    expr = arranged(store, ref, tuple((leg,) for leg in tensor.legs))
+    return expr, tensor.legs.index(BATCH) if BATCH in tensor.legs else None
 
 
-def function_of(store: Store, parameters: list[str], lines: list[str], result: str, batch: str) -> str:
-    """The name of a function of some samples, as many as `batch` says; two that are the same are one."""
-    body = [f"    N = {batch}", *lines, f"    return {result}"]
-    text = "\n".join(body)
-    for known, source in store.functions.items():
-        if source.split("\n", 1)[1] == text and source.startswith(f"def {known}({', '.join(parameters)}):"):
-            return known
-    name = f"slice_{len(store.functions)}"
-    store.functions[name] = f"def {name}({', '.join(parameters)}):\n{text}"
-    return name
-
-
-def _has_total(steps: tuple[Step, ...]) -> bool:
-    return any("total" in step.code for step in steps)
-
-
-def _work(steps: tuple[Step, ...], store: Store, chunk: int) -> Work:
+def _work(steps: tuple[Value, ...], chunk: int) -> Work:
     """All slices together: the polynomials of one slice hold with n running over the whole batch."""
     flops: Terms = ()
     moved: Terms = ()

@@ -1,215 +1,210 @@
-"""Share: every computed value once. Values are keyed by the code that computes them, so equal steps are one step."""
+"""Share: every computed value once. Equal expressions are one value; a trial is a layer on what is there already."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import sympy
 
 from ..canonical import Key
-from ..diagram import Diagram, Leg, N, Size
+from ..diagram import Leg, N, Size, hint_of
 from ..errors import InvariantError
 from .cost import Kernel, Rates, Work
+from .program.expr import NO_WORK, Body, Expr, Ref, Value, reads
+from .program.facts import base_of, makes_memory
 
-NO_WORK = Work()
 T = TypeVar("T")
-Saved = Callable[["Store", int, "Ref"], float]
-"""(a fork, its first step, a value) -> seconds of those predicted that it does not take."""
-_NAMES = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
+Saved = Callable[["Store", Ref], float]
+"""(a trial, a value) -> seconds of those predicted that it does not take."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """One line of the program: ``name = code``.
-
-    own      the value is a new tensor of the program's floating dtype, in memory that no earlier value has
-    into     (operand, code) pairs: the same written over an operand, for when nobody reads that any more
-    linear   an input in which the value is linear, where the code does not show it
-    """
-
-    name: str
-    code: str
-    inputs: tuple[str, ...]
-    kernel: Kernel
-    work: Work
-    note: str = ""
-    own: bool = False
-    into: tuple[tuple[str, str], ...] = ()
-    linear: str = ""
+LIKE = ":like"
+"""How diagrams and code call a tensor of the program's dtype, on its device."""
+NOTHING = Value(LIKE, None, (), hint="like")
 
 
-def is_rearranged(code: str, base: str) -> bool:
-    """Whether code only sees a value in another shape."""
-    return bool(_REARRANGED.fullmatch(code.removeprefix(base)))
-
-
-_REARRANGED = re.compile(r"(\.(reshape|unsqueeze|squeeze|expand|contiguous)\([^()]*\))+")
-
-
-@dataclass(frozen=True)
-class Ref:
-    """A value seen with named legs: `stored` factorises its memory row-major, `order` is how it is read now."""
-
-    name: str
-    stored: tuple[Leg, ...]
-    order: tuple[Leg, ...]
-
-    def reordered(self, order: tuple[Leg, ...]) -> Ref:
-        return replace(self, order=order)
-
-    def renamed(self, legs: tuple[Leg, ...]) -> Ref:
-        """The same value with its current legs called differently."""
-        to = dict(zip(self.order, legs, strict=True))
-        return Ref(self.name, tuple(to[leg] for leg in self.stored), legs)
-
-
-@dataclass
 class Store:
-    """The steps so far, the shape of every value, and what has already been built."""
+    """The values so far, and what has already been built. A fork sees its parent and changes nothing there."""
 
-    rates: Rates
-    batch: int
-    itemsize: int
-    steps: list[Step] = field(default_factory=list)
-    shapes: dict[str, tuple[Size, ...]] = field(default_factory=dict)
-    strided: set[str] = field(default_factory=set)  # values whose memory is not row-major: merging legs copies
-    views: dict[str, Ref] = field(default_factory=dict)  # permuted views: the value that they are views of
-    near: dict[str, dict[int, int]] = field(default_factory=dict)  # strided values: axis -> stride, of short strides
-    expanded: dict[str, Ref] = field(default_factory=dict)  # constant along some legs: the value without them
-    sums: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)  # a summand in the same order, one with fewer legs
-    by_code: dict[str, str] = field(default_factory=dict)
-    alias: dict[str, str] = field(default_factory=dict)
-    built: dict[Key, Ref] = field(default_factory=dict)
-    definitions: dict[str, Diagram] = field(default_factory=dict)  # values that are built when first read
-    suppliers: dict[str, Callable[[Store], None]] = field(default_factory=dict)  # the same, for native code
-    works: dict[str, tuple[Kernel, Work]] = field(default_factory=dict)  # of the calls of the forward, for their VJPs
-    functions: dict[str, str] = field(default_factory=dict)  # slices: name -> source
-    floating: set[str] = field(default_factory=set)  # values of the one floating dtype; empty where there are several
-    whole: set[str] = field(default_factory=set)  # values that are all of a step's own memory, or views of all of it
-    rounds: int = 1  # of the loop over columns whose steps are being entered
-    varying: set[str] = field(default_factory=set)  # what is another value in each of them
-    note: str = ""
-    prefix: str = "t"
-    alone: bool = False  # there is one sample
+    def __init__(
+        self, rates: Rates, batch: int, itemsize: int, alone: bool = False, parent: Store | None = None
+    ) -> None:
+        self.rates, self.batch, self.itemsize = rates, batch, itemsize
+        self.alone = alone  # there is one sample
+        self.parent = parent
+        self.note: str = parent.note if parent else ""
+        self.rounds: int = parent.rounds if parent else 1  # of the loop over columns whose values are being entered
+        self.steps: list[Value] = []
+        self._by_expr: dict[Any, Value] = {}
+        self._named: dict[str, Value] = {}
+        self._built: dict[Key, Ref] = {}
+        self._varying: set[Value] = set()  # what is another value in each round
+        self.suppliers: dict[str, Callable[[Store], None]] = parent.suppliers if parent else {}  # built when first read
+        self.works: dict[str, tuple[Kernel, Work]] = parent.works if parent else {}  # of the calls of the forward
+        self.bodies: dict[Any, Body] = parent.bodies if parent else {}  # functions that several values call
+        self._count: Iterator[int] = parent._count if parent else iter(range(2**62))
+        self.one_dtype: bool = parent.one_dtype if parent else False  # all floating values of the graph have one dtype
+        self.like: Value = parent.like if parent else NOTHING
+
+    @property
+    def _layers(self) -> Iterator[Store]:
+        layer: Store | None = self
+        while layer is not None:
+            yield layer
+            layer = layer.parent
 
     def fork(self) -> Store:
-        """An independent copy, to try a plan on."""
-        return replace(
-            self,
-            steps=list(self.steps),
-            shapes=dict(self.shapes),
-            strided=set(self.strided),
-            views=dict(self.views),
-            near=dict(self.near),
-            expanded=dict(self.expanded),
-            sums=dict(self.sums),
-            by_code=dict(self.by_code),
-            alias=dict(self.alias),
-            built=dict(self.built),
-            functions=dict(self.functions),
-            floating=set(self.floating),
-            whole=set(self.whole),
-            varying=set(self.varying),
-        )
+        """A layer to try a plan on."""
+        return Store(self.rates, self.batch, self.itemsize, self.alone, self)
 
-    def adopt(self, other: Store) -> None:
+    def adopt(self, trial: Store) -> None:
         """Take over what a fork has built."""
-        known = ("by_code", "alias", "built", "functions", "floating", "whole", "varying")
-        for name in ("steps", "shapes", "strided", "views", "near", "expanded", "sums", *known):
-            setattr(self, name, getattr(other, name))
+        self.steps += trial.steps
+        self._by_expr |= trial._by_expr
+        self._named |= trial._named
+        self._built |= trial._built
+        self._varying |= trial._varying
+
+    def given(self, name: str, shape: tuple[Size, ...], floating: bool = False, strided: bool = False) -> Value:
+        """A value from outside, or the variable of a loop or a function."""
+        value = Value(name, None, shape, hint=hint_of(name), floating=floating, strided=strided)
+        self._named[name] = value
+        return value
+
+    def name(self, name: str, value: Value) -> None:
+        """Let diagrams call a value so."""
+        self._named[name] = value
+
+    def __contains__(self, name: str) -> bool:
+        return any(name in layer._named for layer in self._layers)
+
+    def find(self, name: str) -> Value:
+        """The value that diagrams call so, built now if nothing has read it yet."""
+        for layer in self._layers:
+            if name in layer._named:
+                return layer._named[name]
+        if name not in self.suppliers:
+            raise InvariantError(f"no value is called {name!r}")
+        self.suppliers[name](self)
+        return self.find(name)
+
+    @property
+    def names(self) -> dict[str, Value]:
+        """Every value that diagrams call by a name."""
+        found: dict[str, Value] = {}
+        for layer in self._layers:
+            found = layer._named | found
+        return found
+
+    def key_of(self, value: Value) -> str:
+        """How diagrams call a value."""
+        if value.key not in self:
+            self._named[value.key] = value
+        return value.key
+
+    def known(self, expr: Expr) -> Value | None:
+        """The value of an expression that was entered before."""
+        for layer in self._layers:
+            if expr in layer._by_expr:
+                return layer._by_expr[expr]
+        return None
+
+    def built(self, key: Key) -> Ref | None:
+        """What a diagram, or whatever else has this key, was built as."""
+        for layer in self._layers:
+            if key in layer._built:
+                return layer._built[key]
+        return None
+
+    def keep(self, key: Key, ref: Ref) -> None:
+        """Build it once."""
+        self._built[key] = ref
+
+    def varies(self, value: Value) -> bool:
+        """Whether it is another value in each round of a loop."""
+        return any(value in layer._varying for layer in self._layers)
 
     def add(
         self,
-        code: str,
+        expr: Expr,
         shape: tuple[Size, ...],
         kernel: Kernel,
         work: Work = NO_WORK,
-        name: str | None = None,
-        strided: bool = False,
+        *,
+        hint: str = "",
         alone: bool = False,
-        own: bool = False,
-        into: tuple[tuple[str, str], ...] = (),
-        linear: str = "",
-    ) -> str:
-        """Enter a step, unless the same code was entered before (`alone`: even then); returns the value's name."""
-        if code in self.by_code and not alone:
-            known = self.by_code[code]
-            if name is not None and name != known:
-                self.alias[name] = known
+        own: bool | None = None,
+        floating: bool = False,
+        **facts: Any,
+    ) -> Value:
+        """Enter a value, unless the same was entered before (`alone`: even then).
+
+        own       whether it is in memory of its own, where its expression does not say it
+        floating  it has the one floating dtype, whatever it is made from
+        """
+        if isinstance(expr, Value):
+            return expr
+        known = None if alone else self.known(expr)
+        if known is not None:
             return known
-        name = name or f"{self.prefix}{len(self.steps)}"
-        if name in self.shapes:
-            raise InvariantError(f"value {name} is computed twice: {code}")
-        inputs = self.names_in(code)
-        floating = any(read in self.floating for read in inputs)
-        own = own and floating
-        into = tuple((operand, other) for operand, other in into if own and operand in self.whole)
-        self.steps.append(Step(name, code, inputs, kernel, work, self.note, own, into, linear))
-        if not self.varying.isdisjoint(inputs):
-            self.varying.add(name)
-        if own or (floating and kernel in (Kernel.VIEW, Kernel.COPY)):
-            self.floating.add(name)
-        if own or (kernel is Kernel.VIEW and self._sees_all(code, inputs, shape)):
-            self.whole.add(name)
-        self.shapes[name] = shape
-        self.by_code[code] = name
-        if strided:
-            self.strided.add(name)
-        return name
-
-    def _sees_all(self, code: str, inputs: tuple[str, ...], shape: tuple[Size, ...]) -> bool:
-        """Whether a view has each element of a value once, that is all of a step's own memory."""
-        if len(inputs) != 1 or inputs[0] not in self.whole or not is_rearranged(code, inputs[0]):
-            return False
-        return bool(sympy.Mul(*self.shapes[inputs[0]]) == sympy.Mul(*shape))
-
-    def names_in(self, code: str) -> tuple[str, ...]:
-        """The values that a piece of code reads, each once."""
-        return tuple(dict.fromkeys(name for name in _NAMES.findall(code) if name in self.shapes))
-
-    def resolve(self, name: str) -> str:
-        """The value behind an alias."""
-        while name in self.alias:
-            name = self.alias[name]
-        return name
+        inputs = reads(expr)
+        known_floating, floating = floating, any(value.floating for value in inputs)
+        own = floating and (makes_memory(expr) if own is None else own)
+        base = base_of(expr) if kernel is Kernel.VIEW else None
+        whole = own or (base is not None and base.whole and sympy.Mul(*base.shape) == sympy.Mul(*shape))
+        floating = known_floating or own or (floating and kernel in (Kernel.VIEW, Kernel.COPY))
+        value = Value(
+            f"%{next(self._count)}", expr, shape, kernel, work, self.note, hint, own, floating, whole,
+            inputs=inputs, **facts,
+        )  # fmt: skip
+        self.steps.append(value)
+        self._by_expr[expr] = value
+        if any(self.varies(each) for each in inputs):
+            self._varying.add(value)
+        return value
 
     def real(self, legs: tuple[Leg, ...]) -> list[Leg]:
         """The legs that are more than one element."""
         return [leg for leg in legs if leg.size != 1 and not (self.alone and leg.size == N)]
 
-    def in_rounds(self, rounds: int, rows: Iterable[str] = ()) -> None:
-        """From here on there are so many rounds, with other values of these names, and of what reads them, in each."""
-        self.rounds, self.varying = rounds, set(rows)
-        for step in self.steps:
-            if not self.varying.isdisjoint(step.inputs):
-                self.varying.add(step.name)
+    def in_rounds(self, rounds: int, rows: Iterable[Value] = ()) -> None:
+        """From here on there are so many rounds, with other values of these, and of what reads them, in each."""
+        self.rounds, self._varying = rounds, set(rows)
+        for value in self.steps:
+            if any(each in self._varying for each in value.inputs):
+                self._varying.add(value)
 
-    def seconds(self, start: int = 0) -> float:
-        """Predicted seconds of the steps from `start` on, each as often as it runs."""
-        return sum(self.seconds_of(s) * (self.rounds if s.name in self.varying else 1) for s in self.steps[start:])
+    @property
+    def varying(self) -> set[Value]:
+        """All that varies."""
+        return set().union(*(layer._varying for layer in self._layers))
 
-    def seconds_of(self, step: Step) -> float:
-        """Predicted seconds of a step that runs once."""
-        return self.rates.seconds(step.kernel, step.work, self.batch, self.itemsize)
+    @property
+    def seconds(self) -> float:
+        """Predicted seconds of the values of this layer, each as often as it is computed."""
+        return sum(self.seconds_of(each) * (self.rounds if self.varies(each) else 1) for each in self.steps)
 
-    def cheapest(self, plans: Iterable[Callable[[Store], Ref]], saved: Saved = lambda store, start, ref: 0.0) -> Ref:
+    def seconds_of(self, value: Value) -> float:
+        """Predicted seconds of a value that is computed once."""
+        return self.rates.seconds(value.kernel, value.work, self.batch, self.itemsize)
+
+    def cheapest(self, plans: Iterable[Callable[[Store], Ref]], saved: Saved = lambda trial, ref: 0.0) -> Ref:
         """Try each plan on a fork and adopt the one that is predicted fastest; the first wins a tie."""
         return self.cheapest_of([(plan, None) for plan in plans], saved)[0]
 
     def cheapest_of(self, plans: Iterable[tuple[Callable[[Store], Ref], T]], saved: Saved) -> tuple[Ref, T]:
         """The same for plans that carry something, which comes back with the value."""
         best: tuple[float, Store, Ref, T] | None = None
-        start = len(self.steps)
         for plan, carried in plans:
             trial = self.fork()
             ref = plan(trial)
-            seconds = trial.seconds(start) - saved(trial, start, ref)
+            seconds = trial.seconds - saved(trial, ref)
             if best is None or seconds < best[0]:
                 best = (seconds, trial, ref, carried)
         if best is None:
             raise InvariantError("no plan to choose from")
         self.adopt(best[1])
         return best[2], best[3]
+
+

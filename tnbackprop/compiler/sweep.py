@@ -134,7 +134,7 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
     # What does not depend on the columns, as an activation's derivative does not, is computed once for all of them.
     native -= {name for name in native if sweep.several and elementwise(rule.equations[-1], name)}
     for name in sorted(native):
-        cotangent = f"{sweep.prefix}_{call.output.name}"
+        cotangent = f"{sweep.prefix}:{call.output.name}"
         pulled = Native(rule.vjp[name], cotangent, call.output.name, _formula(sweep, rule, name, cotangent))
         sweep.terms.setdefault(name, []).append(pulled)
     if native:
@@ -153,9 +153,9 @@ def _pull_individually(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> 
         schedule(sweep, output.name)
     elif not any(isinstance(item, Backward) and item.value == output.name for item in sweep.schedule):
         uses, g = all_uses(sweep, output.name)
-        sweep.schedule.append(Backward(f"{sweep.prefix}_{output.name}", output.name, (uses.T @ g,), call.where))
-    own = f"{sweep.prefix}_{name}_{output.name}"
-    sweep.schedule.append(Individual(own, name, Native(rule.vjp[name], f"{sweep.prefix}_{output.name}", output.name)))
+        sweep.schedule.append(Backward(f"{sweep.prefix}:{output.name}", output.name, (uses.T @ g,), call.where))
+    own = f"{sweep.prefix}::{name}:{output.name}"
+    sweep.schedule.append(Individual(own, name, Native(rule.vjp[name], f"{sweep.prefix}:{output.name}", output.name)))
     sizes = [size for size in sweep.graph.values[name].shape if size != 1]
     out = tuple(Leg(f"a{k}", size) for k, size in enumerate(sizes))
     sweep.uses.setdefault(name, []).append((identity(out), tensor(own, (*sweep.lead, BATCH, *out))))
@@ -216,7 +216,7 @@ def add(sweep: Sweep, value: str, term: Diagram, sampled: bool) -> None:
     if sampled:
         sweep.terms.setdefault(value, []).append(term)
         return
-    name = f"{sweep.prefix}_{value}_{len(sweep.schedule)}"
+    name = f"{sweep.prefix}::{value}:{len(sweep.schedule)}"
     sweep.schedule.append(Backward(name, value, (term,), "of its own"))
     own = tuple(leg for leg in term.legs if leg not in sweep.lead and leg != BATCH)
     sweep.uses.setdefault(value, []).append((identity(own), tensor(name, term.legs)))
@@ -251,7 +251,7 @@ def _cotangent(sweep: Sweep, name: str, legs: tuple[Leg, ...]) -> Diagram:
     """What is propagated to `name`: a named tensor, or the constant of a scalar of the loss."""
     if sweep.samples[name]:
         schedule(sweep, name)
-        return tensor(f"{sweep.prefix}_{name}", (*sweep.lead, *legs))
+        return tensor(f"{sweep.prefix}:{name}", (*sweep.lead, *legs))
     total = Diagram(legs, ())
     for term in sweep.terms[name]:
         if isinstance(term, Native) or any(_varies(sweep, leaf) for leaf in leaves(term)):
@@ -295,7 +295,7 @@ def schedule(sweep: Sweep, name: str) -> None:
         where = call.where if call else ""
         terms = tuple(sweep.terms[name])
         before = gathered(terms[0], _terms(sweep)) if sweep.several and len(terms) == 1 else None
-        sweep.schedule.append(Backward(f"{sweep.prefix}_{name}", name, terms, where, before))
+        sweep.schedule.append(Backward(f"{sweep.prefix}:{name}", name, terms, where, before))
 
 
 def all_uses(sweep: Sweep, name: str) -> tuple[Uses, Cotangents]:
@@ -348,7 +348,7 @@ def _extract(sweep: Sweep, parameters: list[str]) -> None:
 
 def _terms(sweep: Sweep) -> dict[str, list[Diagram | Native]]:
     """What the cotangents so far are sums of, by their names."""
-    return {f"{sweep.prefix}_{value}": each for value, each in sweep.terms.items()}
+    return {f"{sweep.prefix}:{value}": each for value, each in sweep.terms.items()}
 
 
 def _condensed(sweep: Sweep, found: Extraction, uses: Uses, g: Cotangents) -> dict[str, Diagram]:

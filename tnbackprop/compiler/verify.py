@@ -15,10 +15,10 @@ import torch
 from ..bind import BoundRule
 from ..diagram import BATCH, Diagram, N, V, is_head
 from ..errors import InvariantError
-from .derived import HESSIAN_WEIGHTS, Backward, Derived, Extraction, Individual, Native, Schedule
+from .derived import Backward, Derived, Extraction, Individual, Native, Schedule
 from .graph import Call, Graph, is_batch
-from .layer import HANDED
 from .plan import Plan, names_in
+from .program.expr import Call as Call_
 from .stage import Stage
 from .verify_source import SOURCE, SourceCheck
 from .wellformed import Count, count, count_legs, flaws, flaws_of_jacobian, shown
@@ -275,54 +275,51 @@ def _result_legs(derived: Derived, context: Context) -> Flaws:
 
 
 def _steps_in_order(plan: Plan, context: Context) -> Flaws:
-    defined = {*_read(_graph(context)), "like", *(n for n in plan.shapes if n.startswith("noise_"))}
-    defined |= {name for loop in plan.loops for name in (*loop.rows, *(total for _, total in loop.outputs))}
-    defined |= {*HANDED.values(), HESSIAN_WEIGHTS} if _graph(context).cotangent else set()
+    defined = {*plan.given.values(), plan.like}
+    defined |= {value for loop in plan.loops for value in (*loop.rows, *(total for _, total in loop.outputs))}
     for step, _ in plan.timed:
-        for name in step.inputs:
-            if name not in defined:
-                yield step.name, f"it reads {name!r}, which is not computed yet: {step.code}"
-        if step.name in defined:
-            yield step.name, f"it is computed twice: {step.code}"
-        defined.add(step.name)
+        for value in step.inputs:
+            if value not in defined:
+                yield str(step), f"it reads {value}, which is not computed yet: {step.expr}"
+        if step in defined:
+            yield str(step), f"it is computed twice: {step.expr}"
+        defined.add(step)
 
 
 def _all_planned(plan: Plan, context: Context) -> Flaws:
-    graph, defined = _graph(context), {*_read(_graph(context)), *(step.name for step, _ in plan.timed)}
+    graph, defined = _graph(context), {*plan.given.values(), *(step for step, _ in plan.timed)}
     defined |= {total for loop in plan.loops for _, total in loop.outputs}
     parameters = [names[0] for name, names in graph.parameters.items() if graph.values[name].differentiable]
     for quantity in context.quantities:
         for dotted in parameters:
-            codes = [by.get(dotted) for key, by in plan.results.items() if key.split("#")[0] == quantity]
-            if not any(codes) or any(code is not None and code not in defined for code in codes):
-                yield f"{quantity} of {dotted}", f"its value {codes} is not computed"
-    for name in (*plan.output.values(), *([plan.loss] if plan.loss else [])):
-        if name not in defined:
-            yield name, "it is returned, but not computed"
+            found = [by.get(dotted) for key, by in plan.results.items() if key.split("#")[0] == quantity]
+            if not any(found) or any(value is not None and value not in defined for value in found):
+                yield f"{quantity} of {dotted}", f"its value {found} is not computed"
+    for value in (*plan.output.values(), *([plan.loss] if plan.loss else [])):
+        if value not in defined:
+            yield str(value), "it is returned, but not computed"
 
 
 def _shapes_known(plan: Plan, context: Context) -> Flaws:
     for step, _ in plan.timed:
-        if step.name not in plan.shapes:
-            yield step.name, f"its shape is not known: {step.code}"
-        for size in plan.shapes.get(step.name, ()):
+        for size in step.shape:
             if not isinstance(size, int) and not size.free_symbols <= {N, V}:
-                yield step.name, f"size {size} is neither a number nor a multiple of N or V"
+                yield str(step), f"size {size} is neither a number nor a multiple of N or V"
 
 
 def _einsum_stays_inside(plan: Plan, context: Context) -> Flaws:
     """An einsum string is an op of the model or nothing."""
-    own = {call.output.name for call in _graph(context).calls}
+    own = set(plan.forward.values())
     for step, _ in plan.timed:
-        if ".einsum" in step.code and step.name not in own:
-            yield step.name, f"a contraction was left to einsum: {step.code}"
+        if isinstance(step.expr, Call_) and step.expr.fn.name.endswith("einsum") and step not in own:
+            yield str(step), f"a contraction was left to einsum: {step.expr}"
 
 
 def _work_counted(plan: Plan, context: Context) -> Flaws:
     for step, _ in plan.timed:
         for coefficient, legs in (*step.work.flops, *step.work.moved, *step.work.fresh):
             if coefficient < 0 or not all(isinstance(leg.size, int) or leg.size.free_symbols <= {N, V} for leg in legs):
-                yield step.name, f"its work {coefficient}·{legs} is no polynomial in leg sizes"
+                yield str(step), f"its work {coefficient}·{legs} is no polynomial in leg sizes"
 
 
 def _of_source(row: SourceCheck) -> Check:

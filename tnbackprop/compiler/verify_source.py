@@ -7,11 +7,11 @@ import builtins
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
-from .by_rows import BY_ROWS
-from .fallback import ONE_BY_ONE
-from .receptive import RECEPTIVE
-from .samples import ADDED
-from .shifts import WINDOW_GRAM
+from .by_rows import PRODUCTS, SHIFTED_SQUARES
+from .emit import ADDED
+from .program.functions import LOOP
+from .receptive import OF_KERNELS, OF_ROWS, OF_VJP, OF_WIDE_VJP
+from .shifts import GRAM
 
 Flaws = Iterator[tuple[str, str]]
 SourceCheck = Callable[[str, frozenset[str]], Flaws]
@@ -27,7 +27,8 @@ LOSS = "loss_"
 SLICE, COLUMN, NOISE = "slice_", "column_", "noise_"
 """How names begin: functions of a slice of the batch, columns of a root, random inputs."""
 
-FIXED = frozenset({WINDOW_GRAM, *BY_ROWS.values(), *RECEPTIVE, ADDED, ONE_BY_ONE})
+HELPERS = (LOOP, PRODUCTS, SHIFTED_SQUARES, GRAM, OF_KERNELS, OF_ROWS, OF_VJP, OF_WIDE_VJP)
+FIXED = frozenset({ADDED, *(fn.source for fn in HELPERS)})
 """Functions of constant text, with loops over sizes: their own tests check them, here only what calls them is read."""
 
 
@@ -132,7 +133,7 @@ def _reads_known(source: str, tensors: frozenset[str]) -> Flaws:
             for node in nodes:
                 if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "tensors":
                     key = node.slice.value if isinstance(node.slice, ast.Constant) else None
-                    if key not in tensors and not str(key).startswith(NOISE):
+                    if key not in tensors and not str(key).startswith("noise:"):
                         yield f"line {statement.lineno}", f"no such tensor: {ast.unparse(node)}"
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from ..diagram import Leg, Product, Tensor, Window
-from .arrange import arranged, copy_work, sizes_of
+from .arrange import copy_work, in_order, sizes_of
 from .contract import read
 from .cost import Kernel
-from .store import Ref, Store
+from .program import functions as f
+from .program.expr import Call, Expr, Ref, Slice, Word
+from .store import Store
 
 Legs = tuple[Leg, ...]
 
@@ -39,8 +41,8 @@ def reach(window: Window) -> tuple[int, int, int]:
     return max(0, -window.offset), max(0, window.offset), length
 
 
-def padded(store: Store, ref: Ref, windows: list[Window]) -> str:
-    """Code that pads and narrows every window's image to just what the pattern covers."""
+def padded(store: Store, ref: Ref, windows: list[Window]) -> Expr:
+    """The value, with every window's image padded and narrowed to just what the pattern covers."""
     axes = list(ref.order)
     pads = [(0, 0)] * len(axes)
     cuts: list[tuple[int, int, int]] = []
@@ -51,38 +53,42 @@ def padded(store: Store, ref: Ref, windows: list[Window]) -> str:
         pads[axis] = (left, right)
         if size + left + right != length:
             cuts.append((axis, first, length))
-    code = arranged(store, ref, tuple((leg,) for leg in ref.order))
+    expr = in_order(store, ref)
     if any(p != (0, 0) for p in pads):
         sizes = zip(sizes_of(ref.order), pads, strict=True)
         shape = tuple(s if isinstance(s, int) and p == (0, 0) else s + sum(p) for s, p in sizes)
         first_axis = next(k for k, p in enumerate(pads) if p != (0, 0))
-        amounts = ", ".join(f"{a}, {b}" for a, b in reversed(pads[first_axis:]))
+        amounts = tuple(amount for pad in reversed(pads[first_axis:]) for amount in pad)
         legs = tuple(Leg(leg.name, s) for leg, s in zip(ref.order, shape, strict=True))
-        code = store.add(f"torch.nn.functional.pad({code}, ({amounts}))", shape, Kernel.COPY, copy_work(legs))
+        expr = store.add(Call(f.PAD, (expr, amounts)), shape, Kernel.COPY, copy_work(legs))
     for axis, first, length in cuts:
-        code += f".narrow({axis}, {first}, {length})"
-    return code
+        expr = Call(f.NARROW, (expr, axis, first, length))
+    return expr
 
 
 def _view(store: Store, tensor: Tensor, windows: list[Window]) -> Tensor:
     ref = read(store, tensor)
-    code = padded(store, ref, windows)
+    expr = padded(store, ref, windows)
     legs = list(ref.order)
     for window in windows:
         axis = legs.index(window.image)
         match window.terms:
             case ():
-                code += f".select({axis}, 0)"
+                expr = Call(f.SELECT, (expr, axis, 0))
                 legs.pop(axis)
             case ((step, leg),):
-                code += f"[{':, ' * axis}::{step}]" if step != 1 else ""
+                every = (*(Slice() for _ in range(axis)), Slice(step=step))
+                expr = Call(f.ITEM, (expr, every)) if step != 1 else expr
                 legs[axis] = leg
             case ((step, leg), (gap, inner)):
-                code += f".unfold({axis}, {gap * (int(inner.size) - 1) + 1}, {step})"
-                code += f"[..., ::{gap}]" if gap != 1 else ""
+                expr = Call(f.UNFOLD, (expr, axis, gap * (int(inner.size) - 1) + 1, step))
+                expr = Call(f.ITEM, (expr, (ELLIPSIS, Slice(step=gap)))) if gap != 1 else expr
                 legs[axis] = leg
                 legs.append(inner)
-    name = store.add(code, sizes_of(tuple(legs)), Kernel.VIEW, strided=True)
     last = [term for window in windows if window.image == ref.order[-1] for term in window.terms]
-    store.near[name] = {legs.index(leg): step for step, leg in last}
-    return Tensor(name, tuple(legs))
+    near = {legs.index(leg): step for step, leg in last}
+    value = store.add(expr, sizes_of(tuple(legs)), Kernel.VIEW, strided=True, near=near)
+    return Tensor(store.key_of(value), tuple(legs))
+
+
+ELLIPSIS = Word("...", ...)

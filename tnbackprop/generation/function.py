@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from enum import Enum
+from types import MappingProxyType
 
 import sympy
 import torch
 
+from ..bind import COTANGENT as PULLED
 from ..compiler.derived import Backward, Derived, Extraction, Native
+from ..compiler.emit import written
 from ..compiler.explain_text import diagram_text
 from ..compiler.graph import Graph
 from ..compiler.layer import COTANGENT, HANDED
-from ..compiler.listing import functional, lines_of
+from ..compiler.naming import TAKEN, Scope
 from ..compiler.plan import Plan
 from ..compiler.polynomials import Symbols
-from ..diagram import Diagram, Size, Tensor, leaves
+from ..compiler.printer import Printer
+from ..compiler.program.expr import Body, Expr, Value, helpers, reads, sizes_in
+from ..compiler.program.lines import lines_of
+from ..diagram import Diagram, N, Size, Tensor, V, hint_of, leaves
 from ..errors import UnsupportedError
 from ..quantities import Quantity
 from .names import Names
 from .straight import bound
 from .text import definition, docstring, statement
 
+Tree = Expr | tuple[Expr, ...] | Mapping[str, Mapping[str, Expr | tuple[Expr, ...]]]
+"""What a function returns: an expression, or a tuple or dictionaries of them."""
 LARGEST = 4096
 """Elements of a constant that may stand in a file."""
 
 
 @dataclass(frozen=True)
 class Function:
-    """A function of a generated file; `returns` is code, `doc` its lines."""
+    """A function of a generated file; `returns` is code, `doc` its lines, `helpers` the sources of what it calls."""
 
     name: str
     arguments: tuple[str, ...]
     body: tuple[str, ...]
     returns: str
     doc: tuple[str, ...] = field(default=())
+    helpers: tuple[str, ...] = field(default=())
 
     @property
     def lines(self) -> list[str]:
@@ -60,48 +69,54 @@ class Inputs:
 
 
 def function(
-    name: str, plan: Plan, returned: Sequence[str], returns: str, inputs: Inputs, doc: Iterable[str] = ()
+    name: str,
+    plan: Plan,
+    returns: Tree,
+    inputs: Inputs,
+    doc: Iterable[str] = (),
+    more: Mapping[str, Value] = MappingProxyType({}),
+    functions: Mapping[Body, str] = MappingProxyType({}),
 ) -> Function:
-    """The steps of a plan as a function that returns code in the values `returned`."""
-    shown = inputs.names.code
-    steps = tuple(replace(s, code=shown(s.code), inputs=tuple(map(shown, s.inputs))) for s in plan.steps)
-    lines = lines_of(functional(steps), {shown(value) for value in returned})
-    codes = [*(step.code for step in plan.steps), returns]
-    every = " ".join(codes)
-    read = {value for step in plan.steps for value in step.inputs} | set(returned)
-    arguments = [value for value in inputs.shapes if value in read]
-    constants = [value for value in inputs.constants if value in read]
-    head: list[str] = []
-    needs_like = "like" in read or bool(constants)
+    """The steps of a plan as a function that returns an expression of their values (a tree of them).
+
+    more       values that are arguments, too, by their name among the inputs
+    functions  those beside it in the file
+    """
+    known = {value: plan.given[value] for value in (*inputs.shapes, *inputs.constants) if value in plan.given}
+    known |= more
+    read = {value for step in plan.steps for value in step.inputs} | set(reads(returns))
+    arguments = [value for value in inputs.shapes if value in known and known[value] in read]
+    constants = [value for value in inputs.constants if known[value] in read]
+    needs_like = plan.like in read or bool(constants)
     floating = [value for value in inputs.floating if value in arguments]
     if needs_like and not floating:
         arguments = [value for value in inputs.shapes if value in arguments or value == inputs.floating[0]]
         floating = [inputs.floating[0]]
-    for size in ("N", "V"):
-        if uses(every, size):
+    shown = inputs.names.shown
+    head: list[str] = []
+    sizes = set().union(*(sizes_in(step.expr) for step in plan.steps), sizes_in(returns))
+    for size in (N, V):
+        if size in sizes:
             found = _axis_of(arguments, inputs, size) or _axis_of(inputs.shapes, inputs, size)
             if found is None:
                 raise UnsupportedError(f"{name}: nothing that it may read has an axis of size {size}")
             arguments = [value for value in inputs.shapes if value in arguments or value == found[0]]
             head.append(f"    {size} = {shown(found[0])}.shape[{found[1]}]")
     head += [f"    like = {shown(floating[0])}"] if needs_like else []
-    head += [f"    {value} = {literal(value, inputs.constants[value])}" for value in constants]
-    return Function(name, tuple(shown(a) for a in arguments), (*head, *lines), shown(returns), tuple(doc))
+    head += [f"    {hint_of(value)} = {literal(value, inputs.constants[value])}" for value in constants]
+    fixed = {known[value]: shown(value) for value in (*arguments, *constants)} | {plan.like: "like"}
+    every = {shown(value) for value in inputs.shapes} | set(fixed.values())
+    printer = Printer(Scope(TAKEN | every, names=fixed), functions)
+    lines = written(lines_of(plan.steps, functional=True), set(reads(returns)), printer)
+    sources = dict.fromkeys(fn.source for step in plan.steps for fn in helpers(step.expr))
+    own = tuple(shown(value) for value in arguments)
+    return Function(name, own, (*head, *lines), printer.text(returns), tuple(doc), tuple(sources))
 
 
-def uses(code: str, name: str) -> bool:
-    """Whether code reads a name."""
-    return any(f"{name}" == word for word in _words(code))
-
-
-def _words(code: str) -> list[str]:
-    return "".join(char if char.isalnum() or char in "_." else " " for char in code).split()
-
-
-def _axis_of(values: Iterable[str], inputs: Inputs, size: str) -> tuple[str, int] | None:
+def _axis_of(values: Iterable[str], inputs: Inputs, size: sympy.Symbol) -> tuple[str, int] | None:
     for value in values:
         for axis, own in enumerate(inputs.shapes[value]):
-            if str(own) == size:
+            if own == size:
                 return value, axis
     return None
 
@@ -146,8 +161,8 @@ def formulas(derived: Derived, diagrams: Sequence[tuple[str, Diagram]], last: st
 def _term_text(name: str, term: Diagram | Native) -> str:
     if isinstance(term, Diagram):
         return diagram_text(name, term, {})
-    code = term.code.replace("{cotangent}", term.cotangent).replace("{", "").replace("}", "")
-    return f"{name} = {code}"
+    code = term.code.filled(lambda hole: hint_of(term.cotangent if hole == PULLED else hole))
+    return f"{hint_of(name)} = {code}"
 
 
 def _is_input(term: Diagram | Native) -> bool:

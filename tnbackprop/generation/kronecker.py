@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from math import prod
 
 from ..approximate import Factors
-from ..compiler.arrange import text
+from ..compiler.arrange import reshaped
 from ..compiler.derived import Extraction, joined_with
 from ..compiler.explain_text import legs_text
 from ..compiler.graph import Graph
-from ..diagram import BATCH, COLUMN, Leg, Size, Tensor, leaves, summed_legs
+from ..compiler.program import functions as f
+from ..compiler.program.expr import Call, Expr, Value
+from ..compiler.program.functions import helper
+from ..diagram import BATCH, COLUMN, Leg, Tensor, leaves, summed_legs
 
 Key = tuple[str, str]
 
@@ -88,21 +91,19 @@ def absorbed(blocks: Mapping[Key, Block]) -> set[Key]:
     return {(quantity, block.bias) for (quantity, _), block in blocks.items() if block.bias}
 
 
-def factors_code(block: Block, quantity: str, codes: Mapping[str, str], shapes: Mapping[str, tuple[Size, ...]]) -> str:
-    """(factor, …): [d, d], or [d] of a diagonal one, with blocks in front; `codes` of them and their means."""
-    shown = []
+def factors_of(block: Block, quantity: str, values: Mapping[str, Value]) -> tuple[Expr, ...]:
+    """(factor, …): [d, d], or [d] of a diagonal one, with blocks in front; `values` of them and their means."""
+    shown: list[Expr] = []
     for k, wanted in enumerate(block.factors.shapes):
-        code = codes[f"{quantity}#{k}"]
-        own = shapes[code]
-        if prod(int(size) for size in own) != prod(wanted):
-            shown.append(f"{code}.expand({text(wanted)})")
+        value = values[f"{quantity}#{k}"]
+        if prod(int(size) for size in value.shape) != prod(wanted):
+            shown.append(Call(f.EXPAND, (value, *wanted)))
         else:
-            shown.append(code if tuple(own) == wanted else f"{code}.reshape({text(wanted)})")
+            shown.append(reshaped(value, value.shape, tuple(wanted)))
     if block.bias:
         A = block.input
-        with_one = f"with_one({shown[A]}, {codes[f'{quantity}#mean{A}']})"
-        shown = [shown[1 - A], with_one]
-    return f"({', '.join(shown)}{',' if len(shown) == 1 else ''})"
+        shown = [shown[1 - A], Call(WITH_ONE, (shown[A], values[f"{quantity}#mean{A}"]))]
+    return tuple(shown)
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,11 @@ def _rows(op: Tensor, output: tuple[Leg, ...]) -> list[tuple[Leg, ...]]:
     return [(BATCH, *legs[:half]), (BATCH, *legs[half:])] if half == len(output) - 1 else []
 
 
-WITH_ONE = '''
+WITH_ONE_TEXT = '''
 def with_one(A, mean):
     """The factor of an input that ends in a 1, which stands for the bias."""
     column = mean.reshape(-1, 1)
     last = torch.cat([column.T, torch.ones_like(column[:1])], 1)
     return torch.cat([torch.cat([A, column], 1), last])
 '''
+WITH_ONE = helper("with_one", WITH_ONE_TEXT)

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..compiler import part
-from ..compiler.arrange import text
+from ..compiler.arrange import reshaped
 from ..compiler.layer import COTANGENT
-from ..compiler.listing import alive
+from ..compiler.program.expr import Expr
+from ..compiler.program.lines import alive
 from ..version import __version__
 from .checking import Checks, Key, Recorded, check_lines, lines_of_text, note, with_records
 from .function import Function, asked, flops_of_many, function
-from .kronecker import WITH_ONE, factors_code
+from .kronecker import WITH_ONE_TEXT, factors_of
 from .layer_checking import arguments, layer_checks
 from .layer_functions import PULLED, Prepared, extracted, forward, pull_backs, pulled_shape
 from .text import data, definition, docstring, quoted, sizes, statement
@@ -56,8 +57,10 @@ def _torch_source(file: LayerFile, title: str, checks: Checks, recorded: Recorde
 
 def functions(file: LayerFile) -> list[str]:
     """The source of every function, and of what they call."""
-    joined = lines_of_text(WITH_ONE) if any(block.bias for block in file.prepared.blocks.values()) else []
-    return [*joined, *(row for each in file.all for row in ("", "", *each.lines))]
+    joined = lines_of_text(WITH_ONE_TEXT) if any(block.bias for block in file.prepared.blocks.values()) else []
+    sources = dict.fromkeys(source for each in file.all for source in each.helpers if source != WITH_ONE_TEXT)
+    own = [row for source in sources for row in ("", "", *source.split("\n"))]
+    return [*joined, *own, *(row for each in file.all for row in ("", "", *each.lines))]
 
 
 def checks_of(file: LayerFile, *more: tuple[str, str]) -> Checks:
@@ -130,34 +133,30 @@ def _together(file: LayerFile) -> list[str]:
     prepared = file.prepared
     layer = prepared.layer
     plan = part(layer, list(file.functions), [name for _, name, _ in layer.pulled_back])
-    returned: dict[str, dict[str, str]] = {}
+    returned: dict[str, dict[str, Expr | tuple[Expr, ...]]] = {}
     for quantity, dotted in file.functions:
-        codes = {key: by[dotted] for key, by in plan.results.items() if dotted in by}
+        values = {key: by[dotted] for key, by in plan.results.items() if dotted in by}
         block = prepared.blocks.get((quantity, dotted))
-        code = codes[quantity] if block is None else factors_code(block, quantity, codes, plan.shapes)
-        returned.setdefault(quantity, {})[dotted] = code
+        made = values[quantity] if block is None else factors_of(block, quantity, values)
+        returned.setdefault(quantity, {})[dotted] = made
     for value, name, handed in layer.pulled_back:
-        shape, code = pulled_shape(prepared, value, handed), plan.output[name]
+        found = plan.output[name]
         entry = returned.setdefault(PULLED[handed][0], {})
-        entry[prepared.names.of[value]] = code if plan.shapes[code] == shape else f"{code}.reshape({text(shape)})"
-    rows = ", ".join(
-        f"{quantity!r}: {{{', '.join(f'{name!r}: {code}' for name, code in by.items())}}}"
-        for quantity, by in returned.items()
-    )
+        entry[prepared.names.of[value]] = reshaped(found, found.shape, pulled_shape(prepared, value, handed))
     read = {f"{quantity}#mean{block.input}" for (quantity, _), block in prepared.blocks.items() if block.bias}
     shown = [by for key, by in plan.results.items() if "#mean" not in key or key in read]
-    names = {code for by in shown for code in by.values()} | set(plan.output.values())
+    names = {value for by in shown for value in by.values()} | set(plan.output.values())
     doc = [
         "All of them, {quantity: {parameter: value}}, and what is pulled back; what they share is computed once.",
         "state: {name: tensor}, the layer's parameters and buffers, as in its state_dict.",
         f"{flops_of_many(plan)}.",
     ]
     plan = replace(plan, steps=alive(plan.steps, names))
-    made = function("compute", plan, sorted(names), f"{{{rows}}}", prepared.inputs)
+    compute = function("compute", plan, returned, prepared.inputs)
     given = [COTANGENT, *prepared.handed]
     head = f"def compute({', '.join(['state', *prepared.arguments, *given])}):"
-    unpacked = [f"    {own} = state[{name!r}]" for name, own in prepared.state.items() if own in made.arguments]
-    body = [*unpacked, *made.body, f"    return {made.returns}"]
+    unpacked = [f"    {own} = state[{name!r}]" for name, own in prepared.state.items() if own in compute.arguments]
+    body = [*unpacked, *compute.body, f"    return {compute.returns}"]
     lines = [*definition(head, body), *docstring(doc), *(row for line in body for row in statement(line))]
     return [*statement(f"GIVEN = {tuple(given)!r}"), "", "", *lines]
 

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 from ..compiler import compile_layer, part
-from ..compiler.arrange import text
+from ..compiler.arrange import reshaped
 from ..compiler.derive import rules_text
 from ..compiler.derived import HESSIAN_WEIGHTS, Given
 from ..compiler.layer import COTANGENT, HANDED, Layer, handed_shape
-from ..compiler.listing import alive
+from ..compiler.program.lines import alive
 from ..diagram import Diagram, N, Size, V
 from ..errors import InputError, UnsupportedError
 from ..quantities import Quantity, Source
 from ..rule import Rules
 from ..version import __version__
-from .function import Function, Inputs, extractions, flops, formulas, function, refuse_random
-from .kronecker import Block, absorbed, blocks_of, factors_code
+from .function import Function, Inputs, Tree, extractions, flops, formulas, function, refuse_random
+from .kronecker import Block, absorbed, blocks_of, factors_of
 from .names import Names, formula_names, layer_names
 from .text import sizes
 
@@ -101,9 +101,9 @@ def prepare(module: torch.nn.Module, x: Any, quantities: Sequence[Quantity], rul
 def forward(prepared: Prepared) -> Function:
     graph = prepared.layer.graph
     plan = part(prepared.layer, (), graph.output)
-    code = plan.output[graph.output]
+    value = plan.output[graph.output]
     doc = [f"The layer's output, {sizes(graph.values[graph.output].shape)}.", f"{flops(plan)}."]
-    return function("forward", plan, [code], code, prepared.inputs, doc)
+    return function("forward", plan, value, prepared.inputs, doc)
 
 
 PULLED = {
@@ -129,14 +129,13 @@ def pull_backs(prepared: Prepared) -> dict[tuple[str, str], Function]:
         plan = part(layer, (), name)
         (word, what), own = PULLED[handed], prepared.names.of[value]
         shape = pulled_shape(prepared, value, handed)
-        code = plan.output[name]
-        returns = code if plan.shapes[code] == shape else f"{code}.reshape({text(shape)})"
+        pulled = reshaped(plan.output[name], plan.output[name].shape, shape)
         doc = [
             f"{what} {own}, {sizes(shape)}.",
             *_formulas(prepared, (), name),
             f"{flops(plan)}. {_origin(prepared)}",
         ]
-        found[word, own] = function(f"{word}_{own}", plan, [code], returns, prepared.inputs, doc)
+        found[word, own] = function(f"{word}_{own}", plan, pulled, prepared.inputs, doc)
     return found
 
 
@@ -155,21 +154,21 @@ def extracted(prepared: Prepared) -> dict[tuple[str, str], Function]:
         plan = part(prepared.layer, [key])
         block = prepared.blocks.get(key)
         means = (f"{key[0]}#mean{block.input}",) if block is not None and block.bias else ()
-        codes = {name: by[key[1]] for name, by in plan.results.items() if "#mean" not in name or name in means}
-        plan = replace(plan, steps=alive(plan.steps, set(codes.values())))
-        returns = codes[key[0]] if block is None else factors_code(block, key[0], codes, plan.shapes)
-        shape = block.shape(own) if block is not None else sizes(plan.shapes[returns])
+        values = {name: by[key[1]] for name, by in plan.results.items() if "#mean" not in name or name in means}
+        plan = replace(plan, steps=alive(plan.steps, set(values.values())))
+        returns: Tree = values[key[0]] if block is None else factors_of(block, key[0], values)
+        shape = block.shape(own) if block is not None else sizes(values[key[0]].shape)
         doc = [
             f"{quantity.name} of {own}, {shape}.",
             (type(quantity).__doc__ or "").strip().splitlines()[0],
-            *_formulas(prepared, [(name, diagram) for name, diagram in diagrams[key] if name in codes]),
+            *_formulas(prepared, [(name, diagram) for name, diagram in diagrams[key] if name in values]),
             *([f"Assumes: {block.factors.assumption}."] if block is not None else []),
             f"{flops(plan)}. {_origin(prepared)}",
         ]
         name = f"{_identifier(quantity.name)}_{own}"
         if any(name == each.name for each in found.values()):
             raise InputError(f"two functions would be called {name!r}: give {quantity.name!r} another name=")
-        found[key] = function(name, plan, list(codes.values()), returns, prepared.inputs, doc)
+        found[key] = function(name, plan, returns, prepared.inputs, doc)
     return found
 
 

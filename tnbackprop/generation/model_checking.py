@@ -10,11 +10,13 @@ import sympy
 
 from ..compiler import Compiled
 from ..compiler.derived import Columns, Extraction
-from ..compiler.listing import alive
+from ..compiler.emit import Writer
 from ..compiler.plan import Plan
+from ..compiler.program import functions as f
+from ..compiler.program.expr import Call, Expr, Slice, Value
+from ..compiler.program.lines import alive
 from ..compiler.roots import LossRoot, elementwise_root
-from ..compiler.store import Step
-from ..diagram import N
+from ..diagram import N, hint_of
 from ..quantities import Quantity, Source
 from .checking import SAMPLES, Checks, Key, kronecker_entry
 from .function import Function, Inputs, function
@@ -93,33 +95,33 @@ def split(compiled: Compiled) -> tuple[list[Function], list[Root]]:
         return [], []
     output = plan.output[graph.output]
     forward = alive(plan.steps, {output})
-    behind = {step.name for step in forward}
+    behind = set(forward)
     order = (*graph.inputs, *graph.parameters, *graph.buffers)
     shapes: dict[str, tuple[Any, ...]] = {value: graph.values[value].shape for value in order}
     floating = [value for value in order if graph.values[value].dtype.is_floating_point]
     inputs = Inputs(shapes, graph.constants, floating, Names({}))
-    known = {step.name for step in plan.steps}
-    random = {name: shape for name, shape in plan.shapes.items() if name.startswith(("noise_", "draw_"))}
-    draws = {name: shape for name, shape in random.items() if name not in known}
-    whole = Inputs({output: plan.shapes[output], **shapes, **draws}, graph.constants, floating, Names({}))
+    more = {graph.output: output} | {v.key: v for loop in plan.loops for v in loop.rows if v.key.startswith("draw:")}
+    draws = {name: value.shape for name, value in (plan.noises | more).items()}
+    whole = Inputs({graph.output: output.shape, **shapes, **draws}, graph.constants, floating, Names({}))
+    beside = Writer(graph, plan).functions
 
-    def made(name: str, steps: tuple[Step, ...], value: str, doc: str, code: str = "") -> Function:
-        after = tuple(step for step in alive(steps, {value}) if step.name not in behind)
-        return function(name, _only(plan, after), [value], code or value, whole, [doc])
+    def made(name: str, steps: tuple[Value, ...], value: Value, doc: str, returns: Expr) -> Function:
+        after = tuple(step for step in alive(steps, {value}) if step not in behind)
+        return function(name, _only(plan, after), returns, whole, [doc], more, beside)
 
-    loss = made("loss_of", plan.steps, plan.loss, "The loss of an output.")
-    first = function("forward", _only(plan, forward), [output], output, inputs, ["The model's output."])
+    loss = made("loss_of", plan.steps, plan.loss, "The loss of an output.", plan.loss)
+    first = function("forward", _only(plan, forward), output, inputs, ["The model's output."], {}, beside)
     roots = []
-    for value, columns, quantities, steps, draw in _columns(compiled):
+    for value, columns, quantities, steps, looped in _columns(compiled):
         if columns.samples:
-            looped, lead = bool(draw), bool(columns.lead)
             doc = "Columns that are drawn" + (", those of one round." if looped else ".")
-            code = value if lead else f"{value}.unsqueeze(0)"
-            found = made(value, steps, value, doc, code)
+            returns = value if columns.lead else Call(f.UNSQUEEZE, (value, 0))
+            found = made(hint_of(columns.variable), steps, value, doc, returns)
             roots.append(Root(found, quantities, True, int(columns.width) if looped else 0))
         else:
-            code = f"{value}[: {columns.count}]"
-            found = made(value, steps, value, "Columns S of a root of the loss's Hessian: Σ_v S_v S_vᵀ.", code)
+            doc = "Columns S of a root of the loss's Hessian: Σ_v S_v S_vᵀ."
+            returns = Call(f.ITEM, (value, Slice(stop=int(columns.count))))
+            found = made(f"root_{columns.number}", steps, value, doc, returns)
             roots.append(Root(found, quantities, False))
     return [first, loss, *(root.function for root in roots)], roots
 
@@ -129,11 +131,10 @@ def _taken_apart(root: LossRoot) -> bool:
     return bool(root.root.elementwise) and elementwise_root(root) == root
 
 
-def _columns(compiled: Compiled) -> Iterator[tuple[str, Columns, tuple[str, ...], tuple[Step, ...], str]]:
-    """(value, columns, quantities, steps, draw of a round): roots that are drawn, and the exact one, once."""
+def _columns(compiled: Compiled) -> Iterator[tuple[Value, Columns, tuple[str, ...], tuple[Value, ...], bool]]:
+    """(value, columns, quantities, steps, whether it is of a round): roots that are drawn, and the exact one, once."""
     plan = compiled.plan
-    known = {step.name for step in plan.steps}
-    exact: list[tuple[str, Columns]] = []
+    exact: list[tuple[Value, Columns]] = []
     served: list[str] = []
     for columns in compiled.derived.columns:
         if not isinstance(columns.start, LossRoot) or columns.start.signed or _taken_apart(columns.start):
@@ -141,22 +142,20 @@ def _columns(compiled: Compiled) -> Iterator[tuple[str, Columns, tuple[str, ...]
         items = [item for item in columns.schedule if isinstance(item, Extraction)]
         mine = tuple(dict.fromkeys(name.partition("#")[0] for item in items for name in item.diagrams))
         if columns.samples:
-            draw = columns.variable.replace("column", "draw")
-            loop = next((loop for loop in plan.loops if draw in loop.rows), None)
+            loop = next((loop for loop in plan.loops if any(v.key == columns.draw for v in loop.rows)), None)
             steps = (*plan.steps, *loop.steps) if loop is not None else plan.steps
-            yield columns.variable, columns, mine, steps, draw if loop is not None else ""
+            yield plan.columns[columns.variable], columns, mine, steps, loop is not None
         else:
             served += mine
-            root = columns.variable.replace("column", "root")
-            exact += [(root, columns)] if root in known else []
+            exact.append((plan.columns[columns.variable], columns))
     if exact:
         value, columns = exact[0]
-        yield value, columns, tuple(served), plan.steps, ""
+        yield value, columns, tuple(served), plan.steps, False
 
 
-def _only(plan: Plan, steps: tuple[Step, ...]) -> Plan:
+def _only(plan: Plan, steps: tuple[Value, ...]) -> Plan:
     """The plan with these steps and nothing else."""
-    return replace(plan, steps=steps, loops=(), results={}, functions={})
+    return replace(plan, steps=steps, loops=(), results={})
 
 
 def split_lines(compiled: Compiled, functions: Sequence[Function]) -> list[str]:
@@ -166,7 +165,7 @@ def split_lines(compiled: Compiled, functions: Sequence[Function]) -> list[str]:
     lines = [row for each in functions for row in ("", "", *each.lines)]
     lines += ["", "", *statement(f"DIFFERENTIABLE = {trainable!r}")]
     if functions and isinstance(graph.output, str):
-        lines += statement(f"OUTPUT = {compiled.plan.output[graph.output]!r}")
+        lines += statement(f"OUTPUT = {graph.output!r}")
     return lines
 
 
@@ -211,7 +210,8 @@ def _pulled_text(root: Root) -> str:
     return f'''
 def columns_of_{name}(values, output):
     """The columns at this output, [V, N, *output]."""
-    drawn = {{OUTPUT: output}} | noise(len(output), output, torch.Generator().manual_seed(0))
+    drawn = noise(len(output), output, torch.Generator().manual_seed(0))
+    drawn = {{OUTPUT: output}} | {{name.replace(":", "_"): each for name, each in drawn.items()}}
 {rounds}    return {called}
 
 

@@ -11,14 +11,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..compiler import Compiled, compile_program
-from ..compiler.arrange import text
 from ..compiler.capture import check_trainable, plain
 from ..compiler.definite import TOLERATED
 from ..compiler.derive import rules_text
-from ..compiler.emit import noises
+from ..compiler.emit import Writer
 from ..compiler.explain_text import diagram_text
 from ..compiler.graph import Graph
 from ..compiler.plan import INDEFINITE
+from ..compiler.printer import size_text
 from ..diagram import N
 from ..errors import InputError, UnsupportedError
 from ..quantities import Quantity
@@ -28,7 +28,7 @@ from .checking import Checks, Recorded, check_lines, lines_of_text, note, with_r
 from .domains import Domain, domains
 from .function import Function, asked, extractions, flops_of_many, literal, refuse_random
 from .generated import Target
-from .kronecker import WITH_ONE, Block, blocks_of
+from .kronecker import WITH_ONE_TEXT, Block, blocks_of
 from .model_checking import model_checks, split, split_lines
 from .straight import tidied
 from .text import data, docstring, quoted, sizes, statement
@@ -103,7 +103,7 @@ def _source(file: ModelFile, functions: Sequence[Function], checks: Checks, reco
     assembled = _ASSEMBLED.replace("JOINED", _JOINED if joined else "").replace("INDEFINITE", quoted(repr(INDEFINITE)))
     assembled = assembled.replace("TOLERATED", repr(TOLERATED))
     lines += lines_of_text(assembled)
-    lines += lines_of_text(WITH_ONE) if joined else []
+    lines += lines_of_text(WITH_ONE_TEXT) if joined else []
     lines += split_lines(compiled, functions)
     low = any(word in compiled.source for word in ("torch.float32", "torch.bfloat16", "torch.float16"))
     lines += check_lines(checks, recorded, low)
@@ -151,7 +151,7 @@ def _factors(file: ModelFile) -> dict[str, dict[str, tuple[tuple[int, ...], ...]
 
 def _program(compiled: Compiled) -> list[str]:
     """The program's own source, in lines that are not too long."""
-    return tidied(compiled.source.partition("import torch")[2].strip("\n"))
+    return tidied("\n".join(Writer(compiled.graph, compiled.plan).body()).strip("\n"))
 
 
 def _tensors(compiled: Compiled) -> list[str]:
@@ -162,7 +162,10 @@ def _tensors(compiled: Compiled) -> list[str]:
     lines += statement(f"    return {{{', '.join(entries)}}}")
     lines += ["", "", "def noise(N, like, generator):", '    """Uniform numbers for drawn columns."""']
     options = "dtype=like.dtype, device=like.device, generator=generator"
-    entries = [f"{name!r}: torch.rand(({text(plan.shapes[name])},), {options})" for name in noises(plan)]
+    entries = [
+        f"{name!r}: torch.rand(({', '.join(map(size_text, value.shape))},), {options})"
+        for name, value in plan.noises.items()
+    ]
     return [*lines, *statement(f"    return {{{', '.join(entries)}}}")]
 
 

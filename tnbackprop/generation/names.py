@@ -13,6 +13,7 @@ import torch
 
 from ..compiler.derived import HESSIAN_WEIGHTS
 from ..compiler.layer import COTANGENT, HANDED, Layer
+from ..diagram import hint_of
 
 RESERVED = frozenset({
     "torch", "sys", "N", "V", "like", "each", "forward", "compute", "check", "state", "results", "values",
@@ -28,12 +29,17 @@ class Names:
 
     of: Mapping[str, str]
 
+    def shown(self, value: str) -> str:
+        """The argument of a value."""
+        return self.of.get(value, hint_of(value))
+
     def code(self, text: str) -> str:
         """Code or a formula with the values renamed; keywords of calls stay."""
         if not self.of:
             return text
-        names = "|".join(sorted(map(re.escape, self.of), key=len, reverse=True))
-        return re.sub(rf"(?<![\w.])({names})(?!\w|=[^=])", lambda match: self.of[match[1]], text)
+        of = {hint_of(name): own for name, own in self.of.items()}
+        names = "|".join(sorted(map(re.escape, of), key=len, reverse=True))
+        return re.sub(rf"(?<![\w.])({names})(?!\w|=[^=])", lambda match: of[match[1]], text)
 
 
 def layer_names(module: torch.nn.Module, layer: Layer) -> Names:
@@ -57,6 +63,6 @@ def layer_names(module: torch.nn.Module, layer: Layer) -> Names:
 def formula_names(layer: Layer, names: Names) -> Names:
     """The same for formulas: a rule's inner lines are called as in the rule, where there is only one such line."""
     lines = [(call.output.name, e.name) for call, rule in layer.derived.bound for e in rule.equations[:-1]]
-    inner = {name: name.removeprefix(f"{output}_") for output, name in lines}
+    inner = {name: name.removeprefix(f"{output}:") for output, name in lines}
     short = {name: line for name, line in inner.items() if list(inner.values()).count(line) == 1}
     return Names({**names.of, **short})

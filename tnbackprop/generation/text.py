@@ -8,6 +8,8 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..compiler.naming import escaped
+
 WIDTH = 120
 _OPEN, _CLOSE = "([{", ")]}"
 
@@ -72,6 +74,7 @@ def _split(code: str, separator: str) -> list[str]:
     while k < len(code):
         char = code[k]
         if quote:
+            k += char == "\\"  # what follows is no end of the string
             quote = "" if char == quote else quote
         elif char in "'\"":
             quote = char
@@ -90,13 +93,12 @@ def _split(code: str, separator: str) -> list[str]:
 
 def _longest_brackets(line: str) -> tuple[int, int]:
     """The place of the outermost brackets with most between them."""
-    best, depth, quote, begin = (0, 0), 0, "", 0
+    best, depth, begin = (0, 0), 0, 0
+    inside = [range(*match.span()) for match in _STRING.finditer(line)]
     for k, char in enumerate(line):
-        if quote:
-            quote = "" if char == quote else quote
-        elif char in "'\"":
-            quote = char
-        elif char in _OPEN:
+        if any(k in span for span in inside):
+            continue
+        if char in _OPEN:
             begin = k if depth == 0 else begin
             depth += 1
         elif char in _CLOSE:
@@ -125,7 +127,15 @@ def _kept(rows: list[str]) -> list[str]:
 
 def quoted(code: str) -> str:
     """Double quotes for plain strings."""
-    return re.sub(r"'([^'\"\\]*)'", r'"\1"', code)
+    return _STRING.sub(lambda match: _double(match[0]), code)
+
+
+_STRING = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
+
+
+def _double(literal: str) -> str:
+    inside = literal[1:-1]
+    return f'"{inside}"' if literal[0] == "'" and not set(inside) & {'"', "\\"} else literal
 
 
 def definition(head: str, body: Sequence[str]) -> list[str]:
@@ -137,7 +147,7 @@ def definition(head: str, body: Sequence[str]) -> list[str]:
 
 def docstring(lines: Iterable[str], indent: str = "    ") -> list[str]:
     """Lines as a docstring; the first is the summary."""
-    first, *rest = (row for line in lines for row in (prose(line, indent) or [""]))
+    first, *rest = (row for line in lines for row in (prose(escaped(line), indent) or [""]))
     if not rest:
         return [f'{indent}"""{first}"""']
     body = [f"{indent}{row}".rstrip() for row in ("", *rest)]

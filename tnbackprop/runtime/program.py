@@ -17,11 +17,10 @@ from ..compiler import Compiled
 from ..compiler.capture import plain
 from ..compiler.cost import number, size_at
 from ..compiler.definite import TOLERATED
-from ..compiler.emit import load, noises, running
+from ..compiler.emit import MEMORY, load, running
 from ..compiler.explain import explain
 from ..compiler.graph import Graph, Value
 from ..compiler.memory import peak_bytes
-from ..compiler.outs import MEMORY
 from ..compiler.plan import INDEFINITE
 from ..compiler.stage import Stage
 from ..compiler.torch_modes import check_plain, own_dtypes
@@ -163,7 +162,7 @@ class Program:
 
         Raises `InputError` where the model is not on a CUDA device, or an operation cannot be recorded.
         """
-        inputs = frozenset({*self._compiled.graph.inputs, *noises(self._compiled.plan)})
+        inputs = frozenset({*self._compiled.graph.inputs, *self._compiled.plan.noises})
         example = self._with_noise(x, y, None, None)
         with running(self._compiled.source), own_dtypes(_device(example)):
             return Graphed(self._function, self._with_noise, partial(self._result, example), inputs, example)
@@ -202,8 +201,7 @@ class Program:
             raise InputError(
                 f"seed={seed!r}, generator={generator!r}: give a whole number of 64 bits, or a torch.Generator"
             )
-        names = noises(plan)
-        if not names:
+        if not plan.noises:
             return {}
         batch = next(
             tensors[name].shape[k]
@@ -215,7 +213,7 @@ class Program:
         dtype = torch.float32 if like.dtype.itemsize == 2 else like.dtype
         if seed is not None:
             generator = torch.Generator(like.device).manual_seed(seed)
-        shapes = {name: [size_at(s, batch) for s in plan.shapes[name]] for name in names}
+        shapes = {name: [size_at(s, batch) for s in value.shape] for name, value in plan.noises.items()}
         return {
             name: torch.rand(shape, dtype=dtype, device=like.device, generator=generator)
             for name, shape in shapes.items()

@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 
 from ..algebra import differentiate
 from ..bind import BoundRule, Equation
+from ..code import Code
+from ..code import evaluated as result_of
 from ..compiler.graph import Call, Value
 from ..compiler.torch_modes import twice_differentiable
 from ..diagram import Diagram, Leg, N
@@ -88,11 +90,9 @@ def _concrete(value: Any, env: Env, size: int) -> Any:
 # -- what the rule says
 
 
-def run_code(code: str, env: Env, size: int | None = None) -> Tensor:
-    """Torch code of a rule; {name} is a value, N the batch size."""
-    names = {name: f"v{k}" for k, name in enumerate(env)}
-    variables: dict[str, Any] = {names[name]: value for name, value in env.items()}
-    result: Tensor = eval(code.format(**names), {"torch": torch, "N": size}, variables)
+def run_code(code: Code, env: Env, size: int | None = None) -> Tensor:
+    """Torch code of a rule, with values in its holes; N is the batch size."""
+    result: Tensor = result_of(code, env, {"torch": torch, "N": size})
     return result
 
 

@@ -16,8 +16,8 @@ from torch.func import grad
 from torch.utils import _pytree as pytree
 
 from ..approximate import Sharing
+from ..bind import CURVATURE, NOISE
 from ..compiler.derived import Columns, Extraction
-from ..compiler.emit import noises
 from ..compiler.roots import LossRoot
 from ..diagram import leaves
 from ..linalg import KroneckerFactors
@@ -106,11 +106,11 @@ class Defined:
         found = self.columns(key)
         plan, shape = self.program.compiled.plan, self.problem.output.shape
         generator = torch.Generator().manual_seed(SEED)
-        counts = {c.variable.replace("column", "noise"): c.samples for c in self.program.compiled.derived.columns}
+        counts = {c.noise: c.samples for c in self.program.compiled.derived.columns}
         noise = {
-            name: torch.rand((counts[name], *shape), dtype=torch.float64, generator=generator) for name in noises(plan)
+            name: torch.rand((counts[name], *shape), dtype=torch.float64, generator=generator) for name in plan.noises
         }
-        own = noise[found.variable.replace("column", "noise")]
+        own = noise[found.noise]
         draw = self.draw(self.root(key), self.problem.output)
         columns: Tensor = torch.stack([draw(row) for row in own], 1) * found.samples**-0.5
         return columns
@@ -123,8 +123,8 @@ class Defined:
         env = {**traced.env, root.value: output}
         env = with_lines(rule, env, env[call.output.name], size)
         if root.curvature is not None:
-            env["curvature"] = dense(root.curvature, env, size)
-        return lambda noise: run_code(root.root.sample, {**env, "noise": noise}, size).reshape(size, -1)
+            env[CURVATURE] = dense(root.curvature, env, size)
+        return lambda noise: run_code(root.root.sample, {**env, NOISE: noise}, size).reshape(size, -1)
 
 
 # -- the quantities

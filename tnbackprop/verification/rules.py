@@ -9,7 +9,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from ..bind import BoundRule
+from ..bind import COTANGENT, COTANGENTS, BoundRule
+from ..code import Code
 from ..compiler.graph import Call, Value, op_text
 from ..diagram import BATCH, Leg, Window, leaves
 from . import oracle
@@ -175,10 +176,10 @@ def _forward_code(subject: Subject, env: Env) -> Row:
     return compared(subject, ("forward code", ""), "the code", "output", got, want, _names(legs), cause)
 
 
-def _why_code(subject: Subject, env: Env, code: str, want: Tensor) -> str:
+def _why_code(subject: Subject, env: Env, code: Code, want: Tensor) -> str:
     """Slips of torch code: an operand that it does not read, or reads transposed."""
     for name, value in subject.operands.items():
-        unread = "{" + value.name + "}" not in code and "{cotangent}" not in code
+        unread = value.name not in code.holes and COTANGENT not in code.holes
         if unread and oracle.jacobian(_function(subject, value.name), env[value.name]).any():
             return f"it never reads '{name}', and the output depends on it: a forgotten term or factor"
         for which, other in exchanged_operands(env[value.name]):
@@ -230,7 +231,7 @@ def _why_line(subject: Subject, want: Tensor) -> str:
                 factors = {equation.name: factor}
                 got = formula_value(subject.rule, subject.env, subject.output, subject.size, factors)
                 if same(got, want):
-                    line = equation.name.removeprefix(f"{subject.call.output.name}_")
+                    line = equation.name.removeprefix(f"{subject.call.output.name}:")
                     return f"wrong factor in the line of '{line}': it is right {text}" + (
                         " (as in a mean)" if factor < 1 and name.isupper() else ""
                     )
@@ -305,7 +306,7 @@ def _smooth(subject: Subject, value: Value, want: Tensor) -> Tensor:
 
 def _both(g: Tensor) -> dict[str, Tensor]:
     """The cotangent under the names that native code may read it by."""
-    return {"cotangent": g, "cotangents": g}
+    return {COTANGENT: g, COTANGENTS: g}
 
 
 def _native(subject: Subject, env: Env, name: str, value: Value) -> Row:
@@ -331,7 +332,7 @@ def _native(subject: Subject, env: Env, name: str, value: Value) -> Row:
     got, want = got.reshape(shape), want.reshape(shape)
     if not cause and not same(got, want):
         cause = likely(got, want, _names(legs), subject.numbers)
-        cause = cause or _why_code(subject, {**env, "cotangent": g}, code, want)
+        cause = cause or _why_code(subject, {**env, COTANGENT: g}, code, want)
     return compared(subject, what, "the code", f"(Jᵀg)_{name}", got, want, _names(legs), cause)
 
 

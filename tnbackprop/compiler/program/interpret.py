@@ -1,0 +1,107 @@
+"""The reference interpreter of programs: what every line means, by the meaning of each function's row and no text.
+
+It is slow and plain. Passes are checked against it: the lines before and after a pass give the same values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from functools import reduce
+from typing import Any
+
+import sympy
+import torch
+
+from ...code import evaluated
+from ...diagram import N
+from .expr import Body, Call, Filled, Join, Lambda, Name, Of, Pointwise, Slice, Slices, Value, Word
+from .functions import Form
+from .lines import Line, lines_of
+from .numbers import TOTAL, Number
+
+Env = MutableMapping[Value, Any]
+Elementwise = Callable[[sympy.Expr, Mapping[sympy.Symbol, Any]], Any]
+
+
+class Interpreter:
+    """Runs lines at a batch size; `elementwise` is what a sympy expression means of tensors.
+
+    sizes  symbol -> number: N, and the others that sizes are written in
+    """
+
+    def __init__(self, sizes: Mapping[sympy.Symbol, int], elementwise: Elementwise) -> None:
+        self.sizes, self.elementwise = dict(sizes), elementwise
+
+    def run(self, lines: Iterable[Line], env: Env) -> Env:
+        """Every line in order; in-place functions write as they do."""
+        for line in lines:
+            env[line.value] = self.value(line.expr, env)
+        return env
+
+    def value(self, expr: Any, env: Mapping[Value, Any]) -> Any:
+        """What an expression, or a plain argument, is."""
+        match expr:
+            case Value():
+                return env[expr]
+            case Call():
+                return self._call(expr, env)
+            case Pointwise():
+                return self.elementwise(expr.expr, {s: self.value(each, env) for s, each in expr.args})
+            case Filled():
+                holes = {name: self.value(each, env) for name, each in expr.holes}
+                return evaluated(expr.code, holes, {"torch": torch, "N": self.sizes[N]})
+            case Lambda():
+                return lambda *args: self.value(expr.body, {**env, **dict(zip(expr.params, args, strict=True))})
+            case Slices():
+                return self._slices(expr, env)
+            case Of():
+                return self._body(expr.body, [self.value(each, env) for each in expr.args])
+            case Name():
+                return expr.fn.meaning
+            case Number():
+                return self._number(expr.value)
+            case Word():
+                return expr.meaning
+            case Slice():
+                return slice(*(self.value(each, env) for each in (expr.start, expr.stop, expr.step)))
+            case tuple() | list():
+                return type(expr)(self.value(each, env) for each in expr)
+            case sympy.Basic():
+                return int(expr.xreplace(self.sizes))
+        return expr
+
+    def _number(self, value: sympy.Expr) -> int | float:
+        exact = value.xreplace(self.sizes)
+        return int(exact) if exact.is_Integer else float(exact)
+
+    def _call(self, call: Call, env: Mapping[Value, Any]) -> Any:
+        args = [self.value(each, env) for each in call.args]
+        options = {name: self.value(each, env) for name, each in call.options}
+        if call.fn.form is Form.OPERATOR:
+            return reduce(call.fn.meaning, args)
+        return call.fn.meaning(*args, **options)
+
+    def _slices(self, expr: Slices, env: Mapping[Value, Any]) -> Any:
+        args = [(self.value(each, env), axis) for each, axis in expr.args]
+        found = []
+        for start in range(0, self.sizes[N], expr.chunk):
+            length = min(expr.chunk, self.sizes[N] - start)
+            cut = [each if axis is None else each.narrow(axis, start, length) for each, axis in args]
+            found.append(self._body(expr.body, cut))
+        match expr.join:
+            case Join.SUM:
+                return reduce(torch.add, found)
+            case Join.CAT:
+                return torch.cat(found, expr.axis)
+        return [reduce(torch.add, each) for each in zip(*found, strict=True)]
+
+    def _body(self, body: Body, args: list[Any]) -> Any:
+        env: dict[Value, Any] = dict(zip(body.params, args, strict=False))
+        first, axis = body.batch
+        sizes = {**self.sizes, N: env[first].shape[axis]}
+        if body.total:
+            sizes[TOTAL] = args[-1]
+        inner = Interpreter(sizes, self.elementwise)
+        inner.run(lines_of(body.steps, functional=True), env)
+        results = tuple(inner.value(each, env) for each in body.results)
+        return results if body.several else results[0]
