@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from .code import Code, Hole, check, holes_of
+from .code import Code, Hole, Native, check, holes_of
 from .diagram import BATCH, Delta, Diagram, Leg, Map, Product, Size, Tensor, leaves, summed_legs
 from .errors import RuleError, UnsupportedError
 from .expand import Expander
@@ -24,8 +24,7 @@ from .syntax import Access, Factors, Index, Line, Node, accesses, mixing, neares
 __all__ = ["Axes", "BoundRule", "Equation", "Saved", "bind", "output_axes"]
 
 COTANGENT, COTANGENTS, NOISE, CURVATURE, HESSIAN_ROOT = ":cotangent :cotangents :noise :curvature :hessian_root".split()
-LOOP = ":one_by_one"
-"""Holes of bound code that no runtime value has the name of; the last is for the function of that name."""
+"""Holes of bound code that no runtime value has the name of."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class BoundRule:
     equations: tuple[Equation, ...]
     saved: tuple[Saved, ...]
     forward: Code
-    vjp: Mapping[str, Code]
+    vjp: Mapping[str, Native]
     kinks: str
     legs: Mapping[str, tuple[Leg, ...]]
     root: BoundRoot | None = None
@@ -328,9 +327,9 @@ class _Binder:
             if over_batch or tainted:
                 summed.add(equation.name)
 
-    def _vjp(self) -> Mapping[str, Code]:
+    def _vjp(self) -> Mapping[str, Native]:
         """Native VJPs by runtime value; none for a value that is two operands."""
-        found: dict[str, Code] = {}
+        found: dict[str, Native] = {}
         for name, code in self.rule.vjp.items():
             bound = self._code(code, "cotangent", "cotangents")
             if name not in self.absent and list(self.names.values()).count(self.names[name]) == 1:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 from .errors import RuleError
 
@@ -36,6 +36,21 @@ class Call:
     on: str = ""
     first: str = ""
     whole: bool = False
+
+
+class Native(Protocol):
+    """What computes a VJP natively: code, or anything else that says what it reads."""
+
+    @property
+    def holes(self) -> tuple[str, ...]:
+        """What it reads, each once."""
+
+    @property
+    def call(self) -> Call:
+        """What it calls first."""
+
+    def filled(self, text: Callable[[str], str]) -> str:
+        """It as text, with that of what it reads."""
 
 
 @dataclass(frozen=True)

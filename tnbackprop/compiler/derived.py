@@ -12,7 +12,7 @@ import sympy
 from ..approximate import Factors
 from ..bind import BoundRule
 from ..canonical import key
-from ..code import Code
+from ..code import Native as Vjp
 from ..diagram import COLUMN, Diagram, Leg, Size, V, hint_of
 from .graph import Call
 from .roots import LossRoot
@@ -20,9 +20,9 @@ from .roots import LossRoot
 
 @dataclass(frozen=True)
 class Native:
-    """A VJP in torch code; its holes are runtime values and the cotangent."""
+    """A native VJP; it reads runtime values and the cotangent."""
 
-    code: Code
+    code: Vjp
     cotangent: str
     of: str  # the value whose cotangent that is
     formula: Diagram | None = None  # the same as a diagram, where the rule selects

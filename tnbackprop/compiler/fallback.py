@@ -7,21 +7,65 @@ knows no such derivative, or a wrong one (`cdist`), and for those the program ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from ..bind import COTANGENT, COTANGENTS, LOOP, BoundRule, Equation
-from ..code import Code, Hole
+from ..bind import COTANGENT, COTANGENTS, BoundRule, Equation
+from ..code import Call as FirstCall
+from ..code import Code
 from ..diagram import BATCH, Leg, N
 from ..errors import UnsupportedError
 from .cost import size_at
-from .forward import operator_code
-from .graph import Call, Value
+from .graph import Call, Value, op_text
+
+
+@dataclass(frozen=True)
+class OperatorVjp:
+    """The VJP of an operator with respect to one operand by torch.func: [N, *operand], one sample at a time.
+
+    call    for one sample
+    looped  in a loop over samples and columns: torch.func.vmap would be wrong
+    """
+
+    operation: Call
+    operand: Value
+    looped: bool
+
+    @property
+    def batched(self) -> list[Value]:
+        """The operands that differ from sample to sample."""
+        return _batched(self.operation)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the output does."""
+        return _sampled(self.operation.output)
+
+    @property
+    def axes(self) -> int:
+        """Of the cotangent of all samples."""
+        return len(self.operation.output.axes) + (not self.sampled)
+
+    @property
+    def holes(self) -> tuple[str, ...]:
+        """What it reads."""
+        others = (value.name for value in self.operation.tensors.values())
+        return tuple(dict.fromkeys((*others, COTANGENTS if self.looped else COTANGENT)))
+
+    @property
+    def call(self) -> FirstCall:
+        """It is no call that is known to write anywhere."""
+        return FirstCall()
+
+    def filled(self, text: Callable[[str], str]) -> str:
+        """For people."""
+        way = "each sample" if self.looped else "vmap"
+        return f"vjp({op_text(self.operation.target)}, {text(self.operand.name)})({text(COTANGENT)}) by {way}"
 
 
 def fallback(call: Call) -> BoundRule:
@@ -37,7 +81,7 @@ def fallback(call: Call) -> BoundRule:
     legs = tuple(BATCH if N in axis else Leg(f"a{k}", _int(axis)) for k, axis in enumerate(call.output.axes))
     operands = tuple(v for v in dict.fromkeys(values) if v.differentiable)
     looped = frozenset(v.name for v in operands if not _maps(call, v))
-    code = {v.name: _vjp(call, v, v.name in looped) for v in operands}
+    code = {v.name: OperatorVjp(_one_sample(call), v, v.name in looped) for v in operands}
     equation = Equation(call.output.name, legs, None, MappingProxyType({}))
     own = BoundRule((equation,), (), Code(), MappingProxyType(code), "", MappingProxyType({}))
     return replace(own, fallback=call.where, looped=looped)
@@ -56,26 +100,8 @@ def _refused(call: Call, why: str) -> UnsupportedError:
     )
 
 
-def _vjp(call: Call, operand: Value, looped: bool) -> Code:
-    """Torch code of the VJP with respect to one operand: [N, *operand], one sample at a time."""
-    batched = _batched(call)
-    rows = {v.name: f"x{k}" for k, v in enumerate(batched)}
-    whole: dict[str, Hole | str] = {name: f"{row}.unsqueeze(0)" for name, row in rows.items()}
-    own = rows.get(operand.name) or Hole(operand.name)
-    u = "u.unsqueeze(0)" if operand.name in rows else "u"
-    function = operator_code(_one_sample(call)).with_holes({**whole, operand.name: u})
-    head = "g" if not _sampled(call.output) else "g.unsqueeze(0)"
-    names = ", ".join([*rows.values(), "g"])
-    each = Code.of(f"lambda {names}: torch.func.vjp(lambda u: ", function, ", ", own, f")[1]({head})[0]")
-    stacked = [piece for v in batched for piece in (Hole(v.name), ", ")]
-    if not looped:
-        return Code.of("torch.func.vmap(", each, ")(", *stacked, Hole(COTANGENT), ")")
-    axes = len(call.output.axes) + (not _sampled(call.output))
-    others = [piece for v in batched for piece in (", ", Hole(v.name))]
-    return Code.of(Hole(LOOP), "(", each, f", {axes}, ", Hole(COTANGENTS), *others, ")")
-
-
 def _batched(call: Call) -> list[Value]:
+    """The operands with a sample's own value, each once."""
     return [v for v in dict.fromkeys(call.tensors.values()) if _sampled(v)]
 
 

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from ..bind import LOOP, BoundRule
-from ..code import Code, Hole
+from ..bind import BoundRule
+from ..code import Code
 from ..diagram import Selection, Tensor, Window
 from .cost import Kernel, Work
+from .fallback import OperatorVjp
 from .graph import Call, Value
-from .printer import Printer
 from .program import expr as e
 from .program import functions as f
 from .program.expr import Expr, Filled
 from .program.functions import Function, Memory
-from .store import LIKE, Store
+from .store import Store
 from .torch_internals import OpOverload
 
 aten = torch.ops.aten
@@ -48,14 +48,27 @@ def call_expr(call: Call, read: Callable[[Value], Expr], like: Expr) -> Expr:
     return e.Call(operator(call), tuple(shown), tuple(named))
 
 
-def operator_code(call: Call) -> Code:
-    """The same as code whose holes are the operands."""
-    values = list(dict.fromkeys(call.tensors.values()))
-    own = {value.name: e.Value(value.name, None, value.shape) for value in values}
-    like = e.Value(LIKE, None, ())
-    names = {value: f"v{k}" for k, value in enumerate((*own.values(), like))}
-    text = Printer(lambda value: f"{{{names[value]}}}", {}).text(call_expr(call, lambda v: own[v.name], like))
-    return Code.parsed(text).with_holes({name: Hole(value.key) for value, name in names.items()})
+def operator_vjp(store: Store, vjp: OperatorVjp, cotangent: Expr) -> Expr:
+    """The VJP of an operator without a rule: vmap or a loop over samples, of torch.func's VJP of one."""
+    rows = {value.name: e.Value(value.name, None, (), hint=f"x{k}") for k, value in enumerate(vjp.batched)}
+
+    def one(name: str) -> Expr:
+        return e.Call(f.UNSQUEEZE, (rows[name], 0)) if name in rows else store.find(name)
+
+    own = vjp.operand.name
+    moved = e.Call(f.UNSQUEEZE, (MOVED, 0)) if own in rows else MOVED
+    called = call_expr(vjp.operation, lambda value: moved if value.name == own else one(value.name), store.like)
+    pull = e.Call(f.ITEM, (e.Call(f.VJP, (e.Lambda((MOVED,), called), rows.get(own) or store.find(own))), 1))
+    g = e.Call(f.UNSQUEEZE, (PULLED, 0)) if vjp.sampled else PULLED
+    each = e.Lambda((*rows.values(), PULLED), e.Call(f.ITEM, (e.Call(f.APPLY, (pull, g)), 0)))
+    stacked = tuple(map(store.find, rows))
+    if vjp.looped:
+        return e.Call(f.LOOP, (each, vjp.axes, cotangent, *stacked))
+    return e.Call(f.APPLY, (e.Call(f.VMAP, (each,)), *stacked, cotangent))
+
+
+MOVED, PULLED = (e.Value(name, None, (), hint=name) for name in ("u", "g"))
+"""The variables of such a VJP: where it is taken, and the cotangent of one sample."""
 
 
 def operator(call: Call) -> Function:
@@ -98,7 +111,6 @@ def _argument(value: Any, read: Callable[[Value], Expr], like: Expr) -> Any:
 
 def fill(store: Store, code: Code, given: Mapping[str, Expr]) -> Expr:
     """Code with values in its holes: those that are given, and what diagrams call so."""
-    given = {LOOP: e.Name(f.LOOP), **given}
     return Filled(code, tuple((name, given[name] if name in given else store.find(name)) for name in code.holes))
 
 

@@ -7,13 +7,15 @@ from functools import partial
 from math import prod
 
 from ..bind import COTANGENT, COTANGENTS
+from ..code import Code
 from ..diagram import Leg, N, Size, hint_of, is_head
 from .arrange import in_order, reshaped, sizes_of
 from .choose import Choice, choose
 from .contract import Lowering, build
 from .cost import Kernel, Terms, Work
 from .derived import Backward, Extraction, Individual, Native, Schedule
-from .forward import EACH, fill
+from .fallback import OperatorVjp
+from .forward import EACH, fill, operator_vjp
 from .graph import Graph
 from .program import functions as f
 from .program.expr import NO_WORK, Call, Expr, Lambda, Ref, Value
@@ -95,7 +97,12 @@ def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tu
     if together and before != out:
         cotangent = store.add(cotangent, out, Kernel.VIEW)
     mapped = bool(lead) and not together
-    expr = fill(store, term.code, {COTANGENT: EACH if mapped else cotangent, COTANGENTS: cotangent})
+    given = {COTANGENT: EACH if mapped else cotangent, COTANGENTS: cotangent}
+    if isinstance(term.code, Code):
+        expr = fill(store, term.code, given)
+    else:
+        assert isinstance(term.code, OperatorVjp)
+        expr = operator_vjp(store, term.code, given[COTANGENTS if together else COTANGENT])
     expr = Call(f.APPLY, (Call(f.VMAP, (Lambda((EACH,), expr),)), cotangent)) if mapped else expr
     legs = (*lead, *(Leg(f"a{k}", size) for k, size in enumerate(shape)))
     kernel, forward = store.works.get(term.of, (Kernel.NATIVE, NO_WORK))

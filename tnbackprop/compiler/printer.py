@@ -11,7 +11,7 @@ import torch
 
 from ..diagram import Size
 from .printing import number_code, torch_code
-from .program.expr import Body, Call, Expr, Filled, Join, Lambda, Name, Of, Pointwise, Slice, Slices, Value, Word
+from .program.expr import Body, Call, Expr, Filled, Join, Lambda, Of, Pointwise, Slice, Slices, Value, Word
 from .program.functions import Form
 from .program.numbers import Number
 
@@ -49,8 +49,6 @@ class Printer:
                 return self._slices(expr), ATOM
             case Of():
                 return f"{self.functions[expr.body]}({', '.join(map(self.text, expr.args))})", ATOM
-            case Name():
-                return expr.fn.name, ATOM
             case Number():
                 return number_code(expr.value), ATOM
         return literal(expr, self.text), ATOM

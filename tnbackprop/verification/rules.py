@@ -316,6 +316,7 @@ def _native(subject: Subject, env: Env, name: str, value: Value) -> Row:
     g = torch.randn(subject.output.shape, generator=generator, dtype=at.dtype)
     want = oracle.vjp(_function(subject, value.name), at.contiguous(), g)
     code = subject.rule.vjp[value.name]
+    assert isinstance(code, Code)  # an operator without a rule is not checked here
     try:
         got = run_code(code, {**env, **_both(g)})
         alone = run_code(code, {**env, **_both(_first_only(g))})

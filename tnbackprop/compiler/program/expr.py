@@ -86,13 +86,6 @@ class Word:
 
 
 @dataclass(frozen=True)
-class Name:
-    """A function that is handed on, not called."""
-
-    fn: Function
-
-
-@dataclass(frozen=True)
 class Slice:
     """start:stop:step"""
 
@@ -207,7 +200,7 @@ class Of:
     args: tuple[Expr, ...]
 
 
-Expr: TypeAlias = Value | Call | Name | Pointwise | Filled | Lambda | Slices | Of
+Expr: TypeAlias = Value | Call | Pointwise | Filled | Lambda | Slices | Of
 
 
 def children(expr: Any) -> Iterator[Any]:
@@ -291,7 +284,7 @@ def bodies(expr: Any) -> Iterator[Body]:
 
 def helpers(expr: Any) -> Iterator[Function]:
     """The helpers that an expression calls."""
-    if isinstance(expr, Call | Name) and expr.fn.source:
+    if isinstance(expr, Call) and expr.fn.source:
         yield expr.fn
     for child in children(expr) if not isinstance(expr, Value) else ():
         yield from helpers(child)

@@ -14,7 +14,7 @@ import torch
 
 from ...code import evaluated
 from ...diagram import N
-from .expr import Body, Call, Filled, Join, Lambda, Name, Of, Pointwise, Slice, Slices, Value, Word
+from .expr import Body, Call, Filled, Join, Lambda, Of, Pointwise, Slice, Slices, Value, Word
 from .functions import Form
 from .lines import Line, lines_of
 from .numbers import TOTAL, Number
@@ -56,8 +56,6 @@ class Interpreter:
                 return self._slices(expr, env)
             case Of():
                 return self._body(expr.body, [self.value(each, env) for each in expr.args])
-            case Name():
-                return expr.fn.meaning
             case Number():
                 return self._number(expr.value)
             case Word():
