@@ -18,12 +18,13 @@ ALL = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"
 
 SYMBOLIC = ("diagram", "radix", "canonical", "simplify", "jacobian", "algebra", "reference")
 NOTATION = ("functions", "inside", "syntax", "legs", "notation", "expand", "regroup", "rule", "bind")
-MATHEMATICS = ("errors", *SYMBOLIC, *NOTATION, "approximate")
+MATHEMATICS = ("errors", "code", *SYMBOLIC, *NOTATION, "approximate")
 # What each part of the package may import, of the package. A part not listed here is a question for DESIGN.md.
 MAY_IMPORT = {
     "errors": (),
     "version": (),
     "fingerprint": (),
+    "code": ("errors",),
     "diagram": ("errors",),
     "canonical": ("diagram",),
     "jacobian": ("diagram",),
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "simplify": ("diagram", "radix", "canonical"),
     "algebra": ("errors", *SYMBOLIC),
     "approximate": ("errors", "diagram", "jacobian", "simplify", "algebra"),
-    **dict.fromkeys(NOTATION, ("errors", *SYMBOLIC, *NOTATION)),
+    **dict.fromkeys(NOTATION, ("errors", "code", *SYMBOLIC, *NOTATION)),
     "linalg": ("linalg", "errors"),
     "rules": ("rules", "errors", "diagram", "rule"),
     "quantities": ("quantities", "errors", "diagram", "algebra", "approximate"),

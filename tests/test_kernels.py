@@ -8,11 +8,11 @@ import torch
 from tnbackprop.compiler.contract import build
 from tnbackprop.compiler.cost import CPU, CUDA, Rates
 from tnbackprop.compiler.lower import LOWERINGS
-from tnbackprop.compiler.store import Store
 from tnbackprop.diagram import BATCH, Diagram, Leg, N, Tensor
 
+from .programs import codes, run, shapes_of, store_of
 from .symbolic.random_diagrams import product
-from .test_lowerings import Slide, convolution, run, tensors
+from .test_lowerings import Slide, convolution, tensors
 
 
 @pytest.mark.parametrize(
@@ -28,11 +28,9 @@ from .test_lowerings import Slide, convolution, run, tensors
 def test_channels_last_where_they_are_many(rates: Rates, slide: Slide, outer: int, inner: int, last: bool) -> None:
     """As measured: the copies to that layout and back are paid by the faster kernel, or they are not."""
     given = convolution("input", (slide, slide), 1, outer, inner)
-    store = Store(rates, 256, 4)
-    for tensor in (op for op in given.products[0].operands if isinstance(op, Tensor)):
-        store.shapes[tensor.name] = tuple(leg.size for leg in tensor.legs)
+    store = store_of(shapes_of(*given.products[0].operands), rates, 256, 4)
     build(store, given, LOWERINGS)
-    assert any("channels_last" in step.code for step in store.steps) == last
+    assert any("channels_last" in code for code in codes(store)) == last
 
 
 @pytest.mark.parametrize(
@@ -45,22 +43,22 @@ def test_odd_columns_that_stay_are_filled_up(columns: int, rounds: int, varying:
     rows, inner, k = Leg("r", 40), Leg("i", 9), Leg("k", columns)
     given = Diagram((BATCH, rows, k), (product(Tensor("x", (BATCH, rows, inner)), Tensor("y", (BATCH, inner, k))),))
     values = tensors(given, 3)
-    store = Store(CPU, 3, 8, rounds=rounds, varying=set(varying))
-    store.shapes |= {"x": (N, 40, 9), "y": (N, 9, columns)}
+    store = store_of({"x": (N, 40, 9), "y": (N, 9, columns)})
+    store.in_rounds(rounds, map(store.find, varying))
     ref = build(store, given, LOWERINGS)
     found = run(store, ref, values, 3)
     assert torch.equal(found, values["x"] @ values["y"])
-    pads = [step for step in store.steps if "pad(" in step.code]
-    assert [step.name in store.varying for step in pads] == [False] * bool(filled)
-    assert all(f"(0, {filled})" in step.code for step in pads)
+    pads = {step: code for step, code in zip(store.steps, codes(store), strict=True) if "pad(" in code}
+    assert [step in store.varying for step in pads] == [False] * bool(filled)
+    assert all(f"(0, {filled})" in code for code in pads.values())
 
 
 def test_a_vector_is_not_filled_up() -> None:
     """It is read as one column, and may be what is done once behind the loop."""
     rows, inner = Leg("r", 8), Leg("i", 9)
     given = Diagram((BATCH, rows), (product(Tensor("x", (BATCH, rows, inner)), Tensor("y", (BATCH, inner))),))
-    store = Store(CPU, 3, 8, rounds=3, varying={"x"})
-    store.shapes |= {"x": (N, 8, 9), "y": (N, 9)}
+    store = store_of({"x": (N, 8, 9), "y": (N, 9)})
+    store.in_rounds(3, [store.find("x")])
     build(store, given, LOWERINGS)
-    (step,) = store.steps
-    assert "torch.bmm(" in step.code and "narrow" not in step.code
+    (code,) = codes(store)
+    assert "torch.bmm(" in code and "narrow" not in code

@@ -6,7 +6,7 @@ The choice between plans is scripted here, so that all combinations run and not 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import sympy
@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tnbackprop.compiler.arrange import arranged
 from tnbackprop.compiler.contract import build
 from tnbackprop.compiler.cost import CPU, Kernel, Rates, Work, size_at
 from tnbackprop.compiler.lower import LOWERINGS, WHOLE, pooled, tiles
-from tnbackprop.compiler.store import Ref, Store
+from tnbackprop.compiler.program.expr import Ref
+from tnbackprop.compiler.store import Store
 from tnbackprop.diagram import (
     BATCH,
     Delta,
@@ -35,6 +35,7 @@ from tnbackprop.diagram import (
 )
 from tnbackprop.reference import evaluate
 
+from .programs import codes, run, shapes_of, store_of, with_given
 from .symbolic.random_diagrams import diagram, diagrams, letters, product
 
 Plan = Callable[[Store], Ref]
@@ -55,12 +56,13 @@ class Contrary(Rates):
 CONTRARY = Contrary("contrary", CPU.flops, CPU.bandwidth, CPU.launch, CPU.fresh_bandwidth, CPU.fresh_threshold)
 
 
-@dataclass
 class Scripted(Store):
     """A store that takes plan `script[k]` at its k-th choice, and the first one after that."""
 
-    script: tuple[int, ...] = ()
-    taken: list[tuple[int, int]] = field(default_factory=list)
+    def __init__(self, rates: Rates, batch: int, script: tuple[int, ...]) -> None:
+        super().__init__(rates, batch, 8)
+        self.script = script
+        self.taken: list[tuple[int, int]] = []
 
     def cheapest(self, plans: Iterable[Plan], saved: object = None) -> Ref:
         offered = list(plans)
@@ -75,29 +77,13 @@ def ways(diagram: Diagram, rates: Rates, batch: int) -> Iterator[tuple[Scripted,
     for _ in range(MOST_WAYS):
         if not pending:
             return
-        store = Scripted(rates, batch, 8, script=pending.pop())
-        for term in diagram.products:
-            for tensor in (t for op in term.operands for t in operand_tensors(op)):
-                store.shapes[tensor.name] = tuple(leg.size for leg in tensor.legs)
-        store.shapes["like"] = ()
+        store = Scripted(rates, batch, pending.pop())
+        with_given(store, shapes_of(*(op for term in diagram.products for op in term.operands)))
         ref = build(store, diagram, LOWERINGS)
         done = tuple(k for k, _ in store.taken)
         for position in range(len(store.script), len(done)):
             pending += [(*done[:position], other) for other in range(1, store.taken[position][1])]
         yield store, ref
-
-
-def run(store: Store, ref: Ref, values: dict[str, torch.Tensor], size: int) -> torch.Tensor:
-    """Each step with nothing but its inputs; its shape is what the store says."""
-    env = {"like": torch.zeros((), dtype=torch.float64)} | values
-    base = {"torch": torch, "N": size}
-    exec("\n".join(store.functions.values()), base)
-    for step in store.steps:
-        env[step.name] = eval(step.code, base | {name: env[name] for name in step.inputs})
-        planned = tuple(size_at(s, size) for s in store.shapes[step.name])
-        assert tuple(env[step.name].shape) == planned, f"{step.name} = {step.code}"
-    code = arranged(store, ref, tuple((leg,) for leg in ref.order))
-    return eval(code, base | env).reshape([size_at(leg.size, size) for leg in ref.order])
 
 
 def check(given: Diagram, size: int = 3) -> set[str]:
@@ -108,7 +94,7 @@ def check(given: Diagram, size: int = 3) -> set[str]:
     called: set[str] = set()
     for rates in (CPU, CONTRARY):
         for store, ref in ways(given, rates, batch=3):
-            lines = "\n".join(f"{step.name} = {step.code}" for step in store.steps)
+            lines = "\n".join(codes(store))
             found = run(store, ref, values, size)
             assert ref.order == given.legs
             exact = "vector_norm(" not in lines  # a square root is rounded
@@ -383,7 +369,7 @@ def test_every_row_is_used() -> None:
 
 def test_equal_diagrams_are_built_once() -> None:
     first, second = one("ac", t("x", a, b), t("y", b, c)), one("ca", t("y", d, a), t("x", c, d))
-    store = Store(CPU, 3, 8, shapes={"x": (2, 3), "y": (3, 2)})
+    store = store_of({"x": (2, 3), "y": (3, 2)})
     build(store, first, LOWERINGS)
     count = len(store.steps)
     ref = build(store, second, LOWERINGS)

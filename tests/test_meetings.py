@@ -17,6 +17,7 @@ from tnbackprop.compiler.derived import Basis
 
 from . import oracle_second
 from .cases import seq
+from .programs import code_of
 from .second_order import assert_equal
 
 Model = Callable[[], nn.Module]
@@ -210,5 +211,5 @@ def test_nothing_is_added_for_what_a_later_sweep_gives() -> None:
     model, x, y = problem("what nothing reaches", 4)
     program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.HessianDiag()])
     results = program.compiled.plan.results["hessian_diag"]
-    code = {step.name: step.code for step in program.compiled.plan.steps}
+    code = code_of(program)
     assert not any(code[results[f"first.{name}"]].count(" + ") for name in ("weight", "bias"))

@@ -13,16 +13,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+import sympy
 import torch
-from tnbackprop.compiler.outs import written_to
 from torch import Tensor, nn
 
 import tnbackprop as tn
 from tnbackprop.compiler import cost
 from tnbackprop.compiler.plan import Plan
+from tnbackprop.compiler.program import functions as f
+from tnbackprop.compiler.program.expr import Call, Expr, Value
+from tnbackprop.compiler.program.lines import with_out
+from tnbackprop.compiler.program.numbers import Number
+from tnbackprop.diagram import N
 from tnbackprop.runtime import pages
 from tnbackprop.runtime.pages import Blocks
 
+from .programs import shown
+
+A, B, OUT = (Value(name, None, (2, 3, 3), hint=name) for name in "abo")
 KEEP = "from tnbackprop.runtime.pages import keep_freed_pages\nkeep_freed_pages()\n"
 MAPPED = """
 import ctypes, torch
@@ -63,18 +71,24 @@ def test_freed_pages_are_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "want"),
+    ("expr", "code", "want"),
     [
-        ("a * b.unsqueeze(1)", "torch.mul(a, b.unsqueeze(1), out=o)"),
-        ("(1/N) * a", "torch.mul(a, 1 / N, out=o)"),
-        ("a * -1", "torch.mul(a, -1, out=o)"),
-        ("torch.bmm(a, b)", "torch.bmm(a, b, out=o)"),
-        ("torch.bmm(a, b).squeeze(1)", None),
-        ("a + b", None),
+        (
+            Call(f.MUL, (A, Call(f.UNSQUEEZE, (B, 1)))), "a * b.unsqueeze(1)",
+            "torch.mul(a, b.unsqueeze(1), out=o)",
+        ),
+        (Call(f.MUL, (Number(1 / N), A)), "(1/N) * a", "torch.mul(a, (1/N), out=o)"),
+        (Call(f.MUL, (A, Number(sympy.Integer(-1)))), "a * -1", "torch.mul(a, -1, out=o)"),
+        (Call(f.BMM, (A, B)), "torch.bmm(a, b)", "torch.bmm(a, b, out=o)"),
+        (Call(f.SQUEEZE, (Call(f.BMM, (A, B)), 1)), "torch.bmm(a, b).squeeze(1)", None),
+        (Call(f.ADD, (A, B)), "a + b", None),
     ],
-)
-def test_written_to_what_is_there(code: str, want: str | None) -> None:
-    assert written_to("o", code) == want
+    ids=["product", "scale first", "scale", "matmul", "part of it", "sum"],
+)  # fmt: skip
+def test_written_to_what_is_there(expr: Expr, code: str, want: str | None) -> None:
+    assert shown(expr) == code
+    found = with_out(expr, OUT)
+    assert (found and shown(found)) == want
     if want is not None:
         scope = {"torch": torch, "a": torch.randn(2, 3, 3), "b": torch.randn(2, 3, 3), "N": 4}
         expected = eval(code, scope)
@@ -203,7 +217,7 @@ def test_programs(quantity: tn.Quantity, rows: int, monkeypatch: pytest.MonkeyPa
     loss, x, y = nn.CrossEntropyLoss(), torch.randn(8, 2, 6, 6), torch.randint(5, (8,))
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=rows))
     plain = tn.compile(model.double(), loss, (x.double(), y), [quantity])
-    monkeypatch.setattr(Plan, "large", property(lambda plan: frozenset(plan.shapes)))
+    monkeypatch.setattr(Plan, "is_large", lambda plan, value: True)
     monkeypatch.setattr(pages, "LARGEST", 0)
     seen: list[int] = []
     monkeypatch.setattr(Blocks, "keep", poisoned(seen))

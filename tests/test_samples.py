@@ -17,17 +17,20 @@ import tnbackprop as tn
 from tnbackprop import compiler
 from tnbackprop.compiler.arrange import copies
 from tnbackprop.compiler.contract import build
-from tnbackprop.compiler.cost import CPU, Kernel
+from tnbackprop.compiler.cost import Kernel
 from tnbackprop.compiler.derived import Apart, Derived
 from tnbackprop.compiler.lower import LOWERINGS
 from tnbackprop.compiler.memory import peak_bytes
 from tnbackprop.compiler.plan import Plan
+from tnbackprop.compiler.program import functions as f
+from tnbackprop.compiler.program.expr import Call, Ref
+from tnbackprop.compiler.program.numbers import Number
 from tnbackprop.compiler.samples import _without_samples
-from tnbackprop.compiler.store import Ref, Store
 from tnbackprop.diagram import BATCH, COLUMN, Diagram, Leg, N, Product, Tensor
 
 from . import oracle_second
 from .cases import seq
+from .programs import codes, store_of
 from .second_order import assert_equal
 from .test_generate import passes
 from .test_meetings import CASES, arrivals, indefinite, problem, weighted
@@ -159,38 +162,41 @@ def test_what_has_no_samples() -> None:
 def test_what_counts_samples_stays() -> None:
     """A step that reads parameters alone is made once, before; not one with the batch size in its code."""
     shape = (N, 3)
-    small = Store(CPU, 1, 8, shapes={"p": (3,), "x": shape, "like": ()}, prefix="u", alone=True)
-    once = small.add("p * 2", (3,), Kernel.ELEMENTWISE)
-    many = small.add("p.expand(N, 3)", shape, Kernel.VIEW)
-    out = small.add(f"x * {once} + {many}", shape, Kernel.ELEMENTWISE)
-    store = Store(CPU, 3, 8, shapes={"p": (3,)})
-    steps, fixed = _without_samples(store, small, tuple(small.steps), (out,), {"p", "like"})
-    assert [step.code for step in store.steps] == ["p * 2"]
-    assert [step.code for step in steps] == ["p.expand(N, 3)", f"x * {store.steps[0].name} + {many}"]
-    assert fixed == {"p", "like", store.steps[0].name}
+    small = store_of({"p": (3,), "x": shape}, batch=1, alone=True)
+    p, x = small.find("p"), small.find("x")
+    once = small.add(Call(f.MUL, (p, Number(sympy.Integer(2)))), (3,), Kernel.ELEMENTWISE)
+    many = small.add(Call(f.EXPAND, (p, N, 3)), shape, Kernel.VIEW)
+    out = small.add(Call(f.ADD, (Call(f.MUL, (x, once)), many)), shape, Kernel.ELEMENTWISE)
+    store = store_of({"p": (3,)})
+    fixed, outside = {p, small.like}, {p: store.find("p"), small.like: store.like}
+    steps = _without_samples(store, tuple(small.steps), (out,), fixed, outside)
+    assert codes(store) == ["p * 2"]
+    assert steps == (many, out)
+    assert fixed == {p, small.like, once} and outside[once] is store.steps[0]
 
 
 def test_one_sample_is_no_axis() -> None:
     """What only a leg of one sample lies between is not copied, and read in the order of memory."""
     h, i, k = Leg("h", 4), Leg("i", 5), Leg("k", 6)
-    ref = Ref("x", (BATCH, h, i, k), (BATCH, h, i, k))
-    apart, shared = (Store(CPU, 1, 8, shapes={"x": (N, 4, 5, 6)}, alone=alone) for alone in (True, False))
-    groups = ((BATCH, i), (h,), (k,))
-    assert not copies(apart, ref, groups) and copies(shared, ref, groups)
+    shapes = dict.fromkeys("xy", (N, 4, 5, 6))
+    apart, shared = (store_of(shapes, batch=1, alone=alone) for alone in (True, False))
+    groups, legs = ((BATCH, i), (h,), (k,)), (BATCH, h, i, k)
+    assert not copies(apart, Ref(apart.find("x"), legs, legs), groups)
+    assert copies(shared, Ref(shared.find("x"), legs, legs), groups)
     pair = Product(sympy.Integer(1), (Tensor("x", (BATCH, h, i, k)), Tensor("y", (BATCH, h, i, k))))
     for store in (apart, shared):
-        store.shapes["y"] = (N, 4, 5, 6)
         build(store, Diagram((h, k), (pair,)), LOWERINGS)
-        assert not any("permute" in step.code or "transpose" in step.code for step in store.steps)
+        assert not any("permute" in code or "transpose" in code for code in codes(store))
 
 
 def test_odd_matrices() -> None:
     """Rather 272 columns of a product than 75, which would have to be filled up for every sample."""
     o, p, k, v = Leg("o", 64), Leg("p", 196), Leg("k", 75), Leg(COLUMN, 272)
-    store = Store(CPU, 1, 4, shapes={"x": (64, 196, 75), "g": (196, 64, 272)}, alone=True, varying={"g"})
+    store = store_of({"x": (64, 196, 75), "g": (196, 64, 272)}, batch=1, itemsize=4, alone=True)
+    store.in_rounds(1, [store.find("g")])
     factors = Product(sympy.Integer(1), (Tensor("x", (o, p, k)), Tensor("g", (p, o, v))))
     build(store, Diagram((v, o, k), (factors,)), LOWERINGS)
-    assert not any("pad(" in step.code for step in store.steps)
+    assert not any("pad(" in code for code in codes(store))
 
 
 @pytest.mark.parametrize(

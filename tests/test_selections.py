@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tnbackprop.compiler.lower import LOWERINGS, selections
-from tnbackprop.compiler.store import Store
 from tnbackprop.diagram import BATCH, Delta, Diagram, Leg, Operand, Selection, Tensor, Window
 
+from .programs import shapes_of, store_of
 from .symbolic.random_diagrams import product
-from .test_lowerings import CPU, check
+from .test_lowerings import check
 
 n = BATCH
 t, s, d, k = Leg("t", 2), Leg("s", 2), Leg("d", 3), Leg("k", 3)
@@ -67,7 +67,7 @@ def test_by_rows(what: str) -> None:
     for size in (3, 1):
         check(BY_ROWS[what], size)
     (term,) = BY_ROWS[what].products
-    store = Store(CPU, 3, 8)
+    store = store_of(shapes_of(*term.operands))
     assert selections(store, term, BY_ROWS[what].legs)
     assert not LOWERINGS[-1](store, term, BY_ROWS[what].legs)
 
@@ -83,4 +83,4 @@ DENSE = {
 def test_dense(what: str) -> None:
     check(DENSE[what])
     (term,) = DENSE[what].products
-    assert not selections(Store(CPU, 3, 8), term, DENSE[what].legs)
+    assert not selections(store_of(shapes_of(*term.operands)), term, DENSE[what].legs)

@@ -11,15 +11,17 @@ import torch
 from torch import nn
 
 import tnbackprop as tn
-from tnbackprop.compiler.by_rows import BY_ROWS, SUM_OF_PRODUCTS, SUM_OF_SHIFTED_SQUARES
+from tnbackprop.compiler import by_rows
+from tnbackprop.compiler.by_rows import PRODUCTS, SHIFTED_SQUARES, SUM_OF_PRODUCTS, SUM_OF_SHIFTED_SQUARES
 from tnbackprop.compiler.contract import build
 from tnbackprop.compiler.cost import CPU, CUDA, Rates
 from tnbackprop.compiler.lower import LOWERINGS
-from tnbackprop.compiler.store import Store
+from tnbackprop.compiler.program.functions import Function
 from tnbackprop.diagram import BATCH, Diagram, Leg, Map, Product, Tensor, argument
 from tnbackprop.reference import evaluate
 
-from .test_lowerings import run, tensors
+from .programs import broken, called, codes, run, shapes_of, store_of
+from .test_lowerings import tensors
 
 EAGER = replace(CPU, launch=0.0)
 X = Tensor("x", (BATCH, Leg("p", 5), Leg("q", 4)))
@@ -30,14 +32,12 @@ def diagram(*operands: Map | Tensor) -> Diagram:
     return Diagram(X.legs[1:], (Product(sympy.Integer(1), operands),))
 
 
-def planned(given: Diagram, rates: Rates, batch: int = 3, function: str = "") -> tuple[str, torch.Tensor]:
+def planned(given: Diagram, rates: Rates, batch: int = 3) -> tuple[str, torch.Tensor]:
     """The steps, and their value at one sample more than they were planned for."""
     values = tensors(given, batch + 1)
-    store = Store(rates, batch, 8)
-    store.shapes |= dict.fromkeys(values, (BATCH.size, 5, 4)) | {"like": ()}
+    store = store_of(dict.fromkeys(values, (BATCH.size, 5, 4)), rates, batch)
     ref = build(store, given, LOWERINGS)
-    store.functions = {name: function or source for name, source in store.functions.items()}
-    return "\n".join(step.code for step in store.steps), run(store, ref, values, batch + 1)
+    return "\n".join(codes(store)), run(store, ref, values, batch + 1)
 
 
 @pytest.mark.parametrize("given", [diagram(SQUARES), diagram(X, Tensor("y", X.legs))], ids=["squares", "products"])
@@ -55,18 +55,20 @@ BREAKS = (("x[1:]", "x[2:]"), ("x[0] * y[0]", "x[0] * x[0]"), ("(one, other)", "
 def test_a_break_is_caught(old: str, new: str) -> None:
     assert SUM_OF_PRODUCTS.count(old) == 1
     given = diagram(X, Tensor("y", X.legs))
-    broken = SUM_OF_PRODUCTS.replace(old, new).replace("strict=True", "strict=False")
-    assert not torch.equal(planned(given, EAGER, function=broken)[1], planned(given, EAGER)[1])
+    want = planned(given, EAGER)[1]
+    patch = broken(by_rows, "PRODUCTS", SUM_OF_PRODUCTS.replace(old, new).replace("strict=True", "strict=False"))
+    found = planned(given, EAGER)[1]
+    patch.undo()
+    assert not torch.equal(found, want)
 
 
 @pytest.mark.parametrize("rates, width, chosen", [(CPU, 64, True), (CPU, 4, False), (CUDA, 64, False)])
 def test_chosen_for_long_rows(rates: Rates, width: int, chosen: bool) -> None:
     """On a GPU a launch for each sample costs more than the squares."""
     rows = Tensor("x", (BATCH, Leg("p", width), Leg("q", 1000)))
-    store = Store(rates, 32, 4)
-    store.shapes |= {"x": tuple(leg.size for leg in rows.legs), "like": ()}
+    store = store_of(shapes_of(rows), rates, 32, 4)
     build(store, Diagram(rows.legs[1:], (Product(sympy.Integer(1), (Map(argument(0) ** 2, (rows,)),)),)), LOWERINGS)
-    assert any("sum_of_products(" in step.code for step in store.steps) == chosen
+    assert bool(called(store.steps, PRODUCTS)) == chosen
 
 
 BATCH_SIZES = (1, 5)
@@ -116,12 +118,12 @@ def test_a_break_of_the_shift_is_caught(old: str, new: str) -> None:
     assert not torch.equal(space["sum_of_shifted_squares"](x, y), (x + y).square().sum(0))
 
 
-@pytest.mark.parametrize("name", BY_ROWS)
-def test_a_function_is_captured_whole(name: str) -> None:
+@pytest.mark.parametrize("function", [PRODUCTS, SHIFTED_SQUARES], ids=str)
+def test_a_function_is_captured_whole(function: Function) -> None:
     """torch.compile follows its loop without a graph break."""
     space: dict[str, Any] = {"torch": torch}
-    exec(BY_ROWS[name], space)
+    exec(function.source, space)
     x = torch.randint(-3, 4, (4, 9)).double()
-    other = x if name == "sum_of_products" else x[0]
-    whole = torch.compile(space[name], fullgraph=True, backend="eager")
-    assert torch.equal(whole(x, other), space[name](x, other))
+    other = x if function is PRODUCTS else x[0]
+    whole = torch.compile(space[function.name], fullgraph=True, backend="eager")
+    assert torch.equal(whole(x, other), space[function.name](x, other))

@@ -13,7 +13,6 @@ import tnbackprop as tn
 from tnbackprop import compiler
 from tnbackprop.compiler import cost
 from tnbackprop.compiler.derived import Apart
-from tnbackprop.compiler.emit import noises
 from tnbackprop.compiler.plan import Plan
 
 QUANTITIES = {
@@ -36,8 +35,8 @@ def assert_one_graph(
     namespace: dict[str, object] = {}
     exec(program.source, namespace)
     tensors = program.tensors(x, y)
-    for name in noises(program.compiled.plan):
-        shape = [cost.size_at(size, len(x)) for size in program.compiled.plan.shapes[name]]
+    for name, value in program.compiled.plan.noises.items():
+        shape = [cost.size_at(size, len(x)) for size in value.shape]
         tensors[name] = torch.rand(shape, dtype=x.dtype)
     torch._dynamo.reset()
     traced = torch.compile(namespace["program"], fullgraph=True, backend=backend)
@@ -62,7 +61,7 @@ def test_columns_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_large_values(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where they go is left to torch.compile."""
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=rows))
-    monkeypatch.setattr(Plan, "large", property(lambda plan: frozenset(plan.shapes)))
+    monkeypatch.setattr(Plan, "is_large", lambda plan, value: True)
     assert "out=memory(like, " in assert_one_graph(QUANTITIES[name], None, "aot_eager").source
 
 

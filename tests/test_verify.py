@@ -18,6 +18,8 @@ from tnbackprop.bind import Equation
 from tnbackprop.compiler import Compiled
 from tnbackprop.compiler.cost import Work
 from tnbackprop.compiler.derived import Backward, Extraction, Native
+from tnbackprop.compiler.program import functions as f
+from tnbackprop.compiler.program.expr import Call, Expr, Value, reads
 from tnbackprop.compiler.shifts import WINDOW_GRAM
 from tnbackprop.compiler.stage import Stage
 from tnbackprop.compiler.verify import INVARIANTS, Context, asked, check
@@ -104,6 +106,13 @@ def natives_first(derived: Any) -> Any:
     """Cotangents that native code computes, before those that it reads."""
     native = [item for item in derived.schedule if isinstance(item, Backward) and isinstance(item.terms[0], Native)]
     return replace(derived, schedule=(*native, *(item for item in derived.schedule if item not in native)))
+
+
+def with_step(plan: Any, expr: Expr | None = None, **fields: Any) -> Any:
+    """The plan with a step more: a copy of its last value, or another expression."""
+    expr = Call(f.CLONE, (plan.steps[-1],)) if expr is None else expr
+    step = Value("more", expr, fields.pop("shape", plan.steps[-1].shape), inputs=reads(expr), **fields)
+    return replace(plan, steps=(*plan.steps, step))
 
 
 def source_with(line: str) -> Callable[[str], str]:
@@ -211,29 +220,16 @@ BREAKS = (
     Break("steps reversed", PLAN, lambda p: replace(p, steps=p.steps[::-1]), "in order", "not computed yet"),
     Break("step twice", PLAN, lambda p: replace(p, steps=(*p.steps, p.steps[-1])), "in order", "computed twice"),
     Break("no result", PLAN, lambda p: replace(p, results={}), "every result", "value [] is not computed"),
-    Break("no loss", PLAN, lambda p: replace(p, loss="gone"), "every result", "but not computed"),
-    Break("no shape", PLAN, lambda p: replace(p, shapes={}), "shapes are known", "not known"),
-    Break(
-        "strange shape",
-        PLAN,
-        lambda p: replace(p, shapes={**p.shapes, p.steps[-1].name: (sympy.Symbol("q"),)}),
-        "shapes are known",
-        "size q",
-    ),
+    Break("no loss", PLAN, lambda p: replace(p, loss=Value("gone", None, ())), "every result", "but not computed"),
+    Break("strange shape", PLAN, lambda p: with_step(p, shape=(sympy.Symbol("q"),)), "shapes are known", "size q"),
     Break(
         "einsum",
         PLAN,
-        lambda p: replace(p, steps=changed(p.steps, len(p.steps) - 1, code="torch.einsum('i,i->', y, y)")),
+        lambda p: with_step(p, Call(f.function("torch.einsum"), ("ni,ni->", p.steps[-1], p.steps[-1]))),
         "run-time planning",
         "left to einsum",
     ),
-    Break(
-        "negative work",
-        PLAN,
-        lambda p: replace(p, steps=changed(p.steps, 0, work=Work(flops=((-1, ()),)))),
-        "polynomial",
-        "its work",
-    ),
+    Break("negative work", PLAN, lambda p: with_step(p, work=Work(flops=((-1, ()),))), "polynomial", "its work"),
     Break("syntax", EMIT, lambda s: s + "    )", "compiles", "unmatched"),
     Break("two programs", EMIT, lambda s: s + "\ndef other():\n    return 1\n", "compiles", "not slices and then"),
     Break("other text", EMIT, lambda s: WINDOW_GRAM.replace("@", "+") + "\n" + s, "compiles", "not slices and then"),

@@ -81,9 +81,10 @@ def sample_by_sample(
     fixed = {inner for inner, outer in outside.items() if outer in plain and inner.key not in rows}
     steps = _without_samples(store, alive(small.steps, set(values)), values, fixed, outside)
     own = set(steps)
-    inputs = dict.fromkeys([*map(small.find, rows), *(v for step in steps for v in step.inputs if v not in own)])
+    begin = [*map(small.find, rows)]  # one-hot columns may be alike for all samples
+    inputs = dict.fromkeys([*begin, *(v for step in steps for v in step.inputs if v not in own)])
     args = [(outside[inner], _axis(inner)) for inner in inputs]
-    if not all(axis is not None or inner in fixed for inner, (_, axis) in zip(inputs, args, strict=True)):
+    if not all(_axis(inner) is not None or inner in fixed or inner in begin for inner in inputs):
         return None
     first = next(inner for inner in inputs if _axis(inner) is not None)
     total = any(TOTAL in sizes_in(step.expr) for step in steps)
@@ -104,8 +105,8 @@ def sample_by_sample(
 
 def _small(store: Store, rows: Mapping[str, Value]) -> tuple[Store, dict[Value, Value]]:
     """A store for one sample, that knows what the forward has computed, and what each of its values is outside."""
-    small = Store(store.rates, 1, store.itemsize, alone=True)
-    small.note, small.suppliers, small.works = store.note, store.suppliers, store.works
+    small = store.apart(1, alone=True)
+    small.suppliers, small.works = store.suppliers, store.works
     outside: dict[Value, Value] = {}
     inside: dict[Value, Value] = {}
     for name, outer in store.names.items():

@@ -58,6 +58,12 @@ class Store:
         """A layer to try a plan on."""
         return Store(self.rates, self.batch, self.itemsize, self.alone, self)
 
+    def apart(self, batch: int, alone: bool = False) -> Store:
+        """An empty store for what a function computes of so many samples; keys of its values are no keys of these."""
+        inner = Store(self.rates, batch, self.itemsize, alone)
+        inner.note, inner._count = self.note, self._count
+        return inner
+
     def adopt(self, trial: Store) -> None:
         """Take over what a fork has built."""
         self.steps += trial.steps

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...diagram import Size
 from .expr import Call, Filled, Value, reads
-from .functions import GRAD_INPUT, Form, Function, Linear, Memory, aten
+from .functions import GRAD_INPUT, Linear, Memory, aten, method
 
 
 def shape_of(expr: Any) -> tuple[Size, ...] | None:
@@ -95,8 +95,4 @@ def _method(name: str, operand: Any, others: tuple[Any, ...]) -> Any:
     return operand
 
 
-def _over(name: str) -> Function:
-    return Function(name, Form.METHOD, None, memory=Memory.WHOLE)  # type: ignore[arg-type]
-
-
-OVER = {name: _over(name) for name in ("mul_", "add_", "square_")}
+OVER = {name: method(name, memory=Memory.WHOLE) for name in ("mul_", "add_", "square_")}

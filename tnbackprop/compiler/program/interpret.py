@@ -46,7 +46,8 @@ class Interpreter:
             case Call():
                 return self._call(expr, env)
             case Pointwise():
-                return self.elementwise(expr.expr, {s: self.value(each, env) for s, each in expr.args})
+                args = {symbol: self.value(each, env) for symbol, each in expr.args}
+                return self.elementwise(expr.expr.xreplace(self.sizes), args)
             case Filled():
                 holes = {name: self.value(each, env) for name, each in expr.holes}
                 return evaluated(expr.code, holes, {"torch": torch, "N": self.sizes[N]})
@@ -69,7 +70,7 @@ class Interpreter:
         return expr
 
     def _number(self, value: sympy.Expr) -> int | float:
-        exact = value.xreplace(self.sizes)
+        exact = sympy.sympify(value.xreplace(self.sizes))
         return int(exact) if exact.is_Integer else float(exact)
 
     def _call(self, call: Call, env: Mapping[Value, Any]) -> Any:
