@@ -55,7 +55,12 @@ class Compiled:
     @cached_property
     def texts(self) -> dict[Value, tuple[str, str]]:
         """The name and the expression of every step, for people."""
-        return Writer(self.graph, self.plan).texts()
+        return self.writer.texts()
+
+    @property
+    def writer(self) -> Writer:
+        """What writes its source."""
+        return Writer(self.graph, self.plan)
 
 
 def compile_program(

@@ -21,7 +21,8 @@ from .plan import Plan
 from .printer import FOLLOWED, Printer
 from .program.expr import Body, Call, Expr, Filled, Join, Slices, Value, bodies, children, helpers, reads
 from .program.functions import Form, Function
-from .program.lines import Line, captured_by, handed, in_place, lines_of
+from .program.lines import Line, captured_by, lines_of
+from .program.passes import Context, passed
 
 _serial = count(1)
 WIDTH = 120
@@ -82,9 +83,9 @@ class Writer:
             lines += [*source.split("\n"), "", ""]
         for each in self.bodies:
             lines += [*self._function(each), "", ""]
-        wanted = plan.kept | {value for loop in plan.loops for value in loop.reads}
+        wanted = self.wanted
         head = self._inputs()
-        body = self._lines(self._handed(lines_of(plan.steps, self.functional)), wanted)
+        body = self._lines(lines_of(plan.steps, self.functional), wanted)
         for loop in plan.loops:
             body += self._loop(loop, wanted)
         large = any(f"{MEMORY}(" in line for line in body)
@@ -102,6 +103,11 @@ class Writer:
             printer = Printer(names, self.functions)
             own |= {step: (names(step), printer.text(step.expr)) for step in body.steps if step.expr is not None}
         return own
+
+    @property
+    def wanted(self) -> set[Value]:
+        """The values of the straight part that are read later."""
+        return self.plan.kept | {value for loop in self.plan.loops for value in loop.reads}
 
     def _reads_like(self) -> bool:
         plan = self.plan
@@ -133,14 +139,15 @@ class Writer:
                     return f"    N = {self.names(self.plan.given[name])}.shape[{axis}]"
         raise AssertionError("no input has the batch")
 
-    def _handed(self, lines: tuple[Line, ...]) -> tuple[Line, ...]:
-        return handed(lines, self.plan.is_large, self._memory)
-
     def _memory(self, value: Value) -> Expr:
         return Call(GIVE_MEMORY, (self.plan.like, value.shape))
 
-    def _lines(self, lines: tuple[Line, ...], kept: set[Value], printer: Printer | None = None) -> list[str]:
-        return written(lines, kept, printer or self.printer)
+    def context(self, kept: set[Value]) -> Context:
+        """What the passes may know."""
+        return Context(frozenset(kept), self.plan.is_large, self._memory)
+
+    def _lines(self, lines: tuple[Line, ...], kept: set[Value]) -> list[str]:
+        return written(passed(lines, self.context(kept)), self.printer)
 
     def _function(self, body: Body) -> list[str]:
         """A function of some samples."""
@@ -149,7 +156,7 @@ class Writer:
         params = [names(param) for param in body.params]
         first, axis = body.batch
         kept = set(reads(body.results))
-        lines = [f"    N = {names(first)}.shape[{axis}]", *written(lines_of(body.steps), kept, printer)]
+        lines = [f"    N = {names(first)}.shape[{axis}]", *written(passed(lines_of(body.steps), small(kept)), printer)]
         shown = ", ".join(printer.text(result) for result in body.results)
         total = ["total"] * body.total
         head = f"def {self.functions[body]}({', '.join([*params, *total])}):"
@@ -179,7 +186,7 @@ class Writer:
         lines += self._round(loop, slots)
         if loop.count * loop.width > loop.columns:
             lines += [f"    {names(total)} = {names(total)}[:{loop.columns}]" for _, total in loop.filled]
-        after = self._handed(lines_of(loop.after))
+        after = lines_of(loop.after)
         lines += self._lines(after, wanted)
         spent = [total for _, total in loop.summed if total not in wanted]
         return [*lines, *freed(spent, captured_by(after), names)]
@@ -189,7 +196,7 @@ class Writer:
         names = self.names
         steps, copied, added = loop_lines(loop, slots)
         kept = {value for value, _ in (*copied, *added)} | {value for value, _ in loop.filled}
-        lines = [f"    {line}" for line in self._lines(self._handed(steps), kept)]
+        lines = [f"    {line}" for line in self._lines(steps, kept)]
         squeezed = "" if loop.width > 1 else ".squeeze(0)"
         lines += [f"        {names(slots[total])}[:] = {names(value)}{squeezed}" for value, total in copied]
         lines += [f"        {names(total)} = {names(total)}.add_({names(value)})" for value, total in added]
@@ -237,21 +244,21 @@ def _words(steps: Iterable[Value]) -> set[str]:
     return {word for each in every for word in each.code.words}
 
 
-def written(lines: tuple[Line, ...], kept: set[Value], printer: Printer) -> list[str]:
-    """One line per value, a comment where the subject changes; values in `kept` are not deleted, nor written over."""
-    lines = in_place(lines, kept)
-    last = {value: k for k, line in enumerate(lines) for value in line.inputs}
-    own = {line.value for line in lines}
+def small(kept: set[Value]) -> Context:
+    """The context of a function of some samples: nothing in it is large."""
+    return Context(frozenset(kept), lambda value: False, lambda value: value)
+
+
+def written(lines: tuple[Line, ...], printer: Printer) -> list[str]:
+    """One line per value, and a comment where the subject changes."""
     inside = captured_by(lines)
     shown, note = [], ""
-    for k, line in enumerate(lines):
+    for line in lines:
         if line.value.note != note:
             note = line.value.note
             shown.append(f"    # {comment(note)}")
-        code = printer.text(line.expr)
-        shown.append(f"    {printer.names(line.value)} = {code}")
-        dead = [value for value in line.inputs if last[value] == k and value in own and value not in kept]
-        shown += freed(dead, inside, printer.names)
+        shown.append(f"    {printer.names(line.value)} = {printer.text(line.expr)}")
+        shown += freed(line.frees, inside, printer.names)
     return shown
 
 

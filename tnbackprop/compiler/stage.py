@@ -12,4 +12,5 @@ class Stage(StrEnum):
     BIND = "bind"
     DERIVE = "derive"
     PLAN = "plan"
+    PROGRAM = "program"
     EMIT = "emit"

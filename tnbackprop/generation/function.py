@@ -12,7 +12,7 @@ import torch
 
 from ..bind import COTANGENT as PULLED
 from ..compiler.derived import Backward, Derived, Extraction, Native
-from ..compiler.emit import written
+from ..compiler.emit import small, written
 from ..compiler.explain_text import diagram_text
 from ..compiler.graph import Graph
 from ..compiler.layer import COTANGENT, HANDED
@@ -22,6 +22,7 @@ from ..compiler.polynomials import Symbols
 from ..compiler.printer import Printer
 from ..compiler.program.expr import Body, Expr, Value, helpers, reads, sizes_in
 from ..compiler.program.lines import lines_of
+from ..compiler.program.passes import passed
 from ..diagram import Diagram, N, Size, Tensor, V, hint_of, leaves
 from ..errors import UnsupportedError
 from ..quantities import Quantity
@@ -107,7 +108,7 @@ def function(
     fixed = {known[value]: shown(value) for value in (*arguments, *constants)} | {plan.like: "like"}
     every = {shown(value) for value in inputs.shapes} | set(fixed.values())
     printer = Printer(Scope(TAKEN | every, names=fixed), functions)
-    lines = written(lines_of(plan.steps, functional=True), set(reads(returns)), printer)
+    lines = written(passed(lines_of(plan.steps, functional=True), small(set(reads(returns)))), printer)
     sources = dict.fromkeys(fn.source for step in plan.steps for fn in helpers(step.expr))
     own = tuple(shown(value) for value in arguments)
     return Function(name, own, (*head, *lines), printer.text(returns), tuple(doc), tuple(sources))

@@ -10,8 +10,6 @@ from .facts import written_over
 from .functions import Memory, function
 from .numbers import Number
 
-__all__ = ["Line", "alive", "captured_by", "handed", "in_place", "lines_of", "with_out"]
-
 
 @dataclass(frozen=True)
 class Line:
@@ -19,12 +17,14 @@ class Line:
 
     own     the value may be written over, and its operands for it
     inputs  what the value is made from
+    frees   what nothing reads after it
     """
 
     value: Value
     expr: Expr
     own: bool
     inputs: tuple[Value, ...]
+    frees: tuple[Value, ...] = ()
 
 
 def alive(steps: Iterable[Value], wanted: set[Value]) -> tuple[Value, ...]:

@@ -1,0 +1,68 @@
+"""Passes: named rows, in order. Each takes the lines of a program and gives lines of the same values.
+
+In tests each is run in the reference interpreter before and after, on small integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .expr import Expr, Value
+from .lines import Line, handed, in_place
+
+Lines = tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may know besides the lines.
+
+    kept    values that are read later: nothing is written over them, and they are not let go of
+    large   whether the system would give a value's memory page by page
+    memory  the memory that is there already for such a value
+    """
+
+    kept: frozenset[Value]
+    large: Callable[[Value], bool]
+    memory: Callable[[Value], Expr]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One row: its name, what it does in words, and the function that does it."""
+
+    name: str
+    says: str
+    apply: Callable[[Lines, Context], Lines]
+
+
+def _handed(lines: Lines, context: Context) -> Lines:
+    return handed(lines, context.large, context.memory)
+
+
+def _in_place(lines: Lines, context: Context) -> Lines:
+    return in_place(lines, set(context.kept))
+
+
+def _let_go(lines: Lines, context: Context) -> Lines:
+    last = {value: k for k, line in enumerate(lines) for value in line.inputs}
+    own = {line.value for line in lines} - context.kept
+    return tuple(
+        replace(line, frees=tuple(value for value in line.inputs if value in own and last[value] == k))
+        for k, line in enumerate(lines)
+    )
+
+
+PASSES = (
+    Pass("out", "large products and matmuls are written where there is memory already", _handed),
+    Pass("in place", "a value is written over an operand that nothing reads any more", _in_place),
+    Pass("liveness", "values are let go of after the last line that reads them", _let_go),
+)
+
+
+def passed(lines: Lines, context: Context) -> Lines:
+    """The lines after all passes."""
+    for each in PASSES:
+        lines = each.apply(lines, context)
+    return lines
