@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from torch import Tensor
 
 import tnbackprop as tn
 from tnbackprop.compiler.choose import Choice, Option
+from tnbackprop.compiler.emit import Writer
+from tnbackprop.compiler.program.expr import Value
 
 from .models import PROBLEMS, Problem
 from .timing import round_robin
@@ -87,7 +89,7 @@ def measure(problem: Problem, device: torch.device, parameter: str, quantity: tn
     program = tn.compile(model, loss, (x, y), [quantity])
     (choice,) = program.compiled.plan.choices
     values = _values(program, x, y)
-    runs = {label(option, choice): _run(option, values) for option in choice.options}
+    runs = {label(option, choice): _run(option, program, values, len(x)) for option in choice.options}
     _agree(runs, quantity.name)
     seconds = round_robin(runs, rounds, warmup=5, device=device)
     # The least of all rounds: what others do on the machine only ever adds.
@@ -112,30 +114,43 @@ def label(option: Option, choice: Choice) -> str:
     return f"build {'+'.join(built)}" if built else "multiply out"
 
 
-def _values(program: tn.Program, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Every value of a run by name."""
-    values: dict[str, Any] = {"torch": torch, **program.tensors(x, y), "N": len(x)}
-    values["like"] = next(v for v in values.values() if isinstance(v, Tensor) and v.is_floating_point())
-    exec("\n".join(program.compiled.plan.functions.values()), values)
+def _values(program: tn.Program, x: Tensor, y: Tensor) -> dict[Value, Any]:
+    """Every value of a run."""
+    plan, tensors = program.compiled.plan, program.tensors(x, y)
+    values: dict[Value, Any] = {value: tensors[name] for name, value in plan.given.items() if name in tensors}
+    values[plan.like] = next(v for v in tensors.values() if v.is_floating_point())
+    text = Writer(program.compiled.graph, plan)
+    namespace = _functions(text) | {"N": len(x)}
     with torch.no_grad():
-        for step in program.compiled.plan.steps:
-            values[step.name] = eval(step.code, values)
+        for step in plan.steps:
+            own = {text.names(value): values[value] for value in step.inputs}
+            values[step] = eval(text.printer.text(step.expr), namespace | own)
     return values
 
 
-def _run(option: Option, values: Mapping[str, Any]) -> Callable[[], list[Tensor]]:
+def _functions(text: Writer) -> dict[str, Any]:
+    """The functions beside a program."""
+    namespace: dict[str, Any] = {"torch": torch, "progress": iter}
+    for source in (*text.helpers.values(), *("\n".join(text._function(body)) for body in text.bodies)):
+        exec(source, namespace)
+    return namespace
+
+
+def _run(option: Option, program: tn.Program, values: Mapping[Value, Any], batch: int) -> Callable[[], list[Tensor]]:
     """The steps of an option as a function, which frees what nobody reads any more."""
-    last = {name: k for k, step in enumerate(option.steps) for name in step.inputs}
-    own = {step.name for step in option.steps}
-    kept = set(option.results.values())
+    plan = replace(program.compiled.plan, steps=option.steps, loops=())
+    text = Writer(program.compiled.graph, plan)
+    last = {value: k for k, step in enumerate(option.steps) for value in step.inputs}
+    own, kept = set(option.steps), set(option.results.values())
     lines = ["def run():"]
     for k, step in enumerate(option.steps):
-        lines.append(f"    {step.name} = {step.code}")
-        dead = [name for name in step.inputs if last[name] == k and name in own - kept]
+        lines.append(f"    {text.names(step)} = {text.printer.text(step.expr)}")
+        dead = [text.names(value) for value in step.inputs if last[value] == k and value in own - kept]
         lines += [f"    del {', '.join(dead)}"] if dead else []
-    lines.append(f"    return [{', '.join(sorted(kept))}]")
-    namespace = {name: value for name, value in values.items() if name not in own}
-    exec("\n".join([*option.functions.values(), *lines]), namespace)
+    lines.append(f"    return [{', '.join(map(text.names, kept))}]")
+    namespace = _functions(text) | {text.names(value): each for value, each in values.items() if value not in own}
+    namespace["N"] = batch
+    exec("\n".join(lines), namespace)
     run: Callable[[], list[Tensor]] = torch.no_grad()(namespace["run"])
     return run
 
