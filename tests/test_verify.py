@@ -46,6 +46,7 @@ def products(stage: Stage) -> Any:
         Stage.BIND: compiled.derived.bound,
         Stage.DERIVE: compiled.derived,
         Stage.PLAN: compiled.plan,
+        Stage.PROGRAM: compiled.writer.program,
         Stage.EMIT: compiled.source,
     }
     return whole[stage]
@@ -86,6 +87,12 @@ def with_formula(bound: Any, change: Callable[[Diagram], Diagram]) -> Any:
     """The first call with another formula."""
     old = bound[0][1].equations[-1]
     return with_rule(bound, 0, equations=(Equation(old.name, old.legs, change(old.diagram), old.jacobians),))
+
+
+def let_go_early(program: Any) -> Any:
+    """The first line lets go of what it gives."""
+    first, *others = program.lines
+    return replace(program, lines=(replace(first, frees=(first.value,)), *others))
 
 
 def first(derived: Any, kind: type) -> int:
@@ -133,7 +140,7 @@ class Break:
         return self.name
 
 
-CAPTURE, BIND, DERIVE, PLAN, EMIT = Stage
+CAPTURE, BIND, DERIVE, PLAN, PROGRAM, EMIT = Stage
 N2 = ((N,), (N,))
 
 BREAKS = (
@@ -230,6 +237,8 @@ BREAKS = (
         "left to einsum",
     ),
     Break("negative work", PLAN, lambda p: with_step(p, work=Work(flops=((-1, ()),))), "polynomial", "its work"),
+    Break("let go early", PROGRAM, let_go_early, "living values", "which is not there"),
+    Break("not kept", PROGRAM, lambda p: replace(p, lines=p.lines[:-1]), "living values", "not there at the end"),
     Break("syntax", EMIT, lambda s: s + "    )", "compiles", "unmatched"),
     Break("two programs", EMIT, lambda s: s + "\ndef other():\n    return 1\n", "compiles", "not slices and then"),
     Break("other text", EMIT, lambda s: WINDOW_GRAM.replace("@", "+") + "\n" + s, "compiles", "not slices and then"),

@@ -57,7 +57,7 @@ class Compiled:
         """The name and the expression of every step, for people."""
         return self.writer.texts()
 
-    @property
+    @cached_property
     def writer(self) -> Writer:
         """What writes its source."""
         return Writer(self.graph, self.plan)
@@ -98,6 +98,7 @@ def compile_program(
         check(Stage.DERIVE, derived, seen)
         planned = plan(graph, derived, LOWERINGS, rates, itemsize, memory_limit)
     check(Stage.PLAN, planned, seen)
+    check(Stage.PROGRAM, Writer(graph, planned).program, seen)
     source = emit(graph, planned, f"{type(model).__name__}: {', '.join(q.name for q in quantities)}")
     check(Stage.EMIT, source, seen)
     return Compiled(graph, derived, planned, source)

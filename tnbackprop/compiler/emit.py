@@ -6,6 +6,7 @@ import linecache
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -22,7 +23,7 @@ from .printer import FOLLOWED, Printer
 from .program.expr import Body, Call, Expr, Filled, Join, Slices, Value, bodies, children, helpers, reads
 from .program.functions import Form, Function
 from .program.lines import Line, captured_by, lines_of
-from .program.passes import Context, passed
+from .program.passes import Context, Program, passed
 
 _serial = count(1)
 WIDTH = 120
@@ -85,7 +86,7 @@ class Writer:
             lines += [*self._function(each), "", ""]
         wanted = self.wanted
         head = self._inputs()
-        body = self._lines(lines_of(plan.steps, self.functional), wanted)
+        body = written(self.program.lines, self.printer)
         for loop in plan.loops:
             body += self._loop(loop, wanted)
         large = any(f"{MEMORY}(" in line for line in body)
@@ -108,6 +109,14 @@ class Writer:
     def wanted(self) -> set[Value]:
         """The values of the straight part that are read later."""
         return self.plan.kept | {value for loop in self.plan.loops for value in loop.reads}
+
+    @cached_property
+    def program(self) -> Program:
+        """The straight part, after all passes."""
+        plan = self.plan
+        lines = passed(lines_of(plan.steps, self.functional), self.context(self.wanted))
+        later = {v for loop in plan.loops for v in (*loop.after, *(total for _, total in loop.outputs))}
+        return Program(lines, frozenset({*plan.given.values(), plan.like}), frozenset(self.wanted - later))
 
     def _reads_like(self) -> bool:
         plan = self.plan
@@ -254,8 +263,8 @@ def written(lines: tuple[Line, ...], printer: Printer) -> list[str]:
     inside = captured_by(lines)
     shown, note = [], ""
     for line in lines:
-        if line.value.note != note:
-            note = line.value.note
+        if line.note != note:
+            note = line.note
             shown.append(f"    # {comment(note)}")
         shown.append(f"    {printer.names(line.value)} = {printer.text(line.expr)}")
         shown += freed(line.frees, inside, printer.names)

@@ -14,15 +14,15 @@ from ..diagram import BATCH, COLUMN, Diagram, Leg, Part, Product, Tensor, hint_o
 from ..simplify import simplify
 from .alternatives import Alternative, Way, alternatives, conditions, part_names, seconds, work_numbers
 from .choose import Choice
-from .cost import Kernel, bytes_of, number
+from .cost import bytes_of, number
 from .derived import Backward, Extraction, Individual, Native, Schedule
+from .explain_program import pass_lines, program_lines
 from .explain_text import body_text, diagram_text, legs_text, milliseconds, shortened, size_text, table
 from .memory import peak_bytes
 from .plan import Plan
 from .polynomials import Symbols, in_batch_text, number_text
 from .program.expr import Value
-from .program.lines import lines_of
-from .program.passes import PASSES, Pass
+from .program.passes import PASSES
 from .stage import Stage
 
 if TYPE_CHECKING:
@@ -364,33 +364,6 @@ def total_rows(compiled: Compiled) -> list[tuple[str, ...]]:
     return rows
 
 
-def _program(compiled: Compiled) -> Iterator[str]:
-    """Every value: its name, its shape, what makes it, whose memory it has."""
-    rows = [("value", "shape", "memory", "made by")]
-    for step, _ in compiled.plan.timed:
-        name, code = compiled.texts[step]
-        base = step.inputs[0] if step.kernel is Kernel.VIEW and step.inputs else None
-        seen = f"of {compiled.texts[base][0] if base in compiled.texts else base}" if base is not None else ""
-        memory = "own" if step.own else seen or "as it is made"
-        rows.append((name, "[" + ", ".join(map(str, step.shape)) + "]", memory, shortened(code, CODE_WIDTH)))
-    yield from table(rows, "  ")
-
-
-def _pass(row: Pass, compiled: Compiled) -> Iterator[str]:
-    """What a pass changes: each line before it and after it."""
-    yield f"  {row.says}"
-    writer = compiled.writer
-    lines, context = lines_of(compiled.plan.steps), writer.context(writer.wanted)
-    for each in PASSES[: PASSES.index(row)]:
-        lines = each.apply(lines, context)
-    text, names = writer.printer.text, writer.names
-    for before, after in zip(lines, row.apply(lines, context), strict=True):
-        if after.expr is not before.expr:
-            yield f"  {names(after.value)} = {text(before.expr)}  →  {text(after.expr)}"
-        if after.frees:
-            yield f"  after {names(after.value)}: {', '.join(map(names, after.frees))}"
-
-
 def _source(compiled: Compiled) -> Iterator[str]:
     yield compiled.source
 
@@ -407,7 +380,10 @@ SECTIONS: Mapping[Stage, tuple[Section, ...]] = {
         ("Kept from the forward", _kept),
         ("Totals (N = {N})", _totals),
     ),
-    Stage.PROGRAM: (("Program", _program), *((f"Pass: {each.name}", partial(_pass, each)) for each in PASSES)),
+    Stage.PROGRAM: (
+        ("Program", program_lines),
+        *((f"Pass: {each.name}", partial(pass_lines, each)) for each in PASSES),
+    ),
     Stage.EMIT: (("Source", _source),),
 }
 """What is shown of each stage."""

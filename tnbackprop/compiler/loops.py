@@ -123,7 +123,7 @@ def adding(loop: Loop, lines: tuple[Line, ...]) -> tuple[tuple[Line, ...], list[
         assert isinstance(line.expr, Call)
         expr: Expr = Call(ADDING[fn.adding], (viewed(total, line.value.shape), *line.expr.args))
         expr = Call(f.VIEW, (expr, *value.shape))
-        replacing[line.value] = Line(total, expr, False, line.inputs)
+        replacing[line.value] = Line(total, expr, False, line.inputs, note=line.note)
     kept = (replacing.get(line.value, line) for line in lines)
     return tuple(line for line in kept if line is not None), added
 

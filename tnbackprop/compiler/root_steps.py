@@ -33,8 +33,9 @@ def root_steps(
     Where all columns ride together there is no loop, and the rows are entered under the variable's name.
     """
     if isinstance(columns.start, Given):
-        store.given(columns.variable, columns.start.shape)
-        store.given(columns.weight, (columns.count, N))
+        for name, handed in ((columns.variable, columns.start.shape), (columns.weight, (columns.count, N))):
+            if name not in store:
+                store.given(name, handed)
         return {}
     if isinstance(columns.start, Basis):
         return _basis(store, graph, columns, columns.start, lowerings)

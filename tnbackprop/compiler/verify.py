@@ -19,6 +19,8 @@ from .derived import Backward, Derived, Extraction, Individual, Native, Schedule
 from .graph import Call, Graph, is_batch
 from .plan import Plan, names_in
 from .program.expr import Call as Call_
+from .program.expr import reads
+from .program.passes import Program
 from .stage import Stage
 from .verify_source import SOURCE, SourceCheck
 from .wellformed import Count, count, count_legs, flaws, flaws_of_jacobian, shown
@@ -322,6 +324,21 @@ def _work_counted(plan: Plan, context: Context) -> Flaws:
                 yield str(step), f"its work {coefficient}·{legs} is no polynomial in leg sizes"
 
 
+# -- program
+
+
+def _alive(program: Program, context: Context) -> Flaws:
+    """Line by line: what is read was computed, and was not let go of."""
+    alive = set(program.given)
+    for line in program.lines:
+        for value in reads(line.expr):
+            if value not in alive:
+                yield str(line.value), f"it reads {value}, which is not there (any more): {line.expr}"
+        alive = (alive | {line.value}) - set(line.frees)
+    for value in program.kept - alive:
+        yield str(value), "it is read later, but not there at the end"
+
+
 def _of_source(row: SourceCheck) -> Check:
     return lambda source, context: row(source, frozenset(_read(_graph(context))))
 
@@ -353,6 +370,7 @@ INVARIANTS: Mapping[Stage, tuple[tuple[str, Check], ...]] = {
         ("no contraction is left to run-time planning", _einsum_stays_inside),
         ("work is a polynomial in leg sizes", _work_counted),
     ),
+    Stage.PROGRAM: (("every line reads living values", _alive),),
     Stage.EMIT: tuple((name, _of_source(row)) for name, row in SOURCE),
 }
 """After each stage, what holds and how it is checked."""

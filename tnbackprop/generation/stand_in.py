@@ -19,7 +19,7 @@ BATCH = 4
 
 
 class Layer(torch.nn.Module):
-    """Stands for a rule: its output has the shape that the rule says, and no values."""
+    """Stands for a rule: its output has the shape that the rule says, and is zero."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], output: tuple[Any, ...], title: str) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Layer(torch.nn.Module):
             self.register_parameter(name, torch.nn.Parameter(torch.zeros(shape)))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return input.new_empty([input.shape[0] if size == N else int(size) for size in self._shape])
+        return input.new_zeros([input.shape[0] if size == N else int(size) for size in self._shape])
 
     def __repr__(self) -> str:
         return self._title

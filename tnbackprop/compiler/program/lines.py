@@ -18,6 +18,7 @@ class Line:
     own     the value may be written over, and its operands for it
     inputs  what the value is made from
     frees   what nothing reads after it
+    note    what it is for
     """
 
     value: Value
@@ -25,6 +26,7 @@ class Line:
     own: bool
     inputs: tuple[Value, ...]
     frees: tuple[Value, ...] = ()
+    note: str = ""
 
 
 def alive(steps: Iterable[Value], wanted: set[Value]) -> tuple[Value, ...]:
@@ -40,7 +42,9 @@ def alive(steps: Iterable[Value], wanted: set[Value]) -> tuple[Value, ...]:
 def lines_of(steps: Iterable[Value], functional: bool = False) -> tuple[Line, ...]:
     """A line for each; `functional`: that write over nothing, for what autograd or vmap is to see through."""
     own = ((step, step.expr) for step in steps)
-    return tuple(Line(s, expr, s.own and not functional, s.inputs) for s, expr in own if expr is not None)
+    return tuple(
+        Line(s, expr, s.own and not functional, s.inputs, note=s.note) for s, expr in own if expr is not None
+    )
 
 
 def captured_by(lines: Iterable[Line]) -> set[Value]:

@@ -15,6 +15,15 @@ Lines = tuple[Line, ...]
 
 
 @dataclass(frozen=True)
+class Program:
+    """Lines, what they are given, and what of it all is read later."""
+
+    lines: Lines
+    given: frozenset[Value]
+    kept: frozenset[Value]
+
+
+@dataclass(frozen=True)
 class Context:
     """What a pass may know besides the lines.
 
