@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 import tnbackprop as tn
-from tnbackprop.compiler.choose import Choice, Option
-from tnbackprop.compiler.emit import Writer
+from tnbackprop.compiler.emit.source import Writer
+from tnbackprop.compiler.plan.choose import Choice, Option
 from tnbackprop.compiler.program.expr import Value
 
 from .models import PROBLEMS, Problem

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import tnbackprop as tn
-from tnbackprop.algebra import inline
+from tnbackprop.diagram.algebra import inline
 from tnbackprop.drawing import formulas, jacobian, quantity
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tnbackprop as tn
-from tnbackprop.approximate import Factors
+from tnbackprop.quantities.factors import Factors
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import tnbackprop as tn
-from tnbackprop.algebra import Cotangents, Uses, differentiate, inline, tensor
-from tnbackprop.bind import bind
-from tnbackprop.diagram import N
-from tnbackprop.reference import evaluate
+from tnbackprop.diagram.algebra import Cotangents, Uses, differentiate, inline, tensor
+from tnbackprop.diagram.core import N
+from tnbackprop.diagram.reference import evaluate
+from tnbackprop.notation.bind import bind
 
 TEXT = "output[n, o] = weight[o, i] * input[n, i] + bias[o]"
 

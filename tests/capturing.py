@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tnbackprop.compiler.capture import capture
-from tnbackprop.compiler.graph import Graph, Value
-from tnbackprop.diagram import N
+from tnbackprop.compiler.capture.export import capture
+from tnbackprop.compiler.capture.graph import Graph, Value
+from tnbackprop.diagram.core import N
 
 
 def concrete(value: Any, batch: int) -> Any:

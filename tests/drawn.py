@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import tnbackprop as tn
-from tnbackprop.algebra import inline
-from tnbackprop.compiler.derived import Backward
-from tnbackprop.diagram import (
+from tnbackprop.compiler.derive.derived import Backward
+from tnbackprop.diagram.algebra import inline
+from tnbackprop.diagram.core import (
     BATCH,
     Delta,
     Diagram,

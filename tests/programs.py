@@ -12,15 +12,15 @@ import torch
 from torch.utils import _pytree as pytree
 
 import tnbackprop as tn
-from tnbackprop.compiler.arrange import arranged
-from tnbackprop.compiler.cost import CPU, Rates, size_at
-from tnbackprop.compiler.emit import Writer
-from tnbackprop.compiler.printing import torch_code
+from tnbackprop.compiler.emit.printing import torch_code
+from tnbackprop.compiler.emit.source import Writer
+from tnbackprop.compiler.lower.arrange import arranged
+from tnbackprop.compiler.program.cost import CPU, Rates, size_at
 from tnbackprop.compiler.program.expr import Ref, Value, helpers, reads
 from tnbackprop.compiler.program.functions import Function, helper
 from tnbackprop.compiler.program.interpret import Interpreter
-from tnbackprop.compiler.store import LIKE, Store
-from tnbackprop.diagram import N, Operand, Size, Tensor, operand_tensors
+from tnbackprop.compiler.program.store import LIKE, Store
+from tnbackprop.diagram.core import N, Operand, Size, Tensor, operand_tensors
 
 Shapes = Mapping[str, tuple[Size, ...]]
 

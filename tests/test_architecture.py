@@ -71,7 +71,7 @@ def shown(path: Path, node: ast.AST) -> str:
 
 
 def name(path: Path) -> str:
-    """tnbackprop/compiler/plan.py is "compiler.plan"; a package is its __init__."""
+    """tnbackprop/compiler/plan/plan.py is "compiler.plan"; a package is its __init__."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 

@@ -14,8 +14,8 @@ from torch import nn
 import tnbackprop as tn
 from tnbackprop import compiler
 from tnbackprop.compiler import cost
-from tnbackprop.compiler.beside import in_turns
-from tnbackprop.compiler.derived import Apart, Backward, Extraction
+from tnbackprop.compiler.derive.derived import Apart, Backward, Extraction
+from tnbackprop.compiler.plan.beside import in_turns
 
 from .cases import CASES
 from .second_order import assert_equal

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tnbackprop.compiler.capture import capture
-from tnbackprop.compiler.symbolic import KERNELS
-from tnbackprop.diagram import N
+from tnbackprop.compiler.capture.export import capture
+from tnbackprop.compiler.capture.symbolic import KERNELS
+from tnbackprop.diagram.core import N
 from tnbackprop.errors import InputError
 
 from .capturing import Function, captured, check_contract, run, targets

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tnbackprop.compiler.capture import capture
+from tnbackprop.compiler.capture.export import capture
 from tnbackprop.errors import InputError, UnsupportedError
 
 from .capturing import Function

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import tnbackprop as tn
-from tnbackprop.cli import main
+from tnbackprop.commands.cli import main
 
 QUICK = ("--steps", "3", "--rounds", "1")
 
@@ -61,7 +61,7 @@ def test_a_missing_extra_is_named() -> None:
     """Without scikit-learn the command says what to install; core needs no extra."""
     code = (
         "import sys; sys.modules['sklearn'] = None\n"
-        "from tnbackprop.cli import main\n"
+        "from tnbackprop.commands.cli import main\n"
         "sys.exit(main(['demo']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

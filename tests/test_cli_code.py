@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tnbackprop.cli import main
+from tnbackprop.commands.cli import main
 
 NET = """
 import torch

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tnbackprop.cli import main
+from tnbackprop.commands.cli import main
 
 from .test_cli_files import NET, run
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tnbackprop as tn
-from tnbackprop.cli import main
+from tnbackprop.commands.cli import main
 
 NET = """
 import torch

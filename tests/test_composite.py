@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 import tnbackprop as tn
-from tnbackprop.rule import Composite
+from tnbackprop.notation.rule import Composite
 
 from . import oracle
 from .cases import CASES, Case, seq

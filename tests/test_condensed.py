@@ -12,10 +12,10 @@ from torch import nn
 
 import tnbackprop as tn
 from tnbackprop import compiler
-from tnbackprop.algebra import inline
 from tnbackprop.compiler import cost
-from tnbackprop.compiler.derived import Derived, Extraction
-from tnbackprop.diagram import Selection, Tensor
+from tnbackprop.compiler.derive.derived import Derived, Extraction
+from tnbackprop.diagram.algebra import inline
+from tnbackprop.diagram.core import Selection, Tensor
 
 from .second_order import assert_equal
 

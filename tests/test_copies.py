@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from tnbackprop.compiler.arrange import copy_seconds
-from tnbackprop.compiler.cost import CPU, Kernel
+from tnbackprop.compiler.lower.arrange import copy_seconds
 from tnbackprop.compiler.program import functions as f
+from tnbackprop.compiler.program.cost import CPU, Kernel
 from tnbackprop.compiler.program.expr import Call, Ref
-from tnbackprop.compiler.store import Store
-from tnbackprop.diagram import BATCH, Leg
+from tnbackprop.compiler.program.store import Store
+from tnbackprop.diagram.core import BATCH, Leg
 
 C, H, W, K, L = (Leg(name, size) for name, size in (("c", 8), ("h", 16), ("w", 16), ("k", 3), ("l", 3)))
 VIEW = (BATCH, C, H, W, K, L)

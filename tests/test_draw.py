@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 import tnbackprop as tn
-from tnbackprop.algebra import inline
-from tnbackprop.approximate import Factors
-from tnbackprop.compiler.derived import Extraction
-from tnbackprop.diagram import BATCH, Diagram, Leg, N, Part, Tensor
+from tnbackprop.compiler.derive.derived import Extraction
+from tnbackprop.diagram.algebra import inline
+from tnbackprop.diagram.core import BATCH, Diagram, Leg, N, Part, Tensor
 from tnbackprop.drawing import formulas, jacobian, quantity
 from tnbackprop.drawing.words import tex
 from tnbackprop.errors import InputError
+from tnbackprop.quantities.factors import Factors
 
 from .drawn import DIAGRAMS, PICTURES, ROW, drawable, joined, one, program, read, wanted
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tnbackprop as tn
-from tnbackprop.diagram import BATCH, Leg, Tensor
+from tnbackprop.diagram.core import BATCH, Leg, Tensor
 from tnbackprop.drawing import network, place
 from tnbackprop.drawing.grid import arrange
 from tnbackprop.drawing.scene import Box, End, Scene, Wire

@@ -12,18 +12,18 @@ from torch import nn
 
 import tnbackprop as tn
 from benchmarks.models import PROBLEMS
-from tnbackprop.canonical import same
-from tnbackprop.compiler.alternatives import Way, alternatives
-from tnbackprop.compiler.cost import number
-from tnbackprop.compiler.derived import Extraction
-from tnbackprop.compiler.explain import pulled_back
-from tnbackprop.compiler.explain_text import body_text
-from tnbackprop.compiler.polynomials import Symbols, in_batch, in_batch_text, without_common_factor
+from tnbackprop.compiler.derive.derived import Extraction
+from tnbackprop.compiler.explain.alternatives import Way, alternatives
+from tnbackprop.compiler.explain.polynomials import Symbols, in_batch, in_batch_text, without_common_factor
+from tnbackprop.compiler.explain.stages import pulled_back
+from tnbackprop.compiler.explain.text import body_text
+from tnbackprop.compiler.program.cost import number
 from tnbackprop.compiler.stage import Stage
-from tnbackprop.diagram import BATCH, Leg, N, Part
+from tnbackprop.diagram.canonical import same
+from tnbackprop.diagram.core import BATCH, Leg, N, Part
+from tnbackprop.diagram.simplify import simplify
 from tnbackprop.errors import InputError
 from tnbackprop.runtime import Program
-from tnbackprop.simplify import simplify
 
 FIRST_ORDER = (tn.Grad(), tn.BatchL2(), tn.SecondMoment(), tn.Variance())
 

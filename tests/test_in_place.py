@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import tnbackprop as tn
-from tnbackprop.compiler.cost import Kernel
 from tnbackprop.compiler.program import functions as f
+from tnbackprop.compiler.program.cost import Kernel
 from tnbackprop.compiler.program.expr import Call, Expr, Value, reads
 from tnbackprop.compiler.program.interpret import Interpreter
 from tnbackprop.compiler.program.lines import in_place, lines_of
 from tnbackprop.compiler.program.numbers import Number
-from tnbackprop.diagram import N
+from tnbackprop.diagram.core import N
 
 from .programs import elementwise, writer
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import tnbackprop as tn
 from tnbackprop import compiler
 from tnbackprop.compiler import cost
-from tnbackprop.compiler.cost import number
+from tnbackprop.compiler.program.cost import number
 from tnbackprop.quantities.jacobian import CrossNTK
 
 from . import oracle_second

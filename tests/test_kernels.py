@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tnbackprop.compiler.contract import build
-from tnbackprop.compiler.cost import CPU, CUDA, Rates
-from tnbackprop.compiler.lower import LOWERINGS
-from tnbackprop.diagram import BATCH, Diagram, Leg, N, Tensor
+from tnbackprop.compiler.lower.contract import build
+from tnbackprop.compiler.lower.table import LOWERINGS
+from tnbackprop.compiler.program.cost import CPU, CUDA, Rates
+from tnbackprop.diagram.core import BATCH, Diagram, Leg, N, Tensor
 
 from .programs import codes, run, shapes_of, store_of
 from .symbolic.random_diagrams import product

@@ -13,18 +13,18 @@ from torch import nn
 
 import tnbackprop as tn
 from tnbackprop import compiler
-from tnbackprop.code import Code
 from tnbackprop.compiler import columns, cost
-from tnbackprop.compiler.cost import CPU, Kernel, Work
-from tnbackprop.compiler.derived import Apart
-from tnbackprop.compiler.loops import Loop
+from tnbackprop.compiler.derive.derived import Apart
+from tnbackprop.compiler.plan.loops import Loop
 from tnbackprop.compiler.program import functions as f
+from tnbackprop.compiler.program.cost import CPU, Kernel, Work
 from tnbackprop.compiler.program.expr import Call, Expr, Filled, Ref, Value, reads
 from tnbackprop.compiler.program.facts import is_linear
 from tnbackprop.compiler.program.numbers import Number
-from tnbackprop.compiler.store import LIKE, Store
-from tnbackprop.compiler.tails import behind, saved
-from tnbackprop.diagram import COLUMN, Leg, N, Product, Size
+from tnbackprop.compiler.program.store import LIKE, Store
+from tnbackprop.compiler.program.tails import behind, saved
+from tnbackprop.diagram.core import COLUMN, Leg, N, Product, Size
+from tnbackprop.notation.code import Code
 
 from . import oracle_second
 from .programs import shown, store_of, writer

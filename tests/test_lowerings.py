@@ -14,12 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tnbackprop.compiler.contract import build
-from tnbackprop.compiler.cost import CPU, Kernel, Rates, Work, size_at
-from tnbackprop.compiler.lower import LOWERINGS, WHOLE, pooled, tiles
+from tnbackprop.compiler.lower.contract import build
+from tnbackprop.compiler.lower.table import LOWERINGS, WHOLE, pooled, tiles
+from tnbackprop.compiler.program.cost import CPU, Kernel, Rates, Work, size_at
 from tnbackprop.compiler.program.expr import Ref
-from tnbackprop.compiler.store import Store
-from tnbackprop.diagram import (
+from tnbackprop.compiler.program.store import Store
+from tnbackprop.diagram.core import (
     BATCH,
     Delta,
     Diagram,
@@ -33,7 +33,7 @@ from tnbackprop.diagram import (
     argument,
     operand_tensors,
 )
-from tnbackprop.reference import evaluate
+from tnbackprop.diagram.reference import evaluate
 
 from .programs import codes, run, shapes_of, store_of, with_given
 from .symbolic.random_diagrams import diagram, diagrams, letters, product

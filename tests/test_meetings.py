@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import tnbackprop as tn
 from tnbackprop import compiler
 from tnbackprop.compiler import columns, cost
-from tnbackprop.compiler.derived import Basis
+from tnbackprop.compiler.derive.derived import Basis
 
 from . import oracle_second
 from .cases import seq

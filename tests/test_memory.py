@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tnbackprop as tn
-from tnbackprop.compiler.cost import Kernel, size_at
+from tnbackprop.compiler.program.cost import Kernel, size_at
 from tnbackprop.runtime import progress
 
 from . import oracle

@@ -7,12 +7,12 @@ from itertools import permutations
 import pytest
 import sympy
 
-from tnbackprop.compiler.contract import _paths, build
-from tnbackprop.compiler.cost import CPU, CUDA, Rates
-from tnbackprop.compiler.lower import LOWERINGS
-from tnbackprop.compiler.pairs import contract_pair
-from tnbackprop.compiler.store import Store
-from tnbackprop.diagram import BATCH, COLUMN, Diagram, Leg, Product, Tensor
+from tnbackprop.compiler.lower.contract import _paths, build
+from tnbackprop.compiler.lower.pairs import contract_pair
+from tnbackprop.compiler.lower.table import LOWERINGS
+from tnbackprop.compiler.program.cost import CPU, CUDA, Rates
+from tnbackprop.compiler.program.store import Store
+from tnbackprop.diagram.core import BATCH, COLUMN, Diagram, Leg, Product, Tensor
 
 from .programs import codes, seen, shapes_of, store_of
 

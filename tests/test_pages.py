@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 import tnbackprop as tn
 from tnbackprop.compiler import cost
-from tnbackprop.compiler.plan import Plan
+from tnbackprop.compiler.plan.plan import Plan
 from tnbackprop.compiler.program import functions as f
 from tnbackprop.compiler.program.expr import Call, Expr, Value
 from tnbackprop.compiler.program.lines import with_out
 from tnbackprop.compiler.program.numbers import Number
-from tnbackprop.diagram import N
+from tnbackprop.diagram.core import N
 from tnbackprop.runtime import pages
 from tnbackprop.runtime.pages import Blocks
 

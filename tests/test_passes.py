@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import tnbackprop as tn
-from tnbackprop.compiler.emit import Writer
+from tnbackprop.compiler.emit.source import Writer
 from tnbackprop.compiler.program import functions as f
 from tnbackprop.compiler.program.expr import Call, Value
 from tnbackprop.compiler.program.facts import OVER
 from tnbackprop.compiler.program.interpret import Interpreter
 from tnbackprop.compiler.program.lines import Line, lines_of
 from tnbackprop.compiler.program.passes import PASSES, Context, Pass
-from tnbackprop.diagram import N
+from tnbackprop.diagram.core import N
 
 from .cases import CASES, Case
 from .programs import elementwise

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tnbackprop as tn
-from tnbackprop.algebra import diagonal, differentiate, on_diagonal
-from tnbackprop.bind import BoundRule, bind
-from tnbackprop.compiler.printing import number_code, torch_code
-from tnbackprop.diagram import Diagram, Map, N, argument
-from tnbackprop.notation import FUNCTIONS
-from tnbackprop.rule import Rule
+from tnbackprop.compiler.emit.printing import number_code, torch_code
+from tnbackprop.diagram.algebra import diagonal, differentiate, on_diagonal
+from tnbackprop.diagram.core import Diagram, Map, N, argument
+from tnbackprop.notation.bind import BoundRule, bind
+from tnbackprop.notation.parse import FUNCTIONS
+from tnbackprop.notation.rule import Rule
 from tnbackprop.rules import RULES
 
 from . import oracle, oracle_second

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 import tnbackprop as tn
 from tnbackprop.compiler import cost, processor, receptive
-from tnbackprop.compiler.contract import build
-from tnbackprop.compiler.cost import CPU, Kernel
-from tnbackprop.compiler.lower import WHOLE
-from tnbackprop.compiler.receptive import MANY, OF_WIDE_VJP, VJP, find_fields, receptive_fields
-from tnbackprop.compiler.store import LIKE, Store
-from tnbackprop.diagram import BATCH, COLUMN, Diagram, Leg, Operand, Product, Selection, Tensor, Window
+from tnbackprop.compiler.lower.contract import build
+from tnbackprop.compiler.lower.receptive import MANY, OF_WIDE_VJP, VJP, find_fields, receptive_fields
+from tnbackprop.compiler.lower.table import WHOLE
+from tnbackprop.compiler.program.cost import CPU, Kernel
+from tnbackprop.compiler.program.store import LIKE, Store
+from tnbackprop.diagram.core import BATCH, COLUMN, Diagram, Leg, Operand, Product, Selection, Tensor, Window
 
 from . import oracle_second
 from .cases import seq

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tnbackprop.rules.activation as activation
-from tnbackprop.algebra import differentiate
-from tnbackprop.bind import BoundRule, bind
-from tnbackprop.compiler.capture import capture
-from tnbackprop.compiler.graph import Call, Value
-from tnbackprop.diagram import N
+from tnbackprop.compiler.capture.export import capture
+from tnbackprop.compiler.capture.graph import Call, Value
+from tnbackprop.diagram.algebra import differentiate
+from tnbackprop.diagram.core import N
 from tnbackprop.errors import RuleError, TnError, UnsupportedError
-from tnbackprop.rule import Rule, Table
+from tnbackprop.notation.bind import BoundRule, bind
+from tnbackprop.notation.rule import Rule, Table
 from tnbackprop.rules import RULES
 from tnbackprop.rules.declared import Declared
 

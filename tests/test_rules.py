@@ -11,13 +11,13 @@ import sympy
 import torch
 from torch import Tensor
 
-from tnbackprop.algebra import differentiate
-from tnbackprop.bind import BoundRule, bind
-from tnbackprop.compiler.capture import capture
-from tnbackprop.compiler.graph import Call, Graph, Value
-from tnbackprop.diagram import Diagram, N
-from tnbackprop.jacobian import Jacobian
-from tnbackprop.reference import evaluate
+from tnbackprop.compiler.capture.export import capture
+from tnbackprop.compiler.capture.graph import Call, Graph, Value
+from tnbackprop.diagram.algebra import differentiate
+from tnbackprop.diagram.core import Diagram, N
+from tnbackprop.diagram.jacobian import Jacobian
+from tnbackprop.diagram.reference import evaluate
+from tnbackprop.notation.bind import BoundRule, bind
 from tnbackprop.rules import RULES
 
 from .cases import EVERY, RANDOM_CASES, Case

@@ -15,18 +15,18 @@ from torch.nn import functional as F
 
 import tnbackprop as tn
 from tnbackprop import compiler
-from tnbackprop.compiler.arrange import copies
-from tnbackprop.compiler.contract import build
-from tnbackprop.compiler.cost import Kernel
-from tnbackprop.compiler.derived import Apart, Derived
-from tnbackprop.compiler.lower import LOWERINGS
-from tnbackprop.compiler.memory import peak_bytes
-from tnbackprop.compiler.plan import Plan
+from tnbackprop.compiler.derive.derived import Apart, Derived
+from tnbackprop.compiler.lower.arrange import copies
+from tnbackprop.compiler.lower.contract import build
+from tnbackprop.compiler.lower.table import LOWERINGS
+from tnbackprop.compiler.plan.memory import peak_bytes
+from tnbackprop.compiler.plan.plan import Plan
+from tnbackprop.compiler.plan.samples import _without_samples
 from tnbackprop.compiler.program import functions as f
+from tnbackprop.compiler.program.cost import Kernel
 from tnbackprop.compiler.program.expr import Call, Ref
 from tnbackprop.compiler.program.numbers import Number
-from tnbackprop.compiler.samples import _without_samples
-from tnbackprop.diagram import BATCH, COLUMN, Diagram, Leg, N, Product, Tensor
+from tnbackprop.diagram.core import BATCH, COLUMN, Diagram, Leg, N, Product, Tensor
 
 from . import oracle_second
 from .cases import seq

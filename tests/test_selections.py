@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tnbackprop.compiler.lower import LOWERINGS, selections
-from tnbackprop.diagram import BATCH, Delta, Diagram, Leg, Operand, Selection, Tensor, Window
+from tnbackprop.compiler.lower.table import LOWERINGS, selections
+from tnbackprop.diagram.core import BATCH, Delta, Diagram, Leg, Operand, Selection, Tensor, Window
 
 from .programs import shapes_of, store_of
 from .symbolic.random_diagrams import product

@@ -14,12 +14,12 @@ from torch import nn
 import tnbackprop as tn
 from tnbackprop import compiler
 from tnbackprop.compiler import shifts as module
-from tnbackprop.compiler.contract import Plan, build
-from tnbackprop.compiler.lower import LOWERINGS, squares, unfolding
-from tnbackprop.compiler.shifts import GRAM, WINDOW_GRAM, shifts
-from tnbackprop.compiler.store import Store
-from tnbackprop.diagram import BATCH, Diagram, Leg, Product, Tensor, Window
-from tnbackprop.reference import evaluate
+from tnbackprop.compiler.lower.contract import Plan, build
+from tnbackprop.compiler.lower.shifts import GRAM, WINDOW_GRAM, shifts
+from tnbackprop.compiler.lower.table import LOWERINGS, squares, unfolding
+from tnbackprop.compiler.program.store import Store
+from tnbackprop.diagram.core import BATCH, Diagram, Leg, Product, Tensor, Window
+from tnbackprop.diagram.reference import evaluate
 
 from .programs import broken, called, run, shapes_of, store_of
 from .test_lowerings import Slide, tensors

@@ -12,13 +12,13 @@ from torch import nn
 
 import tnbackprop as tn
 from tnbackprop.compiler import by_rows
-from tnbackprop.compiler.by_rows import PRODUCTS, SHIFTED_SQUARES, SUM_OF_PRODUCTS, SUM_OF_SHIFTED_SQUARES
-from tnbackprop.compiler.contract import build
-from tnbackprop.compiler.cost import CPU, CUDA, Rates
-from tnbackprop.compiler.lower import LOWERINGS
+from tnbackprop.compiler.lower.by_rows import PRODUCTS, SHIFTED_SQUARES, SUM_OF_PRODUCTS, SUM_OF_SHIFTED_SQUARES
+from tnbackprop.compiler.lower.contract import build
+from tnbackprop.compiler.lower.table import LOWERINGS
+from tnbackprop.compiler.program.cost import CPU, CUDA, Rates
 from tnbackprop.compiler.program.functions import Function
-from tnbackprop.diagram import BATCH, Diagram, Leg, Map, Product, Tensor, argument
-from tnbackprop.reference import evaluate
+from tnbackprop.diagram.core import BATCH, Diagram, Leg, Map, Product, Tensor, argument
+from tnbackprop.diagram.reference import evaluate
 
 from .programs import broken, called, codes, run, shapes_of, store_of
 from .test_lowerings import tensors

@@ -12,9 +12,9 @@ from torch import nn
 import tnbackprop as tn
 from tnbackprop import compiler
 from tnbackprop.compiler import cost
-from tnbackprop.compiler.cost import CPU
+from tnbackprop.compiler.program.cost import CPU
 from tnbackprop.compiler.program.expr import Ref
-from tnbackprop.compiler.store import Store
+from tnbackprop.compiler.program.store import Store
 
 from . import oracle_second
 from .programs import code_of

@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 import tnbackprop as tn
 from tnbackprop import compiler
 from tnbackprop.compiler import cost
-from tnbackprop.compiler.derived import Apart
-from tnbackprop.compiler.plan import Plan
+from tnbackprop.compiler.derive.derived import Apart
+from tnbackprop.compiler.plan.plan import Plan
 
 QUANTITIES = {
     "kfac": tn.KFAC(mc_samples=2), "kflr": tn.KFLR(), "kfra": tn.KFRA(), "diag_ggn": tn.DiagGGN(),

@@ -1,16 +1,16 @@
 """tnbackprop: declare a layer once as an einsum formula, get every derivative quantity as plain PyTorch."""
 
-from .algebra import Cotangents, Uses
-from .approximate import Factors, Sharing
+from .api import compile, compute
 from .declare import REGISTRY, primitive, registered, rule
-from .diagram import Diagram, N
+from .diagram.algebra import Cotangents, Uses
+from .diagram.core import Diagram, N
 from .drawing import Drawing, draw
 from .errors import InputError, InvariantError, RuleError, TnError, UnsupportedError, VerificationError
-from .front import compile, compute
 from .generation import Generated, Target, generate
 from .kernels import ntk
 from .layer import EinsumLayer, einsum_layer
 from .linalg import Damping, KroneckerFactors
+from .notation.rule import Primitive, Root, Rule, Table
 from .products import Blocks, CurvatureProduct, fisher_product, ggn_product, hessian_product
 from .quantities import (
     BL89,
@@ -40,7 +40,7 @@ from .quantities import (
     SqrtGGNMC,
     Variance,
 )
-from .rule import Primitive, Root, Rule, Table
+from .quantities.factors import Factors, Sharing
 from .rules import RULES
 from .rules.declared import Declared
 from .runtime import Graphed, Indefinite, Program, Result

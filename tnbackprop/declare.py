@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 import torch
 
 from .errors import RuleError
-from .notation import parse_access, parse_expression, parse_program
-from .rule import Primitive, Rule, RuleFunction, Rules, Table
+from .notation.parse import parse_access, parse_expression, parse_program
+from .notation.rule import Primitive, Rule, RuleFunction, Rules, Table
 from .rules import RULES
 
 Declaration = RuleFunction | Rule | str

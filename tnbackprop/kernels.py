@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from .api import compute
 from .errors import InputError
-from .front import compute
 from .quantities import NTK
 from .quantities.jacobian import CrossNTK
 

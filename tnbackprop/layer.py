@@ -13,16 +13,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .bind import Axes
+from .compiler.capture.opaque import named_tensors
 from .compiler.formula import formula_function
-from .compiler.opaque import named_tensors
-from .diagram import N
+from .diagram.core import N
 from .errors import InputError, RuleError
-from .legs import compare
-from .notation import parse_program
-from .rule import Constant, Rule
+from .notation.bind import Axes
+from .notation.parse import parse_program
+from .notation.rule import Constant, Rule
+from .notation.solve import compare
+from .notation.syntax import Access, Factors, Line, Star, accesses, nearest
 from .rules.declared import Declared
-from .syntax import Access, Factors, Line, Star, accesses, nearest
 
 Initialiser = Callable[[Tensor], object]
 BATCH = "n"

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
 from torch.utils import _pytree as pytree
 
-from .compiler.capture import batch_size, model_arguments, plain, takes_names
-from .compiler.torch_modes import Random, check_constant, own_dtypes, twice_differentiable
+from .api import Loss, compile
+from .compiler.capture.export import batch_size, model_arguments, plain, takes_names
+from .compiler.capture.torch_modes import Random, check_constant, own_dtypes, twice_differentiable
 from .errors import InputError, UnsupportedError, check_member
-from .fingerprint import fingerprint
-from .front import Loss, compile
 from .quantities import BatchGrad, Fisher, Quantity, Scale, SqrtGGNMC
+from .runtime.fingerprint import fingerprint
 
 Vector = Mapping[str, Tensor]
 Multiply = Callable[[dict[str, Tensor]], dict[str, Tensor]]

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tnbackprop.diagram import (
+from tnbackprop.diagram.core import (
     BATCH,
     Delta,
     Diagram,
@@ -26,7 +26,7 @@ from tnbackprop.diagram import (
     argument,
     operand_tensors,
 )
-from tnbackprop.reference import evaluate, size_of
+from tnbackprop.diagram.reference import evaluate, size_of
 
 Values = Mapping[str, NDArray[Any]]
 

@@ -24,8 +24,8 @@ from random_diagrams import (
     values_of,
 )
 
-from tnbackprop.algebra import Cotangents, Uses, differentiate, inline, map_of, parts, pull_back, tensor
-from tnbackprop.diagram import (
+from tnbackprop.diagram.algebra import Cotangents, Uses, differentiate, inline, map_of, parts, pull_back, tensor
+from tnbackprop.diagram.core import (
     BATCH,
     COLUMN,
     COLUMN_COPY,
@@ -42,9 +42,9 @@ from tnbackprop.diagram import (
     leaves,
     ordered_union,
 )
+from tnbackprop.diagram.jacobian import Jacobian
+from tnbackprop.diagram.reference import Array
 from tnbackprop.errors import InvariantError, UnsupportedError
-from tnbackprop.jacobian import Jacobian
-from tnbackprop.reference import Array
 
 X, Y = argument(0), argument(1)
 a, b, c, d, e, f = letters("abcdef")

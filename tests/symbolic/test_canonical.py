@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_diagrams import LAW, POOL, diagram, diagrams, letters, product, shuffled, value, values_of
 
-from tnbackprop.canonical import key, same
-from tnbackprop.diagram import BATCH, Delta, Diagram, Leg, Map, Part, Product, Selection, Tensor, Window, argument
+from tnbackprop.diagram.canonical import key, same
+from tnbackprop.diagram.core import BATCH, Delta, Diagram, Leg, Map, Part, Product, Selection, Tensor, Window, argument
 
 X, Y = argument(0), argument(1)
 a, b, c, d, e, f = letters("abcdef")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tnbackprop.bind import BoundRule, bind
-from tnbackprop.diagram import BATCH, Delta, Leg, Map, N, Selection, Size, Tensor, Window, argument
-from tnbackprop.notation import parse_program
-from tnbackprop.reference import evaluate
-from tnbackprop.rule import Rule
+from tnbackprop.diagram.core import BATCH, Delta, Leg, Map, N, Selection, Size, Tensor, Window, argument
+from tnbackprop.diagram.reference import evaluate
+from tnbackprop.notation.bind import BoundRule, bind
+from tnbackprop.notation.parse import parse_program
+from tnbackprop.notation.rule import Rule
 
 Array = NDArray[Any]
 BATCH_SIZE = 3

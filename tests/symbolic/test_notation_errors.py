@@ -9,7 +9,7 @@ import pytest
 from test_notation import bound
 
 from tnbackprop.errors import RuleError, UnsupportedError
-from tnbackprop.rule import Rule
+from tnbackprop.notation.rule import Rule
 
 SHAPES: Mapping[str, str | None] = {"input": "N 5", "weight": "2 5", "bias": "2"}
 WRONG = [

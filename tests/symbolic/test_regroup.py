@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_diagrams import LAW, diagrams, letters, product, value, values_of
 
-from tnbackprop.algebra import pull_back, tensor
-from tnbackprop.diagram import BATCH, Delta, Diagram, Leg, Operand, Product, Selection, Tensor, Window
-from tnbackprop.jacobian import Jacobian
-from tnbackprop.radix import counted, digits_of
-from tnbackprop.regroup import Sizes, common, regroup
+from tnbackprop.diagram.algebra import pull_back, tensor
+from tnbackprop.diagram.core import BATCH, Delta, Diagram, Leg, Operand, Product, Selection, Tensor, Window
+from tnbackprop.diagram.jacobian import Jacobian
+from tnbackprop.diagram.radix import counted, digits_of
+from tnbackprop.diagram.regroup import Sizes, common, regroup
 
 a, b, c, d, e, f = letters("abcdef")
 

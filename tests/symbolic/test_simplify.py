@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_diagrams import LAW, assert_same_value, diagram, diagrams, letters, product, shuffled
 
-from tnbackprop.canonical import key
-from tnbackprop.diagram import BATCH, Delta, Diagram, Leg, Map, N, Selection, Tensor, Window, argument
-from tnbackprop.simplify import REWRITES, simplify
+from tnbackprop.diagram.canonical import key
+from tnbackprop.diagram.core import BATCH, Delta, Diagram, Leg, Map, N, Selection, Tensor, Window, argument
+from tnbackprop.diagram.simplify import REWRITES, simplify
 
 X, Y = argument(0), argument(1)
 a, b, c, d, e, f = letters("abcdef")

@@ -8,7 +8,7 @@ import torch
 
 import tnbackprop as tn
 
-from ..loading import batch_of, load, loss_of, model_of, quantities_of, target_for
+from .loading import batch_of, load, loss_of, model_of, quantities_of, target_for
 
 
 def compiled(arguments: argparse.Namespace, default: tuple[str, ...]) -> tn.Program:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from ..compiler.explain_text import table
+from ..compiler.explain.text import table
 from ..drawing import draw
 from ..drawing.picture import Drawable
 

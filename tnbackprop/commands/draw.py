@@ -8,8 +8,8 @@ import tnbackprop as tn
 
 from ..drawing import quantity
 from ..drawing.picture import check_suffix
-from ..loading import free
 from .compiled import compiled
+from .loading import free
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable
 
-from ..loading import free, write
 from .compiled import compiled
 from .document import Block, Grid, Heading, as_html, as_markdown, as_text, block_text
 from .layers import document
+from .loading import free, write
 
 try:
     from rich.console import Console

@@ -8,7 +8,7 @@ import torch
 
 import tnbackprop as tn
 
-from ..loading import batch_of, free, load, loss_of, model_of, quantities_of, target_for
+from .loading import batch_of, free, load, loss_of, model_of, quantities_of, target_for
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import tnbackprop as tn
 
-from ..algebra import inline
-from ..bind import BoundRule
 from ..compiler import Compiled
-from ..compiler.derived import Extraction
-from ..compiler.explain import (
+from ..compiler.capture.graph import Call, op_text
+from ..compiler.derive.derived import Extraction
+from ..compiler.explain.polynomials import Symbols
+from ..compiler.explain.stages import (
     STEP_HEADER,
     algebra_lines,
     block,
@@ -25,11 +25,11 @@ from ..compiler.explain import (
     step_row,
     total_rows,
 )
-from ..compiler.explain_text import diagram_text
-from ..compiler.graph import Call, op_text
-from ..compiler.polynomials import Symbols
+from ..compiler.explain.text import diagram_text
 from ..compiler.program.expr import Value
-from ..diagram import Diagram
+from ..diagram.algebra import inline
+from ..diagram.core import Diagram
+from ..notation.bind import BoundRule
 from .document import Block, Formulas, Grid, Heading, Picture, Words
 
 MOST, LARGEST = 5, 16

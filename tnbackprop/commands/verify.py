@@ -12,7 +12,7 @@ from torch import nn
 
 import tnbackprop as tn
 
-from ..loading import Loaded, batch_of, load, loss_of, model_of, quantities_of, required, target_for
+from .loading import Loaded, batch_of, load, loss_of, model_of, quantities_of, required, target_for
 
 
 def run(arguments: argparse.Namespace) -> int:

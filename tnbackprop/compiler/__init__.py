@@ -10,24 +10,24 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedError
+from ..notation.rule import Rules
 from ..quantities import Quantity
-from ..rule import Rules
-from .capture import capture
-from .cost import RATES, Rates
-from .derive import bind_all, derive, needs_rule
-from .derived import Apart, Derived
-from .emit import Writer, emit
-from .graph import Graph
-from .layer import Layer, opened
-from .limits import check_memory, machine_bytes
-from .lower import LOWERINGS
-from .memory import peak_bytes
-from .plan import Plan, names_in, plan
-from .processor import of_processor
+from .capture.export import capture
+from .capture.graph import Graph
+from .derive.derive import bind_all, derive, needs_rule
+from .derive.derived import Apart, Derived
+from .derive.layer import Layer, opened
+from .emit.source import Writer, emit
+from .invariants.table import asked, check
+from .lower.table import LOWERINGS
+from .plan.limits import check_memory, machine_bytes
+from .plan.memory import peak_bytes
+from .plan.plan import Plan, names_in, plan
+from .plan.processor import of_processor
+from .plan.samples import separable
+from .program.cost import RATES, Rates
 from .program.expr import Value
-from .samples import separable
 from .stage import Stage
-from .verify import asked, check
 
 WIDER = (4, 8)
 CLEARLY = 0.95

@@ -8,16 +8,16 @@ from types import MappingProxyType
 import sympy
 import torch
 
-from ..bind import Axes, bind, output_axes
-from ..rule import Rule
-from .cost import RATES
-from .derived import Derived
-from .emit import emit, load, running
-from .graph import Call, Graph, Value
-from .lower import LOWERINGS
-from .names import Names
-from .plan import plan
-from .units import without_units
+from ..notation.bind import Axes, bind, output_axes
+from ..notation.rule import Rule
+from .capture.graph import Call, Graph, Value
+from .capture.names import Names
+from .derive.derived import Derived
+from .derive.units import without_units
+from .emit.source import emit, load, running
+from .lower.table import LOWERINGS
+from .plan.plan import plan
+from .program.cost import RATES
 
 EXAMPLE = 32
 """The batch size that the plan is made for; it holds for every one."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..algebra import differentiate
-from ..approximate import Factors
-from ..bind import BoundRule
-from ..compiler.derived import Extraction
-from ..compiler.graph import Call
-from ..diagram import Diagram
+from ..compiler.capture.graph import Call
+from ..compiler.derive.derived import Extraction
+from ..diagram.algebra import differentiate
+from ..diagram.core import Diagram
 from ..errors import InputError
+from ..notation.bind import BoundRule
+from ..quantities.factors import Factors
 from ..runtime import Program
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import sympy
 
-from ..compiler.explain_text import map_text
-from ..diagram import Leg, Map, Selection, Window
+from ..compiler.explain.text import map_text
+from ..diagram.core import Leg, Map, Selection, Window
 
 Names = Mapping[str, str]
 """What is shown instead of the name of a tensor or a leg."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import sympy
 
-from ..diagram import Delta, Diagram, Leg, Map, N, Operand, Part, Product, Selection, Tensor, Window, ordered_union
+from ..diagram.core import Delta, Diagram, Leg, Map, N, Operand, Part, Product, Selection, Tensor, Window, ordered_union
 from .geometry import Array
 from .grid import arrange
 from .labels import Names, expression, one_hot, pattern, scale_text

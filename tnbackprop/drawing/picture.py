@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..approximate import Factors
-from ..diagram import Diagram, Leg, Part, operand_tensors
+from ..diagram.core import Diagram, Leg, Part, operand_tensors
 from ..errors import InputError
+from ..quantities.factors import Factors
 from ..runtime import Program
 from .dot import dot
 from .flow import flow_scene

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..compiler.capture import batch_size, plain
+from ..compiler.capture.export import batch_size, plain
 from ..declare import Declaration, resolve
 from ..errors import InputError
+from ..notation.rule import Rule
+from ..notation.syntax import nearest
 from ..quantities import Quantity
-from ..rule import Rule
-from ..syntax import nearest
 from .autograd import autograd_quantities, autograd_source
 from .backpack import as_backpack_scales, backpack_source
 from .generated import Generated, Target

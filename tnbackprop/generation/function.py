@@ -10,21 +10,21 @@ from types import MappingProxyType
 import sympy
 import torch
 
-from ..bind import COTANGENT as PULLED
-from ..compiler.derived import Backward, Derived, Extraction, Native
-from ..compiler.emit import small, written
-from ..compiler.explain_text import diagram_text
-from ..compiler.graph import Graph
-from ..compiler.layer import COTANGENT, HANDED
-from ..compiler.naming import TAKEN, Scope
-from ..compiler.plan import Plan
-from ..compiler.polynomials import Symbols
-from ..compiler.printer import Printer
+from ..compiler.capture.graph import Graph
+from ..compiler.derive.derived import Backward, Derived, Extraction, Native
+from ..compiler.derive.layer import COTANGENT, HANDED
+from ..compiler.emit.naming import TAKEN, Scope
+from ..compiler.emit.printer import Printer
+from ..compiler.emit.source import small, written
+from ..compiler.explain.polynomials import Symbols
+from ..compiler.explain.text import diagram_text
+from ..compiler.plan.plan import Plan
 from ..compiler.program.expr import Body, Expr, Value, helpers, reads, sizes_in
 from ..compiler.program.lines import lines_of
 from ..compiler.program.passes import passed
-from ..diagram import Diagram, N, Size, Tensor, V, hint_of, leaves
+from ..diagram.core import Diagram, N, Size, Tensor, V, hint_of, leaves
 from ..errors import UnsupportedError
+from ..notation.bind import COTANGENT as PULLED
 from ..quantities import Quantity
 from .names import Names
 from .straight import bound

@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from ..approximate import Factors
-from ..compiler.arrange import reshaped
-from ..compiler.derived import Extraction, joined_with
-from ..compiler.explain_text import legs_text
-from ..compiler.graph import Graph
+from ..compiler.capture.graph import Graph
+from ..compiler.derive.derived import Extraction, joined_with
+from ..compiler.explain.text import legs_text
+from ..compiler.lower.arrange import reshaped
 from ..compiler.program import functions as f
 from ..compiler.program.expr import Call, Expr, Value
 from ..compiler.program.functions import helper
-from ..diagram import BATCH, COLUMN, Leg, Tensor, leaves, summed_legs
+from ..diagram.core import BATCH, COLUMN, Leg, Tensor, leaves, summed_legs
+from ..quantities.factors import Factors
 
 Key = tuple[str, str]
 

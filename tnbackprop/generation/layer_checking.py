@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..compiler.columns import output_legs
-from ..compiler.derived import HESSIAN_WEIGHTS, Backward, Given
-from ..compiler.layer import COTANGENT, HANDED
-from ..diagram import N
+from ..compiler.derive.columns import output_legs
+from ..compiler.derive.derived import HESSIAN_WEIGHTS, Backward, Given
+from ..compiler.derive.layer import COTANGENT, HANDED
+from ..diagram.core import N
 from ..quantities import HesScale, Quantity, Source
 from .checking import Checks, Key, kronecker_entry
 from .domains import domains

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..compiler import part
-from ..compiler.arrange import reshaped
-from ..compiler.layer import COTANGENT
+from ..compiler.derive.layer import COTANGENT
+from ..compiler.lower.arrange import reshaped
 from ..compiler.program.expr import Expr
 from ..compiler.program.lines import alive
 from ..version import __version__

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from ..compiler import compile_layer, part
-from ..compiler.arrange import reshaped
-from ..compiler.derive import rules_text
-from ..compiler.derived import HESSIAN_WEIGHTS, Given
-from ..compiler.layer import COTANGENT, HANDED, Layer, handed_shape
+from ..compiler.derive.derive import rules_text
+from ..compiler.derive.derived import HESSIAN_WEIGHTS, Given
+from ..compiler.derive.layer import COTANGENT, HANDED, Layer, handed_shape
+from ..compiler.lower.arrange import reshaped
 from ..compiler.program.lines import alive
-from ..diagram import Diagram, N, Size, V
+from ..diagram.core import Diagram, N, Size, V
 from ..errors import InputError, UnsupportedError
+from ..notation.rule import Rules
 from ..quantities import Quantity, Source
-from ..rule import Rules
 from ..version import __version__
 from .function import Function, Inputs, Tree, extractions, flops, formulas, function, refuse_random
 from .kronecker import Block, absorbed, blocks_of, factors_of

@@ -9,14 +9,14 @@ from typing import Any
 import sympy
 
 from ..compiler import Compiled
-from ..compiler.derived import Columns, Extraction
-from ..compiler.emit import Writer
-from ..compiler.plan import Plan
+from ..compiler.derive.derived import Columns, Extraction
+from ..compiler.derive.roots import LossRoot, elementwise_root
+from ..compiler.emit.source import Writer
+from ..compiler.plan.plan import Plan
 from ..compiler.program import functions as f
 from ..compiler.program.expr import Call, Expr, Slice, Value
 from ..compiler.program.lines import alive
-from ..compiler.roots import LossRoot, elementwise_root
-from ..diagram import N, hint_of
+from ..diagram.core import N, hint_of
 from ..quantities import Quantity, Source
 from .checking import SAMPLES, Checks, Key, kronecker_entry
 from .function import Function, Inputs, function

@@ -11,18 +11,18 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..compiler import Compiled, compile_program
-from ..compiler.capture import check_trainable, plain
-from ..compiler.definite import TOLERATED
-from ..compiler.derive import rules_text
-from ..compiler.emit import Writer
-from ..compiler.explain_text import diagram_text
-from ..compiler.graph import Graph
-from ..compiler.plan import INDEFINITE
-from ..compiler.printer import size_text
-from ..diagram import N
+from ..compiler.capture.export import check_trainable, plain
+from ..compiler.capture.graph import Graph
+from ..compiler.derive.derive import rules_text
+from ..compiler.emit.printer import size_text
+from ..compiler.emit.source import Writer
+from ..compiler.explain.text import diagram_text
+from ..compiler.plan.definite import TOLERATED
+from ..compiler.plan.plan import INDEFINITE
+from ..diagram.core import N
 from ..errors import InputError, UnsupportedError
+from ..notation.rule import Rules
 from ..quantities import Quantity
-from ..rule import Rules
 from ..version import __version__
 from .checking import Checks, Recorded, check_lines, lines_of_text, note, with_records
 from .domains import Domain, domains

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..compiler.derived import HESSIAN_WEIGHTS
-from ..compiler.layer import COTANGENT, HANDED, Layer
-from ..diagram import hint_of
+from ..compiler.derive.derived import HESSIAN_WEIGHTS
+from ..compiler.derive.layer import COTANGENT, HANDED, Layer
+from ..diagram.core import hint_of
 
 RESERVED = frozenset({
     "torch", "sys", "N", "V", "like", "each", "forward", "compute", "check", "state", "results", "values",

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from .. import quantities as all_quantities
 from ..errors import InputError
+from ..notation.syntax import nearest
 from ..quantities import Quantity, check_quantities
-from ..syntax import nearest
 
 KEYS: dict[str, type[Quantity]] = {
     str(cls.__dataclass_fields__["name"].default): cls

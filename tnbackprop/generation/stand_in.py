@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ..diagram import N
+from ..diagram.core import N
 from ..errors import InputError
-from ..legs import Axes, solve
-from ..notation import parse_program
-from ..rule import Rule, Rules
-from ..syntax import Access, accesses
+from ..notation.parse import parse_program
+from ..notation.rule import Rule, Rules
+from ..notation.solve import Axes, solve
+from ..notation.syntax import Access, accesses
 
 BATCH = 4
 

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..compiler.naming import escaped
+from ..compiler.emit.naming import escaped
 
 WIDTH = 120
 _OPEN, _CLOSE = "([{", ")]}"

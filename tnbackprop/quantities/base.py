@@ -7,10 +7,10 @@ from collections.abc import Collection
 from dataclasses import Field, dataclass, fields
 from enum import Enum
 
-from ..algebra import Cotangents, Uses
-from ..approximate import Factors
-from ..diagram import Diagram
+from ..diagram.algebra import Cotangents, Uses
+from ..diagram.core import Diagram
 from ..errors import InputError, check_member
+from .factors import Factors
 
 
 class Source(Enum):

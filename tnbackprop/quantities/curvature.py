@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..algebra import Cotangents, Uses
-from ..diagram import COLUMN, COLUMN_COPY, Diagram
+from ..diagram.algebra import Cotangents, Uses
+from ..diagram.core import COLUMN, COLUMN_COPY, Diagram
 from .base import Propagation, Quantity, Source
 
 

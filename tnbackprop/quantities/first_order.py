@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import sympy
 
-from ..algebra import Cotangents, Uses
-from ..diagram import Diagram, N, Scalar
+from ..diagram.algebra import Cotangents, Uses
+from ..diagram.core import Diagram, N, Scalar
 from .base import Quantity, Scale
 
 

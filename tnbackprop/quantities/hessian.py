@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..algebra import Cotangents, Uses
-from ..diagram import COLUMN, Diagram
+from ..diagram.algebra import Cotangents, Uses
+from ..diagram.core import COLUMN, Diagram
 from .base import Propagation, Quantity, Source
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..algebra import Cotangents, Uses
-from ..diagram import COLUMN, COLUMN_COPY, Diagram, Leg, N, Product, Window
+from ..diagram.algebra import Cotangents, Uses
+from ..diagram.core import COLUMN, COLUMN_COPY, Diagram, Leg, N, Product, Window
 from .base import Propagation, Quantity, Source
 
 

@@ -14,9 +14,9 @@ from enum import Enum
 
 import sympy
 
-from ..algebra import Cotangents, Uses
-from ..approximate import Factors, Sharing, kronecker
+from ..diagram.algebra import Cotangents, Uses
 from .base import Propagation, Quantity, Source
+from .factors import Factors, Sharing, kronecker
 
 
 class Fisher(Enum):

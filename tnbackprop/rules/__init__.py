@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..rule import Table
+from ..notation.rule import Table
 from . import (
     activation,
     arithmetic,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import UnsupportedError
-from ..rule import Composite, Table
+from ..notation.rule import Composite, Table
 
 TABLE = Table()
 aten = torch.ops.aten

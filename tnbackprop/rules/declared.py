@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..rule import Rule, Table
+from ..notation.rule import Rule, Table
 
 TABLE = Table()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..rule import Rule, Table
+from ..notation.rule import Rule, Table
 from .text import access, join, leg_names, literal
 
 TABLE = Table()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..rule import Rule, Table
+from ..notation.rule import Rule, Table
 
 TABLE = Table()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..rule import Root, Rule, Table
+from ..notation.rule import Root, Rule, Table
 from .text import access, join, leg_names, literal, refuse, sizes
 
 TABLE = Table()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..rule import Rule, Table
+from ..notation.rule import Rule, Table
 from .text import IMAGE, SPACE, for_rank, join
 
 TABLE = Table()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..rule import Rule, Table
+from ..notation.rule import Rule, Table
 from .text import access, axis, join, leg_names, literal, refuse
 
 TABLE = Table()

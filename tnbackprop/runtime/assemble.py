@@ -9,10 +9,10 @@ from math import prod
 
 import torch
 
-from ..approximate import Factors
 from ..compiler import Compiled
-from ..compiler.derived import Extraction, joined_with
+from ..compiler.derive.derived import Extraction, joined_with
 from ..linalg import Kind, KroneckerFactors, Layout
+from ..quantities.factors import Factors
 
 Values = Mapping[str, Mapping[str, torch.Tensor]]
 

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ..algebra import differentiate
-from ..bind import BoundRule, Equation
-from ..code import Code
-from ..code import evaluated as result_of
-from ..compiler.graph import Call, Value
-from ..compiler.torch_modes import twice_differentiable
-from ..diagram import Diagram, Leg, N
-from ..jacobian import Jacobian
-from ..reference import evaluate, size_of
+from ..compiler.capture.graph import Call, Value
+from ..compiler.capture.torch_modes import twice_differentiable
+from ..diagram.algebra import differentiate
+from ..diagram.core import Diagram, Leg, N
+from ..diagram.jacobian import Jacobian
+from ..diagram.reference import evaluate, size_of
+from ..notation.bind import BoundRule, Equation
+from ..notation.code import Code
+from ..notation.code import evaluated as result_of
 from ..runtime import Program
 
 Env = Mapping[str, Tensor]

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils import _pytree as pytree
 
-from ..approximate import Sharing
-from ..bind import CURVATURE, NOISE
-from ..compiler.derived import Columns, Extraction
-from ..compiler.roots import LossRoot
-from ..diagram import leaves
+from ..compiler.derive.derived import Columns, Extraction
+from ..compiler.derive.roots import LossRoot
+from ..diagram.core import leaves
 from ..linalg import KroneckerFactors
+from ..notation.bind import CURVATURE, NOISE
 from ..quantities import BL89, KFAC, KFLR, KFRA, DiagGGNMC, Fisher, HesScale, Quantity, SqrtGGNMC
+from ..quantities.factors import Sharing
 from ..runtime import Program
 from . import oracle, recursions
 from .calls import dense, run_code, trace, with_lines

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..notation import parse_access, parse_expression, parse_legs, parse_program
-from ..rule import Rule
-from ..syntax import Access, Factors, Node, Rest, Star, accesses, nearest, selects
+from ..notation.parse import parse_access, parse_expression, parse_legs, parse_program
+from ..notation.rule import Rule
+from ..notation.syntax import Access, Factors, Node, Rest, Star, accesses, nearest, selects
 from .calls import BUILD_ERRORS
 from .report import LeftOut
 

@@ -19,7 +19,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..approximate import Factors
+from ..quantities.factors import Factors
 from .lines import Line, Sample
 from .report import TOLERANCE, NotDefined
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from ..bind import BoundRule, Equation
-from ..compiler.graph import Call
-from ..diagram import BATCH, Diagram, Leg, Map, N, Product, argument, leaves
-from ..diagram import Tensor as Operand
-from ..reference import materialise, size_of
+from ..compiler.capture.graph import Call
+from ..diagram.core import BATCH, Diagram, Leg, Map, N, Product, argument, leaves
+from ..diagram.core import Tensor as Operand
+from ..diagram.reference import materialise, size_of
+from ..notation.bind import BoundRule, Equation
 from ..runtime import Program
 from . import oracle
 from .calls import Env, operate, trace, with_lines

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ..compiler.capture import batch_size, model_arguments, plain
-from ..compiler.torch_modes import twice_differentiable
+from ..api import compile
+from ..compiler.capture.export import batch_size, model_arguments, plain
+from ..compiler.capture.torch_modes import twice_differentiable
 from ..declare import Declaration
+from ..diagram.reference import size_of
 from ..errors import InputError, UnsupportedError
-from ..front import compile
 from ..quantities import Quantity, Source
-from ..reference import size_of
 from ..runtime import Program
 from .calls import BUILD_ERRORS, tensors_of, trace
 from .defined import SEED

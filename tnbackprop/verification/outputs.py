@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..compiler.graph import Graph
-from ..diagram import N
+from ..compiler.capture.graph import Graph
+from ..diagram.core import N
 from .report import NotDefined
 
 

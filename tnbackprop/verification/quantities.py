@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..approximate import Sharing
 from ..linalg import KroneckerFactors
 from ..quantities import (
     BL89,
@@ -35,6 +34,7 @@ from ..quantities import (
     SqrtGGNMC,
     Variance,
 )
+from ..quantities.factors import Sharing
 from ..runtime import Program
 from . import oracle
 from .defined import EXPECTED as LINE_BY_LINE

@@ -9,10 +9,10 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from ..bind import COTANGENT, COTANGENTS, BoundRule
-from ..code import Code
-from ..compiler.graph import Call, Value, op_text
-from ..diagram import BATCH, Leg, Window, leaves
+from ..compiler.capture.graph import Call, Value, op_text
+from ..diagram.core import BATCH, Leg, Window, leaves
+from ..notation.bind import COTANGENT, COTANGENTS, BoundRule
+from ..notation.code import Code
 from . import oracle
 from .calls import CODE_ERRORS, Env, Trace, formula_value, leg_sizes, operate, run_code, total_jacobian, with_lines
 from .diagnose import exchanged_operands, likely, moved_operands, same

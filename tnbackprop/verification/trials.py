@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compiler.foreign import foreign
+from ..api import compile
+from ..compiler.capture.foreign import foreign
 from ..errors import InputError, RuleError
-from ..front import compile
+from ..notation.rule import Rule, RuleFunction, Rules
 from ..quantities import Quantity
-from ..rule import Rule, RuleFunction, Rules
 from .calls import BUILD_ERRORS, trace
 from .draws import Inputs, Made, Sizes, modules, unsettled
 from .models import compare_quantities, filled, programs_for

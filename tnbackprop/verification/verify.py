@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..declare import Declaration, resolve, row_of
 from ..errors import InputError, VerificationError
+from ..notation.rule import Rule
 from ..quantities import Quantity, check_quantities
-from ..rule import Rule
 from ..runtime import Program
 from .models import Batch, try_model, try_program
 from .report import LeftOut, Row, Verification, message

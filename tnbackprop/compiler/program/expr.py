@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 
 import sympy
 
-from ...code import Code
-from ...diagram import Leg, Size
-from ..cost import Kernel, Work
+from ...diagram.core import Leg, Size
+from ...notation.code import Code
+from .cost import Kernel, Work
 from .functions import Function
 from .numbers import Number
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ...diagram import Size
+from ...diagram.core import Size
 from .expr import Call, Filled, Value, reads
 from .functions import GRAD_INPUT, Linear, Memory, aten, method
 

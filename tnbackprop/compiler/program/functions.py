@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ...diagram import Size
-from ..torch_internals import OpOverload
+from ...diagram.core import Size
+from ..capture.torch_internals import OpOverload
 
 Shape = tuple[Size, ...]
 

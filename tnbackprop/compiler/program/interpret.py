@@ -12,8 +12,8 @@ from typing import Any
 import sympy
 import torch
 
-from ...code import evaluated
-from ...diagram import N
+from ...diagram.core import N
+from ...notation.code import evaluated
 from .expr import Body, Call, Filled, Join, Lambda, Of, Pointwise, Slice, Slices, Value, Word
 from .functions import Form
 from .lines import Line, lines_of

@@ -1,0 +1,128 @@
+"""The public face: compile and compute."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .compiler import compile_program
+from .compiler.capture.export import check_trainable, plain
+from .declare import REGISTRY, Declaration, resolve
+from .errors import InputError, check_member
+from .quantities import Quantity, check_quantities
+from .rules import RULES
+from .runtime import Indefinite, Program, Result
+from .runtime.fingerprint import Fingerprint, fingerprint
+
+Loss = Callable[..., torch.Tensor]
+
+
+def compile(
+    model: torch.nn.Module,
+    loss: Loss | None,
+    example: tuple[Any, Any],
+    quantities: Sequence[Quantity],
+    *,
+    rules: Mapping[Any, Declaration] | None = None,
+    memory_limit: float | str | None = None,
+    indefinite: Indefinite = Indefinite.REFUSE,
+) -> Program:
+    """Compile a model with its loss and quantities to a program.
+
+    model         any module that torch.export can capture; it is not changed. Its parameters' dtypes are those of the
+                  program: torch.autocast has no effect on it
+    loss          ``loss(output, y)`` -> scalar, a sum or mean over samples
+    example       a batch ``(x, y)``; shapes other than the batch size are fixed by it
+    quantities    what to compute: ``[tn.BatchL2(), tn.Variance()]``
+    rules         from target to rule: ``tn.RULES | {MyLayer: my_rule}`` adds your own; None: the built-in rules and
+                  those that `tn.rule` registered
+    memory_limit  bytes (or "2GiB") that intermediate values may take at the example's batch size
+    indefinite    a loss Hessian with negative eigenvalues has no square root: refuse, or clip them to zero
+
+    Raises `InputError`, `UnsupportedError` and `RuleError`.
+    """
+    check_quantities(quantities)
+    check_member("indefinite", indefinite, Indefinite)
+    check_trainable(model, quantities)
+    compiled = compile_program(model, loss, example, list(quantities), resolve(rules), _bytes(memory_limit))
+    return Program(model, compiled, loss, quantities, indefinite)
+
+
+def compute(
+    model: torch.nn.Module,
+    loss: Loss | None,
+    batch: tuple[Any, Any],
+    quantities: Sequence[Quantity],
+    *,
+    rules: Mapping[Any, Declaration] | None = None,
+    memory_limit: float | str | None = None,
+    indefinite: Indefinite = Indefinite.REFUSE,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Result:
+    """Compile and run: the options of `compile`, and `seed` and `generator` as for a `Program`.
+
+    What was compiled is kept, the last `KEPT` programs of a model for as long as it lives. Everything that a program
+    depends on is looked at in each call: layers, modes, attributes, hooks and ties of the model, options of the loss,
+    what functions read (defaults, closures, globals), rules and shapes; the values of parameters and the batch size are
+    free. Where something changed, or hides what it holds (an iterator, a scripted module), it is compiled anew. A
+    `Program` looks at none of that, so it is faster.
+    """
+    options: dict[str, Any] = {"rules": rules, "memory_limit": memory_limit, "indefinite": indefinite}
+    state = _state(model, loss, batch, quantities, options) if isinstance(model, torch.nn.Module) else None
+    kept = [] if state is None else _PROGRAMS.get(model, [])
+    for k, (key, program) in enumerate(kept):
+        if state is not None and key.matches(state):
+            _PROGRAMS[model] = [kept[k], *kept[:k], *kept[k + 1 :]] if k else kept
+            return program.attached(model, loss)(*batch, seed=seed, generator=generator)
+    program = compile(model, loss, batch, quantities, **options)
+    if state is not None:
+        _PROGRAMS[model] = [(state, program.detached()), *kept][:KEPT]
+    return program(*batch, seed=seed, generator=generator)
+
+
+KEPT = 16
+_PROGRAMS: MutableMapping[torch.nn.Module, list[tuple[Fingerprint, Program]]] = WeakIdKeyDictionary()
+"""What `compute` has compiled, the latest first; forgotten with the model, which the programs do not hold."""
+
+
+def _state(
+    model: torch.nn.Module, loss: Loss | None, batch: tuple[Any, Any], quantities: Sequence[Quantity], options: Any
+) -> Fingerprint | None:
+    """Everything that a compilation depends on; the batch size where memory is limited."""
+    leaves, spec = pytree.tree_flatten(tuple(map(plain, batch)) if isinstance(batch, tuple | list) else batch)
+    sizes = slice(1 if options["memory_limit"] is None else 0, None)
+    inputs = [
+        (leaf.ndim, leaf.shape[sizes], leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf
+        for leaf in leaves
+    ]
+    rules = REGISTRY if options["rules"] is None else options["rules"]
+    if isinstance(rules, Mapping):
+        rules = len(rules), [row for row in rules.items() if RULES.get(row[0]) is not row[1]]
+    named = isinstance(batch, tuple | list) and [isinstance(part, dict) for part in batch]
+    given = (loss, quantities, inputs, str(spec), named, {**options, "rules": rules})
+    return fingerprint(model, *given, built_in=(*RULES, *RULES.values()))
+
+
+def _bytes(limit: float | str | None) -> int | None:
+    """A number of bytes from a number or a text like "2GiB"."""
+    if limit is None:
+        return None
+    amount: float = 0
+    if isinstance(limit, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|[kMGT]i?B)\s*", limit)):
+        unit = match[2].rstrip("B")
+        amount = float(match[1]) * (1024 if unit.endswith("i") else 1000) ** " kMGT".index(unit[:1] or " ")
+    elif isinstance(limit, int | float) and not isinstance(limit, bool):
+        amount = limit
+    if not 1 <= amount < math.inf:
+        raise InputError(
+            f"memory_limit={limit!r} is no amount of memory: write bytes, or text like '500MB' or '2GiB'; "
+            "None is no limit"
+        )
+    return int(amount)

@@ -1,0 +1,1 @@
+"""Capture: a model and its loss as a graph of calls."""

@@ -1,0 +1,159 @@
+"""Where the batch sits in each axis of a captured value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+
+from ...diagram.core import N, Size
+from ...errors import UnsupportedError
+from .graph import Value
+
+Axes = tuple[tuple[Size, ...], ...]
+
+aten = torch.ops.aten
+
+RESHAPES = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.view_as.default,
+        aten.reshape_as.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.unsqueeze.default,
+        aten.ravel.default,
+    }
+)
+"""The same elements in row-major order."""
+
+ADVICE = "Derivatives are taken per sample, so no op may mix samples: "
+
+
+def value_axes(target: Any, arguments: Mapping[str, Any], shape: tuple[Size, ...], where: str) -> Axes:
+    """The factors of each output axis, the batch last known from the inputs; refuses what mixes samples."""
+    inputs = [v for v in _flat(arguments) if isinstance(v, Value)]
+    multiples = [_multiple(size, where, shape) for size in shape]
+    if sum(k != 0 for k in multiples) > 1:
+        raise UnsupportedError(
+            f"{where} makes a tensor of shape {show(shape)} with two batch axes{_from(inputs)}: it compares samples "
+            f"with each other. {ADVICE}compute this outside of the model"
+        )
+    if not any(multiples):
+        return tuple((size,) for size in shape)
+    if target in RESHAPES:
+        return _reshaped(inputs[0], shape, multiples, where)
+    return tuple(
+        (size,) if k == 0 else (N,) if k == 1 else _carried(target, arguments, inputs, axis, size, where)
+        for axis, (size, k) in enumerate(zip(shape, multiples, strict=True))
+    )
+
+
+def batch_axis(value: Value) -> int | None:
+    """The axis that holds the batch, if any."""
+    return next((k for k, axis in enumerate(value.axes) if N in axis), None)
+
+
+def show(shape: tuple[Size, ...]) -> str:
+    """[N, 3, 8, 8]"""
+    return "[" + ", ".join(str(size) for size in shape) + "]"
+
+
+def batch_multiple(size: Size) -> int | None:
+    """k where size = k·N with an integer k (0: no batch); None where the size is something else in N."""
+    if isinstance(size, int):
+        return 0
+    quotient = sympy.simplify(size / N)
+    return int(quotient) if quotient.is_Integer else None
+
+
+def _multiple(size: Size, where: str, shape: tuple[Size, ...]) -> int:
+    k = batch_multiple(size)
+    if k is None:
+        raise UnsupportedError(
+            f"{where} makes a tensor of shape {show(shape)}: the axis of size {size} is no multiple of the batch size "
+            f"N. {ADVICE}slice, pad and concatenate along other axes"
+        )
+    return k
+
+
+def _reshaped(source: Value, shape: tuple[Size, ...], multiples: list[int], where: str) -> Axes:
+    """N keeps its row-major place: as many elements before and after it as in the input."""
+    flat = [factor for axis in source.axes for factor in axis]
+    place = flat.index(N)
+    before, after = _product(flat[:place]), _product(flat[place + 1 :])
+    axis = next(k for k, multiple in enumerate(multiples) if multiple)
+    left, right = _product(list(shape[:axis])), _product(list(shape[axis + 1 :]))
+    if not left or not right or before % left or after % right or before * after == 0:
+        factors = ", ".join("·".join(str(f) for f in a) or "1" for a in source.axes)
+        raise UnsupportedError(
+            f"{where} reshapes {source.name} [{factors}] to {show(shape)}, which mixes samples: {before} element(s) "
+            f"stand before the batch index and {after} after it, but the new shape has {left} before and {right} after "
+            "its batch axis. Transpose first so that the batch axis keeps its place, or keep it as an axis of its own"
+        )
+    inner = _grouped(before // left, after // right)
+    return tuple(inner if k == axis else (size,) for k, size in enumerate(shape))
+
+
+def _carried(
+    target: Any, arguments: Mapping[str, Any], inputs: list[Value], axis: int, size: Size, where: str
+) -> tuple[Size, ...]:
+    """The factor order of an axis k·N of an op that is no reshape: that of the input axis of the same size."""
+    multiple = batch_multiple(size) or 0
+    if target is aten.repeat.default and axis < len(arguments["repeats"]):
+        source = inputs[0].axes[axis - len(arguments["repeats"])] if inputs[0].axes else ()
+        return _outer(source, multiple)
+    if target in (aten.cat.default, aten.concat.default):
+        sources = {v.axes[axis] for v in inputs}
+        if len(sources) == 1 and arguments["dim"] % len(inputs[0].axes) == axis:
+            return _outer(sources.pop(), multiple)
+    if target is aten.repeat_interleave.self_int:
+        return (N, multiple) if inputs[0].axes[axis] == (N,) else (*inputs[0].axes[axis], arguments["repeats"])
+    found = {a for v in inputs for a in v.axes if _same(_product(list(a)), size)}
+    if len(found) != 1:
+        orders = " or ".join("·".join(str(f) for f in a) for a in sorted(found, key=str)) or "none"
+        raise UnsupportedError(
+            f"{where} has an output axis of size {size}, and its inputs do not say in which order batch and other "
+            f"indices stand in it (candidates: {orders}). Keep the batch as an axis of its own: x.unflatten(0, …)"
+        )
+    return found.pop()
+
+
+def _outer(source: tuple[Size, ...], multiple: int) -> tuple[Size, ...]:
+    """Copies of an axis one after the other: the number of copies is the outermost factor."""
+    place = source.index(N) if N in source else 0
+    after = _product(list(source[place + 1 :]))
+    return _grouped(multiple // after, after)
+
+
+def _grouped(before: Any, after: Any) -> tuple[Size, ...]:
+    return tuple(f for f in (before, N, after) if f != 1)
+
+
+def _same(a: Size, b: Size) -> bool:
+    return bool(sympy.simplify(a - b) == 0)
+
+
+def _product(factors: list[Size]) -> Any:
+    result: Any = 1
+    for factor in factors:
+        result = result * factor
+    return result
+
+
+def _from(inputs: list[Value]) -> str:
+    return " from " + ", ".join(f"{v.name} {show(v.shape)}" for v in inputs) if inputs else ""
+
+
+def _flat(arguments: Mapping[str, Any]) -> list[Any]:
+    flat: list[Any] = []
+    for value in arguments.values():
+        flat.extend(value if isinstance(value, tuple) else (value,))
+    return flat

@@ -1,0 +1,331 @@
+"""From a module, a loss and an example batch to a frozen `Graph` with a symbolic batch size."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.utils import _pytree as pytree
+
+from ...errors import InputError, UnsupportedError
+from ...notation.rule import Composite, Rules
+from ...quantities import Quantity
+from ..rehearsal.one_sample import least_batch
+from ..rehearsal.rehearse import rehearse
+from ..rehearsal.state import resized
+from .failure import place
+from .foreign import MISTAKES
+from .graph import Graph
+from .inplace import copy_views, mutates_view
+from .inputs import refuse_complex
+from .opaque import Opaque, named_tensors, opaque_calls
+from .symbolic import symbolic_kernels
+from .torch_internals import Quiet, alone, export_refusals, peek_interpreter_stack, traced_here, whole_einsums
+from .torch_modes import check_plain, own_dtypes
+from .translate import translate
+
+Loss = Callable[..., Any]
+
+EXPORT_SIZES = (3, 5, 7, 11, 13, 17, 19, 23)
+"""Batch sizes to export with where the example's own cannot stand for every size."""
+
+MOST = 65535
+"""Samples up to which torch takes cuDNN for a batch norm; what it does for more is not asked."""
+
+
+class Wrapped(nn.Module):
+    """(x, y) -> (loss, output), with the model and the loss as submodules."""
+
+    def __init__(self, model: nn.Module, loss: Loss | None, named: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.named = named
+        self.training = model.training
+
+    def forward(self, x: Any, y: Any) -> tuple[Any, Any]:
+        args, kwargs = model_arguments(self.model, x, self.named)
+        output = self.model(*args, **kwargs)
+        return (None if self.loss is None else self.loss_of(output, y)), output
+
+    def loss_of(self, output: Any, y: Any) -> Any:
+        assert self.loss is not None
+        return self.loss(output, y)
+
+
+def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules: Rules) -> Graph:
+    """The graph of ``(loss(model(x), y), model(x))`` that holds for every batch size N >= 1.
+
+    x and y are tensors or trees of tensors with the batch first; a tuple x gives positional arguments, a
+    dict x keyword arguments where forward takes its names. Dropout and batch norm are captured in the mode the
+    modules are in, and dtypes are those of the tensors, whatever autocast says. Raises InputError where the example
+    does not fit the model, UnsupportedError where samples are mixed or the graph depends on the data or on one batch
+    size.
+    """
+    for name, given in (("model", model), ("loss", loss)):
+        if isinstance(given, type):
+            raise InputError(f"{name} is the class {given.__name__}: give an instance, {given.__name__}(…)")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is {type(model).__name__}, not a torch.nn.Module")
+    for name, parameter in model.named_parameters():
+        refuse_complex(name, parameter)
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise InputError(f"parameter {lazy[0]!r} has no shape yet: run the model on a batch once, model(x)")
+    if loss is not None and not callable(loss):
+        raise InputError(f"loss is {type(loss).__name__}: pass a function (output, y) -> scalar, a module, or None")
+    if isinstance(loss, nn.Module):
+        _check_loss(model, loss)
+    if not isinstance(example, tuple | list) or len(example) != 2:
+        raise InputError("example must be the pair (x, y)")
+    x, y = _distinct((plain(example[0]), plain(example[1])))
+    _check_transforms(model, (x, y))
+    batch = batch_size((x, y))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with alone(), own_dtypes(device), torch.inference_mode(False):
+        wrapped = Wrapped(model, loss, takes_names(model, example[0]))
+        seen = rehearse(wrapped, (x, y), batch, rules)
+        try:
+            graph, exported, opaque = _any_size(wrapped, (x, y), batch, rules)
+        except (InputError, ExportError) as error:  # it ran without torch.export: what it writes to may be why
+            seen.refuse_writes(error)
+            raise
+        seen.check(graph)
+        return _with_least(graph, wrapped, exported, opaque, (x, y))
+
+
+def _check_transforms(model: nn.Module, example: tuple[Any, Any]) -> None:
+    """Tensors are plain ones: no part of a derivative that someone else takes, none that no derivative can have."""
+    for name, tensor in named_tensors(model).items():
+        check_plain(f"{name!r} of the model", tensor)
+        if tensor.is_inference():
+            raise InputError(
+                f"{name!r} of the model was made in inference mode, so torch takes no derivatives of what reads it:\n"
+                "  make the model outside of torch.inference_mode()"
+            )
+    for path, leaf in pytree.tree_flatten_with_path(example)[0]:
+        if isinstance(leaf, Tensor):
+            check_plain(("x" if path[0] == pytree.SequenceKey(0) else "y") + pytree.keystr(path[1:]), leaf)
+    if peek_interpreter_stack() is not None:
+        raise UnsupportedError(
+            "compiling inside a torch.func transform (grad, vjp, jvp, jacrev, vmap, …), whose tensors the model or the "
+            "loss may read:\n  compile outside, and call the program there"
+        )
+
+
+def _check_loss(model: nn.Module, loss: nn.Module) -> None:
+    """Results are by the model's parameters: one of the loss would have none, and nobody would see that."""
+    known = {id(p) for p in model.parameters()}
+    own = [name for name, p in loss.named_parameters() if p.requires_grad and id(p) not in known]
+    if own:
+        raise InputError(
+            f"the loss {type(loss).__name__} has trainable parameters of its own, {', '.join(own)}: results are by "
+            "those of the model.\n  Make them parameters of the model, or requires_grad_(False) on them."
+        )
+
+
+def check_trainable(model: object, quantities: Sequence[Quantity]) -> None:
+    """Quantities are of parameters: a result without one entry is a slip. Raises `InputError`."""
+    if not quantities or not isinstance(model, nn.Module) or any(p.requires_grad for p in model.parameters()):
+        return
+    name, what = type(model).__name__, ", ".join(quantity.name for quantity in quantities)
+    frozen = sum(1 for _ in model.parameters())
+    if frozen:
+        raise InputError(
+            f"{what}: all {frozen} parameters of {name} are frozen, so there is nothing to differentiate by.\n"
+            "  requires_grad_(True) on those that the quantities are of."
+        )
+    raise InputError(
+        f"{what}: {name} has no parameters, so there is nothing to differentiate by.\n"
+        "  For derivatives by its input, make that a parameter: a module that adds it, before this one."
+    )
+
+
+def model_arguments(model: nn.Module, x: Any, named: bool | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How x is passed to the model: a tuple as positional arguments, a dict as keyword arguments that forward takes.
+
+    named   what `takes_names` says of x as it was given, where `plain` has made a dict of it
+    """
+    if isinstance(x, tuple | list):
+        return tuple(x), {}
+    if takes_names(model, x) if named is None else named:
+        return (), dict(x)
+    return (x,), {}
+
+
+def takes_names(model: nn.Module, x: Any) -> bool:
+    """Whether the entries of x are keyword arguments: a mapping whose keys forward names, or a dict if it takes any.
+
+    A forward(*args, **kwargs), which only hands on, gets mappings of other types as one argument.
+    """
+    if not isinstance(x, Mapping) or not all(isinstance(key, str) for key in x):
+        return False
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    kinds = {p.kind for p in parameters}
+    hands_on = inspect.Parameter.VAR_POSITIONAL in kinds and not isinstance(x, dict)
+    return set(x) <= names or (inspect.Parameter.VAR_KEYWORD in kinds and not hands_on)
+
+
+def plain(tree: Any) -> Any:
+    """Mappings that torch's pytree does not know (a tokenizer's BatchEncoding) as dicts."""
+    if isinstance(tree, Mapping):
+        return {key: plain(value) for key, value in tree.items()}
+    return tree
+
+
+def batch_size(example: tuple[Any, Any]) -> int:
+    """The common size of axis 0 of every tensor with axes; InputError where there is none."""
+    sizes: dict[str, int] = {}
+    for path, leaf in pytree.tree_flatten_with_path(example)[0]:
+        name = ("x" if path[0] == pytree.SequenceKey(0) else "y") + pytree.keystr(path[1:])
+        if leaf is not None and not isinstance(leaf, Tensor):
+            raise InputError(f"{name} is {type(leaf).__name__}: pass tensors (bind other options to the model)")
+        if leaf is not None and leaf.is_complex():
+            raise UnsupportedError(f"{name} is complex: complex tensors are not supported")
+        if leaf is not None and leaf.ndim:
+            sizes[name] = leaf.shape[0]
+    if not sizes:
+        raise InputError("the example has no tensor with a batch axis (axis 0)")
+    first, batch = next(iter(sizes.items()))
+    for name, size in sizes.items():
+        if size != batch:
+            raise InputError(
+                f"{first} has batch size {batch} but {name} has {size}: axis 0 of every input is the batch"
+            )
+    if batch == 0:
+        raise InputError(f"the example batch is empty ({first} has size 0 on axis 0)")
+    return batch
+
+
+def _any_size(
+    wrapped: Wrapped, example: tuple[Any, Any], batch: int, rules: Rules
+) -> tuple[Graph, torch.export.ExportedProgram, dict[str, Opaque]]:
+    """Export with the example's size; where that one size was burnt in, once more with one that nothing else has."""
+    taken = {size for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) for size in leaf.shape[1:]}
+    taken |= {size for parameter in wrapped.parameters() for size in parameter.shape}
+    other = next((size for size in EXPORT_SIZES if size not in taken | {batch}), 29)
+    used = resized(example, other) if batch == 1 else example
+    try:
+        exported, opaque = _export(wrapped, used, rules, _batch_dimension(batch))
+    except OneSizeError as first:
+        # Another size tells whether the example's own is to blame; translating names the op where torch names a guard.
+        for dimension in (_batch_dimension(batch), torch.export.Dim.DYNAMIC):
+            try:
+                exported, opaque = _export(wrapped, resized(example, other), rules, dimension)
+            except (OneSizeError, ExportError, InputError):
+                continue
+            graph = translate(wrapped, exported, opaque, example, batch)
+            if dimension is not torch.export.Dim.DYNAMIC:
+                return graph, exported, opaque
+        raise UnsupportedError(str(first)) from first
+    return translate(wrapped, exported, opaque, example, batch), exported, opaque
+
+
+def _with_least(
+    graph: Graph,
+    wrapped: Wrapped,
+    exported: torch.export.ExportedProgram,
+    opaque: dict[str, Opaque],
+    example: tuple[Any, Any],
+) -> Graph:
+    """The graph with the least batch size that it holds for."""
+    least = least_batch(wrapped, exported, opaque, example)
+    if graph.example_batch < least:
+        raise OneSizeError(
+            "the model or the loss does something else for one sample (a branch on the batch size): the graph must "
+            f"hold for any.\n  Compile with an example of {least} samples or more, or do not branch on x.shape[0]."
+        )
+    return replace(graph, least=least)
+
+
+def _batch_dimension(batch: int) -> Any:
+    """Any size; torch on a GPU has other kernels, not other numbers, for more samples than `MOST`."""
+    return torch.export.Dim("batch", max=MOST if batch <= MOST else sys.maxsize - 1)  # slices end at sys.maxsize
+
+
+class OneSizeError(UnsupportedError):
+    """The exported graph holds for some batch sizes only."""
+
+
+class ExportError(UnsupportedError):
+    """torch.export fails on what runs by itself."""
+
+
+def _export(
+    wrapped: Wrapped, example: tuple[Any, Any], rules: Rules, batch: Any
+) -> tuple[torch.export.ExportedProgram, dict[str, Opaque]]:
+    shapes = pytree.tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.ndim else None, example)
+    with (
+        opaque_calls(wrapped, rules) as opaque,
+        symbolic_kernels(),
+        whole_einsums(),
+        traced_here(),
+        torch.enable_grad(),
+    ):
+        try:
+            with Quiet():
+                exported = torch.export.export(wrapped, example, dynamic_shapes=shapes, strict=False)
+            parts = _composites(exported.graph_module, rules)
+            if parts and not mutates_view(exported.graph_module):
+                copy_views(exported.graph_module)
+            if parts or mutates_view(exported.graph_module):
+                exported = exported.run_decompositions(parts)
+            return exported, opaque
+        except export_refusals() as error:
+            _refuse_export(wrapped, error)
+        except (RuntimeError, AssertionError, *MISTAKES) as error:
+            at = place(wrapped, error.__traceback__)
+            raise ExportError(
+                f"torch.export fails on the {at.whole}, which runs as it is{at.within}: {error}{at.line}\n"
+                "  Write that otherwise (.detach() for .data), or give the module a rule (examples/add_a_layer.py)."
+            ) from error
+
+
+def _composites(program: torch.fx.GraphModule, rules: Rules) -> dict[Any, Callable[..., Any]]:
+    """What the operators that are made of others are made of. All of them, as one may be made of another."""
+    rows = {target: row for target, row in rules.items() if isinstance(row, Composite)}
+    graphs = [part.graph for part in program.modules() if isinstance(part, torch.fx.GraphModule)]
+    if not any(node.target in rows for graph in graphs for node in graph.nodes):
+        return {}
+    known = torch.export.default_decompositions()
+    return {target: row.function or known[target] for target, row in rows.items()}
+
+
+def _refuse_export(wrapped: Wrapped, error: Exception) -> NoReturn:
+    text = str(error).strip()
+    if "specialized" in text or "Constraints violated" in text or "not all values of batch" in text:
+        raise OneSizeError(
+            "the model or the loss is written for one batch size (or a range): the graph must hold for any. Use "
+            "x.shape[0] or -1 for the batch axis, not len(x) and not a number, and do not branch on it. "
+            f"torch.export says: {text}"
+        ) from error
+    at = place(wrapped, error.__traceback__)
+    target = "the loss, as a module," if at.loss else "that module"
+    raise UnsupportedError(
+        f"the graph of the {at.whole} depends on the data{at.within}: an if, a loop or a shape is decided by the "
+        f"value of a tensor.{at.line}\n  Use torch.where or a mask, or give {target} a rule "
+        f"(examples/add_a_layer.py). torch.export says: {text}"
+    ) from error
+
+
+def _distinct(example: tuple[Any, Any]) -> tuple[Any, Any]:
+    """A tensor that appears twice as two: torch.export reads all appearances of one object from the last input.
+
+    One that was made in inference mode as a copy, for torch takes no derivatives beside it.
+    """
+    seen: set[int] = set()
+
+    def copy(leaf: Any) -> Any:
+        repeated = isinstance(leaf, Tensor) and (id(leaf) in seen or leaf.is_inference())
+        seen.add(id(leaf))
+        return leaf.detach().clone() if repeated else leaf
+
+    distinct: tuple[Any, Any] = pytree.tree_map(copy, example)
+    return distinct

@@ -1,0 +1,154 @@
+"""The captured model: calls on values, in execution order. Frozen; no torch.fx object survives here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import sympy
+import torch
+
+from ...diagram.core import Size
+from .torch_internals import OpOverload
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the graph. `axes[k]` are the row-major factors of axis k; a batch factor is exactly N.
+
+    [N*4, D] (n outer) has axes ((N, 4), (D,)). A value without a batch factor does not depend on the sample.
+    """
+
+    name: str
+    axes: tuple[tuple[Size, ...], ...]
+    dtype: torch.dtype
+    depends_on: frozenset[str] = frozenset()  # names of trainable parameters upstream (itself included)
+    device: str = "cpu"  # its type: what is fast differs, what is right does not
+
+    @cached_property
+    def shape(self) -> tuple[Size, ...]:
+        """The stored shape, with products of the factors."""
+        return tuple(_product(axis) for axis in self.axes)
+
+    @property
+    def axes_text(self) -> str:
+        """[N·4, 3]: the factors of each axis, outer first."""
+        return "[" + ", ".join("·".join(str(factor) for factor in axis) or "1" for axis in self.axes) + "]"
+
+    def __str__(self) -> str:
+        return self.name + self.axes_text
+
+    @property
+    def differentiable(self) -> bool:
+        return bool(self.depends_on)
+
+
+def op_text(target: Any) -> str:
+    """An operator with its overload, the name of a class, "primitive f"."""
+    return target.__name__ if isinstance(target, type) else str(target)
+
+
+def _product(factors: tuple[Size, ...]) -> Size:
+    result: Size = 1
+    for factor in factors:
+        result = result * factor
+    return result
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator's overload, or of a module or a primitive that has a rule.
+
+    `arguments` follow the operator's schema, all defaults filled in; `self` is renamed `input`. Tensors are
+    `Value`s (lists of them stay tuples); everything else is a plain Python number, string, bool, tuple, None.
+    Sizes that contain the batch are sympy expressions in N. `call.stride` is short for the argument.
+    """
+
+    target: Any
+    arguments: Mapping[str, Any]
+    output: Value
+    path: str = ""  # dotted module path, "" for the model itself
+    module_type: str = ""
+    module: torch.nn.Module | None = None  # for a module target
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["arguments"][name]
+        except KeyError:
+            raise AttributeError(f"{self.__dict__.get('target')} has no argument {name!r}") from None
+
+    @property
+    def by_rule(self) -> bool:
+        """A module or a primitive: its forward is that of its rule, for there is no operator to call."""
+        return not isinstance(self.target, OpOverload)
+
+    @property
+    def tensors(self) -> dict[str, Value]:
+        """Tensor arguments by name; element k of a list argument `tensors` is `tensors0`, `tensors1`, …"""
+        found: dict[str, Value] = {}
+        for name, value in self.arguments.items():
+            if isinstance(value, Value):
+                found[name] = value
+            elif isinstance(value, tuple):
+                found |= {f"{name}{k}": v for k, v in enumerate(value) if isinstance(v, Value)}
+        return found
+
+    @property
+    def where(self) -> str:
+        """For messages: "aten.relu.default in module 'features.1' (ReLU)"."""
+        kind = f" ({self.module_type})" if self.module_type else ""
+        shown = op_text(self.target)
+        return f"{shown} in module {self.path!r}{kind}" if self.path else f"{shown} in the model"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A model with its loss, captured once, with a symbolic batch size.
+
+    `parameters` maps a value name to the dotted names of the parameter (several: tied; the first is the
+    key in results). `inputs` are the value names of the flattened example inputs, x first, then y.
+    """
+
+    calls: tuple[Call, ...]
+    values: Mapping[str, Value]
+    parameters: Mapping[str, tuple[str, ...]]  # trainable and frozen; trainable ones have depends_on
+    buffers: Mapping[str, str]  # value name -> dotted name
+    constants: Mapping[str, torch.Tensor]  # lifted tensor constants
+    inputs: tuple[str, ...]
+    output: Any  # pytree of value names, as the model returned it
+    loss: str | None
+    example_batch: int
+    in_spec: Any = None  # torch.utils._pytree spec of (x, y)
+    absent: tuple[int, ...] = ()  # which of its leaves are None: they are no inputs
+    least: int = 1  # samples: for fewer the model does something else
+    cotangent: str = ""  # of a layer on its own: the input that is the cotangent of its output
+
+    def is_bottleneck(self, value: str) -> bool:
+        """Whether what is computed after a value reads nothing trainable that is read or computed before it."""
+        made = next((k for k, call in enumerate(self.calls) if call.output.name == value), None)
+        if made is None:
+            return False
+        earlier, later = self.calls[: made + 1], self.calls[made + 1 :]
+        before = {v.name for call in earlier for v in (*call.tensors.values(), call.output)}
+        after = {v.name for call in later for v in call.tensors.values()}
+        return not any(self.values[name].differentiable for name in before & after - {value})
+
+    def __str__(self) -> str:
+        """A table: one line per call with its output, shape, op, operands and module."""
+        named = [f"{self.values[name]}" for name in (*self.inputs, *self.parameters, *self.buffers, *self.constants)]
+        rows = [("value", "shape", "op", "operands", "module")]
+        for call in self.calls:
+            operands = ", ".join(value.name for value in call.tensors.values())
+            rows.append((call.output.name, call.output.axes_text, op_text(call.target), operands, call.path))
+        widths = [max(len(row[k]) for row in rows) for k in range(5)]
+        sizes = f", for N >= {self.least}" if self.least > 1 else ""
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        gives = f"gives  output {self.output}, loss {self.loss}{sizes}"
+        return "\n".join(["reads  " + ", ".join(named), *lines, gives])
+
+
+def is_batch(size: Size) -> bool:
+    """Whether a size contains the batch symbol."""
+    return isinstance(size, sympy.Expr) and bool(size.free_symbols)

@@ -1,0 +1,373 @@
+"""From an exported program to a frozen `Graph`: one pass over the nodes, each handled by kind."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export.graph_signature import OutputKind
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from ...diagram.core import N, Size
+from ...errors import InputError, UnsupportedError
+from .axes import batch_axis, show, value_axes
+from .canonical import (
+    ALIASES,
+    CONTRACTIONS,
+    NO_GRADIENT,
+    SECOND,
+    alias_of,
+    canonical,
+    copy_of_batch,
+    second_output,
+    split_piece,
+)
+from .graph import Call, Graph, Value
+from .inplace import functional, is_mutation, owner
+from .inputs import enter
+from .mixing import check_mixing
+from .names import Names, module_of, op_name
+from .opaque import NAMESPACE, Opaque
+from .sizes import Sizes
+from .torch_internals import HigherOrderOperator, OpOverload
+
+aten = torch.ops.aten
+no_grad_block = torch.ops.higher_order.wrap_with_set_grad_enabled
+WRITTEN = frozenset({"BUFFER_MUTATION", "PARAMETER_MUTATION"})
+"""Kinds of outputs that are no outputs, by name: not every torch has all of them."""
+
+
+def translate(
+    wrapped: nn.Module,
+    exported: torch.export.ExportedProgram,
+    opaque: dict[str, Opaque],
+    example: tuple[Any, Any],
+    batch: int,
+) -> Graph:
+    """The graph of an exported ``(x, y) -> (loss, output)`` with a model and a loss as submodules."""
+    translator = _Translator(wrapped, exported, opaque, example)
+    translator.run(exported.graph_module)
+    return translator.graph(example, batch)
+
+
+class _Several:
+    """The outputs of a node with several outputs, made into calls when they are taken."""
+
+    def __init__(self, node: Node, target: Any, arguments: dict[str, Any]) -> None:
+        self.node, self.target, self.arguments = node, target, arguments
+
+
+class _Translator:
+    def __init__(
+        self,
+        wrapped: nn.Module,
+        exported: torch.export.ExportedProgram,
+        opaque: dict[str, Opaque],
+        example: tuple[Any, Any],
+    ) -> None:
+        self.wrapped, self.exported, self.opaque = wrapped, exported, opaque
+        self.names, self.sizes = Names(), Sizes(exported)
+        self.entered = enter(wrapped, exported, self.sizes, self.names, example)
+        self.env: dict[Node, Any] = dict(self.entered.env)
+        self.values = dict(self.entered.values)
+        self.calls: list[Call] = []
+        self.aggregates: set[str] = set()  # differentiable values in which the batch was summed
+        self.ranges: set[str] = set()  # values that count the samples: arange(N)
+        self.no_grad = False
+        self.last_of_module: dict[str, Node] = {}
+        self.loss_node: Node | None = None
+
+    # calls
+
+    def run(self, program: GraphModule) -> None:
+        """Translate every node of a (sub)graph."""
+        for node in program.graph.nodes:
+            if op_name(node.target) != "getitem":
+                self.last_of_module[module_of(node)[0]] = node
+        if program is self.exported.graph_module:
+            self.loss_node = self._origin(self._outputs()[0])
+            self._refuse_first(program)
+        for node in program.graph.nodes:
+            if node.op == "get_attr":
+                self.env[node] = getattr(program, str(node.target))
+            elif node.op == "call_function" and not (op_name(node.target) == "getitem" and not node.users):
+                self._node(node)
+
+    def _node(self, node: Node) -> None:
+        value = node.meta.get("val")
+        if node.target is no_grad_block:
+            self.env[node] = self._block(node)
+        elif isinstance(node.target, HigherOrderOperator):
+            raise UnsupportedError(
+                f"{self._where(node)}: {node.target} is a nested graph, which has no rule. Write it as plain ops"
+            )
+        elif op_name(node.target) == "getitem":
+            self.env[node] = self._item(node)
+        elif isinstance(value, int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool):
+            self.env[node] = self.sizes.number(value, self._where(node))
+        elif value is not None:
+            self._call(node)
+
+    def _call(self, node: Node) -> None:
+        target = node.target
+        assert isinstance(target, OpOverload)
+        arguments = self._arguments(node)
+        if target.namespace == NAMESPACE:
+            opaque = self.opaque[target._schema.name.split("::")[1]]
+            named = opaque.arguments(arguments["site"], arguments["inputs"], arguments["tensors"])
+            self.env[node] = self._emit(
+                node,
+                opaque.target,
+                {k: self.sizes.converted(v) for k, v in named.items()},
+                node.meta["val"],
+                opaque=opaque,
+            )
+            return
+        if is_mutation(target):
+            base = owner(node)
+            if base.op == "placeholder" and self.env[base].name not in self.entered.inputs:
+                name = self.entered.dotted(self.env[base].name)
+                raise UnsupportedError(
+                    f"{self._where(node)} writes to {name!r} during forward: a program changes no "
+                    "parameter and no buffer. Call model.eval(), or remove the update"
+                )
+            target = functional(target, self._where(node))
+        val = node.meta["val"]
+        if isinstance(val, list | tuple):
+            self.env[node] = _Several(node, target, arguments)
+            return
+        output = self._emit(node, target, arguments, val)
+        self.env[owner(node)] = output
+
+    def _emit(
+        self, node: Node, target: Any, arguments: dict[str, Any], val: Any, name: str = "", opaque: Opaque | None = None
+    ) -> Value:
+        """Append a call with the output `val` (or alias its input) and return the output."""
+        where = self._where(node)
+        shape = self.sizes.shape(val, where)
+        if val.dtype.is_complex:
+            raise UnsupportedError(f"{where} makes a complex tensor {show(shape)}: complex tensors are not supported")
+        return self._append(node, target, arguments, shape, val.dtype, name, opaque)
+
+    def _append(
+        self,
+        node: Node,
+        target: Any,
+        arguments: dict[str, Any],
+        shape: tuple[Size, ...],
+        dtype: torch.dtype,
+        name: str = "",
+        opaque: Opaque | None = None,
+    ) -> Value:
+        where = self._where(node)
+        target, arguments = canonical(target, arguments, shape)
+        same = alias_of(target, arguments, shape, dtype)
+        if same is not None and (same.depends_on == frozenset() or not self.no_grad):
+            return same
+        copy = copy_of_batch(target, arguments, shape)
+        if copy is not None:
+            source, (axis, index) = arguments["input"], copy
+            split = (*source.shape[:axis], *source.axes[axis], *source.shape[axis + 1 :])
+            source = self._append(node, aten.reshape.default, {"input": source, "shape": split}, split, dtype, "copies")
+            target, arguments = aten.select.int, {"input": source, "dim": axis, "index": index}
+        inputs = [v for a in arguments.values() for v in (a if isinstance(a, tuple) else (a,)) if isinstance(v, Value)]
+        if op_name(target) in CONTRACTIONS and len({v.dtype for v in inputs}) > 1:
+            dtypes = ", ".join(f"{v.name} {str(v.dtype).removeprefix('torch.')}" for v in inputs)
+            raise InputError(f"{where} needs one dtype for all of its tensors, but the example gives {dtypes}")
+        depends: frozenset[str] = frozenset().union(*(v.depends_on for v in inputs))
+        if self.no_grad or target in NO_GRADIENT or not dtype.is_floating_point:
+            depends = frozenset()
+        axes = value_axes(target, arguments, shape, where)
+        made = node.meta.get("val")
+        device = made.device.type if isinstance(made, torch.Tensor) else inputs[0].device if inputs else "cpu"
+        output = Value(self._name(node, target, name), axes, dtype, depends, device)
+        check_mixing(target, arguments, output, self.ranges, where)
+        self._follow_batch(target, arguments, inputs, output, where)
+        _, path, kind = module_of(node)
+        own = opaque.module if opaque is not None else None
+        if opaque is not None and own is not None:
+            path, kind = opaque.path, type(own).__name__
+        self.values[output.name] = output
+        self.calls.append(Call(target, MappingProxyType(arguments), output, path, kind, own))
+        return output
+
+    def _follow_batch(
+        self, target: Any, arguments: dict[str, Any], inputs: list[Value], output: Value, where: str
+    ) -> None:
+        """Refuse a sum over samples that goes back into the samples; note sums over samples and sample counters."""
+        batched = batch_axis(output) is not None
+        for value in inputs:
+            if batched and value.name in self.aggregates and output.depends_on:
+                raise UnsupportedError(
+                    f"{where} mixes samples: {value.name} {show(value.shape)} is computed from the whole batch, and "
+                    f"{output.name} {show(output.shape)} uses it for each sample. Derivatives are taken per sample: "
+                    "use statistics that do not depend on the batch"
+                )
+        if (
+            not batched
+            and output.depends_on
+            and any(batch_axis(v) is not None or v.name in self.aggregates for v in inputs)
+        ):
+            self.aggregates.add(output.name)
+        first_arange = target in (aten.arange.default, aten.arange.start, aten.arange.start_step)
+        if (first_arange and arguments.get("end") == N and not arguments.get("start")) or (
+            len(inputs) == 1 and inputs[0].name in self.ranges and op_name(target) in ("unsqueeze", "reshape", "to")
+        ):
+            self.ranges.add(output.name)
+
+    def _arguments(self, node: Node) -> dict[str, Any]:
+        """The arguments by schema name, defaults filled in, `self` as `input`."""
+        assert isinstance(node.target, OpOverload)
+        arguments: dict[str, Any] = {}
+        for k, argument in enumerate(node.target._schema.arguments):
+            value = node.args[k] if k < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+            value = self._argument(value)
+            length = getattr(argument, "N", None)  # of a fixed-length list, such as a stride
+            if length and isinstance(value, tuple) and len(value) == 1:
+                value = value * length
+            elif length and isinstance(value, int):
+                value = (value,) * length
+            arguments["input" if argument.name == "self" else argument.name] = value
+        return arguments
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, Node):
+            found = self.env[owner(value)]
+            if isinstance(found, _Several):
+                raise UnsupportedError(f"{self._where(value)} returns several tensors that are used as one")
+            return found
+        if isinstance(value, list | tuple):
+            return tuple(self._argument(v) for v in value)
+        return self.sizes.converted(value)
+
+    def _item(self, node: Node) -> Any:
+        source, index = node.args
+        assert isinstance(source, Node) and isinstance(index, int)
+        several = self.env[source]
+        if not isinstance(several, _Several):
+            return several[index]
+        vals = several.node.meta["val"]
+        where = self._where(several.node)
+        piece = split_piece(several.target, several.arguments, [self.sizes.shape(v, where) for v in vals], index)
+        if piece is None and (index or (several.target, 0) in SECOND):
+            piece = second_output(several.target, several.arguments, index, where)
+        target, arguments = piece or (several.target, several.arguments)
+        name = f"{op_name(several.target)}_{index}" if len(vals) > 1 and piece else ""
+        return self._emit(several.node, target, dict(arguments), vals[index], name)
+
+    def _block(self, node: Node) -> tuple[Any, ...]:
+        """The outputs of a `with torch.no_grad()` block: its calls inline, cut from the gradient."""
+        enabled, block, *operands = node.args
+        before = self.no_grad
+        self.no_grad = before or not enabled
+        assert isinstance(block, Node)
+        program = self.env[block]
+        placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+        self.env.update(zip(placeholders, (self._argument(o) for o in operands), strict=True))
+        self.run(program)
+        outputs = program.graph.output_node().args[0]
+        results = tuple(self._argument(o) for o in outputs)
+        if self.no_grad:
+            results = tuple(self._detached(node, r) if isinstance(r, Value) and r.depends_on else r for r in results)
+        self.no_grad = before
+        return results
+
+    def _detached(self, node: Node, value: Value) -> Value:
+        output = Value(self.names.fresh(f"{value.name}_detach"), value.axes, value.dtype, device=value.device)
+        _, path, kind = module_of(node)
+        self.values[output.name] = output
+        self.calls.append(Call(aten.detach.default, MappingProxyType({"input": value}), output, path, kind))
+        return output
+
+    # names and messages
+
+    def _name(self, node: Node, target: Any, name: str) -> str:
+        if node is self.loss_node:
+            return self.names.fresh("loss", True)
+        key, path, _ = module_of(node)
+        if path and path != "loss" and self.last_of_module.get(key) is node and not name:
+            return self.names.fresh(path.replace(".", "_"))
+        operation = name or op_name(target)
+        return self.names.fresh(f"{path}_{operation}".replace(".", "_") if path else operation)
+
+    def _where(self, node: Node) -> str:
+        _, path, kind = module_of(node)
+        if path == "loss":
+            return f"{node.target} in the loss"
+        return f"{node.target} in module {path!r} ({kind})" if path else f"{node.target} in the model"
+
+    def _refuse_first(self, program: GraphModule) -> None:
+        """What is refused before anything else, so that the message names the cause and not a symptom."""
+        for node in program.graph.nodes:
+            if node.op == "call_function" and node.target is aten.batch_norm.default and node.args[5]:
+                raise UnsupportedError(
+                    f"{self._where(node)} is in train mode, so it mixes samples: there are no individual gradients. "
+                    "Call model.eval(), or use GroupNorm or LayerNorm"
+                )
+        written = [s.target for s in self.exported.graph_signature.output_specs if s.kind.name in WRITTEN]
+        for name in written:
+            raise UnsupportedError(
+                f"the model writes to {str(name).removeprefix('model.')!r} during forward: a program changes no "
+                "parameter and no buffer. Call model.eval(), or remove the update"
+            )
+
+    # outputs
+
+    def _outputs(self) -> list[Any]:
+        specs = self.exported.graph_signature.output_specs
+        output = self.exported.graph.output_node().args[0]
+        assert isinstance(output, tuple | list)
+        return [o for o, spec in zip(output, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
+
+    def _check_loss(self, loss: Any) -> None:
+        value = self.values.get(loss) if isinstance(loss, str) else None
+        if value is None:
+            raise InputError(f"the loss returns a {type(loss).__name__}: it must return one scalar tensor")
+        if value.axes or not value.dtype.is_floating_point:
+            raise InputError(
+                f"the loss returns {value.dtype} {show(value.shape)}: it must be a floating point scalar. "
+                "Take the mean or the sum over the batch"
+            )
+
+    def _origin(self, node: Any) -> Any:
+        while isinstance(node, Node) and node.target in ALIASES:
+            node = node.args[0]
+        return node
+
+    def graph(self, example: tuple[Any, Any], batch: int) -> Graph:
+        """The finished graph, without the calls that neither loss nor output needs."""
+        results = [self._argument(o) for o in self._outputs()]
+        names = [r.name if isinstance(r, Value) else r for r in results]
+        out_spec = self.exported.call_spec.out_spec
+        assert out_spec is not None
+        loss, output = pytree.tree_unflatten(names, out_spec)
+        if loss is not None or self.wrapped.loss is not None:
+            self._check_loss(loss)
+        calls = _needed(self.calls, {n for n in names if isinstance(n, str)})
+        entered = self.entered
+        kept = {call.output.name for call in calls} | set(entered.values)
+        return Graph(
+            calls=tuple(calls),
+            values=MappingProxyType({name: value for name, value in self.values.items() if name in kept}),
+            parameters=MappingProxyType(entered.parameters),
+            buffers=MappingProxyType(entered.buffers),
+            constants=MappingProxyType(entered.constants),
+            inputs=tuple(entered.inputs),
+            output=output,
+            loss=loss,
+            example_batch=batch,
+            in_spec=pytree.tree_flatten(example)[1],
+            absent=tuple(k for k, leaf in enumerate(pytree.tree_leaves(example)) if leaf is None),
+        )
+
+
+def _needed(calls: list[Call], wanted: set[str]) -> list[Call]:
+    kept: list[Call] = []
+    for call in reversed(calls):
+        if call.output.name in wanted:
+            kept.append(call)
+            wanted |= {value.name for value in call.tensors.values()}
+    return kept[::-1]

@@ -1,0 +1,1 @@
+"""Derive: bound rules become diagrams of cotangents and results."""

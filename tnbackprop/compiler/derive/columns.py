@@ -1,0 +1,379 @@
+"""Columns: the sweeps that carry more than the gradient. Each starts somewhere with columns and ends in results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+
+import sympy
+
+from ...diagram.algebra import Cotangents, pull_back, squared, tensor
+from ...diagram.core import BATCH, COLUMN, Diagram, Leg, N, Product, Size, Tensor, V
+from ...diagram.simplify import simplify
+from ...errors import InvariantError
+from ...notation.bind import BoundRule
+from ...quantities import Propagation, Quantity, Source
+from ..capture.graph import Call, Graph
+from .averaged import copied, run_averaged
+from .derived import HESSIAN_WEIGHTS, Apart, Arriving, Backward, Basis, Columns, Extraction, Given, column_leg
+from .layer import HANDED, handed_shape
+from .residual import Paired, Weighted, residual_diagonal, residuals
+from .roots import LossRoot, elementwise_root, loss_root, output_of
+from .sweep import Sweep, add, all_uses, extraction, run, schedule
+
+Bound = tuple[tuple[Call, BoundRule], ...]
+ONE = sympy.Integer(1)
+EVERY = 2**62
+MOST_ROWS = 2**22
+"""Columns join others that are one-hot at a value while these, written out for every sample, have so many elements."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all sweeps of columns have in common; `width` is the most columns that may ride together.
+
+    apart   which of them go sample by sample
+    beside  whether the gradient rides along with the columns of a root that leave room for it
+    """
+
+    graph: Graph
+    bound: Bound
+    scale: sympy.Expr
+    width: int
+    gradient: Sweep
+    roots: bool  # whether the columns of the root ride through all layers anyway, for other quantities
+    apart: Apart | None = None
+    beside: bool = False
+
+    def alone(self, count: int) -> bool:
+        """Whether so many columns go sample by sample."""
+        return self.apart is not None and count >= self.apart.least
+
+    def together(self, count: int) -> int:
+        """How many of them ride at once."""
+        if self.apart is not None and self.alone(count):
+            return -(-count // self.apart.even) * self.apart.even
+        return _even(count, self.width)
+
+
+def columns_of(
+    setting: Setting, quantities: Sequence[Quantity], propagation: Propagation, first: int
+) -> Iterator[Columns]:
+    """The sweeps that quantities with this propagation need, numbered from `first`."""
+    if propagation.together:
+        setting = replace(setting, width=EVERY)
+    source = propagation.source
+    if setting.graph.cotangent and source is not Source.IDENTITY:
+        yield from _given(setting, quantities, source, first)
+        return
+    match source:
+        case Source.IDENTITY:
+            yield _from_output(setting, quantities, first)
+        case Source.AVERAGE:
+            yield _averages(setting, quantities, _root(setting, quantities), first)
+        case Source.DIAGONAL:
+            yield _diagonals(setting, quantities, _root(setting, quantities, signed=True), first)
+        case Source.ELEMENTWISE:
+            yield _diagonals(setting, quantities, elementwise_root(_root(setting, quantities, signed=True)), first)
+        case Source.HESSIAN:
+            yield from _hessian(setting, quantities, _root(setting, quantities, signed=True), first)
+        case Source.ROOT:
+            yield _from_loss(setting, quantities, _root(setting, quantities), 0, first)
+        case Source.SAMPLE:
+            yield _from_loss(setting, quantities, _root(setting, quantities), propagation.samples, first)
+        case Source.GRADIENT:
+            raise InvariantError("the gradient is no column")
+
+
+def _root(setting: Setting, quantities: Sequence[Quantity], signed: bool = False) -> LossRoot:
+    return loss_root(setting.graph, setting.bound, setting.scale, _classes(quantities), signed)
+
+
+def _classes(quantities: Sequence[Quantity]) -> str:
+    """What was asked for, for messages: "DiagGGN and KFLR"."""
+    return " and ".join(dict.fromkeys(type(quantity).__name__ for quantity in quantities))
+
+
+def _hessian(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, first: int) -> Iterator[Columns]:
+    """Columns of the loss Hessian, and of the residual of every line before it."""
+    found = _found(setting, root.value)
+    meetings = () if setting.roots else _meetings(setting, found)
+    if root.curvature is None:
+        ahead = _from_loss(setting, quantities, root, 0, first, meetings)
+    else:
+        at_loss = Weighted(root.value, root.curvature.legs, root.curvature)
+        ahead = _from_basis(setting, quantities, at_loss, first, inside=False, meetings=meetings)
+    yield ahead
+    yield from _residuals(setting, quantities, found, first, [ahead])
+
+
+def _found(setting: Setting, output: str) -> list[Weighted | Paired]:
+    """The residuals of the lines before the output, in the order in which a sweep comes to them."""
+    found = residuals(setting.gradient, setting.bound, _behind(setting.graph, output))
+    return sorted(found, key=lambda each: _position(setting, each.value), reverse=True)
+
+
+def _position(setting: Setting, value: str) -> int:
+    """Of the call that computes the value, or a line of which does."""
+    calls = setting.graph.calls
+    return calls.index(setting.gradient.owner[value]) if value in setting.gradient.owner else -1
+
+
+def _residuals(
+    setting: Setting,
+    quantities: Sequence[Quantity],
+    found: Sequence[Weighted | Paired],
+    first: int,
+    ahead: Sequence[Columns] = (),
+) -> Iterator[Columns]:
+    """Columns of the residuals. What rides at once stops where others are one-hot, and goes on with them."""
+    waiting = list(ahead)
+    for number, each in enumerate(found, start=first + 1):
+        if isinstance(each, Paired):
+            yield _from_pair(setting, quantities, each, number)
+            continue
+        here = [columns for columns in waiting if columns.until == each.value]
+        later = [other for other in found if _position(setting, other.value) < _position(setting, each.value)]
+        made = _from_basis(setting, quantities, each, number, True, here, _meetings(setting, later) if ahead else ())
+        waiting = [*(columns for columns in waiting if columns not in here), made]
+        yield made
+
+
+def _meetings(setting: Setting, found: Sequence[Weighted | Paired]) -> tuple[str, ...]:
+    """The values where one-hot columns may take along what comes from behind, all of which must pass there."""
+    each = (w for w in found if isinstance(w, Weighted) and setting.gradient.samples[w.value])
+    return tuple(w.value for w in each if _rows(setting, w) <= MOST_ROWS and setting.graph.is_bottleneck(w.value))
+
+
+def _rows(setting: Setting, found: Weighted) -> int:
+    """Elements of the one-hot columns, written out for every sample."""
+    return setting.graph.example_batch * prod(int(leg.size) for leg in _own(found.legs)) ** 2
+
+
+def _from_output(setting: Setting, quantities: Sequence[Quantity], number: int) -> Columns:
+    """One-hot columns at the model's output."""
+    output = output_of(setting.graph, _classes(quantities))
+    legs = output_legs(setting.bound, output.name)
+    return _from_basis(setting, quantities, Weighted(output.name, legs, None), number, inside=False)
+
+
+def _given(setting: Setting, quantities: Sequence[Quantity], source: Source, number: int) -> Iterator[Columns]:
+    """What is handed in at the output of a layer on its own: columns, a diagonal, or a matrix for the whole batch."""
+    output = output_of(setting.graph, "a layer on its own")
+    legs = output_legs(setting.bound, output.name)
+    signed, name, shape = source is Source.HESSIAN, HANDED[source], handed_shape(source, output.shape)
+    width = V if source in (Source.ROOT, Source.HESSIAN) else 1
+    lead = column_leg(width)
+    weight = tensor(HESSIAN_WEIGHTS, (*lead, BATCH)) if signed else None
+    sweep = _sweep(setting, quantities, number, width, weight, inside=False)
+    sweep.variable = name
+    whole = (*lead, *legs)
+    if source is Source.AVERAGE:
+        whole = (*_own(legs), *copied(_own(legs)))
+        sweep.kept, sweep.prefix = (BATCH,), f"k{number}"
+        run_averaged(sweep, setting.bound, output.name, tensor(name, whole))
+    else:
+        if source is Source.DIAGONAL:
+            sweep.kept, sweep.prefix, sweep.along = (BATCH,), f"h{number}", squared
+            sweep.beside = partial(residual_diagonal, setting.gradient)
+        sweep.terms[output.name] = [tensor(name, whole)]
+        run(sweep, setting.bound)
+        for value in () if signed else setting.graph.inputs:
+            if sweep.terms.get(value):
+                schedule(sweep, value)
+    yield Columns(name, Given(output.name, shape, width), 0, whole, tuple(sweep.schedule), width)
+    if signed:
+        yield from _residuals(replace(setting, width=EVERY), quantities, _found(setting, output.name), number)
+
+
+def _diagonals(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, number: int) -> Columns:
+    """The diagonal of the Hessian at every value, each from those behind it by J∘J and its own second derivative."""
+    start: LossRoot | Basis = root
+    legs = columned = output_legs(setting.bound, root.value)
+    if root.curvature is not None:  # the diagonal itself, of either sign
+        legs = root.curvature.legs
+        start = _basis(Weighted(root.value, legs, root.curvature))
+        columned = start.legs
+    lead, variable = column_leg(start.columns), f"column:{number}"
+    sweep = _sweep(setting, quantities, number, 1, inside=False, prefix="h")
+    sweep.kept, sweep.along = (BATCH,), squared
+    sweep.beside = partial(residual_diagonal, setting.gradient)
+    product = [Tensor(variable, (*lead, *columned))] * 2
+    if isinstance(start, Basis) or start.signed:
+        product.append(Tensor(f"weight:{number}", (*lead, BATCH)))
+    sweep.terms[root.value] = [simplify(Diagram(legs, (Product(ONE, tuple(product)),)))]
+    run(sweep, setting.bound)
+    return Columns(variable, start, 0, (*lead, *columned), tuple(sweep.schedule), start.columns, summed=True)
+
+
+def _averages(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, number: int) -> Columns:
+    """One matrix for the whole batch at every value, from the sum of the loss Hessians at the output."""
+    legs, own = output_legs(setting.bound, root.value), column_leg(root.columns)
+    sweep = _sweep(setting, quantities, number, 1, inside=False, prefix="k")
+    sweep.kept = (BATCH,)
+    plain = _own(legs)
+    other = dict(zip(plain, copied(plain), strict=True))
+    column = Tensor(f"column:{number}", (*own, *legs))
+    start = Diagram((*plain, *copied(plain)), (Product(ONE, (column, column.rename(other))),))
+    run_averaged(sweep, setting.bound, root.value, start)
+    return Columns(column.name, root, 0, (*own, *legs), tuple(sweep.schedule), root.columns, summed=True)
+
+
+def output_legs(bound: Bound, name: str) -> tuple[Leg, ...]:
+    """The legs of the value of a call."""
+    return next((r.equations[-1].legs for c, r in bound if c.output.name == name), ())
+
+
+def _behind(graph: Graph, output: str) -> set[str]:
+    """The values that are computed from the model's output: those of the loss."""
+    found = {output}
+    for call in graph.calls:
+        if found & {value.name for value in call.tensors.values()}:
+            found.add(call.output.name)
+    return found - {output}
+
+
+def _from_loss(
+    setting: Setting,
+    quantities: Sequence[Quantity],
+    root: LossRoot,
+    samples: int,
+    number: int,
+    meetings: tuple[str, ...] = (),
+) -> Columns:
+    """Columns of the root, at the model's output: cotangents like the gradient."""
+    legs = output_legs(setting.bound, root.value)
+    width = _divisor(samples, setting.width) if samples else setting.together(root.columns)
+    alone = not samples and setting.alone(root.columns)
+    lead = column_leg(width)
+    variable, weight = f"column:{number}", None
+    if root.signed:
+        weight = tensor(f"weight:{number}", (*lead, BATCH))
+    count = samples or root.columns
+    sweep = _sweep(setting, quantities, number, width, weight, inside=False)
+    sweep.meetings = meetings if width == root.columns and not alone else ()
+    fits = width == count < setting.width and not alone and not sweep.meetings
+    beside = _gradient_at(setting, root.value) if fits else 0
+    sweep.several = count > 1 or bool(beside)
+    sweep.terms[root.value] = [tensor(variable, (*lead, *legs))]
+    run(sweep, setting.bound)
+    return Columns(
+        variable, root, samples, (*lead, *legs), tuple(sweep.schedule), width,
+        until=sweep.until, alone=alone, beside=beside,
+    )  # fmt: skip
+
+
+def _gradient_at(setting: Setting, value: str) -> int:
+    """How many items of the gradient's sweep lead to the value, if it should ride along from there; else 0."""
+    items = setting.gradient.schedule
+    found = (k for k, item in enumerate(items) if isinstance(item, Backward) and item.value == value)
+    position = next(found, None) if setting.beside else None
+    goes_on = position is not None and any(isinstance(item, Extraction) for item in items[position + 1 :])
+    return position + 1 if position is not None and goes_on else 0
+
+
+def _from_basis(
+    setting: Setting,
+    quantities: Sequence[Quantity],
+    found: Weighted,
+    number: int,
+    inside: bool,
+    arriving: Sequence[Columns] = (),
+    meetings: tuple[str, ...] = (),
+) -> Columns:
+    """One-hot columns with a weight for each sample, and the columns that arrive where they are."""
+    start = replace(_basis(found), arriving=tuple(_arriving(columns) for columns in arriving))
+    lead, alone = column_leg(width := setting.together(start.columns)), setting.alone(start.columns)
+    weight = None if start.weight is None else tensor(f"weight:{number}", (*lead, BATCH))
+    sweep = _sweep(setting, quantities, number, width, weight, inside)
+    sweep.since = found.value if arriving else ""
+    sweep.meetings = meetings if width == start.columns and not alone else ()
+    own = _start(sweep, found.value, found.legs, written_out=bool(arriving))
+    run(sweep, setting.bound)
+    schedule, legs = tuple(sweep.schedule), (*lead, *own)
+    return Columns(sweep.variable, start, 0, legs, schedule, width, until=sweep.until, alone=alone)
+
+
+def _arriving(columns: Columns) -> Arriving:
+    weight = columns.weight if columns.weighted else ""
+    return Arriving(f"s{columns.number}:{columns.until}", int(columns.count), weight)
+
+
+def _basis(found: Weighted) -> Basis:
+    own = _own(found.legs)
+    return Basis(found.value, own, None if found.weight is None else Diagram((*own, BATCH), found.weight.products))
+
+
+def _own(legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
+    """Without the batch."""
+    return tuple(leg for leg in legs if leg.size != N)
+
+
+def _from_pair(setting: Setting, quantities: Sequence[Quantity], found: Paired, number: int) -> Columns:
+    """One-hot columns and where the residual leads with them: two sweeps in one, with results of both."""
+    own = _own(found.residual.out)
+    start = Basis(found.value, own)
+    lead = column_leg(width := _even(start.columns, setting.width))
+    one = _sweep(setting, (), number, width)
+    sampled = setting.gradient.samples
+    _start(one, found.value, found.residual.out if sampled[found.value] else own)
+    run(one, setting.bound)
+    other = _sweep(setting, (), number, width, prefix="r")
+    into = tuple(BATCH if leg.size == N else leg for leg in found.residual.into)
+    keep = lead if sampled[found.other] else (*lead, BATCH)
+    led = pull_back(found.residual, tensor(one.variable, (*lead, *own)), keep, into)
+    add(other, found.other, led * found.factor, sampled[found.other])
+    run(other, setting.bound)
+    joint = [*one.schedule, *other.schedule]
+    for name in setting.graph.parameters:
+        if one.uses.get(name) and other.uses.get(name):
+            both = _sweep(setting, quantities, number, width)
+            both.uses[name] = [*one.uses[name], *other.uses[name]]
+            uses, g = all_uses(both, name)
+            joint.append(extraction(both, name, uses, _split(g, len(one.uses[name]))))
+    return Columns(one.variable, start, 0, (*lead, *own), tuple(joint), width)
+
+
+def _split(g: Cotangents, count: int) -> Cotangents:
+    """The first `count` uses belong to the columns, the others to their partners."""
+    zero = [Diagram(each.legs, ()) for each in g.each]
+    return replace(g, each=(*g.each[:count], *zero[count:]), partner=(*zero[:count], *g.each[count:]))
+
+
+def _sweep(
+    setting: Setting,
+    quantities: Sequence[Quantity],
+    number: int,
+    width: Size,
+    weight: Diagram | None = None,
+    inside: bool = True,
+    prefix: str = "s",
+) -> Sweep:
+    kept = (Leg(COLUMN, width), BATCH)
+    return Sweep(
+        setting.graph, quantities, scales={setting.scale}, prefix=f"{prefix}{number}", variable=f"column:{number}",
+        several=True, lead=column_leg(width), kept=kept, weight=weight, partial=inside,
+    )  # fmt: skip
+
+
+def _start(sweep: Sweep, value: str, legs: tuple[Leg, ...], written_out: bool = False) -> tuple[Leg, ...]:
+    """Columns at a value with these legs; the same for every sample, if they are not written out. The legs of one."""
+    sampled = any(leg.size == N for leg in legs)
+    batched = tuple(BATCH if leg.size == N else leg for leg in legs) if sampled else (BATCH, *legs)
+    own = batched if written_out else _own(legs)
+    column = Product(ONE, (Tensor(sweep.variable, (*sweep.lead, *own)),))
+    add(sweep, value, Diagram((*sweep.lead, *batched), (column,)), sampled)
+    return own
+
+
+def _divisor(count: int, width: int) -> int:
+    """The most at a time that come out even: a draw cannot be filled up."""
+    return next(k for k in range(min(width, count), 0, -1) if count % k == 0)
+
+
+def _even(count: int, width: int) -> int:
+    """At most `width` columns at a time, so that all rounds have as many as possible."""
+    rounds = -(-count // min(width, count))
+    return -(-count // rounds)

@@ -1,0 +1,136 @@
+"""Derive: from the captured graph and its bound rules to diagrams for every cotangent and every result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import sympy
+
+from ...diagram.algebra import tensor
+from ...diagram.core import Diagram, Product, leaves
+from ...errors import RuleError, UnsupportedError
+from ...notation.bind import BoundRule, bind
+from ...notation.rule import Rule, RuleFunction, Rules
+from ...quantities import Propagation, Quantity, Source
+from ..capture.foreign import foreign
+from ..capture.graph import Call, Graph, Value, op_text
+from .columns import Setting, columns_of, output_legs
+from .derived import Apart, Columns, Derived
+from .fallback import fallback
+from .sweep import Sweep, run, scale_of, schedule
+from .units import without_units
+
+ONE = Diagram((), (Product(sympy.Integer(1), ()),))
+
+
+def bind_all(graph: Graph, rules: Rules) -> tuple[tuple[Call, BoundRule], ...]:
+    """Every differentiable call with its rule bound; one without a rule falls back on torch.func."""
+    return tuple((call, _bind(call, rules)) for call in graph.calls if needs_rule(call))
+
+
+def needs_rule(call: Call) -> bool:
+    """A call with parameters behind it, and one whose forward is that of its rule."""
+    return call.output.differentiable or call.by_rule
+
+
+def _bind(call: Call, rules: Rules) -> BoundRule:
+    row = rules.get(call.target)
+    if row is None:
+        return fallback(call)
+    rule = rule_of(call, row)
+    values = {name: value for name, value in call.arguments.items() if isinstance(value, Value) or value is None}
+    values |= call.tensors
+    axes = {name: None if v is None else v.axes for name, v in values.items()}
+    names = {name: v.name for name, v in values.items() if v is not None}
+    own = call.by_rule or not op_text(call.target).startswith("aten.")
+    return without_units(bind(rule, axes, names, call.output.name, call.output.axes, call.where, own))
+
+
+def rule_of(call: Call, row: RuleFunction) -> Rule:
+    """What the row says about this call."""
+    with foreign(f"the row for {call.where}", RuleError):
+        rule = row(call if call.module is None else call.module)
+    if not isinstance(rule, Rule | str):
+        raise RuleError(
+            f"the row for {call.where} returned {type(rule).__name__}",
+            hint='return a Rule, or its formula as text: "output[n, o] = weight[o, i] * input[n, i]"',
+        )
+    return rule if isinstance(rule, Rule) else Rule(rule)
+
+
+def rules_text(derived: Derived, rules: Rules) -> Iterator[str]:
+    """The rule of every call that has derivatives, with the constants that it names."""
+    for call, bound in derived.bound:
+        target = op_text(call.target)
+        if bound.fallback:
+            yield f"{target}: no rule, by torch.func"
+            continue
+        rule = rule_of(call, rules[call.target])
+        lines = [line.strip() for line in rule.formula.strip().splitlines()]
+        lines += [f"∂output/∂{name} = {text}" for name, text in rule.jacobian.items()]
+        constants = ", ".join(f"{name}={value}" for name, value in rule.constants.items())
+        yield "\n    ".join([f"{target}{f' with {constants}' if constants else ''}:", *lines])
+
+
+def _check_read(bound: tuple[tuple[Call, BoundRule], ...]) -> None:
+    """A layer of one's own whose rule leaves out a parameter, or an input, would have zero derivatives by it."""
+    for call, rule in bound:
+        diagrams = [equation.diagram for equation in rule.equations if equation.diagram is not None]
+        read = {name for diagram in diagrams for name in leaves(diagram)} | set(rule.vjp)
+        read |= {name for equation in rule.equations for name in equation.jacobians}
+        for name, value in call.tensors.items() if call.by_rule and not rule.fallback else ():
+            if value.differentiable and value.name not in read:
+                raise RuleError(
+                    f"the rule of {call.where} never reads '{name}': its derivatives would be zero",
+                    hint=f"add {name}[legs] to the formula or to jacobian=, or freeze it: requires_grad_(False)",
+                )
+
+
+def derive(
+    graph: Graph,
+    bound: tuple[tuple[Call, BoundRule], ...],
+    quantities: Sequence[Quantity],
+    width: int = 1,
+    apart: Apart | None = None,
+    beside: bool = False,
+) -> Derived:
+    """One reverse sweep for the gradient, and one for each kind of column that a quantity propagates.
+
+    width   the most columns that may ride through the layers together
+    apart   which sweeps go sample by sample
+    beside  whether the gradient may ride along with one of them
+    """
+    if quantities:
+        _check_read(bound)
+    given = bool(graph.cotangent)
+    wanted = dict.fromkeys(_propagation(q, given) for q in quantities)
+    sweep = Sweep(graph, [q for q in quantities if q.propagates.source is Source.GRADIENT])
+    needing = [q.name for q in quantities if q.propagates.source is not Source.IDENTITY]
+    if graph.loss is None and needing and not given:
+        names = ", ".join(needing)
+        raise UnsupportedError(f"{names} need a loss, and this program has none: pass loss= to compile.")
+    if given:
+        sweep.terms[graph.output] = [tensor(graph.cotangent, output_legs(bound, graph.output))]
+    elif graph.loss is not None:
+        sweep.terms[graph.loss] = [ONE]
+    run(sweep, bound)
+    for name in graph.inputs if given else ():
+        if sweep.terms.get(name):
+            schedule(sweep, name)
+    scale = scale_of(sweep)
+    columns: list[Columns] = []
+    setting = Setting(graph, bound, scale, width, sweep, any(p.source is Source.ROOT for p in wanted), apart, beside)
+    trainable = any(graph.values[name].depends_on for name in graph.parameters)
+    for propagation in (p for p in wanted if p.source is not Source.GRADIENT and trainable):
+        mine = [q for q in quantities if _propagation(q, given) == propagation]
+        columns += columns_of(setting, mine, propagation, len(columns))
+        setting = replace(setting, beside=beside and not any(each.beside for each in columns))
+    return Derived(bound, tuple(sweep.schedule), scale, tuple(columns))
+
+
+def _propagation(quantity: Quantity, given: bool) -> Propagation:
+    """Columns that are handed in are drawn already, and there is one set of them; so is a diagonal."""
+    found = quantity.propagates
+    one = {Source.ROOT: Source.ROOT, Source.SAMPLE: Source.ROOT, Source.ELEMENTWISE: Source.DIAGONAL}
+    return Propagation(one[found.source]) if given and found.source in one else found

@@ -1,0 +1,243 @@
+"""What derive hands on: cotangents and results as diagrams, in an order in which they can be computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from math import prod
+
+import sympy
+
+from ...diagram.canonical import key
+from ...diagram.core import COLUMN, Diagram, Leg, Size, V, hint_of
+from ...notation.bind import BoundRule
+from ...notation.code import Native as Vjp
+from ...quantities.factors import Factors
+from ..capture.graph import Call
+from .roots import LossRoot
+
+
+@dataclass(frozen=True)
+class Native:
+    """A native VJP; it reads runtime values and the cotangent."""
+
+    code: Vjp
+    cotangent: str
+    of: str  # the value whose cotangent that is
+    formula: Diagram | None = None  # the same as a diagram, where the rule selects
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The cotangent of `value`, called `name`, is the sum of the terms."""
+
+    name: str
+    value: str
+    terms: tuple[Diagram | Native, ...]
+    note: str
+    condensed: Diagram | None = None  # the only term, from the cotangent before a selection
+
+
+@dataclass(frozen=True)
+class Individual:
+    """The cotangent of a value made of parameters, one per sample, by native code: [N, *value]."""
+
+    name: str
+    of: str
+    native: Native
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """All quantities of one parameter."""
+
+    parameter: str  # value name
+    diagrams: Mapping[str, Diagram]  # by quantity name; factor k of a quantity is "name#k"
+    factors: Mapping[str, Factors] = field(default_factory=dict)  # quantities whose values have several factors
+    condensed: Mapping[str, Diagram] = field(default_factory=dict)  # the same from cotangents before a selection
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Those of the diagrams that are a part of a quantity's value: a factor, or the mean of one."""
+        return frozenset(name for name in self.diagrams if any(name.startswith(f"{q}#") for q in self.factors))
+
+
+Schedule = tuple[Backward | Individual | Extraction, ...]
+HESSIAN_WEIGHTS = "hessian_weights"
+"""Of the columns that are handed in to a layer on its own: [V, N]."""
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Sweeps of at least so many columns go sample by sample, each filled up to a multiple of `even`."""
+
+    least: int
+    even: int
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A sweep that runs once for every `width` columns, with `variable` for them at the value where they start.
+
+    A single column has no leg of its own; several are the leg `lead`, in front of all others.
+    """
+
+    variable: str
+    start: LossRoot | Basis | Given
+    samples: int  # 0: the exact columns
+    legs: tuple[Leg, ...]  # of the variable
+    schedule: Schedule
+    width: Size = 1
+    summed: bool = False  # the sweep sums them where they start, and carries none of them
+    until: str = ""  # the value where they go on together with later ones
+    alone: bool = False  # all those of a sample ride together, one sample after the other
+    beside: int = 0  # after so many items of its sweep the gradient may ride along
+
+    def __str__(self) -> str:
+        ways = ((self.alone, ", sample by sample"), (self.beside, ", the gradient beside"))
+        return self._what + "".join(text for chosen, text in ways if chosen)
+
+    @property
+    def _what(self) -> str:
+        if isinstance(self.start, Given):
+            return f"{hint_of(self.variable)}, handed in at {self.start.value}"
+        if isinstance(self.start, Basis):
+            weighted = "" if self.start.weight is None else ", weighted"
+            others = f", and {self.start.columns - self.start.own} that arrive there" if self.start.arriving else ""
+            return f"the {self.start.own} one-hot columns at {self.start.value}{weighted}{others}"
+        which = f"{self.samples} sampled" if self.samples else "all"
+        return f"the root at {self.start.value}, {which}"
+
+    @property
+    def count(self) -> Size:
+        """How many columns there are."""
+        return self.samples or self.start.columns
+
+    @property
+    def looped(self) -> bool:
+        """Whether they ride through the layers in several rounds."""
+        return bool(self.width != self.count) or self.alone
+
+    @property
+    def rounds(self) -> int:
+        """How many; the last one may be filled up."""
+        return -(-int(self.count) // int(self.width))
+
+    @property
+    def lead(self) -> tuple[Leg, ...]:
+        return column_leg(self.width)
+
+    @property
+    def carried(self) -> tuple[Leg, ...]:
+        """The leg of columns that the sweep's cotangents have."""
+        return () if self.summed else self.lead
+
+    @property
+    def number(self) -> str:
+        return self.variable.rsplit(":", 1)[-1]
+
+    @property
+    def noise(self) -> str:
+        """The random input that its columns are drawn from."""
+        return f"noise:{self.number}"
+
+    @property
+    def draw(self) -> str:
+        """The noise of one round."""
+        return f"draw:{self.number}"
+
+    @property
+    def weighted(self) -> bool:
+        """Whether each column has a weight for each sample."""
+        match self.start:
+            case LossRoot(signed=signed):
+                return signed
+            case Basis(weight=weight):
+                return weight is not None
+        return False
+
+    @property
+    def weight(self) -> str:
+        """The variable of the columns' weights."""
+        return HESSIAN_WEIGHTS if isinstance(self.start, Given) else f"weight:{self.number}"
+
+
+@dataclass(frozen=True)
+class Given:
+    """Columns (as many as the caller has) or a matrix at the output of a layer on its own: the program's input."""
+
+    value: str
+    shape: tuple[Size, ...]  # of what is handed in
+    columns: Size = V
+
+
+@dataclass(frozen=True)
+class Arriving:
+    """Columns that an earlier sweep has brought to a value, where a later one goes on with them."""
+
+    cotangent: str  # the value that has them
+    columns: int
+    weight: str  # the variable of their weights; "" for 1
+
+
+@dataclass(frozen=True)
+class Basis:
+    """One-hot columns at a value, the same for every sample, and the weight of each of them (None: 1)."""
+
+    value: str
+    legs: tuple[Leg, ...]  # of the value, without the batch
+    weight: Diagram | None = None  # [*legs, n]
+    arriving: tuple[Arriving, ...] = ()  # what goes on together with them: all are written out for every sample then
+
+    @property
+    def own(self) -> int:
+        """How many of the columns are one-hot."""
+        return prod(int(leg.size) for leg in self.legs)
+
+    @property
+    def columns(self) -> int:
+        return self.own + sum(columns.columns for columns in self.arriving)
+
+
+def column_leg(width: Size) -> tuple[Leg, ...]:
+    """The leg of several columns that ride through the layers together."""
+    return (Leg(COLUMN, width),) if width != 1 else ()
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Everything to compute, in an order in which it can be computed."""
+
+    bound: tuple[tuple[Call, BoundRule], ...]
+    schedule: Schedule
+    scale: sympy.Expr
+    columns: tuple[Columns, ...] = ()
+
+    @property
+    def sweeps(self) -> tuple[Schedule, ...]:
+        """The schedule of the gradient and of each kind of column."""
+        return (self.schedule, *(c.schedule for c in self.columns))
+
+    @property
+    def swept(self) -> dict[str, str]:
+        """The value of every cotangent."""
+        return {item.name: item.value for item in self.items if isinstance(item, Backward)}
+
+    @property
+    def items(self) -> Iterator[Backward | Individual | Extraction]:
+        """Every item of every sweep."""
+        return chain.from_iterable(self.sweeps)
+
+
+def joined_with(factors: Mapping[str, Factors]) -> dict[str, str]:
+    """Weight -> bias in its block: its only factor is the weight's with the cotangent. No bias joins two weights."""
+    alone = {name: key(f.diagrams[0]) for name, f in factors.items() if f.means == (None,)}
+    found: dict[str, str] = {}
+    for name, f in factors.items():
+        loss = [key(diagram) for diagram, mean in zip(f.diagrams, f.means, strict=False) if mean is None]
+        if len(f.means) == 2 and len(loss) == 1 and not f.blocks and not any(f.diagonal):
+            free = [bias for bias, form in alone.items() if form == loss[0] and bias not in found.values()]
+            if free:
+                found[name] = free[0]
+    return found

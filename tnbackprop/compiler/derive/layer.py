@@ -1,0 +1,104 @@
+"""A layer on its own: a graph without a loss, to which the cotangent of its output is handed, and columns of them.
+
+It goes through the same stages as a model. The inputs count as differentiable, so that what is pulled back to them is a
+result as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...diagram.core import N, Size, V
+from ...errors import UnsupportedError
+from ...quantities import Source
+from ..capture.graph import Graph, Value
+from ..program.cost import Rates
+from .derived import Backward, Derived, Extraction, Given, Individual, Schedule
+
+COTANGENT = "cotangent"
+HANDED = {
+    Source.ROOT: "columns",
+    Source.HESSIAN: "hessian_columns",
+    Source.DIAGONAL: "diagonal",
+    Source.AVERAGE: "average",
+}
+"""What is handed in at the layer's output besides the cotangent: its name."""
+
+
+def handed_shape(source: Source, output: tuple[Size, ...]) -> tuple[Size, ...]:
+    """Of what is handed in at an output [N, ...]."""
+    columns = (V,) if source in (Source.ROOT, Source.HESSIAN) else ()
+    return output[1:] * 2 if source is Source.AVERAGE else (*columns, *output)
+
+
+def opened(graph: Graph) -> Graph:
+    """The graph of a layer with the cotangent as its last input, and with inputs that are differentiable.
+
+    Raises `UnsupportedError` where it has several outputs, or one without a batch.
+    """
+    if not isinstance(graph.output, str):
+        raise UnsupportedError("a layer on its own needs one output tensor, and this one returns several.")
+    output = graph.values[graph.output]
+    if not any(N in axis for axis in output.axes):
+        raise UnsupportedError(f"the layer's output {output} does not depend on the samples.")
+    values = dict(graph.values)
+    for name in graph.inputs:
+        if values[name].dtype.is_floating_point:
+            values[name] = replace(values[name], depends_on=values[name].depends_on | {name})
+    calls = []
+    for call in graph.calls:
+        arguments = {name: _known(argument, values) for name, argument in call.arguments.items()}
+        behind = frozenset().union(*(values[v.name].depends_on for v in call.tensors.values()))
+        own = behind if call.output.dtype.is_floating_point else frozenset()
+        values[call.output.name] = replace(call.output, depends_on=own)
+        calls.append(replace(call, arguments=arguments, output=values[call.output.name]))
+    values[COTANGENT] = replace(values[graph.output], name=COTANGENT, depends_on=frozenset())
+    return replace(graph, calls=tuple(calls), values=values, inputs=(*graph.inputs, COTANGENT), cotangent=COTANGENT)
+
+
+def _known(argument: Any, values: dict[str, Value]) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(_known(each, values) for each in argument)
+    return values[argument.name] if isinstance(argument, Value) else argument
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer's diagrams, and what planning them needs."""
+
+    graph: Graph
+    derived: Derived
+    rates: Rates
+    itemsize: int
+
+    @property
+    def pulled_back(self) -> Iterator[tuple[str, str, str]]:
+        """What is propagated to the inputs: (value, its name there, what was handed in at the output)."""
+        given = ((c.variable, c.schedule) for c in self.derived.columns if isinstance(c.start, Given))
+        for handed, schedule in ((COTANGENT, self.derived.schedule), *given):
+            for item in (item for item in schedule if isinstance(item, Backward)):
+                value = item.value or item.name.removeprefix("K:")
+                if value in self.graph.inputs:
+                    yield value, item.name, handed
+
+    def chosen(self, results: Sequence[tuple[str, str]], values: Sequence[str] = ()) -> Derived:
+        """Without the extractions of everything but these (quantity, parameter), and without sweeps for nothing."""
+        every = (replace(c, schedule=self._only(c.schedule, results)) for c in self.derived.columns)
+        needed = (
+            c for c in every if any(isinstance(item, Extraction) or item.name in values for item in c.schedule)
+        )
+        return replace(self.derived, schedule=self._only(self.derived.schedule, results), columns=tuple(needed))
+
+    def _only(self, schedule: Schedule, results: Sequence[tuple[str, str]]) -> Schedule:
+        kept: list[Backward | Individual | Extraction] = []
+        for item in schedule:
+            if isinstance(item, Extraction):
+                dotted = self.graph.parameters[item.parameter][0]
+                diagrams = {q: d for q, d in item.diagrams.items() if (q.partition("#")[0], dotted) in results}
+                before = {q: d for q, d in item.condensed.items() if q in diagrams}
+                item = replace(item, diagrams=diagrams, condensed=before)
+            if not isinstance(item, Extraction) or item.diagrams:
+                kept.append(item)
+        return tuple(kept)

@@ -1,0 +1,166 @@
+"""Roots: columns of the square root of the loss Hessian at the model's output, as torch code.
+
+A loss with a `root` in its rule says how. For an elementwise loss the root follows from the formula: the Hessian is
+diagonal, its entries are the second derivative, and the columns are their square roots, one per output element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+
+import sympy
+from torch.utils import _pytree as pytree
+
+from ...diagram.algebra import diagonal, differentiate
+from ...diagram.core import BATCH, Diagram, N, leaves
+from ...diagram.jacobian import Jacobian
+from ...errors import UnsupportedError
+from ...notation.bind import CURVATURE, HESSIAN_ROOT, NOISE, BoundRoot, BoundRule
+from ...notation.code import Code, Hole
+from ..capture.graph import Call, Graph, Value
+
+_UNIFORM = Hole(NOISE)
+NORMAL = Code.of(
+    "1.4142135623730951 * torch.erfinv((2 * ", _UNIFORM, " - 1) * (1 - torch.finfo(", _UNIFORM, ".dtype).eps))"
+)  # fmt: skip
+"""A normal number for each uniform one, finite for 0."""
+
+
+@dataclass(frozen=True)
+class LossRoot:
+    """The loss's root; `curvature` is the diagonal Hessian that its code reads, if it has one."""
+
+    output: Value
+    root: BoundRoot
+    curvature: Diagram | None
+    calls: tuple[Call, ...] = ()  # the loss's own calls, where its Hessian is taken by torch.func
+    signed: bool = False  # negative curvature is in the columns' weights
+    scale: sympy.Expr = sympy.S.One  # of a sample's loss
+
+    @property
+    def columns(self) -> int:
+        return self.root.columns
+
+    @property
+    def value(self) -> str:
+        return self.output.name
+
+
+def loss_root(
+    graph: Graph, bound: tuple[tuple[Call, BoundRule], ...], scale: sympy.Expr, what: str, signed: bool = False
+) -> LossRoot:
+    """The root for the single loss call on the model's only output, for `what` is asked for, with the loss's scale.
+
+    Raises `UnsupportedError` where there is none.
+    """
+    output = output_of(graph, what)
+    call, rule = next((call, rule) for call, rule in bound if call.output.name == graph.loss)
+    found = None
+    if output.name in {v.name for v in call.tensors.values()}:
+        found = LossRoot(output, _apart(rule.root, output), None) if rule.root else _elementwise(rule, output)
+    return replace(found or _from_hessian(graph, output, signed), scale=scale)
+
+
+def elementwise_root(found: LossRoot) -> LossRoot:
+    """One column with the squared entries that the rule gives where outputs are taken not to mix, if it does."""
+    code = found.root.elementwise
+    root = replace(found.root, columns=1, code=Code.of("(", code, ").sqrt().unsqueeze(0)"))
+    return replace(found, root=root) if code else found
+
+
+def output_of(graph: Graph, what: str) -> Value:
+    """The model's only output tensor, alone or inside a dictionary or a tuple.
+
+    Raises `UnsupportedError` where there are none or several.
+    """
+    outputs = outputs_of(graph)
+    if len(outputs) == 1:
+        return next(iter(outputs.values()))
+    shown = ", ".join(f"{place or 'output'} {value.axes_text}" for place, value in outputs.items()) or "none"
+    raise UnsupportedError(
+        f"a model with one output tensor is needed for {what}, and this one returns {len(outputs)}: {shown}.\n  "
+        "Wrap it in a module that returns the one that the loss reads, or torch.cat of them; tn.ggn_product and "
+        "tn.hessian_product take several as they are."
+    )
+
+
+def outputs_of(graph: Graph) -> dict[str, Value]:
+    """The tensors that the model returns, each once, by their place in what it returns: "['logits']"."""
+    found: dict[str, Value] = {}
+    for path, leaf in pytree.tree_flatten_with_path(graph.output)[0]:
+        if isinstance(leaf, str) and leaf in graph.values and graph.values[leaf] not in found.values():
+            found[pytree.keystr(path)] = graph.values[leaf]
+    return found
+
+
+def _from_hessian(graph: Graph, output: Value, signed: bool) -> LossRoot:
+    """Any other loss: its Hessian by torch.func, one column of the output at a time, and an eigendecomposition."""
+    if not output.axes or output.axes[0] != (N,):
+        raise UnsupportedError(
+            f"the root of this loss's Hessian needs an output with the batch alone on axis 0, and it is {output}.\n"
+            "  Use one of torch's losses directly, or declare a rule with a root: tnbackprop.Root."
+        )
+    reached = {output.name}
+    calls = []
+    for call in graph.calls:
+        if reached & {v.name for v in call.tensors.values()}:
+            reached.add(call.output.name)
+            calls.append(call)
+    for call in calls:
+        if call.by_rule:
+            raise UnsupportedError(
+                f"the root of the Hessian of {call.where} does not follow from its rule: the loss is not elementwise "
+                "in the model's output.\n  Declare it: tnbackprop.Rule(…, root=tnbackprop.Root(…))."
+            )
+    size = prod(int(s) for s in output.shape[1:])
+    shape = ", ".join(str(s) for s in output.shape)
+    columns = Hole(HESSIAN_ROOT)
+    drawn = Code.of("(", NORMAL, f").reshape(N, {size}).t().unsqueeze(-1)")
+    sample = Code.of("(", columns, f".reshape({size}, N, {size}) * ", drawn, f").sum(0).reshape({shape})")
+    return LossRoot(output, BoundRoot(size, Code.of(columns, " * 1"), sample), None, tuple(calls), signed)
+
+
+def _apart(root: BoundRoot, output: Value) -> BoundRoot:
+    """The columns of every position of a sample apart: its Hessian does not mix them, so its columns may not either."""
+    factors = [(size, axis in root.mixes) for axis, sizes in enumerate(output.axes) for size in sizes]
+    free = [int(size) for size, mixed in factors if size != N and not mixed]
+    if prod(free) == 1:
+        return root
+    ones = [str(size) if size != N and not mixed else "1" for size, mixed in factors]
+    like = Code.of("dtype=", Hole(output.name), ".dtype, device=", Hole(output.name), ".device")
+    eye = Code.of(f"torch.eye({prod(free)}, ", like, f").reshape({prod(free)}, {', '.join(ones)})")
+    places = ", ".join(str(size) for size, _ in factors)
+    spread = Code.of("(", root.code, f").reshape({root.columns}, 1, {places}) * ", eye)
+    shape = ", ".join(str(size) for size in output.shape)
+    columns = root.columns * prod(free)
+    return replace(root, columns=columns, code=Code.of("(", spread, f").reshape({columns}, {shape})"))
+
+
+def _slope(rule: BoundRule, name: str) -> Jacobian | None:
+    """The loss's derivative as a formula of its operands, derived or declared; None where it reads anything else."""
+    if len(rule.equations) > 1:
+        return None
+    (equation,) = rule.equations
+    if equation.diagram is not None:
+        return differentiate(equation.diagram, name)
+    found = equation.jacobians.get(name)
+    computed = {equation.name, *(saved.name for saved in rule.saved)}
+    return found if found is not None and not computed & set(leaves(found.diagram)) else None
+
+
+def _elementwise(rule: BoundRule, output: Value) -> LossRoot | None:
+    """The root of a loss with a diagonal Hessian; None for any other."""
+    first = _slope(rule, output.name)
+    if first is None:
+        return None
+    second = differentiate(first.diagram, output.name)
+    curvature = diagonal(second) if second is not None else Diagram(first.into, ())
+    if curvature is None:
+        return None
+    curvature = curvature.rename({leg: BATCH for leg in first.into if leg.size == BATCH.size})
+    shape = ", ".join(str(s) for s in output.shape)
+    entries = Code.of(Hole(CURVATURE), ".clamp(min=0).sqrt()")
+    root = _apart(BoundRoot(1, Code.of(entries, f".reshape(1, {shape})"), Code()), output)
+    sample = Code.of(entries, f".reshape({shape}) * ", rule.draw or NORMAL)
+    return LossRoot(output, BoundRoot(root.columns, root.code, sample), curvature)

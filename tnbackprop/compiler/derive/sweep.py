@@ -1,0 +1,385 @@
+"""One reverse sweep: cotangents pulled back call by call, and the uses of every parameter.
+
+The cotangent of a value that has the batch is computed once and named; a value made of parameters only (a transposed
+weight, A @ B) has one cotangent per sample, which stays a diagram; a value behind the sum over the batch is a scalar of
+the loss, and its cotangent is a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import sympy
+
+from ...diagram.algebra import Cotangents, Uses, identity, inline, pull_back, tensor
+from ...diagram.core import BATCH, Delta, Diagram, Leg, N, Part, Product, fresh_names, leaves
+from ...diagram.jacobian import Jacobian
+from ...diagram.regroup import common, regroup
+from ...diagram.simplify import simplify
+from ...errors import InputError, UnsupportedError
+from ...notation.bind import BoundRule, Equation
+from ...quantities import Quantity
+from ...quantities.factors import Factors
+from ..capture.foreign import foreign
+from ..capture.graph import Call, Graph
+from .condense import condensed, gathered
+from .derived import Backward, Extraction, Individual, Native
+from .lines import elementwise, jacobian_of, lines_to, operands_of, selects, unchanged
+
+
+@dataclass
+class Sweep:
+    graph: Graph
+    quantities: Sequence[Quantity]
+    terms: dict[str, list[Diagram | Native]] = field(default_factory=dict)
+    uses: dict[str, list[tuple[Jacobian, Diagram]]] = field(default_factory=dict)
+    samples: dict[str, bool] = field(default_factory=dict)  # value -> has the batch leg
+    reads: dict[str, bool] = field(default_factory=dict)  # value -> depends on the samples at all
+    depends: dict[str, frozenset[str]] = field(default_factory=dict)  # value -> the trainable parameters behind it
+    owner: dict[str, Call] = field(default_factory=dict)
+    schedule: list[Backward | Individual | Extraction] = field(default_factory=list)
+    scales: set[sympy.Expr] = field(default_factory=set)
+    prefix: str = "g"
+    variable: str = ""  # the column at the model's output
+    several: bool = False  # more than one column
+    lead: tuple[Leg, ...] = ()  # the leg of columns that ride together
+    kept: tuple[Leg, ...] = (BATCH,)
+    weight: Diagram | None = None  # of the columns
+    along: Callable[[Jacobian], Jacobian] | None = None  # what is propagated with in the place of a Jacobian
+    beside: Callable[[Call, BoundRule, Equation, str], Diagram | None] | None = None  # what a line adds to an operand
+    partial: bool = False  # it starts inside the model: what it does not reach has nothing to add
+    since: str = ""  # the value where it goes on for an earlier sweep, too
+    meetings: tuple[str, ...] = ()  # values where a later one may go on for it
+    until: str = ""  # the first of them that it reaches: there it stops
+
+    def reached(self, name: str) -> bool:
+        """Whether something is propagated to the value."""
+        return bool(self.terms.get(name)) or bool(self.uses.get(name))
+
+    def owes(self, parameter: str) -> bool:
+        """Whether it gives results for a parameter even if it does not reach it."""
+        if self.until and self._behind(self.until, parameter):
+            return False
+        return not self.partial or bool(self.since and self._behind(self.since, parameter))
+
+    def _behind(self, value: str, parameter: str) -> bool:
+        values = self.graph.values
+        return values[parameter].depends_on <= values[value].depends_on
+
+
+def run(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
+    """The reverse sweep over bound calls, with the quantities of each parameter as soon as its uses are known."""
+    graph = sweep.graph
+    classify(sweep, bound)
+    last_use = _first_call_of_each_parameter(graph, bound)
+    _extract(sweep, [p for p in last_use if last_use[p] is None])
+    for position in reversed(range(len(bound))):
+        call, rule = bound[position]
+        if not sweep.until and call.output.name in sweep.meetings and sweep.reached(call.output.name):
+            sweep.until = call.output.name
+            schedule(sweep, sweep.until)
+        if not sweep.until:
+            _sweep_call(sweep, call, rule)
+        _extract(sweep, [p for p, first in last_use.items() if first == position])
+
+
+def classify(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
+    graph = sweep.graph
+    for name, value in graph.values.items():
+        sweep.samples[name] = any(N in axis for axis in value.axes)
+        sweep.reads[name] = name in graph.inputs
+        sweep.depends[name] = frozenset(value.depends_on)
+    rules = {call.output.name: rule for call, rule in bound}
+    for call in graph.calls:
+        reads = any(sweep.reads[v.name] for v in call.tensors.values())
+        sweep.reads[call.output.name] = reads
+        for equation in rules[call.output.name].equations if call.output.name in rules else ():
+            sweep.samples[equation.name] = BATCH in equation.legs
+            # a line of parameters alone reads no sample, whatever the others read; a saved tensor may
+            own = any(sweep.reads.get(name, reads) for name in operands_of(equation))
+            sweep.reads[equation.name] = reads if equation.name == call.output.name else own
+            sweep.owner[equation.name] = call
+            behind = (sweep.depends.get(name, frozenset()) for name in operands_of(equation))
+            sweep.depends.setdefault(equation.name, frozenset().union(*behind))
+
+
+def _first_call_of_each_parameter(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...]) -> dict[str, int | None]:
+    """For each trainable parameter the first call that depends on it: after that call no use is left."""
+    found: dict[str, int | None] = {}
+    for name in graph.parameters:
+        if graph.values[name].depends_on:
+            users = [k for k, (call, _) in enumerate(bound) if name in {v.name for v in call.tensors.values()}]
+            found[name] = min(users, default=None)
+    return found
+
+
+def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
+    """Pull the cotangent of the call's output back to its operands, along the rule's lines or by native code."""
+    if not any(sweep.reached(equation.name) for equation in rule.equations):
+        return
+    trainable = {v.name for v in call.tensors.values() if v.differentiable}
+    for name in sorted(trainable & set(rule.vjp)):  # the same source every time
+        if rule.fallback and not sweep.samples[name]:
+            if sweep.reads[name]:
+                raise _no_sum(f"{call.where} reads a sum over them, and has no rule that says it is linear")
+            _pull_individually(sweep, call, rule, name)
+            trainable.discard(name)
+    native = {name for name in trainable & set(rule.vjp) if sweep.samples[name] and sweep.samples[call.output.name]}
+    native = native if sweep.reached(call.output.name) else set()
+    if sweep.along is not None:  # native code is J, and may not be what is propagated with
+        if rule.fallback:
+            raise UnsupportedError(f"{call.where} has no rule, and only its VJP is known.\n  Declare one: README.")
+        native = {name for name in native if unchanged(sweep.along, rule.equations[-1], name)}
+    # What does not depend on the columns, as an activation's derivative does not, is computed once for all of them.
+    native -= {name for name in native if sweep.several and elementwise(rule.equations[-1], name)}
+    for name in sorted(native):
+        cotangent = f"{sweep.prefix}:{call.output.name}"
+        pulled = Native(rule.vjp[name], cotangent, call.output.name, _formula(sweep, rule, name, cotangent))
+        sweep.terms.setdefault(name, []).append(pulled)
+    if native:
+        schedule(sweep, call.output.name)
+    wanted = lines_to(rule.equations, trainable - native)
+    for equation in reversed(rule.equations):
+        for operand in operands_of(equation):
+            if operand in wanted and sweep.reached(equation.name):
+                _pull(sweep, call, rule, equation, operand)
+
+
+def _pull_individually(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> None:
+    """Native code for a parameter gives its individual VJPs as a value; the use is then the identity."""
+    output = rule.equations[-1]
+    if sweep.samples[output.name]:
+        schedule(sweep, output.name)
+    elif not any(isinstance(item, Backward) and item.value == output.name for item in sweep.schedule):
+        uses, g = all_uses(sweep, output.name)
+        sweep.schedule.append(Backward(f"{sweep.prefix}:{output.name}", output.name, (uses.T @ g,), call.where))
+    own = f"{sweep.prefix}::{name}:{output.name}"
+    sweep.schedule.append(Individual(own, name, Native(rule.vjp[name], f"{sweep.prefix}:{output.name}", output.name)))
+    sizes = [size for size in sweep.graph.values[name].shape if size != 1]
+    out = tuple(Leg(f"a{k}", size) for k, size in enumerate(sizes))
+    sweep.uses.setdefault(name, []).append((identity(out), tensor(own, (*sweep.lead, BATCH, *out))))
+
+
+def _formula(sweep: Sweep, rule: BoundRule, name: str, cotangent: str) -> Diagram | None:
+    """What native code computes of several columns, if the rule selects."""
+    equation, *others = rule.equations
+    jacobian = jacobian_of(equation, name) if sweep.several and not others else None
+    if jacobian is None or not selects(jacobian.diagram):
+        return None
+    into = tuple(BATCH if leg.size == N else leg for leg in jacobian.into)
+    return pull_back(jacobian, tensor(cotangent, (*sweep.lead, *equation.legs)), sweep.lead, into)
+
+
+def _pull(sweep: Sweep, call: Call, rule: BoundRule, equation: Equation, operand: str) -> None:
+    jacobian = jacobian_of(equation, operand)
+    if jacobian is None or not jacobian.diagram.products:
+        return
+    if sweep.beside is not None and (more := sweep.beside(call, rule, equation, operand)) is not None:
+        add(sweep, operand, more, sweep.samples[operand])
+    if sweep.along is not None:
+        jacobian = sweep.along(jacobian)
+    out_samples, in_samples = sweep.samples[equation.name], sweep.samples[operand]
+    whole = {leaf for leaf in leaves(jacobian.diagram) if not sweep.samples.get(leaf, True)}
+    if in_samples and not out_samples and any(_varies(sweep, leaf) for leaf in whole):
+        raise _no_sum(f"what {call.where} takes of one depends on the others")
+    jacobian, cotangent = cotangent_of(sweep, equation, jacobian)
+    if out_samples and in_samples:
+        _check_diagonal(call, operand, jacobian)
+    if sweep.reads[operand] and not in_samples and out_samples:
+        raise UnsupportedError(f"{call.where} mixes samples: '{operand}' is a sum over the batch.")
+    if in_samples or sweep.reads[operand]:
+        into = tuple(BATCH if leg.size == N else leg for leg in jacobian.into)
+        term = pull_back(jacobian, cotangent, sweep.lead, into)
+        if in_samples and not out_samples:
+            sweep.scales |= {_batch_power(p.scale) for p in term.products}
+        sweep.terms.setdefault(operand, []).append(term)
+    elif sweep.reads[equation.name] and not out_samples:
+        raise UnsupportedError(
+            f"the loss has a term in the parameters {', '.join(sorted(call.output.depends_on))} alone ({call.where}), "
+            "which belongs to no sample.\n"
+            "  Add the regulariser's derivatives yourself, and compile the loss without it."
+        )
+    else:
+        sweep.uses.setdefault(operand, []).append((jacobian, cotangent))
+
+
+def cotangent_of(sweep: Sweep, equation: Equation, jacobian: Jacobian) -> tuple[Jacobian, Diagram]:
+    """What is propagated to the value of a line, and the line's Jacobian with legs that fit it."""
+    if equation.name in sweep.uses:
+        return _composed(sweep, equation.name, jacobian)
+    return jacobian, _cotangent(sweep, equation.name, equation.legs)
+
+
+def add(sweep: Sweep, value: str, term: Diagram, sampled: bool) -> None:
+    """Propagate a term to a value: one with a batch, or one made of parameters (then [*lead, n, *value])."""
+    if sampled:
+        sweep.terms.setdefault(value, []).append(term)
+        return
+    name = f"{sweep.prefix}::{value}:{len(sweep.schedule)}"
+    sweep.schedule.append(Backward(name, value, (term,), "of its own"))
+    own = tuple(leg for leg in term.legs if leg not in sweep.lead and leg != BATCH)
+    sweep.uses.setdefault(value, []).append((identity(own), tensor(name, term.legs)))
+
+
+def _batch_power(scale: sympy.Expr) -> sympy.Expr:
+    """1/N if the scale has that factor (a loss that averages), 1 if N does not occur."""
+    power = sympy.degree(sympy.numer(scale), N) - sympy.degree(sympy.denom(scale), N) if scale.has(N) else 0
+    return N ** sympy.Integer(power)
+
+
+def scale_of(sweep: Sweep) -> sympy.Expr:
+    if len(sweep.scales) > 1:
+        raise UnsupportedError(
+            f"the loss both averages and sums over samples ({sweep.scales}): split it in two losses."
+        )
+    return next(iter(sweep.scales), sympy.Integer(1))
+
+
+def _check_diagonal(call: Call, operand: str, jacobian: Jacobian) -> None:
+    """Each product of a Jacobian between two values with a batch must have δ[n, n']."""
+    before = next(leg for leg in jacobian.into if leg.size == N)
+    same = {Delta((BATCH, before)), Delta((before, BATCH))}
+    if not all(same & set(p.operands) for p in jacobian.diagram.products):
+        raise UnsupportedError(
+            f"{call.where} mixes samples: its output for one sample depends on '{operand}' of another.\n"
+            "  In a batch norm, call model.eval(); else rewrite the layer so that it treats samples apart."
+        )
+
+
+def _cotangent(sweep: Sweep, name: str, legs: tuple[Leg, ...]) -> Diagram:
+    """What is propagated to `name`: a named tensor, or the constant of a scalar of the loss."""
+    if sweep.samples[name]:
+        schedule(sweep, name)
+        return tensor(f"{sweep.prefix}:{name}", (*sweep.lead, *legs))
+    total = Diagram(legs, ())
+    for term in sweep.terms[name]:
+        if isinstance(term, Native) or any(_varies(sweep, leaf) for leaf in leaves(term)):
+            raise _no_sum(f"what comes after {sweep.owner[name].where} is not linear in it")
+        total = total + inline(Diagram(legs, (Product(sympy.Integer(1), (Part(term, legs),)),)))
+    return simplify(total)
+
+
+def _no_sum(what: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"the loss is not a sum over samples: {what}.\n"
+        "  Only sums of the loss of each sample have individual gradients; a divisor may depend on the batch."
+    )
+
+
+def _varies(sweep: Sweep, leaf: str) -> bool:
+    """Whether a factor depends on the samples through the parameters; a number of labels in the batch does not."""
+    return sweep.reads.get(leaf, True) and bool(sweep.depends.get(leaf, True))
+
+
+def _composed(sweep: Sweep, name: str, jacobian: Jacobian) -> tuple[Jacobian, Diagram]:
+    """For a value made of parameters: its Jacobian and its cotangent per sample, with the same legs."""
+    uses, g = all_uses(sweep, name)
+    if not jacobian.out:
+        return jacobian, inline((uses.T @ g).sum_parameter())
+    sizes = common(tuple(leg.size for leg in jacobian.out), tuple(leg.size for leg in uses.legs))
+    jacobian = regroup(jacobian, out=sizes)
+    regrouped = tuple(regroup(j, into=sizes) for j in uses.jacobians)
+    cotangent = inline(Uses(regrouped, regrouped[0].into).T @ g)
+    kept = cotangent.legs[: len(cotangent.legs) - len(sizes)]
+    taken = {leg.name for p in cotangent.products for leg in p.legs} | {leg.name for leg in jacobian.diagram.legs}
+    fresh = {leg: Leg(next(fresh_names(taken, f"{leg.name}{k}_")), leg.size) for k, leg in enumerate(jacobian.out)}
+    jacobian = Jacobian(jacobian.diagram.rename(fresh), tuple(fresh[leg] for leg in jacobian.out), jacobian.into)
+    return jacobian, cotangent.rename(dict(zip(cotangent.legs[len(kept) :], jacobian.out, strict=True)))
+
+
+def schedule(sweep: Sweep, name: str) -> None:
+    """Enter the computation of a cotangent, once."""
+    if not any(isinstance(item, Backward) and item.value == name for item in sweep.schedule):
+        call = sweep.owner.get(name)
+        where = call.where if call else ""
+        terms = tuple(sweep.terms[name])
+        before = gathered(terms[0], _terms(sweep)) if sweep.several and len(terms) == 1 else None
+        sweep.schedule.append(Backward(f"{sweep.prefix}:{name}", name, terms, where, before))
+
+
+def all_uses(sweep: Sweep, name: str) -> tuple[Uses, Cotangents]:
+    """Every use of a value that is made of parameters, with the legs that all of them can read it with."""
+    pairs = sweep.uses.get(name, [])
+    value = sweep.graph.values.get(name)
+    sizes = tuple(size for size in value.shape if size != 1) if value is not None else ()
+    if pairs:
+        sizes = common(*(tuple(leg.size for leg in jacobian.into) for jacobian, _ in pairs))
+    jacobians = [regroup(jacobian, into=sizes) for jacobian, _ in pairs]
+    named = jacobians[0].into if jacobians else tuple(Leg(f"p{k}", size) for k, size in enumerate(sizes))
+    legs = _distinct(tuple(Leg(leg.name.rstrip("'") or "p", leg.size) for leg in named)) or (Leg("p", 1),)
+    whole = tuple(_with_legs(jacobian, legs) for jacobian in jacobians)
+    cotangents = tuple(g for _, g in pairs)
+    names = _cotangent_names(sweep)
+    return Uses(whole, legs), Cotangents(cotangents, scale_of(sweep), sweep.kept, names, weight=sweep.weight)
+
+
+def _cotangent_names(sweep: Sweep) -> frozenset[str]:
+    """The values that carry what is propagated."""
+    return frozenset({item.name for item in sweep.schedule if not isinstance(item, Extraction)} | {sweep.variable})
+
+
+def _distinct(legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
+    seen: list[Leg] = []
+    for leg in legs:
+        name = "p_n" if leg.name == BATCH.name else leg.name
+        while any(other.name == name for other in seen):
+            name += "_"
+        seen.append(Leg(name, leg.size))
+    return tuple(seen)
+
+
+def _with_legs(jacobian: Jacobian, legs: tuple[Leg, ...]) -> Jacobian:
+    """A parameter of one element has one leg of size 1, so that its results differ from sums over it."""
+    if jacobian.into:
+        return jacobian
+    diagram = Diagram((*jacobian.diagram.legs, *legs), jacobian.diagram.products)
+    return Jacobian(diagram, jacobian.out, legs, jacobian.units)
+
+
+def _extract(sweep: Sweep, parameters: list[str]) -> None:
+    for name in parameters if sweep.quantities else ():
+        if not sweep.uses.get(name) and not sweep.owes(name):
+            continue
+        uses, g = all_uses(sweep, name)
+        found = extraction(sweep, name, uses, g)
+        sweep.schedule.append(replace(found, condensed=_condensed(sweep, found, uses, g)))
+
+
+def _terms(sweep: Sweep) -> dict[str, list[Diagram | Native]]:
+    """What the cotangents so far are sums of, by their names."""
+    return {f"{sweep.prefix}:{value}": each for value, each in sweep.terms.items()}
+
+
+def _condensed(sweep: Sweep, found: Extraction, uses: Uses, g: Cotangents) -> dict[str, Diagram]:
+    """The same quantities from the cotangents of several columns as they were before a selection scattered them."""
+    terms = _terms(sweep) if sweep.several else {}
+    before = [condensed(each, terms) for each in g.each]
+    if not any(before):
+        return {}
+    g = replace(g, each=tuple(one or other for one, other in zip(before, g.each, strict=True)))
+    alike = {q.name: q.extract(uses, g) for q in sweep.quantities if q.name in found.diagrams}
+    return {name: diagram for name, diagram in alike.items() if isinstance(diagram, Diagram)}
+
+
+def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction:
+    """All quantities of one parameter."""
+    diagrams: dict[str, Diagram] = {}
+    factors: dict[str, Factors] = {}
+    for quantity in sweep.quantities:
+        try:
+            with foreign(f"quantity {quantity.name!r}", InputError):
+                found: object = quantity.extract(uses, g)
+        except UnsupportedError as error:
+            dotted = sweep.graph.parameters[name][0]
+            raise UnsupportedError(f"parameter {dotted!r}, quantity {quantity.name!r}: {error}") from None
+        if isinstance(found, Factors):
+            factors[quantity.name] = found
+            diagrams |= {f"{quantity.name}#{k}": diagram for k, diagram in enumerate(found.diagrams)}
+            diagrams |= {f"{quantity.name}#mean{k}": m for k, m in enumerate(found.means) if m is not None}
+        elif isinstance(found, Diagram):
+            diagrams[quantity.name] = found
+        else:
+            what = f"quantity {quantity.name!r}: extract returns {type(found).__name__}"
+            raise InputError(f"{what}: return a tn.Diagram, as (J.T @ g).sum('n') is, or tn.Factors")
+    return Extraction(name, diagrams, factors)

@@ -1,0 +1,1 @@
+"""Emit: the program as Python source; names and text are made here alone."""

@@ -1,0 +1,137 @@
+"""Sympy expressions as torch code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import sympy
+from sympy.printing.pycode import PythonCodePrinter
+
+from ...errors import RuleError
+
+_TORCH = "exp log tanh cosh sinh sin cos tan atan erf erfc sign sigmoid log1p expm1"
+_FUNCTIONS = {
+    **{name: f"torch.{name}" for name in _TORCH.split()},
+    "Abs": "torch.abs",
+    "power": "torch.pow",
+    "logsigmoid": "torch.nn.functional.logsigmoid",
+    "softplus": "torch.nn.functional.softplus",
+}
+_OPTIONS = {"softplus": ", threshold=40"}
+"""softplus is x from the default threshold on, which float64 tells apart."""
+
+
+def _number(number: sympy.Expr) -> str:
+    """An exact number as an int that every dtype takes, or as the nearest float."""
+    if number.is_Integer and abs(number) < 2**53:
+        return str(int(number))
+    value = float(number)
+    if value - value != 0:
+        raise RuleError(f"the number {sympy.sstr(number.evalf(6))} of a formula is beyond those of float64")
+    return repr(value)
+
+
+class _Printer(PythonCodePrinter):  # type: ignore[misc]
+    """`arguments` are the code of symbols; any other symbol is its own name."""
+
+    arguments: Mapping[sympy.Symbol, str] = MappingProxyType({})
+
+    def _print_Symbol(self, expr: sympy.Symbol) -> str:
+        return self.arguments.get(expr) or str(expr.name)
+
+    def _print_Pow(self, expr: sympy.Pow, **kwargs: object) -> str:
+        base, exponent = expr.args
+        if base.is_number and exponent.is_number:
+            return repr(float(expr))
+        shown = self.parenthesize(base, 100)
+        if exponent == 2:
+            return f"{shown} * {shown}" if base.is_Symbol else f"torch.square({self._print(base)})"
+        if exponent == -1:
+            return f"1 / {shown}"
+        if exponent == sympy.Rational(1, 2):
+            return f"torch.sqrt({self._print(base)})"
+        if exponent == sympy.Rational(-1, 2):
+            return f"torch.rsqrt({self._print(base)})"
+        return f"torch.pow({self._print(base)}, {self._print(exponent)})"
+
+    def _print_Mul(self, expr: sympy.Mul) -> str:
+        numbers, rest = expr.as_coeff_mul()
+        shown = [self._print(sympy.Float(numbers) if not numbers.is_Integer else numbers)] if numbers != 1 else []
+        for factor in _ratios(rest):
+            code = self._print(factor)
+            shown.append(f"({code})" if factor.is_Add or (factor.is_Pow and " " in code) else code)
+        return " * ".join(shown)
+
+    def _print_Rational(self, expr: sympy.Rational) -> str:
+        return _number(expr)
+
+    _print_Integer = _print_Rational
+
+    def _print_Float(self, expr: sympy.Float) -> str:
+        return repr(float(expr))
+
+    def _print_NumberSymbol(self, expr: sympy.NumberSymbol) -> str:
+        return repr(float(expr))
+
+    _print_Pi = _print_Exp1 = _print_NumberSymbol
+
+    def _print_Function(self, expr: sympy.Function) -> str:
+        name = type(expr).__name__
+        if name not in _FUNCTIONS:
+            raise NotImplementedError(f"no torch code for the function {name} in {expr}")
+        return f"{_FUNCTIONS[name]}({', '.join(self._print(a) for a in expr.args)}{_OPTIONS.get(name, '')})"
+
+    def _print_Piecewise(self, expr: sympy.Piecewise) -> str:
+        pieces = [(self._print(value), condition) for value, condition in expr.args]
+        if len(pieces) > 1 and all(value.is_number for value, _ in expr.args):  # where() of numbers would be float32
+            like = self._print(min(expr.free_symbols, key=str))
+            pieces[-1] = (f"torch.full_like({like}, {pieces[-1][0]})", pieces[-1][1])
+        code: str = pieces[-1][0]
+        if pieces[-1][1] is not sympy.true:
+            code = f"torch.where({self._condition(pieces[-1][1])}, {code}, 0)"
+        for value, condition in reversed(pieces[:-1]):
+            code = f"torch.where({self._condition(condition)}, {value}, {code})"
+        return code
+
+    def _condition(self, condition: sympy.Basic) -> str:
+        if isinstance(condition, sympy.And | sympy.Or):
+            joiner = " & " if isinstance(condition, sympy.And) else " | "
+            return joiner.join(f"({self._condition(a)})" for a in condition.args)
+        if isinstance(condition, sympy.Not):
+            return f"~({self._condition(condition.args[0])})"
+        left, right = (self._print(a) for a in condition.args)
+        return f"{left} {condition.rel_op} {right}"
+
+
+def _ratios(factors: tuple[sympy.Expr, ...]) -> list[sympy.Expr]:
+    """The factors with a² b⁻² as (a / b)²: the squares of small numbers are zero."""
+    found = list(factors)
+    for below in factors:
+        base, exponent = below.as_base_exp()
+        above = next((f for f in found if exponent.is_Integer and f.is_Pow and f.exp == -exponent), None)
+        if exponent.is_Integer and exponent <= -2 and above is not None:
+            found[found.index(above)] = sympy.Pow(above.base / base, -exponent, evaluate=False)
+            found.remove(below)
+    return found
+
+
+for _name in _FUNCTIONS:
+    setattr(_Printer, f"_print_{_name}", _Printer._print_Function)
+
+
+def torch_code(expr: sympy.Expr, arguments: Mapping[sympy.Symbol, str]) -> str:
+    """Torch code of `expr` with code for each of its symbols."""
+    to = {symbol: sympy.Symbol(f"arg{k}_", real=True) for k, symbol in enumerate(arguments)}
+    printer = _Printer()
+    printer.arguments = {to[symbol]: code for symbol, code in arguments.items()}
+    return str(printer.doprint(expr.xreplace(to)))
+
+
+def number_code(scale: sympy.Expr) -> str:
+    """An exact scale as a Python expression of N and numbers."""
+    if scale.is_number:
+        return _number(scale)
+    long = {r: sympy.Float(float(r), 17) for r in scale.atoms(sympy.Rational) if max(abs(r.p), r.q) > 10**6}
+    exact = scale.xreplace(long).replace(lambda e: e.is_number and not (e.is_Rational or e.is_Float), sympy.Float)
+    return f"({sympy.sstr(exact, full_prec=True)})"

@@ -1,0 +1,1 @@
+"""Explain: every stage as text."""

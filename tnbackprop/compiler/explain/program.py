@@ -1,0 +1,43 @@
+"""The typed program as text, and what each pass changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..program.cost import Kernel
+from ..program.lines import lines_of
+from ..program.passes import PASSES, Pass
+from .text import shortened, table
+
+if TYPE_CHECKING:
+    from .. import Compiled
+
+CODE_WIDTH = 72
+
+
+def program_lines(compiled: Compiled) -> Iterator[str]:
+    """Every value: its name, its shape, what makes it, whose memory it has."""
+    rows = [("value", "shape", "memory", "made by")]
+    for step, _ in compiled.plan.timed:
+        name, code = compiled.texts[step]
+        base = step.inputs[0] if step.kernel is Kernel.VIEW and step.inputs else None
+        seen = f"of {compiled.texts[base][0] if base in compiled.texts else base}" if base is not None else ""
+        memory = "own" if step.own else seen or "as it is made"
+        rows.append((name, "[" + ", ".join(map(str, step.shape)) + "]", memory, shortened(code, CODE_WIDTH)))
+    yield from table(rows, "  ")
+
+
+def pass_lines(row: Pass, compiled: Compiled) -> Iterator[str]:
+    """What a pass changes: each line before it and after it."""
+    yield f"  {row.says}"
+    writer = compiled.writer
+    lines, context = lines_of(compiled.plan.steps), writer.context(writer.wanted)
+    for each in PASSES[: PASSES.index(row)]:
+        lines = each.apply(lines, context)
+    text, names = writer.printer.text, writer.names
+    for before, after in zip(lines, row.apply(lines, context), strict=True):
+        if after.expr is not before.expr:
+            yield f"  {names(after.value)} = {text(before.expr)}  →  {text(after.expr)}"
+        if after.frees:
+            yield f"  after {names(after.value)}: {', '.join(map(names, after.frees))}"

@@ -1,0 +1,1 @@
+"""Invariants: what holds after every stage."""

@@ -1,0 +1,1 @@
+"""Lower: a product of operands becomes candidates in torch calls."""

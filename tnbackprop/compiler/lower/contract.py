@@ -1,0 +1,213 @@
+"""Contract: a diagram without halves becomes values. Paths come from opt_einsum; the rest is choosing kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import opt_einsum
+import sympy
+
+from ...diagram.canonical import key
+from ...diagram.core import COLUMN, Diagram, Leg, Map, Operand, Part, Product, Tensor, argument, ordered_union
+from ...diagram.simplify import simplify
+from ..program import functions as f
+from ..program.cost import Kernel, Work, size_at
+from ..program.expr import Call, Ref
+from ..program.numbers import Number
+from ..program.store import Store
+from ..program.tails import saved
+from .arrange import arranged, as_stored, in_order, sizes_of
+from .pairs import contract_pair, elementwise, sum_legs
+
+Legs = tuple[Leg, ...]
+Plan = Callable[[Store], Ref]
+Lowering = Callable[[Store, Product, Legs], list[Plan]]
+Path = tuple[tuple[int, ...], ...]
+
+
+def build(store: Store, diagram: Diagram, lowerings: tuple[Lowering, ...]) -> Ref:
+    """The value of a diagram, with its legs in the diagram's order. Equal diagrams are built once."""
+    identity = key(diagram)
+    if (known := store.built(identity)) is not None:
+        return known.renamed(diagram.legs)
+    terms = [_term(store, p, diagram.legs, lowerings) for p in diagram.products]
+    if not terms:
+        ref = _full(store, diagram.legs, sympy.Integer(0))
+    elif len(terms) == 1:
+        ref = terms[0]
+    else:
+        ref = _added(store, terms, diagram.legs)
+    store.keep(identity, ref)
+    return ref
+
+
+def _term(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering, ...]) -> Ref:
+    """One product: parts and maps to tensors, then the cheapest of the lowerings that match, then the scale."""
+    held = tuple(_part(store, op, lowerings) for op in product.operands)
+    folded = simplify(Diagram(legs, (Product(product.scale, held),))).products
+    if not folded:
+        return _full(store, legs, sympy.Integer(0))
+    (product,) = folded
+    own = tuple(leg for leg in legs if leg in set(product.legs))
+    if not (len(product.operands) == 1 and set(own) != set(product.legs) and is_square(product.operands[0])):
+        product = Product(product.scale, tuple(_mapped(store, op) for op in product.operands))
+    plain = Product(sympy.Integer(1), product.operands)
+    plans = [plan for lowering in lowerings for plan in lowering(store, plain, own)]
+    if all(isinstance(op, Tensor) for op in plain.operands):
+        plans.append(partial(contracted, product=plain, legs=own))
+    ref = store.cheapest(plans) if plain.operands else _full(store, (), sympy.Integer(1))
+    if product.scale != 1:
+        ref = _times(store, ref, product.scale)
+    return ref.reordered(own) if own == legs else _expanded(store, ref.reordered(own), legs)
+
+
+def _times(store: Store, ref: Ref, scale: sympy.Expr) -> Ref:
+    work = Work(flops=((1, ref.stored),), moved=((2, ref.stored),), fresh=((1, ref.stored),))
+    expr = Call(f.MUL, (as_stored(store, ref), Number(scale)))
+    return Ref(store.add(expr, sizes_of(ref.stored), Kernel.ELEMENTWISE, work), ref.stored, ref.order)
+
+
+def _part(store: Store, op: Operand, lowerings: tuple[Lowering, ...]) -> Operand:
+    if not isinstance(op, Part):
+        return op
+    built = as_tensor(store, build(store, op.diagram, lowerings))
+    return built.rename(dict(zip(op.diagram.legs, op.legs, strict=True)))
+
+
+def _mapped(store: Store, op: Operand) -> Operand:
+    """A map as the tensor of its values; every other operand as it is, with its runtime value there."""
+    if isinstance(op, Map):
+        return as_tensor(store, elementwise(store, op.expr, tuple(diagonal(store, read(store, a)) for a in op.args)))
+    if isinstance(op, Tensor):
+        read(store, op)
+    return op
+
+
+def is_square(op: Operand) -> bool:
+    return isinstance(op, Map) and len(op.args) == 1 and op.expr == argument(0) ** 2
+
+
+def read(store: Store, tensor: Tensor) -> Ref:
+    """The value behind a tensor operand, built now if nothing has read it yet."""
+    value = store.find(tensor.name)
+    base = value.seen
+    if base is not None and [leg.size for leg in base.order] == [leg.size for leg in tensor.legs]:
+        return base.renamed(tensor.legs)  # a permuted view is its base, in the memory order of that
+    return Ref(value, tensor.legs, tensor.legs)
+
+
+def as_tensor(store: Store, ref: Ref) -> Tensor:
+    """An operand for a built value. A value that is stored in another order is read through a permuted view."""
+    value = ref.value
+    if ref.order != ref.stored:
+        value = store.add(in_order(store, ref), sizes_of(ref.order), Kernel.VIEW, strided=True, seen=ref)
+    return Tensor(store.key_of(value), ref.order)
+
+
+def contracted(store: Store, product: Product, legs: tuple[Leg, ...]) -> Ref:
+    """A product of tensors along the better of opt_einsum's paths."""
+    refs = [diagonal(store, read(store, op)) for op in product.operands if isinstance(op, Tensor)]
+    refs = [sum_legs(store, ref, _private(ref, k, refs, legs)) for k, ref in enumerate(refs)]
+    if len(refs) == 1:
+        return refs[0].reordered(legs)
+    plans = [partial(_along, refs=refs, path=path, legs=legs) for path in _paths(store, refs, legs)]
+    return store.cheapest(plans, saved)
+
+
+def diagonal(store: Store, ref: Ref) -> Ref:
+    """A tensor that has a leg twice is read along its diagonal."""
+    for k, leg in enumerate(ref.stored):
+        if leg in ref.stored[:k]:
+            first = ref.stored.index(leg)
+            apart = _apart(ref.stored)
+            base = in_order(store, Ref(ref.value, apart, apart))
+            rest = (*(x for i, x in enumerate(ref.stored) if i not in (first, k)), leg)
+            expr = Call(f.DIAGONAL, (base,), (("dim1", first), ("dim2", k)))
+            value = store.add(expr, sizes_of(rest), Kernel.VIEW, strided=True)
+            return diagonal(store, Ref(value, rest, rest))
+    return ref
+
+
+def _apart(legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
+    return tuple(Leg(f"{leg.name}_{k}", leg.size) for k, leg in enumerate(legs))
+
+
+def _private(ref: Ref, position: int, refs: list[Ref], output: tuple[Leg, ...]) -> tuple[Leg, ...]:
+    """Legs that only this operand has and that are not asked for."""
+    others = {leg for k, other in enumerate(refs) if k != position for leg in other.order}
+    return tuple(leg for leg in ref.order if leg not in others and leg not in output)
+
+
+def _paths(store: Store, refs: list[Ref], legs: tuple[Leg, ...]) -> tuple[Path, ...]:
+    """opt_einsum's, for all columns of a loop: what is done to their sum is done once."""
+    if len(refs) == 2:
+        return (((0, 1),),)
+    symbols = {leg: opt_einsum.get_symbol(k) for k, leg in enumerate(ordered_union(*(r.order for r in refs), legs))}
+    terms = ["".join(symbols[leg] for leg in ref.order) for ref in refs]
+    equation = f"{','.join(terms)}->{''.join(symbols[leg] for leg in legs)}"
+    rounds = {leg: store.rounds for leg in symbols if leg.name == COLUMN}
+    return _searched(
+        equation, tuple(tuple(size_at(leg.size, store.batch) * rounds.get(leg, 1) for leg in r.order) for r in refs)
+    )
+
+
+@lru_cache(2**12)  # the options of a parameter ask the same again and again
+def _searched(equation: str, shapes: tuple[tuple[int, ...], ...]) -> tuple[Path, ...]:
+    found: dict[Path, None] = {}
+    for method in ("dp", "greedy"):
+        path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=method)
+        found[tuple(tuple(p) for p in path)] = None
+    return tuple(found)
+
+
+def _along(store: Store, refs: list[Ref], path: Path, legs: tuple[Leg, ...]) -> Ref:
+    remaining = list(refs)
+    for step, positions in enumerate(path):
+        chosen = [remaining.pop(k) for k in sorted(positions, reverse=True)][::-1]
+        while len(chosen) > 1:
+            a, b = chosen.pop(0), chosen.pop(0)
+            needed = set(legs).union(*(r.order for r in (*remaining, *chosen)))
+            last = not remaining and not chosen
+            kept = tuple(leg for leg in ordered_union(a.order, b.order) if leg in needed)
+            order = legs if last else _order_of(kept, _partner(remaining, path[step + 1 :])) if not chosen else ()
+            chosen.insert(0, contract_pair(store, a, b, order or kept, ordered=bool(order)))
+        remaining.append(chosen[0])
+    return remaining[0].reordered(legs)
+
+
+def _partner(remaining: list[Ref], path: tuple[tuple[int, ...], ...]) -> Ref | None:
+    """What a value that comes next after `remaining` is multiplied with first, if that is so at once."""
+    positions = path[0] if path else ()
+    others = [k for k in positions if k != len(remaining)]
+    return remaining[others[0]] if len(positions) == 2 and len(others) == 1 else None
+
+
+def _order_of(legs: tuple[Leg, ...], partner: Ref | None) -> tuple[Leg, ...]:
+    """The legs in the memory order of a partner that has all of them; nothing where it has not."""
+    own = tuple(leg for leg in partner.stored if leg in legs) if partner is not None else ()
+    return own if len(own) == len(legs) else ()
+
+
+def _expanded(store: Store, ref: Ref, legs: tuple[Leg, ...]) -> Ref:
+    """The value, constant along the legs that it does not have."""
+    groups = tuple((leg,) if leg in ref.order else () for leg in legs)
+    expr = Call(f.EXPAND, (arranged(store, ref, groups), *sizes_of(legs)))
+    return Ref(store.add(expr, sizes_of(legs), Kernel.VIEW, strided=True, spread=ref), legs, legs)
+
+
+def _full(store: Store, legs: tuple[Leg, ...], value: sympy.Expr) -> Ref:
+    """A constant."""
+    expr = Call(f.NEW_FULL, (store.like, sizes_of(legs), Number(value)))
+    return Ref(store.add(expr, sizes_of(legs), Kernel.ELEMENTWISE), legs, legs)
+
+
+def _added(store: Store, terms: list[Ref], legs: tuple[Leg, ...]) -> Ref:
+    """The sum of several values, in the memory order of the largest."""
+    order = terms[0].stored if set(terms[0].stored) == set(legs) else legs
+    shown = tuple(arranged(store, t, tuple((leg,) for leg in order)) for t in terms)
+    work = Work(flops=((len(terms) - 1, legs),), moved=((len(terms) + 1, legs),), fresh=((1, legs),))
+    spread = terms[1].value.spread if len(terms) == 2 and terms[0].stored == order else None
+    summands = (terms[0], spread) if spread is not None else None
+    value = store.add(Call(f.ADD, shown), sizes_of(order), Kernel.ELEMENTWISE, work, summands=summands)
+    return Ref(value, order, legs)

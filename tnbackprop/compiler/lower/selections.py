@@ -1,0 +1,206 @@
+"""Selections as index_select and index_add_: no one-hot of [positions, choices] is made."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import chain
+
+import sympy
+
+from ...diagram.core import Diagram, Leg, Operand, Product, Selection, Size, Tensor, Window, ordered_union
+from ..program import functions as f
+from ..program.cost import Kernel, Work
+from ..program.expr import Call, Expr, Ref, Slice, Value
+from ..program.store import Store
+from .arrange import arranged, merged, placed, sizes_of
+from .contract import Lowering, Plan, as_tensor, build, read
+
+Legs = tuple[Leg, ...]
+Lowerings = tuple[Lowering, ...]
+
+
+def selected(store: Store, product: Product, legs: Legs, lowerings: Lowerings) -> list[Plan]:
+    """The first selection of the product that can be a look-up (its choice is summed) or a scatter (it is kept)."""
+    for op in product.operands:
+        if isinstance(op, Selection) and op.choice:
+            others = [other for other in product.operands if other is not op]
+            kept = [leg for leg in op.choice if leg in legs]
+            if set(op.choice) & set(op.index.legs) or not all(_fits(op, other) for other in others):
+                continue
+            holders = _legs([other for other in others if not isinstance(other, Selection)])
+            alike = any(isinstance(other, Selection) and other.choice == op.choice for other in others)
+            if len(kept) == len(op.choice):
+                return [partial(_scattered, op=op, others=others, legs=legs, lowerings=lowerings)]
+            if not kept and (set(op.choice) <= set(holders) or (alike and not set(op.choice) & set(holders))):
+                return [partial(_looked_up, op=op, others=others, legs=legs, lowerings=lowerings)]
+    return []
+
+
+def _fits(op: Selection, other: Operand) -> bool:
+    """Another selection shares the whole choice or nothing of it."""
+    apart = not set(op.choice) & set(other.legs)
+    return apart or not isinstance(other, Selection) or (other.choice == op.choice and not _within(op, other))
+
+
+def _within(op: Selection, other: Selection) -> bool:
+    return bool(set(op.choice) & set(other.index.legs))
+
+
+def _legs(operands: list[Operand]) -> Legs:
+    return ordered_union(*(op.legs for op in operands))
+
+
+def _of(product: list[Operand], legs: Legs) -> Diagram:
+    return Diagram(legs, (Product(sympy.Integer(1), tuple(product)),))
+
+
+def _agreeing(store: Store, op: Selection, others: list[Operand]) -> list[Operand]:
+    """Other selections with the same choice only say where the two indices are equal."""
+    return [
+        _equal(store, op, other) if isinstance(other, Selection) and other.choice == op.choice else other
+        for other in others
+    ]
+
+
+def _equal(store: Store, one: Selection, other: Selection) -> Tensor:
+    """[index, index'] -> 1 where both choose the same."""
+    refs = [read(store, op.index) for op in (one, other)]
+    legs = ordered_union(refs[0].order, refs[1].order)
+    first, second = (arranged(store, r, tuple((leg,) if leg in r.order else () for leg in legs)) for r in refs)
+    meets = Call(f.AND, (Call(f.EQUAL, (first, second)), _inside(first, merged(one.choice))))
+    work = Work(moved=((2, legs),), fresh=((1, legs),))
+    value = store.add(Call(f.TO, (meets, store.like)), sizes_of(legs), Kernel.ELEMENTWISE, work)
+    return Tensor(store.key_of(value), legs)
+
+
+def _inside(index: Expr, count: Size) -> Expr:
+    return Call(f.AND, (Call(f.AT_LEAST, (index, 0)), Call(f.LESS, (index, count))))
+
+
+def _looked_up(store: Store, op: Selection, others: list[Operand], legs: Legs, lowerings: Lowerings) -> Ref:
+    """Σ_c [index = c] X[c, …] Y[c, …] = X[index, …] Y[index, …]."""
+    others = _agreeing(store, op, others)
+    tables = _tables(op, others, legs)
+    rest = [other for other in others if not any(other in held for held in tables)]
+    looked_up = []
+    for held in tables:
+        needed = {*legs, *_legs(rest), *op.index.legs, *_legs([o for o in others if o not in held])}
+        free = tuple(leg for leg in _legs(held) if leg not in op.choice and leg in needed)
+        table = build(store, _of(held, (*free, *op.choice)), lowerings)
+        splits = _splits(table, op, read(store, op.index).order)
+        ways = [partial(rows, op=op, table=table, split=split) for rows in (_rows, _padded_rows) for split in splits]
+        looked_up.append(as_tensor(store, store.cheapest(ways)))
+    return build(store, _of([*rest, *looked_up], legs), lowerings)
+
+
+def _tables(op: Selection, others: list[Operand], legs: Legs) -> list[list[Operand]]:
+    """What is looked up, together where a leg is summed that nothing else has; a window with what it is a window on."""
+    held = [other for other in others if set(op.choice) & set(other.legs)]
+    images = {o.image for o in held if isinstance(o, Window)} - {*legs, *op.index.legs, *op.choice}
+    held += [other for other in others if other not in held and images & set(other.legs)]
+    apart = {*legs, *op.index.legs, *op.choice, *_legs([other for other in others if other not in held])}
+    tables: list[list[Operand]] = []
+    for operand in held:
+        linked = [table for table in tables if set(operand.legs) & set(_legs(table)) - apart]
+        tables = [table for table in tables if table not in linked] + [[*chain(*linked), operand]]
+    every = all(set(op.choice) <= set(_legs(table)) for table in tables)
+    return tables if every or not held else [held]
+
+
+def _splits(table: Ref, op: Selection, index: Legs) -> list[tuple[Legs, Legs, Legs]]:
+    """The legs of a look-up: head, own, and tail, that is what goes on from the choice in memory, or all there is."""
+    last = max(table.stored.index(leg) for leg in op.choice)
+    found = []
+    for start in (last + 1, 0):
+        tail = tuple(leg for leg in table.stored[start:] if leg not in (*index, *op.choice))
+        head = tuple(leg for leg in table.stored if leg not in (*op.choice, *tail))
+        found.append((head, tuple(leg for leg in index if leg not in head), tail))
+    return list(dict.fromkeys(found))
+
+
+def _rows(store: Store, op: Selection, table: Ref, split: tuple[Legs, Legs, Legs]) -> Ref:
+    """The rows of a table [head, choice, tail] that an index [head, own] names: [head, own, tail]."""
+    head, own, tail = split
+    outside, flat = _flat(store, read(store, op.index), head, own, op.choice, 0)
+    rows = Call(f.INDEX_SELECT, (placed(store, table, ((*head, *op.choice), *_axis(tail))), 0, flat))
+    out = (*head, *own, *tail)
+    mask = Call(f.RESHAPE, (outside, -1, *([1] if tail else [])))
+    work = Work(moved=((3, out),), fresh=((1, out),), launches=2)
+    expr = Call(f.MASKED_FILL, (rows, mask, 0))
+    return Ref(store.add(expr, _merged(head + own, tail), Kernel.ELEMENTWISE, work), out, out)
+
+
+def _padded_rows(store: Store, op: Selection, table: Ref, split: tuple[Legs, Legs, Legs]) -> Ref:
+    """The same from a table with a row of zeros more, for an index outside: better where more rows are looked up."""
+    head, own, tail = split
+    rows, out = (*head, *op.choice), (*head, *own, *tail)
+    _, flat = _flat(store, read(store, op.index), head, own, op.choice, merged(rows))
+    padding = (0, 0, 0, 1) if tail else (0, 1)
+    expr = Call(f.PAD, (arranged(store, table, (rows, *_axis(tail))), padding))
+    work = Work(moved=((4, (*rows, *tail)),), fresh=((2, (*rows, *tail)),))
+    padded = store.add(expr, (merged(rows) + 1, *_merged((), tail)[1:]), Kernel.COPY, work, own=True)
+    work = Work(moved=((2, out),), fresh=((1, out),))
+    found = Call(f.INDEX_SELECT, (padded, 0, flat))
+    return Ref(store.add(found, _merged(head + own, tail), Kernel.ELEMENTWISE, work), out, out)
+
+
+def _merged(rows: Legs, tail: Legs) -> tuple[Size, ...]:
+    return (merged(rows), *(merged(group) for group in _axis(tail)))
+
+
+def _scattered(store: Store, op: Selection, others: list[Operand], legs: Legs, lowerings: Lowerings) -> Ref:
+    """Y[c, …] = Σ [index = c] X[index's legs, …]: rows are added at their places."""
+    others = _agreeing(store, op, others)
+    holders = [other for other in others if set(op.choice) & set(other.legs)]
+    rest = [other for other in others if other not in holders]
+    needed = {*legs, *_legs(holders)}
+    free = tuple(leg for leg in _legs(rest) if leg in needed and leg not in op.index.legs)
+    index = read(store, op.index)
+    values = build(store, _of(rest, (*index.order, *free)), lowerings)
+    own = tuple(leg for leg in index.order if leg not in needed)
+    last = max((values.stored.index(leg) for leg in index.order), default=-1)
+    tail = tuple(leg for leg in values.stored[last + 1 :] if leg not in index.order)
+    head = tuple(leg for leg in values.stored if leg not in own and leg not in tail)
+    count = merged((*head, *op.choice))
+    _, flat = _flat(store, index, head, own, op.choice, count)
+    source = placed(store, values, ((*head, *own), *_axis(tail)))
+    out = (*head, *op.choice, *tail)
+    shape = (count, *(merged(group) for group in _axis(tail)))
+    zeros = Call(f.NEW_ZEROS, (store.like, count + 1, *shape[1:]))
+    expr = Call(f.ITEM, (Call(f.INDEX_ADD, (zeros, 0, flat, source)), Slice(stop=count)))
+    work = Work(moved=((3, (*head, *own, *tail)), (2, out)), fresh=((1, out),), launches=2)
+    ref = Ref(store.add(expr, shape, Kernel.REDUCE, work), out, out)
+    return build(store, _of([as_tensor(store, ref), *holders], legs), lowerings) if holders else ref.reordered(legs)
+
+
+def _axis(legs: Legs) -> tuple[Legs, ...]:
+    return (legs,) if legs else ()
+
+
+def _flat(store: Store, index: Ref, head: Legs, own: Legs, choice: Legs, other: Size) -> tuple[Value, Value]:
+    """[head, own] -> whether the index is outside the choice, and its place in [head, choice] or `other`."""
+    axes = tuple((leg,) if leg in index.order else () for leg in head)
+    count, every = merged(choice), (*head, *own)
+    at = arranged(store, index, (*axes, own))
+    work = Work(moved=((2, every),), launches=3)
+    beyond = Call(f.OR, (Call(f.LESS, (at, 0)), Call(f.AT_LEAST, (at, count))))
+    outside = store.add(beyond, (*_kept(axes), merged(own)), Kernel.ELEMENTWISE, work)
+    place = at
+    if head:
+        counted = Call(f.ARANGE, (merged(head),), (("device", Call(f.DEVICE, (store.like,))),))
+        starts = Call(f.RESHAPE, (counted, *sizes_of(head), 1))
+        place = Call(f.ADD, (at, Call(f.MUL, (starts, count))))
+    chosen: Expr = Call(f.WHERE, (outside, other, place))
+    chosen = Call(f.RESHAPE, (chosen, -1)) if head else chosen
+    flat = store.add(chosen, (merged(every),), Kernel.ELEMENTWISE, work)
+    return (outside if axes == tuple((leg,) for leg in head) else _spread(store, outside, head, own)), flat
+
+
+def _spread(store: Store, mask: Value, head: Legs, own: Legs) -> Value:
+    """The mask for legs that the index does not have."""
+    shape = (*sizes_of(head), merged(own))
+    return store.add(Call(f.EXPAND, (mask, *shape)), shape, Kernel.VIEW, strided=True)
+
+
+def _kept(axes: tuple[Legs, ...]) -> tuple[Size, ...]:
+    return tuple(merged(group) for group in axes)

@@ -1,0 +1,1 @@
+"""Plan: what is built once, and in which order everything is contracted."""

@@ -1,0 +1,153 @@
+"""Choose: which halves of a parameter's quantities are built once, and which are multiplied out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+
+from ...diagram.algebra import all_parts, inline, parts
+from ...diagram.core import Diagram, Tensor
+from ..derive.derived import Extraction
+from ..lower.contract import Lowering, build
+from ..lower.rows import in_rows
+from ..lower.slices import build_sliced
+from ..program.cost import number
+from ..program.expr import Ref, Value
+from ..program.store import Store
+from ..program.tails import saved, tails
+
+MOST_PARTS = 4
+"""Up to here every subset of parts is tried; beyond it, parts are decided one after the other."""
+
+
+@dataclass(frozen=True, eq=False)
+class Option:
+    """A set of parts to build, tried out: all steps that it takes, and which of them gives each quantity.
+
+    rounds  of the steps that run in each round of a loop over columns, how often
+    """
+
+    kept: frozenset[Diagram]
+    seconds: float
+    steps: tuple[Value, ...]
+    results: Mapping[str, Value]  # by quantity: made by the steps, or built before
+    forms: Mapping[str, Diagram]  # quantity -> the diagram that was built
+    free: bool  # whether a quantity could be multiplied out all the same
+    rounds: Mapping[Value, int]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided for one parameter: which of its parts are built."""
+
+    parameter: str
+    found: tuple[Diagram, ...]
+    options: tuple[Option, ...]
+    chosen: Option
+    item: Extraction
+
+
+def choose(
+    store: Store, item: Extraction, dotted: str, lowerings: tuple[Lowering, ...], chunk: int | None
+) -> tuple[Choice, dict[str, Ref]]:
+    """The fastest option, built; when the batch is sliced to save memory, the fastest with small allocations."""
+    found, before = (_parts_of(diagrams) for diagrams in (item.diagrams, item.condensed))
+    allowed = [(subset, free) for subset in _subsets(item.diagrams, found) for free in (True, False) if subset or free]
+    allowed += [(subset, True) for subset in _subsets(item.condensed, before) if subset]
+    tried = {}
+    for subset, free in allowed:
+        option, trial, refs = _option(store, item, dotted, subset, free, lowerings, chunk)
+        tried[option] = trial, refs
+    options = candidates = tuple(tried)
+    if chunk is not None:
+        largest = {option: _largest(option, store.batch) for option in options}
+        candidates = tuple(option for option in options if largest[option] <= 2 * min(largest.values()))
+    chosen = min(candidates, key=lambda option: option.seconds)
+    trial, refs = tried[chosen]
+    store.adopt(trial)
+    return Choice(dotted, tuple(dict.fromkeys((*found, *before))), options, chosen, item), refs
+
+
+def _parts_of(diagrams: Mapping[str, Diagram]) -> tuple[Diagram, ...]:
+    """What there is to build; a part that is one tensor is there already."""
+    found = dict.fromkeys(part for diagram in diagrams.values() for part in parts(diagram))
+    return tuple(part for part in found if not _is_tensor(part))
+
+
+def _is_tensor(diagram: Diagram) -> bool:
+    return [len(p.operands) for p in diagram.products] == [1] and isinstance(diagram.products[0].operands[0], Tensor)
+
+
+def _subsets(diagrams: Mapping[str, Diagram], found: tuple[Diagram, ...]) -> list[frozenset[Diagram]]:
+    """The sets of parts that may be built together."""
+    subsets = [frozenset(s) for size in range(len(found) + 1) for s in combinations(found, size)]
+    if len(found) > MOST_PARTS:
+        subsets = [frozenset(found[:k]) for k in range(len(found) + 1)]
+    followers = [p for d in diagrams.values() for p in all_parts(d) if p.follows]
+    return [s for s in subsets if all(p.diagram in s or not s & set(parts(p.diagram)) for p in followers)]
+
+
+def _largest(option: Option, batch: int) -> float:
+    """Elements of the largest allocation."""
+    return max((number(step.work.fresh, batch) for step in option.steps), default=0.0)
+
+
+def _option(
+    store: Store,
+    item: Extraction,
+    dotted: str,
+    kept: frozenset[Diagram],
+    free: bool,
+    lowerings: tuple[Lowering, ...],
+    chunk: int | None,
+) -> tuple[Option, Store, dict[str, Ref]]:
+    """A set of parts to build, tried on a fork, and what that has built."""
+    trial = store.fork()
+    built = _build_all(trial, item, dotted, kept, lowerings, chunk, free)
+    refs = {quantity: ref for quantity, (ref, _) in built.items()}
+    results = {quantity: ref.value for quantity, ref in refs.items()}
+    forms = {quantity: form for quantity, (_, form) in built.items()}
+    seconds = trial.seconds - saved(trial, *refs.values())
+    once = tails(trial, *refs.values())
+    steps = tuple(trial.steps)
+    rounds = {step: trial.rounds for step in steps if trial.varies(step) and step not in once}
+    return Option(kept, seconds, steps, results, forms, free, rounds), trial, refs
+
+
+def _build_all(
+    store: Store,
+    item: Extraction,
+    dotted: str,
+    kept: frozenset[Diagram],
+    lowerings: tuple[Lowering, ...],
+    chunk: int | None,
+    free: bool,
+) -> dict[str, tuple[Ref, Diagram]]:
+    """Every quantity of the parameter with the parts in `kept` built; if `free`, each may be multiplied out still."""
+    def one(diagram: Diagram, trial: Store) -> Ref:
+        diagram = in_rows(trial, diagram, lowerings)
+        return build(trial, diagram, lowerings) if chunk is None else build_sliced(trial, diagram, lowerings, chunk)
+
+    if chunk is None:
+        found_here = dict.fromkeys((*_parts_of(item.diagrams), *_parts_of(item.condensed)))
+        for part in sorted((p for p in found_here if p in kept), key=lambda part: len(parts(part))):
+            store.note = f"individual gradients of {dotted}"
+            build(store, inline(part, kept - {part}), lowerings)
+    found = {}
+    for quantity in item.diagrams:
+        store.note = f"{quantity} of {dotted}"
+        ways = dict.fromkeys(_ways(item, quantity, kept, free))
+        found[quantity] = store.cheapest_of([(partial(one, way), way) for way in ways], saved)
+    return found
+
+
+def _ways(item: Extraction, quantity: str, kept: frozenset[Diagram], free: bool) -> Iterator[Diagram]:
+    """The diagrams that may be built for a quantity: with the parts that are built, and if `free` multiplied out."""
+    both = [form for form in (item.diagrams[quantity], item.condensed.get(quantity)) if form is not None]
+    reading = [form for form in both if kept & set(parts(form))] or both[:1]
+    yield from (inline(form, kept) for form in (reading if kept else both))
+    for form in both:
+        if free and kept and not any(part.follows for part in all_parts(form)):
+            yield inline(form)

@@ -1,0 +1,133 @@
+"""The forward: the model's own calls as expressions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ...diagram.core import Selection, Tensor, Window
+from ...notation.bind import BoundRule
+from ...notation.code import Code
+from ..capture.graph import Call, Value
+from ..capture.torch_internals import OpOverload
+from ..derive.fallback import OperatorVjp
+from ..program import expr as e
+from ..program import functions as f
+from ..program.cost import Kernel, Work
+from ..program.expr import Expr, Filled
+from ..program.functions import Function, Memory
+from ..program.store import Store
+
+aten = torch.ops.aten
+EACH = e.Value("each", None, (), hint="each")
+"""The variable of a function that is mapped over columns."""
+FRESH = frozenset(
+    {getattr(aten, f"conv{rank}d").default for rank in (1, 2, 3)}
+    | {getattr(aten, f"conv{rank}d").padding for rank in (1, 2, 3)}
+    | {aten.linear.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.matmul.default}
+    | {aten.batch_norm.default, aten.layer_norm.default, aten.group_norm.default}
+    | {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.relu.default}
+)
+
+
+def call_expr(call: Call, read: Callable[[Value], Expr], like: Expr) -> Expr:
+    """The call of an operator with every argument that is not as by default; devices are those of `like`."""
+    arguments = call.target._schema.arguments
+    shown: list[Any] = []
+    named: list[tuple[str, Any]] = []
+    for k, argument in enumerate(arguments):
+        value = call.arguments["input" if argument.name == "self" else argument.name]
+        if argument.has_default_value() and _same(value, argument.default_value):
+            continue
+        if argument.kwarg_only or named or len(shown) < k:
+            named.append((argument.name, _argument(value, read, like)))
+        else:
+            shown.append(_argument(value, read, like))
+    return e.Call(operator(call), tuple(shown), tuple(named))
+
+
+def operator_vjp(store: Store, vjp: OperatorVjp, cotangent: Expr) -> Expr:
+    """The VJP of an operator without a rule: vmap or a loop over samples, of torch.func's VJP of one."""
+    rows = {value.name: e.Value(value.name, None, (), hint=f"x{k}") for k, value in enumerate(vjp.batched)}
+
+    def one(name: str) -> Expr:
+        return e.Call(f.UNSQUEEZE, (rows[name], 0)) if name in rows else store.find(name)
+
+    own = vjp.operand.name
+    moved = e.Call(f.UNSQUEEZE, (MOVED, 0)) if own in rows else MOVED
+    called = call_expr(vjp.operation, lambda value: moved if value.name == own else one(value.name), store.like)
+    pull = e.Call(f.ITEM, (e.Call(f.VJP, (e.Lambda((MOVED,), called), rows.get(own) or store.find(own))), 1))
+    g = e.Call(f.UNSQUEEZE, (PULLED, 0)) if vjp.sampled else PULLED
+    each = e.Lambda((*rows.values(), PULLED), e.Call(f.ITEM, (e.Call(f.APPLY, (pull, g)), 0)))
+    stacked = tuple(map(store.find, rows))
+    if vjp.looped:
+        return e.Call(f.LOOP, (each, vjp.axes, cotangent, *stacked))
+    return e.Call(f.APPLY, (e.Call(f.VMAP, (each,)), *stacked, cotangent))
+
+
+MOVED, PULLED = (e.Value(name, None, (), hint=name) for name in ("u", "g"))
+"""The variables of such a VJP: where it is taken, and the cotangent of one sample."""
+
+
+def operator(call: Call) -> Function:
+    """The row of the operator that is called."""
+    memory = Memory.OWN if call.target in FRESH else Memory.UNKNOWN
+    return f.aten(call.target, memory, _over(call))
+
+
+def _over(call: Call) -> OpOverload | str:
+    """The operator that writes its result over its only operand, if it is elementwise."""
+    target = call.target
+    if not isinstance(target, OpOverload) or list(call.tensors) != ["input"]:
+        return ""
+    value = call.tensors["input"]
+    views = any(returned.alias_info is not None for returned in target._schema.returns)
+    name, overload = target._schema.name.removeprefix("aten::"), target._overloadname
+    packet = getattr(aten, f"{name}_", None)
+    there = packet is not None and overload in packet.overloads()
+    if views or not there or (value.shape, value.dtype) != (call.output.shape, call.output.dtype):
+        return ""
+    found: OpOverload = getattr(packet, overload)
+    return found
+
+
+def _same(value: Any, default: Any) -> bool:
+    if isinstance(value, Value):
+        return False
+    one, two = (list(v) if isinstance(v, tuple) else v for v in (value, default))
+    return bool(one == two)
+
+
+def _argument(value: Any, read: Callable[[Value], Expr], like: Expr) -> Any:
+    """An argument of a call in an expression."""
+    if isinstance(value, Value):
+        return read(value)
+    if isinstance(value, tuple | list):
+        return [_argument(each, read, like) for each in value]
+    return e.Call(f.DEVICE, (like,)) if isinstance(value, torch.device) else value
+
+
+def fill(store: Store, code: Code, given: Mapping[str, Expr]) -> Expr:
+    """Code with values in its holes: those that are given, and what diagrams call so."""
+    return Filled(code, tuple((name, given[name] if name in given else store.find(name)) for name in code.holes))
+
+
+def forward_work(rule: BoundRule | None) -> tuple[Kernel, Work]:
+    """The kind of kernel, FLOPs and bytes of a forward, read off its formula: 2 per multiply-add, no images."""
+    if rule is None or rule.equations[-1].diagram is None:
+        return Kernel.NATIVE, Work()
+    output = rule.equations[-1].legs
+    kernel, flops, moved = Kernel.ELEMENTWISE, [], []
+    for product in rule.equations[-1].diagram.products:
+        windows = [op for op in product.operands if isinstance(op, Window)]
+        chosen = {leg for op in product.operands if isinstance(op, Selection) for leg in op.choice}
+        legs = tuple(leg for leg in product.legs if leg not in {w.image for w in windows} | chosen)
+        tensors = [op for op in product.operands if isinstance(op, Tensor)]
+        every = tuple(leg for leg in output if leg not in legs)
+        flops.append((2 if len(tensors) > 1 else 1, (*legs, *every)))
+        moved += [(1, t.legs) for t in tensors]
+        if len(tensors) > 1 and any(leg not in output for leg in legs):
+            kernel = Kernel.CONVOLUTION if windows else Kernel.MM
+    return kernel, Work(tuple(flops), (*moved, (1, output)), ((1, output),))

@@ -1,0 +1,173 @@
+"""Items: what the items of a sweep (cotangents, individual VJPs, all quantities of a parameter) become as steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from math import prod
+
+from ...diagram.core import Leg, N, Size, hint_of, is_head
+from ...notation.bind import COTANGENT, COTANGENTS
+from ...notation.code import Code
+from ..capture.graph import Graph
+from ..derive.derived import Backward, Extraction, Individual, Native, Schedule
+from ..derive.fallback import OperatorVjp
+from ..lower.arrange import in_order, reshaped, sizes_of
+from ..lower.contract import Lowering, build
+from ..program import functions as f
+from ..program.cost import Kernel, Terms, Work
+from ..program.expr import NO_WORK, Call, Expr, Lambda, Ref, Value
+from ..program.store import Store
+from .choose import Choice, choose
+from .forward import EACH, fill, operator_vjp
+
+Results = dict[str, dict[str, Value]]
+
+
+def scheduled(
+    store: Store,
+    graph: Graph,
+    schedule: Schedule,
+    lowerings: tuple[Lowering, ...],
+    chunk: int | None,
+    choices: list[Choice],
+    lead: tuple[Leg, ...] = (),
+) -> Results:
+    """Every item of a sweep; quantity -> parameter name -> value."""
+    results: Results = {}
+    for item in schedule:
+        if isinstance(item, Backward):
+            backward(store, graph, item, lowerings, lead)
+        elif isinstance(item, Individual):
+            ref = _native(store, item.native, (N, *graph.values[item.of].shape), lead)
+            named(store, ref, item.name)
+        else:
+            values, choice = _extract(store, graph, item, lowerings, chunk)
+            choices.append(choice)
+            for quantity, value in values.items():
+                results.setdefault(quantity, {})[graph.parameters[item.parameter][0]] = value
+    return results
+
+
+def named(store: Store, ref: Ref, name: str) -> None:
+    """Call a built value `name`; a value in another memory order is read through a permuted view."""
+    value = ref.value
+    if ref.order != ref.stored:
+        shape = sizes_of(ref.order)
+        value = store.add(in_order(store, ref), shape, Kernel.VIEW, hint=hint_of(name), strided=True, seen=ref)
+    store.name(name, value)
+
+
+def backward(
+    store: Store, graph: Graph, item: Backward, lowerings: tuple[Lowering, ...], lead: tuple[Leg, ...]
+) -> None:
+    """One cotangent: the sum of what its users send, each by native code or by its diagram."""
+    what = f"cotangent of {hint_of(item.value)}" if item.value else "averaged matrix"
+    store.note = what + (f", {item.note}" if item.note else "")
+    shape = graph.values[item.value].shape if item.value in graph.values else None
+    refs = []
+    for term in item.terms:
+        if isinstance(term, Native):
+            refs.append(_native(store, term, shape, lead))
+        else:
+            ways = [term] if item.condensed is None else [term, item.condensed]
+            refs.append(store.cheapest([partial(build, diagram=way, lowerings=lowerings) for way in ways]))
+    if len(refs) == 1:
+        named(store, refs[0], item.name)
+        return
+    shape = (*sizes_of(lead), *shape) if shape is not None else sizes_of(refs[0].order)
+    terms = tuple(shaped(store, ref, shape) for ref in refs)
+    legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(shape))
+    work = Work(flops=((len(refs) - 1, legs),), moved=((len(refs) + 1, legs),), fresh=((1, legs),))
+    total = store.add(Call(f.ADD, terms), shape, Kernel.ELEMENTWISE, work, hint=hint_of(item.name))
+    store.name(item.name, total)
+
+
+def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tuple[Leg, ...]) -> Ref:
+    """Native code; over the columns that ride together by vmap, unless it takes them itself."""
+    assert shape is not None
+    cotangent: Expr = store.find(term.cotangent)
+    before = store.find(term.cotangent).shape
+    out = store.find(term.of).shape
+    if not any(N in factor.free_symbols for factor in out if not isinstance(factor, int)):
+        out = (N, *out)  # a value of parameters: one cotangent per sample
+    out = (*sizes_of(lead), *out)
+    cotangent = reshaped(cotangent, before, out)
+    together = COTANGENTS in term.code.holes
+    if together and before != out:
+        cotangent = store.add(cotangent, out, Kernel.VIEW)
+    mapped = bool(lead) and not together
+    given = {COTANGENT: EACH if mapped else cotangent, COTANGENTS: cotangent}
+    if isinstance(term.code, Code):
+        expr = fill(store, term.code, given)
+    else:
+        assert isinstance(term.code, OperatorVjp)
+        expr = operator_vjp(store, term.code, given[COTANGENTS if together else COTANGENT])
+    expr = Call(f.APPLY, (Call(f.VMAP, (Lambda((EACH,), expr),)), cotangent)) if mapped else expr
+    legs = (*lead, *(Leg(f"a{k}", size) for k, size in enumerate(shape)))
+    kernel, forward = store.works.get(term.of, (Kernel.NATIVE, NO_WORK))
+    scaled = replace(forward, flops=_times(forward.flops, lead), moved=_times(forward.moved, lead))
+    moved = (*scaled.moved, (1, legs)) if scaled.moved else ((3, legs),)
+    work = Work(scaled.flops or ((2, legs),), moved, ((1, legs),))
+    call = term.code.call  # another function may return what it is given
+    own = (call.name.startswith("torch.ops.aten.") and call.name.endswith("_backward")) or call.name == "new_zeros"
+    return Ref(store.add(expr, sizes_of(legs), kernel, work, own=own), legs, legs)
+
+
+def _times(terms: Terms, lead: tuple[Leg, ...]) -> Terms:
+    return tuple((c, (*lead, *legs)) for c, legs in terms)
+
+
+def shaped(store: Store, ref: Ref, shape: tuple[Size, ...]) -> Expr:
+    """A value in its legs' order, with the given shape."""
+    now = sizes_of(ref.order)
+    expr = in_order(store, ref)
+    if ref.order == ref.stored:  # one reshape is enough
+        return reshaped(ref.value, ref.value.shape, shape)
+    return reshaped(expr, now, shape)
+
+
+def _extract(
+    store: Store, graph: Graph, item: Extraction, lowerings: tuple[Lowering, ...], chunk: int | None
+) -> tuple[dict[str, Value], Choice]:
+    """All results of one parameter, with the set of parts that makes them cheapest together."""
+    dotted = graph.parameters[item.parameter][0]
+    store.note = f"{dotted}"
+    choice, refs = choose(store, item, dotted, lowerings, chunk)
+    values = {}
+    for quantity, ref in refs.items():
+        store.note = f"{quantity} of {dotted}"
+        whole = quantity not in item.parts
+        shape = _result_shape(ref.order, graph.values[item.parameter].shape) if whole else sizes_of(ref.order)
+        values[quantity] = _final(store, ref, shape)
+    return values, choice
+
+
+def _result_shape(order: tuple[Leg, ...], shape: tuple[Size, ...]) -> tuple[Size, ...]:
+    """The legs that are copies of the batch (and columns) first, then the parameter's own shape, as often as it is."""
+    head = tuple(leg.size for leg in order if is_head(leg))
+    rest = tuple(leg.size for leg in order if not is_head(leg))
+    copies = _copies(rest, prod(int(size) for size in shape))
+    return (*head, *(rest if copies is None else shape * copies))
+
+
+def _copies(sizes: tuple[Size, ...], elements: int) -> int | None:
+    """How many runs of legs have as many elements as the parameter; None if the legs are not made of such runs."""
+    found, run = 0, 1
+    for size in sizes:
+        if not isinstance(size, int):
+            return None
+        run *= size
+        if run == elements:
+            found, run = found + 1, 1
+    return found if run == 1 else None
+
+
+def _final(store: Store, ref: Ref, shape: tuple[Size, ...]) -> Value:
+    """The result; one that is constant along some legs is written out, so that it can be written to."""
+    expr = shaped(store, ref, shape)
+    if isinstance(expr, Value):
+        return expr
+    if ref.value.spread is not None:
+        expr = Call(f.CONTIGUOUS, (expr,))
+    return store.add(expr, shape, Kernel.VIEW, strided=ref.order != ref.stored)

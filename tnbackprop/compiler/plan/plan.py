@@ -1,0 +1,287 @@
+"""Plan: what is built once, what is put back in its place, and in which order everything is contracted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from ...diagram.core import COLUMN, Diagram, Leg, hint_of
+from ...errors import UnsupportedError
+from ...notation.bind import BoundRule
+from ..capture.graph import Call, Graph, op_text
+from ..derive.derived import Columns, Derived, Extraction
+from ..lower.contract import Lowering, build
+from ..program import functions as f
+from ..program.cost import Kernel, Rates, Work, bytes_of
+from ..program.expr import Call as Made
+from ..program.expr import Expr, Value
+from ..program.lines import alive
+from ..program.store import LIKE, Store
+from .beside import Beside
+from .choose import Choice
+from .forward import call_expr, fill, forward_work
+from .items import named, scheduled, shaped
+from .loops import Loop, Results, over_columns
+from .memory import Piece, peak_bytes
+from .root_steps import root_steps
+from .samples import sample_by_sample
+
+INDEFINITE = "#indefinite"
+"""Key of the checks that a loss Hessian is positive semi-definite, among the results."""
+
+NOISES = "noise:"
+"""How the names of random inputs begin: no value of a graph has a colon in its name."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Straight-line steps and where the results are."""
+
+    steps: tuple[Value, ...]
+    results: Mapping[str, Mapping[str, Value]]  # by quantity and parameter
+    loss: Value | None
+    output: Mapping[str, Value]  # by name in the model's output
+    choices: tuple[Choice, ...]
+    batch: int
+    itemsize: int
+    rates: Rates
+    given: Mapping[str, Value]  # what the program reads: tensors of the model, constants, inputs, noise
+    like: Value
+    columns: Mapping[str, Value]  # variable of a sweep -> all its columns, or those that are drawn in a round
+    forward: Mapping[str, Value]  # what the calls of the model give, and what rules save of them
+    loops: tuple[Loop, ...] = ()
+    pieces: Mapping[Value, Piece] = field(default_factory=dict)  # calls of a function of one sample -> its steps
+
+    @property
+    def timed(self) -> Iterator[tuple[Value, int]]:
+        """Every step with the number of times that it runs."""
+        yield from ((step, 1) for step in self.steps)
+        for loop in self.loops:
+            yield from ((step, loop.count) for step in loop.steps)
+            yield from ((step, 1) for step in loop.after)
+
+    @property
+    def kept(self) -> set[Value]:
+        """The values that it is for."""
+        found = {value for by in self.results.values() for value in by.values()} | set(self.output.values())
+        return found | ({self.loss} if self.loss else set())
+
+    @property
+    def noises(self) -> dict[str, Value]:
+        """The random inputs."""
+        return {name: value for name, value in self.given.items() if name.startswith(NOISES)}
+
+    def is_large(self, value: Value) -> bool:
+        """Whether the system would give its memory page by page."""
+        return bytes_of(value.shape, self.batch, self.itemsize) > self.rates.fresh_threshold
+
+    @property
+    def seconds(self) -> float:
+        """Predicted, at the example's batch size."""
+        each = ((self.rates.seconds(s.kernel, s.work, self.batch, self.itemsize), times) for s, times in self.timed)
+        return sum(seconds * times for seconds, times in each)
+
+
+def plan(
+    graph: Graph,
+    derived: Derived,
+    lowerings: tuple[Lowering, ...],
+    rates: Rates,
+    itemsize: int,
+    memory_limit: int | None = None,
+) -> Plan:
+    """The fastest plan whose peak is within `memory_limit` bytes, met by slicing the batch into ever smaller pieces."""
+    best = _plan(graph, derived, lowerings, rates, itemsize, None)
+    chunk = graph.example_batch
+    while memory_limit is not None and peak_bytes(best) > memory_limit:
+        if chunk == 1:
+            raise UnsupportedError(
+                f"memory_limit={memory_limit} bytes cannot be met: one sample at a time still takes "
+                f"{peak_bytes(best):.0f} bytes.\n  Results and forward values count, too: ask for fewer quantities, "
+                "or compile with a smaller example batch."
+            )
+        chunk = (chunk + 1) // 2
+        best = _plan(graph, derived, lowerings, rates, itemsize, chunk)
+    return best
+
+
+def _plan(
+    graph: Graph, derived: Derived, lowerings: tuple[Lowering, ...], rates: Rates, itemsize: int, chunk: int | None
+) -> Plan:
+    """Steps for the forward, the cotangents and every result, cheapest first, dead ones dropped."""
+    store = Store(rates, graph.example_batch, itemsize)
+    _inputs(store, graph)
+    _forward(store, graph, {call.output.name: rule for call, rule in derived.bound}, lowerings)
+    choices: list[Choice] = []
+    ahead = next((columns.beside for columns in derived.columns if columns.beside), len(derived.schedule))
+    results = scheduled(store, graph, derived.schedule[:ahead], lowerings, chunk, choices)
+    checks: dict[str, Value] = {}
+    starts: dict[str, Value] = {}
+    loops, pieces = _sweeps(store, graph, derived, lowerings, chunk, choices, results, checks, starts)
+    if checks:
+        results[INDEFINITE] = checks
+    output = {name: store.find(name) for name in names_in(graph.output)}
+    loss = store.find(graph.loss) if graph.loss else None
+    inner = {step for loop in loops for step in loop.steps}
+    wanted = {*output.values(), *(value for by in results.values() for value in by.values()), *([loss] if loss else [])}
+    wanted |= {value for loop in loops for value in loop.reads}
+    steps = alive((step for step in store.steps if step not in inner), wanted)
+    given = {name: value for name, value in store.names.items() if value.expr is None and name != LIKE}
+    return Plan(
+        steps, _in_order(results, graph), loss, output, tuple(choices), graph.example_batch, itemsize, rates, given,
+        store.like, starts, _forward_values(store, graph, derived), tuple(loops), pieces,
+    )  # fmt: skip
+
+
+def _forward_values(store: Store, graph: Graph, derived: Derived) -> dict[str, Value]:
+    saved = [each.name for _, rule in derived.bound for each in rule.saved]
+    return {name: store.find(name) for name in (*saved, *(call.output.name for call in graph.calls))}
+
+
+def _sweeps(
+    store: Store,
+    graph: Graph,
+    derived: Derived,
+    lowerings: tuple[Lowering, ...],
+    chunk: int | None,
+    choices: list[Choice],
+    results: dict[str, dict[str, Value]],
+    checks: dict[str, Value],
+    starts: dict[str, Value],
+) -> tuple[list[Loop], dict[Value, Piece]]:
+    """All sweeps of columns, and what is called for each sample.
+
+    Those in a loop come last: what it sums may go on from results of the others.
+    """
+    looped: list[tuple[Columns, Mapping[str, Value]]] = []
+    pieces: dict[Value, Piece] = {}
+    for columns in sorted(derived.columns, key=lambda each: not each.beside):  # what is left of the gradient first
+        rows: Mapping[str, Value] = root_steps(store, graph, columns, lowerings, checks)
+        starts[columns.variable] = rows.get(columns.variable) or store.find(columns.variable)
+        apart = sample_by_sample(store, graph, columns, rows, lowerings) if columns.alone else None
+        if apart is not None:
+            choices += apart.choices
+            pieces[apart.call] = apart.piece
+            _gather(results, _together(store, apart.results, results))
+        elif columns.beside:
+            both = Beside(store, graph, lowerings, columns, derived.swept)
+            for found in both.build(derived.schedule[columns.beside :], chunk, choices):
+                _gather(results, found)
+        elif columns.looped:
+            looped.append((columns, rows))
+        else:
+            mine = scheduled(store, graph, columns.schedule, lowerings, chunk, choices, columns.carried)
+            _gather(results, _together(store, mine, results))
+    loops = []
+    for columns, rows in looped:
+        varying = {store.find(name): value for name, value in rows.items()}
+        store.in_rounds(columns.rounds, varying)
+        mine = scheduled(store, graph, columns.schedule, lowerings, chunk, choices, columns.carried)
+        stacked = {q for item in columns.schedule if isinstance(item, Extraction) for q in _with_columns(item)}
+        loop, sums = over_columns(store, varying, columns, mine, stacked, results)
+        store.in_rounds(1)
+        loops.append(loop)
+        _gather(results, sums)
+    return loops, pieces
+
+
+def _gather(results: dict[str, dict[str, Value]], mine: Results) -> None:
+    for quantity, by in mine.items():
+        results.setdefault(quantity, {}).update(by)
+
+
+def _together(store: Store, mine: Results, earlier: Results) -> dict[str, dict[str, Value]]:
+    """The results of a sweep added to what earlier sweeps have contributed."""
+    return {
+        quantity: {name: _sum(store, earlier.get(quantity, {}).get(name), value) for name, value in by.items()}
+        for quantity, by in mine.items()
+    }
+
+
+def _sum(store: Store, one: Value | None, other: Value) -> Value:
+    if one is None:
+        return other
+    legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(other.shape))
+    work = Work(flops=((1, legs),), moved=((3, legs),), fresh=((1, legs),))
+    return store.add(Made(f.ADD, (one, other)), other.shape, Kernel.ELEMENTWISE, work)
+
+
+def _with_columns(item: Extraction) -> set[str]:
+    """The quantities whose results keep the column leg."""
+    return {q for q, diagram in item.diagrams.items() if any(leg.name == COLUMN for leg in diagram.legs)}
+
+
+def _in_order(results: dict[str, dict[str, Value]], graph: Graph) -> dict[str, dict[str, Value]]:
+    """Parameters in the order of the model, not of the sweep."""
+    names = [dotted[0] for dotted in graph.parameters.values()]
+    return {q: {name: by[name] for name in (*names, *by) if name in by} for q, by in results.items()}
+
+
+def _inputs(store: Store, graph: Graph) -> None:
+    dtypes = {value.dtype for value in graph.values.values() if value.dtype.is_floating_point}
+    store.one_dtype = len(dtypes) == 1
+    for name in (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs):
+        value = graph.values[name]
+        store.given(name, value.shape, store.one_dtype and value.dtype in dtypes)
+    store.like = store.given(LIKE, ())
+
+
+def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule], lowerings: tuple[Lowering, ...]) -> None:
+    """The model's own calls. Inner lines of a rule are built when a derivative reads them."""
+    for call in graph.calls:
+        rule = bound.get(call.output.name)
+        store.note = _note(call)
+        if rule is not None:
+            _saved(store, rule)
+        for equation in rule.equations[:-1] if rule is not None else ():
+            assert equation.diagram is not None
+            store.suppliers[equation.name] = partial(
+                _supply, name=equation.name, diagram=equation.diagram, lowerings=lowerings
+            )
+        random = torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ())
+        own: bool | None = None
+        if rule is not None and rule.forward:
+            expr = fill(store, rule.forward, {})
+        elif call.by_rule:
+            expr, own = _from_formula(store, call, rule, lowerings), False
+        else:
+            expr, own = call_expr(call, lambda v: store.find(v.name), store.like), False if random else None
+        name, (kernel, work) = call.output.name, forward_work(rule)
+        store.works[name] = kernel, work
+        floating = store.one_dtype and call.output.dtype.is_floating_point
+        made = store.add(
+            expr, call.output.shape, kernel, work, hint=name, alone=random, own=own, floating=floating
+        )
+        store.name(name, made)
+
+
+def _from_formula(store: Store, call: Call, rule: BoundRule | None, lowerings: tuple[Lowering, ...]) -> Expr:
+    """A call whose forward is its rule's formula."""
+    diagram = rule.equations[-1].diagram if rule is not None else None
+    if diagram is None:
+        raise UnsupportedError(f"{call.where} has a rule without a formula: give the rule a forward.")
+    return shaped(store, build(store, diagram, lowerings), call.output.shape)
+
+
+def _saved(store: Store, rule: BoundRule) -> None:
+    for saved in rule.saved:
+        expr, work = fill(store, saved.code, {}), Work(moved=((2, saved.legs),))
+        made = store.add(expr, saved.shape, Kernel.NATIVE, work, hint=hint_of(saved.name), alone=True)
+        store.name(saved.name, made)
+
+
+def _supply(store: Store, name: str, diagram: Diagram, lowerings: tuple[Lowering, ...]) -> None:
+    named(store, build(store, diagram, lowerings), name)
+
+
+def names_in(output: object) -> list[str]:
+    """The value names in the pytree that the model returns."""
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, str)]
+
+
+def _note(call: Call) -> str:
+    return f"{call.path or 'model'}: {op_text(call.target).removeprefix('aten.')}"

@@ -1,0 +1,156 @@
+"""Steps for the columns at the model's output: all of them before a loop, or drawn one round at a time inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import sympy
+import torch
+
+from ...diagram.core import BATCH, N, Size, hint_of
+from ...notation.bind import CURVATURE, HESSIAN_ROOT, NOISE
+from ..capture.graph import Graph
+from ..derive.derived import Arriving, Basis, Columns, Given
+from ..derive.roots import LossRoot
+from ..lower.arrange import arranged, in_order, sizes_of
+from ..lower.contract import Lowering, build
+from ..program import functions as f
+from ..program.cost import Kernel
+from ..program.expr import Call, Expr, Lambda, Ref, Value
+from ..program.store import Store
+from .definite import in_double, smallest_eigenvalue
+from .forward import EACH, fill
+from .hessian_root import hessian_root
+
+Filling = Callable[[Expr], Expr]
+
+
+def root_steps(
+    store: Store, graph: Graph, columns: Columns, lowerings: tuple[Lowering, ...], checks: dict[str, Value]
+) -> dict[str, Value]:
+    """What a loop runs over: variable -> the value whose rows it takes (the columns or their noise; their weights).
+
+    Where all columns ride together there is no loop, and the rows are entered under the variable's name.
+    """
+    if isinstance(columns.start, Given):
+        for name, handed in ((columns.variable, columns.start.shape), (columns.weight, (columns.count, N))):
+            if name not in store:
+                store.given(name, handed)
+        return {}
+    if isinstance(columns.start, Basis):
+        return _basis(store, graph, columns, columns.start, lowerings)
+    root, number = columns.start, columns.number
+    store.note = "root of the loss Hessian"
+    code, shape = root.root.sample if columns.samples else root.root.code, root.output.shape
+    rows: dict[str, Value] = {}
+    given: dict[str, Expr] = {}
+    if root.curvature is not None:
+        given[CURVATURE] = _curvature(store, root, number, lowerings, checks)
+    if root.calls:
+        given[HESSIAN_ROOT], extra = hessian_root(store, graph, root, number)
+        if root.signed:
+            rows |= _rows(store, columns, columns.weight, extra, (N,))
+        else:
+            assert isinstance(extra, Value)
+            checks[f"indefinite_{number}"] = extra
+    if columns.samples:
+        return _drawn(store, columns, lambda noise: fill(store, code, {**given, NOISE: noise}), shape)
+    return _rows(store, columns, columns.variable, fill(store, code, given), shape) | rows
+
+
+def _curvature(
+    store: Store, root: LossRoot, number: str, lowerings: tuple[Lowering, ...], checks: dict[str, Value]
+) -> Value:
+    """A diagonal loss Hessian. Its entries are blocks of their own; in float64, so that their signs are right."""
+    assert root.curvature is not None
+    products = root.curvature.products
+    if not any(p.operands for p in products) and sympy.Add(*(p.scale for p in products)).subs(N, 1) >= 0:
+        return _ordered(store, build(store, root.curvature, lowerings))
+    lower = root.output.dtype != torch.float64
+    diagram = in_double(store, root.curvature) if lower else root.curvature
+    exact, output = _ordered(store, build(store, diagram, lowerings)), store.find(root.output.name)
+    entries = (exact, Call(f.ABS, (exact,)))
+    checks[f"indefinite_{number}"] = smallest_eigenvalue(store, entries, output, root.scale, torch.float64)
+    if not lower:
+        return exact
+    return store.add(Call(f.TO, (exact, Call(f.DTYPE, (output,)))), exact.shape, Kernel.NATIVE)
+
+
+def _ordered(store: Store, ref: Ref) -> Value:
+    """A built value in the order of its legs."""
+    if ref.order == ref.stored:
+        return ref.value
+    return store.add(in_order(store, ref), sizes_of(ref.order), Kernel.VIEW, strided=True)
+
+
+def _basis(
+    store: Store, graph: Graph, columns: Columns, basis: Basis, lowerings: tuple[Lowering, ...]
+) -> dict[str, Value]:
+    """One-hot columns with what arrives where they are, and their weights."""
+    store.note = f"columns at {hint_of(basis.value)}"
+    several = basis.value in graph.values and not store.one_dtype  # the value's may not be that of the parameters
+    dtype = graph.values[basis.value].dtype if several else Call(f.DTYPE, (store.like,))
+    eye = Call(f.EYE, (basis.own,), (("dtype", dtype), ("device", Call(f.DEVICE, (store.like,)))))
+    legs = tuple(leg for leg in columns.legs if leg not in columns.lead)
+    shape, once = sizes_of(legs), tuple(1 if leg == BATCH else leg.size for leg in legs)
+    expr: Expr = Call(f.RESHAPE, (eye, basis.own, *once))
+    if basis.arriving:
+        arriving = (Call(f.RESHAPE, (store.find(a.cotangent), a.columns, *shape)) for a in basis.arriving)
+        expr = Call(f.CAT, ([Call(f.EXPAND, (expr, basis.own, *shape)), *arriving],))
+    rows = _rows(store, columns, columns.variable, expr, shape)
+    if basis.weight is not None:
+        ref = build(store, basis.weight, lowerings)
+        expr = arranged(store, ref, (tuple(leg for leg in ref.order if leg != BATCH), (BATCH,)))
+        if basis.arriving:
+            expr = Call(f.CAT, ([expr, *(_weights(store, a) for a in basis.arriving)],))
+        rows |= _rows(store, columns, columns.weight, expr, (N,))
+    return rows
+
+
+def _weights(store: Store, arriving: Arriving) -> Expr:
+    size = (arriving.columns, N)
+    return Call(f.RESHAPE, (store.find(arriving.weight), *size)) if arriving.weight else Call(
+        f.NEW_ONES, (store.like, *size)
+    )
+
+
+def _rows(store: Store, columns: Columns, variable: str, expr: Expr, shape: tuple[Size, ...]) -> dict[str, Value]:
+    """All rows at once, with rows of zeros to fill up the last round."""
+    rows = columns.rounds * int(columns.width)
+    if rows > columns.count:
+        amounts = (*(0 for _ in range(2 * len(shape))), 0, rows - int(columns.count))
+        expr = Call(f.PAD, (expr, amounts))
+    hint = f"root_{columns.number}" if variable == columns.variable else f"{hint_of(variable)}_rows"
+    root = store.add(expr, (rows, *shape), Kernel.NATIVE, hint=hint)
+    _entered(store, columns, variable, root, shape)
+    return {variable: root}
+
+
+def _drawn(store: Store, columns: Columns, fill: Filling, shape: tuple[Size, ...]) -> dict[str, Value]:
+    """A column for each row of noise, which has more bits than a column of 16: those draw too few different numbers."""
+    noise = store.given(columns.noise, (columns.samples, *shape))
+    draw = columns.draw
+    _entered(store, columns, draw, noise, shape)
+    expr: Expr = fill(EACH if columns.lead else store.find(draw))
+    if columns.lead:
+        expr = Call(f.APPLY, (Call(f.VMAP, (Lambda((EACH,), expr),)), store.find(draw)))
+    expr = Call(f.MUL, (expr, columns.samples**-0.5)) if columns.samples > 1 else expr
+    if isinstance(columns.start, LossRoot) and columns.start.output.dtype.itemsize == 2:
+        expr = Call(f.TO, (expr, columns.start.output.dtype))
+    whole = (*sizes_of(columns.lead), *shape)
+    drawn = store.add(
+        expr, whole, Kernel.NATIVE, hint=hint_of(columns.variable), alone=True, own=False
+    )
+    store.name(columns.variable, drawn)
+    return {draw: noise}
+
+
+def _entered(store: Store, columns: Columns, name: str, rows: Value, shape: tuple[Size, ...]) -> None:
+    """The loop's variable; without a loop, the rows themselves."""
+    if columns.looped:
+        store.given(name, (*sizes_of(columns.lead), *shape))
+    elif columns.lead:
+        store.name(name, rows)
+    else:
+        only = Call(f.SQUEEZE, (rows, 0))
+        store.name(name, store.add(only, shape, Kernel.VIEW, hint=hint_of(name)))

@@ -1,0 +1,216 @@
+"""Share: every computed value once. Equal expressions are one value; a trial is a layer on what is there already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import sympy
+
+from ...diagram.canonical import Key
+from ...diagram.core import Leg, N, Size, hint_of
+from ...errors import InvariantError
+from .cost import Kernel, Rates, Work
+from .expr import NO_WORK, Body, Expr, Ref, Value, reads
+from .facts import base_of, makes_memory
+
+T = TypeVar("T")
+Saved = Callable[["Store", Ref], float]
+"""(a trial, a value) -> seconds of those predicted that it does not take."""
+
+
+LIKE = ":like"
+"""How diagrams and code call a tensor of the program's dtype, on its device."""
+NOTHING = Value(LIKE, None, (), hint="like")
+
+
+class Store:
+    """The values so far, and what has already been built. A fork sees its parent and changes nothing there."""
+
+    def __init__(
+        self, rates: Rates, batch: int, itemsize: int, alone: bool = False, parent: Store | None = None
+    ) -> None:
+        self.rates, self.batch, self.itemsize = rates, batch, itemsize
+        self.alone = alone  # there is one sample
+        self.parent = parent
+        self.note: str = parent.note if parent else ""
+        self.rounds: int = parent.rounds if parent else 1  # of the loop over columns whose values are being entered
+        self.steps: list[Value] = []
+        self._by_expr: dict[Any, Value] = {}
+        self._named: dict[str, Value] = {}
+        self._built: dict[Key, Ref] = {}
+        self._varying: set[Value] = set()  # what is another value in each round
+        self.suppliers: dict[str, Callable[[Store], None]] = parent.suppliers if parent else {}  # built when first read
+        self.works: dict[str, tuple[Kernel, Work]] = parent.works if parent else {}  # of the calls of the forward
+        self.bodies: dict[Any, Body] = parent.bodies if parent else {}  # functions that several values call
+        self._count: Iterator[int] = parent._count if parent else iter(range(2**62))
+        self.one_dtype: bool = parent.one_dtype if parent else False  # all floating values of the graph have one dtype
+        self.like: Value = parent.like if parent else NOTHING
+
+    @property
+    def _layers(self) -> Iterator[Store]:
+        layer: Store | None = self
+        while layer is not None:
+            yield layer
+            layer = layer.parent
+
+    def fork(self) -> Store:
+        """A layer to try a plan on."""
+        return Store(self.rates, self.batch, self.itemsize, self.alone, self)
+
+    def apart(self, batch: int, alone: bool = False) -> Store:
+        """An empty store for what a function computes of so many samples; keys of its values are no keys of these."""
+        inner = Store(self.rates, batch, self.itemsize, alone)
+        inner.note, inner._count = self.note, self._count
+        return inner
+
+    def adopt(self, trial: Store) -> None:
+        """Take over what a fork has built."""
+        self.steps += trial.steps
+        self._by_expr |= trial._by_expr
+        self._named |= trial._named
+        self._built |= trial._built
+        self._varying |= trial._varying
+
+    def given(self, name: str, shape: tuple[Size, ...], floating: bool = False, strided: bool = False) -> Value:
+        """A value from outside, or the variable of a loop or a function."""
+        value = Value(name, None, shape, hint=hint_of(name), floating=floating, strided=strided)
+        self._named[name] = value
+        return value
+
+    def name(self, name: str, value: Value) -> None:
+        """Let diagrams call a value so."""
+        self._named[name] = value
+
+    def __contains__(self, name: str) -> bool:
+        return any(name in layer._named for layer in self._layers)
+
+    def find(self, name: str) -> Value:
+        """The value that diagrams call so, built now if nothing has read it yet."""
+        for layer in self._layers:
+            if name in layer._named:
+                return layer._named[name]
+        if name not in self.suppliers:
+            raise InvariantError(f"no value is called {name!r}")
+        self.suppliers[name](self)
+        return self.find(name)
+
+    @property
+    def names(self) -> dict[str, Value]:
+        """Every value that diagrams call by a name."""
+        found: dict[str, Value] = {}
+        for layer in self._layers:
+            found = layer._named | found
+        return found
+
+    def key_of(self, value: Value) -> str:
+        """How diagrams call a value."""
+        if value.key not in self:
+            self._named[value.key] = value
+        return value.key
+
+    def known(self, expr: Expr) -> Value | None:
+        """The value of an expression that was entered before."""
+        for layer in self._layers:
+            if expr in layer._by_expr:
+                return layer._by_expr[expr]
+        return None
+
+    def built(self, key: Key) -> Ref | None:
+        """What a diagram, or whatever else has this key, was built as."""
+        for layer in self._layers:
+            if key in layer._built:
+                return layer._built[key]
+        return None
+
+    def keep(self, key: Key, ref: Ref) -> None:
+        """Build it once."""
+        self._built[key] = ref
+
+    def varies(self, value: Value) -> bool:
+        """Whether it is another value in each round of a loop."""
+        return any(value in layer._varying for layer in self._layers)
+
+    def add(
+        self,
+        expr: Expr,
+        shape: tuple[Size, ...],
+        kernel: Kernel,
+        work: Work = NO_WORK,
+        *,
+        hint: str = "",
+        alone: bool = False,
+        own: bool | None = None,
+        floating: bool = False,
+        **facts: Any,
+    ) -> Value:
+        """Enter a value, unless the same was entered before (`alone`: even then).
+
+        own       whether it is in memory of its own, where its expression does not say it
+        floating  it has the one floating dtype, whatever it is made from
+        """
+        if isinstance(expr, Value):
+            return expr
+        known = None if alone else self.known(expr)
+        if known is not None:
+            return known
+        inputs = reads(expr)
+        known_floating, floating = floating, any(value.floating for value in inputs)
+        own = floating and (makes_memory(expr) if own is None else own)
+        base = base_of(expr) if kernel is Kernel.VIEW else None
+        whole = own or (base is not None and base.whole and sympy.Mul(*base.shape) == sympy.Mul(*shape))
+        floating = known_floating or own or (floating and kernel in (Kernel.VIEW, Kernel.COPY))
+        value = Value(
+            f"%{next(self._count)}", expr, shape, kernel, work, self.note, hint, own, floating, whole,
+            inputs=inputs, **facts,
+        )  # fmt: skip
+        self.steps.append(value)
+        self._by_expr[expr] = value
+        if any(self.varies(each) for each in inputs):
+            self._varying.add(value)
+        return value
+
+    def real(self, legs: tuple[Leg, ...]) -> list[Leg]:
+        """The legs that are more than one element."""
+        return [leg for leg in legs if leg.size != 1 and not (self.alone and leg.size == N)]
+
+    def in_rounds(self, rounds: int, rows: Iterable[Value] = ()) -> None:
+        """From here on there are so many rounds, with other values of these, and of what reads them, in each."""
+        self.rounds, self._varying = rounds, set(rows)
+        for value in self.steps:
+            if any(each in self._varying for each in value.inputs):
+                self._varying.add(value)
+
+    @property
+    def varying(self) -> set[Value]:
+        """All that varies."""
+        return set().union(*(layer._varying for layer in self._layers))
+
+    @property
+    def seconds(self) -> float:
+        """Predicted seconds of the values of this layer, each as often as it is computed."""
+        return sum(self.seconds_of(each) * (self.rounds if self.varies(each) else 1) for each in self.steps)
+
+    def seconds_of(self, value: Value) -> float:
+        """Predicted seconds of a value that is computed once."""
+        return self.rates.seconds(value.kernel, value.work, self.batch, self.itemsize)
+
+    def cheapest(self, plans: Iterable[Callable[[Store], Ref]], saved: Saved = lambda trial, ref: 0.0) -> Ref:
+        """Try each plan on a fork and adopt the one that is predicted fastest; the first wins a tie."""
+        return self.cheapest_of([(plan, None) for plan in plans], saved)[0]
+
+    def cheapest_of(self, plans: Iterable[tuple[Callable[[Store], Ref], T]], saved: Saved) -> tuple[Ref, T]:
+        """The same for plans that carry something, which comes back with the value."""
+        best: tuple[float, Store, Ref, T] | None = None
+        for plan, carried in plans:
+            trial = self.fork()
+            ref = plan(trial)
+            seconds = trial.seconds - saved(trial, ref)
+            if best is None or seconds < best[0]:
+                best = (seconds, trial, ref, carried)
+        if best is None:
+            raise InvariantError("no plan to choose from")
+        self.adopt(best[1])
+        return best[2], best[3]
+
+

@@ -1,0 +1,290 @@
+"""What running the example shows and an exported graph does not: backward passes and hooks of the user's own, writes.
+
+The model and the loss run once on copies of their tensors, on samples of the example. Autograd's graph of that is what
+`loss.backward()` would follow; a program follows formulas, and what differs is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from threading import get_ident
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from ...errors import InputError, UnsupportedError
+from ...notation.rule import Primitive, Rules
+from ..capture.failure import place
+from ..capture.foreign import MISTAKES
+from ..capture.graph import Graph
+from ..capture.opaque import check_output, rule_class
+from ..capture.torch_internals import (
+    READS_GRAPH,
+    OpOverload,
+    OpOverloadPacket,
+    PythonNode,
+    backward_hooks,
+    forward_hooks,
+    global_backward_hooks,
+    leaf_of,
+    tensor_hooks,
+)
+from .state import Copies, copied, resized
+
+SAMPLES = 2
+"""As many of the example's run, where the model takes so many; torch.export, too, takes the batch for two or more."""
+REPLACED = (
+    "A program has no backward pass of autograd, so it would be left out.\n  Write a rule with the Jacobian that is "
+    "meant: for a module, or for a function that tn.primitive wraps (examples/add_a_layer.py)."
+)
+OPERATOR_SPACES = ("aten", "prims", "prim")
+"""Where torch's own operators are; those of other libraries stay one node, with a derivative of their own."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Which part of the model or of the loss ran. `ruled`: a rule says what its derivative is."""
+
+    text: str
+    ruled: bool = False
+
+
+RULED = Owner("", ruled=True)
+
+
+class Rehearsal(TorchFunctionMode):
+    """While active: whose each node of autograd's graph is, and what was asked of autograd by hand."""
+
+    def __init__(self, wrapped: nn.Module, rules: Rules) -> None:
+        super().__init__()
+        self.wrapped, self.rules = wrapped, rules
+        self.stack = [Owner("the model")]
+        self.owners: dict[Any, Owner] = {}
+        self.asked: list[tuple[str, Owner]] = []
+        self.looking = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in ASKED and not self.looking and not self.stack[-1].ruled:
+            self.asked.append((ASKED[func], self.stack[-1]))
+        if not isinstance(func, OpOverload | OpOverloadPacket) or _space(func) in OPERATOR_SPACES:
+            return func(*args, **kwargs)
+        return self.inside(RULED, func, args, kwargs)
+
+    def inside(self, owner: Owner, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function; what it adds to autograd's graph is the owner's."""
+        self.enter(owner, (args, kwargs))
+        output = function(*args, **kwargs)
+        self.leave(output)
+        return output
+
+    def enter(self, owner: Owner, inputs: Any) -> None:
+        self.claim(inputs)
+        self.stack.append(RULED if self.stack[-1].ruled else owner)
+
+    def leave(self, outputs: Any) -> None:
+        self.claim(outputs)
+        self.stack.pop()
+
+    def claim(self, tree: Any) -> None:
+        """What the tensors were computed by and nobody has claimed is of who runs now."""
+        for node in nodes(self.roots(tree), self.owners):
+            self.owners[node] = self.stack[-1]
+
+    def roots(self, tree: Any) -> list[Any]:
+        self.looking = True
+        found = [leaf.grad_fn for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+        self.looking = False
+        return found
+
+    def _before(self, owner: Owner, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.enter(owner, (args, kwargs))
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.leave(output)
+
+    def _ruled(self, primitive: Primitive, thread: int, *args: Any, **kwargs: Any) -> Any:
+        if get_ident() != thread:
+            return primitive.function(*args, **kwargs)
+        return check_output(str(primitive), self.inside(RULED, primitive.function, args, kwargs))
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """While active, modules and primitives say when they start and end."""
+        handles, inside = [], set()
+        primitives = [target for target in self.rules if isinstance(target, Primitive)]
+        for path, module in self.wrapped.named_modules():
+            if module is self.wrapped or module in inside:
+                continue
+            ruled = rule_class(module, self.rules) is not None
+            inside |= set(module.modules()) if ruled else set()
+            owner = RULED if ruled else Owner(told(path, module))
+            # The user's own hooks are outside: a rule does not stand for them.
+            handles.append(module.register_forward_pre_hook(partial(self._before, owner), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._after, prepend=True))
+        try:
+            for primitive in primitives:
+                primitive.stand_in = partial(self._ruled, primitive, get_ident())
+            yield
+        finally:
+            for primitive in primitives:
+                primitive.stand_in = None
+            for handle in handles:
+                handle.remove()
+
+
+ASKED: dict[Any, str] = {
+    Tensor.register_hook: "register_hook on a tensor",
+    Tensor.register_post_accumulate_grad_hook: "register_post_accumulate_grad_hook on a tensor",
+    READS_GRAPH: "reading grad_fn of a tensor (hooks of a node are registered so)",
+}
+"""What a forward asks of autograd by hand."""
+
+
+def nodes(roots: Iterable[Any], known: Any = ()) -> Iterator[Any]:
+    """Every node of autograd's graph above some, each once, without those that are known and what is above them."""
+    todo, seen = list(roots), set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen or node in known:
+            continue
+        seen.add(node)
+        yield node
+        todo.extend(above for above, _ in node.next_functions)
+
+
+def _space(func: Any) -> str:
+    return str(func.namespace if isinstance(func, OpOverload) else func._qualified_op_name.split("::")[0])
+
+
+def told(path: str, module: nn.Module) -> str:
+    """A module by its path below `Wrapped`, as errors tell it."""
+    whole, _, inside = path.partition(".")
+    kind = type(module).__name__
+    if not inside:
+        return f"the {whole} ({kind})"
+    return f"module {inside!r} ({kind})" + (" of the loss" if whole == "loss" else "")
+
+
+def refuse_hooks(wrapped: nn.Module, rules: Rules) -> None:
+    """Functions that autograd calls with gradients, and hooks of modules that a rule takes the place of."""
+    if global_backward_hooks():
+        raise UnsupportedError(
+            "every module has a backward hook (torch.nn.modules.module.register_module_full_backward_hook or its kind)."
+            " A program has no backward pass of autograd, so it would be left out.\n  Remove it before you compile: "
+            "handle.remove()."
+        )
+    inside: set[nn.Module] = set()
+    for path, module in wrapped.named_modules():
+        if backward_hooks(module):
+            raise UnsupportedError(
+                f"{told(path, module)} has a backward hook. {REPLACED}\n  A hook that only looks: handle.remove()."
+            )
+        if module in inside and forward_hooks(module):
+            raise UnsupportedError(
+                f"{told(path, module)} has a forward hook, inside a module with a rule, which says nothing of it.\n"
+                "  Remove it (handle.remove()), or register it on the module with the rule."
+            )
+        if rule_class(module, rules) is not None:
+            inside |= set(module.modules()) - {module}
+    for path, parameter in wrapped.named_parameters():
+        if parameter.requires_grad and tensor_hooks(parameter):
+            raise UnsupportedError(
+                f"parameter {path.partition('.')[2]!r} has a hook (register_hook or "
+                "register_post_accumulate_grad_hook). A program has no backward pass of autograd, so it would be left "
+                "out.\n  Remove it before you compile (handle.remove()), and do to the result what it does."
+            )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a rehearsal found that is told once the graph is known.
+
+    written  tensors of the model that a forward writes to, by dotted name
+    reached  trainable parameters that autograd has a gradient of
+    """
+
+    written: tuple[str, ...]
+    reached: frozenset[str]
+
+    def refuse_writes(self, cause: Exception | None = None) -> None:
+        for name in self.written:
+            raise UnsupportedError(
+                f"the model writes to {name!r} during forward: a program changes no parameter and no buffer. "
+                "Call model.eval(), or remove the update"
+            ) from cause
+
+    def check(self, graph: Graph) -> None:
+        """Raises `UnsupportedError` where forward writes, or the graph lacks a gradient that autograd has."""
+        self.refuse_writes()
+        ends = [name for name in (graph.loss, *pytree.tree_leaves(graph.output)) if isinstance(name, str)]
+        known = frozenset[str]().union(*(graph.values[name].depends_on for name in ends))
+        for name in sorted(self.reached - known):
+            raise UnsupportedError(
+                f"parameter {name!r} has a gradient, but not in the graph that torch.export makes: what follows a "
+                "no_grad block inside an autograd.Function (torch.utils.checkpoint with use_reentrant=True is one) is "
+                "taken for part of it.\n  Leave the Function out, or give its module a rule (examples/add_a_layer.py)."
+            )
+
+
+def rehearse(wrapped: nn.Module, example: tuple[Any, Any], batch: int, rules: Rules) -> Seen:
+    """Run the example. Raises `InputError` where it fails, `UnsupportedError` where autograd follows no formula."""
+    refuse_hooks(wrapped, rules)
+    failed: BaseException | None = None
+    for size in dict.fromkeys((SAMPLES, batch)):  # it may take the whole batch only
+        try:
+            return _rehearsed(wrapped, resized(example, size), rules)
+        except _Failed as error:
+            failed = error.__cause__
+    assert failed is not None
+    at = place(wrapped, failed.__traceback__)
+    raise InputError(f"the {at.whole} fails on the example{at.within}: {failed}{at.line}") from failed
+
+
+class _Failed(Exception):
+    """The model or the loss raises what its cause says."""
+
+
+def _rehearsed(wrapped: nn.Module, example: tuple[Any, Any], rules: Rules) -> Seen:
+    with copied(wrapped) as copies:
+        rehearsal = Rehearsal(wrapped, rules)
+        with rehearsal.followed(), rehearsal:
+            try:
+                results = wrapped(*example)
+            except (RuntimeError, AssertionError, *MISTAKES) as error:
+                raise _Failed from error
+        rehearsal.stack = [Owner("the loss")]
+        rehearsal.claim(results)
+        return _judged(rehearsal, copies, results)
+
+
+def _judged(rehearsal: Rehearsal, copies: Copies, results: Any) -> Seen:
+    for what, owner in rehearsal.asked:
+        raise UnsupportedError(f"{what}, in {owner.text}. {REPLACED}")
+    reached = list(nodes(rehearsal.roots(results)))
+    for node in reached:
+        owner = rehearsal.owners[node]
+        if isinstance(node, PythonNode) and not owner.ruled:
+            raise UnsupportedError(_function(type(node).__name__.removesuffix("Backward"), owner))
+        if node in copies.made_before:
+            raise UnsupportedError(
+                f"{copies.made_before[node]!r} was computed before forward: derivatives by what it was computed from "
+                "would be left out.\n  Compute it in forward, or detach() it."
+            )
+    leaves = {id(leaf_of(node)) for node in reached}
+    with_gradient = frozenset(name for name, ids in copies.parameters.items() if ids & leaves)
+    Seen(copies.written(registered=False), with_gradient).refuse_writes()  # torch.export would write to those, too
+    return Seen(copies.written(registered=True), with_gradient)
+
+
+def _function(name: str, owner: Owner) -> str:
+    if name == "CheckpointFunction":
+        return f"torch.utils.checkpoint in {owner.text} has a backward of its own.\n  Pass use_reentrant=False to it."
+    return f"autograd.Function {name!r} in {owner.text} has a backward of its own. {REPLACED}"

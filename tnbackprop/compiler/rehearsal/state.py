@@ -1,0 +1,133 @@
+"""The model as it was: a forward runs on copies of its tensors, and nothing of that is left on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..capture.torch_internals import evenly, version
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A tensor of a module that has a copy in its place.
+
+    holder      where it stands there
+    registered  it is a parameter or a buffer, no plain attribute, which may be made anew in each forward
+    """
+
+    name: str
+    holder: dict[str, Any]
+    key: str
+    original: Tensor
+    copy: Tensor
+    version: int
+    registered: bool
+
+    @property
+    def changed(self) -> bool:
+        now = self.holder.get(self.key)
+        if now is not self.copy and self.registered:
+            return not isinstance(now, Tensor) or not _same(self.original, now)
+        return version(self.copy) != self.version or not _same(self.original, self.copy)
+
+
+@dataclass
+class Copies:
+    """What `copied` made.
+
+    parameters   by the first name: the identities of the parameter and of its copy
+    made_before  nodes of autograd's graph of tensors that are kept, as they are no leaves, by dotted name
+    """
+
+    tensors: list[Copy] = field(default_factory=list)
+    parameters: dict[str, set[int]] = field(default_factory=dict)
+    made_before: dict[Any, str] = field(default_factory=dict)
+
+    def written(self, registered: bool) -> tuple[str, ...]:
+        """Which of the parameters and buffers a forward wrote to; or which of the plain attributes."""
+        return tuple(one.name for one in self.tensors if one.registered == registered and one.changed)
+
+
+@contextmanager
+def copied(wrapped: nn.Module) -> Iterator[Copies]:
+    """While active, modules have copies of their tensors, and draws are for free; all is as it was afterwards."""
+    parameters = dict(wrapped.get_submodule("model").named_parameters())
+    before = [(module, _attributes(module)) for module in wrapped.modules()]
+    copies, made = Copies(), dict[int, Tensor]()
+    for path, module in wrapped.named_modules():
+        for holder in (module._parameters, module._buffers, vars(module)):
+            for key, tensor in list(holder.items()):
+                if isinstance(tensor, Tensor):
+                    name, registered = f"{path}.{key}".removeprefix("model."), holder is not vars(module)
+                    _copy(copies, made, name, holder, key, tensor, registered)
+    copies.parameters = {name: {id(p), id(made.get(id(p)))} for name, p in parameters.items()}
+    devices = {p.device for p in wrapped.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=list(devices)), torch.enable_grad(), evenly():
+            yield copies
+    finally:
+        for module, attributes in before:
+            _restore(module, attributes)
+
+
+def resized(example: tuple[Any, Any], size: int) -> tuple[Any, Any]:
+    """A batch of `size` of the same samples, repeated where there are fewer; the tensors are copies."""
+
+    def copy(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        leaf = leaf.detach()
+        return leaf[torch.arange(size, device=leaf.device) % leaf.shape[0]] if leaf.ndim else leaf.clone()
+
+    batch: tuple[Any, Any] = pytree.tree_map(copy, example)
+    return batch
+
+
+TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def _copy(
+    copies: Copies,
+    made: dict[int, Tensor],
+    name: str,
+    holder: dict[str, Any],
+    key: str,
+    tensor: Tensor,
+    registered: bool,
+) -> None:
+    if tensor.grad_fn is not None:
+        copies.made_before[tensor.grad_fn] = name
+        return
+    copy = made.get(id(tensor))
+    if copy is None:
+        copy = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        copy = made[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+    holder[key] = copy
+    copies.tensors.append(Copy(name, holder, key, tensor, copy, version(copy), registered))
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {key: dict(value) if key in TABLES else value for key, value in vars(module).items()}
+
+
+def _restore(module: nn.Module, attributes: dict[str, Any]) -> None:
+    own = vars(module)
+    for key in TABLES:
+        table = own[key]
+        table.clear()
+        table.update(attributes[key])
+    for key in own.keys() - attributes.keys():
+        del own[key]
+    own.update({key: value for key, value in attributes.items() if key not in TABLES})
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal, NaN to NaN."""
+    return a.shape == b.shape and bool(torch.all((a == b) | ((a != a) & (b != b))))

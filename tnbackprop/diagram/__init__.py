@@ -1,0 +1,1 @@
+"""Diagrams: sums of products on named legs, and their algebra."""

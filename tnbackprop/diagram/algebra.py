@@ -1,0 +1,300 @@
+"""Algebra on diagrams: derivatives, products with cotangents, halves put back in.
+
+The operators ``*``, ``+``, ``-``, ``/``, ``sum`` and ``relabel`` are methods of `Diagram`. Here is what
+quantities see of a parameter: ``J.T @ g``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import reduce
+
+import sympy
+
+from ..errors import InvariantError, UnsupportedError
+from .core import (
+    BATCH,
+    Delta,
+    Diagram,
+    Leg,
+    Map,
+    Operand,
+    Part,
+    Product,
+    Renaming,
+    Selection,
+    Tensor,
+    argument,
+    fresh_names,
+    ordered_union,
+    summed_legs,
+)
+from .jacobian import Jacobian
+from .simplify import simplify
+
+
+@dataclass(frozen=True)
+class Uses:
+    """All uses of one parameter: the Jacobian of each use. ``J.T @ g`` sums over them before anything is squared."""
+
+    jacobians: tuple[Jacobian, ...]
+    legs: tuple[Leg, ...]
+
+    @property
+    def T(self) -> Transposed:
+        return Transposed(self)
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """Jᵀ, waiting for a cotangent."""
+
+    uses: Uses
+
+    def __matmul__(self, cotangents: Cotangents) -> Diagram:
+        """Jᵀ g with legs [n, *columns, *parameter]: the individual gradients."""
+        if not isinstance(cotangents, Cotangents):
+            return NotImplemented
+        nothing = Diagram((*cotangents.kept, *self.uses.legs), ())
+        terms = [
+            pull_back(jacobian, g, keep=cotangents.kept, into=self.uses.legs)
+            for jacobian, g in zip(self.uses.jacobians, cotangents.each, strict=True)
+        ]
+        return simplify(reduce(lambda a, b: a + b, terms, nothing)).held()
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """The cotangent g at each use of a parameter, and the scale that the loss gave it.
+
+    g_n = scale · ∂ℓ_n/∂output with L = Σ_n scale·ℓ_n: 1/N for a loss that averages, 1 for one that sums.
+    """
+
+    each: tuple[Diagram, ...]
+    scale: sympy.Expr
+    kept: tuple[Leg, ...] = (BATCH,)
+    names: frozenset[str] = frozenset()  # of the runtime values that are cotangents
+    averaged: bool = False  # each stands for one side of a matrix for the whole batch, which has its name
+    weight: Diagram | None = None  # of each column: the matrix that is propagated is Σ_v weight_v g_v g_vᵀ
+    partner: tuple[Diagram, ...] = ()  # the other side of columns that come in pairs: Σ_v g_v partner_vᵀ
+
+    def dual(self, J: Uses) -> Diagram:
+        """W with Σ_v V_v W_vᵀ = Jᵀ M J for V = Jᵀ g and the matrix M that is propagated; V itself for a root."""
+        if self.partner:
+            return J.T @ replace(self, each=self.partner, partner=())
+        V = J.T @ self
+        return V if self.weight is None else V * self.weight
+
+
+def pull_back(jacobian: Jacobian, g: Diagram, keep: tuple[Leg, ...], into: tuple[Leg, ...]) -> Diagram:
+    """Jᵀ g: contract the output legs, except those in `keep`; the operand's legs are called `into`."""
+    taken = {leg.name for p in jacobian.diagram.products for leg in p.legs}
+    taken |= {leg.name for leg in (*jacobian.out, *jacobian.into, *g.legs, *into, *keep)}
+    # The result must not confuse a summed output leg with an operand leg of the same name.
+    clash = {leg: _fresh(leg, taken) for leg in jacobian.out if leg in into and leg not in keep}
+    clash |= {leg: _fresh(leg, taken) for leg in g.legs if leg in into and leg not in keep and leg not in clash}
+    j = jacobian.diagram.rename(clash)
+    g = g.rename({leg: new for leg, new in clash.items() if leg in g.legs})
+    final = dict(zip(jacobian.into, into, strict=True))
+    legs = ordered_union(tuple(leg for leg in keep if leg in g.legs or leg in j.legs), jacobian.into)
+    products = []
+    for left in j.products:
+        for right in g.products:
+            moved = _apart(right, g.legs, {leg.name for leg in (*left.legs, *j.legs, *into)})
+            operands = left.operands + moved.operands
+            present = ordered_union(*(op.legs for op in operands))
+            summed = [leg for leg in ordered_union(j.legs, g.legs) if leg not in legs and leg not in present]
+            scale = sympy.Mul(left.scale, moved.scale, *(leg.size for leg in summed))
+            products.append(Product(scale, operands))
+    return simplify(Diagram(legs, tuple(products))).rename(final)
+
+
+def differentiate(diagram: Diagram, name: str) -> Jacobian | None:
+    """The Jacobian of a formula with respect to the tensor `name`, by the product rule.
+
+    Each occurrence is taken out; its legs are left open and joined by deltas. None: `name` does not occur.
+    """
+    into: tuple[Leg, ...] | None = None
+    products: list[Product] = []
+    taken = {leg.name for p in diagram.products for leg in p.legs} | {leg.name for leg in diagram.legs}
+    for product in diagram.products:
+        for position, operand in enumerate(product.operands):
+            for occurrence, rest in _taken_out(operand, name):
+                if into is None:
+                    into = tuple(_fresh(leg, taken) for leg in occurrence.legs)
+                if [leg.size for leg in into] != [leg.size for leg in occurrence.legs]:
+                    raise UnsupportedError(f"{name} is read with different shapes in one formula: {diagram}")
+                deltas = tuple(Delta((a, b)) for a, b in zip(occurrence.legs, into, strict=True))
+                others = product.operands[:position] + product.operands[position + 1 :]
+                products.append(_summing_orphans(product, others + rest + deltas, diagram.legs + into))
+    if into is None:
+        return None
+    return Jacobian(simplify(Diagram(diagram.legs + into, tuple(products))), diagram.legs, into)
+
+
+def identity(legs: tuple[Leg, ...]) -> Jacobian:
+    """The Jacobian of a value by itself."""
+    into = tuple(Leg(f"{leg.name}'", leg.size) for leg in legs)
+    deltas = tuple(Delta(pair) for pair in zip(legs, into, strict=True))
+    return Jacobian(Diagram((*legs, *into), (Product(sympy.Integer(1), deltas),)), legs, into)
+
+
+def squared(jacobian: Jacobian) -> Jacobian:
+    """J∘J, elementwise: what the diagonal of a matrix is propagated with where all else of it is dropped."""
+    return Jacobian(inline(jacobian.diagram * jacobian.diagram), jacobian.out, jacobian.into)
+
+
+def on_diagonal(second: Jacobian) -> Diagram:
+    """The diagonal of a second derivative, whatever else it has; legs are its output legs."""
+    sampled = len(second.out) == len(second.into)
+    first = second.out if sampled else tuple(leg for leg in second.out if leg != BATCH)
+    same = second.diagram.rename(dict(zip(second.into, first, strict=True)))
+    return simplify(Diagram(second.out, same.products))
+
+
+def diagonal(second: Jacobian) -> Diagram | None:
+    """The weights of a second derivative that is diagonal, with its output legs; None for any other.
+
+    A value made of parameters has no sample, but its cotangent has: the batch leg is then only among the output legs.
+    """
+    first = second.out if len(second.out) == len(second.into) else tuple(leg for leg in second.out if leg != BATCH)
+    if len(first) != len(second.into):
+        return None
+    products = [_on_diagonal(p, first, second.into) for p in second.diagram.products]
+    found = tuple(p for p in products if p is not None)
+    return Diagram(second.out, found) if len(found) == len(products) else None
+
+
+def _on_diagonal(product: Product, first: tuple[Leg, ...], second: tuple[Leg, ...]) -> Product | None:
+    """The product without the deltas that make it diagonal; None if they do not."""
+    pairs = [frozenset(pair) for pair in zip(first, second, strict=True)]
+    deltas = [op for op in product.operands if isinstance(op, Delta) and frozenset(op.legs) in pairs]
+    rest = tuple(op for op in product.operands if op not in deltas)
+    back = dict(zip(second, first, strict=True))
+    if len({frozenset(d.legs) for d in deltas}) != len(pairs):
+        return None
+    return Product(product.scale, tuple(op.rename(back) for op in rest))
+
+
+def inline(diagram: Diagram, keep: frozenset[Diagram] = frozenset()) -> Diagram:
+    """Put every part that is not in `keep` back in place: multiplied out, without that half."""
+    products: list[Product] = []
+    for product in diagram.products:
+        loose = (op for op in product.operands if isinstance(op, Part) and not op.pinned)
+        opened = tuple(op for op in loose if op.diagram not in keep)
+        held = tuple(_within(op, keep) for op in product.operands if op not in opened)
+        partial = [Product(product.scale, held)]
+        taken = {leg.name for leg in (*product.legs, *diagram.legs)}
+        for part in opened:
+            body = _apart_diagram(inline(part.diagram, keep), taken)
+            body = body.rename(dict(zip(body.legs, part.legs, strict=True)))
+            partial = [_joined(a, b, part.legs, taken) for a in partial for b in body.products]
+        products.extend(_with_lost_sums(product, p, diagram.legs) for p in partial)
+    return simplify(Diagram(diagram.legs, tuple(products)))
+
+
+def _within(operand: Operand, keep: frozenset[Diagram]) -> Operand:
+    """A part that stays, with its own parts put back in place."""
+    if not isinstance(operand, Part):
+        return operand
+    return Part(inline(operand.diagram, keep), operand.legs, operand.pinned, operand.follows)
+
+
+def parts(diagram: Diagram) -> tuple[Diagram, ...]:
+    """The parts that a plan may build or put back, inner ones first, each once."""
+    return tuple(part.diagram for part in all_parts(diagram) if not part.pinned)
+
+
+def all_parts(diagram: Diagram) -> tuple[Part, ...]:
+    """Every part, inner ones first, one for each diagram."""
+    found: dict[Diagram, Part] = {}
+    for product in diagram.products:
+        for op in product.operands:
+            if isinstance(op, Part):
+                for part in (*all_parts(op.diagram), op):
+                    found.setdefault(part.diagram, part)
+    return tuple(found.values())
+
+
+def tensor(name: str, legs: tuple[Leg, ...]) -> Diagram:
+    """The diagram of one runtime value."""
+    return Diagram(legs, (Product(sympy.Integer(1), (Tensor(name, legs),)),))
+
+
+def _taken_out(operand: Operand, name: str) -> Iterable[tuple[Tensor, tuple[Operand, ...]]]:
+    """For each occurrence of `name` in the operand: the occurrence, and what is left in its place."""
+    match operand:
+        case Tensor() if operand.name == name:
+            yield operand, ()
+        case Map():
+            for position, arg in enumerate(operand.args):
+                if arg.name == name:
+                    # The second derivative of |x| and sign(x) is 0 wherever it exists.
+                    derivative = sympy.diff(operand.expr, argument(position))
+                    yield arg, map_of(derivative.replace(sympy.DiracDelta, lambda *_: sympy.Integer(0)), operand.args)
+        case Selection() if operand.index.name == name:
+            raise InvariantError(f"{name} is an index and has no derivative")
+        case Part():
+            raise InvariantError("a formula has no parts")
+        case _:
+            pass
+
+
+def map_of(expr: sympy.Expr, args: tuple[Tensor, ...]) -> tuple[Operand, ...]:
+    """A map with the arguments that the expression really has; a constant 1 is no operand at all."""
+    used = [k for k in range(len(args)) if expr.has(argument(k))]
+    renumbered = expr.xreplace({argument(k): argument(i) for i, k in enumerate(used)})
+    if renumbered == 1:
+        return ()
+    if not used:
+        return (Map(renumbered, ()),)
+    return (Map(renumbered, tuple(args[k] for k in used)),)
+
+
+def _summing_orphans(product: Product, operands: tuple[Operand, ...], output: tuple[Leg, ...]) -> Product:
+    """The product with other operands, times the sizes of the summed legs that got lost on the way."""
+    present = ordered_union(*(op.legs for op in operands))
+    lost = [leg.size for leg in summed_legs(product, output) if leg not in present]
+    return Product(sympy.Mul(product.scale, *lost), operands)
+
+
+def _with_lost_sums(before: Product, after: Product, output: tuple[Leg, ...]) -> Product:
+    lost = [leg.size for leg in summed_legs(before, output) if leg not in after.legs]
+    return Product(sympy.Mul(after.scale, *lost), after.operands)
+
+
+def _joined(a: Product, b: Product, shared: tuple[Leg, ...], taken: set[str]) -> Product:
+    """a·b, with b's private legs renamed apart from everything seen so far."""
+    mapping = {}
+    for leg in b.legs:
+        if leg not in shared and leg.name in taken | {other.name for other in a.legs}:
+            mapping[leg] = _fresh(leg, taken | {other.name for other in (*a.legs, *b.legs)})
+            taken.add(mapping[leg].name)
+    b = b.rename(mapping)
+    return Product(a.scale * b.scale, a.operands + b.operands)
+
+
+def _apart(product: Product, output: tuple[Leg, ...], taken: set[str]) -> Product:
+    """The product with its summed legs renamed out of the way of `taken`."""
+    names = taken | {leg.name for leg in (*product.legs, *output)}
+    mapping: dict[Leg, Leg] = {}
+    for leg in summed_legs(product, output):
+        if leg.name in taken:
+            mapping[leg] = _fresh(leg, names)
+    return product.rename(mapping)
+
+
+def _apart_diagram(diagram: Diagram, taken: set[str]) -> Diagram:
+    return Diagram(diagram.legs, tuple(_apart(p, diagram.legs, taken) for p in diagram.products))
+
+
+def _fresh(leg: Leg, taken: set[str]) -> Leg:
+    name = next(fresh_names(taken, leg.name))
+    taken.add(name)
+    return Leg(name, leg.size)
+
+
+def renaming(old: tuple[Leg, ...], new: tuple[Leg, ...]) -> Renaming:
+    """The renaming that takes one tuple of legs to another."""
+    return dict(zip(old, new, strict=True))

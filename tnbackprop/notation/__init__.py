@@ -1,0 +1,1 @@
+"""Notation: the text of a rule, parsed once, bound to shapes."""

@@ -1,0 +1,156 @@
+"""A rule: one declared layer, as text. Rows of these live in `tnbackprop/rules/`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import update_wrapper
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import RuleError
+
+Constant = int | float
+
+
+@dataclass(frozen=True)
+class Root:
+    """The square root of a loss's Hessian with respect to its input: Σ_v S_v S_vᵀ = H, all scale of the loss included.
+
+    columns  how many columns S has for each position
+    code     torch code for S, [columns, *input]; may use operands and saved names in braces
+    mixes    the axes of the input that the Hessian mixes (the classes); positions along the others are apart
+    elementwise  torch code for its diagonal, [*input], as it is where outputs are taken not to mix ("": the exact one)
+    sample   torch code for one random column s with E[s sᵀ] = H; ``{noise}`` is uniform on (0, 1), shaped as the input
+    """
+
+    columns: int
+    code: str
+    sample: str
+    mixes: tuple[int, ...] = (1,)
+    elementwise: str = ""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one call of a layer computes, as formulas.
+
+    formula    one or more lines ``name[legs] = expression``; the last line defines ``output``.
+               Empty when every Jacobian is declared in `jacobian`.
+    jacobian   operand name -> expression in which the operand's own legs are those of `legs`:
+               ``{"input": "output[n,c] * (delta[c,k] - output[n,k])"}`` (overrides the derived one).
+    legs       declared legs, ``{"input": "n, k", "output": "n, c"}``; needed where no formula says them.
+    constants  numbers that the formula names (eps, s0, …).
+    saved      runtime tensors of the forward: ``{"mask[*s]": "torch code"}``. The torch code may use
+               ``{input}`` and every other operand or earlier saved name, in braces. A key without legs is a value
+               that only other code reads (a tuple of outputs).
+    forward    torch code for the output, where the call itself will not do (a saved mask, say).
+    vjp        operand name -> torch code of a native VJP; may use ``{cotangent}``, ``{output}``, operands, saved.
+               For several columns at once it runs under vmap; one that reads ``{cotangents}`` in place of
+               ``{cotangent}`` takes them itself, on an axis in front.
+               A lowering: checked against the formula, never the definition.
+    root       for a loss: the square root of its Hessian; elementwise losses need none, it follows from the formula.
+    draw       for an elementwise loss without a root: torch code for a draw of its residual in the model's own
+               distribution, over its deviation (mean 0, variance 1); ``{noise}`` is uniform on (0, 1), shaped as the
+               input. Empty: normal, as for a squared error.
+    kinks      what the derivative is where it does not exist; shown by `explain`.
+    """
+
+    formula: str = ""
+    jacobian: Mapping[str, str] = field(default_factory=dict)
+    legs: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Constant] = field(default_factory=dict)
+    saved: Mapping[str, str] = field(default_factory=dict)
+    forward: str = ""
+    vjp: Mapping[str, str] = field(default_factory=dict)
+    root: Root | None = None
+    draw: str = ""
+    kinks: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("formula", "forward", "draw", "kinks"):
+            _check_kind(name, getattr(self, name), str, "text")
+        _check_kind("root", self.root, Root | None, "a tn.Root")
+        for name in ("jacobian", "legs", "constants", "saved", "vjp"):
+            _check_kind(name, getattr(self, name), Mapping, "a dictionary")
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+            for key, value in getattr(self, name).items() if name != "constants" else ():
+                _check_kind(f"{name}[{key!r}]", value, str, "text")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled as what it was made of: a module may carry its rule."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return Rule, tuple(dict(v) if isinstance(v, MappingProxyType) else v for v in values)
+
+
+def _check_kind(field: str, value: object, kind: Any, shown: str) -> None:
+    if not isinstance(value, kind):
+        raise RuleError(f"{field} of a tn.Rule is {type(value).__name__}, not {shown}")
+
+
+class Primitive:
+    """A function that a rule can describe: `primitive` makes it, and it is called like the function itself.
+
+    A plain function leaves no trace in the graph of a model that calls it; while a model is captured, `stand_in` is
+    what a call runs.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        update_wrapper(self, function)
+        self.function = function
+        self.stand_in: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.stand_in or self.function)(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"primitive {self.function.__name__}"
+
+
+@dataclass(frozen=True)
+class Composite:
+    """A row for an operator that is others, all with rules: its calls are replaced by `function` while capturing.
+
+    None: by what PyTorch makes of it.
+    """
+
+    function: Callable[..., Any] | None = None
+
+    def __call__(self, call: Any) -> Rule:
+        raise RuleError(f"{call.where} is made of other operators, and was not replaced by them")
+
+
+RuleFunction = Callable[[Any], Rule | str]
+"""A row: from a `Call` (for a module target: from the module) to its rule."""
+
+Rules = Mapping[Any, RuleFunction]
+"""From a target (an operator's overload, a primitive, or a module class) to its row."""
+
+
+class Table(dict[Any, RuleFunction]):
+    """A mapping of rules that refuses two rows for one target."""
+
+    def rule(self, *targets: Any, override: bool = False) -> Callable[[RuleFunction], RuleFunction]:
+        """Decorator: enter a row for each target. A second row for a target is a `RuleError`."""
+
+        def enter(row: RuleFunction) -> RuleFunction:
+            for target in targets:
+                if target in self and not override:
+                    raise RuleError(f"two rules for {target}: pass override=True to replace the earlier one")
+            self.update(dict.fromkeys(targets, row))
+            return row
+
+        return enter
+
+    def composite(self, *targets: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorator: a function of the operator's arguments, written in operators that have rules."""
+
+        def enter(function: Callable[..., Any]) -> Callable[..., Any]:
+            self.rule(*targets)(Composite(function))
+            return function
+
+        return enter
+
+    def row(self, rule: Rule, *targets: Any) -> None:
+        """Enter the same constant rule for each target."""
+        self.rule(*targets)(lambda call: rule)
