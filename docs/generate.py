@@ -18,7 +18,7 @@ from torch import nn
 import tnbackprop as tn
 from tests.cases import EVERY, RANDOM_CASES, Case
 from tnbackprop.compiler.capture.export import capture
-from tnbackprop.compiler.capture.graph import op_text
+from tnbackprop.compiler.translate.graph import op_text
 from tnbackprop.drawing import formulas, quantity
 from tnbackprop.notation.rule import Composite, Rule
 from tnbackprop.rules import TABLES, declared

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tnbackprop.compiler.capture.export import capture
-from tnbackprop.compiler.capture.graph import Graph, Value
+from tnbackprop.compiler.translate.graph import Graph, Value
 from tnbackprop.diagram.core import N
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import tnbackprop as tn
 from tnbackprop.compiler import cost
-from tnbackprop.compiler.capture.names import RESERVED
 from tnbackprop.compiler.invariants.source import FIXED
 from tnbackprop.compiler.plan.plan import Plan
+from tnbackprop.compiler.translate.names import RESERVED
 
 
 class Named(nn.Module):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import tnbackprop.rules.activation as activation
 from tnbackprop.compiler.capture.export import capture
-from tnbackprop.compiler.capture.graph import Call, Value
+from tnbackprop.compiler.translate.graph import Call, Value
 from tnbackprop.diagram.algebra import differentiate
 from tnbackprop.diagram.core import N
 from tnbackprop.errors import RuleError, TnError, UnsupportedError

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tnbackprop.compiler.capture.export import capture
-from tnbackprop.compiler.capture.graph import Call, Graph, Value
+from tnbackprop.compiler.translate.graph import Call, Graph, Value
 from tnbackprop.diagram.algebra import differentiate
 from tnbackprop.diagram.core import Diagram, N
 from tnbackprop.diagram.jacobian import Jacobian

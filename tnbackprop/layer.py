@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .compiler.capture.opaque import named_tensors
 from .compiler.formula import formula_function
+from .compiler.translate.opaque import named_tensors
 from .diagram.core import N
 from .errors import InputError, RuleError
 from .notation.bind import Axes

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from .api import Loss, compile
 from .compiler.capture.export import batch_size, model_arguments, plain, takes_names
-from .compiler.capture.torch_modes import Random, check_constant, own_dtypes, twice_differentiable
+from .compiler.translate.torch_modes import Random, check_constant, own_dtypes, twice_differentiable
 from .errors import InputError, UnsupportedError, check_member
 from .quantities import BatchGrad, Fisher, Quantity, Scale, SqrtGGNMC
 from .runtime.fingerprint import fingerprint

@@ -13,11 +13,11 @@ from ..errors import UnsupportedError
 from ..notation.rule import Rules
 from ..quantities import Quantity
 from .capture.export import capture
-from .capture.graph import Graph
 from .derive.derive import bind_all, derive, needs_rule
 from .derive.derived import Apart, Derived
 from .derive.layer import Layer, opened
 from .emit.source import Writer, emit
+from .invariants.stage import Stage
 from .invariants.table import asked, check
 from .lower.table import LOWERINGS
 from .plan.limits import check_memory, machine_bytes
@@ -27,7 +27,7 @@ from .plan.processor import of_processor
 from .plan.samples import separable
 from .program.cost import RATES, Rates
 from .program.expr import Value
-from .stage import Stage
+from .translate.graph import Graph
 
 WIDER = (4, 8)
 CLEARLY = 0.95

@@ -10,14 +10,14 @@ import torch
 
 from ..notation.bind import Axes, bind, output_axes
 from ..notation.rule import Rule
-from .capture.graph import Call, Graph, Value
-from .capture.names import Names
 from .derive.derived import Derived
 from .derive.units import without_units
 from .emit.source import emit, load, running
 from .lower.table import LOWERINGS
 from .plan.plan import plan
 from .program.cost import RATES
+from .translate.graph import Call, Graph, Value
+from .translate.names import Names
 
 EXAMPLE = 32
 """The batch size that the plan is made for; it holds for every one."""

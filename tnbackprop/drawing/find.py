@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..compiler.capture.graph import Call
 from ..compiler.derive.derived import Extraction
+from ..compiler.translate.graph import Call
 from ..diagram.algebra import differentiate
 from ..diagram.core import Diagram
 from ..errors import InputError

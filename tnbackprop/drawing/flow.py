@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..compiler.capture.graph import Call, Graph
+from ..compiler.translate.graph import Call, Graph
 from .labels import Names
 from .scene import Box, Kind, Line, Scene, Shape, Wire
 from .words import LINE, width

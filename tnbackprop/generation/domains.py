@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..compiler.capture.export import model_arguments
-from ..compiler.capture.graph import Graph
+from ..compiler.translate.graph import Graph
 from ..diagram.core import N
 
 Domain = tuple[tuple[Any, ...], float, float]

@@ -10,7 +10,6 @@ from types import MappingProxyType
 import sympy
 import torch
 
-from ..compiler.capture.graph import Graph
 from ..compiler.derive.derived import Backward, Derived, Extraction, Native
 from ..compiler.derive.layer import COTANGENT, HANDED
 from ..compiler.emit.naming import TAKEN, Scope
@@ -22,6 +21,7 @@ from ..compiler.plan.plan import Plan
 from ..compiler.program.expr import Body, Expr, Value, helpers, reads, sizes_in
 from ..compiler.program.lines import lines_of
 from ..compiler.program.passes import passed
+from ..compiler.translate.graph import Graph
 from ..diagram.core import Diagram, N, Size, Tensor, V, hint_of, leaves
 from ..errors import UnsupportedError
 from ..notation.bind import COTANGENT as PULLED

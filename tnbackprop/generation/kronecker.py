@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from ..compiler.capture.graph import Graph
 from ..compiler.derive.derived import Extraction, joined_with
 from ..compiler.explain.text import legs_text
 from ..compiler.lower.arrange import reshaped
 from ..compiler.program import functions as f
 from ..compiler.program.expr import Call, Expr, Value
 from ..compiler.program.functions import helper
+from ..compiler.translate.graph import Graph
 from ..diagram.core import BATCH, COLUMN, Leg, Tensor, leaves, summed_legs
 from ..quantities.factors import Factors
 

@@ -12,13 +12,13 @@ from torch.utils import _pytree as pytree
 
 from ..compiler import Compiled, compile_program
 from ..compiler.capture.export import check_trainable, plain
-from ..compiler.capture.graph import Graph
 from ..compiler.derive.derive import rules_text
 from ..compiler.emit.printer import size_text
 from ..compiler.emit.source import Writer
 from ..compiler.explain.text import diagram_text
 from ..compiler.plan.definite import TOLERATED
 from ..compiler.plan.plan import INDEFINITE
+from ..compiler.translate.graph import Graph
 from ..diagram.core import N
 from ..errors import InputError, UnsupportedError
 from ..notation.rule import Rules

@@ -15,15 +15,15 @@ from torch.utils import _pytree as pytree
 
 from ..compiler import Compiled
 from ..compiler.capture.export import plain
-from ..compiler.capture.graph import Graph, Value
-from ..compiler.capture.torch_modes import check_plain, own_dtypes
 from ..compiler.emit.source import MEMORY, load, running
 from ..compiler.explain.stages import explain
+from ..compiler.invariants.stage import Stage
 from ..compiler.plan.definite import TOLERATED
 from ..compiler.plan.memory import peak_bytes
 from ..compiler.plan.plan import INDEFINITE
 from ..compiler.program.cost import number, size_at
-from ..compiler.stage import Stage
+from ..compiler.translate.graph import Graph, Value
+from ..compiler.translate.torch_modes import check_plain, own_dtypes
 from ..diagram.core import N
 from ..errors import InputError
 from ..quantities import Quantity

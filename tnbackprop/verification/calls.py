@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ..compiler.capture.graph import Call, Value
-from ..compiler.capture.torch_modes import twice_differentiable
+from ..compiler.translate.graph import Call, Value
+from ..compiler.translate.torch_modes import twice_differentiable
 from ..diagram.algebra import differentiate
 from ..diagram.core import Diagram, Leg, N
 from ..diagram.jacobian import Jacobian

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from ..compiler.capture.graph import Call
+from ..compiler.translate.graph import Call
 from ..diagram.core import BATCH, Diagram, Leg, Map, N, Product, argument, leaves
 from ..diagram.core import Tensor as Operand
 from ..diagram.reference import materialise, size_of

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..api import compile
 from ..compiler.capture.export import batch_size, model_arguments, plain
-from ..compiler.capture.torch_modes import twice_differentiable
+from ..compiler.translate.torch_modes import twice_differentiable
 from ..declare import Declaration
 from ..diagram.reference import size_of
 from ..errors import InputError, UnsupportedError

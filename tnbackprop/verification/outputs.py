@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..compiler.capture.graph import Graph
+from ..compiler.translate.graph import Graph
 from ..diagram.core import N
 from .report import NotDefined
 

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from ..compiler.capture.graph import Call, Value, op_text
+from ..compiler.translate.graph import Call, Value, op_text
 from ..diagram.core import BATCH, Leg, Window, leaves
 from ..notation.bind import COTANGENT, COTANGENTS, BoundRule
 from ..notation.code import Code

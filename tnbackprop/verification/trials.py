@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..api import compile
-from ..compiler.capture.foreign import foreign
+from ..compiler.translate.foreign import foreign
 from ..errors import InputError, RuleError
 from ..notation.rule import Rule, RuleFunction, Rules
 from ..quantities import Quantity

@@ -1,1 +1,1 @@
-"""Capture: a model and its loss as a graph of calls."""
+"""Capture: the example runs once, and the model with its loss is exported and checked as a graph of calls."""

@@ -16,19 +16,26 @@ from torch.utils import _pytree as pytree
 from ...errors import InputError, UnsupportedError
 from ...notation.rule import Composite, Rules
 from ...quantities import Quantity
-from ..rehearsal.one_sample import least_batch
-from ..rehearsal.rehearse import rehearse
-from ..rehearsal.state import resized
-from .failure import place
-from .foreign import MISTAKES
-from .graph import Graph
-from .inplace import copy_views, mutates_view
-from .inputs import refuse_complex
-from .opaque import Opaque, named_tensors, opaque_calls
-from .symbolic import symbolic_kernels
-from .torch_internals import Quiet, alone, export_refusals, peek_interpreter_stack, traced_here, whole_einsums
-from .torch_modes import check_plain, own_dtypes
-from .translate import translate
+from ..translate.failure import place
+from ..translate.foreign import MISTAKES
+from ..translate.graph import Graph
+from ..translate.inplace import copy_views, mutates_view
+from ..translate.inputs import refuse_complex
+from ..translate.opaque import Opaque, named_tensors, opaque_calls
+from ..translate.symbolic import symbolic_kernels
+from ..translate.torch_internals import (
+    Quiet,
+    alone,
+    export_refusals,
+    peek_interpreter_stack,
+    traced_here,
+    whole_einsums,
+)
+from ..translate.torch_modes import check_plain, own_dtypes
+from ..translate.translate import translate
+from .one_sample import least_batch
+from .rehearse import rehearse
+from .state import resized
 
 Loss = Callable[..., Any]
 

@@ -15,7 +15,7 @@ from ...diagram.jacobian import Jacobian
 from ...diagram.simplify import simplify
 from ...errors import UnsupportedError
 from ...notation.bind import BoundRule, Equation
-from ..capture.graph import Call
+from ..translate.graph import Call
 from .derived import Backward
 from .lines import jacobian_of, operands_of
 from .sweep import Sweep, all_uses, classify, cotangent_of, extraction

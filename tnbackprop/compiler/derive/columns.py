@@ -15,7 +15,7 @@ from ...diagram.simplify import simplify
 from ...errors import InvariantError
 from ...notation.bind import BoundRule
 from ...quantities import Propagation, Quantity, Source
-from ..capture.graph import Call, Graph
+from ..translate.graph import Call, Graph
 from .averaged import copied, run_averaged
 from .derived import HESSIAN_WEIGHTS, Apart, Arriving, Backward, Basis, Columns, Extraction, Given, column_leg
 from .layer import HANDED, handed_shape

@@ -13,8 +13,8 @@ from ...errors import RuleError, UnsupportedError
 from ...notation.bind import BoundRule, bind
 from ...notation.rule import Rule, RuleFunction, Rules
 from ...quantities import Propagation, Quantity, Source
-from ..capture.foreign import foreign
-from ..capture.graph import Call, Graph, Value, op_text
+from ..translate.foreign import foreign
+from ..translate.graph import Call, Graph, Value, op_text
 from .columns import Setting, columns_of, output_legs
 from .derived import Apart, Columns, Derived
 from .fallback import fallback

@@ -14,7 +14,7 @@ from ...diagram.core import COLUMN, Diagram, Leg, Size, V, hint_of
 from ...notation.bind import BoundRule
 from ...notation.code import Native as Vjp
 from ...quantities.factors import Factors
-from ..capture.graph import Call
+from ..translate.graph import Call
 from .roots import LossRoot
 
 

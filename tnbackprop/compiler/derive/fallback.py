@@ -20,8 +20,8 @@ from ...errors import UnsupportedError
 from ...notation.bind import COTANGENT, COTANGENTS, BoundRule, Equation
 from ...notation.code import Call as FirstCall
 from ...notation.code import Code
-from ..capture.graph import Call, Value, op_text
 from ..program.cost import size_at
+from ..translate.graph import Call, Value, op_text
 
 
 @dataclass(frozen=True)

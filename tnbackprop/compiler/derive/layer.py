@@ -13,8 +13,8 @@ from typing import Any
 from ...diagram.core import N, Size, V
 from ...errors import UnsupportedError
 from ...quantities import Source
-from ..capture.graph import Graph, Value
 from ..program.cost import Rates
+from ..translate.graph import Graph, Value
 from .derived import Backward, Derived, Extraction, Given, Individual, Schedule
 
 COTANGENT = "cotangent"

@@ -18,7 +18,7 @@ from ...diagram.jacobian import Jacobian
 from ...diagram.simplify import simplify
 from ...errors import UnsupportedError
 from ...notation.bind import BoundRule, Equation
-from ..capture.graph import Call
+from ..translate.graph import Call
 from .lines import jacobian_of, operands_of
 from .sweep import Sweep, cotangent_of
 

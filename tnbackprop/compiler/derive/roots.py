@@ -18,7 +18,7 @@ from ...diagram.jacobian import Jacobian
 from ...errors import UnsupportedError
 from ...notation.bind import CURVATURE, HESSIAN_ROOT, NOISE, BoundRoot, BoundRule
 from ...notation.code import Code, Hole
-from ..capture.graph import Call, Graph, Value
+from ..translate.graph import Call, Graph, Value
 
 _UNIFORM = Hole(NOISE)
 NORMAL = Code.of(

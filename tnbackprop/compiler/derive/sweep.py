@@ -21,8 +21,8 @@ from ...errors import InputError, UnsupportedError
 from ...notation.bind import BoundRule, Equation
 from ...quantities import Quantity
 from ...quantities.factors import Factors
-from ..capture.foreign import foreign
-from ..capture.graph import Call, Graph
+from ..translate.foreign import foreign
+from ..translate.graph import Call, Graph
 from .condense import condensed, gathered
 from .derived import Backward, Extraction, Individual, Native
 from .lines import elementwise, jacobian_of, lines_to, operands_of, selects, unchanged

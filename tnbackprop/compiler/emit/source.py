@@ -15,13 +15,13 @@ from torch.utils import _pytree as pytree
 
 from ...diagram.core import Size
 from ...errors import InputError
-from ..capture.graph import Graph
 from ..plan.loops import Loop, loop_lines
 from ..plan.plan import Plan
 from ..program.expr import Body, Call, Expr, Filled, Join, Slices, Value, bodies, children, helpers, reads
 from ..program.functions import Form, Function
 from ..program.lines import Line, captured_by, lines_of
 from ..program.passes import Context, Program, passed
+from ..translate.graph import Graph
 from .naming import TAKEN, Scope, comment, docstring
 from .printer import FOLLOWED, Printer
 

@@ -13,13 +13,13 @@ from ...diagram.core import BATCH, COLUMN, Diagram, Leg, Part, Product, Tensor, 
 from ...diagram.simplify import simplify
 from ...notation.bind import COTANGENT, BoundRule, Equation
 from ..derive.derived import Backward, Extraction, Individual, Native, Schedule
+from ..invariants.stage import Stage
 from ..plan.choose import Choice
 from ..plan.memory import peak_bytes
 from ..plan.plan import Plan
 from ..program.cost import bytes_of, number
 from ..program.expr import Value
 from ..program.passes import PASSES
-from ..stage import Stage
 from .alternatives import Alternative, Way, alternatives, conditions, part_names, seconds, work_numbers
 from .polynomials import Symbols, in_batch_text, number_text
 from .program import pass_lines, program_lines

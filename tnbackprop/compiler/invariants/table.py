@@ -15,14 +15,14 @@ import torch
 from ...diagram.core import BATCH, Diagram, N, V, is_head
 from ...errors import InvariantError
 from ...notation.bind import BoundRule
-from ..capture.graph import Call, Graph, is_batch
 from ..derive.derived import Backward, Derived, Extraction, Individual, Native, Schedule
 from ..plan.plan import Plan, names_in
 from ..program.expr import Call as Call_
 from ..program.expr import reads
 from ..program.passes import Program
-from ..stage import Stage
+from ..translate.graph import Call, Graph, is_batch
 from .source import SOURCE, SourceCheck
+from .stage import Stage
 from .wellformed import Count, count, count_legs, flaws, flaws_of_jacobian, shown
 
 Bound = tuple[tuple[Call, BoundRule], ...]

@@ -10,8 +10,6 @@ import torch
 from ...diagram.core import Selection, Tensor, Window
 from ...notation.bind import BoundRule
 from ...notation.code import Code
-from ..capture.graph import Call, Value
-from ..capture.torch_internals import OpOverload
 from ..derive.fallback import OperatorVjp
 from ..program import expr as e
 from ..program import functions as f
@@ -19,6 +17,8 @@ from ..program.cost import Kernel, Work
 from ..program.expr import Expr, Filled
 from ..program.functions import Function, Memory
 from ..program.store import Store
+from ..translate.graph import Call, Value
+from ..translate.torch_internals import OpOverload
 
 aten = torch.ops.aten
 EACH = e.Value("each", None, (), hint="each")

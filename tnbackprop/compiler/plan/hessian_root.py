@@ -12,13 +12,13 @@ from math import prod
 import torch
 
 from ...diagram.core import BATCH, Leg
-from ..capture.graph import Call, Graph, Value
 from ..derive.roots import LossRoot
 from ..program import expr as e
 from ..program import functions as f
 from ..program.cost import Kernel, Work
 from ..program.expr import Body, Expr, Lambda, Of, Slice, reads
 from ..program.store import Store
+from ..translate.graph import Call, Graph, Value
 from .definite import smallest_eigenvalue
 from .forward import call_expr
 

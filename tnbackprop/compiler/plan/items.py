@@ -9,7 +9,6 @@ from math import prod
 from ...diagram.core import Leg, N, Size, hint_of, is_head
 from ...notation.bind import COTANGENT, COTANGENTS
 from ...notation.code import Code
-from ..capture.graph import Graph
 from ..derive.derived import Backward, Extraction, Individual, Native, Schedule
 from ..derive.fallback import OperatorVjp
 from ..lower.arrange import in_order, reshaped, sizes_of
@@ -18,6 +17,7 @@ from ..program import functions as f
 from ..program.cost import Kernel, Terms, Work
 from ..program.expr import NO_WORK, Call, Expr, Lambda, Ref, Value
 from ..program.store import Store
+from ..translate.graph import Graph
 from .choose import Choice, choose
 from .forward import EACH, fill, operator_vjp
 

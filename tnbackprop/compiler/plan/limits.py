@@ -10,8 +10,8 @@ import torch
 
 from ...diagram.core import Diagram
 from ...errors import UnsupportedError
-from ..capture.graph import Graph
 from ..derive.derived import Backward, Derived, Extraction, Native
+from ..translate.graph import Graph
 
 
 def machine_bytes(device: torch.device) -> int:

@@ -11,7 +11,6 @@ import torch
 from ...diagram.core import COLUMN, Diagram, Leg, hint_of
 from ...errors import UnsupportedError
 from ...notation.bind import BoundRule
-from ..capture.graph import Call, Graph, op_text
 from ..derive.derived import Columns, Derived, Extraction
 from ..lower.contract import Lowering, build
 from ..program import functions as f
@@ -20,6 +19,7 @@ from ..program.expr import Call as Made
 from ..program.expr import Expr, Value
 from ..program.lines import alive
 from ..program.store import LIKE, Store
+from ..translate.graph import Call, Graph, op_text
 from .beside import Beside
 from .choose import Choice
 from .forward import call_expr, fill, forward_work

@@ -9,7 +9,6 @@ import torch
 
 from ...diagram.core import BATCH, N, Size, hint_of
 from ...notation.bind import CURVATURE, HESSIAN_ROOT, NOISE
-from ..capture.graph import Graph
 from ..derive.derived import Arriving, Basis, Columns, Given
 from ..derive.roots import LossRoot
 from ..lower.arrange import arranged, in_order, sizes_of
@@ -18,6 +17,7 @@ from ..program import functions as f
 from ..program.cost import Kernel
 from ..program.expr import Call, Expr, Lambda, Ref, Value
 from ..program.store import Store
+from ..translate.graph import Graph
 from .definite import in_double, smallest_eigenvalue
 from .forward import EACH, fill
 from .hessian_root import hessian_root

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ...diagram.core import BATCH, Diagram, Leg, N, Part, Product, is_head
-from ..capture.graph import Graph
 from ..derive.derived import Backward, Columns, Derived, Extraction, Individual, Native, Schedule
 from ..lower.contract import Lowering
 from ..lower.slices import pairs_samples
@@ -20,6 +19,7 @@ from ..program.expr import Body, Call, Expr, Join, Slices, Value, replaced, size
 from ..program.lines import alive
 from ..program.numbers import TOTAL
 from ..program.store import Store
+from ..translate.graph import Graph
 from .choose import Choice
 from .items import scheduled
 from .memory import Piece, peak_bytes

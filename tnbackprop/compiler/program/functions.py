@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...diagram.core import Size
-from ..capture.torch_internals import OpOverload
+from ..translate.torch_internals import OpOverload
 
 Shape = tuple[Size, ...]
 

@@ -12,9 +12,9 @@ from torch.fx import Interpreter
 from torch.utils import _pytree as pytree
 
 from ...errors import UnsupportedError
-from ..capture.foreign import MISTAKES
-from ..capture.opaque import NAMESPACE, Opaque, named_tensors
-from ..capture.torch_internals import OpOverload
+from ..translate.foreign import MISTAKES
+from ..translate.opaque import NAMESPACE, Opaque, named_tensors
+from ..translate.torch_internals import OpOverload
 from .state import copied, resized
 
 FAILURES = (RuntimeError, AssertionError, *MISTAKES)

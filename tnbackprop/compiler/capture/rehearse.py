@@ -19,11 +19,11 @@ from torch.utils import _pytree as pytree
 
 from ...errors import InputError, UnsupportedError
 from ...notation.rule import Primitive, Rules
-from ..capture.failure import place
-from ..capture.foreign import MISTAKES
-from ..capture.graph import Graph
-from ..capture.opaque import check_output, rule_class
-from ..capture.torch_internals import (
+from ..translate.failure import place
+from ..translate.foreign import MISTAKES
+from ..translate.graph import Graph
+from ..translate.opaque import check_output, rule_class
+from ..translate.torch_internals import (
     READS_GRAPH,
     OpOverload,
     OpOverloadPacket,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..capture.torch_internals import evenly, version
+from ..translate.torch_internals import evenly, version
 
 
 @dataclass(frozen=True)
