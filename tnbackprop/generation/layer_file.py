@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..compiler import part
 from ..compiler.derive.layer import COTANGENT
 from ..compiler.lower.arrange import reshaped
 from ..compiler.program.expr import Expr
 from ..compiler.program.lines import alive
+from ..compiler.single import part
 from ..version import __version__
 from .checking import Checks, Key, Recorded, check_lines, lines_of_text, note, with_records
 from .function import Function, asked, flops_of_many, function

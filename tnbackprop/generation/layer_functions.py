@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from ..compiler import compile_layer, part
 from ..compiler.derive.derive import rules_text
 from ..compiler.derive.derived import HESSIAN_WEIGHTS, Given
 from ..compiler.derive.layer import COTANGENT, HANDED, Layer, handed_shape
 from ..compiler.lower.arrange import reshaped
 from ..compiler.program.lines import alive
+from ..compiler.single import compile_layer, part
 from ..diagram.core import Diagram, N, Size, V
 from ..errors import InputError, UnsupportedError
 from ..notation.rule import Rules

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from ..emit.compiled import Compiled
 from ..program.cost import Kernel
 from ..program.lines import lines_of
 from ..program.passes import PASSES, Pass
 from .text import shortened, table
-
-if TYPE_CHECKING:
-    from .. import Compiled
 
 CODE_WIDTH = 72
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 import sympy
 
@@ -13,6 +12,7 @@ from ...diagram.core import BATCH, COLUMN, Diagram, Leg, Part, Product, Tensor, 
 from ...diagram.simplify import simplify
 from ...notation.bind import COTANGENT, BoundRule, Equation
 from ..derive.derived import Backward, Extraction, Individual, Native, Schedule
+from ..emit.compiled import Compiled
 from ..invariants.stage import Stage
 from ..plan.choose import Choice
 from ..plan.memory import peak_bytes
@@ -24,9 +24,6 @@ from .alternatives import Alternative, Way, alternatives, conditions, part_names
 from .polynomials import Symbols, in_batch_text, number_text
 from .program import pass_lines, program_lines
 from .text import body_text, diagram_text, legs_text, milliseconds, shortened, size_text, table
-
-if TYPE_CHECKING:
-    from .. import Compiled
 
 CODE_WIDTH = 72
 STEP_HEADER = ("value", "kernel", "FLOPs", "bytes", "ms", "FLOPs =", "bytes =", "code")

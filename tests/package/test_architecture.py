@@ -1,0 +1,215 @@
+"""The shape of the source: imports point one way, files and functions stay small, nothing is hidden or swallowed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "tnbackprop"
+OWN = sorted(PACKAGE.rglob("*.py"))
+FOLDERS = ("tnbackprop", "tests", "benchmarks", "examples", "docs")
+ALL = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+# The rooms in order: each may import those before it, and its own files. Another room is a question for the design.
+ORDER = (
+    "errors", "version", "diagram", "notation", "rules", "quantities",
+    "compiler.translate", "compiler.capture", "compiler.program", "compiler.derive", "compiler.lower", "compiler.plan",
+    "compiler.emit", "compiler.invariants", "compiler.explain", "compiler",
+    "linalg", "runtime", "declare", "layer", "api", "kernels", "products",
+    "drawing", "generation", "verification", "__init__", "commands", "__main__",
+)  # fmt: skip
+# What some of them must not know, though it comes before them.
+ONLY = {
+    "rules": ("errors", "diagram", "notation"),
+    "quantities": ("errors", "diagram", "notation"),
+    "linalg": ("errors",),
+    "compiler.program": ("errors", "diagram", "notation", "compiler.translate"),
+    "compiler.lower": ("errors", "diagram", "notation", "compiler.program"),
+}
+TORCH_FREE = ("errors", "diagram", "notation", "quantities")
+MOST_LINES = 2400
+"""Of a room; those of generated files and of the checks of whole models are larger, and are to come down."""
+LARGE = {"generation": 2800, "verification": 2850}
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def shown(path: Path, node: ast.AST) -> str:
+    return f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+
+
+def name(path: Path) -> str:
+    """tnbackprop/compiler/plan/plan.py is "compiler.plan"; a package is its __init__."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def part(module: str) -> str:
+    """The room: "compiler.plan.choose" belongs to "compiler.plan", "compiler.search" to "compiler"."""
+    first, *rest = module.removesuffix(".__init__").split(".")
+    if first == "compiler" and rest and (PACKAGE / first / rest[0]).is_dir():
+        return f"{first}.{rest[0]}"
+    return first or "__init__"
+
+
+def imports(path: Path, types: bool = True) -> Iterator[tuple[ast.AST, str]]:
+    """Every import as a dotted name: relative ones as ".compiler.plan", seen from the package.
+
+    types   also those that only a type checker makes
+    """
+    tree = parsed(path)
+    if not types:
+        tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from ((node, f"{node.module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            here = name(path).split(".")
+            base = here[: len(here) - node.level]
+            modules = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from ((node, "." + ".".join([*base, module])) for module in modules)
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def test_every_part_is_listed() -> None:
+    assert {part(name(path)) for path in OWN} == set(ORDER)
+
+
+@pytest.mark.parametrize("path", OWN, ids=name)
+def test_imports_point_one_way(path: Path) -> None:
+    own = part(name(path))
+    before = ONLY.get(own, ORDER[: ORDER.index(own)])
+    for node, module in imports(path):
+        if module.startswith("tnbackprop"):
+            assert own in ("commands", "__main__"), f"{shown(path, node)}: import {module} relatively"
+        elif module.startswith("."):
+            assert part(module[1:]) in (own, *before), f"{shown(path, node)}: {own} must not import {module[1:]}"
+
+
+@pytest.mark.parametrize("room", sorted({part(name(path)) for path in OWN}))
+def test_rooms_are_small(room: str) -> None:
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in OWN if part(name(path)) == room)
+    assert lines <= LARGE.get(room, MOST_LINES), f"{room} has {lines} lines"
+
+
+def test_the_pipeline_is_one_page() -> None:
+    """The stages in order, in at most 25 lines, and nothing else beside them."""
+    (compile_program,) = functions(PACKAGE / "compiler" / "__init__.py")
+    assert (compile_program.end_lineno or 0) - compile_program.lineno + 1 <= 25
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """The graph of single modules has no cycle."""
+    graph: dict[str, set[str]] = {}
+    modules = {name(path).removesuffix(".__init__"): path for path in OWN if name(path) != "__init__"}
+    for module, path in modules.items():
+        graph[module] = {m[1:] for _, m in imports(path, types=False) if m[1:] in modules and m[1:] != module}
+        if path.stem == "__init__":  # a package and the files that it collects
+            graph[module] = {m for m in graph[module] if not m.startswith(module + ".")}
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join((*above, module))
+        if module not in done:
+            for other in sorted(graph[module]):
+                visit(other, (*above, module))
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+
+
+@pytest.mark.parametrize("path", [p for p in OWN if part(name(p)) in TORCH_FREE], ids=name)
+def test_mathematics_without_torch(path: Path) -> None:
+    for node, module in imports(path):
+        assert module.split(".")[0] != "torch", shown(path, node)
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "quantities").glob("*.py")), ids=name)
+def test_quantities_never_see_a_layer(path: Path) -> None:
+    """No layer type by name, neither of torch.nn nor of ATen."""
+    layers = {
+        "Linear",
+        "Conv1d",
+        "Conv2d",
+        "Conv3d",
+        "BatchNorm2d",
+        "LayerNorm",
+        "Embedding",
+        "ReLU",
+        "MaxPool2d",
+        "nn",
+        "aten",
+    }
+    for node in ast.walk(parsed(path)):
+        word = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+        assert word not in layers, shown(path, node)
+    assert not any(module.startswith(".rules") for _, module in imports(path))
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_are_small(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= 400, f"{path.relative_to(ROOT)} has {lines} lines"
+    for function in functions(path):
+        length = (function.end_lineno or 0) - function.lineno + 1
+        assert length <= 60, f"{shown(path, function)} {function.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_import_inside_a_function(path: Path) -> None:
+    for function in functions(path):
+        for node in ast.walk(function):
+            assert not isinstance(node, ast.Import | ast.ImportFrom), shown(path, node)
+
+
+@pytest.mark.parametrize("path", OWN, ids=name)
+def test_nothing_is_swallowed(path: Path) -> None:
+    """No broad except, no `pass` as the answer to an error, no warning instead of one, no global statement."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            assert caught not in ("everything", "Exception", "BaseException"), f"{shown(path, node)} catches {caught}"
+            assert not all(isinstance(line, ast.Pass) for line in node.body), f"{shown(path, node)} is silent"
+        assert not isinstance(node, ast.Global), f"{shown(path, node)}: a global that changes"
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) != "warnings.warn", f"{shown(path, node)}: raise or say it in explain()"
+
+
+IMPORT_TIME = """
+import time
+import torch
+start = time.perf_counter()
+import tnbackprop
+print(time.perf_counter() - start)
+"""
+
+
+def test_import_is_quick() -> None:
+    """Less than 2 s beyond `import torch`: the better of two, since the machine may be busy."""
+    seconds = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", IMPORT_TIME], cwd=ROOT, capture_output=True, text=True, check=True)
+        seconds.append(float(done.stdout))
+        if seconds[-1] < 2:
+            return
+    assert min(seconds) < 2, seconds
+
+
+def test_nothing_is_emitted_at_import() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import tnbackprop"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr

@@ -1,0 +1,201 @@
+"""`tn.verify` of models and programs, and the oracle that it compares with."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tnbackprop as tn
+from tnbackprop.verification import oracle
+from tnbackprop.verification.models import in_float64
+from tnbackprop.verification.oracle import Problem
+
+from .. import oracle as first_order
+from .. import oracle_second
+from ..cases import CASES
+from ..models import Apply
+from ..verified import AFFINE, DAMPED, FIRST, Affine, Damped
+
+BY_NAME = {case.name: case for case in CASES}
+NETS = ("cnn", "attention", "layer_norm", "tied_transposed", "residual")
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_models(name: str) -> None:
+    case = BY_NAME[name].build()
+    report = tn.verify(case.model, case.x, case.y, loss=case.loss, quantities=(tn.BatchL2(), tn.DiagGGN(), tn.NTK()))
+    assert report.ok, report
+    assert {"formula", "Jacobian", "batch_l2", "diag_ggn", "ntk"} <= {row.what for row in report.rows}
+
+
+def test_a_program_in_its_own_dtype() -> None:
+    """float32, drawn classes; the source that is compared is the one that runs; the model is as it was."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    x, y = torch.randn(4, 1, 4, 4), torch.randint(3, (4,))
+    quantities = [tn.BatchL2(scale=tn.Scale.UNSCALED), tn.Variance(scale=tn.Scale.BACKPACK), tn.KFAC(), tn.DiagGGNMC()]
+    program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), quantities)
+    for report in (tn.verify(program), tn.verify(program, x, y)):
+        assert report.ok, report
+        assert not report.left_out and {"kfac", "diag_ggn_mc"} <= {row.what for row in report.rows}
+    assert all(torch.equal(before[name], p) and p.dtype == torch.float32 for name, p in model.named_parameters())
+    assert in_float64(program, model.double()).source == program.source
+
+
+@contextmanager
+def multiplied(program: tn.Program, quantity: str, factor: int) -> Iterator[None]:
+    """Programs that are compiled here give a multiple of a quantity."""
+    right = program._function
+
+    def wrong(tensors: dict[str, Tensor]) -> Any:
+        loss, output, values = right(tensors)
+        return loss, output, {quantity: {name: factor * value for name, value in values[quantity].items()}}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tnbackprop.runtime.program.load", lambda source: wrong)
+        yield
+
+
+def test_a_wrong_program_is_found() -> None:
+    """Rules are right, the quantity is not: the factor is said."""
+    model = nn.Linear(3, 2).double()
+    program = tn.compile(model, nn.MSELoss(), (torch.randn(4, 3).double(), torch.randn(4, 2).double()), [tn.BatchL2()])
+    assert tn.verify(program).ok
+    match = r"batch_l2 of 'weight'\[axis0=0\]: the program[^§]*2 times"
+    with multiplied(program, "batch_l2", 2), pytest.raises(tn.VerificationError, match=match):
+        tn.verify(program)
+
+
+def test_an_operation_without_a_rule_is_left_out() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), Apply(lambda t: torch.cumprod(t, 1)), nn.Linear(3, 2))
+    report = tn.verify(model, (4, 3), quantities=(tn.Grad(),))
+    assert report.ok
+    assert any("cumprod" in note.what and "no rule" in note.why for note in report.left_out)
+    assert any(note.what == "hessian_diag" for note in tn.verify(model, (2, 3)).left_out)
+    with pytest.raises(tn.UnsupportedError, match="second derivative is not known"):
+        tn.verify(model, (4, 3), quantities=(tn.HessianDiag(),))
+
+
+def test_rules_of_a_model() -> None:
+    """A wrong rule is found in the model that uses it."""
+    model = nn.Sequential(nn.Linear(3, 3), Damped(3))
+    rules = tn.RULES | {Damped: lambda layer: DAMPED.replace("3/2", "2")}
+    with pytest.raises(tn.VerificationError, match=r"the model Sequential is wrong: formula[^§]*1\.33333 times"):
+        tn.verify(model, (2, 3), rules=rules, quantities=FIRST)
+
+
+class Two(nn.Module):
+    """Two outputs by name, one with a further axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 2), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.one(x).tanh()
+        return {"h": h, "outer": h[:, :, None] * self.two(x)[:, None]}
+
+
+FIRST_ORDER = {"grad", "batch_grad", "batch_l2", "batch_dot", "second_moment", "variance"}
+
+
+LSTM = pytest.param(lambda: nn.LSTM(2, 3, batch_first=True), (4, 1, 2), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("make,x", [(Two, (4, 3)), LSTM])
+def test_several_outputs(make: Any, x: tuple[int, ...]) -> None:
+    """The squares of all of them; what needs one output is left out. An LSTM's states have the batch on axis 1."""
+    report = tn.verify(make(), x)
+    assert report.ok, report
+    assert FIRST_ORDER <= {row.what for row in report.rows}
+    assert {note.what: note.why for note in report.left_out}["kfac_empirical"] == "the model returns several tensors"
+
+
+def test_a_wrong_value_of_several_outputs_is_found() -> None:
+    model, quantities = Two().double(), [tn.BatchGrad()]
+    loss = lambda f, y: (f["h"] - y).square().sum() + f["outer"].sum()  # noqa: E731
+    x, y = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    assert tn.verify(model, x, y, loss=loss, quantities=quantities).ok
+    program = tn.compile(model, loss, (x, y), quantities)
+    match = r"batch_grad of 'one.weight'[^§]*3 times"
+    with multiplied(program, "batch_grad", 3), pytest.raises(tn.VerificationError, match=match):
+        tn.verify(program, x, y)
+
+
+def test_a_target_of_several_outputs_needs_its_loss() -> None:
+    with pytest.raises(tn.InputError, match=r"Two returns dict, so what y is the target of .*\n.*loss="):
+        tn.verify(Two(), (4, 3), (4, 2))
+
+
+def test_a_model_without_a_parameter() -> None:
+    """Nothing is differentiated, so nothing is compared, and the message says why."""
+    with pytest.raises(tn.InputError, match=r"(?s)quantities: the model has no trainable parameter.*Nothing could be"):
+        tn.verify(nn.Sigmoid(), (4, 3))
+    with pytest.raises(tn.InputError, match="grad: Sigmoid has no parameters"):
+        tn.verify(nn.Sigmoid(), (4, 3), quantities=[tn.Grad()])
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.query(x)[:, None], self.key(x)[:, None]
+        return nn.functional.scaled_dot_product_attention(q, k, q)[:, 0].sum(1)
+
+
+def test_second_derivatives_of_attention() -> None:
+    """torch's fused kernel has none: the oracle takes the one that has."""
+    report = tn.verify(Attention(), (2, 3, 3), quantities=[tn.HessianDiag(), tn.HesScale()])
+    assert report.ok and not report.left_out, report
+    assert {"hessian_diag", "hesscale"} <= {row.what for row in report.rows}
+
+
+def test_it_leaves_the_generator_alone() -> None:
+    module = Affine(2, 2)
+    torch.manual_seed(3)
+    want = torch.rand(2)
+    torch.manual_seed(3)
+    tn.verify(AFFINE, module=module, quantities=FIRST)
+    assert torch.equal(torch.rand(2), want)
+
+
+# ---------------------------------------------------------------- the oracle
+
+
+def test_the_oracle_knows_nothing_of_the_package() -> None:
+    tree = ast.parse(Path(oracle.__file__).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, ast.unparse(node)
+            assert str(node.module).split(".")[0] in ("torch", "__future__", "collections", "dataclasses", "typing")
+
+
+@pytest.mark.parametrize("name", ["mlp_sum", "cross_entropy_weights_ignore", "tied_transposed"])
+def test_the_oracle_against_the_other_one(name: str) -> None:
+    """That of the tests was written before, from the definitions."""
+    case = BY_NAME.get(name) or next(c for c in CASES if "ignore" in c.name)
+    p = case.build()
+    forward = lambda theta, x: torch.func.functional_call(p.model, dict(theta), (x,))  # noqa: E731
+    problem = Problem(forward, p.loss, first_order.parameters(p.model), p.x, p.y, len(p.x))
+    pairs = [
+        (oracle.gradient(problem), first_order.grad(p.model, p.loss, p.x, p.y)),
+        (oracle.individual(problem), first_order.batch_grad(p.model, p.loss, p.x, p.y)),
+        (oracle.variance(problem), first_order.variance(p.model, p.loss, p.x, p.y)),
+        (oracle.ggn_diagonal(problem, False), oracle_second.diag_ggn(p.model, p.loss, p.x, p.y)),
+        (oracle.ggn_traces(problem), oracle_second.ggn_trace(p.model, p.loss, p.x, p.y)),
+        (oracle.hessian_diagonal(problem, False), oracle_second.hessian_diag(p.model, p.loss, p.x, p.y)),
+        (oracle.hessian_diagonal(problem, True), oracle_second.hessian_diag_per_sample(p.model, p.loss, p.x, p.y)),
+    ]
+    for got, want in pairs:
+        assert list(got) == list(want)
+        for key, value in want.items():
+            torch.testing.assert_close(got[key], value, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,32 @@
+"""What every stage has made of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..derive.derived import Derived
+from ..plan.plan import Plan
+from ..program.expr import Value
+from ..translate.graph import Graph
+from .source import Writer
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What every stage produced."""
+
+    graph: Graph
+    derived: Derived
+    plan: Plan
+    source: str
+
+    @cached_property
+    def texts(self) -> dict[Value, tuple[str, str]]:
+        """The name and the expression of every step, for people."""
+        return self.writer.texts()
+
+    @cached_property
+    def writer(self) -> Writer:
+        """What writes its source."""
+        return Writer(self.graph, self.plan)

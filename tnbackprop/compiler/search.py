@@ -1,0 +1,116 @@
+"""Search: over how many columns go at a time, and what goes with them; planning is tried, and the fastest is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..notation.bind import BoundRule
+from ..quantities import Quantity
+from .derive.derive import derive
+from .derive.derived import Apart, Derived
+from .lower.table import LOWERINGS
+from .plan.limits import check_memory, machine_bytes
+from .plan.memory import peak_bytes
+from .plan.plan import Plan, plan
+from .plan.processor import of_processor
+from .plan.samples import separable
+from .program.cost import RATES, Rates
+from .translate.graph import Call, Graph
+
+WIDER = (4, 8)
+CLEARLY = 0.95
+"""As many columns ride together as the device likes, half as many where that looks faster (they may come out even), or
+one of `WIDER` times as many where that looks clearly faster: those take more memory. The gradient rides along with them
+where that looks clearly faster, too: views are not free."""
+MANY = 2
+"""A sample that has this many times the columns that the device likes may have them all at once."""
+WORTH = 1e-3
+"""Seconds that a program must take for another way to be tried: planning takes longer."""
+
+
+
+Made = tuple[Derived, Plan]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a program runs: what it does how fast, the bytes of its floating numbers, and its memory."""
+
+    rates: Rates
+    itemsize: int
+    machine: int
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, here: bool = True) -> Device:
+        """That of a model's parameters; `here` where the source runs on this machine: by what this one has."""
+        first = next(model.parameters(), None)
+        device = torch.device("cpu") if first is None else first.device
+        itemsize = 4 if first is None else first.dtype.itemsize
+        rates = RATES.get(device.type, RATES["cpu"])
+        if here and rates.name == "cpu" and itemsize == 4:
+            rates = of_processor(rates)
+        return cls(rates, itemsize, machine_bytes(device))
+
+
+def searched(
+    graph: Graph,
+    bound: tuple[tuple[Call, BoundRule], ...],
+    quantities: Sequence[Quantity],
+    device: Device,
+    memory_limit: int | None,
+) -> Made:
+    """What is derived and planned for these quantities.
+
+    Raises `UnsupportedError` where not even one sample at a time fits the memory.
+    """
+    rates, itemsize = device.rates, device.itemsize
+    width, *others = _widths(rates, graph.example_batch)
+    derived = derive(graph, bound, quantities, width)
+    check_memory(graph, derived, itemsize, memory_limit or device.machine)
+
+    def attempt(columns: int, apart: Apart | None = None, beside: bool = False) -> Made | None:
+        plain = columns == width and apart is None and not beside
+        again = derived if plain else derive(graph, bound, quantities, columns, apart, beside)
+        possible = separable(again) and beside == any(each.beside for each in again.columns)
+        return (again, plan(graph, again, LOWERINGS, rates, itemsize)) if possible else None
+
+    derived, planned = _fastest(width, others, Apart(MANY * rates.rows, rates.odd), attempt)
+    if memory_limit is not None and peak_bytes(planned) > memory_limit:
+        derived = derive(graph, bound, quantities)
+        planned = plan(graph, derived, LOWERINGS, rates, itemsize, memory_limit)
+    return derived, planned
+
+
+def _widths(rates: Rates, batch: int) -> tuple[int, ...]:
+    """How many columns may ride together: what the device likes, and what else to try."""
+    likes = max(1, rates.rows // batch)
+    tried = (likes, max(1, rates.rows // (2 * batch)), *(max(1, times * rates.rows // batch) for times in WIDER))
+    return tuple(dict.fromkeys(tried))
+
+
+def _fastest(width: int, others: Sequence[int], apart: Apart, attempt: Callable[..., Made | None]) -> Made:
+    """What is derived and planned for as many columns at a time as looks best, or for one sample after the other."""
+    best = attempt(width)
+    assert best is not None
+    likes = best[1].seconds
+    if likes < WORTH:
+        return best
+    together = attempt(width, beside=True)
+    best = together if together is not None and together[1].seconds < CLEARLY * likes else best
+    if not best[1].loops:
+        return best
+    many = any(loop.columns >= apart.least for loop in best[1].loops)
+    alone = attempt(max((width, *others)), apart) if many else None
+    if alone is not None and alone[1].seconds < CLEARLY * likes:
+        best = alone
+    for tried in others:
+        made = attempt(tried)
+        assert made is not None
+        better = made[1].seconds < (likes if tried < width else min(CLEARLY * likes, best[1].seconds))
+        best = made if better and made[1].seconds < best[1].seconds else best
+        if better == (tried < width):  # fewer do, or these are too many
+            break
+    return best

@@ -1,0 +1,49 @@
+"""A layer on its own, through the same stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..errors import UnsupportedError
+from ..notation.rule import Rules
+from ..quantities import Quantity
+from .capture.export import capture
+from .derive.derive import bind_all, derive, needs_rule
+from .derive.layer import Layer, opened
+from .invariants.stage import Stage
+from .invariants.table import asked, check
+from .lower.table import LOWERINGS
+from .plan.plan import Plan, names_in, plan
+from .search import Device
+
+
+def compile_layer(module: torch.nn.Module, x: Any, quantities: Sequence[Quantity], rules: Rules) -> Layer:
+    """The same stages for a module on its own, up to the diagrams; what is computed of them is planned by `part`."""
+    graph = capture(module, None, (x, None), rules)
+    seen = asked(module, tuple(q.name for q in quantities))
+    graph = opened(check(Stage.CAPTURE, graph, seen))
+    check(Stage.CAPTURE, graph, seen)
+    for call in graph.calls:
+        if needs_rule(call) and call.target not in rules:
+            raise UnsupportedError(
+                f"{call.where} has no rule, so there is no formula to generate code from.\n"
+                "  Declare one: rules=tn.RULES | {...} (examples/add_a_layer.py)."
+            )
+    bound = bind_all(graph, rules)
+    check(Stage.BIND, bound, seen := replace(seen, graph=graph))
+    derived = derive(graph, bound, quantities)
+    check(Stage.DERIVE, derived, seen)
+    device = Device.of(module, here=False)
+    return Layer(graph, derived, device.rates, device.itemsize)
+
+
+def part(layer: Layer, results: Sequence[tuple[str, str]], output: Any = None) -> Plan:
+    """The steps for some (quantity, parameter) and for some values, and for nothing else."""
+    chosen = layer.chosen(results, names_in(output))
+    graph = replace(layer.graph, output=output)
+    planned = plan(graph, chosen, LOWERINGS, layer.rates, layer.itemsize)
+    return check(Stage.PLAN, planned, replace(asked(torch.nn.Module(), ()), graph=graph))
