@@ -102,11 +102,11 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 COMMANDS = (
     Command("demo", "per-sample quantities of a small CNN on handwritten digits", "demo", _demo_arguments, "examples"),
-    Command("explain", "formulas, diagrams, path and costs, layer by layer", "commands.explain", _explain_arguments),
-    Command("verify", "a rule or a model against torch.func; 1 if it is wrong", "commands.verify", _verify_arguments),
-    Command("draw", "a picture of a model, or of one quantity", "commands.draw", _draw_arguments),
-    Command("generate", "a file that needs torch only", "commands.generate", _generate_arguments),
-    Command("bench", "a benchmark of the repository", "commands.bench", _bench_arguments),
+    Command("explain", "formulas, diagrams, path and costs, layer by layer", "explain", _explain_arguments),
+    Command("verify", "a rule or a model against torch.func; 1 if it is wrong", "verify", _verify_arguments),
+    Command("draw", "a picture of a model, or of one quantity", "draw", _draw_arguments),
+    Command("generate", "a file that needs torch only", "generate", _generate_arguments),
+    Command("bench", "a benchmark of the repository", "bench", _bench_arguments),
 )
 
 
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"{__package__}.{command.module}")
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if not command.extra or missing == __package__:
+        if not command.extra or missing == __package__.partition(".")[0]:
             raise
         print(
             f"tnbackprop {command.name}: {missing} is not installed. "
