@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import sympy
 
 from ..compiler.explain.text import map_text
-from ..diagram.core import Leg, Map, Selection, Window
+from ..diagram.core import Leg, Map, Selection, Window, hint_of
 
 Names = Mapping[str, str]
 """What is shown instead of the name of a tensor or a leg."""
@@ -22,11 +22,11 @@ def scale_text(scale: sympy.Expr) -> str:
 
 def expression(operand: Map, names: Names) -> str:
     """A map in the names of its arguments, with legs where one tensor is read in two ways."""
-    read = [arg.name for arg in operand.args]
+    read = [hint_of(arg.name) for arg in operand.args]
     shown = []
     for arg in operand.args:
         legs = ", ".join(_name(leg, names) for leg in arg.legs)
-        shown.append(names.get(arg.name, arg.name) + (f"[{legs}]" if read.count(arg.name) > 1 else ""))
+        shown.append(names.get(hint_of(arg.name), hint_of(arg.name)) + (f"[{legs}]" if read.count(hint_of(arg.name)) > 1 else ""))
     text = map_text(operand.expr, shown)
     if text.startswith("(") and " else " in text:
         text = text[1:-1]
@@ -45,7 +45,7 @@ def pattern(window: Window, names: Names) -> str:
 def one_hot(selection: Selection, names: Names) -> str:
     """𝟙[index = y, x]"""
     choice = ", ".join(_name(leg, names) for leg in selection.choice)
-    return f"𝟙[{names.get(selection.index.name, selection.index.name)} = {choice}]"
+    return f"𝟙[{names.get(hint_of(selection.index.name), hint_of(selection.index.name))} = {choice}]"
 
 
 def _name(leg: Leg, names: Names) -> str:

@@ -8,7 +8,21 @@ from dataclasses import dataclass
 import numpy as np
 import sympy
 
-from ..diagram.core import Delta, Diagram, Leg, Map, N, Operand, Part, Product, Selection, Tensor, Window, ordered_union
+from ..diagram.core import (
+    Delta,
+    Diagram,
+    Leg,
+    Map,
+    N,
+    Operand,
+    Part,
+    Product,
+    Selection,
+    Tensor,
+    Window,
+    hint_of,
+    ordered_union,
+)
 from .geometry import Array
 from .grid import arrange
 from .labels import Names, expression, one_hot, pattern, scale_text
@@ -184,7 +198,7 @@ def _node(operand: Operand, names: Names) -> Node:
     note = str(operand)
     match operand:
         case Tensor():
-            name = names.get(operand.name, operand.name)
+            name = names.get(hint_of(operand.name), hint_of(operand.name))
             return closed(Shape(Kind.TENSOR, Box(0, 0, max(34.0, width(name) + 20), 34.0), (name,), note))
         case Delta():
             return closed(Shape(Kind.DELTA, Box(0, 0, 10.0, 10.0), (), note))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..diagram.core import Diagram, Leg, Part, operand_tensors
+from ..diagram.core import Diagram, Leg, Part, hint_of, operand_tensors
 from ..errors import InputError
 from ..quantities.factors import Factors
 from ..runtime import Program
@@ -178,7 +178,7 @@ def _names_in(what: Drawable) -> Iterator[str]:
     match what:
         case Diagram():
             yield from (leg.name for leg in _legs(what))
-            yield from (tensor.name for p in what.products for op in p.operands for tensor in operand_tensors(op))
+            yield from (hint_of(tensor.name) for p in what.products for op in p.operands for tensor in operand_tensors(op))
         case Factors():
             for diagram in what.diagrams:
                 yield from _names_in(diagram)

@@ -68,7 +68,7 @@ BOOKKEEPING = frozenset({
 """Entries of a class that change nothing that runs."""
 ROOTS = tuple(
     str(folder) + os.sep
-    for folder in (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), PurePath(__file__).parent)
+    for folder in (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), PurePath(__file__).parents[1])
 )
 INSTALLED = frozenset({"site-packages", "dist-packages"})
 GENERATED = "<string>"

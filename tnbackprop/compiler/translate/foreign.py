@@ -10,7 +10,7 @@ from pathlib import Path
 from ...errors import TnError
 
 MISTAKES = (ArithmeticError, AttributeError, LookupError, NameError, TypeError, ValueError)
-PACKAGE = str(Path(__file__).parents[1])
+PACKAGE = str(Path(__file__).parents[2])
 
 
 @contextmanager
