@@ -13,7 +13,7 @@ from typing import Any
 
 from ..quantities import HessianDiag, Quantity
 from .references import definition
-from .text import data, wrapped
+from .text import data, string, strings, wrapped
 
 Key = tuple[str, str]
 Recorded = Mapping[Key, tuple[float, ...]]
@@ -83,17 +83,17 @@ def check_lines(checks: Checks, recorded: Recorded, low: bool = False) -> list[s
         texts.append(AUTOGRAD)
     texts += _needed(read)
     if checks.references:
-        entries = (f'    "{name}": ({kind}, {text}),' for name, (kind, text) in checks.references.items())
+        entries = (f"    {string(name)}: ({kind}, {text})," for name, (kind, text) in checks.references.items())
         tables += ["", "", "REFERENCES = {", *(row for line in entries for row in wrapped(line)), "}"]
         texts.append(CHECK_DEFINITIONS)
         calls.append("check_definitions(values, found)")
     if checks.second:
-        entries = (f'    "{name}": ({of}, {each!r}),' for name, (of, each) in checks.second.items())
+        entries = (f"    {string(name)}: ({of}, {each!r})," for name, (of, each) in checks.second.items())
         tables += ["", "", "SECOND = {", *entries, "}"] if not tables else ["SECOND = {", *entries, "}"]
         texts.append(CHECK_SECOND)
         calls.append("check_second_derivatives(values, found)")
     if checks.factors:
-        entries = (f'    ("{key[0]}", "{key[1]}"): {entry},' for key, entry in checks.factors.items())
+        entries = (f"    {strings(key)}: {entry}," for key, entry in checks.factors.items())
         head = "# (which columns make them exact), pulled back by, parameters, sizes of the axes, their order"
         tables += [] if tables else ["", ""]
         tables += [head, "KRONECKER = {", *(row for line in entries for row in wrapped(line)), "}"]
@@ -126,8 +126,7 @@ def lines_of_text(text: str) -> list[str]:
 
 def kronecker_entry(exact: str, pull: str, names: Sequence[str], sizes: Sequence[int], order: Sequence[int]) -> str:
     """An entry of the table of factors."""
-    parts = ", ".join(repr(tuple(each)).replace("'", '"') for each in (names, sizes, order))
-    return f"({exact}, {pull}, {parts})"
+    return f"({exact}, {pull}, {strings(names)}, {tuple(sizes)!r}, {tuple(order)!r})"
 
 
 EXAMPLE = '''

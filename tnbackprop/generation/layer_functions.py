@@ -13,6 +13,7 @@ import torch
 from ..compiler.derive.derive import rules_text
 from ..compiler.derive.derived import HESSIAN_WEIGHTS, Given
 from ..compiler.derive.layer import COTANGENT, HANDED, Layer, handed_shape
+from ..compiler.emit.naming import identifier
 from ..compiler.lower.arrange import reshaped
 from ..compiler.program.lines import alive
 from ..compiler.single import compile_layer, part
@@ -165,15 +166,11 @@ def extracted(prepared: Prepared) -> dict[tuple[str, str], Function]:
             *([f"Assumes: {block.factors.assumption}."] if block is not None else []),
             f"{flops(plan)}. {_origin(prepared)}",
         ]
-        name = f"{_identifier(quantity.name)}_{own}"
+        name = f"{identifier(quantity.name)}_{own}"
         if any(name == each.name for each in found.values()):
             raise InputError(f"two functions would be called {name!r}: give {quantity.name!r} another name=")
         found[key] = function(name, plan, returns, prepared.inputs, doc)
     return found
-
-
-def _identifier(name: str) -> str:
-    return "".join(char if char.isalnum() else "_" for char in name)
 
 
 def _formulas(prepared: Prepared, diagrams: Sequence[tuple[str, Diagram]], cotangent: str = "") -> list[str]:

@@ -22,7 +22,7 @@ from .checking import SAMPLES, Checks, Key, kronecker_entry
 from .function import Function, Inputs, function
 from .kronecker import Block, absorbed
 from .names import Names
-from .text import statement
+from .text import statement, string
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def model_checks(
         checks.texts += [_pulled_text(root) for root in roots]
         labels = [f"drawn for {', '.join(root.quantities)}" if root.drawn else "that are exact" for root in roots]
         names = [(label, root.function.name, root.drawn) for label, root in zip(labels, roots, strict=True)]
-        rows = [f'    "{label}": (columns_of_{name}, {drawn}),' for label, name, drawn in names]
+        rows = [f"    {string(label)}: (columns_of_{name}, {drawn})," for label, name, drawn in names]
         checks.texts += ["\n".join(["ROOTS = {", *rows, "}"]), _CHECK_ROOTS]
         checks.calls.append("check_roots(values)")
     return checks

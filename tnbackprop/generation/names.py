@@ -13,6 +13,7 @@ import torch
 
 from ..compiler.derive.derived import HESSIAN_WEIGHTS
 from ..compiler.derive.layer import COTANGENT, HANDED, Layer
+from ..compiler.emit.naming import Scope, identifier
 from ..diagram.core import hint_of
 
 RESERVED = frozenset({
@@ -52,11 +53,14 @@ def layer_names(module: torch.nn.Module, layer: Layer) -> Names:
     for k, value in enumerate(inputs):
         by_key = value.partition("_")[2]
         wanted[value] = by_key if by_key in signature else signature[k] if k < len(signature) else value
+    state = {graph.parameters[v][0] for v in graph.parameters} | set(graph.buffers.values())
     taken = RESERVED | {*graph.values, *(e.name for _, rule in layer.derived.bound for e in rule.equations)}
     found: dict[str, str] = {}
     for value, name in wanted.items():
-        free = name.isidentifier() and (name not in taken or name == value) and name not in found.values()
+        free = name == identifier(name) and (name not in taken or name == value) and name not in found.values()
         found[value] = name if free and not re.fullmatch(r"t\d+", name) else value
+    scope = Scope({*taken, *found.values()})
+    found |= {value: scope.fresh(f"input_{value}") for value in inputs if found[value] in state}
     return Names(found)
 
 

@@ -133,6 +133,16 @@ def quoted(code: str) -> str:
 _STRING = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 
 
+def string(text: str) -> str:
+    """Any text as a literal."""
+    return quoted(repr(text))
+
+
+def strings(texts: Iterable[str]) -> str:
+    """A tuple of literals."""
+    return quoted(repr(tuple(texts)))
+
+
 def _double(literal: str) -> str:
     inside = literal[1:-1]
     return f'"{inside}"' if literal[0] == "'" and not set(inside) & {'"', "\\"} else literal

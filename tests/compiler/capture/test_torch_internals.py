@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +51,17 @@ def test_einsums_stay_whole() -> None:
         assert not torch.backends.opt_einsum.enabled
     failing(internals.whole_einsums())
     assert torch.backends.opt_einsum.enabled == before
+
+
+@pytest.mark.parametrize("name", ["a", "a.b", "class", 'x"', "'", "\n", "\\", "7", "ﬁ", '")\nraise RuntimeError\n#'])
+def test_attributes_of_any_name(name: str) -> None:
+    before = torch.fx.graph._format_target
+    with internals.any_target():
+        text = torch.fx.graph._format_target("root", name)
+    failing(internals.any_target())
+    assert torch.fx.graph._format_target is before
+    inner = SimpleNamespace(**{name.rpartition(".")[2]: 1})
+    assert eval(text, {"root": SimpleNamespace(a=inner) if "." in name else inner}) == 1
 
 
 def exported(model: nn.Module, x: Tensor) -> Any:

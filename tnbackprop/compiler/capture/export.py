@@ -26,6 +26,8 @@ from ..translate.symbolic import symbolic_kernels
 from ..translate.torch_internals import (
     Quiet,
     alone,
+    any_target,
+    decomposed,
     export_refusals,
     peek_interpreter_stack,
     traced_here,
@@ -273,6 +275,7 @@ def _export(
         opaque_calls(wrapped, rules) as opaque,
         symbolic_kernels(),
         whole_einsums(),
+        any_target(),
         traced_here(),
         torch.enable_grad(),
     ):
@@ -283,7 +286,7 @@ def _export(
             if parts and not mutates_view(exported.graph_module):
                 copy_views(exported.graph_module)
             if parts or mutates_view(exported.graph_module):
-                exported = exported.run_decompositions(parts)
+                exported = decomposed(exported, parts)
             return exported, opaque
         except export_refusals() as error:
             _refuse_export(wrapped, error)

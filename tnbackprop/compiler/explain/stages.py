@@ -13,6 +13,7 @@ from ...diagram.simplify import simplify
 from ...notation.bind import COTANGENT, BoundRule, Equation
 from ..derive.derived import Backward, Extraction, Individual, Native, Schedule
 from ..emit.compiled import Compiled
+from ..emit.naming import comment
 from ..invariants.stage import Stage
 from ..plan.choose import Choice
 from ..plan.memory import peak_bytes
@@ -32,15 +33,17 @@ SMALL = 0.01
 
 
 def explain(compiled: Compiled, stage: Stage | None = None) -> str:
-    """Every stage but the source as text, or one stage."""
+    """Every stage but the source as text, or one stage. A name of the model is escaped where it would end a line."""
     shown = (stage,) if stage is not None else (Stage.CAPTURE, Stage.BIND, Stage.DERIVE, Stage.PLAN)
     sections = [section for key in shown for section in SECTIONS[key]]
-    texts = [(title.format(N=compiled.plan.batch), "\n".join(lines(compiled))) for title, lines in sections]
+    texts = [
+        (title.format(N=compiled.plan.batch), "\n".join(map(comment, lines(compiled)))) for title, lines in sections
+    ]
     return "\n\n".join(f"{title}\n{'=' * len(title)}\n{text}" for title, text in texts)
 
 
 def _graph(compiled: Compiled) -> Iterator[str]:
-    yield str(compiled.graph)
+    yield from compiled.graph.rows()
 
 
 def _formulas(compiled: Compiled) -> Iterator[str]:
@@ -362,7 +365,7 @@ def total_rows(compiled: Compiled) -> list[tuple[str, ...]]:
 
 
 def _source(compiled: Compiled) -> Iterator[str]:
-    yield compiled.source
+    yield from compiled.source.splitlines()
 
 
 Section = tuple[str, Callable[["Compiled"], Iterator[str]]]

@@ -137,6 +137,10 @@ class Graph:
 
     def __str__(self) -> str:
         """A table: one line per call with its output, shape, op, operands and module."""
+        return "\n".join(self.rows())
+
+    def rows(self) -> list[str]:
+        """Its lines."""
         named = [f"{self.values[name]}" for name in (*self.inputs, *self.parameters, *self.buffers, *self.constants)]
         rows = [("value", "shape", "op", "operands", "module")]
         for call in self.calls:
@@ -146,7 +150,7 @@ class Graph:
         sizes = f", for N >= {self.least}" if self.least > 1 else ""
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         gives = f"gives  output {self.output}, loss {self.loss}{sizes}"
-        return "\n".join(["reads  " + ", ".join(named), *lines, gives])
+        return ["reads  " + ", ".join(named), *lines, gives]
 
 
 def is_batch(size: Size) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import keyword
 import logging
 import sys
 import threading
@@ -34,6 +35,7 @@ from torch._C._functorch import (
 )
 from torch._subclasses.fake_impls import get_fast_op_impls
 from torch.backends import opt_einsum
+from torch.fx import graph as fx_graph
 from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 from torch.nn.modules import module as module_globals
@@ -64,6 +66,35 @@ def whole_einsums() -> Iterator[None]:
     """An einsum stays one operator, in whatever order torch would contract it."""
     with alone(), opt_einsum.flags(enabled=False):
         yield
+
+
+@contextmanager
+def any_target() -> Iterator[None]:
+    """While active, the code of a graph reads an attribute of any name: torch quotes names by hand, and runs them."""
+    with alone():
+        before = fx_graph._format_target
+        fx_graph._format_target = _target_text
+        try:
+            yield
+        finally:
+            fx_graph._format_target = before
+
+
+def _target_text(base: str, target: str) -> str:
+    for name in target.split("."):
+        plain = name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
+        base = f"{base}.{name}" if plain else f"getattr({base}, {name!r})"
+    return base
+
+
+def decomposed(exported: torch.export.ExportedProgram, parts: Mapping[Any, Any]) -> torch.export.ExportedProgram:
+    """The program with these operators made of their parts.
+
+    Without example inputs torch writes no checks of them, which would be code with the keys of a batch in it.
+    """
+    exported._example_inputs = None
+    made: torch.export.ExportedProgram = exported.run_decompositions(dict(parts))
+    return made
 
 
 def composite_kernel(target: Any, *operands: Any) -> Any:
