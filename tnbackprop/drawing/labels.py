@@ -26,7 +26,8 @@ def expression(operand: Map, names: Names) -> str:
     shown = []
     for arg in operand.args:
         legs = ", ".join(_name(leg, names) for leg in arg.legs)
-        shown.append(names.get(hint_of(arg.name), hint_of(arg.name)) + (f"[{legs}]" if read.count(hint_of(arg.name)) > 1 else ""))
+        name = hint_of(arg.name)
+        shown.append(names.get(name, name) + (f"[{legs}]" if read.count(name) > 1 else ""))
     text = map_text(operand.expr, shown)
     if text.startswith("(") and " else " in text:
         text = text[1:-1]

@@ -178,7 +178,8 @@ def _names_in(what: Drawable) -> Iterator[str]:
     match what:
         case Diagram():
             yield from (leg.name for leg in _legs(what))
-            yield from (hint_of(tensor.name) for p in what.products for op in p.operands for tensor in operand_tensors(op))
+            read = (tensor for p in what.products for op in p.operands for tensor in operand_tensors(op))
+            yield from (hint_of(tensor.name) for tensor in read)
         case Factors():
             for diagram in what.diagrams:
                 yield from _names_in(diagram)
