@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .compiler import compile_program
 from .compiler.capture.export import check_trainable, plain
+from .compiler.lower.candidate import Lowering
 from .declare import REGISTRY, Declaration, resolve
 from .errors import InputError, check_member
 from .quantities import Quantity, check_quantities
@@ -32,6 +33,7 @@ def compile(
     rules: Mapping[Any, Declaration] | None = None,
     memory_limit: float | str | None = None,
     indefinite: Indefinite = Indefinite.REFUSE,
+    lowerings: Sequence[Lowering] = (),
 ) -> Program:
     """Compile a model with its loss and quantities to a program.
 
@@ -44,13 +46,16 @@ def compile(
                   those that `tn.rule` registered
     memory_limit  bytes (or "2GiB") that intermediate values may take at the example's batch size
     indefinite    a loss Hessian with negative eigenvalues has no square root: refuse, or clip them to zero
+    lowerings     rows of your own, ``(store, product, legs) -> candidates``, tried beside those that are built in: the
+                  guide's "Add a lowering"
 
     Raises `InputError`, `UnsupportedError` and `RuleError`.
     """
     check_quantities(quantities)
     check_member("indefinite", indefinite, Indefinite)
     check_trainable(model, quantities)
-    compiled = compile_program(model, loss, example, list(quantities), resolve(rules), _bytes(memory_limit))
+    limit, table = _bytes(memory_limit), resolve(rules)
+    compiled = compile_program(model, loss, example, list(quantities), table, limit, lowerings=tuple(lowerings))
     return Program(model, compiled, loss, quantities, indefinite)
 
 

@@ -16,6 +16,7 @@ from .emit.compiled import Compiled
 from .emit.source import Writer
 from .invariants.stage import Stage
 from .invariants.table import asked, check
+from .lower.candidate import Lowering
 from .search import Device, searched
 
 __all__ = ["Compiled", "compile_program"]
@@ -29,13 +30,14 @@ def compile_program(
     rules: Rules,
     memory_limit: int | None = None,
     here: bool = True,
+    lowerings: Sequence[Lowering] = (),
 ) -> Compiled:
     """Run the stages on an example batch; `here` where the source runs on this machine: by what this one has."""
     seen = asked(model, tuple(quantity.name for quantity in quantities))
     graph = check(Stage.CAPTURE, capture(model, loss, example, rules), seen)
     seen = replace(seen, graph=graph)
     bound = check(Stage.BIND, bind_all(graph, rules), seen)
-    derived, planned = searched(graph, bound, quantities, Device.of(model, here), memory_limit)
+    derived, planned = searched(graph, bound, quantities, Device.of(model, here), memory_limit, lowerings)
     check(Stage.DERIVE, derived, seen)
     check(Stage.PLAN, planned, seen)
     writer = Writer(graph, planned)

@@ -13,7 +13,6 @@ from ..notation.rule import Rule
 from .derive.derived import Derived
 from .derive.units import without_units
 from .emit.source import emit, load, running
-from .lower.table import LOWERINGS
 from .plan.plan import plan
 from .program.cost import RATES
 from .translate.graph import Call, Graph, Value
@@ -50,7 +49,7 @@ def formula_function(
         example_batch=EXAMPLE,
     )
     derived = Derived(((call, without_units(bound)),), (), sympy.Integer(1))
-    planned = plan(graph, derived, LOWERINGS, RATES.get(device, RATES["cpu"]), output.dtype.itemsize)
+    planned = plan(graph, derived, RATES.get(device, RATES["cpu"]), output.dtype.itemsize)
     source = emit(graph, planned, where, functional=True)
     program = load(source)
 

@@ -11,6 +11,7 @@ from ..notation.bind import BoundRule
 from ..quantities import Quantity
 from .derive.derive import derive
 from .derive.derived import Apart, Derived
+from .lower.candidate import Lowering
 from .lower.table import LOWERINGS
 from .plan.limits import check_memory, machine_bytes
 from .plan.memory import peak_bytes
@@ -61,12 +62,13 @@ def searched(
     quantities: Sequence[Quantity],
     device: Device,
     memory_limit: int | None,
+    lowerings: Sequence[Lowering] = (),
 ) -> Made:
-    """What is derived and planned for these quantities.
+    """What is derived and planned for these quantities; `lowerings` are tried beside those of the table.
 
     Raises `UnsupportedError` where not even one sample at a time fits the memory.
     """
-    rates, itemsize = device.rates, device.itemsize
+    rates, itemsize, every = device.rates, device.itemsize, (*LOWERINGS, *lowerings)
     width, *others = _widths(rates, graph.example_batch)
     derived = derive(graph, bound, quantities, width)
     check_memory(graph, derived, itemsize, memory_limit or device.machine)
@@ -75,12 +77,12 @@ def searched(
         plain = columns == width and apart is None and not beside
         again = derived if plain else derive(graph, bound, quantities, columns, apart, beside)
         possible = separable(again) and beside == any(each.beside for each in again.columns)
-        return (again, plan(graph, again, LOWERINGS, rates, itemsize)) if possible else None
+        return (again, plan(graph, again, rates, itemsize, lowerings=every)) if possible else None
 
     derived, planned = _fastest(width, others, Apart(MANY * rates.rows, rates.odd), attempt)
     if memory_limit is not None and peak_bytes(planned) > memory_limit:
         derived = derive(graph, bound, quantities)
-        planned = plan(graph, derived, LOWERINGS, rates, itemsize, memory_limit)
+        planned = plan(graph, derived, rates, itemsize, memory_limit, every)
     return derived, planned
 
 

@@ -16,7 +16,6 @@ from .derive.derive import bind_all, derive, needs_rule
 from .derive.layer import Layer, opened
 from .invariants.stage import Stage
 from .invariants.table import asked, check
-from .lower.table import LOWERINGS
 from .plan.plan import Plan, names_in, plan
 from .search import Device
 
@@ -45,5 +44,5 @@ def part(layer: Layer, results: Sequence[tuple[str, str]], output: Any = None) -
     """The steps for some (quantity, parameter) and for some values, and for nothing else."""
     chosen = layer.chosen(results, names_in(output))
     graph = replace(layer.graph, output=output)
-    planned = plan(graph, chosen, LOWERINGS, layer.rates, layer.itemsize)
+    planned = plan(graph, chosen, layer.rates, layer.itemsize)
     return check(Stage.PLAN, planned, replace(asked(torch.nn.Module(), ()), graph=graph))

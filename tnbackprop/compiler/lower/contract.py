@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache, partial
 
 import opt_einsum
@@ -18,20 +17,22 @@ from ..program.numbers import Number
 from ..program.store import Store
 from ..program.tails import saved
 from .arrange import arranged, as_stored, in_order, sizes_of
+from .candidate import Candidate, Made, Then
 from .pairs import contract_pair, elementwise, sum_legs
 
 Legs = tuple[Leg, ...]
-Plan = Callable[[Store], Ref]
-Lowering = Callable[[Store, Product, Legs], list[Plan]]
 Path = tuple[tuple[int, ...], ...]
 
 
-def build(store: Store, diagram: Diagram, lowerings: tuple[Lowering, ...]) -> Ref:
-    """The value of a diagram, with its legs in the diagram's order. Equal diagrams are built once."""
+def build(store: Store, diagram: Diagram, inside: bool = False) -> Ref:
+    """The value of a diagram, with its legs in the diagram's order. Equal diagrams are built once.
+
+    inside  it is a part of a candidate: what goes around whole products is not tried again
+    """
     identity = key(diagram)
     if (known := store.built(identity)) is not None:
         return known.renamed(diagram.legs)
-    terms = [_term(store, p, diagram.legs, lowerings) for p in diagram.products]
+    terms = [_term(store, p, diagram.legs, inside) for p in diagram.products]
     if not terms:
         ref = _full(store, diagram.legs, sympy.Integer(0))
     elif len(terms) == 1:
@@ -42,9 +43,9 @@ def build(store: Store, diagram: Diagram, lowerings: tuple[Lowering, ...]) -> Re
     return ref
 
 
-def _term(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering, ...]) -> Ref:
+def _term(store: Store, product: Product, legs: Legs, inside: bool) -> Ref:
     """One product: parts and maps to tensors, then the cheapest of the lowerings that match, then the scale."""
-    held = tuple(_part(store, op, lowerings) for op in product.operands)
+    held = tuple(_part(store, op, inside) for op in product.operands)
     folded = simplify(Diagram(legs, (Product(product.scale, held),))).products
     if not folded:
         return _full(store, legs, sympy.Integer(0))
@@ -53,7 +54,8 @@ def _term(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering,
     if not (len(product.operands) == 1 and set(own) != set(product.legs) and is_square(product.operands[0])):
         product = Product(product.scale, tuple(_mapped(store, op) for op in product.operands))
     plain = Product(sympy.Integer(1), product.operands)
-    plans = [plan for lowering in lowerings for plan in lowering(store, plain, own)]
+    rows = store.lowerings if inside else (*store.lowerings, *store.outermost)
+    plans = [partial(made, candidate=each) for row in rows for each in row(store, plain, own)]
     if all(isinstance(op, Tensor) for op in plain.operands):
         plans.append(partial(contracted, product=plain, legs=own))
     ref = store.cheapest(plans) if plain.operands else _full(store, (), sympy.Integer(1))
@@ -62,16 +64,30 @@ def _term(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering,
     return ref.reordered(own) if own == legs else _expanded(store, ref.reordered(own), legs)
 
 
+def made(store: Store, candidate: Made) -> Ref:
+    """What comes of a candidate: its parts built, and then what it makes of them."""
+    found = candidate
+    while not isinstance(found, Ref):
+        match found:
+            case Diagram():
+                return build(store, found, inside=True)
+            case Candidate(finish=finish, parts=parts):
+                found = finish(store, *(build(store, each, inside=True) for each in parts))
+            case Then(choices=choices, finish=finish):
+                found = finish(store, store.cheapest([partial(made, candidate=each) for each in choices]))
+    return found
+
+
 def _times(store: Store, ref: Ref, scale: sympy.Expr) -> Ref:
     work = Work(flops=((1, ref.stored),), moved=((2, ref.stored),), fresh=((1, ref.stored),))
     expr = Call(f.MUL, (as_stored(store, ref), Number(scale)))
     return Ref(store.add(expr, sizes_of(ref.stored), Kernel.ELEMENTWISE, work), ref.stored, ref.order)
 
 
-def _part(store: Store, op: Operand, lowerings: tuple[Lowering, ...]) -> Operand:
+def _part(store: Store, op: Operand, inside: bool) -> Operand:
     if not isinstance(op, Part):
         return op
-    built = as_tensor(store, build(store, op.diagram, lowerings))
+    built = as_tensor(store, build(store, op.diagram, inside))
     return built.rename(dict(zip(op.diagram.legs, op.legs, strict=True)))
 
 

@@ -19,7 +19,8 @@ from ..program.cost import Kernel, Work
 from ..program.expr import Call, Expr, Ref, Word
 from ..program.store import Store
 from .arrange import merged, placed
-from .contract import Plan, read
+from .candidate import Candidate
+from .contract import read
 from .windows import padded, reach
 
 Legs = tuple[Leg, ...]
@@ -59,7 +60,7 @@ class Roles:
         )  # fmt: skip
 
 
-def convolutions(store: Store, product: Product, legs: Legs) -> list[Plan]:
+def convolutions(store: Store, product: Product, legs: Legs) -> list[Candidate]:
     """Plans for a product that is a convolution: forward, input VJP or weight VJP, each in both readings."""
     roles = find_roles(product, legs)
     if roles is None:
@@ -67,11 +68,12 @@ def convolutions(store: Store, product: Product, legs: Legs) -> list[Plan]:
     if roles.of_image is None:
         # Of two that cost the same, the one with the small kernel comes first.
         readings = sorted((roles, roles.swapped()), key=lambda r: prod(int(leg.size) for leg in r.twos))
-        plans: list[Plan] = [partial(_input_vjp, roles=r, legs=legs) for r in readings]
-        return [*plans, partial(_flipped, roles=readings[0], legs=legs)] if _flips(readings[0]) else plans
+        found = [Candidate(partial(_input_vjp, roles=r, legs=legs)) for r in readings]
+        flipped = Candidate(partial(_flipped, roles=readings[0], legs=legs))
+        return [*found, flipped] if _flips(readings[0]) else found
     if roles.of_one is not None:
         roles = roles.swapped()
-    return [partial(_weight_vjp, roles=roles, legs=legs), partial(_forward, roles=roles, legs=legs)]
+    return [Candidate(partial(way, roles=roles, legs=legs)) for way in (_weight_vjp, _forward)]
 
 
 def find_roles(product: Product, output: Legs) -> Roles | None:

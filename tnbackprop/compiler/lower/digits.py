@@ -6,23 +6,22 @@ A slice of a flattened weight meets the weight's own legs so: Σ_i Π[i = 30·o 
 
 from __future__ import annotations
 
-from functools import partial
-
 import sympy
 
 from ...diagram.core import Diagram, Leg, Operand, Product, Tensor, Window, ordered_union
 from ...diagram.radix import digits_of
 from ..program.expr import Ref
 from ..program.store import Store
-from .contract import Lowering, Plan, as_tensor, build
+from .candidate import Candidate
+from .contract import as_tensor
 
 Legs = tuple[Leg, ...]
 Operands = tuple[Operand, ...]
 
 
-def viewed(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering, ...]) -> list[Plan]:
+def viewed(store: Store, product: Product, legs: Legs) -> list[Candidate]:
     """A plan for each window that counts a summed leg, where no operand has both that leg and its digits."""
-    plans: list[Plan] = []
+    found: list[Candidate] = []
     for window in product.operands:
         digits = digits_of(window) if isinstance(window, Window) and window.image not in legs else None
         if isinstance(window, Window) and digits:
@@ -31,9 +30,8 @@ def viewed(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering
             side = _side(own, digits, others, legs)
             if not all(isinstance(op, Window) for op in side):
                 rest = tuple(op for op in others if op not in side)
-                view = partial(_viewed, side=side, own=own, rest=rest, digits=digits, legs=legs, lowerings=lowerings)
-                plans.append(view)
-    return plans
+                found.append(_candidate(side, own, rest, digits, legs))
+    return found
 
 
 def _counted(window: Window, digits: Legs, others: Operands, legs: Legs) -> tuple[Legs, Operands]:
@@ -57,12 +55,13 @@ def _side(own: Legs, digits: Legs, others: Operands, legs: Legs) -> Operands:
     return tuple(side)
 
 
-def _viewed(
-    store: Store, side: Operands, own: Legs, rest: Operands, digits: Legs, legs: Legs, lowerings: tuple[Lowering, ...]
-) -> Ref:
+def _candidate(side: Operands, own: Legs, rest: Operands, digits: Legs, legs: Legs) -> Candidate:
     free = tuple(leg for leg in _legs(side) if leg in {*legs, *_legs(rest)} and leg not in own)
-    built = as_tensor(store, build(store, _of(side, (*free, *own)), lowerings))
-    return build(store, _of((*rest, Tensor(built.name, (*free, *digits))), legs), lowerings)
+
+    def viewed_in_digits(store: Store, built: Ref) -> Diagram:
+        return _of((*rest, Tensor(as_tensor(store, built).name, (*free, *digits))), legs)
+
+    return Candidate(viewed_in_digits, (_of(side, (*free, *own)),))
 
 
 def _legs(operands: Operands) -> Legs:

@@ -24,7 +24,8 @@ from ..program.expr import Call, Expr, Ref, Value
 from ..program.functions import Memory, helper
 from ..program.store import Store
 from .arrange import arranged, merged, sizes_of
-from .contract import Lowering, Plan, as_tensor, build, read
+from .candidate import Candidate
+from .contract import as_tensor, read
 
 Legs = tuple[Leg, ...]
 
@@ -179,11 +180,11 @@ class Fields:
         return replace(self, axes=self.axes[::-1])
 
 
-def receptive_fields(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering, ...]) -> list[Plan]:
+def receptive_fields(store: Store, product: Product, legs: Legs) -> list[Candidate]:
     """The plans for a product that is such a pair of VJPs, row by row or column by column of the image."""
     fields = find_fields(product, legs)
     ways = (fields, fields.turned()) if fields is not None else ()
-    return [partial(_over_fields, fields=way, legs=legs, lowerings=lowerings) for way in ways]
+    return [Candidate(partial(_gathered, fields=way, legs=legs)) for way in ways]
 
 
 def find_fields(product: Product, legs: Legs) -> Fields | None:
@@ -231,14 +232,21 @@ def _complete(fields: Fields, legs: Legs) -> bool:
     return apart and operands and whole and bool(fields.columns) and set(legs) == set(fields.result)
 
 
-def _over_fields(store: Store, fields: Fields, legs: Legs, lowerings: tuple[Lowering, ...]) -> Ref:
-    index, one = fields.selection.index, sympy.Integer(1)
-    factors = list(fields.carried)
-    if fields.there:
-        looked_up = Diagram(index.legs, (Product(one, (fields.selection, *fields.there)),))
-        factors.append(as_tensor(store, build(store, looked_up, lowerings)))
+def _gathered(store: Store, fields: Fields, legs: Legs) -> Candidate:
+    """What is pooled: read at the chosen places, in the order in which it lies in memory."""
+    one, index = sympy.Integer(1), fields.selection.index
     order = _memory(store, fields)
-    carried = build(store, Diagram(order, (Product(one, tuple(factors)),)), lowerings)
+
+    def weighed(store: Store, *looked_up: Ref) -> Candidate:
+        factors = (*fields.carried, *(as_tensor(store, ref) for ref in looked_up))
+        pooled = Diagram(order, (Product(one, factors),))
+        return Candidate(partial(_over_fields, fields=fields, legs=legs), (pooled,))
+
+    there = (Diagram(index.legs, (Product(one, (fields.selection, *fields.there)),)),) if fields.there else ()
+    return Candidate(weighed, there)
+
+
+def _over_fields(store: Store, carried: Ref, fields: Fields, legs: Legs) -> Ref:
     count = int(merged(fields.columns))
     extra = -count % store.rates.odd
     filled = replace(fields, columns=(Leg(COLUMN, count + extra),))

@@ -13,13 +13,13 @@ from ..program.cost import Kernel, Work
 from ..program.expr import Call, Expr, Ref, Slice, Value
 from ..program.store import Store
 from .arrange import arranged, merged, placed, sizes_of
-from .contract import Lowering, Plan, as_tensor, build, read
+from .candidate import Candidate, Made, Then
+from .contract import as_tensor, read
 
 Legs = tuple[Leg, ...]
-Lowerings = tuple[Lowering, ...]
 
 
-def selected(store: Store, product: Product, legs: Legs, lowerings: Lowerings) -> list[Plan]:
+def selected(store: Store, product: Product, legs: Legs) -> list[Candidate]:
     """The first selection of the product that can be a look-up (its choice is summed) or a scatter (it is kept)."""
     for op in product.operands:
         if isinstance(op, Selection) and op.choice:
@@ -30,9 +30,9 @@ def selected(store: Store, product: Product, legs: Legs, lowerings: Lowerings) -
             holders = _legs([other for other in others if not isinstance(other, Selection)])
             alike = any(isinstance(other, Selection) and other.choice == op.choice for other in others)
             if len(kept) == len(op.choice):
-                return [partial(_scattered, op=op, others=others, legs=legs, lowerings=lowerings)]
+                return [Candidate(partial(_scattered, op=op, others=others, legs=legs))]
             if not kept and (set(op.choice) <= set(holders) or (alike and not set(op.choice) & set(holders))):
-                return [partial(_looked_up, op=op, others=others, legs=legs, lowerings=lowerings)]
+                return [Candidate(partial(_looked_up, op=op, others=others, legs=legs))]
     return []
 
 
@@ -77,20 +77,31 @@ def _inside(index: Expr, count: Size) -> Expr:
     return Call(f.AND, (Call(f.AT_LEAST, (index, 0)), Call(f.LESS, (index, count))))
 
 
-def _looked_up(store: Store, op: Selection, others: list[Operand], legs: Legs, lowerings: Lowerings) -> Ref:
+def _looked_up(store: Store, op: Selection, others: list[Operand], legs: Legs) -> Candidate:
     """Σ_c [index = c] X[c, …] Y[c, …] = X[index, …] Y[index, …]."""
     others = _agreeing(store, op, others)
     tables = _tables(op, others, legs)
     rest = [other for other in others if not any(other in held for held in tables)]
-    looked_up = []
+    parts = []
     for held in tables:
         needed = {*legs, *_legs(rest), *op.index.legs, *_legs([o for o in others if o not in held])}
         free = tuple(leg for leg in _legs(held) if leg not in op.choice and leg in needed)
-        table = build(store, _of(held, (*free, *op.choice)), lowerings)
-        splits = _splits(table, op, read(store, op.index).order)
-        ways = [partial(rows, op=op, table=table, split=split) for rows in (_rows, _padded_rows) for split in splits]
-        looked_up.append(as_tensor(store, store.cheapest(ways)))
-    return build(store, _of([*rest, *looked_up], legs), lowerings)
+        parts.append(_of(held, (*free, *op.choice)))
+    return Candidate(partial(_rows_of, op=op, rest=tuple(rest), legs=legs), tuple(parts))
+
+
+def _rows_of(store: Store, *tables: Ref, op: Selection, rest: tuple[Operand, ...], legs: Legs) -> Made:
+    """The rows of one table after the other; then what is left of the product."""
+    if not tables:
+        return _of(list(rest), legs)
+    table, *others = tables
+    splits = _splits(table, op, read(store, op.index).order)
+    ways = [partial(rows, op=op, table=table, split=split) for rows in (_rows, _padded_rows) for split in splits]
+
+    def go_on(store: Store, found: Ref) -> Made:
+        return _rows_of(store, *others, op=op, rest=(*rest, as_tensor(store, found)), legs=legs)
+
+    return Then(tuple(map(Candidate, ways)), go_on)
 
 
 def _tables(op: Selection, others: list[Operand], legs: Legs) -> list[list[Operand]]:
@@ -148,7 +159,7 @@ def _merged(rows: Legs, tail: Legs) -> tuple[Size, ...]:
     return (merged(rows), *(merged(group) for group in _axis(tail)))
 
 
-def _scattered(store: Store, op: Selection, others: list[Operand], legs: Legs, lowerings: Lowerings) -> Ref:
+def _scattered(store: Store, op: Selection, others: list[Operand], legs: Legs) -> Candidate:
     """Y[c, …] = Σ [index = c] X[index's legs, …]: rows are added at their places."""
     others = _agreeing(store, op, others)
     holders = [other for other in others if set(op.choice) & set(other.legs)]
@@ -156,8 +167,15 @@ def _scattered(store: Store, op: Selection, others: list[Operand], legs: Legs, l
     needed = {*legs, *_legs(holders)}
     free = tuple(leg for leg in _legs(rest) if leg in needed and leg not in op.index.legs)
     index = read(store, op.index)
-    values = build(store, _of(rest, (*index.order, *free)), lowerings)
-    own = tuple(leg for leg in index.order if leg not in needed)
+    scatter = partial(_added, op=op, index=index, holders=tuple(holders), kept=frozenset(needed), legs=legs)
+    return Candidate(scatter, (_of(rest, (*index.order, *free)),))
+
+
+def _added(
+    store: Store, values: Ref, op: Selection, index: Ref, holders: tuple[Operand, ...], kept: frozenset[Leg], legs: Legs
+) -> Made:
+    """Rows of values, added at their places; then what else has the choice."""
+    own = tuple(leg for leg in index.order if leg not in kept)
     last = max((values.stored.index(leg) for leg in index.order), default=-1)
     tail = tuple(leg for leg in values.stored[last + 1 :] if leg not in index.order)
     head = tuple(leg for leg in values.stored if leg not in own and leg not in tail)
@@ -170,7 +188,7 @@ def _scattered(store: Store, op: Selection, others: list[Operand], legs: Legs, l
     expr = Call(f.ITEM, (Call(f.INDEX_ADD, (zeros, 0, flat, source)), Slice(stop=count)))
     work = Work(moved=((3, (*head, *own, *tail)), (2, out)), fresh=((1, out),), launches=2)
     ref = Ref(store.add(expr, shape, Kernel.REDUCE, work), out, out)
-    return build(store, _of([as_tensor(store, ref), *holders], legs), lowerings) if holders else ref.reordered(legs)
+    return _of([as_tensor(store, ref), *holders], legs) if holders else ref.reordered(legs)
 
 
 def _axis(legs: Legs) -> tuple[Legs, ...]:

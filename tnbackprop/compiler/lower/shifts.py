@@ -20,7 +20,8 @@ from ..program.expr import Call, Ref, Value
 from ..program.functions import Memory, helper
 from ..program.store import Store
 from .arrange import Groups, placed, sizes_of, sizes_of_axes
-from .contract import Plan, read
+from .candidate import Candidate
+from .contract import read
 from .windows import slides_over, unfolded
 
 Legs = tuple[Leg, ...]
@@ -86,7 +87,7 @@ class Pair:
                     yield min(one - 1 - k, two - 1 - other) // self.stride
 
 
-def shifts(store: Store, product: Product, legs: Legs) -> list[Plan]:
+def shifts(store: Store, product: Product, legs: Legs) -> list[Candidate]:
     """A plan for every pair of windows over two tensors that share positions and rows."""
     tensors = [op for op in product.operands if isinstance(op, Tensor)]
     windows = [op for op in product.operands if isinstance(op, Window)]
@@ -98,7 +99,7 @@ def shifts(store: Store, product: Product, legs: Legs) -> list[Plan]:
     if alone or len(first) + len(second) != len(windows) or any(len(set(t.legs)) < len(t.legs) for t in tensors):
         return []
     pairs = [find_pair(w, v, product, legs) for w in first for v in second]
-    return [partial(_shifted, product=product, pair=pair, legs=legs) for pair in pairs if pair is not None]
+    return [Candidate(partial(_shifted, product=product, pair=pair, legs=legs)) for pair in pairs if pair is not None]
 
 
 def _reads(tensor: Tensor, windows: list[Window]) -> set[Leg]:

@@ -13,50 +13,35 @@ from ..program.cost import Kernel, Work
 from ..program.expr import Call, Expr, Ref
 from ..program.store import Store
 from .arrange import in_order, sizes_of
-from .contract import Lowering, Plan, as_tensor, contracted, diagonal, read
+from .candidate import Candidate, Lowering
+from .contract import as_tensor, contracted, diagonal, read
 from .convolve import convolutions
 from .digits import viewed
 from .pairs import sum_of_squares
 from .receptive import receptive_fields
 from .selections import selected
 from .shifts import shifts
-from .slices import columns_first
 from .windows import unfolded
 
 Legs = tuple[Leg, ...]
 
 
-def squares(store: Store, product: Product, legs: Legs) -> list[Plan]:
+def squares(store: Store, product: Product, legs: Legs) -> list[Candidate]:
     """Σ x²: a norm or a square and a sum, without an intermediate of its own name."""
     (op, *others) = product.operands or (None,)
     if others or not isinstance(op, Map):
         return []
     (tensor,) = op.args
     gone = tuple(leg for leg in dict.fromkeys(tensor.legs) if leg not in legs)
-    return [lambda s: sum_of_squares(s, diagonal(s, read(s, tensor)), gone).reordered(legs)]
+    return [Candidate(lambda s: sum_of_squares(s, diagonal(s, read(s, tensor)), gone).reordered(legs))]
 
 
-def selections(store: Store, product: Product, legs: Legs) -> list[Plan]:
-    """A selection looks rows up, or adds them at their places."""
-    return selected(store, product, legs, WHOLE)
-
-
-def pooled(store: Store, product: Product, legs: Legs) -> list[Plan]:
-    """Of columns, what max pooling and the convolution before it send back, without what pooling scatters."""
-    return receptive_fields(store, product, legs, WHOLE)
-
-
-def digits(store: Store, product: Product, legs: Legs) -> list[Plan]:
-    """A leg that others count in mixed radix is read as these."""
-    return viewed(store, product, legs, WHOLE)
-
-
-def unfolding(store: Store, product: Product, legs: Legs) -> list[Plan]:
+def unfolding(store: Store, product: Product, legs: Legs) -> list[Candidate]:
     """Windows on a tensor become strided views of it; then an ordinary contraction."""
     patterns = [op for op in product.operands if isinstance(op, Window | Selection | Delta)]
-    if not patterns or selections(store, product, legs):
+    if not patterns or selected(store, product, legs):
         return []
-    return [partial(_unfold_all, product=product, legs=legs)]
+    return [Candidate(partial(_unfold_all, product=product, legs=legs))]
 
 
 def _unfold_all(store: Store, product: Product, legs: Legs) -> Ref:
@@ -107,10 +92,4 @@ def _one_hot(store: Store, operand: Selection) -> Tensor:
     return as_tensor(store, Ref(value, legs, legs))
 
 
-def tiles(store: Store, product: Product, legs: Legs) -> list[Plan]:
-    """Of a loop over columns, what is linear in their sum."""
-    return columns_first(store, product, legs, WHOLE)
-
-
-WHOLE: tuple[Lowering, ...] = (squares, convolutions, shifts, selections, pooled, digits, unfolding)
-LOWERINGS: tuple[Lowering, ...] = (*WHOLE, tiles)
+LOWERINGS: tuple[Lowering, ...] = (squares, convolutions, shifts, selected, receptive_fields, viewed, unfolding)

@@ -13,7 +13,6 @@ from ...diagram.core import COLUMN, Diagram, Leg, N, Operand, Product, Size, Ten
 from ...notation.bind import COTANGENTS
 from ..derive.derived import Backward, Columns, Extraction, Individual, Native, Schedule
 from ..lower.arrange import copy_work, reshaped, sizes_of
-from ..lower.contract import Lowering
 from ..program import functions as f
 from ..program.cost import Kernel
 from ..program.expr import Call, Expr
@@ -51,7 +50,6 @@ class Beside:
 
     store: Store
     graph: Graph
-    lowerings: tuple[Lowering, ...]
     columns: Columns
     behind: dict[str, str]  # the value of each cotangent of either sweep
     joint: dict[str, str] = field(default_factory=dict)
@@ -63,7 +61,7 @@ class Beside:
                 continue
             for item, lead in ((one, ()), (other, self.columns.carried)):
                 if item is not None:
-                    yield scheduled(self.store, self.graph, (item,), self.lowerings, chunk, choices, lead)
+                    yield scheduled(self.store, self.graph, (item,), chunk, choices, lead)
 
     def _together(self, one: Backward, other: Backward) -> bool:
         """Build both cotangents of a value in one call. Not where some term cannot, or is there in one sweep only."""
@@ -74,7 +72,7 @@ class Beside:
         store, name = self.store, f"both:{other.value}"
         terms = tuple(self._joined(*pair) for pair in pairs)
         note = ", ".join([*([other.note] if other.note else []), "with the gradient"])
-        backward(store, self.graph, Backward(name, other.value, terms, note), self.lowerings, self._lead)
+        backward(store, self.graph, Backward(name, other.value, terms, note), self._lead)
         self.joint[other.value] = name
         shape = self.graph.values[other.value].shape
         whole = self._shown(name, (*sizes_of(self._lead), *shape))

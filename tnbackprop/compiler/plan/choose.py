@@ -10,13 +10,13 @@ from itertools import combinations
 from ...diagram.algebra import all_parts, inline, parts
 from ...diagram.core import Diagram, Tensor
 from ..derive.derived import Extraction
-from ..lower.contract import Lowering, build
-from ..lower.rows import in_rows
-from ..lower.slices import build_sliced
+from ..lower.contract import build
 from ..program.cost import number
 from ..program.expr import Ref, Value
 from ..program.store import Store
 from ..program.tails import saved, tails
+from .rows import in_rows
+from .slices import build_sliced
 
 MOST_PARTS = 4
 """Up to here every subset of parts is tried; beyond it, parts are decided one after the other."""
@@ -50,7 +50,7 @@ class Choice:
 
 
 def choose(
-    store: Store, item: Extraction, dotted: str, lowerings: tuple[Lowering, ...], chunk: int | None
+    store: Store, item: Extraction, dotted: str, chunk: int | None
 ) -> tuple[Choice, dict[str, Ref]]:
     """The fastest option, built; when the batch is sliced to save memory, the fastest with small allocations."""
     found, before = (_parts_of(diagrams) for diagrams in (item.diagrams, item.condensed))
@@ -58,7 +58,7 @@ def choose(
     allowed += [(subset, True) for subset in _subsets(item.condensed, before) if subset]
     tried = {}
     for subset, free in allowed:
-        option, trial, refs = _option(store, item, dotted, subset, free, lowerings, chunk)
+        option, trial, refs = _option(store, item, dotted, subset, free, chunk)
         tried[option] = trial, refs
     options = candidates = tuple(tried)
     if chunk is not None:
@@ -100,12 +100,11 @@ def _option(
     dotted: str,
     kept: frozenset[Diagram],
     free: bool,
-    lowerings: tuple[Lowering, ...],
     chunk: int | None,
 ) -> tuple[Option, Store, dict[str, Ref]]:
     """A set of parts to build, tried on a fork, and what that has built."""
     trial = store.fork()
-    built = _build_all(trial, item, dotted, kept, lowerings, chunk, free)
+    built = _build_all(trial, item, dotted, kept, chunk, free)
     refs = {quantity: ref for quantity, (ref, _) in built.items()}
     results = {quantity: ref.value for quantity, ref in refs.items()}
     forms = {quantity: form for quantity, (_, form) in built.items()}
@@ -121,20 +120,19 @@ def _build_all(
     item: Extraction,
     dotted: str,
     kept: frozenset[Diagram],
-    lowerings: tuple[Lowering, ...],
     chunk: int | None,
     free: bool,
 ) -> dict[str, tuple[Ref, Diagram]]:
     """Every quantity of the parameter with the parts in `kept` built; if `free`, each may be multiplied out still."""
     def one(diagram: Diagram, trial: Store) -> Ref:
-        diagram = in_rows(trial, diagram, lowerings)
-        return build(trial, diagram, lowerings) if chunk is None else build_sliced(trial, diagram, lowerings, chunk)
+        diagram = in_rows(trial, diagram)
+        return build(trial, diagram) if chunk is None else build_sliced(trial, diagram, chunk)
 
     if chunk is None:
         found_here = dict.fromkeys((*_parts_of(item.diagrams), *_parts_of(item.condensed)))
         for part in sorted((p for p in found_here if p in kept), key=lambda part: len(parts(part))):
             store.note = f"individual gradients of {dotted}"
-            build(store, inline(part, kept - {part}), lowerings)
+            build(store, inline(part, kept - {part}))
     found = {}
     for quantity in item.diagrams:
         store.note = f"{quantity} of {dotted}"

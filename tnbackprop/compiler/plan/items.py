@@ -12,7 +12,7 @@ from ...notation.code import Code
 from ..derive.derived import Backward, Extraction, Individual, Native, Schedule
 from ..derive.fallback import OperatorVjp
 from ..lower.arrange import in_order, reshaped, sizes_of
-from ..lower.contract import Lowering, build
+from ..lower.contract import build
 from ..program import functions as f
 from ..program.cost import Kernel, Terms, Work
 from ..program.expr import NO_WORK, Call, Expr, Lambda, Ref, Value
@@ -28,7 +28,6 @@ def scheduled(
     store: Store,
     graph: Graph,
     schedule: Schedule,
-    lowerings: tuple[Lowering, ...],
     chunk: int | None,
     choices: list[Choice],
     lead: tuple[Leg, ...] = (),
@@ -37,12 +36,12 @@ def scheduled(
     results: Results = {}
     for item in schedule:
         if isinstance(item, Backward):
-            backward(store, graph, item, lowerings, lead)
+            backward(store, graph, item, lead)
         elif isinstance(item, Individual):
             ref = _native(store, item.native, (N, *graph.values[item.of].shape), lead)
             named(store, ref, item.name)
         else:
-            values, choice = _extract(store, graph, item, lowerings, chunk)
+            values, choice = _extract(store, graph, item, chunk)
             choices.append(choice)
             for quantity, value in values.items():
                 results.setdefault(quantity, {})[graph.parameters[item.parameter][0]] = value
@@ -59,7 +58,7 @@ def named(store: Store, ref: Ref, name: str) -> None:
 
 
 def backward(
-    store: Store, graph: Graph, item: Backward, lowerings: tuple[Lowering, ...], lead: tuple[Leg, ...]
+    store: Store, graph: Graph, item: Backward, lead: tuple[Leg, ...]
 ) -> None:
     """One cotangent: the sum of what its users send, each by native code or by its diagram."""
     what = f"cotangent of {hint_of(item.value)}" if item.value else "averaged matrix"
@@ -71,7 +70,7 @@ def backward(
             refs.append(_native(store, term, shape, lead))
         else:
             ways = [term] if item.condensed is None else [term, item.condensed]
-            refs.append(store.cheapest([partial(build, diagram=way, lowerings=lowerings) for way in ways]))
+            refs.append(store.cheapest([partial(build, diagram=way) for way in ways]))
     if len(refs) == 1:
         named(store, refs[0], item.name)
         return
@@ -128,12 +127,12 @@ def shaped(store: Store, ref: Ref, shape: tuple[Size, ...]) -> Expr:
 
 
 def _extract(
-    store: Store, graph: Graph, item: Extraction, lowerings: tuple[Lowering, ...], chunk: int | None
+    store: Store, graph: Graph, item: Extraction, chunk: int | None
 ) -> tuple[dict[str, Value], Choice]:
     """All results of one parameter, with the set of parts that makes them cheapest together."""
     dotted = graph.parameters[item.parameter][0]
     store.note = f"{dotted}"
-    choice, refs = choose(store, item, dotted, lowerings, chunk)
+    choice, refs = choose(store, item, dotted, chunk)
     values = {}
     for quantity, ref in refs.items():
         store.note = f"{quantity} of {dotted}"

@@ -12,7 +12,9 @@ from ...diagram.core import COLUMN, Diagram, Leg, hint_of
 from ...errors import UnsupportedError
 from ...notation.bind import BoundRule
 from ..derive.derived import Columns, Derived, Extraction
-from ..lower.contract import Lowering, build
+from ..lower.candidate import Lowering
+from ..lower.contract import build
+from ..lower.table import LOWERINGS
 from ..program import functions as f
 from ..program.cost import Kernel, Rates, Work, bytes_of
 from ..program.expr import Call as Made
@@ -28,6 +30,7 @@ from .loops import Loop, Results, over_columns
 from .memory import Piece, peak_bytes
 from .root_steps import root_steps
 from .samples import sample_by_sample
+from .slices import columns_first
 
 INDEFINITE = "#indefinite"
 """Key of the checks that a loss Hessian is positive semi-definite, among the results."""
@@ -88,13 +91,13 @@ class Plan:
 def plan(
     graph: Graph,
     derived: Derived,
-    lowerings: tuple[Lowering, ...],
     rates: Rates,
     itemsize: int,
     memory_limit: int | None = None,
+    lowerings: tuple[Lowering, ...] = LOWERINGS,
 ) -> Plan:
     """The fastest plan whose peak is within `memory_limit` bytes, met by slicing the batch into ever smaller pieces."""
-    best = _plan(graph, derived, lowerings, rates, itemsize, None)
+    best = _plan(graph, derived, rates, itemsize, None, lowerings)
     chunk = graph.example_batch
     while memory_limit is not None and peak_bytes(best) > memory_limit:
         if chunk == 1:
@@ -104,23 +107,24 @@ def plan(
                 "or compile with a smaller example batch."
             )
         chunk = (chunk + 1) // 2
-        best = _plan(graph, derived, lowerings, rates, itemsize, chunk)
+        best = _plan(graph, derived, rates, itemsize, chunk, lowerings)
     return best
 
 
 def _plan(
-    graph: Graph, derived: Derived, lowerings: tuple[Lowering, ...], rates: Rates, itemsize: int, chunk: int | None
+    graph: Graph, derived: Derived, rates: Rates, itemsize: int, chunk: int | None, lowerings: tuple[Lowering, ...]
 ) -> Plan:
     """Steps for the forward, the cotangents and every result, cheapest first, dead ones dropped."""
     store = Store(rates, graph.example_batch, itemsize)
+    store.lowerings, store.outermost = lowerings, (columns_first,)
     _inputs(store, graph)
-    _forward(store, graph, {call.output.name: rule for call, rule in derived.bound}, lowerings)
+    _forward(store, graph, {call.output.name: rule for call, rule in derived.bound})
     choices: list[Choice] = []
     ahead = next((columns.beside for columns in derived.columns if columns.beside), len(derived.schedule))
-    results = scheduled(store, graph, derived.schedule[:ahead], lowerings, chunk, choices)
+    results = scheduled(store, graph, derived.schedule[:ahead], chunk, choices)
     checks: dict[str, Value] = {}
     starts: dict[str, Value] = {}
-    loops, pieces = _sweeps(store, graph, derived, lowerings, chunk, choices, results, checks, starts)
+    loops, pieces = _sweeps(store, graph, derived, chunk, choices, results, checks, starts)
     if checks:
         results[INDEFINITE] = checks
     output = {name: store.find(name) for name in names_in(graph.output)}
@@ -145,7 +149,6 @@ def _sweeps(
     store: Store,
     graph: Graph,
     derived: Derived,
-    lowerings: tuple[Lowering, ...],
     chunk: int | None,
     choices: list[Choice],
     results: dict[str, dict[str, Value]],
@@ -159,27 +162,27 @@ def _sweeps(
     looped: list[tuple[Columns, Mapping[str, Value]]] = []
     pieces: dict[Value, Piece] = {}
     for columns in sorted(derived.columns, key=lambda each: not each.beside):  # what is left of the gradient first
-        rows: Mapping[str, Value] = root_steps(store, graph, columns, lowerings, checks)
+        rows: Mapping[str, Value] = root_steps(store, graph, columns, checks)
         starts[columns.variable] = rows.get(columns.variable) or store.find(columns.variable)
-        apart = sample_by_sample(store, graph, columns, rows, lowerings) if columns.alone else None
+        apart = sample_by_sample(store, graph, columns, rows) if columns.alone else None
         if apart is not None:
             choices += apart.choices
             pieces[apart.call] = apart.piece
             _gather(results, _together(store, apart.results, results))
         elif columns.beside:
-            both = Beside(store, graph, lowerings, columns, derived.swept)
+            both = Beside(store, graph, columns, derived.swept)
             for found in both.build(derived.schedule[columns.beside :], chunk, choices):
                 _gather(results, found)
         elif columns.looped:
             looped.append((columns, rows))
         else:
-            mine = scheduled(store, graph, columns.schedule, lowerings, chunk, choices, columns.carried)
+            mine = scheduled(store, graph, columns.schedule, chunk, choices, columns.carried)
             _gather(results, _together(store, mine, results))
     loops = []
     for columns, rows in looped:
         varying = {store.find(name): value for name, value in rows.items()}
         store.in_rounds(columns.rounds, varying)
-        mine = scheduled(store, graph, columns.schedule, lowerings, chunk, choices, columns.carried)
+        mine = scheduled(store, graph, columns.schedule, chunk, choices, columns.carried)
         stacked = {q for item in columns.schedule if isinstance(item, Extraction) for q in _with_columns(item)}
         loop, sums = over_columns(store, varying, columns, mine, stacked, results)
         store.in_rounds(1)
@@ -229,7 +232,7 @@ def _inputs(store: Store, graph: Graph) -> None:
     store.like = store.given(LIKE, ())
 
 
-def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule], lowerings: tuple[Lowering, ...]) -> None:
+def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule]) -> None:
     """The model's own calls. Inner lines of a rule are built when a derivative reads them."""
     for call in graph.calls:
         rule = bound.get(call.output.name)
@@ -239,14 +242,14 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule], lowerin
         for equation in rule.equations[:-1] if rule is not None else ():
             assert equation.diagram is not None
             store.suppliers[equation.name] = partial(
-                _supply, name=equation.name, diagram=equation.diagram, lowerings=lowerings
+                _supply, name=equation.name, diagram=equation.diagram
             )
         random = torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ())
         own: bool | None = None
         if rule is not None and rule.forward:
             expr = fill(store, rule.forward, {})
         elif call.by_rule:
-            expr, own = _from_formula(store, call, rule, lowerings), False
+            expr, own = _from_formula(store, call, rule), False
         else:
             expr, own = call_expr(call, lambda v: store.find(v.name), store.like), False if random else None
         name, (kernel, work) = call.output.name, forward_work(rule)
@@ -258,12 +261,12 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule], lowerin
         store.name(name, made)
 
 
-def _from_formula(store: Store, call: Call, rule: BoundRule | None, lowerings: tuple[Lowering, ...]) -> Expr:
+def _from_formula(store: Store, call: Call, rule: BoundRule | None) -> Expr:
     """A call whose forward is its rule's formula."""
     diagram = rule.equations[-1].diagram if rule is not None else None
     if diagram is None:
         raise UnsupportedError(f"{call.where} has a rule without a formula: give the rule a forward.")
-    return shaped(store, build(store, diagram, lowerings), call.output.shape)
+    return shaped(store, build(store, diagram), call.output.shape)
 
 
 def _saved(store: Store, rule: BoundRule) -> None:
@@ -273,8 +276,8 @@ def _saved(store: Store, rule: BoundRule) -> None:
         store.name(saved.name, made)
 
 
-def _supply(store: Store, name: str, diagram: Diagram, lowerings: tuple[Lowering, ...]) -> None:
-    named(store, build(store, diagram, lowerings), name)
+def _supply(store: Store, name: str, diagram: Diagram) -> None:
+    named(store, build(store, diagram), name)
 
 
 def names_in(output: object) -> list[str]:

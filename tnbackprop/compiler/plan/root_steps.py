@@ -12,7 +12,7 @@ from ...notation.bind import CURVATURE, HESSIAN_ROOT, NOISE
 from ..derive.derived import Arriving, Basis, Columns, Given
 from ..derive.roots import LossRoot
 from ..lower.arrange import arranged, in_order, sizes_of
-from ..lower.contract import Lowering, build
+from ..lower.contract import build
 from ..program import functions as f
 from ..program.cost import Kernel
 from ..program.expr import Call, Expr, Lambda, Ref, Value
@@ -26,7 +26,7 @@ Filling = Callable[[Expr], Expr]
 
 
 def root_steps(
-    store: Store, graph: Graph, columns: Columns, lowerings: tuple[Lowering, ...], checks: dict[str, Value]
+    store: Store, graph: Graph, columns: Columns, checks: dict[str, Value]
 ) -> dict[str, Value]:
     """What a loop runs over: variable -> the value whose rows it takes (the columns or their noise; their weights).
 
@@ -38,14 +38,14 @@ def root_steps(
                 store.given(name, handed)
         return {}
     if isinstance(columns.start, Basis):
-        return _basis(store, graph, columns, columns.start, lowerings)
+        return _basis(store, graph, columns, columns.start)
     root, number = columns.start, columns.number
     store.note = "root of the loss Hessian"
     code, shape = root.root.sample if columns.samples else root.root.code, root.output.shape
     rows: dict[str, Value] = {}
     given: dict[str, Expr] = {}
     if root.curvature is not None:
-        given[CURVATURE] = _curvature(store, root, number, lowerings, checks)
+        given[CURVATURE] = _curvature(store, root, number, checks)
     if root.calls:
         given[HESSIAN_ROOT], extra = hessian_root(store, graph, root, number)
         if root.signed:
@@ -59,16 +59,16 @@ def root_steps(
 
 
 def _curvature(
-    store: Store, root: LossRoot, number: str, lowerings: tuple[Lowering, ...], checks: dict[str, Value]
+    store: Store, root: LossRoot, number: str, checks: dict[str, Value]
 ) -> Value:
     """A diagonal loss Hessian. Its entries are blocks of their own; in float64, so that their signs are right."""
     assert root.curvature is not None
     products = root.curvature.products
     if not any(p.operands for p in products) and sympy.Add(*(p.scale for p in products)).subs(N, 1) >= 0:
-        return _ordered(store, build(store, root.curvature, lowerings))
+        return _ordered(store, build(store, root.curvature))
     lower = root.output.dtype != torch.float64
     diagram = in_double(store, root.curvature) if lower else root.curvature
-    exact, output = _ordered(store, build(store, diagram, lowerings)), store.find(root.output.name)
+    exact, output = _ordered(store, build(store, diagram)), store.find(root.output.name)
     entries = (exact, Call(f.ABS, (exact,)))
     checks[f"indefinite_{number}"] = smallest_eigenvalue(store, entries, output, root.scale, torch.float64)
     if not lower:
@@ -84,7 +84,7 @@ def _ordered(store: Store, ref: Ref) -> Value:
 
 
 def _basis(
-    store: Store, graph: Graph, columns: Columns, basis: Basis, lowerings: tuple[Lowering, ...]
+    store: Store, graph: Graph, columns: Columns, basis: Basis
 ) -> dict[str, Value]:
     """One-hot columns with what arrives where they are, and their weights."""
     store.note = f"columns at {hint_of(basis.value)}"
@@ -99,7 +99,7 @@ def _basis(
         expr = Call(f.CAT, ([Call(f.EXPAND, (expr, basis.own, *shape)), *arriving],))
     rows = _rows(store, columns, columns.variable, expr, shape)
     if basis.weight is not None:
-        ref = build(store, basis.weight, lowerings)
+        ref = build(store, basis.weight)
         expr = arranged(store, ref, (tuple(leg for leg in ref.order if leg != BATCH), (BATCH,)))
         if basis.arriving:
             expr = Call(f.CAT, ([expr, *(_weights(store, a) for a in basis.arriving)],))

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 
 from ...diagram.core import BATCH, Diagram, Leg, N, Part, Product, is_head
 from ..derive.derived import Backward, Columns, Derived, Extraction, Individual, Native, Schedule
-from ..lower.contract import Lowering
-from ..lower.slices import pairs_samples
 from ..program import functions as f
 from ..program.cost import Kernel, Work
 from ..program.expr import Body, Call, Expr, Join, Slices, Value, replaced, sizes_in
@@ -23,6 +21,7 @@ from ..translate.graph import Graph
 from .choose import Choice
 from .items import scheduled
 from .memory import Piece, peak_bytes
+from .slices import pairs_samples
 
 Results = dict[str, dict[str, Value]]
 
@@ -66,7 +65,6 @@ def sample_by_sample(
     graph: Graph,
     columns: Columns,
     rows: Mapping[str, Value],
-    lowerings: tuple[Lowering, ...],
 ) -> Swept | None:
     """A sweep as the sum over calls of a function of one sample; None if it reads what has no samples.
 
@@ -75,7 +73,7 @@ def sample_by_sample(
     small, outside = _small(store, rows)
     small.in_rounds(1, [small.find(name) for name in rows])
     made: list[Choice] = []
-    results = scheduled(small, graph, _in_total(columns.schedule), lowerings, None, made, columns.carried)
+    results = scheduled(small, graph, _in_total(columns.schedule), None, made, columns.carried)
     values = tuple(dict.fromkeys(value for by in results.values() for value in by.values()))
     plain = {store.find(name) for name in (*graph.parameters, *graph.buffers, *graph.constants)} | {store.like}
     fixed = {inner for inner, outer in outside.items() if outer in plain and inner.key not in rows}

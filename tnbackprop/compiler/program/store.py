@@ -42,6 +42,8 @@ class Store:
         self._varying: set[Value] = set()  # what is another value in each round
         self.suppliers: dict[str, Callable[[Store], None]] = parent.suppliers if parent else {}  # built when first read
         self.works: dict[str, tuple[Kernel, Work]] = parent.works if parent else {}  # of the calls of the forward
+        self.lowerings: tuple[Any, ...] = parent.lowerings if parent else ()  # rows that offer candidates for a product
+        self.outermost: tuple[Any, ...] = parent.outermost if parent else ()  # the same, for whole products only
         self.bodies: dict[Any, Body] = parent.bodies if parent else {}  # functions that several values call
         self._count: Iterator[int] = parent._count if parent else iter(range(2**62))
         self.one_dtype: bool = parent.one_dtype if parent else False  # all floating values of the graph have one dtype
@@ -62,6 +64,7 @@ class Store:
         """An empty store for what a function computes of so many samples; keys of its values are no keys of these."""
         inner = Store(self.rates, batch, self.itemsize, alone)
         inner.note, inner._count = self.note, self._count
+        inner.lowerings, inner.outermost = self.lowerings, self.outermost
         return inner
 
     def adopt(self, trial: Store) -> None:

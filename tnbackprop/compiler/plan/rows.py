@@ -6,28 +6,28 @@ from dataclasses import replace
 
 from ...diagram.core import Diagram, Map, N, Operand, Part, Product, Selection, Tensor, Window
 from ...errors import InvariantError
+from ..lower.arrange import in_order, sizes_of
+from ..lower.contract import as_tensor, build, read
 from ..program import functions as f
 from ..program.cost import Kernel
 from ..program.expr import Call, Slice
 from ..program.store import Store
-from .arrange import in_order, sizes_of
-from .contract import Lowering, as_tensor, build, read
 
 
-def in_rows(store: Store, diagram: Diagram, lowerings: tuple[Lowering, ...]) -> Diagram:
+def in_rows(store: Store, diagram: Diagram) -> Diagram:
     """The diagram without windows on the batch: a part is computed for all samples, and everything is then sliced."""
-    return replace(diagram, products=tuple(_in_rows(store, product, lowerings) for product in diagram.products))
+    return replace(diagram, products=tuple(_in_rows(store, product) for product in diagram.products))
 
 
-def _in_rows(store: Store, product: Product, lowerings: tuple[Lowering, ...]) -> Product:
+def _in_rows(store: Store, product: Product) -> Product:
     operands = product.operands
     for window in [op for op in operands if isinstance(op, Window) and op.image.size == N]:
         rest = (op for op in operands if op is not window)
-        operands = tuple(_sliced(store, op, window, lowerings) for op in rest)
+        operands = tuple(_sliced(store, op, window) for op in rest)
     return Product(product.scale, operands)
 
 
-def _sliced(store: Store, op: Operand, window: Window, lowerings: tuple[Lowering, ...]) -> Operand:
+def _sliced(store: Store, op: Operand, window: Window) -> Operand:
     if window.image not in op.legs:
         return op
     match op:
@@ -38,7 +38,7 @@ def _sliced(store: Store, op: Operand, window: Window, lowerings: tuple[Lowering
         case Selection():
             return Selection(_view(store, op.index, window), op.choice, op.near)
         case Part():
-            built = as_tensor(store, build(store, op.diagram, lowerings))
+            built = as_tensor(store, build(store, op.diagram))
             return _view(store, built.rename(dict(zip(op.diagram.legs, op.legs, strict=True))), window)
         case _:
             raise InvariantError(f"{op} has the batch, and cannot be read in the rows of {window}")

@@ -26,13 +26,14 @@ from ...diagram.core import (
     Tensor,
     ordered_union,
 )
+from ..lower.arrange import arranged, in_order, sizes_of
+from ..lower.candidate import Candidate
+from ..lower.contract import as_tensor, build, read
 from ..program.cost import Kernel, Terms, Work, number
 from ..program.expr import Body, Expr, Join, Ref, Slices, Value, reads, sizes_in
 from ..program.lines import alive
 from ..program.numbers import TOTAL
 from ..program.store import LIKE, Store
-from .arrange import arranged, in_order, sizes_of
-from .contract import Lowering, Plan, as_tensor, build, read
 
 Legs = tuple[Leg, ...]
 
@@ -41,16 +42,16 @@ LARGE = 2
 """A term is sliced if it allocates this many times its result."""
 
 
-def build_sliced(store: Store, diagram: Diagram, lowerings: tuple[Lowering, ...], chunk: int) -> Ref:
+def build_sliced(store: Store, diagram: Diagram, chunk: int) -> Ref:
     """Like `build`, with every term that has parts along the batch computed `chunk` samples at a time."""
     products = []
     for product in diagram.products:
-        if _sliceable(product, diagram.legs) and _large(store, product, diagram.legs, lowerings):
-            value = _sliced(store, product, diagram.legs, lowerings, chunk)
+        if _sliceable(product, diagram.legs) and _large(store, product, diagram.legs):
+            value = _sliced(store, product, diagram.legs, chunk)
             products.append(Product(product.scale, (as_tensor(store, value),)))
         else:
             products.append(product)
-    return build(store, Diagram(diagram.legs, tuple(products)), lowerings)
+    return build(store, Diagram(diagram.legs, tuple(products)))
 
 
 def _sliceable(product: Product, legs: Legs) -> bool:
@@ -59,10 +60,10 @@ def _sliceable(product: Product, legs: Legs) -> bool:
     return BATCH in product.legs and reduced and not pairs_samples(product, legs)
 
 
-def _large(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering, ...]) -> bool:
+def _large(store: Store, product: Product, legs: Legs) -> bool:
     """Whether some value on the way is much larger than the result."""
     trial = store.fork()
-    ref = build(trial, Diagram(legs, (product,)), lowerings)
+    ref = build(trial, Diagram(legs, (product,)))
     largest = max((number(step.work.fresh, store.batch) for step in trial.steps), default=0.0)
     return largest > LARGE * number(((1, ref.order),), store.batch)
 
@@ -79,7 +80,7 @@ def _renamed(part: Part) -> Diagram:
     return part.diagram.rename(dict(zip(part.diagram.legs, part.legs, strict=True)))
 
 
-def columns_first(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering, ...]) -> list[Plan]:
+def columns_first(store: Store, product: Product, legs: Legs) -> list[Candidate]:
     """In a loop over columns their sum first, and the rest, which is linear in it, in tiles that stay in the cache.
 
     Without tiles, only where the sum is there already.
@@ -97,13 +98,13 @@ def columns_first(store: Store, product: Product, legs: Legs, lowerings: tuple[L
         return []
 
     def plan(store: Store) -> Ref:
-        total = as_tensor(store, build(store, inner, lowerings))
+        total = as_tensor(store, build(store, inner, inside=True))
         product = Product(sympy.Integer(1), (total, *rest))
         if tiled:
-            return _sliced(store, product, legs, lowerings, chunk, tiled=True)
-        return build(store, Diagram(legs, (product,)), lowerings)
+            return _sliced(store, product, legs, chunk, tiled=True)
+        return build(store, Diagram(legs, (product,)), inside=True)
 
-    return [plan]
+    return [Candidate(plan)]
 
 
 def _tile(store: Store, between: Legs, legs: Legs) -> int:
@@ -114,16 +115,16 @@ def _tile(store: Store, between: Legs, legs: Legs) -> int:
 
 
 def _sliced(
-    store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering, ...], chunk: int, tiled: bool = False
+    store: Store, product: Product, legs: Legs, chunk: int, tiled: bool = False
 ) -> Ref:
     """The term as calls of a function of `chunk` samples; tiled, where it has one operand that varies in a loop."""
     own = tuple(leg for leg in legs if leg in set(product.legs))
-    operands = tuple(_open(store, op, lowerings) for op in product.operands)
+    operands = tuple(_open(store, op) for op in product.operands)
     inner = Diagram(own, (Product(sympy.Integer(1), operands),))
     identity = (*key(inner), "sliced", chunk, tiled)
     if (known := store.built(identity)) is not None:
         return known.renamed(own)
-    body, inputs = _body(store, inner, chunk, lowerings)
+    body, inputs = _body(store, inner, chunk)
     args = [_argument(store, tensor) for tensor in inputs]
     args += [(store.like, None)] if len(body.params) > len(inputs) else []
     args += [(N, None)] if body.total else []
@@ -143,13 +144,13 @@ def _sliced(
     return ref
 
 
-def _body(store: Store, inner: Diagram, chunk: int, lowerings: tuple[Lowering, ...]) -> tuple[Body, list[Tensor]]:
+def _body(store: Store, inner: Diagram, chunk: int) -> tuple[Body, list[Tensor]]:
     """The function of `chunk` samples, and what it reads: a parameter for each, and `like` behind them if it does."""
     small = store.apart(chunk)
     leaves = _leaves(inner)
     params = {name: small.given(name, sizes_of(t.legs), store.find(name).floating) for name, t in leaves.items()}
     small.like = small.given(LIKE, ())
-    ref = build(small, inner, lowerings)
+    ref = build(small, inner)
     result = in_order(small, ref)
     steps = alive(small.steps, set(reads(result)))
     read = {value for step in steps for value in step.inputs} | set(reads(result))
@@ -160,24 +161,24 @@ def _body(store: Store, inner: Diagram, chunk: int, lowerings: tuple[Lowering, .
     return Body(tuple(own), steps, (result,), batch, "slice", total=total), list(leaves.values())
 
 
-def _open(store: Store, op: Operand, lowerings: tuple[Lowering, ...]) -> Operand:
+def _open(store: Store, op: Operand) -> Operand:
     """A part without the batch is computed once, outside; in the others a scale's N becomes the total."""
     if not isinstance(op, Part):
         return op
     if BATCH not in op.legs:
-        built = as_tensor(store, build(store, op.diagram, lowerings))
+        built = as_tensor(store, build(store, op.diagram))
         return built.rename(dict(zip(op.diagram.legs, op.legs, strict=True)))
     diagram = _renamed(op)
-    products = tuple(_open_product(store, p, diagram.legs, lowerings) for p in diagram.products)
+    products = tuple(_open_product(store, p, diagram.legs) for p in diagram.products)
     return Part(Diagram(diagram.legs, products), op.legs)
 
 
-def _open_product(store: Store, product: Product, legs: Legs, lowerings: tuple[Lowering, ...]) -> Product:
+def _open_product(store: Store, product: Product, legs: Legs) -> Product:
     if BATCH not in product.legs:
         own = tuple(leg for leg in legs if leg in set(product.legs))
-        value = build(store, Diagram(own, (product,)), lowerings)
+        value = build(store, Diagram(own, (product,)))
         return Product(sympy.Integer(1), (as_tensor(store, value),))
-    return Product(product.scale.xreplace({N: TOTAL}), tuple(_open(store, op, lowerings) for op in product.operands))
+    return Product(product.scale.xreplace({N: TOTAL}), tuple(_open(store, op) for op in product.operands))
 
 
 def _leaves(diagram: Diagram) -> dict[str, Tensor]:
