@@ -15,6 +15,8 @@ import tnbackprop as tn
 from tnbackprop.compiler.emit.printing import torch_code
 from tnbackprop.compiler.emit.source import Writer
 from tnbackprop.compiler.lower.arrange import arranged
+from tnbackprop.compiler.lower.table import LOWERINGS
+from tnbackprop.compiler.plan.slices import columns_first
 from tnbackprop.compiler.program.cost import CPU, Rates, size_at
 from tnbackprop.compiler.program.expr import Ref, Value, helpers, reads
 from tnbackprop.compiler.program.functions import Function, helper
@@ -41,6 +43,7 @@ def with_given(store: Store, shapes: Shapes) -> Store:
     for name, shape in shapes.items():
         store.given(name, shape)
     store.like = store.given(LIKE, ())
+    store.lowerings, store.outermost = LOWERINGS, (columns_first,)
     return store
 
 

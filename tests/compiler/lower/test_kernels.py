@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tnbackprop.compiler.lower.contract import build
-from tnbackprop.compiler.lower.table import LOWERINGS
 from tnbackprop.compiler.program.cost import CPU, CUDA, Rates
 from tnbackprop.diagram.core import BATCH, Diagram, Leg, N, Tensor
 
@@ -29,7 +28,7 @@ def test_channels_last_where_they_are_many(rates: Rates, slide: Slide, outer: in
     """As measured: the copies to that layout and back are paid by the faster kernel, or they are not."""
     given = convolution("input", (slide, slide), 1, outer, inner)
     store = store_of(shapes_of(*given.products[0].operands), rates, 256, 4)
-    build(store, given, LOWERINGS)
+    build(store, given)
     assert any("channels_last" in code for code in codes(store)) == last
 
 
@@ -45,7 +44,7 @@ def test_odd_columns_that_stay_are_filled_up(columns: int, rounds: int, varying:
     values = tensors(given, 3)
     store = store_of({"x": (N, 40, 9), "y": (N, 9, columns)})
     store.in_rounds(rounds, map(store.find, varying))
-    ref = build(store, given, LOWERINGS)
+    ref = build(store, given)
     found = run(store, ref, values, 3)
     assert torch.equal(found, values["x"] @ values["y"])
     pads = {step: code for step, code in zip(store.steps, codes(store), strict=True) if "pad(" in code}
@@ -59,6 +58,6 @@ def test_a_vector_is_not_filled_up() -> None:
     given = Diagram((BATCH, rows), (product(Tensor("x", (BATCH, rows, inner)), Tensor("y", (BATCH, inner))),))
     store = store_of({"x": (N, 8, 9), "y": (N, 9)})
     store.in_rounds(3, [store.find("x")])
-    build(store, given, LOWERINGS)
+    build(store, given)
     (code,) = codes(store)
     assert "torch.bmm(" in code and "narrow" not in code

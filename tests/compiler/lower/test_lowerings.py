@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tnbackprop.compiler.lower.contract import build
-from tnbackprop.compiler.lower.table import LOWERINGS, WHOLE, pooled, tiles
+from tnbackprop.compiler.lower.receptive import receptive_fields
+from tnbackprop.compiler.lower.table import LOWERINGS
 from tnbackprop.compiler.program.cost import CPU, Kernel, Rates, Work, size_at
 from tnbackprop.compiler.program.expr import Ref
 from tnbackprop.compiler.program.store import Store
@@ -79,7 +80,7 @@ def ways(diagram: Diagram, rates: Rates, batch: int) -> Iterator[tuple[Scripted,
             return
         store = Scripted(rates, batch, pending.pop())
         with_given(store, shapes_of(*(op for term in diagram.products for op in term.operands)))
-        ref = build(store, diagram, LOWERINGS)
+        ref = build(store, diagram)
         done = tuple(k for k, _ in store.taken)
         for position in range(len(store.script), len(done)):
             pending += [(*done[:position], other) for other in range(1, store.taken[position][1])]
@@ -361,8 +362,7 @@ def test_every_row_is_used() -> None:
     terms = [(d.legs, p) for d in DIAGRAMS.values() for p in d.products]
     conv = convolution("forward", SLIDES["two"])
     terms.append((conv.legs, conv.products[0]))
-    assert LOWERINGS == (*WHOLE, tiles)
-    for row in (row for row in WHOLE if row is not pooled):
+    for row in (row for row in LOWERINGS if row is not receptive_fields):
         store = Store(CPU, 3, 8)
         assert any(row(store, term, tuple(leg for leg in legs if leg in term.legs)) for legs, term in terms), row
 
@@ -370,7 +370,7 @@ def test_every_row_is_used() -> None:
 def test_equal_diagrams_are_built_once() -> None:
     first, second = one("ac", t("x", a, b), t("y", b, c)), one("ca", t("y", d, a), t("x", c, d))
     store = store_of({"x": (2, 3), "y": (3, 2)})
-    build(store, first, LOWERINGS)
+    build(store, first)
     count = len(store.steps)
-    ref = build(store, second, LOWERINGS)
+    ref = build(store, second)
     assert len(store.steps) == count or ref.stored != ref.order

@@ -9,7 +9,6 @@ import sympy
 
 from tnbackprop.compiler.lower.contract import _paths, build
 from tnbackprop.compiler.lower.pairs import contract_pair
-from tnbackprop.compiler.lower.table import LOWERINGS
 from tnbackprop.compiler.program.cost import CPU, CUDA, Rates
 from tnbackprop.compiler.program.store import Store
 from tnbackprop.diagram.core import BATCH, COLUMN, Diagram, Leg, Product, Tensor
@@ -28,7 +27,7 @@ def store_with(*tensors: Tensor, rates: Rates = CPU) -> Store:
 def built(store: Store, legs: tuple[Leg, ...], *tensors: Tensor) -> list[str]:
     """The steps of a product."""
     start = len(store.steps)
-    build(store, Diagram(legs, (Product(ONE, tensors),)), LOWERINGS)
+    build(store, Diagram(legs, (Product(ONE, tensors),)))
     return codes(store)[start:]
 
 

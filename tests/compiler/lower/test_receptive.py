@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import tnbackprop as tn
 from tnbackprop.compiler.lower import receptive
-from tnbackprop.compiler.lower.contract import build
+from tnbackprop.compiler.lower.contract import build, made
 from tnbackprop.compiler.lower.receptive import MANY, OF_WIDE_VJP, VJP, find_fields, receptive_fields
-from tnbackprop.compiler.lower.table import WHOLE
+from tnbackprop.compiler.lower.table import LOWERINGS
 from tnbackprop.compiler.plan import processor
 from tnbackprop.compiler.program import cost
 from tnbackprop.compiler.program.cost import CPU, Kernel
@@ -118,9 +118,9 @@ def planned(given: Diagram, values: Values) -> list[torch.Tensor]:
     """The value by each plan."""
     found = []
     start = store_of(shapes_of(*given.products[0].operands), batch=2)
-    for plan in receptive_fields(start, given.products[0], given.legs, WHOLE):
+    for plan in receptive_fields(start, given.products[0], given.legs):
         store = start.fork()
-        ref = plan(store)
+        ref = made(store, plan)
         found.append(run(store, ref, values, 2))
     return found
 
@@ -155,12 +155,12 @@ def test_many_columns_by_onednn(name: str) -> None:
     start = Store(replace(CPU, onednn=True), 2, 4)
     for name, shape in shapes_of(*given.products[0].operands).items():
         start.given(name, shape, floating=name != "index")
-    start.like = start.given(LIKE, ())
-    plans = receptive_fields(start, given.products[0], given.legs, WHOLE)
+    start.like, start.lowerings = start.given(LIKE, ()), LOWERINGS
+    plans = receptive_fields(start, given.products[0], given.legs)
     assert len(plans) == 2
     for plan in plans:
         store = start.fork()
-        found = run(store, plan(store), single | {LIKE: torch.zeros(())}, 2)
+        found = run(store, made(store, plan), single | {LIKE: torch.zeros(())}, 2)
         assert called(store.steps, OF_WIDE_VJP)
         assert torch.equal(found.double(), want)
 
@@ -307,8 +307,8 @@ def test_better_where_there_are_many_columns(columns: int, better: bool) -> None
     for product in (given.products[0], usual):
         store = store_of(shapes_of(*given.products[0].operands, scattered), batch=1, itemsize=4)
         if product is usual:
-            build(store, Diagram(given.legs, (usual,)), WHOLE)
+            build(store, Diagram(given.legs, (usual,)))
         else:
-            receptive_fields(store, product, given.legs, WHOLE)[0](store)
+            made(store, receptive_fields(store, product, given.legs)[0])
         stores.append(store)
     assert (stores[0].seconds < stores[1].seconds) == better

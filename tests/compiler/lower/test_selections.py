@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tnbackprop.compiler.lower.table import LOWERINGS, selections
+from tnbackprop.compiler.lower.selections import selected
+from tnbackprop.compiler.lower.table import unfolding
 from tnbackprop.diagram.core import BATCH, Delta, Diagram, Leg, Operand, Selection, Tensor, Window
 
 from ...diagram.random_diagrams import product
@@ -68,8 +69,8 @@ def test_by_rows(what: str) -> None:
         check(BY_ROWS[what], size)
     (term,) = BY_ROWS[what].products
     store = store_of(shapes_of(*term.operands))
-    assert selections(store, term, BY_ROWS[what].legs)
-    assert not LOWERINGS[-1](store, term, BY_ROWS[what].legs)
+    assert selected(store, term, BY_ROWS[what].legs)
+    assert not unfolding(store, term, BY_ROWS[what].legs)
 
 
 DENSE = {
@@ -83,4 +84,4 @@ DENSE = {
 def test_dense(what: str) -> None:
     check(DENSE[what])
     (term,) = DENSE[what].products
-    assert not selections(store_of(shapes_of(*term.operands)), term, DENSE[what].legs)
+    assert not selected(store_of(shapes_of(*term.operands)), term, DENSE[what].legs)

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 import tnbackprop as tn
-from tnbackprop import compiler
+from tnbackprop.compiler import search
 from tnbackprop.compiler.lower import shifts as module
-from tnbackprop.compiler.lower.contract import Plan, build
+from tnbackprop.compiler.lower.candidate import Candidate
+from tnbackprop.compiler.lower.contract import build
 from tnbackprop.compiler.lower.shifts import GRAM, WINDOW_GRAM, shifts
 from tnbackprop.compiler.lower.table import LOWERINGS, squares, unfolding
 from tnbackprop.compiler.program.store import Store
@@ -202,7 +203,7 @@ def test_the_function_is_captured_whole() -> None:
 # ---------------------------------------------------------------- in programs
 
 
-def without_unfolding(store: Store, product: Product, legs: Legs) -> list[Plan]:
+def without_unfolding(store: Store, product: Product, legs: Legs) -> list[Candidate]:
     """Unfolding only where nothing can be shifted, so that the cost has no say."""
     return [] if shifts(store, product, legs) else unfolding(store, product, legs)
 
@@ -226,7 +227,7 @@ def test_factors_of_convolutions(net: str, monkeypatch: pytest.MonkeyPatch) -> N
     model(x)
     programs = []
     for rows in ((squares, *LOWERINGS[1:2], unfolding), (squares, *LOWERINGS[1:3], without_unfolding)):
-        monkeypatch.setattr(compiler, "LOWERINGS", rows)
+        monkeypatch.setattr(search, "LOWERINGS", rows)
         programs.append(tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.KFLR()]))
     plain, shifted = programs
     assert "window_gram(" in shifted.source and "window_gram(" not in plain.source
@@ -250,7 +251,7 @@ def test_factors_of_convolutions(net: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_cost_decides(slides: tuple[Slide, ...], channels: int, batch: int, shifted: bool) -> None:
     given = gram(slides, channels=channels)
     store = fresh(given, batch)
-    build(store, given, LOWERINGS)
+    build(store, given)
     assert bool(called(store.steps, GRAM)) == shifted
 
 

@@ -36,7 +36,7 @@ def planned(given: Diagram, rates: Rates, batch: int = 3) -> tuple[str, torch.Te
     """The steps, and their value at one sample more than they were planned for."""
     values = tensors(given, batch + 1)
     store = store_of(dict.fromkeys(values, (BATCH.size, 5, 4)), rates, batch)
-    ref = build(store, given, LOWERINGS)
+    ref = build(store, given)
     return "\n".join(codes(store)), run(store, ref, values, batch + 1)
 
 
