@@ -285,15 +285,18 @@ def test_kfra_where_paths_meet() -> None:
 
 
 def test_the_input_factor_is_one_tensor() -> None:
-    """KFLR, KFAC and KFRA of one program have the same A in memory, and each its own B."""
+    """KFLR, KFAC and KFRA of one program compute A once, and each its own B; each result has memory of its own."""
     problem = BY_NAME["cnn"].build()
     quantities = [make("KFLR"), make("KFAC"), make("KFRA"), make("KFAC", name="empirical", fisher="EMPIRICAL")]
     program = tn.compile(problem.model, problem.loss, (problem.x, problem.y), quantities)
     result = program(problem.x, problem.y, seed=0)
+    keys, planned = ("kflr", "kfac", "kfra", "empirical"), program.compiled.plan.results
     for name in ("0.weight", "3.weight", "6.weight"):
-        found = [result[key][name].factors for key in ("kflr", "kfac", "kfra", "empirical")]
-        assert len({A.data_ptr() for _, A in found}) == 1, name
-        assert len({B.data_ptr() for B, _ in found}) >= 3, name
+        assert len({planned[f"{key}#1"][name] for key in keys}) == 1, name
+        assert len({planned[f"{key}#0"][name] for key in keys}) >= 3, name
+        first, *others = (result[key][name].factors[1] for key in keys)
+        assert all(torch.equal(first, other) for other in others), name
+        assert len({A.data_ptr() for A in (first, *others)}) == 4, name
 
 
 @pytest.mark.parametrize("sharing, word", [("EXPAND", r"tied \(expand\)"), ("REDUCE", r"summed \(reduce\)")])

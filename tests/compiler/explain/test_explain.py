@@ -159,7 +159,7 @@ def test_one_stage() -> None:
     program = net(*FIRST_ORDER)
     assert program.explain("capture").startswith("Graph\n")
     assert program.explain(Stage.EMIT).endswith(program.source)
-    with pytest.raises(InputError, match="no stage 'paln': there are capture, bind, derive, plan, emit"):
+    with pytest.raises(InputError, match="no stage 'paln': there are capture, bind, derive, plan, program, emit"):
         program.explain("paln")
 
 
