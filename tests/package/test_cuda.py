@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import tnbackprop as tn
-from tnbackprop import compiler
+from tnbackprop.compiler import search
 from tnbackprop.compiler.program import cost
 
 from ..cases import EVERY, Case, Problem, classes, seq
@@ -85,7 +85,7 @@ LOOPED = {"kflr": ALL["kflr"], "diag": ALL["diag"], "hessian": ALL["hessian"], "
 def test_loops_over_columns(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     want = everything_of(compiled(case := cnn(nn.Sigmoid).build(), kinds := {key: LOOPED[key]}), case)
     monkeypatch.setitem(cost.RATES, "cuda", replace(cost.CUDA, rows=16))
-    monkeypatch.setattr(compiler, "WIDER", ())
+    monkeypatch.setattr(search, "WIDER", ())
     program = compiled(problem := on_gpu(cnn(nn.Sigmoid).build()), kinds)
     assert program.compiled.plan.loops
     assert_equal(cpu(everything_of(program, problem)[key]), want[key], key, BOUND)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tnbackprop as tn
-from tnbackprop import compiler
+from tnbackprop.compiler import search
 from tnbackprop.compiler.program import cost
 
 from .. import oracle_second
@@ -57,7 +57,7 @@ def test_columns_in_rounds(name: str, rows: int, monkeypatch: pytest.MonkeyPatch
     """One column at a time, two at a time, and rounds that must be filled up give what all at once give."""
     problem = BY_NAME[name].build()
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=rows))
-    monkeypatch.setattr(compiler, "WIDER", ())
+    monkeypatch.setattr(search, "WIDER", ())
     quantities = [tn.HessianDiag(), tn.SqrtGGN(), tn.KFLR(), tn.DiagGGN(per_sample=True), tn.SqrtGGNMC(mc_samples=5)]
     program = tn.compile(problem.model, problem.loss, (problem.x, problem.y), quantities)
     assert re.search(r"for (column|draw)_\d", program.source)

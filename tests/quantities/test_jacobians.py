@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tnbackprop as tn
-from tnbackprop import compiler
+from tnbackprop.compiler import search
 from tnbackprop.compiler.program import cost
 from tnbackprop.compiler.program.cost import number
 from tnbackprop.quantities.jacobian import CrossNTK
@@ -59,7 +59,7 @@ def test_all_columns_ride_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the device likes: what multiplies columns with each other needs all of them."""
     problem = BY_NAME["cnn"].build()
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=1))
-    monkeypatch.setattr(compiler, "WIDER", ())
+    monkeypatch.setattr(search, "WIDER", ())
     result = tn.compile(problem.model, problem.loss, (problem.x, problem.y), [tn.GGNGram(), tn.NTK(), tn.Jacobians()])(
         problem.x, problem.y
     )

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import tnbackprop as tn
-from tnbackprop import compiler
+from tnbackprop.compiler import search
 from tnbackprop.compiler.derive.derived import Apart
 from tnbackprop.compiler.plan.plan import Plan
 from tnbackprop.compiler.program import cost
@@ -70,7 +70,7 @@ def test_large_values(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> 
 def test_loops_over_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several columns in each round."""
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=8 if name == "kfac" else 16))
-    monkeypatch.setattr(compiler, "WIDER", ())
+    monkeypatch.setattr(search, "WIDER", ())
     program = assert_one_graph(QUANTITIES[name], None)
     assert program.compiled.plan.loops
 
@@ -81,7 +81,7 @@ def test_sample_by_sample(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And with kernels that are picked by what max pooling chose."""
     flops = dict.fromkeys(cost.Kernel, 1e3) | {cost.Kernel.RECEPTIVE: 1e18}
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, launch=0.0, bandwidth=1e18, flops=flops))
-    monkeypatch.setattr(compiler, "_fastest", lambda width, others, apart, attempt: attempt(1024, Apart(2, 4)))
+    monkeypatch.setattr(search, "_fastest", lambda width, others, apart, attempt: attempt(1024, Apart(2, 4)))
     program = assert_one_graph(QUANTITIES[name], None, before=(nn.Conv2d(2, 2, 1),))
     assert "= added(slice_" in program.source and "= receptive_vjp(" in program.source
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tnbackprop as tn
-from tnbackprop import compiler
+from tnbackprop.compiler import search
 from tnbackprop.compiler.derive.derived import Apart, Backward, Extraction
 from tnbackprop.compiler.plan.beside import in_turns
 from tnbackprop.compiler.program import cost
@@ -35,10 +35,10 @@ WITH = ", with the gradient"
 def joined(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient rides along wherever it can, whatever that costs."""
 
-    def fastest(width: int, others: object, apart: object, attempt: Callable[..., compiler.Made | None]) -> object:
+    def fastest(width: int, others: object, apart: object, attempt: Callable[..., search.Made | None]) -> object:
         return attempt(width, beside=True) or attempt(width)
 
-    monkeypatch.setattr(compiler, "_fastest", fastest)
+    monkeypatch.setattr(search, "_fastest", fastest)
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=10**6))
 
 
@@ -106,7 +106,7 @@ def test_where_it_looks_clearly_faster(apart: float, beside: float, chosen: floa
     def attempt(width: int, **ways: bool) -> Any:
         return None, SimpleNamespace(loops=(), seconds=beside if ways.get("beside") else apart)
 
-    assert compiler._fastest(8, (), Apart(64, 16), attempt)[1].seconds == chosen
+    assert search._fastest(8, (), Apart(64, 16), attempt)[1].seconds == chosen
 
 
 def test_in_turns() -> None:

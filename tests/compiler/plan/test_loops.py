@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tnbackprop as tn
-from tnbackprop import compiler
+from tnbackprop.compiler import Compiled, search
 from tnbackprop.compiler.derive import columns
 from tnbackprop.compiler.derive.derived import Apart
 from tnbackprop.compiler.plan.loops import Loop
@@ -172,8 +172,8 @@ def test_fewer_columns_at_a_time_where_that_looks_faster(monkeypatch: pytest.Mon
     model.append(nn.Linear(32 * 8 * 8, 4))
     x, y = torch.randn(16, 3, 16, 16), torch.randint(4, (16,))
 
-    def compiled(*widths: int) -> compiler.Compiled:
-        monkeypatch.setattr(compiler, "_widths", lambda rates, batch: widths)
+    def compiled(*widths: int) -> Compiled:
+        monkeypatch.setattr(search, "_widths", lambda rates, batch: widths)
         return tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.DiagGGN()]).compiled
 
     seconds = {width: compiled(width).plan.seconds for width in (1, 2)}
@@ -183,7 +183,7 @@ def test_fewer_columns_at_a_time_where_that_looks_faster(monkeypatch: pytest.Mon
 
 def test_how_many_columns_are_tried() -> None:
     """What the device likes, half as many, and more: each once."""
-    assert [compiler._widths(replace(cost.CPU, rows=400), batch) for batch in (50, 200, 400, 1600, 1601)] == [
+    assert [search._widths(replace(cost.CPU, rows=400), batch) for batch in (50, 200, 400, 1600, 1601)] == [
         (8, 4, 32, 64), (2, 1, 8, 16), (1, 4, 8), (1, 2), (1,)
     ]  # fmt: skip
 
@@ -217,7 +217,7 @@ def test_how_many_columns_are_taken(columns: int, seconds: dict[int, float], cho
         plan = SimpleNamespace(loops=(SimpleNamespace(columns=columns),), seconds=seconds[tried[-1]])
         return SimpleNamespace(width=tried[-1], columns=()), plan
 
-    assert compiler._fastest(8, (4, 32, 64), Apart(64, 16), attempt)[0].width == chosen
+    assert search._fastest(8, (4, 32, 64), Apart(64, 16), attempt)[0].width == chosen
     assert tried == list(seconds)
 
 
@@ -227,7 +227,7 @@ def test_not_one_by_one_where_that_cannot_be() -> None:
     def attempt(width: int, apart: Apart | None = None, beside: bool = False) -> Any:
         return None if apart or beside else (None, plan)
 
-    assert compiler._fastest(8, (), Apart(64, 16), attempt)[1] is plan
+    assert search._fastest(8, (), Apart(64, 16), attempt)[1] is plan
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class Alike(tn.HessianDiag):
 def test_as_many_columns_at_a_time_as_you_like(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Each sweep that reaches a parameter adds it once: the loss's, and those of the two activations behind it."""
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=rows))
-    monkeypatch.setattr(compiler, "WIDER", ())
+    monkeypatch.setattr(search, "WIDER", ())
     monkeypatch.setattr(columns, "MOST_ROWS", 0)  # else they go on together
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2)).double()

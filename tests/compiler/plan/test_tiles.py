@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tnbackprop as tn
-from tnbackprop import compiler
+from tnbackprop.compiler import search
 from tnbackprop.compiler.program import cost
 from tnbackprop.compiler.program.cost import CPU
 from tnbackprop.compiler.program.expr import Ref
@@ -55,7 +55,7 @@ def test_the_same_values(name: str, tile: float, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Store, "cheapest", tiles_first)
     monkeypatch.setitem(cost.RATES, "cpu", replace(CPU, tile=tile, rows=4))
-    monkeypatch.setattr(compiler, "WIDER", ())
+    monkeypatch.setattr(search, "WIDER", ())
     torch.manual_seed(0)
     model, shape = SMALL[name][0]().double(), SMALL[name][1]
     x, y, loss = torch.randn(4, *shape, dtype=torch.float64), torch.arange(4) % 3, nn.CrossEntropyLoss()
@@ -72,7 +72,7 @@ def test_the_same_values(name: str, tile: float, monkeypatch: pytest.MonkeyPatch
 def many_columns(tile: float, monkeypatch: pytest.MonkeyPatch) -> tuple[tn.Program, torch.Tensor]:
     """A network with more columns than positions, for a device on which a call costs nothing."""
     monkeypatch.setitem(cost.RATES, "cpu", replace(CPU, tile=tile, launch=0.0))
-    monkeypatch.setattr(compiler, "WIDER", ())
+    monkeypatch.setattr(search, "WIDER", ())
     torch.manual_seed(0)
     first = (nn.Conv2d(8, 32, 3), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.MaxPool2d(2))
     model = nn.Sequential(*first, nn.Flatten(), nn.Linear(128, 48), nn.Sigmoid(), nn.Linear(48, 3)).double()
