@@ -15,7 +15,7 @@ import tnbackprop as tn
 from tnbackprop.compiler import search
 from tnbackprop.compiler.lower import shifts as module
 from tnbackprop.compiler.lower.candidate import Candidate
-from tnbackprop.compiler.lower.contract import build
+from tnbackprop.compiler.lower.contract import build, made
 from tnbackprop.compiler.lower.shifts import GRAM, WINDOW_GRAM, shifts
 from tnbackprop.compiler.lower.table import LOWERINGS, squares, unfolding
 from tnbackprop.compiler.program.store import Store
@@ -50,7 +50,7 @@ def planned(given: Diagram, batch: int = 3) -> list[torch.Tensor]:
     values, found = tensors(given, batch), []
     for plan in shifts(fresh(given), given.products[0], given.legs):
         store = fresh(given)
-        ref = plan(store)
+        ref = made(store, plan)
         assert len(called(store.steps, module.GRAM)) == 1
         found.append(run(store, ref, values, batch))
     return found
