@@ -135,7 +135,7 @@ def test_symmetric_products_are_made_once() -> None:
     flops = []
     for other in ("x", "y"):
         store = fresh(given := gram(SLIDES["two"], other=other))
-        shifts(store, given.products[0], given.legs)[0](store)
+        made(store, shifts(store, given.products[0], given.legs)[0])
         (step,) = called(store.steps, GRAM)
         assert len(step.inputs) == (1 if other == "x" else 2)
         flops.append(step.work.flops[0][0])

@@ -14,7 +14,7 @@ from .torch_internals import OpOverload
 RESERVED = frozenset(
     {*keyword.kwlist, *keyword.softkwlist, *dir(builtins), *"N n v torch math loss output parameters buffers".split()}
     | {"x", "y", "aten", "F", "nn", "functional", "window_gram", "sum_of_products", "sum_of_shifted_squares"}
-    | {"like", "memory", "progress", "tensors", "results", "added"}
+    | {"like", "memory", "progress", "tensors", "results", "added", "one_by_one"}
     | {"receptive_kernels", "receptive_rows", "receptive_vjp", "receptive_vjp_wide"}
 )
 _OWN = re.compile(r"(both|column|curvature|draw|noise|root|slice|slot|total|weight)_\d\w*|[tu]\d+")
