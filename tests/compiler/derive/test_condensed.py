@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tnbackprop as tn
-from tnbackprop import compiler
+from tnbackprop.compiler import search
 from tnbackprop.compiler.derive.derived import Derived, Extraction
 from tnbackprop.compiler.program import cost
 from tnbackprop.diagram.algebra import inline
@@ -113,8 +113,8 @@ def test_the_same_values(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) 
     loss = nn.CrossEntropyLoss()
     plain = tn.compile(model, loss, (x, y), QUANTITIES)
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=rows))
-    derive = compiler.derive
-    monkeypatch.setattr(compiler, "derive", lambda *given: only_condensed(derive(*given)))
+    derive = search.derive
+    monkeypatch.setattr(search, "derive", lambda *given: only_condensed(derive(*given)))
     forced = tn.compile(model, loss, (x, y), QUANTITIES)
     found = {item.parameter for item in condensed_items(forced.compiled.derived)}
     assert len(found) >= 2, "the weight and the bias before the pooling"

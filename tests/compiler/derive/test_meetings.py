@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tnbackprop as tn
-from tnbackprop import compiler
+from tnbackprop.compiler import search
 from tnbackprop.compiler.derive import columns
 from tnbackprop.compiler.derive.derived import Basis
 from tnbackprop.compiler.program import cost
@@ -177,7 +177,7 @@ def test_where_columns_meet(name: str, size: int) -> None:
 def test_weights_and_rounds(loss: Loss, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns with weights of their own bring them along, into rounds of any width."""
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=rows))
-    monkeypatch.setattr(compiler, "WIDER", ())
+    monkeypatch.setattr(search, "WIDER", ())
     model, x, y = problem("a chain", 4)
     program = tn.compile(model, loss, (x, y), [tn.HessianDiag()])
     assert bool(arrivals(program)) == (rows >= 12)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tnbackprop as tn
-from tnbackprop import compiler
+from tnbackprop.compiler import search
 from tnbackprop.compiler.derive.derived import Apart, Derived
 from tnbackprop.compiler.lower.arrange import copies
 from tnbackprop.compiler.lower.contract import build
@@ -45,7 +45,7 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     def fastest(width: int, others: Sequence[int], apart: Apart, attempt: Attempt) -> tuple[Derived, Plan] | None:
         return attempt(1024, Apart(2, 4)) or attempt(1)
 
-    monkeypatch.setattr(compiler, "_fastest", fastest)
+    monkeypatch.setattr(search, "_fastest", fastest)
 
 
 def calls(program: tn.Program) -> int:
@@ -83,7 +83,7 @@ def test_weights(loss: Callable[[Values, Values], Values]) -> None:
 
 def test_what_arrives_rides_along(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few columns of a sweep before come to where many are one-hot, and go on with them, sample by sample."""
-    monkeypatch.setattr(compiler, "_fastest", lambda width, others, apart, attempt: attempt(1024, Apart(10, 4)))
+    monkeypatch.setattr(search, "_fastest", lambda width, others, apart, attempt: attempt(1024, Apart(10, 4)))
     model, x, y = problem("a chain", 3)
     program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.HessianDiag()])
     assert arrivals(program)[-1] == ("layer_0", 9) and calls(program) == 1

@@ -365,7 +365,7 @@ def total_rows(compiled: Compiled) -> list[tuple[str, ...]]:
 
 
 def _source(compiled: Compiled) -> Iterator[str]:
-    yield from compiled.source.splitlines()
+    yield from compiled.source.split("\n")
 
 
 Section = tuple[str, Callable[["Compiled"], Iterator[str]]]
