@@ -10,10 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import tnbackprop as tn
-from tnbackprop.compiler.invariants.source import FIXED
+from tnbackprop.compiler.emit.source import OWN
+from tnbackprop.compiler.invariants.source import HELPERS
 from tnbackprop.compiler.plan.plan import Plan
 from tnbackprop.compiler.program import cost
-from tnbackprop.compiler.translate.names import RESERVED
+from tnbackprop.compiler.program.expr import Call, Value
+from tnbackprop.compiler.program.functions import Function
+
+from ...programs import writer
 
 
 class Named(nn.Module):
@@ -48,6 +52,12 @@ def test_any_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(map(torch.equal, *found))
 
 
-def test_functions_of_the_source_are_reserved() -> None:
-    names = {node.name for text in FIXED for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
-    assert len(names) >= 8 and names <= RESERVED
+@pytest.mark.parametrize("function", HELPERS, ids=str)
+def test_a_value_is_not_called_as_a_function_of_the_source(function: Function) -> None:
+    """Whatever it would like to be called; neither as the sum over samples, nor as an argument of the program."""
+    inputs = tuple(Value(name, None, (2, 2), hint=name) for name in (function.name, "added", *sorted(OWN)))
+    text = writer([Value("made", Call(function, inputs), (2, 2), hint=function.name, inputs=inputs)])
+    names = {text.names(value) for value in (*inputs, *text.steps)}
+    assert len(names) == len(inputs) + 1 and not names & {function.name, "added", *OWN}
+    (defined,) = (ast.parse(source).body[-1] for source in text.helpers.values())
+    assert isinstance(defined, ast.FunctionDef) and defined.name == function.name
