@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from tnbackprop.diagram.core import BATCH, Delta, Leg, Map, N, Selection, Size, Tensor, Window, argument
 from tnbackprop.diagram.reference import evaluate
-from tnbackprop.notation.bind import BoundRule, bind
+from tnbackprop.notation.bind import COTANGENT, BoundRule, bind
+from tnbackprop.notation.code import Code, Hole
 from tnbackprop.notation.parse import parse_program
 from tnbackprop.notation.rule import Rule
 
@@ -148,7 +149,7 @@ def test_layer_norm(shape: str, value: tuple[int, ...]) -> None:
     x, w, b = normal(*value), normal(6), integers(6)
     expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * w + b
     np.testing.assert_allclose(run(rule, input=x, weight=w, bias=b), expected, rtol=1e-12)
-    assert [e.name for e in rule.equations] == ["y_mean", "y_centred", "y_variance", "y"]
+    assert [e.name for e in rule.equations] == ["y:mean", "y:centred", "y:variance", "y"]
 
 
 def test_piecewise_says_the_kink() -> None:
@@ -355,14 +356,16 @@ def test_saved_and_code_placeholders() -> None:
         input="N 4",
         bias=None,
     )
-    assert rule.saved[0].name == "y_mask"
-    assert rule.saved[0].code == "torch.rand_like({input_value}) > 0.5"
+    assert rule.saved[0].name == "y:mask"
+    assert rule.saved[0].code == Code.parsed("torch.rand_like({input_value}) > 0.5")
     assert [leg.name for leg in rule.saved[0].legs] == ["n", "s1"]
-    assert rule.forward == "{input_value} * {y_mask}"
-    assert dict(rule.vjp) == {"input_value": "{cotangent} * {y_mask} + {y} + None"}
+    value, mask = Hole("input_value"), Hole("y:mask")
+    assert rule.forward == Code.of(value, " * ", mask)
+    vjp = Code.of(Hole(COTANGENT), " * ", mask, " + ", Hole("y"), " + ", "None")
+    assert dict(rule.vjp) == {"input_value": vjp}
     assert rule.equations[0].diagram is not None
     tensors = [op.name for op in rule.equations[0].diagram.products[0].operands if isinstance(op, Tensor)]
-    assert tensors == ["input_value", "y_mask"]
+    assert tensors == ["input_value", "y:mask"]
 
 
 def test_a_leg_called_n_that_is_not_the_batch_is_renamed() -> None:

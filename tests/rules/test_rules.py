@@ -17,7 +17,8 @@ from tnbackprop.diagram.algebra import differentiate
 from tnbackprop.diagram.core import Diagram, N
 from tnbackprop.diagram.jacobian import Jacobian
 from tnbackprop.diagram.reference import evaluate
-from tnbackprop.notation.bind import BoundRule, bind
+from tnbackprop.notation.bind import COTANGENT, COTANGENTS, BoundRule, bind
+from tnbackprop.notation.code import Code
 from tnbackprop.rules import RULES
 
 from ..cases import EVERY, RANDOM_CASES, Case
@@ -83,10 +84,10 @@ def bound(call: Call) -> BoundRule:
     return bind(RULES[call.target](call), axes, names, call.output.name, call.output.axes, call.where)
 
 
-def code(text: str, env: Mapping[str, Tensor]) -> Tensor:
-    """Emitted torch code, with {name} for values."""
+def code(given: Code, env: Mapping[str, Tensor]) -> Tensor:
+    """Torch code of a rule, with values in its holes."""
     names = {name: f"v{k}" for k, name in enumerate(env)}
-    return eval(text.format(**names), {"torch": torch}, {names[name]: value for name, value in env.items()})
+    return eval(given.filled(names.__getitem__), {"torch": torch}, {names[name]: value for name, value in env.items()})
 
 
 def reference(diagram: Diagram, env: Env, n: int) -> Tensor:
@@ -138,7 +139,7 @@ def check(step: Step) -> None:
             torch.testing.assert_close(found, expected)
         if operand.name in rule.vjp:
             cotangent = torch.randn_like(step.output)
-            native = code(rule.vjp[operand.name], env | {"cotangent": cotangent, "cotangents": cotangent})
+            native = code(rule.vjp[operand.name], env | {COTANGENT: cotangent, COTANGENTS: cotangent})
             torch.testing.assert_close(native.reshape(-1), cotangent.reshape(-1) @ expected)
 
 
@@ -147,7 +148,7 @@ def reference_jacobian(step: Step, name: str, rule: BoundRule, env: Env) -> Tens
     value = env[step.call.tensors[name].name]
 
     def function(v: Tensor) -> Tensor:
-        if rule.forward and "pooled" not in rule.forward:
+        if rule.forward and "pooled" not in str(rule.forward):
             return code(rule.forward, env | {step.call.tensors[name].name: v})
         return run(step.call, step.env, **split(step.call, name, v, env))
 
