@@ -181,7 +181,7 @@ class Program:
         own = Owner(read.values()).own
         values = {name: {key: own(value) for key, value in by.items()} for name, by in values.items()}
         made: dict[str, Any] = {name: assemble(blocks, values, name) for name, blocks in self._blocks.items()}
-        leaves = [own(leaf) for leaf in output]
+        leaves = [own(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in output]
         return Result(None if loss is None else own(loss), pytree.tree_unflatten(leaves, self._output_spec), made)
 
     def _with_noise(
