@@ -33,10 +33,9 @@ def compile_program(
     lowerings: Sequence[Lowering] = (),
 ) -> Compiled:
     """Run the stages on an example batch; `here` where the source runs on this machine: by what this one has."""
-    seen = asked(model, tuple(quantity.name for quantity in quantities))
-    graph = check(Stage.CAPTURE, capture(model, loss, example, rules), seen)
-    seen = replace(seen, graph=graph)
-    bound = check(Stage.BIND, bind_all(graph, rules), seen)
+    graph = capture(model, loss, example, rules)
+    check(Stage.CAPTURE, graph, seen := asked(model, tuple(quantity.name for quantity in quantities)))
+    bound = check(Stage.BIND, bind_all(graph, rules), seen := replace(seen, graph=graph))
     derived, planned = searched(graph, bound, quantities, Device.of(model, here), memory_limit, lowerings)
     check(Stage.DERIVE, derived, seen)
     check(Stage.PLAN, planned, seen)
