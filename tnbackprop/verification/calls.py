@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ..compiler.translate.graph import Call, Value
+from ..compiler.translate.torch_internals import arguments_of
 from ..compiler.translate.torch_modes import twice_differentiable
 from ..diagram.algebra import differentiate
 from ..diagram.core import Diagram, Leg, N
@@ -58,7 +59,7 @@ def operate(call: Call, env: Env, size: int) -> Tensor:
     """What the module or the operator of the call gives; nothing of its rule."""
     arguments = {name: _concrete(value, env, size) for name, value in call.arguments.items()}
     if not call.by_rule and call.module is None:
-        named = {argument.name for argument in call.target._schema.arguments}
+        named = {argument.name for argument in arguments_of(call.target)}
         if "self" in named:
             arguments["self"] = arguments.pop("input")
     with twice_differentiable():

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ...errors import UnsupportedError
 from ..translate.foreign import MISTAKES
 from ..translate.opaque import NAMESPACE, Opaque, named_tensors
-from ..translate.torch_internals import OpOverload
+from ..translate.torch_internals import OpOverload, arguments_of, name_of
 from .state import copied, resized
 
 FAILURES = (RuntimeError, AssertionError, *MISTAKES)
@@ -132,7 +132,7 @@ class _Replay(Interpreter):
             return args[1].to(args[0]).expand_as(args[0])
         if not isinstance(target, OpOverload) or target.namespace != NAMESPACE:
             return super().call_function(target, args, kwargs)
-        opaque = self.opaque[target._schema.name.split("::")[1]]
-        named = dict(zip((a.name for a in target._schema.arguments), args, strict=False)) | kwargs
+        opaque = self.opaque[name_of(target)[0]]
+        named = dict(zip((a.name for a in arguments_of(target)), args, strict=False)) | kwargs
         own, options = opaque.called(named["site"], named["inputs"])
         return opaque.function(*own, **options)

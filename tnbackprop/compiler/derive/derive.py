@@ -15,6 +15,7 @@ from ...notation.rule import Rule, RuleFunction, Rules
 from ...quantities import Propagation, Quantity, Source
 from ..translate.foreign import foreign
 from ..translate.graph import Call, Graph, Value, op_text
+from ..translate.torch_internals import of_aten
 from .columns import Setting, columns_of, output_legs
 from .derived import Apart, Columns, Derived
 from .fallback import fallback
@@ -43,7 +44,7 @@ def _bind(call: Call, rules: Rules) -> BoundRule:
     values |= call.tensors
     axes = {name: None if v is None else v.axes for name, v in values.items()}
     names = {name: v.name for name, v in values.items() if v is not None}
-    own = call.by_rule or not op_text(call.target).startswith("aten.")
+    own = not of_aten(call.target)
     return without_units(bind(rule, axes, names, call.output.name, call.output.axes, call.where, own))
 
 

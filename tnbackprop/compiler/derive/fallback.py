@@ -22,6 +22,7 @@ from ...notation.code import Call as FirstCall
 from ...notation.code import Code
 from ..program.cost import size_at
 from ..translate.graph import Call, Value, op_text
+from ..translate.torch_internals import arguments_of
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,8 @@ def _run(call: Call, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
             return tensors[argument.name]
         return size_at(argument, 3) if hasattr(argument, "subs") else argument
 
-    names = {a.name: "input" if a.name == "self" else a.name for a in call.target._schema.arguments}
+    names = {a.name: "input" if a.name == "self" else a.name for a in arguments_of(call.target)}
     filled = {own: pytree.tree_map(value, call.arguments[name]) for own, name in names.items()}
-    args = [filled.pop(a.name) for a in call.target._schema.arguments if not a.kwarg_only]
+    args = [filled.pop(a.name) for a in arguments_of(call.target) if not a.kwarg_only]
     result: torch.Tensor = call.target(*args, **filled)
     return result

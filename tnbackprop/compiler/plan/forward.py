@@ -15,26 +15,20 @@ from ..program import expr as e
 from ..program import functions as f
 from ..program.cost import Kernel, Work
 from ..program.expr import Expr, Filled
-from ..program.functions import Function, Memory
+from ..program.functions import Function
 from ..program.store import Store
 from ..translate.graph import Call, Value
-from ..translate.torch_internals import OpOverload
+from ..translate.inplace import in_place
+from ..translate.operators import Memory, row_of
+from ..translate.torch_internals import arguments_of
 
-aten = torch.ops.aten
 EACH = e.Value("each", None, (), hint="each")
 """The variable of a function that is mapped over columns."""
-FRESH = frozenset(
-    {getattr(aten, f"conv{rank}d").default for rank in (1, 2, 3)}
-    | {getattr(aten, f"conv{rank}d").padding for rank in (1, 2, 3)}
-    | {aten.linear.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.matmul.default}
-    | {aten.batch_norm.default, aten.layer_norm.default, aten.group_norm.default}
-    | {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.relu.default}
-)
 
 
 def call_expr(call: Call, read: Callable[[Value], Expr], like: Expr) -> Expr:
     """The call of an operator with every argument that is not as by default; devices are those of `like`."""
-    arguments = call.target._schema.arguments
+    arguments = arguments_of(call.target)
     shown: list[Any] = []
     named: list[tuple[str, Any]] = []
     for k, argument in enumerate(arguments):
@@ -72,25 +66,12 @@ MOVED, PULLED = (e.Value(name, None, (), hint=name) for name in ("u", "g"))
 
 
 def operator(call: Call) -> Function:
-    """The row of the operator that is called."""
-    memory = Memory.OWN if call.target in FRESH else Memory.UNKNOWN
-    return f.aten(call.target, memory, _over(call))
-
-
-def _over(call: Call) -> OpOverload | str:
-    """The operator that writes its result over its only operand, if it is elementwise."""
-    target = call.target
-    if not isinstance(target, OpOverload) or list(call.tensors) != ["input"]:
-        return ""
-    value = call.tensors["input"]
-    views = any(returned.alias_info is not None for returned in target._schema.returns)
-    name, overload = target._schema.name.removeprefix("aten::"), target._overloadname
-    packet = getattr(aten, f"{name}_", None)
-    there = packet is not None and overload in packet.overloads()
-    if views or not there or (value.shape, value.dtype) != (call.output.shape, call.output.dtype):
-        return ""
-    found: OpOverload = getattr(packet, overload)
-    return found
+    """The row of the operator that is called. It writes over its operand where that is the only one, as large."""
+    own = row_of(call.target).memory is Memory.OWN
+    alone = list(call.tensors) == ["input"] and not call.by_rule
+    value, output = call.tensors.get("input"), call.output
+    fits = alone and value is not None and (value.shape, value.dtype) == (output.shape, output.dtype)
+    return f.aten(call.target, f.Memory.OWN if own else f.Memory.UNKNOWN, (fits and in_place(call.target)) or "")
 
 
 def _same(value: Any, default: Any) -> bool:

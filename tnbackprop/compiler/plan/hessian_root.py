@@ -19,6 +19,7 @@ from ..program.cost import Kernel, Work
 from ..program.expr import Body, Expr, Lambda, Of, Slice, reads
 from ..program.store import Store
 from ..translate.graph import Call, Graph, Value
+from ..translate.torch_internals import of_aten
 from .definite import smallest_eigenvalue
 from .forward import call_expr
 
@@ -134,7 +135,7 @@ def _is_floating(value: object) -> bool:
 
 
 def _is_foreign(call: Call) -> bool:
-    return not str(call.target).startswith("aten.")
+    return not of_aten(call.target)
 
 
 def _precision(root: LossRoot) -> torch.dtype:

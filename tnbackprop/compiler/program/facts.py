@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...diagram.core import Size
+from ..translate.operators import row_of
+from ..translate.torch_internals import overload
 from .expr import Call, Filled, Value, reads
-from .functions import GRAD_INPUT, Linear, Memory, aten, method
+from .functions import Linear, Memory, aten, method
 
 
 def shape_of(expr: Any) -> tuple[Size, ...] | None:
@@ -65,11 +67,11 @@ def written_over(expr: Any) -> Iterator[tuple[Value, Any]]:
 def _over_cotangent(expr: Filled) -> Iterator[tuple[Value, Any]]:
     """A native VJP of an elementwise operator over the cotangent that it reads."""
     call, holes = expr.code.call, dict(expr.holes)
-    name = call.name.removeprefix("torch.ops.aten.").removesuffix("_backward")
+    into = row_of(overload(call.name.removeprefix("torch.ops.aten."))).into
     own = holes.get(call.first)
     others = tuple(each for hole, each in expr.holes if hole != call.first)
-    if call.whole and name in GRAD_INPUT and isinstance(own, Value) and own not in reads(others):
-        yield own, Filled(expr.code.written(f"{call.name}.grad_input", "grad_input", call.first), expr.holes)
+    if call.whole and into and isinstance(own, Value) and own not in reads(others):
+        yield own, Filled(expr.code.written(f"{call.name}.{into}", into, call.first), expr.holes)
 
 
 def _over_operands(expr: Call) -> Iterator[tuple[Value, Any]]:

@@ -207,10 +207,6 @@ CLONE = method("clone")
 SPLIT = method("split")
 UNBIND = method("unbind")
 
-GRAD_INPUT = frozenset("threshold sigmoid tanh silu elu leaky_relu hardtanh softplus hardsigmoid".split())
-"""Elementwise operators whose native VJP can write its result over the cotangent."""
-
-
 ONE_BY_ONE = """\
 def one_by_one(vjp, axes, cotangents, *rows):
     # The VJP of each sample, for one cotangent [N, ...] with so many axes, or several on axes in front.

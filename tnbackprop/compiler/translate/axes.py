@@ -6,33 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import sympy
-import torch
 
 from ...diagram.core import N, Size
 from ...errors import UnsupportedError
 from .graph import Value
+from .operators import Copies, row_of
 
 Axes = tuple[tuple[Size, ...], ...]
-
-aten = torch.ops.aten
-
-RESHAPES = frozenset(
-    {
-        aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
-        aten.view_as.default,
-        aten.reshape_as.default,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.unsqueeze.default,
-        aten.ravel.default,
-    }
-)
-"""The same elements in row-major order."""
 
 ADVICE = "Derivatives are taken per sample, so no op may mix samples: "
 
@@ -48,10 +28,10 @@ def value_axes(target: Any, arguments: Mapping[str, Any], shape: tuple[Size, ...
         )
     if not any(multiples):
         return tuple((size,) for size in shape)
-    if target in RESHAPES:
+    if row_of(target).reshapes:
         return _reshaped(inputs[0], shape, multiples, where)
     return tuple(
-        (size,) if k == 0 else (N,) if k == 1 else _carried(target, arguments, inputs, axis, size, where)
+        (size,) if k == 0 else (N,) if k == 1 else _carried(target, inputs, shape, axis, where)
         for axis, (size, k) in enumerate(zip(shape, multiples, strict=True))
     )
 
@@ -102,20 +82,14 @@ def _reshaped(source: Value, shape: tuple[Size, ...], multiples: list[int], wher
     return tuple(inner if k == axis else (size,) for k, size in enumerate(shape))
 
 
-def _carried(
-    target: Any, arguments: Mapping[str, Any], inputs: list[Value], axis: int, size: Size, where: str
-) -> tuple[Size, ...]:
+def _carried(target: Any, inputs: list[Value], shape: tuple[Size, ...], axis: int, where: str) -> tuple[Size, ...]:
     """The factor order of an axis k·N of an op that is no reshape: that of the input axis of the same size."""
-    multiple = batch_multiple(size) or 0
-    if target is aten.repeat.default and axis < len(arguments["repeats"]):
-        source = inputs[0].axes[axis - len(arguments["repeats"])] if inputs[0].axes else ()
-        return _outer(source, multiple)
-    if target in (aten.cat.default, aten.concat.default):
-        sources = {v.axes[axis] for v in inputs}
-        if len(sources) == 1 and arguments["dim"] % len(inputs[0].axes) == axis:
-            return _outer(sources.pop(), multiple)
-    if target is aten.repeat_interleave.self_int:
-        return (N, multiple) if inputs[0].axes[axis] == (N,) else (*inputs[0].axes[axis], arguments["repeats"])
+    size, copies = shape[axis], row_of(target).copies
+    sources = {v.axes[place] for v in inputs if (place := axis - len(shape) + len(v.axes)) >= 0}
+    if copies is not None and len(sources) == 1:
+        (source,) = sources
+        multiple = batch_multiple(size) or 0
+        return _outer(source, multiple) if copies is Copies.OUTER else _inner(source, size)
     found = {a for v in inputs for a in v.axes if _same(_product(list(a)), size)}
     if len(found) != 1:
         orders = " or ".join("·".join(str(f) for f in a) for a in sorted(found, key=str)) or "none"
@@ -124,6 +98,12 @@ def _carried(
             f"indices stand in it (candidates: {orders}). Keep the batch as an axis of its own: x.unflatten(0, …)"
         )
     return found.pop()
+
+
+def _inner(source: tuple[Size, ...], size: Size) -> tuple[Size, ...]:
+    """Copies of each element side by side: the number of copies is the innermost factor."""
+    copies = size / _product(list(source))
+    return source if copies == 1 else (*source, copies)
 
 
 def _outer(source: tuple[Size, ...], multiple: int) -> tuple[Size, ...]:

@@ -4,57 +4,48 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
 from ...errors import UnsupportedError
-from .torch_internals import OpOverload
-
-aten = torch.ops.aten
-
-MAYBE_SAME = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default})
-"""Ops whose schema says "new tensor" but which return their input in eval mode."""
-
-WHOLE = frozenset({aten.alias.default, aten.lift_fresh.default})
-"""Views that are the tensor itself."""
-
-COPIED = {aten.view.default: aten.reshape.default, aten.view_as.default: aten.reshape_as.default}
-"""Views that fail for some strides, as ops that copy for those."""
-
-RENAMED = {
-    aten.normal_.default: aten.normal_functional.default,
-    aten.bernoulli_.float: aten.bernoulli.p,
-    aten.squeeze_.dim: aten.squeeze.dim,
-}
+from .operators import Memory, row_of
+from .torch_internals import (
+    OpOverload,
+    arguments_of,
+    is_mutation,
+    name_of,
+    of_aten,
+    overload,
+    shares_memory,
+    written_arguments,
+)
 
 
-def is_mutation(target: Any) -> bool:
-    """Whether a call of `target` writes to one of its arguments."""
-    return isinstance(target, OpOverload) and target._schema.is_mutable
-
-
-def functional(target: Any, where: str) -> Any:
+def functional(target: Any, where: str) -> OpOverload:
     """relu_ -> relu, with the same overload."""
-    if target in RENAMED:
-        return RENAMED[target]
-    name = target._schema.name.split("::")[1]
-    packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
-    overload = getattr(packet, target._overloadname, None) if packet is not None else None
-    if overload is None:
+    name, which = name_of(target)
+    known = of_aten(target)
+    found = overload(row_of(target).functional or f"{name.removesuffix('_')}.{which}") if known else None
+    if found is None or is_mutation(found):
         raise UnsupportedError(
             f"{where} writes to its argument and has no functional counterpart. Use the op without _"
         )
-    return overload
+    return found
+
+
+def in_place(target: Any) -> OpOverload | None:
+    """relu -> relu_, with the same overload: what writes the result over the first operand, where there is that."""
+    name, which = name_of(target)
+    if not of_aten(target) or shares_memory(target):
+        return None
+    return overload(f"{name}_.{which}")
 
 
 def mutated(node: Node) -> Node:
     """The node whose tensor an in-place call writes to."""
-    for k, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found = node.args[k] if k < len(node.args) else node.kwargs[argument.name]
-            assert isinstance(found, Node)
-            return found
-    raise UnsupportedError(f"{node.target} writes to an argument that its schema does not name")
+    place = written_arguments(node.target)[0]
+    found = node.args[place] if place < len(node.args) else node.kwargs[arguments_of(node.target)[place].name]
+    assert isinstance(found, Node)
+    return found
 
 
 def owner(node: Node) -> Node:
@@ -62,7 +53,7 @@ def owner(node: Node) -> Node:
     while node.op == "call_function":
         if is_mutation(node.target):
             node = mutated(node)
-        elif node.target in WHOLE:
+        elif row_of(node.target).memory is Memory.ITSELF:
             node = node.all_input_nodes[0]
         else:
             return node
@@ -74,11 +65,9 @@ def mutates_view(program: GraphModule) -> bool:
     nodes = [
         n for g in program.modules() if isinstance(g, GraphModule) for n in g.graph.nodes if n.op == "call_function"
     ]
-    if any(n.target is aten.embedding_renorm_.default for n in nodes):
-        raise UnsupportedError(
-            "an embedding with max_norm writes to its weight during forward: a program changes no parameter. "
-            "Leave max_norm out, and renormalize between steps"
-        )
+    for node in nodes:
+        if row_of(node.target).refused:
+            raise UnsupportedError(row_of(node.target).refused)
     written = {owner(n) for n in nodes if is_mutation(n.target)}
     views = [n for n in nodes if _is_view(n) and n.all_input_nodes]
     inner = any(n.op == "placeholder" and n.graph is not program.graph for n in written)
@@ -91,10 +80,12 @@ def copy_views(program: GraphModule) -> None:
     """
     for graph in (part.graph for part in program.modules() if isinstance(part, GraphModule)):
         for node in graph.nodes:
-            node.target = COPIED.get(node.target, node.target)
+            copying = row_of(node.target).copying
+            node.target = overload(copying) if copying else node.target
 
 
 def _is_view(node: Node) -> bool:
-    if not isinstance(node.target, OpOverload) or is_mutation(node.target) or node.target in WHOLE:
+    if not isinstance(node.target, OpOverload) or is_mutation(node.target):
         return False
-    return node.target in MAYBE_SAME or any(r.alias_info is not None for r in node.target._schema.returns)
+    memory = row_of(node.target).memory
+    return memory is Memory.EITHER or (memory is not Memory.ITSELF and shares_memory(node.target))

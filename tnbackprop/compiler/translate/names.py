@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from .torch_internals import OpOverload
+from .torch_internals import OpOverload, name_of
 
 RESERVED = frozenset(
     {*keyword.kwlist, *keyword.softkwlist, *dir(builtins), *"N n v torch math loss output parameters buffers".split()}
@@ -57,5 +57,5 @@ def module_of(node: Node) -> tuple[str, str, str]:
 def op_name(target: object) -> str:
     """relu for aten.relu_.default"""
     if isinstance(target, OpOverload):
-        return target._schema.name.split("::")[1].strip("_")
+        return name_of(target)[0].strip("_")
     return getattr(target, "__name__", "value").strip("_").lower()

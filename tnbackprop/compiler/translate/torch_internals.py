@@ -50,6 +50,7 @@ READS_GRAPH: Any = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 weight_norm = torch._weight_norm
 """The fused operator that `torch.nn.utils.weight_norm` calls."""
 
+aten = torch.ops.aten
 COMPOSITE = DispatchKey.CompositeImplicitAutograd
 _LOCK = threading.RLock()
 
@@ -59,6 +60,44 @@ def alone() -> Iterator[None]:
     """One thread at a time; the same thread may enter again."""
     with _LOCK:
         yield
+
+
+def overload(name: str) -> OpOverload | None:
+    """The overload of ATen by its name, "relu" or "slice.Tensor"; None where this version of torch lacks it."""
+    packet, _, which = name.partition(".")
+    found: OpOverload | None = getattr(getattr(aten, packet, None), which or "default", None)
+    return found
+
+
+def name_of(target: Any) -> tuple[str, str]:
+    """The name of an operator without its namespace, and that of the overload: ("slice", "Tensor")."""
+    return target._schema.name.split("::")[1], target._overloadname
+
+
+def of_aten(target: Any) -> bool:
+    """Whether it is one of torch's own operators."""
+    return isinstance(target, OpOverload) and target.namespace == "aten"
+
+
+def arguments_of(target: Any) -> Any:
+    """The arguments in the schema of an operator: each with name, default_value, has_default_value, kwarg_only."""
+    return target._schema.arguments
+
+
+def written_arguments(target: Any) -> list[int]:
+    """The places of the arguments that an operator writes to."""
+    arguments = enumerate(target._schema.arguments)
+    return [k for k, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def is_mutation(target: Any) -> bool:
+    """Whether a call of `target` writes to one of its arguments."""
+    return isinstance(target, OpOverload) and target._schema.is_mutable
+
+
+def shares_memory(target: Any) -> bool:
+    """Whether an output of an operator is, or may be, an argument or a part of it, as its schema says."""
+    return any(returned.alias_info is not None for returned in target._schema.returns)
 
 
 @contextmanager

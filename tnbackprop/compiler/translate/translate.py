@@ -14,25 +14,16 @@ from torch.utils import _pytree as pytree
 from ...diagram.core import N, Size
 from ...errors import InputError, UnsupportedError
 from .axes import batch_axis, show, value_axes
-from .canonical import (
-    ALIASES,
-    CONTRACTIONS,
-    NO_GRADIENT,
-    SECOND,
-    alias_of,
-    canonical,
-    copy_of_batch,
-    second_output,
-    split_piece,
-)
+from .canonical import alias_of, canonical, copy_of_batch, output_call
 from .graph import Call, Graph, Value
-from .inplace import functional, is_mutation, owner
+from .inplace import functional, owner
 from .inputs import enter
 from .mixing import check_mixing
 from .names import Names, module_of, op_name
 from .opaque import NAMESPACE, Opaque
+from .operators import Same, row_of
 from .sizes import Sizes
-from .torch_internals import HigherOrderOperator, OpOverload
+from .torch_internals import HigherOrderOperator, OpOverload, arguments_of, is_mutation, name_of
 
 aten = torch.ops.aten
 no_grad_block = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -116,7 +107,7 @@ class _Translator:
         assert isinstance(target, OpOverload)
         arguments = self._arguments(node)
         if target.namespace == NAMESPACE:
-            opaque = self.opaque[target._schema.name.split("::")[1]]
+            opaque = self.opaque[name_of(target)[0]]
             named = opaque.arguments(arguments["site"], arguments["inputs"], arguments["tensors"])
             self.env[node] = self._emit(
                 node,
@@ -173,12 +164,10 @@ class _Translator:
             split = (*source.shape[:axis], *source.axes[axis], *source.shape[axis + 1 :])
             source = self._append(node, aten.reshape.default, {"input": source, "shape": split}, split, dtype, "copies")
             target, arguments = aten.select.int, {"input": source, "dim": axis, "index": index}
+        row = row_of(target)
         inputs = [v for a in arguments.values() for v in (a if isinstance(a, tuple) else (a,)) if isinstance(v, Value)]
-        if op_name(target) in CONTRACTIONS and len({v.dtype for v in inputs}) > 1:
-            dtypes = ", ".join(f"{v.name} {str(v.dtype).removeprefix('torch.')}" for v in inputs)
-            raise InputError(f"{where} needs one dtype for all of its tensors, but the example gives {dtypes}")
         depends: frozenset[str] = frozenset().union(*(v.depends_on for v in inputs))
-        if self.no_grad or target in NO_GRADIENT or not dtype.is_floating_point:
+        if self.no_grad or row.no_gradient or not dtype.is_floating_point:
             depends = frozenset()
         axes = value_axes(target, arguments, shape, where)
         made = node.meta.get("val")
@@ -212,17 +201,17 @@ class _Translator:
             and any(batch_axis(v) is not None or v.name in self.aggregates for v in inputs)
         ):
             self.aggregates.add(output.name)
-        first_arange = target in (aten.arange.default, aten.arange.start, aten.arange.start_step)
-        if (first_arange and arguments.get("end") == N and not arguments.get("start")) or (
-            len(inputs) == 1 and inputs[0].name in self.ranges and op_name(target) in ("unsqueeze", "reshape", "to")
-        ):
+        row = row_of(target)
+        counted = row.counts and arguments["end"] == N and not arguments.get("start")
+        kept = (row.reshapes or row.same is Same.CAST) and any(v.name in self.ranges for v in inputs[:1])
+        if counted or kept:
             self.ranges.add(output.name)
 
     def _arguments(self, node: Node) -> dict[str, Any]:
         """The arguments by schema name, defaults filled in, `self` as `input`."""
         assert isinstance(node.target, OpOverload)
         arguments: dict[str, Any] = {}
-        for k, argument in enumerate(node.target._schema.arguments):
+        for k, argument in enumerate(arguments_of(node.target)):
             value = node.args[k] if k < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
             value = self._argument(value)
             length = getattr(argument, "N", None)  # of a fixed-length list, such as a stride
@@ -251,9 +240,8 @@ class _Translator:
             return several[index]
         vals = several.node.meta["val"]
         where = self._where(several.node)
-        piece = split_piece(several.target, several.arguments, [self.sizes.shape(v, where) for v in vals], index)
-        if piece is None and (index or (several.target, 0) in SECOND):
-            piece = second_output(several.target, several.arguments, index, where)
+        shapes = [self.sizes.shape(v, where) for v in vals]
+        piece = output_call(several.target, several.arguments, shapes, index, where)
         target, arguments = piece or (several.target, several.arguments)
         name = f"{op_name(several.target)}_{index}" if len(vals) > 1 and piece else ""
         return self._emit(several.node, target, dict(arguments), vals[index], name)
@@ -333,7 +321,7 @@ class _Translator:
             )
 
     def _origin(self, node: Any) -> Any:
-        while isinstance(node, Node) and node.target in ALIASES:
+        while isinstance(node, Node) and row_of(node.target).same is Same.ALWAYS:
             node = node.args[0]
         return node
 
