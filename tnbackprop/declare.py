@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from .compiler.translate.torch_internals import OpOverload, OpOverloadPacket, overload_of
 from .errors import RuleError
 from .notation.parse import parse_access, parse_expression, parse_program
 from .notation.rule import Primitive, Rule, RuleFunction, Rules, Table
@@ -102,14 +103,13 @@ def resolve(rules: Mapping[Any, Declaration] | None) -> Rules:
 
 def target_of(target: Any) -> Any:
     """The key of a target in a table. Raises `RuleError` where it cannot have a rule."""
-    if isinstance(target, torch._library.custom_ops.CustomOpDef):
-        target = target._opoverload
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    target = overload_of(target)
+    if isinstance(target, OpOverloadPacket):
         overloads = target.overloads()  # type: ignore[no-untyped-call]
         if len(overloads) > 1:
             raise RuleError(f"{target} has several overloads: name one of {', '.join(f'.{o}' for o in overloads)}")
         target = getattr(target, overloads[0])
-    if isinstance(target, torch._ops.OpOverload | Primitive):
+    if isinstance(target, OpOverload | Primitive):
         return target
     if isinstance(target, type) and issubclass(target, torch.nn.Module):
         if target is torch.nn.Module:

@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
+
+from ..compiler.translate.torch_internals import OpOverload, OpOverloadPacket, global_hooks, hooks_of, version
 
 Held = Callable[[], object]
 
@@ -53,7 +54,7 @@ PARTS: Mapping[type, tuple[str, ...]] = {
 IDENTITY = (
     types.ModuleType, types.CodeType, types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodWrapperType,
     types.MethodDescriptorType, types.ClassMethodDescriptorType, types.GetSetDescriptorType,
-    types.MemberDescriptorType, torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch.Generator,
+    types.MemberDescriptorType, OpOverload, OpOverloadPacket, torch.Generator,
     type(threading.Lock()), type(threading.RLock()), threading.local, io.IOBase, logging.Filterer, logging.Manager,
     Enum,
 )  # fmt: skip
@@ -97,18 +98,12 @@ def fingerprint(model: nn.Module, *others: object, built_in: tuple[object, ...] 
     walk.written.append(built_in)
     walk.add(torch.get_default_dtype())
     walk.add(torch.get_default_device())
-    for each in _GLOBAL_HOOKS:
+    for each in global_hooks():
         walk.add(tuple(each.values()))
     walk.follow(model, own=True)
     for other in others:
         walk.follow(other)
     return None if walk.hidden else Fingerprint(walk.written, tuple(walk.alive))
-
-
-_GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
-    hooks._global_forward_hooks, hooks._global_forward_pre_hooks, hooks._global_backward_hooks,
-    hooks._global_backward_pre_hooks,
-)  # fmt: skip
 
 
 class _Walk:
@@ -233,12 +228,12 @@ class _Walk:
         """A tensor that is a constant of the graph. Its values may have been read as numbers: so a version counts."""
         self._kind_of(tensor)
         self._identity(tensor)
-        self.written.append(None if tensor.is_inference() else tensor._version)
+        self.written.append(None if tensor.is_inference() else version(tensor))
 
     def _kind_of(self, tensor: Tensor) -> None:
         self.add(type(tensor))
         self.written += (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
-        for more in (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None), vars(tensor)):
+        for more in (*hooks_of(tensor), vars(tensor)):
             if more:
                 self.add(more)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+
+from ..compiler.translate.torch_internals import get_unwrapped, is_functorch_wrapped_tensor
 
 Terms = list[tuple[int, int, int]]
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compiler.translate.torch_internals import own_tensors
 from ..errors import InputError
 from ..notation.parse import parse_access, parse_expression, parse_legs, parse_program
 from ..notation.rule import Rule
@@ -129,7 +130,7 @@ class Inputs:
         self.known = {name.lower(): int(size) for name, size in rule.constants.items() if name.isupper()}
         own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         tensors = {name.replace(".", "_"): tensor for name, tensor in own}
-        self._check_names({*tensors, *(name for m in module.modules() for name in m._parameters)})
+        self._check_names({*tensors, *(name for m in module.modules() for name in own_tensors(m)[0])})
         for _ in range(2):  # a grouped axis may need what a later one says
             for access in self.read:
                 if access.tensor in tensors:

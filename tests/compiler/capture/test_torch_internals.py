@@ -25,13 +25,13 @@ from ... import oracle
 from ...capturing import Function
 
 aten = torch.ops.aten
-COMPILER = Path(tn.__file__).parent / "compiler"
-FILES = [path for path in COMPILER.rglob("*.py") if path.stem != "torch_internals"]
+FILES = [path for path in Path(tn.__file__).parent.rglob("*.py") if path.stem != "torch_internals"]
 PRIVATE = re.compile(
     r"torch\._[a-zA-Z]|torch\.fx\.experimental|torch\.nn\.utils\.stateless|_op_dk|py_kernels|_dispatch_cache|_destroy\("
-    r"|opt_einsum\.flags|\._version\b|\._\w*_hooks\b"
+    r"|opt_einsum\.flags|\._version\b|\._\w*_hooks\b|\._schema|_overloadname|_opoverload|_qualified_op_name"
+    r"|\._parameters\b|\._buffers\b"
 )
-"""Private parts of torch but for its pytree and the schema of operators, which half of the world reads."""
+"""Private parts of torch but for its pytree, which half of the world reads."""
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -138,11 +138,15 @@ def test_hooks_are_counted() -> None:
         assert internals.forward_hooks(layer)
         handle.remove()
     assert not internals.forward_hooks(layer)
-    for register in (h.register_hook, h.register_post_accumulate_grad_hook):
+    for place, register in enumerate((h.register_hook, h.register_post_accumulate_grad_hook)):
         handle = register(lambda g: None)
-        assert internals.tensor_hooks(h) == 1
+        assert internals.tensor_hooks(h) == len(internals.hooks_of(h)[place]) == 1
         handle.remove()
     assert not internals.tensor_hooks(h) and not internals.global_backward_hooks()
+    assert not any(internals.global_hooks())
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: None)
+    assert [len(hooks) for hooks in internals.global_hooks()] == [1, 0, 0, 0]
+    handle.remove()
     for register in (
         nn.modules.module.register_module_full_backward_hook,
         nn.modules.module.register_module_full_backward_pre_hook,
@@ -151,6 +155,50 @@ def test_hooks_are_counted() -> None:
         assert internals.global_backward_hooks() == 1
         handle.remove()
     assert not internals.global_backward_hooks()
+
+
+def test_schemas() -> None:
+    """What operators say of themselves."""
+    slice_, relu_ = aten.slice.Tensor, aten.relu_.default
+    assert internals.overload("slice.Tensor") is slice_ and internals.overload("relu_") is relu_
+    assert internals.overload("no_such_operator") is internals.overload("relu.no_such_overload") is None
+    assert internals.name_of(slice_) == ("slice", "Tensor") and internals.name_of(relu_) == ("relu_", "default")
+    assert [a.name for a in internals.arguments_of(slice_)] == ["self", "dim", "start", "end", "step"]
+    assert [a.default_value for a in internals.arguments_of(slice_)][1:] == [0, None, None, 1]
+    kinds = [(a.name, a.kwarg_only, a.has_default_value()) for a in internals.arguments_of(aten.add.Tensor)]
+    assert kinds == [("self", False, False), ("other", False, False), ("alpha", True, True)]
+    assert internals.is_mutation(relu_) and not internals.is_mutation(slice_) and not internals.is_mutation("relu_")
+    assert internals.written_arguments(relu_) == [0] and internals.written_arguments(slice_) == []
+    assert internals.written_arguments(aten.add.out) == [3]
+    assert internals.shares_memory(slice_) and not internals.shares_memory(aten.relu.default)
+
+
+def test_spaces() -> None:
+    """Whose an operator is."""
+    with internals.operators("tnbackprop_test") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        other = torch.ops.tnbackprop_test.twice
+        assert internals.space_of(other) == internals.space_of(other.default) == "tnbackprop_test"
+        assert not internals.of_aten(other.default)
+    assert internals.space_of(aten.relu) == "aten" and internals.of_aten(aten.relu.default)
+    assert not internals.of_aten(nn.ReLU)
+
+
+def test_the_overload_of_a_custom_operator() -> None:
+    @torch.library.custom_op("tnbackprop_test::thrice", mutates_args=())
+    def thrice(x: Tensor) -> Tensor:
+        return 3 * x
+
+    assert internals.overload_of(thrice) is torch.ops.tnbackprop_test.thrice.default
+    assert internals.overload_of(nn.ReLU) is nn.ReLU
+
+
+def test_own_tensors() -> None:
+    layer = nn.BatchNorm1d(2, affine=False)
+    parameters, buffers = internals.own_tensors(layer)
+    assert parameters == {"weight": None, "bias": None} and list(buffers) == [name for name, _ in layer.named_buffers()]
+    buffers["running_mean"] = torch.ones(2)
+    assert layer.running_mean.sum() == 2
 
 
 def test_version() -> None:

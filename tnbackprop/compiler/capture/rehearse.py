@@ -32,6 +32,7 @@ from ..translate.torch_internals import (
     forward_hooks,
     global_backward_hooks,
     leaf_of,
+    space_of,
     tensor_hooks,
 )
 from .state import Copies, copied, resized
@@ -74,7 +75,7 @@ class Rehearsal(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in ASKED and not self.looking and not self.stack[-1].ruled:
             self.asked.append((ASKED[func], self.stack[-1]))
-        if not isinstance(func, OpOverload | OpOverloadPacket) or _space(func) in OPERATOR_SPACES:
+        if not isinstance(func, OpOverload | OpOverloadPacket) or space_of(func) in OPERATOR_SPACES:
             return func(*args, **kwargs)
         return self.inside(RULED, func, args, kwargs)
 
@@ -158,10 +159,6 @@ def nodes(roots: Iterable[Any], known: Any = ()) -> Iterator[Any]:
         seen.add(node)
         yield node
         todo.extend(above for above, _ in node.next_functions)
-
-
-def _space(func: Any) -> str:
-    return str(func.namespace if isinstance(func, OpOverload) else func._qualified_op_name.split("::")[0])
 
 
 def told(path: str, module: nn.Module) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..translate.torch_internals import evenly, version
+from ..translate.torch_internals import evenly, own_tensors, version
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def copied(wrapped: nn.Module) -> Iterator[Copies]:
     before = [(module, _attributes(module)) for module in wrapped.modules()]
     copies, made = Copies(), dict[int, Tensor]()
     for path, module in wrapped.named_modules():
-        for holder in (module._parameters, module._buffers, vars(module)):
+        for holder in (*own_tensors(module), vars(module)):
             for key, tensor in list(holder.items()):
                 if isinstance(tensor, Tensor):
                     name, registered = f"{path}.{key}".removeprefix("model."), holder is not vars(module)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import RuleError, UnsupportedError
 from ...notation.rule import Primitive, Rules
-from .torch_internals import operators, with_tensors
+from .torch_internals import operators, own_tensors, with_tensors
 
 NAMESPACE = "tnbackprop_capture"
 
@@ -68,7 +68,7 @@ class Opaque:
                 raise RuleError(f"{self}: {name!r} is both an argument of forward and a parameter")
             named[name] = value
         parts = [] if self.module is None else self.module.modules()
-        absent = (name for part in parts for name, p in part._parameters.items() if p is None)
+        absent = (name for part in parts for name, p in own_tensors(part)[0].items() if p is None)
         return {**dict.fromkeys(absent), **named}
 
 

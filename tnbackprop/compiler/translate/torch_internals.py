@@ -33,6 +33,7 @@ from torch._C._functorch import (
 from torch._C._functorch import (
     peek_interpreter_stack as peek_interpreter_stack,
 )
+from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_impls import get_fast_op_impls
 from torch.backends import opt_einsum
 from torch.fx import graph as fx_graph
@@ -72,6 +73,16 @@ def overload(name: str) -> OpOverload | None:
 def name_of(target: Any) -> tuple[str, str]:
     """The name of an operator without its namespace, and that of the overload: ("slice", "Tensor")."""
     return target._schema.name.split("::")[1], target._overloadname
+
+
+def space_of(target: Any) -> str:
+    """The namespace of an overload, or of all overloads of a name."""
+    return str(target.namespace if isinstance(target, OpOverload) else target._qualified_op_name.split("::")[0])
+
+
+def overload_of(target: Any) -> Any:
+    """The overload that a custom operator is, as `torch.library.custom_op` makes it; of anything else itself."""
+    return target._opoverload if isinstance(target, CustomOpDef) else target
 
 
 def of_aten(target: Any) -> bool:
@@ -222,15 +233,30 @@ def forward_hooks(module: nn.Module) -> int:
     return len(module._forward_hooks) + len(module._forward_pre_hooks)
 
 
+def global_hooks() -> tuple[Mapping[int, Any], ...]:
+    """Functions that run before or after the forward of every module, and those that autograd would call."""
+    forward = module_globals._global_forward_hooks, module_globals._global_forward_pre_hooks
+    return *forward, module_globals._global_backward_hooks, module_globals._global_backward_pre_hooks
+
+
 def global_backward_hooks() -> int:
     """How many functions autograd would call before or after the backward pass of every module."""
-    return len(module_globals._global_backward_hooks) + len(module_globals._global_backward_pre_hooks)
+    return sum(map(len, global_hooks()[2:]))
+
+
+def hooks_of(tensor: Tensor) -> tuple[Any, Any]:
+    """What autograd would call with the gradient of a tensor, before it is added up and afterwards, or None."""
+    return tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)
 
 
 def tensor_hooks(tensor: Tensor) -> int:
     """How many functions autograd would call with the gradient of a tensor."""
-    after = getattr(tensor, "_post_accumulate_grad_hooks", None)
-    return len(tensor._backward_hooks or ()) + len(after or ())
+    return sum(len(hooks or ()) for hooks in hooks_of(tensor))
+
+
+def own_tensors(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A module's own parameters and buffers, also those that are None; to write to, too."""
+    return module._parameters, module._buffers
 
 
 def version(tensor: Tensor) -> int:
