@@ -14,7 +14,6 @@ from .derive.derived import Apart, Derived
 from .lower.candidate import Lowering
 from .lower.table import LOWERINGS
 from .plan.limits import check_memory, machine_bytes
-from .plan.memory import peak_bytes
 from .plan.plan import Plan, plan
 from .plan.processor import of_processor
 from .plan.samples import separable
@@ -80,7 +79,7 @@ def searched(
         return (again, plan(graph, again, rates, itemsize, lowerings=every)) if possible else None
 
     derived, planned = _fastest(width, others, Apart(MANY * rates.rows, rates.odd), attempt)
-    if memory_limit is not None and peak_bytes(planned) > memory_limit:
+    if memory_limit is not None and planned.peak_bytes > memory_limit:
         derived = derive(graph, bound, quantities)
         planned = plan(graph, derived, rates, itemsize, memory_limit, every)
     return derived, planned
@@ -104,7 +103,7 @@ def _fastest(width: int, others: Sequence[int], apart: Apart, attempt: Callable[
     best = together if together is not None and together[1].seconds < CLEARLY * likes else best
     if not best[1].loops:
         return best
-    many = any(loop.columns >= apart.least for loop in best[1].loops)
+    many = any(int(loop.size) >= apart.least for loop in best[1].loops)
     alone = attempt(max((width, *others)), apart) if many else None
     if alone is not None and alone[1].seconds < CLEARLY * likes:
         best = alone

@@ -100,7 +100,8 @@ def split(compiled: Compiled) -> tuple[list[Function], list[Root]]:
     shapes: dict[str, tuple[Any, ...]] = {value: graph.values[value].shape for value in order}
     floating = [value for value in order if graph.values[value].dtype.is_floating_point]
     inputs = Inputs(shapes, graph.constants, floating, Names({}))
-    more = {graph.output: output} | {v.key: v for loop in plan.loops for v in loop.rows if v.key.startswith("draw:")}
+    variables = (value for loop in plan.loops for value, _ in loop.rows)
+    more = {graph.output: output} | {value.key: value for value in variables if value.key.startswith("draw:")}
     draws = {name: value.shape for name, value in (plan.noises | more).items()}
     whole = Inputs({graph.output: output.shape, **shapes, **draws}, graph.constants, floating, Names({}))
     beside = Writer(graph, plan).functions
@@ -142,8 +143,8 @@ def _columns(compiled: Compiled) -> Iterator[tuple[Value, Columns, tuple[str, ..
         items = [item for item in columns.schedule if isinstance(item, Extraction)]
         mine = tuple(dict.fromkeys(name.partition("#")[0] for item in items for name in item.diagrams))
         if columns.samples:
-            loop = next((loop for loop in plan.loops if any(v.key == columns.draw for v in loop.rows)), None)
-            steps = (*plan.steps, *loop.steps) if loop is not None else plan.steps
+            loop = next((loop for loop in plan.loops if any(v.key == columns.draw for v, _ in loop.rows)), None)
+            steps = (*plan.steps, *loop.body.steps) if loop is not None else plan.steps
             yield plan.columns[columns.variable], columns, mine, steps, loop is not None
         else:
             served += mine
@@ -155,7 +156,7 @@ def _columns(compiled: Compiled) -> Iterator[tuple[Value, Columns, tuple[str, ..
 
 def _only(plan: Plan, steps: tuple[Value, ...]) -> Plan:
     """The plan with these steps and nothing else."""
-    return replace(plan, steps=steps, loops=(), results={})
+    return replace(plan, steps=steps, results={})
 
 
 def split_lines(compiled: Compiled, functions: Sequence[Function]) -> list[str]:

@@ -19,7 +19,6 @@ from ..compiler.emit.source import MEMORY, load, running
 from ..compiler.explain.stages import explain
 from ..compiler.invariants.stage import Stage
 from ..compiler.plan.definite import TOLERATED
-from ..compiler.plan.memory import peak_bytes
 from ..compiler.plan.plan import INDEFINITE
 from ..compiler.program.cost import number, size_at
 from ..compiler.translate.graph import Graph, Value
@@ -97,7 +96,7 @@ class Program:
 
     @property
     def peak_bytes(self) -> float:
-        return peak_bytes(self._compiled.plan)
+        return self._compiled.plan.peak_bytes
 
     def explain(self, stage: Stage | str | None = None) -> str:
         """Every stage as text, or one of "capture", "bind", "derive", "plan", "emit" (the source).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,20 +16,24 @@ import tnbackprop as tn
 from tnbackprop.compiler import Compiled, search
 from tnbackprop.compiler.derive import columns
 from tnbackprop.compiler.derive.derived import Apart
-from tnbackprop.compiler.plan.loops import Loop
+from tnbackprop.compiler.emit.source import written
+from tnbackprop.compiler.plan.loops import over_columns
 from tnbackprop.compiler.program import cost
 from tnbackprop.compiler.program import functions as f
 from tnbackprop.compiler.program.cost import CPU, Kernel, Work
-from tnbackprop.compiler.program.expr import Call, Expr, Filled, Ref, Value, reads
+from tnbackprop.compiler.program.expr import Body, Call, Expr, Filled, Join, Ref, Rounds, Value, reads
 from tnbackprop.compiler.program.facts import is_linear
+from tnbackprop.compiler.program.interpret import Interpreter
+from tnbackprop.compiler.program.lines import alive, lines_of
 from tnbackprop.compiler.program.numbers import Number
+from tnbackprop.compiler.program.passes import passed
 from tnbackprop.compiler.program.store import LIKE, Store
 from tnbackprop.compiler.program.tails import behind, saved
 from tnbackprop.diagram.core import COLUMN, Leg, N, Product, Size
 from tnbackprop.notation.code import Code
 
 from ... import oracle_second
-from ...programs import shown, store_of, writer
+from ...programs import elementwise, shown, store_of, writer
 from ...second_order import assert_equal
 
 
@@ -41,10 +46,19 @@ COLUMN_0, ROOT = value("column_0", 2, 4), value("root_0", 3, 2, 4)
 TOTALS = value("total_0_0", 2, 2), value("total_0_1", 2, 2), value("total_0_2", 2, 2)
 
 
-def source(loop: Loop) -> list[str]:
-    """What is written of a loop whose totals are read later."""
-    text = writer(loop.steps, like=value(LIKE.strip(":")), is_large=lambda value: False)
-    return text._loop(loop, {total for _, total in loop.outputs})
+Outputs = Sequence[tuple[Value, Value]]
+
+
+def source(column: Value, root: Value, steps: Sequence[Value], outputs: Outputs) -> list[str]:
+    """What is written of three rounds of a column each, the totals of which are read later."""
+    read = dict.fromkeys(each for step in steps for each in step.inputs if each not in {*steps, column})
+    body = Body((column, *read), tuple(steps), tuple(inside for inside, _ in outputs), None, "round", several=True)
+    args = ((root, 0), *((each, None) for each in read))
+    rounds = Rounds(body, args, 3, 1, (Join.SUM,) * len(outputs), begin=(None,) * len(outputs))
+    made = value("rounds", kernel=Kernel.ROUNDS, expr=rounds)
+    items = [replace(total, expr=Call(f.ITEM, (made, k)), inputs=(made,)) for k, (_, total) in enumerate(outputs)]
+    text = writer([*steps, made, *items], like=value(LIKE.strip(":")), is_large=lambda value: False)
+    return written(passed(lines_of([made, *items]), text.context(set(items))), text.printer)
 
 
 def computed(lines: list[str], **scope: Any) -> dict[str, Any]:
@@ -60,8 +74,7 @@ def test_a_matmul_that_others_read_is_kept() -> None:
     products = [value(f"t{k}", 2, 2, kernel=Kernel.MM, expr=Call(f.MM, (COLUMN_0, factors[k // 2]))) for k in (0, 2)]
     twice = value("t1", 2, 2, kernel=Kernel.ELEMENTWISE, expr=Call(f.MUL, (products[0], Number(sympy.Integer(2)))))
     steps = (products[0], twice, products[1])
-    loop = Loop({COLUMN_0: ROOT}, 3, 1, steps, tuple(zip(steps, TOTALS, strict=True)), frozenset(), {})
-    lines = source(loop)
+    lines = source(COLUMN_0, ROOT, steps, tuple(zip(steps, TOTALS, strict=True)))
     root, b, c = torch.randn(3, 2, 4), torch.randn(4, 2), torch.randn(4, 2)
     scope = computed(lines, root_0=root, b=b, c=c)
     torch.testing.assert_close(scope["total_0_0"], (root @ b).sum(0))
@@ -153,16 +166,19 @@ def test_a_step_is_priced_as_often_as_it_runs() -> None:
 
 def test_what_no_column_changes_is_added_once() -> None:
     """As often as a sweep without a loop adds it, and to what earlier sweeps gave, which stays as it is."""
-    twice = Call(f.MUL, (COLUMN_0, Number(sympy.Integer(2))))
-    steps = (value("t0", 2, 4, kernel=Kernel.ELEMENTWISE, expr=twice),)
-    totals, start = [value(f"total_0_{k}", 2, 4) for k in (0, 1)], value("a", 2, 4)
-    outputs = ((steps[0], totals[0]), (value("c", 2, 4), totals[1]))
-    loop = Loop({COLUMN_0: ROOT}, 3, 1, steps, outputs, frozenset(), dict.fromkeys(totals, start))
-    root, a, c = torch.randn(3, 2, 4), torch.randn(2, 4), torch.randn(2, 4)
-    scope = computed(source(loop), root_0=root, a=a.clone(), c=c)
-    torch.testing.assert_close(scope["total_0_0"], a + 2 * root.sum(0))
-    torch.testing.assert_close(scope["total_0_1"], a + c)
-    torch.testing.assert_close(scope["a"], a)
+    store = store_of({"root_0": (3, 2, 4), "column_0": (2, 4), "a": (2, 4), "c": (2, 4)})
+    root, column, start, alike = map(store.find, ("root_0", "column_0", "a", "c"))
+    store.in_rounds(3, [column])
+    twice = store.add(Call(f.MUL, (column, Number(sympy.Integer(2)))), (2, 4), Kernel.ELEMENTWISE)
+    columns: Any = SimpleNamespace(number="0", count=3, width=1)
+    earlier = {"q": {"one": start, "other": start}}
+    sums = over_columns(store, {column: root}, columns, {"q": {"one": twice, "other": alike}}, set(), earlier)["q"]
+    env = {each: torch.randn(each.shape) for each in (root, start, alike)}
+    steps = alive(store.steps, set(sums.values()))
+    after = Interpreter({}, elementwise).run(lines_of(steps), dict(env))
+    torch.testing.assert_close(after[sums["one"]], env[start] + 2 * env[root].sum(0))
+    torch.testing.assert_close(after[sums["other"]], env[start] + env[alike])
+    assert torch.equal(after[start], env[start])
 
 
 def test_fewer_columns_at_a_time_where_that_looks_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +230,7 @@ def test_how_many_columns_are_taken(columns: int, seconds: dict[int, float], cho
         if beside:
             return None  # there is no gradient to ride along
         tried.append(width if apart is None else -width)
-        plan = SimpleNamespace(loops=(SimpleNamespace(columns=columns),), seconds=seconds[tried[-1]])
+        plan = SimpleNamespace(loops=(SimpleNamespace(size=columns),), seconds=seconds[tried[-1]])
         return SimpleNamespace(width=tried[-1], columns=()), plan
 
     assert search._fastest(8, (4, 32, 64), Apart(64, 16), attempt)[0].width == chosen
@@ -222,7 +238,7 @@ def test_how_many_columns_are_taken(columns: int, seconds: dict[int, float], cho
 
 
 def test_not_one_by_one_where_that_cannot_be() -> None:
-    plan = SimpleNamespace(loops=(SimpleNamespace(columns=90),), seconds=1.0)
+    plan = SimpleNamespace(loops=(SimpleNamespace(size=90),), seconds=1.0)
 
     def attempt(width: int, apart: Apart | None = None, beside: bool = False) -> Any:
         return None if apart or beside else (None, plan)
@@ -266,7 +282,7 @@ def test_a_batched_matmul_adds_to_its_total() -> None:
     t1 = value("t1", 2, 15, expr=Call(f.RESHAPE, (t0, 2, 15)))
     t2 = value("t2", 2, 3, kernel=Kernel.BMM, expr=Call(f.SQUEEZE, (Call(f.BMM, (column, right)), -1)))
     outputs = ((t1, value("total_0_0", 2, 15)), (t2, value("total_0_1", 2, 3)))
-    lines = source(Loop({column: value("root_0", 3, 2, 3, 4)}, 3, 1, (t0, t1, t2), outputs, frozenset(), {}))
+    lines = source(column, value("root_0", 3, 2, 3, 4), (t0, t1, t2), outputs)
     root, b, c = torch.randn(3, 2, 3, 4), torch.randn(2, 4, 5), torch.randn(2, 4, 1)
     scope = computed(lines, root_0=root, b=b, c=c)
     torch.testing.assert_close(scope["total_0_0"], (root @ b).sum(0).reshape(2, 15))

@@ -19,7 +19,7 @@ from tnbackprop.compiler.derive.derived import Apart, Derived
 from tnbackprop.compiler.lower.arrange import copies
 from tnbackprop.compiler.lower.contract import build
 from tnbackprop.compiler.lower.table import LOWERINGS
-from tnbackprop.compiler.plan.memory import peak_bytes
+from tnbackprop.compiler.plan.memory import peak_of
 from tnbackprop.compiler.plan.plan import Plan
 from tnbackprop.compiler.plan.samples import _without_samples
 from tnbackprop.compiler.program import functions as f
@@ -259,8 +259,9 @@ def test_memory_is_that_of_one_sample() -> None:
         program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.HessianDiag()])
         assert calls(program)
         rows = sum(4 * size * c.start.columns * 60 for c in program.compiled.derived.columns)
-        peaks.append(peak_bytes(program.compiled.plan) - 2 * rows)
-        largest = max(peak_bytes(piece) for piece in program.compiled.plan.pieces.values())
+        peaks.append(program.peak_bytes - 2 * rows)
+        alone = [s.expr.body for s in program.compiled.plan.steps if s.kernel is Kernel.ALONE]
+        largest = max(peak_of(body.steps, body.values, 1, 4) for body in alone)
         sums = 4 * sum(p.numel() for p in model[0].parameters())
         assert program.peak_bytes >= largest + sums  # what the last sample gives, beside the sums so far
     assert peaks[1] < 2 * peaks[0]

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import tnbackprop as tn
+from tnbackprop.compiler import search
 from tnbackprop.compiler.emit.source import Writer
+from tnbackprop.compiler.program import cost
 from tnbackprop.compiler.program import functions as f
 from tnbackprop.compiler.program.expr import Call, Value
 from tnbackprop.compiler.program.facts import OVER
@@ -23,7 +25,7 @@ from ...cases import CASES, Case
 from ...programs import elementwise
 
 GUARDED = [case for case in CASES if not case.train][::3]
-QUANTITIES = (tn.Grad(), tn.BatchL2(), tn.Variance(), tn.DiagGGN(), tn.KFLR())
+QUANTITIES = (tn.Grad(), tn.BatchL2(), tn.Variance(), tn.DiagGGN(), tn.KFLR(), tn.SqrtGGN())
 
 
 def integers(tensor: Tensor) -> Tensor:
@@ -59,8 +61,11 @@ def _empty(like: Value, value: Value) -> Call:
     return Call(f.NEW_FULL, (like, value.shape, float("nan")))
 
 
+@pytest.mark.parametrize("rows", [10**6, 1], ids=["together", "in rounds"])
 @pytest.mark.parametrize("case", GUARDED, ids=str)
-def test_every_pass_keeps_the_values(case: Case) -> None:
+def test_every_pass_keeps_the_values(case: Case, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=rows))
+    monkeypatch.setattr(search, "WIDER", ())
     problem = case.build()
     with torch.no_grad():
         for parameter in problem.model.parameters():

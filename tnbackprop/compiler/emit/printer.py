@@ -10,7 +10,7 @@ import sympy
 import torch
 
 from ...diagram.core import Size
-from ..program.expr import Body, Call, Expr, Filled, Join, Lambda, Of, Pointwise, Slice, Slices, Value, Word
+from ..program.expr import Body, Call, Expr, Filled, Join, Lambda, Of, Pointwise, Rounds, Slice, Value, Word
 from ..program.functions import Form
 from ..program.numbers import Number
 from .printing import number_code, torch_code
@@ -45,8 +45,8 @@ class Printer:
             case Lambda():
                 body = self.text(expr.body)
                 return f"lambda {', '.join(map(self.names, expr.params))}: {body}", 0
-            case Slices():
-                return self._slices(expr), ATOM
+            case Rounds():
+                return self._rounds(expr), ATOM
             case Of():
                 return f"{self.functions[expr.body]}({', '.join(map(self.text, expr.args))})", ATOM
             case Number():
@@ -87,16 +87,18 @@ class Printer:
         code = expr.code.filled(lambda name: self.text(holes[name], ATOM))
         return code, ATOM if expr.code.call.whole else 0
 
-    def _slices(self, expr: Slices) -> str:
-        args = ", ".join(self._cut(each, axis, expr.chunk) for each, axis in expr.args)
-        over = "range(N)" if expr.join == Join.EACH else f"range(0, N, {expr.chunk})"
+    def _rounds(self, expr: Rounds) -> str:
+        """Calls for some samples after the others; rounds of columns are a loop, which is no expression."""
+        if expr.of_columns:
+            return f"{expr.size} columns, {expr.width} at a time"
+        args = ", ".join(self._cut(each, axis, expr.width) for each, axis in expr.args)
+        over = "range(N)" if expr.body.several else f"range(0, N, {expr.width})"
         over = f"{FOLLOWED}({over})" if expr.followed else over
         calls = f"{self.functions[expr.body]}({args}) for i in {over}"
-        match expr.join:
-            case Join.SUM:
-                return f"sum({calls})"
-            case Join.EACH:
-                return f"added({calls})"
+        if expr.body.several:
+            return f"added({calls})"
+        if expr.joins == (Join.SUM,):
+            return f"sum({calls})"
         return f"torch.cat([{calls}]{f', {expr.axis}' if expr.axis else ''})"
 
     def _cut(self, each: Expr, axis: int | None, chunk: int) -> str:

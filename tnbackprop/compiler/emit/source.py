@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ...diagram.core import Size
 from ...errors import InputError
-from ..plan.loops import Loop, loop_lines
 from ..plan.plan import Plan
-from ..program.expr import Body, Call, Expr, Filled, Join, Slices, Value, bodies, children, helpers, reads
+from ..program.expr import Body, Call, Expr, Filled, Rounds, Value, bodies, children, helpers, reads
 from ..program.functions import Form, Function
-from ..program.lines import Line, captured_by, lines_of
+from ..program.lines import Block, Lines, captured_by, lines_of
 from ..program.passes import Context, Program, passed
+from ..program.store import NOTHING
 from ..translate.graph import Graph
 from .naming import TAKEN, Scope, comment, docstring
-from .printer import FOLLOWED, Printer
+from .printer import ATOM, FOLLOWED, Printer
 
 _serial = count(1)
 WIDTH = 120
@@ -58,7 +57,7 @@ class Writer:
         self.steps = tuple(step for step, _ in plan.timed)
         self.helpers = {fn.name: fn.source for step in self.steps for fn in _every(helpers, step)}
         inside = [each for step in self.steps for each in _inside(step.expr)]
-        if any(isinstance(each, Slices) and each.join == Join.EACH for each in inside):
+        if any(isinstance(each, Rounds) and each.body.several for each in inside):
             self.helpers["added"] = ADDED
         self.bodies = list(dict.fromkeys(body for step in self.steps for body in bodies(step.expr)))
         for body in self.bodies:
@@ -84,11 +83,8 @@ class Writer:
             lines += [*source.split("\n"), "", ""]
         for each in self.bodies:
             lines += [*self._function(each), "", ""]
-        wanted = self.wanted
         head = self._inputs()
         body = written(self.program.lines, self.printer)
-        for loop in plan.loops:
-            body += self._loop(loop, wanted)
         large = any(f"{MEMORY}(" in line for line in body)
         arguments = ["tensors", *[PROGRESS] * followed(plan), *[HANDED] * large]
         lines.append(f"def program({', '.join(arguments)}):")
@@ -108,19 +104,18 @@ class Writer:
     @property
     def wanted(self) -> set[Value]:
         """The values of the straight part that are read later."""
-        return self.plan.kept | {value for loop in self.plan.loops for value in loop.reads}
+        return self.plan.kept
 
     @cached_property
     def program(self) -> Program:
         """The straight part, after all passes."""
         plan = self.plan
-        lines = passed(lines_of(plan.steps, self.functional), self.context(self.wanted))
-        later = {v for loop in plan.loops for v in (*loop.after, *(total for _, total in loop.outputs))}
-        return Program(lines, frozenset({*plan.given.values(), plan.like}), frozenset(self.wanted - later))
+        lines = passed(lines_of(plan.steps, self.functional), self.context(plan.kept))
+        return Program(lines, frozenset({*plan.given.values(), plan.like}), frozenset(plan.kept))
 
     def _reads_like(self) -> bool:
         plan = self.plan
-        return any(plan.like in step.inputs for step in self.steps) or any(loop.outputs for loop in plan.loops)
+        return any(plan.like in step.inputs for step in self.steps) or bool(plan.loops)
 
     def _floating(self) -> str:
         graph = self.graph
@@ -153,16 +148,14 @@ class Writer:
 
     def context(self, kept: set[Value]) -> Context:
         """What the passes may know."""
-        return Context(frozenset(kept), self.plan.is_large, self._memory)
-
-    def _lines(self, lines: tuple[Line, ...], kept: set[Value]) -> list[str]:
-        return written(passed(lines, self.context(kept)), self.printer)
+        return Context(frozenset(kept), self.plan.is_large, self._memory, self.plan.like)
 
     def _function(self, body: Body) -> list[str]:
         """A function of some samples."""
         names = Scope(self.taken | set(self.functions.values()), "u")
         printer = Printer(names, self.functions)
         params = [names(param) for param in body.params]
+        assert body.batch is not None
         first, axis = body.batch
         kept = set(reads(body.results))
         lines = [f"    N = {names(first)}.shape[{axis}]", *written(passed(lines_of(body.steps), small(kept)), printer)]
@@ -170,54 +163,6 @@ class Writer:
         total = ["total"] * body.total
         head = f"def {self.functions[body]}({', '.join([*params, *total])}):"
         return [head, *lines, f"    return {shown}{', ' if body.several else ''}"]
-
-    def _loop(self, loop: Loop, wanted: set[Value]) -> list[str]:
-        """The loop, and what is done after it; `wanted` are the values that are read later.
-
-        Totals are allocated once: sums are added up in place, a concatenation is filled in.
-        """
-        names, text = self.names, self.printer.text
-        like = names(self.plan.like)
-        slots = {t: Value(f"slot:{t.key}", None, t.shape, hint=t.hint.replace("total", "slot")) for _, t in loop.filled}
-        lines = [f"    # {loop.columns} columns, {loop.width} at a time"]
-        lines += [f"    {names(total)} = {names(loop.begin[total])} + {names(value)}" for value, total in loop.alike]
-        for value, total in loop.summed:
-            zeros = f"{like}.new_zeros({text(value.shape)})"
-            begin = f"{names(loop.begin[total])}.clone()" if total in loop.begin else zeros
-            lines.append(f"    {names(total)} = {begin}")
-        for value, total in loop.filled:
-            lines.append(f"    {names(total)} = {self._empty(total, (loop.count * loop.width, *value.shape[1:]))}")
-        cut = f"split({loop.width})" if loop.width > 1 else "unbind(0)"
-        rows = ", ".join(f"{names(value)}.{cut}" for value in (*loop.rows.values(), *slots))
-        targets = ", ".join(names(value) for value in (*loop.rows, *slots.values()))
-        over = f"zip({rows}, strict=True)" if "," in targets else rows
-        lines.append(f"    for {targets} in {FOLLOWED}({over}):")
-        lines += self._round(loop, slots)
-        if loop.count * loop.width > loop.columns:
-            lines += [f"    {names(total)} = {names(total)}[:{loop.columns}]" for _, total in loop.filled]
-        after = lines_of(loop.after)
-        lines += self._lines(after, wanted)
-        spent = [total for _, total in loop.summed if total not in wanted]
-        return [*lines, *freed(spent, captured_by(after), names)]
-
-    def _round(self, loop: Loop, slots: dict[Value, Value]) -> list[str]:
-        """The lines inside of the loop."""
-        names = self.names
-        steps, copied, added = loop_lines(loop, slots)
-        kept = {value for value, _ in (*copied, *added)} | {value for value, _ in loop.filled}
-        lines = [f"    {line}" for line in self._lines(steps, kept)]
-        squeezed = "" if loop.width > 1 else ".squeeze(0)"
-        lines += [f"        {names(slots[total])}[:] = {names(value)}{squeezed}" for value, total in copied]
-        lines += [f"        {names(total)} = {names(total)}.add_({names(value)})" for value, total in added]
-        own = {line.value for line in steps}
-        left = [value for value in dict.fromkeys(value for value, _ in loop.outputs) if value in own and value in kept]
-        return [*lines, *freed([*loop.rows, *slots.values(), *left], captured_by(steps), names)]
-
-    def _empty(self, total: Value, shape: tuple[Size, ...]) -> str:
-        """A value that is filled in later."""
-        like, sizes = self.names(self.plan.like), self.printer.text(shape)
-        out = f", out={MEMORY}({like}, {sizes})" if self.plan.is_large(total) else ""
-        return f"torch.empty({sizes}, dtype={like}.dtype, device={like}.device{out})"
 
     def _return(self) -> list[str]:
         plan = self.plan
@@ -255,20 +200,36 @@ def _words(steps: Iterable[Value]) -> set[str]:
 
 def small(kept: set[Value]) -> Context:
     """The context of a function of some samples: nothing in it is large."""
-    return Context(frozenset(kept), lambda value: False, lambda value: value)
+    return Context(frozenset(kept), lambda value: False, lambda value: value, NOTHING)
 
 
-def written(lines: tuple[Line, ...], printer: Printer) -> list[str]:
+def written(lines: Lines, printer: Printer) -> list[str]:
     """One line per value, and a comment where the subject changes."""
     inside = captured_by(lines)
+    blocks = {line.value: line.block for line in lines if line.block is not None}
     shown, note = [], ""
     for line in lines:
-        if line.note != note:
+        if line.note and line.note != note:
             note = line.note
             shown.append(f"    # {comment(note)}")
-        shown.append(f"    {printer.names(line.value)} = {printer.text(line.expr)}")
-        shown += freed(line.frees, inside, printer.names)
+        if line.block is not None:
+            shown += _loop(line.block, printer)
+        elif not any(value in blocks for value in line.inputs):  # what a loop leaves is there
+            shown.append(f"    {printer.names(line.value)} = {printer.text(line.expr)}")
+        shown += freed([value for value in line.frees if value not in blocks], inside, printer.names)
     return shown
+
+
+def _loop(block: Block, printer: Printer) -> list[str]:
+    """A loop over columns."""
+    names, text = printer.names, printer.text
+    cut = f"split({block.width})" if block.width > 1 else "unbind(0)"
+    rows = ", ".join(f"{text(whole, ATOM)}.{cut}" for _, whole in block.rows)
+    targets = ", ".join(names(variable) for variable, _ in block.rows)
+    over = f"zip({rows}, strict=True)" if len(block.rows) > 1 else rows
+    head = f"    for {targets} in {FOLLOWED}({over}):"
+    inner = [f"    {line}" for line in written(block.lines, printer)]
+    return [*written(block.begin, printer), head, *inner, *written(block.end, printer)]
 
 
 def freed(values: Iterable[Value], inside: set[Value], names: Callable[[Value], str]) -> list[str]:
@@ -281,8 +242,8 @@ def freed(values: Iterable[Value], inside: set[Value], names: Callable[[Value], 
 
 def followed(plan: Plan) -> bool:
     """Whether the program has rounds that a bar can follow."""
-    every = (each for step in plan.steps for each in _inside(step.expr))
-    return bool(plan.loops) or any(isinstance(each, Slices) and each.followed for each in every)
+    every = (each for step, _ in plan.timed for each in _inside(step.expr))
+    return bool(plan.loops) or any(isinstance(each, Rounds) and each.followed for each in every)
 
 
 def load(source: str) -> Callable[[dict[str, torch.Tensor]], Any]:

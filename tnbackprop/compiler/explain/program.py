@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ..emit.compiled import Compiled
 from ..program.cost import Kernel
-from ..program.lines import lines_of
+from ..program.lines import Block, Line, lines_of
 from ..program.passes import PASSES, Pass
 from .text import shortened, table
 
@@ -34,7 +34,15 @@ def pass_lines(row: Pass, compiled: Compiled) -> Iterator[str]:
         lines = each.apply(lines, context)
     text, names = writer.printer.text, writer.names
     for before, after in zip(lines, row.apply(lines, context), strict=True):
+        if after.block is not None and before.block is None:
+            yield f"  {names(after.value)}: {text(before.expr)}"
+            yield from (f"    {names(line.value)} = {text(line.expr)}" for line in _own(after.block))
         if after.expr is not before.expr:
             yield f"  {names(after.value)} = {text(before.expr)}  →  {text(after.expr)}"
         if after.frees:
             yield f"  after {names(after.value)}: {', '.join(map(names, after.frees))}"
+
+
+def _own(block: Block) -> Iterator[Line]:
+    """The lines of a loop that are no line of its steps."""
+    return (line for line in block.every if line.expr is not line.value.expr)

@@ -16,10 +16,9 @@ from ..emit.compiled import Compiled
 from ..emit.naming import comment
 from ..invariants.stage import Stage
 from ..plan.choose import Choice
-from ..plan.memory import peak_bytes
 from ..plan.plan import Plan
-from ..program.cost import bytes_of, number
-from ..program.expr import Value
+from ..program.cost import Kernel, bytes_of, number
+from ..program.expr import Rounds, Value
 from ..program.passes import PASSES
 from .alternatives import Alternative, Way, alternatives, conditions, part_names, seconds, work_numbers
 from .polynomials import Symbols, in_batch_text, number_text
@@ -275,8 +274,8 @@ def _noted(plan: Plan) -> Iterator[tuple[Value, str]]:
     """Every step and what it is for; after a call for each sample the steps of that, with the work of all samples."""
     for step, times in plan.timed:
         yield step, step.note if times == 1 else f"{times} × {step.note}"
-        if step in plan.pieces:
-            yield from ((inner, f"N × {inner.note}") for inner in plan.pieces[step].steps)
+        if step.kernel is Kernel.ALONE and isinstance(step.expr, Rounds):
+            yield from ((inner, f"N × {inner.note}") for inner in step.expr.body.steps)
 
 
 def step_row(compiled: Compiled, symbols: Symbols, step: Value) -> tuple[str, ...]:
@@ -342,7 +341,7 @@ def _totals(compiled: Compiled) -> Iterator[str]:
 
 def peak_text(compiled: Compiled) -> str:
     plan = compiled.plan
-    return f"peak {size_text(peak_bytes(plan))} beside parameters and inputs; predictions for {plan.rates.name}"
+    return f"peak {size_text(plan.peak_bytes)} beside parameters and inputs; predictions for {plan.rates.name}"
 
 
 def total_rows(compiled: Compiled) -> list[tuple[str, ...]]:

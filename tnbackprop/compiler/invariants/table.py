@@ -18,7 +18,9 @@ from ...notation.bind import BoundRule
 from ..derive.derived import Backward, Derived, Extraction, Individual, Native, Schedule
 from ..plan.plan import Plan, names_in
 from ..program.expr import Call as Call_
-from ..program.expr import reads
+from ..program.expr import Rounds, reads
+from ..program.expr import Value as Step
+from ..program.lines import Lines
 from ..program.passes import Program
 from ..translate.graph import Call, Graph, is_batch
 from .source import SOURCE, SourceCheck
@@ -278,19 +280,24 @@ def _result_legs(derived: Derived, context: Context) -> Flaws:
 
 def _steps_in_order(plan: Plan, context: Context) -> Flaws:
     defined = {*plan.given.values(), plan.like}
-    defined |= {value for loop in plan.loops for value in (*loop.rows, *(total for _, total in loop.outputs))}
-    for step, _ in plan.timed:
+    yield from _in_order(plan.steps, defined)
+
+
+def _in_order(steps: tuple[Step, ...], defined: set[Step]) -> Flaws:
+    """The steps of a program, and of every function and loop in it."""
+    for step in steps:
         for value in step.inputs:
             if value not in defined:
                 yield str(step), f"it reads {value}, which is not computed yet: {step.expr}"
         if step in defined:
             yield str(step), f"it is computed twice: {step.expr}"
+        if isinstance(step.expr, Rounds):
+            yield from _in_order(step.expr.body.steps, set(step.expr.body.params))
         defined.add(step)
 
 
 def _all_planned(plan: Plan, context: Context) -> Flaws:
-    graph, defined = _graph(context), {*plan.given.values(), *(step for step, _ in plan.timed)}
-    defined |= {total for loop in plan.loops for _, total in loop.outputs}
+    graph, defined = _graph(context), {*plan.given.values(), *plan.steps}
     parameters = [names[0] for name, names in graph.parameters.items() if graph.values[name].differentiable]
     for quantity in context.quantities:
         for dotted in parameters:
@@ -330,13 +337,24 @@ def _work_counted(plan: Plan, context: Context) -> Flaws:
 def _alive(program: Program, context: Context) -> Flaws:
     """Line by line: what is read was computed, and was not let go of."""
     alive = set(program.given)
-    for line in program.lines:
+    yield from _living(program.lines, alive)
+    for value in program.kept - alive:
+        yield str(value), "it is read later, but not there at the end"
+
+
+def _living(lines: Lines, alive: set[Step]) -> Flaws:
+    for line in lines:
         for value in reads(line.expr):
             if value not in alive:
                 yield str(line.value), f"it reads {value}, which is not there (any more): {line.expr}"
-        alive = (alive | {line.value}) - set(line.frees)
-    for value in program.kept - alive:
-        yield str(value), "it is read later, but not there at the end"
+        if line.block is not None:
+            block = line.block
+            inner = {*alive, *(total for total in block.totals.values())}
+            yield from _living(block.begin, inner)
+            yield from _living(block.lines, inner | {variable for variable, _ in block.rows})
+            yield from _living(block.end, inner)
+        alive |= {line.value}
+        alive -= set(line.frees)
 
 
 def _of_source(row: SourceCheck) -> Check:

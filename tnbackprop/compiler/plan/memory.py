@@ -1,83 +1,32 @@
-"""Memory: the most that a plan holds at once."""
+"""Memory: the most that steps hold at once."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 from ..program.cost import Kernel, bytes_of, number
-from ..program.expr import Value
-from .loops import Loop
-
-if TYPE_CHECKING:
-    from .plan import Plan
+from ..program.expr import Rounds, Value
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Steps without a loop that lead to some values, as a part of a plan."""
+def peak_of(
+    steps: Sequence[Value], kept: Iterable[Value], batch: int, itemsize: int, copies: float = 0.0
+) -> float:
+    """The peak when every step frees what nobody reads any more; what is `kept` is there in the end.
 
-    steps: tuple[Value, ...]
-    values: tuple[Value, ...]
-    batch: int
-    itemsize: int
-    loops: tuple[Loop, ...] = ()
-
-    @property
-    def timed(self) -> Iterator[tuple[Value, int]]:
-        """Every step with the number of times that it runs."""
-        yield from ((step, 1) for step in self.steps)
-
-    @property
-    def kept(self) -> set[Value]:
-        """The values that it is for."""
-        return set(self.values)
-
-
-def peak_bytes(plan: Plan | Piece) -> float:
-    """The peak when every step frees what nobody reads any more, results included, inputs and parameters not.
-
-    A view keeps its base alive and takes nothing; a call takes its own values for as long as it runs.
+    A view keeps its base alive and takes nothing; a call takes its own values for as long as it runs. Results that are
+    one value, but for the first, are `copies`: each has memory of its own in the end.
     """
-    steps = [step for step, _ in plan.timed]
-    last = _last_uses(plan, steps)
-    totals = {loop.steps[0]: loop for loop in plan.loops if loop.steps}
+    last = {_owner(value): k for k, step in enumerate(steps) for value in (*step.inputs, step)}
+    last |= {_owner(value): len(steps) for value in kept}
     held: dict[Value, float] = {}
     peak = 0.0
     for k, step in enumerate(steps):
-        if step in totals:
-            held |= {total: _bytes(total, plan) for _, total in totals[step].outputs}
         if _base(step) is None:
-            held[step] = _bytes(step, plan)
-        inside = plan.itemsize * number(step.work.inside, plan.batch)
-        peak = max(peak, sum(held.values()) + inside)
+            held[step] = 0.0 if _several(step) else bytes_of(step.shape, batch, itemsize)
+        peak = max(peak, sum(held.values()) + itemsize * number(step.work.inside, batch))
         for value in [value for value in held if last.get(value, len(steps)) == k]:
             del held[value]
-    return max(peak, sum(held.values()) + _copied(plan))
-
-
-def _copied(plan: Plan | Piece) -> float:
-    """What the results are that are one value, but for the first: each has memory of its own in the end."""
-    results = () if isinstance(plan, Piece) else plan.results.values()
-    times = Counter(value for by in results for value in by.values())
-    return sum((count - 1) * _bytes(value, plan) for value, count in times.items() if count > 1)
-
-
-def _last_uses(plan: Plan | Piece, steps: list[Value]) -> dict[Value, int]:
-    """After which step a value is free. What a loop reads from outside lives until its last turn ends."""
-    last: dict[Value, int] = {}
-    for k, step in enumerate(steps):
-        for value in (*step.inputs, step):
-            last[_owner(value)] = k
-    end = len(plan.steps)
-    for loop in plan.loops:
-        end += len(loop.steps)
-        for value in loop.reads:
-            last[_owner(value)] = max(end - 1, last.get(_owner(value), 0))
-        end += len(loop.after)
-    return last | {_owner(value): len(steps) for value in plan.kept}
+    return max(peak, sum(held.values()) + copies)
 
 
 def _base(value: Value) -> Value | None:
@@ -91,5 +40,6 @@ def _owner(value: Value) -> Value:
     return value
 
 
-def _bytes(value: Value, plan: Plan | Piece) -> float:
-    return bytes_of(value.shape, plan.batch, plan.itemsize)
+def _several(value: Value) -> bool:
+    """Whether it is a tuple, whose items are values of their own."""
+    return isinstance(value.expr, Rounds) and value.expr.body.several

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from ...diagram.core import COLUMN, Diagram, Leg, hint_of
+from ...diagram.core import COLUMN, Diagram, hint_of
 from ...errors import UnsupportedError
 from ...notation.bind import BoundRule
 from ..derive.derived import Columns, Derived, Extraction
 from ..lower.candidate import Lowering
 from ..lower.contract import build
 from ..lower.table import LOWERINGS
-from ..program import functions as f
 from ..program.cost import Kernel, Rates, Work, bytes_of
-from ..program.expr import Call as Made
-from ..program.expr import Expr, Value
+from ..program.expr import Expr, Rounds, Value
 from ..program.lines import alive
 from ..program.store import LIKE, Store
 from ..translate.graph import Call, Graph, op_text
@@ -26,8 +25,8 @@ from .beside import Beside
 from .choose import Choice
 from .forward import call_expr, fill, forward_work
 from .items import named, scheduled, shaped
-from .loops import Loop, Results, over_columns
-from .memory import Piece, peak_bytes
+from .loops import Results, added, over_columns
+from .memory import peak_of
 from .root_steps import root_steps
 from .samples import sample_by_sample
 from .slices import columns_first
@@ -55,16 +54,21 @@ class Plan:
     like: Value
     columns: Mapping[str, Value]  # variable of a sweep -> all its columns, or those that are drawn in a round
     forward: Mapping[str, Value]  # what the calls of the model give, and what rules save of them
-    loops: tuple[Loop, ...] = ()
-    pieces: Mapping[Value, Piece] = field(default_factory=dict)  # calls of a function of one sample -> its steps
 
     @property
     def timed(self) -> Iterator[tuple[Value, int]]:
-        """Every step with the number of times that it runs."""
-        yield from ((step, 1) for step in self.steps)
-        for loop in self.loops:
-            yield from ((step, loop.count) for step in loop.steps)
-            yield from ((step, 1) for step in loop.after)
+        """Every step with the number of times that it runs: in place of rounds of columns their own."""
+        for step in self.steps:
+            if isinstance(step.expr, Rounds) and step.expr.of_columns:
+                yield from ((each, step.expr.count) for each in step.expr.body.steps)
+            elif step.kernel is not Kernel.ROUNDS:
+                yield step, 1
+
+    @property
+    def loops(self) -> tuple[Rounds, ...]:
+        """The rounds of columns."""
+        every = (step.expr for step in self.steps if isinstance(step.expr, Rounds))
+        return tuple(rounds for rounds in every if rounds.of_columns)
 
     @property
     def kept(self) -> set[Value]:
@@ -84,8 +88,18 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Predicted, at the example's batch size."""
-        each = ((self.rates.seconds(s.kernel, s.work, self.batch, self.itemsize), times) for s, times in self.timed)
-        return sum(seconds * times for seconds, times in each)
+        return sum(self.rates.seconds(step.kernel, step.work, self.batch, self.itemsize) for step in self.steps)
+
+    @property
+    def peak_bytes(self) -> float:
+        """The most that it holds at once, results included, inputs and parameters not.
+
+        Of results that are one value each but the first is a copy in the end.
+        """
+        times = Counter(value for by in self.results.values() for value in by.values())
+        sizes = ((count - 1, bytes_of(value.shape, self.batch, self.itemsize)) for value, count in times.items())
+        copies = sum(more * each for more, each in sizes)
+        return peak_of(self.steps, self.kept, self.batch, self.itemsize, copies)
 
 
 def plan(
@@ -99,11 +113,11 @@ def plan(
     """The fastest plan whose peak is within `memory_limit` bytes, met by slicing the batch into ever smaller pieces."""
     best = _plan(graph, derived, rates, itemsize, None, lowerings)
     chunk = graph.example_batch
-    while memory_limit is not None and peak_bytes(best) > memory_limit:
+    while memory_limit is not None and best.peak_bytes > memory_limit:
         if chunk == 1:
             raise UnsupportedError(
                 f"memory_limit={memory_limit} bytes cannot be met: one sample at a time still takes "
-                f"{peak_bytes(best):.0f} bytes.\n  Results and forward values count, too: ask for fewer quantities, "
+                f"{best.peak_bytes:.0f} bytes.\n  Results and forward values count, too: ask for fewer quantities, "
                 "or compile with a smaller example batch."
             )
         chunk = (chunk + 1) // 2
@@ -124,19 +138,17 @@ def _plan(
     results = scheduled(store, graph, derived.schedule[:ahead], chunk, choices)
     checks: dict[str, Value] = {}
     starts: dict[str, Value] = {}
-    loops, pieces = _sweeps(store, graph, derived, chunk, choices, results, checks, starts)
+    _sweeps(store, graph, derived, chunk, choices, results, checks, starts)
     if checks:
         results[INDEFINITE] = checks
     output = {name: store.find(name) for name in names_in(graph.output)}
     loss = store.find(graph.loss) if graph.loss else None
-    inner = {step for loop in loops for step in loop.steps}
     wanted = {*output.values(), *(value for by in results.values() for value in by.values()), *([loss] if loss else [])}
-    wanted |= {value for loop in loops for value in loop.reads}
-    steps = alive((step for step in store.steps if step not in inner), wanted)
+    steps = alive(store.steps, wanted)
     given = {name: value for name, value in store.names.items() if value.expr is None and name != LIKE}
     return Plan(
         steps, _in_order(results, graph), loss, output, tuple(choices), graph.example_batch, itemsize, rates, given,
-        store.like, starts, _forward_values(store, graph, derived), tuple(loops), pieces,
+        store.like, starts, _forward_values(store, graph, derived),
     )  # fmt: skip
 
 
@@ -154,20 +166,15 @@ def _sweeps(
     results: dict[str, dict[str, Value]],
     checks: dict[str, Value],
     starts: dict[str, Value],
-) -> tuple[list[Loop], dict[Value, Piece]]:
-    """All sweeps of columns, and what is called for each sample.
-
-    Those in a loop come last: what it sums may go on from results of the others.
-    """
+) -> None:
+    """All sweeps of columns. Those in a loop come last: what it sums may go on from results of the others."""
     looped: list[tuple[Columns, Mapping[str, Value]]] = []
-    pieces: dict[Value, Piece] = {}
     for columns in sorted(derived.columns, key=lambda each: not each.beside):  # what is left of the gradient first
         rows: Mapping[str, Value] = root_steps(store, graph, columns, checks)
         starts[columns.variable] = rows.get(columns.variable) or store.find(columns.variable)
         apart = sample_by_sample(store, graph, columns, rows) if columns.alone else None
         if apart is not None:
             choices += apart.choices
-            pieces[apart.call] = apart.piece
             _gather(results, _together(store, apart.results, results))
         elif columns.beside:
             both = Beside(store, graph, columns, derived.swept)
@@ -178,17 +185,14 @@ def _sweeps(
         else:
             mine = scheduled(store, graph, columns.schedule, chunk, choices, columns.carried)
             _gather(results, _together(store, mine, results))
-    loops = []
     for columns, rows in looped:
         varying = {store.find(name): value for name, value in rows.items()}
         store.in_rounds(columns.rounds, varying)
         mine = scheduled(store, graph, columns.schedule, chunk, choices, columns.carried)
         stacked = {q for item in columns.schedule if isinstance(item, Extraction) for q in _with_columns(item)}
-        loop, sums = over_columns(store, varying, columns, mine, stacked, results)
+        sums = over_columns(store, varying, columns, mine, stacked, results)
         store.in_rounds(1)
-        loops.append(loop)
         _gather(results, sums)
-    return loops, pieces
 
 
 def _gather(results: dict[str, dict[str, Value]], mine: Results) -> None:
@@ -205,11 +209,7 @@ def _together(store: Store, mine: Results, earlier: Results) -> dict[str, dict[s
 
 
 def _sum(store: Store, one: Value | None, other: Value) -> Value:
-    if one is None:
-        return other
-    legs = tuple(Leg(f"a{k}", size) for k, size in enumerate(other.shape))
-    work = Work(flops=((1, legs),), moved=((3, legs),), fresh=((1, legs),))
-    return store.add(Made(f.ADD, (one, other)), other.shape, Kernel.ELEMENTWISE, work)
+    return other if one is None else added(store, one, other)
 
 
 def _with_columns(item: Extraction) -> set[str]:

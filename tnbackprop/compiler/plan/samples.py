@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ...diagram.core import BATCH, Diagram, Leg, N, Part, Product, is_head
+from ...diagram.core import BATCH, Diagram, N, Part, Product, is_head
 from ..derive.derived import Backward, Columns, Derived, Extraction, Individual, Native, Schedule
 from ..program import functions as f
 from ..program.cost import Kernel, Work
-from ..program.expr import Body, Call, Expr, Join, Slices, Value, replaced, sizes_in
+from ..program.expr import Body, Call, Expr, Join, Rounds, Value, replaced, sizes_in
 from ..program.lines import alive
 from ..program.numbers import TOTAL
 from ..program.store import Store
 from ..translate.graph import Graph
 from .choose import Choice
 from .items import scheduled
-from .memory import Piece, peak_bytes
+from .loops import legs_of
+from .memory import peak_of
 from .slices import pairs_samples
 
 Results = dict[str, dict[str, Value]]
@@ -28,12 +29,10 @@ Results = dict[str, dict[str, Value]]
 
 @dataclass(frozen=True)
 class Swept:
-    """What came of a sweep: its results, what was chosen for them, and the step that calls `piece` for each sample."""
+    """What came of a sweep: its results, and what was chosen for them."""
 
     results: Results
     choices: tuple[Choice, ...]
-    call: Value
-    piece: Piece
 
 
 def separable(derived: Derived) -> bool:
@@ -90,15 +89,15 @@ def sample_by_sample(
     body = Body(tuple(inputs), steps, values, batch, "slice", several=True, total=total)
     args += [(N, None)] if total else []
     store.note = str(columns)
-    piece = Piece(steps, values, 1, small.itemsize)
-    sums = store.add(Slices(body, tuple(args), 1, Join.EACH), (), Kernel.ALONE, _work(piece))
+    joins = (Join.SUM,) * len(values)
+    sums = store.add(Rounds(body, tuple(args), N, 1, joins), (), Kernel.ALONE, _work(body, small.itemsize))
     names = {
         v: store.add(Call(f.ITEM, (sums, k)), v.shape, Kernel.NATIVE, strided=True) for k, v in enumerate(values)
     }
     asked = (item for item in columns.schedule if isinstance(item, Extraction))
     choices = tuple(replace(choice, item=item) for choice, item in zip(made, asked, strict=True))
     summed = {quantity: {key: names[value] for key, value in by.items()} for quantity, by in results.items()}
-    return Swept(summed, choices, sums, piece)
+    return Swept(summed, choices)
 
 
 def _small(store: Store, rows: Mapping[str, Value]) -> tuple[Store, dict[Value, Value]]:
@@ -168,11 +167,12 @@ def _axis(value: Value) -> int | None:
     return value.shape.index(N) if N in value.shape else None
 
 
-def _work(piece: Piece) -> Work:
+def _work(body: Body, itemsize: int) -> Work:
     """That of all samples; what is held while it runs is that of one, and the sums so far."""
-    flops = tuple(term for step in piece.steps for term in step.work.flops)
-    moved = tuple(term for step in piece.steps for term in step.work.moved)
-    sums = tuple((1, tuple(Leg(f"a{k}", size) for k, size in enumerate(v.shape))) for v in piece.values)
-    inside = ((int(peak_bytes(piece) / piece.itemsize), ()), *sums)
-    each = tuple((step.kernel, step.work) for step in piece.steps)
-    return Work(flops, moved, inside=inside, launches=len(piece.steps), each=each)
+    values = body.values
+    flops = tuple(term for step in body.steps for term in step.work.flops)
+    moved = tuple(term for step in body.steps for term in step.work.moved)
+    held = int(peak_of(body.steps, values, 1, itemsize) / itemsize)
+    inside = ((held, ()), *((1, legs_of(value)) for value in values))
+    each = tuple((step.kernel, step.work) for step in body.steps)
+    return Work(flops, moved, inside=inside, launches=len(body.steps), each=each)

@@ -30,7 +30,7 @@ from ..lower.arrange import arranged, in_order, sizes_of
 from ..lower.candidate import Candidate
 from ..lower.contract import as_tensor, build, read
 from ..program.cost import Kernel, Terms, Work, number
-from ..program.expr import Body, Expr, Join, Ref, Slices, Value, reads, sizes_in
+from ..program.expr import Body, Expr, Join, Ref, Rounds, Value, reads, sizes_in
 from ..program.lines import alive
 from ..program.numbers import TOTAL
 from ..program.store import LIKE, Store
@@ -130,7 +130,7 @@ def _sliced(
     args += [(N, None)] if body.total else []
     axis = own.index(BATCH) if BATCH in own else None
     join = Join.SUM if axis is None else Join.CAT
-    calls = Slices(body, tuple(args), chunk, join, axis or 0, followed=not tiled)
+    calls = Rounds(body, tuple(args), N, chunk, (join,), axis or 0, followed=not tiled)
     work = _work(body.steps, chunk)
     if tiled:
         moved = tuple((1, tensor.legs) for tensor in inputs)

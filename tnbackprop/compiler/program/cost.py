@@ -22,7 +22,8 @@ class Work:
 
     inside     elements that it holds beside its result while it runs
     launches   kernels that it starts
-    each       what it does for every sample, one after the other, where that is not one kernel
+    each       what it does in every round, where it is no kernel
+    turns      how many rounds there are; None: one for each sample, of that sample alone
     """
 
     flops: Terms = ()
@@ -31,6 +32,7 @@ class Work:
     inside: Terms = ()
     launches: int = 1
     each: tuple[tuple[Kernel, Work], ...] = ()
+    turns: int | None = None
 
 
 class Kernel(Enum):
@@ -52,6 +54,7 @@ class Kernel(Enum):
     SHIFTED = "shifted windows"
     RECEPTIVE = "receptive fields"
     ALONE = "sample by sample"
+    ROUNDS = "rounds of columns"
 
 
 IN_TURN = frozenset({Kernel.SHIFTED, Kernel.CHANNELS_LAST, Kernel.RECEPTIVE})
@@ -79,10 +82,11 @@ class Rates:
 
     def seconds(self, kernel: Kernel, work: Work, batch: int, itemsize: int) -> float:
         """max(FLOPs/rate, bytes/bandwidth) + launches + the price of fresh pages."""
-        if kernel is Kernel.VIEW:
-            return 0.0
         if work.each:
-            return batch * sum(self.seconds(inner, own, 1, itemsize) for inner, own in work.each)
+            turns, samples = (batch, 1) if work.turns is None else (work.turns, batch)
+            return turns * sum(self.seconds(inner, own, samples, itemsize) for inner, own in work.each)
+        if kernel in (Kernel.VIEW, Kernel.ROUNDS):
+            return 0.0
         compute = number(work.flops, batch) / self.flops.get(kernel, self.flops[Kernel.GENERAL])
         traffic = number(work.moved, batch) * itemsize / self.bandwidth
         fresh = number(work.fresh, batch) * itemsize

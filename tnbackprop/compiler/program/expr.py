@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any, TypeAlias
 
 import sympy
 
-from ...diagram.core import Leg, Size
+from ...diagram.core import Leg, N, Size
 from ...notation.code import Code
 from .cost import Kernel, Work
 from .functions import Function
@@ -152,44 +153,69 @@ class Lambda:
 
 @dataclass(frozen=True, eq=False)
 class Body:
-    """A function beside the program: steps on its parameters that lead to `results`.
+    """A function: steps on its parameters that lead to `results`. It reads nothing else.
 
-    batch   the parameter and the axis that say how many samples there are
+    batch   the parameter and the axis that say how many samples there are; None: as many as outside
     total   the number of samples of the whole batch is a parameter
     """
 
     params: tuple[Value, ...]
     steps: tuple[Value, ...]
     results: tuple[Expr, ...]
-    batch: tuple[Value, int]
+    batch: tuple[Value, int] | None
     hint: str
     several: bool = False
     total: bool = False
-    functional: bool = False
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """The results, where they are values of its steps or of its parameters."""
+        return tuple(result for result in self.results if isinstance(result, Value))
 
 
-class Join:
-    """How what the slices give is put together."""
+class Join(Enum):
+    """How what the parts give is put together."""
 
     SUM = "sum"
-    CAT = "cat"
-    EACH = "each of a tuple summed"
+    CAT = "concatenation"
 
 
 @dataclass(frozen=True)
-class Slices:
-    """A function called for `chunk` samples after the other: arguments with an axis are cut along it.
+class Rounds:
+    """A function that runs for one part after the other: of the samples, or of columns.
 
-    join      `Join.SUM`, `Join.CAT` along `axis`, or `Join.EACH`
+    args      what each parameter is given, and the axis along which that is cut (None: the whole in every round)
+    size      how much there is: N samples, or so many columns, filled up to whole rounds
+    width     how much of it at a time; a single column has no axis
+    joins     how each result is put together, along `axis`
+    begin     for each result, what a sum goes on from, if anything
     followed  a bar may follow it
     """
 
     body: Body
     args: tuple[tuple[Expr, int | None], ...]
-    chunk: int
-    join: str
+    size: Size
+    width: int
+    joins: tuple[Join, ...]
     axis: int = 0
+    begin: tuple[Expr | None, ...] = ()
     followed: bool = True
+
+    @property
+    def of_columns(self) -> bool:
+        """Whether its parts are columns: then it stands in the program as a loop, and not as calls of a function."""
+        return isinstance(self.size, int)
+
+    @property
+    def count(self) -> int:
+        """How many rounds there are of columns."""
+        return -(-int(self.size) // self.width)
+
+    @property
+    def rows(self) -> tuple[tuple[Value, Expr], ...]:
+        """The parameters that are cut, with what they are parts of."""
+        pairs = zip(self.body.params, self.args, strict=False)
+        return tuple((variable, expr) for variable, (expr, axis) in pairs if axis is not None)
 
 
 @dataclass(frozen=True)
@@ -200,7 +226,7 @@ class Of:
     args: tuple[Expr, ...]
 
 
-Expr: TypeAlias = Value | Call | Pointwise | Filled | Lambda | Slices | Of
+Expr: TypeAlias = Value | Call | Pointwise | Filled | Lambda | Rounds | Of
 
 
 def children(expr: Any) -> Iterator[Any]:
@@ -219,8 +245,9 @@ def children(expr: Any) -> Iterator[Any]:
             yield from (each for _, each in expr.holes)
         case Lambda():
             yield expr.body
-        case Slices():
+        case Rounds():
             yield from (each for each, _ in expr.args)
+            yield from expr.begin
         case Of():
             yield from expr.args
         case Slice():
@@ -251,7 +278,10 @@ def captured(expr: Any, inside: bool = False) -> Iterator[Value]:
         if inside:
             yield expr
         return
-    inside = inside or isinstance(expr, Lambda | Slices) or (isinstance(expr, Filled) and expr.code.nested)
+    if isinstance(expr, Rounds) and expr.of_columns:
+        yield from (value for step in expr.body.steps for value in captured(step.expr))
+    inside = inside or isinstance(expr, Lambda) or (isinstance(expr, Rounds) and not expr.of_columns)
+    inside = inside or (isinstance(expr, Filled) and expr.code.nested)
     for child in children(expr):
         yield from captured(child, inside)
 
@@ -267,8 +297,8 @@ def sizes_in(expr: Any) -> set[sympy.Symbol]:
         found |= expr.expr.free_symbols - {symbol for symbol, _ in expr.args}
     if isinstance(expr, Filled):
         found |= {sympy.Symbol(word, integer=True, positive=True) for word in expr.code.words & {"N", "V"}}
-    if isinstance(expr, Slices):
-        found |= {sympy.Symbol("N", integer=True, positive=True)}
+    if isinstance(expr, Rounds):
+        found |= set().union(*(sizes_in(step.expr) for step in expr.body.steps)) if expr.of_columns else {N}
     for child in children(expr):
         found |= sizes_in(child)
     return found
@@ -276,7 +306,9 @@ def sizes_in(expr: Any) -> set[sympy.Symbol]:
 
 def bodies(expr: Any) -> Iterator[Body]:
     """The functions beside the program that an expression calls."""
-    if isinstance(expr, Slices | Of):
+    if isinstance(expr, Rounds) and expr.of_columns:
+        yield from (body for step in expr.body.steps for body in bodies(step.expr))
+    elif isinstance(expr, Rounds | Of):
         yield expr.body
     for child in children(expr) if not isinstance(expr, Value) else ():
         yield from bodies(child)
@@ -309,9 +341,9 @@ def replaced(expr: Any, to: Callable[[Value], Any]) -> Any:
         case Lambda():
             own = set(expr.params)
             return Lambda(expr.params, replaced(expr.body, lambda v: v if v in own else to(v)))
-        case Slices():
+        case Rounds():
             args = tuple((replaced(each, to), axis) for each, axis in expr.args)
-            return Slices(expr.body, args, expr.chunk, expr.join, expr.axis, expr.followed)
+            return replace(expr, args=args, begin=replaced(expr.begin, to))
         case Of():
             return Of(expr.body, replaced(expr.args, to))
     return expr

@@ -5,7 +5,7 @@ It is slow and plain. Passes are checked against it: the lines before and after 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import reduce
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 
 from ...diagram.core import N
 from ...notation.code import evaluated
-from .expr import Body, Call, Filled, Join, Lambda, Of, Pointwise, Slice, Slices, Value, Word
+from .expr import Body, Call, Filled, Join, Lambda, Of, Pointwise, Rounds, Slice, Value, Word
 from .functions import Form
-from .lines import Line, lines_of
+from .lines import Block, Line, lines_of
 from .numbers import TOTAL, Number
 
 Env = MutableMapping[Value, Any]
@@ -35,8 +35,17 @@ class Interpreter:
     def run(self, lines: Iterable[Line], env: Env) -> Env:
         """Every line in order; in-place functions write as they do."""
         for line in lines:
-            env[line.value] = self.value(line.expr, env)
+            env[line.value] = self.value(line.expr, env) if line.block is None else self._block(line.block, env)
         return env
+
+    def _block(self, block: Block, env: Env) -> Mapping[int, Any]:
+        inner = dict(env)
+        self.run(block.begin, inner)
+        for piece in self._pieces([(self.value(whole, inner), 0) for _, whole in block.rows], block.width):
+            rows = piece if block.width > 1 else [row.squeeze(0) for row in piece]
+            self.run(block.lines, inner := {**inner, **dict(zip((v for v, _ in block.rows), rows, strict=True))})
+        self.run(block.end, inner)
+        return {k: inner[total] for k, total in block.totals.items()}
 
     def value(self, expr: Any, env: Mapping[Value, Any]) -> Any:
         """What an expression, or a plain argument, is."""
@@ -53,8 +62,8 @@ class Interpreter:
                 return evaluated(expr.code, holes, {"torch": torch, "N": self.sizes[N]})
             case Lambda():
                 return lambda *args: self.value(expr.body, {**env, **dict(zip(expr.params, args, strict=True))})
-            case Slices():
-                return self._slices(expr, env)
+            case Rounds():
+                return self._rounds(expr, env)
             case Of():
                 return self._body(expr.body, [self.value(each, env) for each in expr.args])
             case Number():
@@ -80,24 +89,38 @@ class Interpreter:
             return reduce(call.fn.meaning, args)
         return call.fn.meaning(*args, **options)
 
-    def _slices(self, expr: Slices, env: Mapping[Value, Any]) -> Any:
+    def _rounds(self, expr: Rounds, env: Mapping[Value, Any]) -> Any:
         args = [(self.value(each, env), axis) for each, axis in expr.args]
         found = []
-        for start in range(0, self.sizes[N], expr.chunk):
-            length = min(expr.chunk, self.sizes[N] - start)
-            cut = [each if axis is None else each.narrow(axis, start, length) for each, axis in args]
+        for cut in self._pieces(args, expr.width):
+            if expr.of_columns and expr.width == 1:
+                cut = [each if axis is None else each.squeeze(0) for each, (_, axis) in zip(cut, args, strict=True)]
             found.append(self._body(expr.body, cut))
-        match expr.join:
-            case Join.SUM:
-                return reduce(torch.add, found)
-            case Join.CAT:
-                return torch.cat(found, expr.axis)
-        return [reduce(torch.add, each) for each in zip(*found, strict=True)]
+        if not expr.body.several:
+            return self._joined(found, expr, 0)
+        begin = [[] if start is None else [self.value(start, env)] for start in expr.begin or (None,) * len(expr.joins)]
+        every = ([*start, *(each[k] for each in found)] for k, start in enumerate(begin))
+        return [self._joined(values, expr, k) for k, values in enumerate(every)]
+
+    def _pieces(self, args: list[tuple[Any, int | None]], width: int) -> Iterator[list[Any]]:
+        """The arguments of each round."""
+        size = next(each.shape[axis] for each, axis in args if axis is not None)
+        for start in range(0, size, width):
+            length = min(width, size - start)
+            yield [each if axis is None else each.narrow(axis, start, length) for each, axis in args]
+
+    def _joined(self, found: list[Any], expr: Rounds, k: int) -> Any:
+        if expr.joins[k] is Join.SUM:
+            return reduce(torch.add, found)
+        joined = torch.cat(found, expr.axis)
+        return joined[: expr.size] if expr.of_columns else joined
 
     def _body(self, body: Body, args: list[Any]) -> Any:
         env: dict[Value, Any] = dict(zip(body.params, args, strict=False))
-        first, axis = body.batch
-        sizes = {**self.sizes, N: env[first].shape[axis]}
+        sizes = dict(self.sizes)
+        if body.batch is not None:
+            first, axis = body.batch
+            sizes[N] = env[first].shape[axis]
         if body.total:
             sizes[TOTAL] = args[-1]
         inner = Interpreter(sizes, self.elementwise)

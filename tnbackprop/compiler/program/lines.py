@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from .expr import Call, Expr, Value, captured
@@ -19,6 +19,7 @@ class Line:
     inputs  what the value is made from
     frees   what nothing reads after it
     note    what it is for
+    block   of rounds of columns: the loop
     """
 
     value: Value
@@ -27,6 +28,32 @@ class Line:
     inputs: tuple[Value, ...]
     frees: tuple[Value, ...] = ()
     note: str = ""
+    block: Block | None = None
+
+
+Lines = tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A loop: `begin`, then `lines` with each variable of `rows` at the next `width` rows of a value, then `end`.
+
+    totals  what it leaves, by the number of the result
+    size    how many rows there are, without those that fill up the last round
+    """
+
+    begin: Lines
+    rows: tuple[tuple[Value, Expr], ...]
+    width: int
+    lines: Lines
+    end: Lines
+    totals: Mapping[int, Value]
+    size: int
+
+    @property
+    def every(self) -> Lines:
+        """All its lines."""
+        return (*self.begin, *self.lines, *self.end)
 
 
 def alive(steps: Iterable[Value], wanted: set[Value]) -> tuple[Value, ...]:
@@ -52,11 +79,15 @@ def captured_by(lines: Iterable[Line]) -> set[Value]:
     return {value for line in lines for value in captured(line.expr)}
 
 
-def in_place(lines: tuple[Line, ...], kept: set[Value]) -> tuple[Line, ...]:
-    """Each line writes over an operand where nothing after it can see the operand's memory."""
-    seen = _memory(lines)
+def in_place(lines: Lines, kept: Iterable[Value], varying: Iterable[Value] = ()) -> Lines:
+    """Each line writes over an operand where nothing after it can see the operand's memory.
+
+    Not where it is in memory that is given in every round (`varying`).
+    """
+    rows = {value: frozenset({value}) for value in varying}
+    seen = _memory(lines, rows)
     last = {memory: k for k, line in enumerate(lines) for value in line.inputs for memory in seen.get(value, ())}
-    pinned = {memory for value in kept for memory in seen.get(value, ())}
+    pinned = {memory for value in kept for memory in seen.get(value, ())} | set(rows)
     found = []
     for k, line in enumerate(lines):
         if line.own:
@@ -69,9 +100,9 @@ def in_place(lines: tuple[Line, ...], kept: set[Value]) -> tuple[Line, ...]:
     return tuple(found)
 
 
-def _memory(lines: tuple[Line, ...]) -> dict[Value, frozenset[Value]]:
+def _memory(lines: Lines, rows: Mapping[Value, frozenset[Value]]) -> dict[Value, frozenset[Value]]:
     """For each value those whose memory it may be: its own, or that of everything it was made from."""
-    seen: dict[Value, frozenset[Value]] = {}
+    seen = dict(rows)
     for line in lines:
         inherited = frozenset().union(*(seen.get(value, frozenset()) for value in line.inputs))
         seen[line.value] = frozenset({line.value}) if line.own else inherited
