@@ -188,6 +188,31 @@ def test_nothing_is_swallowed(path: Path) -> None:
             assert ast.unparse(node) != "warnings.warn", f"{shown(path, node)}: raise or say it in explain()"
 
 
+def unbounded(node: ast.expr) -> bool:
+    """functools.cache, or lru_cache without a bound; the default is one."""
+    text = ast.unparse(node)
+    sizes = [*node.args, *(k.value for k in node.keywords if k.arg == "maxsize")] if isinstance(node, ast.Call) else []
+    head = text.partition("(")[0].removeprefix("functools.")
+    return head == "cache" or (head == "lru_cache" and any(ast.unparse(size) == "None" for size in sizes))
+
+
+@pytest.mark.parametrize("path", OWN, ids=name)
+def test_caches_are_bounded(path: Path) -> None:
+    """What lives as long as the process; a method's may live as long as its object."""
+    for function in functions(path):
+        for decorator in function.decorator_list:
+            assert not unbounded(decorator), f"{shown(path, function)} {function.name} keeps everything for ever"
+    for line in parsed(path).body:
+        value = getattr(line, "value", None)
+        assert not (isinstance(value, ast.Call) and unbounded(value.func)), shown(path, line)
+
+
+def test_what_a_bound_is() -> None:
+    bad = ("cache", "functools.cache", "lru_cache(None)", "functools.lru_cache(maxsize=None)")
+    good = ("lru_cache", "lru_cache(64)", "lru_cache(maxsize=2**9)", "cached_property")
+    assert [unbounded(ast.parse(text, mode="eval").body) for text in (*bad, *good)] == [True] * 4 + [False] * 4
+
+
 IMPORT_TIME = """
 import time
 import torch

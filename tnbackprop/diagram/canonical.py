@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
+from functools import lru_cache
 
 from .core import Delta, Diagram, Leg, Map, Operand, Part, Product, Selection, Tensor, Window
 
 Key = tuple[object, ...]
 
 
-@cache
+@lru_cache(2**14)
 def key(diagram: Diagram) -> Key:
     """The canonical key. Output legs keep their order (it is part of the value), summed legs lose their names."""
     start = {leg: (0, k) for k, leg in enumerate(diagram.legs)}

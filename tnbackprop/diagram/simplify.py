@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from itertools import combinations
 
 import sympy
@@ -13,7 +13,7 @@ from .core import Delta, Diagram, Leg, Map, Operand, Product, Selection, Tensor,
 from .radix import digits_of
 
 
-@cache
+@lru_cache(2**14)  # a model of many blocks has some thousand diagrams
 def simplify(diagram: Diagram) -> Diagram:
     """The diagram with deltas away, equal operands as powers, trivial windows gone, and like terms added."""
     products = [p for p in (_fixpoint(p, diagram.legs) for p in diagram.products) if p.scale != 0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import sympy
@@ -190,7 +190,7 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@cache
+@lru_cache(2**10)
 def _torch(expression: sympy.Expr, count: int) -> Callable[..., Any]:
     symbols, modules = [argument(k) for k in range(count)], [_FUNCTIONS, "torch"]
     function: Callable[..., Any] = sympy.lambdify(symbols, expression.subs(N, 1), modules)

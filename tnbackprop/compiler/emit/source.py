@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import count
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch.utils import _pytree as pytree
@@ -247,12 +248,13 @@ def followed(plan: Plan) -> bool:
 
 
 def load(source: str) -> Callable[[dict[str, torch.Tensor]], Any]:
-    """The function that the source defines."""
+    """The function that the source defines. While it lives, linecache knows its lines."""
     filename = f"{FILENAME} {next(_serial)}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     namespace: dict[str, Any] = {}
     exec(compile(source, filename, "exec"), namespace)
     function: Callable[[dict[str, torch.Tensor]], Any] = namespace["program"]
+    finalize(function, linecache.cache.pop, filename, None).atexit = False
     return function
 
 

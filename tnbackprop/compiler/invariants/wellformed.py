@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import lru_cache
 
 import sympy
 
@@ -54,7 +54,7 @@ def flaws_of_jacobian(jacobian: Jacobian, known: Mapping[str, Count | None]) -> 
     yield from flaws(jacobian.diagram, known)
 
 
-@cache
+@lru_cache(2**12)
 def count(sizes: tuple[Size, ...]) -> Count:
     """The elements of a tensor with these sizes."""
     number, power = 1, 0
