@@ -20,6 +20,7 @@ from .quantities import Quantity, check_quantities
 from .rules import RULES
 from .runtime import Indefinite, Program, Result
 from .runtime.fingerprint import Fingerprint, fingerprint
+from .runtime.proof import prove
 
 Loss = Callable[..., torch.Tensor]
 
@@ -34,6 +35,7 @@ def compile(
     memory_limit: float | str | None = None,
     indefinite: Indefinite = Indefinite.REFUSE,
     lowerings: Sequence[Lowering] = (),
+    check: bool = True,
 ) -> Program:
     """Compile a model with its loss and quantities to a program.
 
@@ -48,15 +50,19 @@ def compile(
     indefinite    a loss Hessian with negative eigenvalues has no square root: refuse, or clip them to zero
     lowerings     rows of your own, ``(store, product, legs) -> candidates``, tried beside those that are built in: the
                   guide's "Add a lowering"
+    check         the program and PyTorch's own autograd run once on two samples of the example and must agree: the last
+                  lines of `explain()` say on what. False: not
 
-    Raises `InputError`, `UnsupportedError` and `RuleError`.
+    Raises `InputError`, `UnsupportedError`, `RuleError`, and `VerificationError` where the two differ.
     """
     check_quantities(quantities)
     check_member("indefinite", indefinite, Indefinite)
     check_trainable(model, quantities)
     limit, table = _bytes(memory_limit), resolve(rules)
     compiled = compile_program(model, loss, example, list(quantities), table, limit, lowerings=tuple(lowerings))
-    return Program(model, compiled, loss, quantities, indefinite)
+    program = Program(model, compiled, loss, quantities, indefinite)
+    program.checked = prove(program, example, table, limit is not None) if check else "not checked: check=False"
+    return program
 
 
 def compute(
@@ -68,6 +74,7 @@ def compute(
     rules: Mapping[Any, Declaration] | None = None,
     memory_limit: float | str | None = None,
     indefinite: Indefinite = Indefinite.REFUSE,
+    check: bool = True,
     seed: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Result:
@@ -79,7 +86,9 @@ def compute(
     free. Where something changed, or hides what it holds (an iterator, a scripted module), it is compiled anew. A
     `Program` looks at none of that, so it is faster.
     """
-    options: dict[str, Any] = {"rules": rules, "memory_limit": memory_limit, "indefinite": indefinite}
+    options: dict[str, Any] = {
+        "rules": rules, "memory_limit": memory_limit, "indefinite": indefinite, "check": check
+    }  # fmt: skip
     state = _state(model, loss, batch, quantities, options) if isinstance(model, torch.nn.Module) else None
     kept = [] if state is None else _PROGRAMS.get(model, [])
     for k, (key, program) in enumerate(kept):

@@ -94,7 +94,8 @@ def test_a_row_of_ones_own_comes_first() -> None:
     target = aten.scaled_dot_product_attention.default
     assert isinstance(tn.RULES[target], Composite)
     rule = tn.Rule("output[*s, l, v] = query[*s, l, v]")
-    program = tn.compile(case.model, case.loss, (case.x, case.y), [tn.Grad()], rules={**tn.RULES, target: rule})
+    rules, example = {**tn.RULES, target: rule}, (case.x, case.y)
+    program = tn.compile(case.model, case.loss, example, [tn.Grad()], rules=rules, check=False)
     assert [call.target for call in program.compiled.graph.calls].count(target) == 1
 
 

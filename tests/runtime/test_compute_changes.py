@@ -371,7 +371,7 @@ def test_rules_that_changed() -> None:
     power = [1]
     rules = tn.RULES | {Cube: lambda layer: f"output[n, i] = x[n, i]**{power[0]} * w[i]"}
     for power[0] in (1, 2):
-        got = tn.compute(Cube().double(), None, (X, None), [tn.Jacobians()], rules=rules)["jacobians"]["w"]
+        got = tn.compute(Cube().double(), None, (X, None), [tn.Jacobians()], rules=rules, check=False)["jacobians"]["w"]
         torch.testing.assert_close(got.diagonal(dim1=1, dim2=2), X ** power[0])
 
 

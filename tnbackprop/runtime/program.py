@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..compiler import Compiled
 from ..compiler.capture.export import plain
+from ..compiler.emit.naming import comment
 from ..compiler.emit.source import MEMORY, load, running
 from ..compiler.explain.stages import explain
 from ..compiler.invariants.stage import Stage
@@ -55,6 +56,7 @@ class Program:
     flops       planned floating-point operations for the example batch
     bytes       planned bytes read and written for the example batch
     peak_bytes  planned peak of what the program holds, results included, parameters and inputs not
+    checked     what was compared with autograd when it was compiled, and what not
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Program:
     ) -> None:
         self.model, self.loss, self.indefinite, self._compiled = model, loss, indefinite, compiled
         self.quantities = {quantity.name: quantity for quantity in quantities}
+        self.checked = "not checked"
         keep_freed_pages()
         self._memory = Blocks()
         self._function = load(compiled.source)
@@ -106,7 +109,9 @@ class Program:
         """
         if stage is not None and stage not in tuple(Stage):
             raise InputError(f"no stage {str(stage)!r}: there are {', '.join(Stage)}")
-        return explain(self._compiled, None if stage is None else Stage(stage))
+        text = explain(self._compiled, None if stage is None else Stage(stage))
+        checked = "\n".join(map(comment, self.checked.split("\n")))
+        return f"{text}\n\nCheck\n=====\n{checked}" if stage is None else text
 
     def tensors(self, x: Any, y: Any) -> dict[str, torch.Tensor]:
         """The inputs of the emitted function: parameters, buffers, constants and the batch, by value name."""

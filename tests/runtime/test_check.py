@@ -1,0 +1,224 @@
+"""Every program proves itself: what is compared, what is said of it, and what nothing is left of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tnbackprop as tn
+from tnbackprop import api
+
+CE = nn.CrossEntropyLoss()
+FIRST = (tn.Grad, tn.BatchGrad, tn.BatchL2, tn.BatchDot, tn.SecondMoment, tn.Variance)
+SECOND = (tn.DiagGGN, tn.SqrtGGN, tn.GGNTrace, tn.GGNGram, tn.HessianDiag, tn.Jacobians, tn.NTK)
+ALL = [quantity() for quantity in (*FIRST, *SECOND)]
+
+
+class Net(nn.Module):
+    """forward is f(self, *inputs)."""
+
+    def __init__(self, f: Callable[..., Any], **parts: nn.Module) -> None:
+        super().__init__()
+        self.f = f
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.f(self, *inputs, **named)
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def batch(n: int = 5, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, 3, dtype=dtype), torch.arange(n) % 2
+
+
+def checked(model: nn.Module, x: Any, y: Any, quantities: Any = None, loss: Any = CE, **options: Any) -> str:
+    """What the check of a program says."""
+    return tn.compile(model, loss, (x, y), quantities or [tn.Grad(), tn.BatchL2()], **options).checked
+
+
+# ---------------------------------------------------------------- what is said
+
+
+def test_it_is_the_default_and_said() -> None:
+    program = tn.compile(mlp(), CE, batch(), [tn.Grad(), tn.KFLR(), tn.DiagGGNMC()])
+    said = program.explain().split("Check\n=====\n")[1]
+    assert said.splitlines() == program.checked.splitlines()
+    assert said.startswith("checked on 2 samples against autograd: the output, the loss, grad of 4 parameters")
+    assert "not compared: diag_ggn_mc, drawn" in said
+
+
+def test_without() -> None:
+    assert checked(mlp(), *batch(), check=False) == "not checked: check=False"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_quantity_is_compared(dtype: torch.dtype) -> None:
+    said = checked(mlp().to(dtype), *batch(dtype=dtype), ALL)
+    assert all(f"{quantity.name} of 4 parameters" in said for quantity in ALL), said
+    assert "not compared" not in said
+
+
+# ---------------------------------------------------------------- what is found
+
+
+class Bent(api.Program):
+    """A program with one wrong number in one value."""
+
+    key = "grad"
+    name = "0.weight"
+
+    def __call__(self, *args: Any, **options: Any) -> tn.Result:
+        result = super().__call__(*args, **options)
+        value = result[self.key][self.name]
+        value[torch.unravel_index(value.abs().argmax(), value.shape)] *= 1.01
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["0.weight", "2.bias"])
+@pytest.mark.parametrize("quantity", ALL, ids=lambda quantity: quantity.name)
+def test_a_wrong_number_is_found(
+    quantity: tn.Quantity, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "Program", type("Bent", (Bent,), {"key": quantity.name, "name": name}))
+    where = rf"(?s){quantity.name}.* of parameter '{name}' of module '{name[0]}' \(Linear\).*Likely: .*tn\.verify\("
+    with pytest.raises(tn.VerificationError, match=where):
+        checked(mlp().to(dtype), *batch(dtype=dtype), ALL)
+
+
+class Cube(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x**3
+
+
+@pytest.mark.parametrize(
+    "rule,message",
+    [
+        (tn.Rule("output[*s] = x[*s]**3", jacobian={"x": "2*x[*s]**2"}), "grad of parameter '0.weight'"),
+        (tn.Rule("output[*s] = x[*s]**2"), "the output differs"),
+    ],
+    ids=["jacobian", "formula"],
+)
+def test_a_wrong_rule_is_named(rule: tn.Rule, message: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), Cube())
+    with pytest.raises(tn.VerificationError, match=rf"(?s){message}.*Rules of your own: Cube in module '1' \(Cube\)"):
+        checked(model, *batch(), rules=tn.RULES | {Cube: rule})
+
+
+def test_a_parameter_that_only_a_rule_reaches() -> None:
+    class Step(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.detach().sign()
+
+    rule = tn.Rule("output[*s] = x[*s]", forward="{x}.sign()", jacobian={"x": "1"})
+    model = nn.Sequential(nn.Linear(3, 4), Step(), nn.Linear(4, 2))
+    said = checked(model, *batch(), rules=tn.RULES | {Step: rule})
+    assert "grad of 2 parameters" in said
+    assert "not compared: '0.weight', only a rule of your own has a derivative by it" in said
+
+
+# ---------------------------------------------------------------- which samples
+
+
+def test_samples() -> None:
+    assert "on 1 sample against" in checked(mlp(), *batch(1))
+    assert "on 2 samples" in checked(mlp(), *batch(5))
+    assert "on 5 samples" in checked(mlp(), *batch(5), memory_limit="1GiB")
+
+
+def test_a_model_that_takes_four_or_more() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if not torch.compiler.is_exporting() and x.shape[0] < 4:
+            raise ValueError("too few")
+        return m.l(x)
+
+    assert "on 5 samples" in checked(Net(forward, l=nn.Linear(3, 2)), *batch(5))
+
+
+def test_trees() -> None:
+    x, y = batch()
+    by_name = Net(lambda m, a, b: {"out": m.l(a + b)}, l=nn.Linear(3, 2))
+    assert "batch_l2 of 2" in checked(by_name, {"a": x, "b": x}, {"y": y}, loss=lambda f, t: CE(f["out"], t["y"]))
+    two = Net(lambda m, a, b: (m.l(a), m.l(b)), l=nn.Linear(3, 2))
+    assert "batch_l2 of 2" in checked(two, (x, x), y, loss=lambda f, t: CE(f[0], t) + CE(f[1], t))
+
+
+# ---------------------------------------------------------------- no false alarm
+
+
+def test_a_gradient_that_cancels() -> None:
+    """Of a bias in front of a normalisation it is rounding, in float32 relative to nothing."""
+    model = nn.Sequential(nn.Linear(3, 16), nn.LayerNorm(16), nn.Linear(16, 2))
+    model[0].weight.data *= 1e3
+    with torch.no_grad():
+        model[1].weight.zero_().add_(1)
+    assert "grad of 6 parameters" in checked(model, *batch(), [tn.Grad(), tn.Variance(), tn.DiagGGN()])
+
+
+def test_a_loss_that_cancels() -> None:
+    def loss(f: Tensor, y: Tensor) -> Tensor:
+        return ((f + 1e4).square() - (f - 1e4).square()).mean()
+
+    x, _ = batch()
+    assert "the loss, grad" in checked(mlp(), x, x, loss=loss)
+
+
+def test_the_same_masks() -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2)).train()
+    assert "grad of 4" in checked(model, *batch())
+
+
+def test_short_dtypes() -> None:
+    model = nn.Sequential(nn.Linear(3, 64), nn.GELU(), nn.Linear(64, 2)).bfloat16()
+    assert "grad of 4" in checked(model, *batch(dtype=torch.bfloat16))
+
+
+# ---------------------------------------------------------------- nothing is left
+
+
+def test_nothing_is_left() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.calls += 1
+        return m.l(F.dropout(m.norm(x), 0.5, m.training))
+
+    model = Net(forward, l=nn.Linear(3, 2), norm=nn.BatchNorm1d(3).eval())
+    model.calls = 0
+    model.l.bias.requires_grad_(False)
+    handles = [each.register_forward_hook(lambda *_: None) for each in (model, model.l)]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    own, modes = dict(model.named_parameters()), [m.training for m in model.modules()]
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    assert "checked on" in checked(model, *batch_of(7))
+    torch.manual_seed(7)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.calls == 0 and modes == [m.training for m in model.modules()]
+    assert all(p is own[name] and p.grad is None for name, p in model.named_parameters())
+    assert not model.l.bias.requires_grad and model.l.weight.requires_grad
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert len(model._forward_hooks) == 1 and len(handles) == 2
+
+
+def batch_of(seed: int) -> tuple[Tensor, Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    return torch.randn(5, 3, generator=source), torch.arange(5) % 2
+
+
+def test_draws_go_on() -> None:
+    """What torch draws after a compilation is what it would have drawn."""
+    x, y = batch_of(1)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)).train()
+    torch.manual_seed(3)
+    want = torch.rand(3)
+    torch.manual_seed(3)
+    checked(model, x, y, [tn.Grad(), tn.KFAC()])
+    assert torch.equal(torch.rand(3), want)

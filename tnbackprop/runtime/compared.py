@@ -1,0 +1,256 @@
+"""Compared: for each kind of quantity what autograd has of it, and the same of the program's values. A row for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quantities import (
+    BL89,
+    KFAC,
+    KFLR,
+    KFRA,
+    NTK,
+    BatchDot,
+    BatchGrad,
+    BatchL2,
+    DiagGGN,
+    DiagGGNMC,
+    GGNGram,
+    GGNTrace,
+    Grad,
+    HesScale,
+    HessianDiag,
+    Jacobians,
+    Quantity,
+    Scale,
+    SecondMoment,
+    SqrtGGN,
+    SqrtGGNMC,
+    Variance,
+)
+from ..quantities.jacobian import CrossNTK
+from .reference import SEED, NotComparedError, Reference
+
+Values = Mapping[str, Any]
+FIRST, SECOND = "a derivative", "a second derivative"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A value, or a function of it, from the program and from autograd.
+
+    size    what a difference is measured by, where that is more than the largest value
+    """
+
+    of: str
+    parameter: str
+    got: Tensor
+    want: Tensor
+    size: float = 0.0
+    kind: str = FIRST
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.of, self.parameter
+
+    @property
+    def quantity(self) -> str:
+        return self.of.partition(" (")[0]
+
+    @cached_property
+    def largest(self) -> float:
+        """The largest finite value of autograd's."""
+        return float(self.want.abs().nan_to_num(nan=0.0, posinf=0.0).max()) if self.want.numel() else 0.0
+
+    @cached_property
+    def error(self) -> float:
+        return error(self.got, self.want)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """The largest difference where autograd has a number."""
+    if got.shape != want.shape and got.numel() != want.numel():
+        return float("inf")
+    apart = (got.reshape(-1) - want.reshape(-1)).abs()
+    known = want.reshape(-1).isfinite()
+    apart = apart if bool(known.all()) else apart[known]
+    return float(apart.nan_to_num(nan=float("inf")).max()) if apart.numel() else 0.0
+
+
+Found = tuple[str, str, Tensor, Tensor, float]
+"""Parameter, which part of its value, the program's, autograd's, size."""
+
+
+def grad(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
+    for name, want in reference.gradient.items():
+        yield name, "", got[name], want, 0.0
+
+
+def batch_grad(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
+    factor = _linear(reference, quantity)
+    for n, row in reference.rows.items():
+        for name, want in row.items():
+            yield name, f"sample {n}", got[name][n], want * factor, 0.0
+
+
+def batch_l2(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
+    factor = _linear(reference, quantity) ** 2
+    for n, row in reference.rows.items():
+        for name, want in row.items():
+            yield name, f"sample {n}", got[name][n], want.double().square().sum() * factor, 0.0
+
+
+def batch_dot(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
+    factor, at = _linear(reference, quantity) ** 2, list(reference.rows)
+    for name in reference.parameters:
+        rows = torch.stack([reference.rows[n][name].double().reshape(-1) for n in at])
+        yield name, "", got[name][at][:, at], rows @ rows.T * factor, 0.0
+
+
+def second_moment(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
+    for name, G in reference.individual.items():
+        yield name, "", got[name], _moment(reference, quantity, G, 1.0), 0.0
+
+
+def variance(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
+    """It cancels where the gradients hardly differ: a difference is measured by the second moment."""
+    for name, G in reference.individual.items():
+        whole = _moment(reference, quantity, G, 1 / reference.size)
+        D = G.double() - G.double().mean(0)
+        yield name, "", got[name], _moment(reference, quantity, D, 1 / reference.size), float(whole.abs().max())
+
+
+def _moment(reference: Reference, quantity: Any, G: Tensor, backpack: float) -> Tensor:
+    """Σ_n G_n² with the factor of the scale."""
+    if quantity.scale is not Scale.BACKPACK:
+        backpack = 1 / (reference.size * reference.scale**2)
+    return G.double().square().sum(0) * backpack
+
+
+def _linear(reference: Reference, quantity: Any) -> float:
+    return 1 / reference.scale if quantity.scale is Scale.UNSCALED else 1.0
+
+
+# -- columns
+
+
+def jacobians(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
+    """Σ_nc u[n, c] J[n, c] for a random u: one VJP."""
+    u, want = _random_vjp(reference)
+    for name, wanted in want.items():
+        yield name, "times a vector", torch.tensordot(u, got[name].double().flatten(0, 1), 1), wanted, 0.0
+
+
+def ntk(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
+    """uᵀ Θ u = ‖Jᵀ u‖² for a random u."""
+    u, want = _random_vjp(reference)
+    for name, wanted in want.items():
+        kernel = got[name].double().reshape(len(u), len(u))
+        yield name, "times a vector, twice", u @ kernel @ u, wanted.double().square().sum(), 0.0
+
+
+def _random_vjp(reference: Reference) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """u [N C] in float64, and Jᵀ u."""
+    if len(reference.ends) != 1 or reference.ends[0].shape[:1] != (reference.size,):
+        raise NotComparedError("the model has not one output with the samples along axis 0")
+    (end,) = reference.ends
+    source = torch.Generator().manual_seed(SEED)
+    u = torch.randn(end.shape, generator=source, dtype=torch.float64).to(end)
+    return u.double().reshape(-1), reference.vjp([u])
+
+
+def diag_ggn(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
+    for name, diagonal in reference.curvature.diagonal.items():
+        yield name, "", got[name], diagonal if quantity.per_sample else diagonal.sum(0), 0.0
+
+
+def sqrt_ggn(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
+    """A root has another one with turned columns: its squares are compared, and dᵀ V Vᵀ d for a random d."""
+    curvature = reference.curvature
+    for name, d in reference.directions.items():
+        V = got[name].double()
+        yield name, "squared", V.square().sum(0), curvature.diagonal[name], 0.0
+        along = (V.flatten(2) @ d.reshape(-1)).square().sum(0) if d.ndim else (V * d).square().sum(0)
+        yield name, "times a vector", along, curvature.along[name], 0.0
+
+
+def ggn_trace(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
+    for name, diagonal in reference.curvature.diagonal.items():
+        yield name, "", got[name], diagonal.reshape(reference.size, -1).sum(1), 0.0
+
+
+def ggn_gram(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
+    """The trace of each sample's block: columns may be turned."""
+    for name, diagonal in reference.curvature.diagonal.items():
+        gram = torch.einsum("vnvn->n", got[name].double())
+        yield name, "trace", gram, diagonal.reshape(reference.size, -1).sum(1), 0.0
+
+
+def hessian_diag(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
+    for name, (at, want) in reference.hessian_entries.items():
+        value = got[name].double()
+        value = value.sum(0) if quantity.per_sample else value
+        yield name, f"{len(at)} entries" if len(at) < value.numel() else "", value.reshape(-1)[at], want, 0.0
+
+
+Row = Callable[[Reference, Any, Values], Iterator[Found]]
+
+ROWS: Mapping[type[Quantity], Row] = {
+    Grad: grad,
+    BatchGrad: batch_grad,
+    BatchL2: batch_l2,
+    BatchDot: batch_dot,
+    SecondMoment: second_moment,
+    Variance: variance,
+    Jacobians: jacobians,
+    NTK: ntk,
+    DiagGGN: diag_ggn,
+    SqrtGGN: sqrt_ggn,
+    GGNTrace: ggn_trace,
+    GGNGram: ggn_gram,
+    HessianDiag: hessian_diag,
+}
+SECOND_ORDER = (DiagGGN, SqrtGGN, GGNTrace, GGNGram, HessianDiag)
+
+BY_ITS_WAY = "defined by its way through the model, not by autograd; tn.verify compares it line by line"
+LEFT: Mapping[type[Quantity], str] = {
+    SqrtGGNMC: "drawn",
+    DiagGGNMC: "drawn",
+    KFLR: BY_ITS_WAY,
+    KFRA: BY_ITS_WAY,
+    KFAC: BY_ITS_WAY,
+    HesScale: BY_ITS_WAY,
+    BL89: BY_ITS_WAY,
+    CrossNTK: "between two batches",
+}
+"""Why the others are not compared."""
+UNKNOWN = "a quantity of your own: nothing says what it must be"
+
+
+def pairs_of(
+    reference: Reference, quantities: Mapping[str, Quantity], values: Mapping[str, Values]
+) -> tuple[list[Pair], dict[str, str]]:
+    """What is compared of each quantity of each parameter; which quantities are not, and why."""
+    found: list[Pair] = []
+    left: dict[str, str] = {}
+    for key, quantity in quantities.items():
+        row = ROWS.get(type(quantity))
+        if row is None:
+            left[key] = LEFT.get(type(quantity), UNKNOWN)
+            continue
+        kind = SECOND if isinstance(quantity, SECOND_ORDER) else FIRST
+        try:
+            for name, part, got, want, size in row(reference, quantity, values[key]):
+                of = f"{key} ({part})" if part else key
+                found.append(Pair(of, name, got, want.detach(), size, kind))
+        except NotComparedError as reason:
+            left[key] = str(reason)
+        except RuntimeError as error:  # an operation without a second derivative, say
+            left[key] = f"autograd has no such derivative: {(str(error).splitlines() or [''])[0]}"
+    return found, left

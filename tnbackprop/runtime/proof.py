@@ -1,0 +1,249 @@
+"""Proof: a program that was just compiled against PyTorch's own autograd, on samples of the example.
+
+Nothing of that is left on the model: the program reads its tensors, autograd runs on copies of them, torch draws
+afterwards what it would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..compiler.capture.export import Wrapped, batch_size, plain, takes_names
+from ..compiler.capture.state import copied, resized
+from ..compiler.translate.foreign import MISTAKES
+from ..compiler.translate.torch_internals import alone, version
+from ..compiler.translate.torch_modes import own_dtypes
+from ..errors import InputError, VerificationError
+from ..notation.rule import Rules
+from ..rules import RULES
+from .compared import FIRST, SECOND, Pair, error, pairs_of
+from .program import Program
+from .reference import SEED, Batch, Reference
+from .result import Result
+
+SAMPLES = 2
+OUTPUT = "a value"
+FAILURES = (RuntimeError, AssertionError, *MISTAKES)
+CLOSE = {torch.float64: 1e-7, torch.float32: 1e-4}
+"""How much may differ, relative to the largest value of a tensor; for the shorter dtypes `SHORT`."""
+SHORT = 2e-2
+ROUNDING = {torch.float64: 1e4}
+"""So many times the spacing of the dtype, or `FEW` times, relative to the largest value of a quantity: what cancels is
+not exactly zero. The shorter dtypes have float64 to ask."""
+FEW = 50
+WORSE = 8.0
+"""The program may be so many times as far from autograd in float64 as autograd in the model's own dtype is."""
+CAUSES = {
+    OUTPUT: "forward or the loss reads what has changed since it was captured, or does something else for this number "
+    "of samples.",
+    FIRST: "a backward pass of its own (an autograd.Function, a hook), a branch on the number of samples, samples that "
+    "meet, or a rule whose Jacobian is not the derivative of its module.",
+    SECOND: "the second derivative of an operation or of the loss, or a rule whose Jacobian is not the derivative of "
+    "its module.",
+}
+
+NEXT = """\
+  tn.verify(model, x, y, loss=loss) names the first line that is wrong; a rule of yours for that module or function
+  takes its place (examples/add_a_layer.py). If it names none, this is a fault of tnbackprop: please report this message
+  with the model. Until then torch.func gives what you need of this model."""
+
+
+def prove(program: Program, example: Batch, rules: Rules, whole: bool = False) -> str:
+    """Compare; what was compared, as a line. Raises `VerificationError` at a difference.
+
+    whole   with all samples of the example, not with the first ones
+    """
+    wrapped = Wrapped(program.model, program.loss, takes_names(program.model, example[0]))
+    batch = (plain(example[0]), plain(example[1]))
+    every = batch_size(batch)
+    device = next((p.device for p in program.model.parameters()), torch.device("cpu"))
+    first = every if whole else min(SAMPLES, every)
+    reason = ""
+    with alone(), own_dtypes(device), torch.inference_mode(False):
+        for size in dict.fromkeys((first, every)):  # it may take the whole batch only
+            proof = Proof(program, wrapped, resized(batch, size), size, rules)
+            try:
+                return proof.said()
+            except _NotRunError as error:
+                reason = str(error)
+    return f"not checked: {reason}"
+
+
+class _NotRunError(Exception):
+    """The program or the model does not run, and why."""
+
+
+class Proof:
+    """One comparison, on a batch of `size` samples."""
+
+    def __init__(self, program: Program, wrapped: Wrapped, batch: Batch, size: int, rules: Rules) -> None:
+        self.program, self.wrapped, self.batch, self.size = program, wrapped, batch, size
+        self.graph = program.compiled.graph
+        calls = [call for call in self.graph.calls if rules.get(call.target) is not RULES.get(call.target)]
+        self.declared = tuple(dict.fromkeys(call.where for call in calls))
+        dtypes = [v.dtype for v in self.graph.values.values() if v.dtype.is_floating_point]
+        self.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+    def said(self) -> str:
+        try:
+            result = self._run()
+        except InputError as error:
+            self._fails(error)
+        with copied(self.wrapped):
+            pairs, left, draws = self._pairs(self.wrapped, self.batch, result)
+            if draws:
+                return "not checked: the model or the loss draws random numbers in another order than the program"
+            wrong = self._wrong(pairs)
+        if wrong and self.dtype != torch.float64:
+            wrong = self._worse(wrong, pairs, result)
+        if wrong:
+            self._refuse(wrong, pairs)
+        return _line(self.size, pairs, left)
+
+    def _run(self) -> Result:
+        """The program's results."""
+        devices = {p.device for p in self.wrapped.parameters() if p.device.type == "cuda"}
+        drawn = self.program.compiled.plan.noises
+        own = [*self.wrapped.named_parameters(), *self.wrapped.named_buffers()]
+        before = [version(tensor) for _, tensor in own]
+        with torch.random.fork_rng(devices=list(devices)):
+            torch.manual_seed(SEED)
+            result = self.program(*self.batch, seed=SEED if drawn else None)
+        for (name, tensor), then in zip(own, before, strict=True):
+            if version(tensor) != then:
+                raise VerificationError(
+                    f"the program writes to {name.partition('.')[2]!r} of the model, and must leave it as it is.\n"
+                    "  Call model.eval(), or remove the update from forward. This is a fault of tnbackprop: please "
+                    "report it with the model."
+                )
+        return result
+
+    def _fails(self, error: InputError) -> NoReturn:
+        """The program refuses the example. Raises `VerificationError` where torch fails in it, and not in the model."""
+        reason = str(error).splitlines()[0]
+        if error.__cause__ is not None:
+            with copied(self.wrapped):
+                self._reference(self.wrapped, self.batch)
+            raise VerificationError(
+                f"the program of {type(self.program.model).__name__} fails on {_counted(self.size, 'sample')} of the "
+                f"example, where the model does not: {reason}\n{NEXT}"
+            ) from error
+        raise _NotRunError(f"the program refuses the example ({reason})") from error
+
+    def _reference(self, wrapped: Wrapped, batch: Batch) -> Reference:
+        """Raises `_NotRunError` where the model fails."""
+        try:
+            return Reference(wrapped, self.graph, batch, self.size)
+        except FAILURES as error:
+            text = (str(error).splitlines() or [""])[0]
+            raise _NotRunError(f"the model fails on {_counted(self.size, 'sample')} ({text})") from error
+
+    def _pairs(self, wrapped: Wrapped, batch: Batch, result: Result) -> tuple[list[Pair], dict[str, str], bool]:
+        """What is compared; what is not, and why; whether the model draws what the program does not."""
+        reference = self._reference(wrapped, batch)
+        pairs = list(_values(reference.loss, reference.output, result))
+        if self._wrong(pairs) and _draws(reference):
+            return [], {}, True
+        try:
+            reached = reference.reached
+        except RuntimeError as error:  # an operator of one's own without a backward
+            text = (str(error).splitlines() or [""])[0]
+            return pairs, {"derivatives": f"autograd has none ({text})"}, False
+        found, left = pairs_of(reference, self.program.quantities, result)
+        unreached = reference.parameters.keys() - reached if self.declared else frozenset()
+        for name in sorted(unreached):
+            left[repr(name)] = "only a rule of your own has a derivative by it"
+        return pairs + [pair for pair in found if pair.parameter not in unreached], left, False
+
+    # -- how much may differ
+
+    def _wrong(self, pairs: Sequence[Pair]) -> list[Pair]:
+        return [pair for pair in pairs if pair.error > self._tolerance(pair, pairs, CLOSE.get(self.dtype, SHORT))]
+
+    def _tolerance(self, pair: Pair, pairs: Sequence[Pair], relative: float) -> float:
+        largest = max(other.largest for other in pairs if other.quantity == pair.quantity)
+        rounding = ROUNDING.get(self.dtype, FEW) * torch.finfo(self.dtype).eps * largest
+        return relative * max(pair.largest, pair.size) + min(rounding, relative * largest)
+
+    def _worse(self, wrong: Sequence[Pair], pairs: Sequence[Pair], result: Result) -> list[Pair]:
+        """Those of the differences that are not autograd's own rounding, seen from float64."""
+        try:
+            wrapped = deepcopy(self.wrapped).double()
+            batch: Batch = pytree.tree_map(_double, self.batch)
+            with copied(wrapped):
+                exact, _, _ = self._pairs(wrapped, batch, result)
+        except (_NotRunError, *FAILURES):  # it has numbers of this dtype inside, or is not copied
+            return [p for p in wrong if p.error > 10 * self._tolerance(p, pairs, SHORT)]
+        by_key = {pair.key: pair for pair in exact}
+        found = []
+        for pair in wrong:
+            want = by_key[pair.key].want if pair.key in by_key else pair.want
+            allowed = WORSE * error(pair.want, want) + self._tolerance(pair, pairs, CLOSE.get(self.dtype, SHORT))
+            if error(pair.got, want) > allowed:
+                found.append(pair)
+        return found
+
+    # -- a difference
+
+    def _refuse(self, wrong: Sequence[Pair], pairs: Sequence[Pair]) -> NoReturn:
+        first = wrong[0]
+        apart, size = first.error, first.largest
+        relative = f", {apart / size:.1g} of it" if size and apart < float("inf") else ""
+        what = f"{first.of} of {_told(self.program.model, first.parameter)}" if first.parameter else first.of
+        others = list(dict.fromkeys(p.parameter for p in wrong if p.parameter not in ("", first.parameter)))
+        more = ", …" if len(others) > 5 else ""
+        rest = f"\n  Also wrong: {', '.join(map(repr, others[:5]))}{more}." if others else ""
+        rule = f" Rules of your own: {'; '.join(self.declared[:3])}." if self.declared else ""
+        raise VerificationError(
+            f"the program does not compute what PyTorch's autograd gives for {type(self.program.model).__name__} on "
+            f"{_counted(self.size, 'sample')} of the example:\n  {what} differs by up to {apart:.3g}, where "
+            f"autograd has values up to {size:.3g}{relative}.{rest}\n  Likely: {CAUSES[first.kind]}{rule}\n{NEXT}"
+        )
+
+
+def _values(loss: Any, output: Any, result: Result) -> Iterator[Pair]:
+    """The loss and the outputs, as two pairs or more."""
+    for of, ours, theirs in (("the output", result.output, output), ("the loss", result.loss, loss)):
+        for got, want in zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=False):
+            if isinstance(got, Tensor) and isinstance(want, Tensor):
+                yield Pair(of, "", got, want.detach(), kind=OUTPUT)
+
+
+def _draws(reference: Reference) -> bool:
+    """Whether another seed gives another output or loss."""
+    torch.manual_seed(SEED + 1)
+    loss, output = reference.wrapped(*reference.batch)
+    both = zip(pytree.tree_leaves((loss, output)), pytree.tree_leaves((reference.loss, reference.output)), strict=True)
+    return any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in both)
+
+
+def _double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _told(model: nn.Module, parameter: str) -> str:
+    """A parameter with the module that has it."""
+    path, _, _ = parameter.rpartition(".")
+    kind = type(model.get_submodule(path)).__name__
+    return f"parameter {parameter!r} of module {path!r} ({kind})" if path else f"parameter {parameter!r} of the model"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def _line(size: int, pairs: Sequence[Pair], left: Mapping[str, str]) -> str:
+    """What was compared, and what was not."""
+    parts: dict[str, set[str]] = {}
+    for pair in pairs:
+        parts.setdefault(pair.quantity, set()).add(pair.parameter)
+    counts = {of: len(names - {""}) for of, names in parts.items()}
+    shown = ", ".join(f"{of} of {_counted(count, 'parameter')}" if count else of for of, count in counts.items())
+    text = f"checked on {_counted(size, 'sample')} against autograd: {shown}"
+    return text + "".join(f"\nnot compared: {name}, {why}" for name, why in left.items())

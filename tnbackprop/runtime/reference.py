@@ -1,0 +1,290 @@
+"""Reference: what PyTorch's own autograd gives for a model and its loss on some samples. Nothing of a program is used.
+
+Individual gradients and columns are VJPs of the model's outputs with a cotangent that is zero for all other samples.
+That cotangent, and the loss's Hessian, are of the loss as a function of the outputs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..compiler.capture.export import Wrapped
+from ..compiler.translate.graph import Graph
+from ..compiler.translate.torch_modes import twice_differentiable
+from ..diagram.core import N
+
+Gradients = dict[str, Tensor]
+Batch = tuple[Any, Any]
+SEED = 0
+PASSES = 64
+"""Backward passes that one kind of quantity may take. They go through few samples."""
+
+
+class NotComparedError(Exception):
+    """What autograd cannot be asked for, and why."""
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Of each sample n and each parameter: the diagonal of J_nᵀ H_n J_n, and its product with a direction d, twice."""
+
+    diagonal: Mapping[str, Tensor]  # [N, *p]
+    along: Mapping[str, Tensor]  # [N]
+
+
+class Reference:
+    """Autograd on the model of `wrapped` as it is now; to be asked only while its tensors are what they are."""
+
+    def __init__(self, wrapped: Wrapped, graph: Graph, batch: Batch, size: int) -> None:
+        self.wrapped, self.graph, self.batch, self.size = wrapped, graph, batch, size
+        torch.manual_seed(SEED)
+        self.loss, self.output = wrapped(*batch)
+        own = wrapped.get_submodule("model").named_parameters()
+        self.parameters = {name: p for name, p in own if p.requires_grad}
+        leaves = pytree.tree_leaves(self.output)
+        self.places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        self.ends: list[Tensor] = [leaves[k] for k in self.places]
+
+    # -- the gradient
+
+    @cached_property
+    def reached(self) -> frozenset[str]:
+        """The parameters that autograd has a derivative by."""
+        roots = [each for each in (self.loss, *self.ends) if isinstance(each, Tensor) and each.requires_grad]
+        found = _grad(roots, self.parameters, [torch.ones_like(root) for root in roots], whole=False)
+        return frozenset(found)
+
+    @cached_property
+    def gradient(self) -> Gradients:
+        """∇L, [*p]."""
+        return _grad([self.loss], self.parameters, None)
+
+    def vjp(self, cotangents: list[Tensor]) -> Gradients:
+        """Jᵀ u of all outputs, [*p]."""
+        return _grad(self.ends, self.parameters, cotangents)
+
+    # -- samples apart
+
+    @cached_property
+    def elements(self) -> list[list[Tensor]]:
+        """Which elements of each output, flattened, are of sample n."""
+        names = pytree.tree_leaves(self.graph.output)
+        found: list[list[Tensor]] = [[] for _ in range(self.size)]
+        for k, end in zip(self.places, self.ends, strict=True):
+            axes = self.graph.values[names[k]].axes if len(names) > k and isinstance(names[k], str) else ()
+            factors = [self.size if factor == N else int(factor) for axis in axes for factor in axis]
+            where = [j for j, factor in enumerate(f for axis in axes for f in axis) if factor == N]
+            if len(where) != 1 or torch.Size(factors).numel() != end.numel():
+                raise NotComparedError("an output of the model has no axis of the samples")
+            rows = torch.arange(end.numel(), device=end.device).view(factors).movedim(where[0], 0)
+            for n in range(self.size):
+                found[n].append(rows[n].reshape(-1))
+        return found
+
+    @cached_property
+    def cut(self) -> Cut:
+        """The loss of outputs that come from nowhere. Raises `NotComparedError` where it reads parameters as well."""
+        if self.loss is None:
+            raise NotComparedError("there is no loss")
+        found = Cut(self.wrapped, self.output, self.places, self.batch[1])
+        if _grad([found.loss], self.parameters, None, whole=False):
+            raise NotComparedError("the loss reads parameters beside the outputs, so samples are not told apart")
+        if not torch.allclose(found.loss.detach(), self.loss.detach(), rtol=1e-2, atol=1e-6, equal_nan=True):
+            raise NotComparedError("the loss draws random numbers")
+        return found
+
+    @cached_property
+    def rows(self) -> Mapping[int, Gradients]:
+        """G_n = Jᵀ of ∂L/∂f with zeros for the other samples, for all n, or where those are many for two."""
+        each = range(self.size) if self.size <= PASSES else (0, self.size - 1)
+        return {n: self.vjp(_masked(self.cut.cotangents, self.elements[n])) for n in each}
+
+    @cached_property
+    def individual(self) -> Gradients:
+        """G_n, [N, *p]. Raises `NotComparedError` where there are too many samples."""
+        if len(self.rows) < self.size:
+            raise NotComparedError(f"{self.size} samples")
+        return {name: torch.stack([self.rows[n][name] for n in range(self.size)]) for name in self.parameters}
+
+    @cached_property
+    def scale(self) -> float:
+        """c of L = c Σ_n ℓ_n: 1/N for a loss that averages, which a doubled batch leaves as it is; else 1."""
+        if any(leaf.ndim == 0 or leaf.shape[0] != self.size for leaf in self.ends):
+            raise NotComparedError("not every output has the samples along axis 0")
+        output = pytree.tree_map(lambda t: torch.cat([t] * 2) if isinstance(t, Tensor) and t.ndim else t, self.output)
+        y = pytree.tree_map(lambda t: torch.cat([t] * 2) if isinstance(t, Tensor) and t.ndim else t, self.batch[1])
+        with torch.no_grad():
+            before, after = self.loss.detach(), self.wrapped.loss_of(output, y)
+        summed = torch.isclose(after, 2 * before, rtol=1e-2) and not torch.isclose(after, before, rtol=1e-2)
+        return 1.0 if summed else 1 / self.size
+
+    # -- columns
+
+    def hessian(self, n: int) -> Tensor:
+        """H_n of the outputs of sample n, [F, F], in float64."""
+        own = self.elements[n]
+        g = torch.cat([part.reshape(-1)[at] for part, at in zip(self.cut.slopes, own, strict=True)])
+        if not g.requires_grad:
+            return torch.zeros(len(g), len(g), dtype=torch.float64)
+        rows = [_list(entry, self.cut.ends) for entry in g]
+        return torch.stack([torch.cat([p.reshape(-1)[at] for p, at in zip(row, own, strict=True)]) for row in rows]).to(
+            "cpu", torch.float64
+        )
+
+    @property
+    def columns(self) -> Iterator[tuple[int, Gradients]]:
+        """J_nᵀ s for each n and each column s of a root of H_n, negative eigenvalues left out."""
+        features = sum(len(part) for part in self.elements[0])
+        if features * self.size > PASSES:
+            raise NotComparedError(f"{features} outputs of each sample: too many columns")
+        for n in range(self.size):
+            H = self.hessian(n)
+            values, vectors = torch.linalg.eigh((H + H.mT) / 2)
+            for value, vector in zip(values, vectors.T, strict=True):
+                if value > 1e-13 * values.abs().max():
+                    yield n, self.vjp(self._spread(n, value.sqrt() * vector))
+
+    def _spread(self, n: int, vector: Tensor) -> list[Tensor]:
+        """A vector of the outputs of sample n as cotangents."""
+        parts = torch.split(vector, [len(at) for at in self.elements[n]])
+        return [
+            torch.zeros_like(end).reshape(-1).index_put((at,), part.to(end)).view(end.shape)
+            for end, at, part in zip(self.ends, self.elements[n], parts, strict=True)
+        ]
+
+    @cached_property
+    def directions(self) -> Gradients:
+        """A random direction for each parameter, [*p], in float64."""
+        source = torch.Generator().manual_seed(SEED)
+        return {
+            name: torch.randn(p.shape, generator=source, dtype=torch.float64).to(p.device)
+            for name, p in self.parameters.items()
+        }
+
+    @cached_property
+    def curvature(self) -> Curvature:
+        """Of the GGN blocks, from all columns."""
+        diagonal = {n: torch.zeros(self.size, *d.shape, dtype=d.dtype, device=d.device) for n, d in self._shapes}
+        along = {n: torch.zeros(self.size, dtype=d.dtype, device=d.device) for n, d in self._shapes}
+        for n, column in self.columns:
+            for name, d in self._shapes:
+                row = column[name].double()
+                diagonal[name][n] += row.square()
+                along[name][n] += (row * d).sum().square()
+        return Curvature(diagonal, along)
+
+    @property
+    def _shapes(self) -> list[tuple[str, Tensor]]:
+        return list(self.directions.items())
+
+    # -- second derivatives
+
+    @cached_property
+    def twice(self) -> Reference:
+        """The same with kernels that have a second derivative."""
+        with twice_differentiable():
+            return Reference(self.wrapped, self.graph, self.batch, self.size)
+
+    @cached_property
+    def hessian_entries(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Which elements of each parameter, and diag ∇²L there: some of each, of so many parameters as go."""
+        every = list(self.twice.parameters)
+        names = every[:: -(-len(every) // PASSES)]
+        source = torch.Generator().manual_seed(SEED)
+        first = self.twice.slopes
+        found = {}
+        for name in names:
+            p = self.twice.parameters[name]
+            count = min(max(1, PASSES // len(names)), p.numel())
+            at = torch.randperm(p.numel(), generator=source)[:count].to(p.device)
+            g = first[name].reshape(-1)
+            entries = [_list(g[k], [p])[0].reshape(-1)[k] if g.requires_grad else g.new_zeros(()) for k in at]
+            found[name] = at, torch.stack(entries).detach()
+        return found
+
+    @cached_property
+    def slopes(self) -> Gradients:
+        """∇L as a function of the parameters."""
+        return _grad([self.loss], self.parameters, None, create_graph=True)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The loss of the outputs alone."""
+
+    wrapped: Wrapped
+    output: Any
+    places: list[int]
+    y: Any
+
+    @cached_property
+    def _made(self) -> tuple[Tensor, list[Tensor]]:
+        leaves, spec = pytree.tree_flatten(self.output)
+        ends = {k: leaves[k].detach().requires_grad_() for k in self.places}
+        handed = [ends[k].clone() if k in ends else leaf for k, leaf in enumerate(leaves)]  # a loss may write into it
+        with twice_differentiable():
+            return self.wrapped.loss_of(pytree.tree_unflatten(handed, spec), self.y), list(ends.values())
+
+    @property
+    def loss(self) -> Tensor:
+        return self._made[0]
+
+    @property
+    def ends(self) -> list[Tensor]:
+        return self._made[1]
+
+    @cached_property
+    def cotangents(self) -> list[Tensor]:
+        """∂L/∂f."""
+        return [part.detach() for part in self.slopes]
+
+    @cached_property
+    def slopes(self) -> list[Tensor]:
+        """∂L/∂f as a function of f."""
+        return _list(self.loss, self.ends, create_graph=True)
+
+
+def _list(root: Tensor, by: list[Tensor], create_graph: bool = False) -> list[Tensor]:
+    if not root.requires_grad:
+        return [torch.zeros_like(each) for each in by]
+    found = torch.autograd.grad(root, by, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    return [torch.zeros_like(at) if part is None else part for part, at in zip(found, by, strict=True)]
+
+
+def _grad(
+    roots: list[Tensor],
+    by: Mapping[str, Tensor],
+    cotangents: list[Tensor] | None,
+    whole: bool = True,
+    create_graph: bool = False,
+) -> Gradients:
+    """By name; zeros where there is no derivative, or no entry if it is not `whole`. Dense."""
+    both = [(root, None if cotangents is None else cotangents[k]) for k, root in enumerate(roots) if root.requires_grad]
+    found: tuple[Tensor | None, ...] = (None,) * len(by)
+    if both and by:
+        found = torch.autograd.grad(
+            [root for root, _ in both],
+            list(by.values()),
+            None if cotangents is None else [each for _, each in both],
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    dense: Callable[[Tensor], Tensor] = lambda g: g if g.layout == torch.strided else g.to_dense()  # noqa: E731
+    every = zip(by.items(), found, strict=True)
+    return {name: torch.zeros_like(p) if g is None else dense(g) for (name, p), g in every if whole or g is not None}
+
+
+def _masked(cotangents: list[Tensor], elements: list[Tensor]) -> list[Tensor]:
+    """Zero but for some elements."""
+    return [
+        torch.zeros_like(c).reshape(-1).index_put((at,), c.reshape(-1)[at]).view(c.shape)
+        for c, at in zip(cotangents, elements, strict=True)
+    ]
