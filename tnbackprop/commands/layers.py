@@ -8,6 +8,7 @@ import tnbackprop as tn
 
 from ..compiler import Compiled
 from ..compiler.derive.derived import Extraction
+from ..compiler.emit.naming import comment
 from ..compiler.explain.polynomials import Symbols
 from ..compiler.explain.stages import (
     STEP_HEADER,
@@ -58,6 +59,8 @@ def document(program: tn.Program, title: str) -> Iterator[Block]:
     yield Heading(f"Totals (N = {batch})", 2)
     yield Grid(header, tuple(rows), frozenset({1, 2, 3, 4}))
     yield Words(f"Memory: {peak_text(compiled)}.")
+    yield Heading("Check", 2)
+    yield Formulas(tuple(map(comment, program.checked.split("\n"))))
 
 
 def _model(program: tn.Program) -> Iterator[Block]:

@@ -155,6 +155,18 @@ def ntk(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
         yield name, "times a vector, twice", u @ kernel @ u, wanted.double().square().sum(), 0.0
 
 
+def cross_ntk(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
+    """uᵀ Θ w = ⟨Jᵀ u, Jᵀ w⟩ for a random u of the first samples, and w of the others: two VJPs."""
+    u, _ = _random_vjp(reference)
+    both = u.reshape(reference.size, -1)
+    first, others = both[: quantity.first], both[quantity.first :]
+    halves = torch.cat([first, 0 * others]), torch.cat([0 * first, others])
+    one, other = (reference.vjp([half.reshape(reference.ends[0].shape).to(reference.ends[0])]) for half in halves)
+    for name in reference.parameters:
+        value = torch.einsum("nc,cdnm,md->", first, got[name].double(), others)
+        yield name, "times a vector, twice", value, (one[name].double() * other[name].double()).sum(), 0.0
+
+
 def _random_vjp(reference: Reference) -> tuple[Tensor, Mapping[str, Tensor]]:
     """u [N C] in float64, and Jᵀ u."""
     if len(reference.ends) != 1 or reference.ends[0].shape[:1] != (reference.size,):
@@ -210,6 +222,7 @@ ROWS: Mapping[type[Quantity], Row] = {
     Variance: variance,
     Jacobians: jacobians,
     NTK: ntk,
+    CrossNTK: cross_ntk,
     DiagGGN: diag_ggn,
     SqrtGGN: sqrt_ggn,
     GGNTrace: ggn_trace,
@@ -227,7 +240,6 @@ LEFT: Mapping[type[Quantity], str] = {
     KFAC: BY_ITS_WAY,
     HesScale: BY_ITS_WAY,
     BL89: BY_ITS_WAY,
-    CrossNTK: "between two batches",
 }
 """Why the others are not compared."""
 UNKNOWN = "a quantity of your own: nothing says what it must be"

@@ -67,7 +67,7 @@ def prove(program: Program, example: Batch, rules: Rules, whole: bool = False) -
     reason = ""
     with alone(), own_dtypes(device), torch.inference_mode(False):
         for size in dict.fromkeys((first, every)):  # it may take the whole batch only
-            proof = Proof(program, wrapped, resized(batch, size), size, rules)
+            proof = Proof(program, wrapped, resized(batch, size), size, rules, size == every)
             try:
                 return proof.said()
             except _NotRunError as error:
@@ -80,10 +80,10 @@ class _NotRunError(Exception):
 
 
 class Proof:
-    """One comparison, on a batch of `size` samples."""
+    """One comparison, on a batch of `size` samples; `last`: there are no more."""
 
-    def __init__(self, program: Program, wrapped: Wrapped, batch: Batch, size: int, rules: Rules) -> None:
-        self.program, self.wrapped, self.batch, self.size = program, wrapped, batch, size
+    def __init__(self, program: Program, wrapped: Wrapped, batch: Batch, size: int, rules: Rules, last: bool) -> None:
+        self.program, self.wrapped, self.batch, self.size, self.last = program, wrapped, batch, size, last
         self.graph = program.compiled.graph
         calls = [call for call in self.graph.calls if rules.get(call.target) is not RULES.get(call.target)]
         self.declared = tuple(dict.fromkeys(call.where for call in calls))
@@ -127,7 +127,7 @@ class Proof:
     def _fails(self, error: InputError) -> NoReturn:
         """The program refuses the example. Raises `VerificationError` where torch fails in it, and not in the model."""
         reason = str(error).splitlines()[0]
-        if error.__cause__ is not None:
+        if error.__cause__ is not None and self.last:  # a quantity may be of so many samples
             with copied(self.wrapped):
                 self._reference(self.wrapped, self.batch)
             raise VerificationError(
