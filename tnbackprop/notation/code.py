@@ -95,6 +95,11 @@ class Code:
         return _facts(self)[2]
 
     @property
+    def called(self) -> frozenset[str]:
+        """The last words of everything that it calls."""
+        return _facts(self)[4]
+
+    @property
     def numbers(self) -> frozenset[str]:
         """The holes whose numbers it reads, not only their dtype, device or shape."""
         return _facts(self)[3]
@@ -134,9 +139,9 @@ def _tree(code: Code) -> ast.expr:
 
 
 @lru_cache(4096)
-def _facts(code: Code) -> tuple[frozenset[str], bool, Call, frozenset[str]]:
+def _facts(code: Code) -> tuple[frozenset[str], bool, Call, frozenset[str], frozenset[str]]:
     if not code:
-        return frozenset(), False, Call(), frozenset()
+        return frozenset(), False, Call(), frozenset(), frozenset()
     holes = {_name(k): name for k, name in enumerate(code.holes)}
     tree = _tree(code)
     nodes = list(ast.walk(tree))
@@ -144,7 +149,8 @@ def _facts(code: Code) -> tuple[frozenset[str], bool, Call, frozenset[str]]:
     nested = any(isinstance(n, SCOPES) for n in nodes)
     forms = {id(n.value) for n in nodes if isinstance(n, ast.Attribute) and n.attr in FORMS}
     numbers = {holes[n.id] for n in nodes if isinstance(n, ast.Name) and n.id in holes and id(n) not in forms}
-    return frozenset(words - set(holes)), nested, _first_call(tree, holes), frozenset(numbers)
+    called = {ast.unparse(node.func).rpartition(".")[2] for node in nodes if isinstance(node, ast.Call)}
+    return frozenset(words - set(holes)), nested, _first_call(tree, holes), frozenset(numbers), frozenset(called)
 
 
 SCOPES = (ast.Lambda, ast.GeneratorExp, ast.ListComp, ast.SetComp, ast.DictComp)

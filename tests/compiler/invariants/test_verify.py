@@ -19,13 +19,14 @@ from tnbackprop.compiler.derive.derived import Backward, Extraction, Native
 from tnbackprop.compiler.invariants.stage import Stage
 from tnbackprop.compiler.invariants.table import INVARIANTS, Context, asked, check
 from tnbackprop.compiler.invariants.wellformed import flaws
-from tnbackprop.compiler.lower.shifts import WINDOW_GRAM
 from tnbackprop.compiler.program import functions as f
 from tnbackprop.compiler.program.cost import Work
-from tnbackprop.compiler.program.expr import Call, Expr, Value, reads
+from tnbackprop.compiler.program.expr import Body, Call, Expr, Filled, Value, reads
+from tnbackprop.compiler.program.lines import Block, Line
 from tnbackprop.diagram.core import BATCH, Delta, Diagram, Leg, Map, N, Part, Product, Tensor, Window, argument
 from tnbackprop.errors import InvariantError
 from tnbackprop.notation.bind import Equation
+from tnbackprop.notation.code import Code
 
 QUANTITIES = (tn.BatchL2(), tn.Variance())
 
@@ -122,8 +123,36 @@ def with_step(plan: Any, expr: Expr | None = None, **fields: Any) -> Any:
     return replace(plan, steps=(*plan.steps, step))
 
 
-def source_with(line: str) -> Callable[[str], str]:
-    return lambda source: source.replace("    results = {", f"    {line}\n    results = {{")
+GHOST = Value("ghost", None, ())
+
+
+def with_line(function: f.Function | None) -> Callable[[Any], Any]:
+    """A line more, that calls a function on the first value; or code that calls one."""
+
+    def change(program: Any) -> Any:
+        at = program.lines[0].value
+        expr = Filled(Code.parsed("{x}.item()"), (("x", at),)) if function is None else Call(function, (at,))
+        line = Line(Value("more", expr, ()), expr, False, (at,))
+        return replace(program, lines=(replace(program.lines[0], frees=()), line, *program.lines[1:]))
+
+    return change
+
+
+def with_ghost(program: Any) -> Any:
+    return replace(program, given=program.given | {GHOST})
+
+
+def with_function(program: Any) -> Any:
+    """A function that returns what it does not have."""
+    return replace(program, functions={Body((), (), (GHOST,), None, "slice"): ()})
+
+
+def with_loop(program: Any) -> Any:
+    """A loop whose line reads what is not there."""
+    line = Line(Value("inner", Call(f.ABS, (GHOST,)), ()), Call(f.ABS, (GHOST,)), False, (GHOST,))
+    block = Block((), (), 1, (line,), (), {}, 1)
+    loop = Line(Value("loop", Call(f.ABS, (1,)), ()), Call(f.ABS, (1,)), False, (), block=block)
+    return replace(program, lines=(*program.lines, loop))
 
 
 @dataclass(frozen=True)
@@ -240,17 +269,12 @@ BREAKS = (
     Break("let go early", PROGRAM, let_go_early, "living values", "which is not there"),
     Break("not kept", PROGRAM, lambda p: replace(p, lines=p.lines[:-1]), "living values", "not there at the end"),
     Break("syntax", EMIT, lambda s: s + "    )", "compiles", "unmatched"),
-    Break("two programs", EMIT, lambda s: s + "\ndef other():\n    return 1\n", "compiles", "not slices and then"),
-    Break("other text", EMIT, lambda s: WINDOW_GRAM.replace("@", "+") + "\n" + s, "compiles", "not slices and then"),
-    Break("no such function", EMIT, source_with("q = window_gram(N)"), "living values", "'window_gram' is not there"),
-    Break("loose line", EMIT, lambda s: s + "\nx = 1\n", "compiles", "beside the functions"),
-    Break("branch", EMIT, source_with("if N: N = 1"), "straight line", "If is no assignment"),
-    Break("conditional", EMIT, source_with("q = 1 if N else 2"), "straight line", "IfExp"),
-    Break("loop", EMIT, source_with("q = [N for _ in range(N)]"), "straight line", "ListComp"),
-    Break("item", EMIT, source_with("q = x.item()"), "straight line", ".item waits"),
-    Break("unknown", EMIT, source_with("q = ghost + 1"), "living values", "'ghost' is not there"),
-    Break("deleted", EMIT, source_with("q = N; del q; r = q"), "living values", "'q' is not there"),
-    Break("tensor", EMIT, source_with("q = tensors['ghost']"), "known tensors", "no such tensor"),
+    Break("item", PROGRAM, with_line(f.method("item")), "waits for the device", ".item waits"),
+    Break("a code's item", PROGRAM, with_line(None), "waits for the device", ".item waits"),
+    Break("unknown", PROGRAM, lambda p: replace(p, given=frozenset()), "living values", "which is not there"),
+    Break("tensor", PROGRAM, with_ghost, "tensors are those", "the model has no such tensor"),
+    Break("function", PROGRAM, with_function, "living values", "slice returns it, but it is not there"),
+    Break("loop", PROGRAM, with_loop, "living values", "it reads ghost"),
 )
 
 

@@ -112,7 +112,10 @@ class Writer:
         """The straight part, after all passes."""
         plan = self.plan
         lines = passed(lines_of(plan.steps, self.functional), self.context(plan.kept))
-        return Program(lines, frozenset({*plan.given.values(), plan.like}), frozenset(plan.kept))
+        beside = {body: passed(lines_of(body.steps), small(set(reads(body.results)))) for body in self.bodies}
+        varying = {variable for rounds in plan.loops for variable, _ in rounds.rows}
+        given = frozenset({*plan.given.values(), plan.like} - varying)
+        return Program(lines, given, frozenset(plan.kept), beside)
 
     def _reads_like(self) -> bool:
         plan = self.plan
@@ -158,8 +161,8 @@ class Writer:
         params = [names(param) for param in body.params]
         assert body.batch is not None
         first, axis = body.batch
-        kept = set(reads(body.results))
-        lines = [f"    N = {names(first)}.shape[{axis}]", *written(passed(lines_of(body.steps), small(kept)), printer)]
+        own = passed(lines_of(body.steps), small(set(reads(body.results))))
+        lines = [f"    N = {names(first)}.shape[{axis}]", *written(own, printer)]
         shown = ", ".join(printer.text(result) for result in body.results)
         total = ["total"] * body.total
         head = f"def {self.functions[body]}({', '.join([*params, *total])}):"

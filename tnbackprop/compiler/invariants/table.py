@@ -16,14 +16,14 @@ from ...diagram.core import BATCH, Diagram, N, V, is_head
 from ...errors import InvariantError
 from ...notation.bind import BoundRule
 from ..derive.derived import Backward, Derived, Extraction, Individual, Native, Schedule
-from ..plan.plan import Plan, names_in
+from ..plan.plan import NOISES, Plan, names_in
 from ..program.expr import Call as Call_
-from ..program.expr import Rounds, reads
+from ..program.expr import Rounds
 from ..program.expr import Value as Step
-from ..program.lines import Lines
 from ..program.passes import Program
+from ..program.store import LIKE
 from ..translate.graph import Call, Graph, is_batch
-from .source import SOURCE, SourceCheck
+from .program import living, synchronous
 from .stage import Stage
 from .wellformed import Count, count, count_legs, flaws, flaws_of_jacobian, shown
 
@@ -331,34 +331,21 @@ def _work_counted(plan: Plan, context: Context) -> Flaws:
                 yield str(step), f"its work {coefficient}·{legs} is no polynomial in leg sizes"
 
 
-# -- program
+# -- program and emit
 
 
-def _alive(program: Program, context: Context) -> Flaws:
-    """Line by line: what is read was computed, and was not let go of."""
-    alive = set(program.given)
-    yield from _living(program.lines, alive)
-    for value in program.kept - alive:
-        yield str(value), "it is read later, but not there at the end"
+def _given(program: Program, context: Context) -> Flaws:
+    known = {*_read(_graph(context)), LIKE}
+    for value in program.given:
+        if value.key not in known and not value.key.startswith(NOISES):
+            yield str(value), "the model has no such tensor"
 
 
-def _living(lines: Lines, alive: set[Step]) -> Flaws:
-    for line in lines:
-        for value in reads(line.expr):
-            if value not in alive:
-                yield str(line.value), f"it reads {value}, which is not there (any more): {line.expr}"
-        if line.block is not None:
-            block = line.block
-            inner = {*alive, *(total for total in block.totals.values())}
-            yield from _living(block.begin, inner)
-            yield from _living(block.lines, inner | {variable for variable, _ in block.rows})
-            yield from _living(block.end, inner)
-        alive |= {line.value}
-        alive -= set(line.frees)
-
-
-def _of_source(row: SourceCheck) -> Check:
-    return lambda source, context: row(source, frozenset(_read(_graph(context))))
+def _compiles(source: str, context: Context) -> Flaws:
+    try:
+        compile(source, "<source>", "exec")
+    except SyntaxError as error:
+        yield f"line {error.lineno}", f"{error.msg}: {(error.text or '').strip()}"
 
 
 INVARIANTS: Mapping[Stage, tuple[tuple[str, Check], ...]] = {
@@ -388,7 +375,11 @@ INVARIANTS: Mapping[Stage, tuple[tuple[str, Check], ...]] = {
         ("no contraction is left to run-time planning", _einsum_stays_inside),
         ("work is a polynomial in leg sizes", _work_counted),
     ),
-    Stage.PROGRAM: (("every line reads living values", _alive),),
-    Stage.EMIT: tuple((name, _of_source(row)) for name, row in SOURCE),
+    Stage.PROGRAM: (
+        ("every line reads living values", living),
+        ("the tensors are those of the model", _given),
+        ("no line waits for the device", synchronous),
+    ),
+    Stage.EMIT: (("the source compiles", _compiles),),
 }
 """After each stage, what holds and how it is checked."""

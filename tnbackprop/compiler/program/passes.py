@@ -5,22 +5,23 @@ In tests each is run in the reference interpreter before and after, on small int
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from . import functions as f
-from .expr import Call, Expr, Rounds, Value
+from .expr import Body, Call, Expr, Rounds, Value
 from .lines import Lines, handed, in_place
 from .rounds import block_of
 
 
 @dataclass(frozen=True)
 class Program:
-    """Lines, what they are given, and what of it all is read later."""
+    """Lines, what they are given, what of it all is read later, and the lines of the functions that they call."""
 
     lines: Lines
     given: frozenset[Value]
     kept: frozenset[Value]
+    functions: Mapping[Body, Lines]
 
 
 @dataclass(frozen=True)
