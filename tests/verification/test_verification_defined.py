@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import tnbackprop as tn
-from tnbackprop.compiler.derive import averaged, columns
+from tnbackprop.compiler.derive import averaged, columns, output
 from tnbackprop.quantities import factors as approximate
-from tnbackprop.quantities import kronecker
+from tnbackprop.quantities import kronecker, propagation
 from tnbackprop.verification.quantities import ALL
 
 from ..cases import seq
@@ -80,7 +80,7 @@ def _sum_of_samples(patch: Patch) -> None:
 
 def _jacobian_once(patch: Patch) -> None:
     """J for J∘J."""
-    patch.setattr(columns, "squared", lambda jacobian: jacobian)
+    patch.setattr(propagation, "squared", lambda jacobian: jacobian)
 
 
 def _no_residual(patch: Patch) -> None:
@@ -90,7 +90,7 @@ def _no_residual(patch: Patch) -> None:
 
 def _outputs_mix(patch: Patch) -> None:
     """BL89 from the diagonal of the exact Hessian, as HesScale."""
-    patch.setattr(columns, "elementwise_root", lambda root: root)
+    patch.setattr(output, "elementwise_root", lambda root: root)
 
 
 PLANTED: dict[str, tuple[tn.Quantity, Callable[[Patch], None], str]] = {

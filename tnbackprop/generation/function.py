@@ -10,8 +10,7 @@ from types import MappingProxyType
 import sympy
 import torch
 
-from ..compiler.derive.derived import Backward, Derived, Extraction, Native
-from ..compiler.derive.layer import COTANGENT, HANDED
+from ..compiler.derive.derived import Backward, Derived, Extraction, Given, Native
 from ..compiler.emit.naming import TAKEN, Scope
 from ..compiler.emit.printer import Printer
 from ..compiler.emit.source import small, written
@@ -26,6 +25,7 @@ from ..diagram.core import Diagram, N, Size, Tensor, V, hint_of, leaves
 from ..errors import UnsupportedError
 from ..notation.bind import COTANGENT as PULLED
 from ..quantities import Quantity
+from ..quantities.propagation import COTANGENT
 from .names import Names
 from .straight import bound
 from .text import definition, docstring, statement
@@ -136,8 +136,10 @@ def literal(name: str, tensor: torch.Tensor) -> str:
 def formulas(derived: Derived, diagrams: Sequence[tuple[str, Diagram]], last: str = "") -> Iterator[str]:
     """The diagrams, and the cotangents that they read (and `last`), as formulas. What is handed in goes by its name."""
     swept = {item.name: item for schedule in derived.sweeps for item in schedule if isinstance(item, Backward)}
-    handed = {name: item.terms[0] for name, item in swept.items() if len(item.terms) == 1 and _is_input(item.terms[0])}
-    aliases = Names({name: _tensor_of(term) for name, term in handed.items()})
+    inputs = {COTANGENT, *(c.variable for c in derived.columns if isinstance(c.start, Given))}
+    only = {name: _tensor_of(item.terms[0]) for name, item in swept.items() if len(item.terms) == 1}
+    handed = {name: tensor for name, tensor in only.items() if tensor in inputs}
+    aliases = Names(handed)
     wanted: dict[str, None] = {}
 
     def visit(name: str) -> None:
@@ -166,17 +168,13 @@ def _term_text(name: str, term: Diagram | Native) -> str:
     return f"{hint_of(name)} = {code}"
 
 
-def _is_input(term: Diagram | Native) -> bool:
-    return isinstance(term, Diagram) and bool(_tensor_of(term))
-
-
 def _tensor_of(term: Diagram | Native) -> str:
-    """The name of what is handed in, where the term is that and nothing else."""
+    """The name of the tensor that the term is; "" where it is anything else."""
     if isinstance(term, Native) or len(term.products) != 1 or term.products[0].scale != 1:
         return ""
     operands = term.products[0].operands
     only = operands[0] if len(operands) == 1 else None
-    return only.name if isinstance(only, Tensor) and only.name in (COTANGENT, *HANDED.values()) else ""
+    return only.name if isinstance(only, Tensor) else ""
 
 
 def refuse_random(graph: Graph) -> None:

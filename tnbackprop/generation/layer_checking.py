@@ -6,20 +6,20 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..compiler.derive.columns import output_legs
-from ..compiler.derive.derived import HESSIAN_WEIGHTS, Backward, Given
-from ..compiler.derive.layer import COTANGENT, HANDED
+from ..compiler.derive.derived import Backward, Given
+from ..compiler.derive.output import output_legs
 from ..diagram.core import N
-from ..quantities import HesScale, Quantity, Source
+from ..quantities import Average, Exact, HesScale, Quantity
+from ..quantities.propagation import COTANGENT
 from .checking import Checks, Key, kronecker_entry
 from .domains import domains
 from .kronecker import Block, Places, places
 from .layer_functions import Prepared
 from .text import data
 
-COLUMNS, HESSIAN_COLUMNS, DIAGONAL, AVERAGE = (
-    HANDED[source] for source in (Source.ROOT, Source.HESSIAN, Source.DIAGONAL, Source.AVERAGE)
-)
+COLUMNS, AVERAGE = (each.handed.name for each in (Exact, Average) if each.handed is not None)
+PULLED = {"vjp": ("gradients", "lambda G: G"), "vjp_columns": ("pulled_columns", "lambda V: V")}
+"""The definition of what is pulled back to an input, where it has one for every layer."""
 
 
 def arguments(prepared: Prepared, x: Sequence[torch.Tensor]) -> list[str]:
@@ -49,7 +49,8 @@ def layer_checks(prepared: Prepared, pulled: Sequence[Key], *more: tuple[str, st
         _pulled(checks, prepared, word, own)
     used = " ".join([*(name for name, _ in checks.second.values()), *checks.factors.values()])
     used += " ".join(name for name, _ in checks.references.values())
-    average = '        values["average"] = average_of(values["columns"])\n' if AVERAGE in prepared.handed else ""
+    matrices = [each.name for each in prepared.layer.handed if each.matrix]
+    average = "".join(f'        values["{name}"] = average_of(values["columns"])\n' for name in matrices)
     checks.texts += [text.replace("        AVERAGE\n", average) for name, text in _TEXTS.items() if name in used]
     checks.texts += [text for _, text in more]
     return checks
@@ -68,10 +69,8 @@ def _diagonal(prepared: Prepared, quantity: Quantity) -> bool:
 def _pulled(checks: Checks, prepared: Prepared, word: str, own: str) -> None:
     """The definition of what is pulled back to an input."""
     match word:
-        case "vjp":
-            checks.references[word] = "gradients", "lambda G: G"
-        case "vjp_columns":
-            checks.references[word] = "pulled_columns", "lambda V: V"
+        case _ if word in PULLED:
+            checks.references[word] = PULLED[word]
         case "pulled_diagonal" if _single(prepared):
             checks.second[word] = "with_diagonal", True
         case "pulled_average" if _single(prepared):
@@ -83,9 +82,12 @@ def _pulled(checks: Checks, prepared: Prepared, word: str, own: str) -> None:
 def _entry(prepared: Prepared, quantity: Quantity, key: Key) -> str:
     """Which columns make the factors exact, as an entry of the table; empty where none do."""
     block = prepared.blocks[key]
-    source = quantity.propagates.source
-    gradient = source is Source.GRADIENT
-    found = _places(prepared, block, source)
+    handed = quantity.propagates.alone.handed
+    name = handed.name if handed is not None else ""
+    gradient = name == COTANGENT
+    if name not in (COTANGENT, COLUMNS, AVERAGE):
+        return ""
+    found = _places(prepared, block, name)
     if found is not None and not (gradient and len(found.tied) > 1):
         legs = output_legs(prepared.layer.derived.bound, prepared.layer.graph.output)
         sizes = tuple("N" if leg.size == N else int(leg.size) for leg in legs)
@@ -98,11 +100,10 @@ def _entry(prepared: Prepared, quantity: Quantity, key: Key) -> str:
     return kronecker_entry(exact, "gradients_as_columns" if gradient else "pulled_columns", names, *block.axes)
 
 
-def _places(prepared: Prepared, block: Block, source: Source) -> Places | None:
+def _places(prepared: Prepared, block: Block, handed: str) -> Places | None:
     """Where columns must be the same, if what is handed in is read as it is."""
     layer = prepared.layer
     output = layer.graph.output
-    handed = {Source.GRADIENT: COTANGENT, Source.AVERAGE: AVERAGE}.get(source, COLUMNS)
     starts = {c.variable: c.schedule for c in layer.derived.columns if isinstance(c.start, Given)}
     schedule = starts.get(handed, layer.derived.schedule)
     names = [i.name for i in schedule if isinstance(i, Backward) and (i.value == output or i.name == f"K_{output}")]
@@ -120,19 +121,17 @@ def _complete(prepared: Prepared) -> str:
         "    options = {\"generator\": generator, \"dtype\": output.dtype}",
         "    values[\"cotangent\"] = torch.randn(output.shape, **options)",
     ]
-    for name in prepared.handed:
-        if name in (COLUMNS, HESSIAN_COLUMNS):
-            lines.append(f'    values["{name}"] = torch.randn((4, *output.shape), **options)')
-        elif name == HESSIAN_WEIGHTS:
-            lines.append(f'    values["{name}"] = torch.randn((4, len(output)), **options)')
-        elif name == DIAGONAL:
-            lines.append(f'    values["{name}"] = torch.randn(output.shape, **options)')
-        elif name == AVERAGE:
-            if COLUMNS not in prepared.handed:
-                lines.append('    values["columns"] = torch.randn((4, *output.shape), **options)')
-            lines.append('    values["average"] = average_of(values["columns"])')
+    matrices = [each.name for each in prepared.layer.handed if each.matrix]
+    for each in prepared.layer.handed:
+        shape = "(4, *output.shape)" if each.columns else "output.shape"
+        if each.matrix and COLUMNS not in prepared.handed and each.name == matrices[0]:
+            lines.append(f'    values["{COLUMNS}"] = torch.randn((4, *output.shape), **options)')
+        made = 'average_of(values["columns"])' if each.matrix else f"torch.randn({shape}, **options)"
+        lines.append(f'    values["{each.name}"] = {made}')
+        if each.weights:
+            lines.append(f'    values["{each.weights}"] = torch.randn((4, len(output)), **options)')
     lines.append("    return values")
-    if AVERAGE in prepared.handed:
+    if matrices:
         lines += _AVERAGE_OF.split("\n")[:-1]
     return "\n".join(lines) + "\n" + _COMPUTED
 

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..compiler.derive.layer import COTANGENT
 from ..compiler.lower.arrange import reshaped
 from ..compiler.program.expr import Expr
 from ..compiler.program.lines import alive
 from ..compiler.single import part
+from ..quantities.propagation import COTANGENT
 from ..version import __version__
 from .checking import Checks, Key, Recorded, check_lines, lines_of_text, note, with_records
 from .function import Function, asked, flops_of_many, function
 from .kronecker import WITH_ONE_TEXT, factors_of
 from .layer_checking import arguments, layer_checks
-from .layer_functions import PULLED, Prepared, extracted, forward, pull_backs, pulled_shape
+from .layer_functions import Prepared, extracted, forward, pull_backs, pulled_shape
 from .text import data, definition, docstring, quoted, sizes, statement
 
 
@@ -86,20 +86,10 @@ def header(file: LayerFile, title: str, target: str, needs: str, checks: Checks)
         f"Shapes, for any batch size N: {', '.join(shown)} -> output {shapes[COTANGENT]}.",
         f"cotangent {shapes[COTANGENT]} is the derivative of the loss by the output, L = Σ_n ℓ_n, with all its scale.",
     ]
-    about += [f"{name} {shapes[name]}{_HANDED[name]}" for name in prepared.handed]
+    for each in prepared.layer.handed:
+        about += [f"{each.name} {shapes[each.name]}{each.about}"]
+        about += [f"{each.weights} {shapes[each.weights]}{each.told}"] if each.weights else []
     return docstring(about, "")
-
-
-_HANDED = {
-    "columns": ", for any V, are those of a root of the loss's Hessian by the output (or of the GGN's part of it), "
-    "Σ_v S_v S_vᵀ, exact or drawn.",
-    "hessian_columns": ", for the same V, with their weights give the whole Hessian of the loss by the output, Σ_v w_v "
-    "S_v S_vᵀ.",
-    "hessian_weights": " may be negative, and are all 1 for a convex loss on this output.",
-    "diagonal": " is that of the loss's Hessian by the output, or what the next layer has pulled back to its input.",
-    "average": " is one matrix for the whole batch: the sum of the loss's Hessians by the output over the samples, or "
-    "what the next layer has pulled back to its input.",
-}
 
 
 def tables(file: LayerFile) -> list[str]:
@@ -141,7 +131,7 @@ def _together(file: LayerFile) -> list[str]:
         returned.setdefault(quantity, {})[dotted] = made
     for value, name, handed in layer.pulled_back:
         found = plan.output[name]
-        entry = returned.setdefault(PULLED[handed][0], {})
+        entry = returned.setdefault(handed.pulled, {})
         entry[prepared.names.of[value]] = reshaped(found, found.shape, pulled_shape(prepared, value, handed))
     read = {f"{quantity}#mean{block.input}" for (quantity, _), block in prepared.blocks.items() if block.bias}
     shown = [by for key, by in plan.results.items() if "#mean" not in key or key in read]

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from ..compiler.derive.derive import rules_text
-from ..compiler.derive.derived import HESSIAN_WEIGHTS, Given
-from ..compiler.derive.layer import COTANGENT, HANDED, Layer, handed_shape
+from ..compiler.derive.layer import Layer
 from ..compiler.emit.naming import identifier
 from ..compiler.lower.arrange import reshaped
 from ..compiler.program.lines import alive
@@ -20,7 +19,8 @@ from ..compiler.single import compile_layer, part
 from ..diagram.core import Diagram, N, Size, V
 from ..errors import InputError, UnsupportedError
 from ..notation.rule import Rules
-from ..quantities import Quantity, Source
+from ..quantities import Handed, Quantity
+from ..quantities.propagation import COTANGENT
 from ..version import __version__
 from .function import Function, Inputs, Tree, extractions, flops, formulas, function, refuse_random
 from .kronecker import Block, absorbed, blocks_of, factors_of
@@ -74,9 +74,7 @@ class Prepared:
     @property
     def handed(self) -> list[str]:
         """What is handed in at the output besides the cotangent."""
-        found = dict.fromkeys(c.variable for c in self.layer.derived.columns if isinstance(c.start, Given))
-        names = [[name, HESSIAN_WEIGHTS] if name == HANDED[Source.HESSIAN] else [name] for name in found]
-        return [name for each in names for name in each]
+        return [name for each in self.layer.handed for name in (each.name, each.weights) if name]
 
 
 def prepare(module: torch.nn.Module, x: Any, quantities: Sequence[Quantity], rules: Rules) -> Prepared:
@@ -87,12 +85,18 @@ def prepare(module: torch.nn.Module, x: Any, quantities: Sequence[Quantity], rul
     output = graph.values[graph.output]
     if output.axes[0] != (N,):
         raise UnsupportedError(f"a layer on its own needs the batch alone on axis 0 of its output {output}.")
+    if any(columns.noises for columns in layer.derived.columns):
+        asked = ", ".join(type(quantity).__name__ for quantity in quantities)
+        raise UnsupportedError(
+            f"{asked} for a layer on its own: what is propagated is drawn, and a file could not be checked.\n"
+            "  Let its `alone` return another, tn.Exact() for columns that are handed in, or generate a model."
+        )
     names = layer_names(module, layer)
     order = [v for v in graph.inputs if v != COTANGENT] + [*graph.parameters, *graph.buffers, COTANGENT]
     shapes = {value: graph.values[value].shape for value in order}
-    for source, name in HANDED.items():
-        shapes[name] = handed_shape(source, output.shape)
-    shapes[HESSIAN_WEIGHTS] = (V, N)
+    for each in layer.handed:
+        shapes[each.name] = each.shape(output.shape)
+        shapes |= {each.weights: (V, N)} if each.weights else {}
     floating = [value for value in order if graph.values[value].dtype.is_floating_point]
     inputs = Inputs(shapes, graph.constants, floating, names)
     blocks = blocks_of(extractions(layer.derived), graph)
@@ -107,19 +111,9 @@ def forward(prepared: Prepared) -> Function:
     return function("forward", plan, value, prepared.inputs, doc)
 
 
-PULLED = {
-    COTANGENT: ("vjp", "Vector-Jacobian product: the cotangent pulled back to"),
-    HANDED[Source.ROOT]: ("vjp_columns", "Vector-Jacobian products: the columns pulled back to"),
-    HANDED[Source.DIAGONAL]: ("pulled_diagonal", "The diagonal, pulled back with the squared Jacobian to"),
-    HANDED[Source.AVERAGE]: ("pulled_average", "The mean of J_nᵀ average J_n, with the Jacobian J_n by"),
-}
-"""What is handed in -> what it is at the inputs: a word, and a text."""
-
-
-def pulled_shape(prepared: Prepared, value: str, handed: str) -> tuple[Size, ...]:
+def pulled_shape(prepared: Prepared, value: str, handed: Handed) -> tuple[Size, ...]:
     """Of what is pulled back to an input."""
-    source = next((source for source, name in HANDED.items() if name == handed), Source.DIAGONAL)
-    return handed_shape(source, prepared.layer.graph.values[value].shape)
+    return handed.shape(prepared.layer.graph.values[value].shape)
 
 
 def pull_backs(prepared: Prepared) -> dict[tuple[str, str], Function]:
@@ -128,11 +122,11 @@ def pull_backs(prepared: Prepared) -> dict[tuple[str, str], Function]:
     found: dict[tuple[str, str], Function] = {}
     for value, name, handed in layer.pulled_back:
         plan = part(layer, (), name)
-        (word, what), own = PULLED[handed], prepared.names.of[value]
+        word, own = handed.pulled, prepared.names.of[value]
         shape = pulled_shape(prepared, value, handed)
         pulled = reshaped(plan.output[name], plan.output[name].shape, shape)
         doc = [
-            f"{what} {own}, {sizes(shape)}.",
+            f"{handed.what} {own}, {sizes(shape)}.",
             *_formulas(prepared, (), name),
             f"{flops(plan)}. {_origin(prepared)}",
         ]

@@ -17,7 +17,7 @@ from ..compiler.program import functions as f
 from ..compiler.program.expr import Call, Expr, Slice, Value
 from ..compiler.program.lines import alive
 from ..diagram.core import N, hint_of
-from ..quantities import Quantity, Source
+from ..quantities import Gradient, Quantity
 from .checking import SAMPLES, Checks, Key, kronecker_entry
 from .function import Function, Inputs, function
 from .kronecker import Block, absorbed
@@ -82,7 +82,7 @@ def model_checks(
 
 def _pull(quantity: Quantity, roots: Sequence[Root]) -> str:
     """The function that pulls the quantity's columns back."""
-    if quantity.propagates.source is Source.GRADIENT:
+    if isinstance(quantity.propagates, Gradient):
         return "gradients_as_columns"
     mine = [root for root in roots if quantity.name in root.quantities]
     return f"pulled_{mine[0].function.name}" if mine else ""

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ..compiler.derive.derived import HESSIAN_WEIGHTS
-from ..compiler.derive.layer import COTANGENT, HANDED, Layer
+from ..compiler.derive.layer import Layer
 from ..compiler.emit.naming import Scope, identifier
 from ..diagram.core import hint_of
+from ..quantities.propagation import COTANGENT, HANDED
 
 RESERVED = frozenset({
     "torch", "sys", "N", "V", "like", "each", "forward", "compute", "check", "state", "results", "values",
-    "module", "ext", "g_inp", "g_out", "bpQuantities", "ctx", "self", "with_one", COTANGENT, HESSIAN_WEIGHTS,
-    *HANDED.values(), *keyword.kwlist,
+    "module", "ext", "g_inp", "g_out", "bpQuantities", "ctx", "self", "with_one",
+    *(name for each in HANDED for name in (each.name, each.weights) if name), *keyword.kwlist,
     *(name for name in dir(builtins) if name != "input"),
 })  # fmt: skip
 
@@ -54,7 +54,8 @@ def layer_names(module: torch.nn.Module, layer: Layer) -> Names:
         by_key = value.partition("_")[2]
         wanted[value] = by_key if by_key in signature else signature[k] if k < len(signature) else value
     state = {graph.parameters[v][0] for v in graph.parameters} | set(graph.buffers.values())
-    taken = RESERVED | {*graph.values, *(e.name for _, rule in layer.derived.bound for e in rule.equations)}
+    own = {name for each in layer.handed for name in (each.name, each.weights)}
+    taken = RESERVED | own | {*graph.values, *(e.name for _, rule in layer.derived.bound for e in rule.equations)}
     found: dict[str, str] = {}
     for value, name in wanted.items():
         free = name == identifier(name) and (name not in taken or name == value) and name not in found.values()

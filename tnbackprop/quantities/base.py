@@ -11,33 +11,7 @@ from ..diagram.algebra import Cotangents, Uses
 from ..diagram.core import Diagram
 from ..errors import InputError, check_member
 from .factors import Factors
-
-
-class Source(Enum):
-    """What is propagated backwards."""
-
-    GRADIENT = "gradient of the loss"
-    ROOT = "columns of the root of the loss Hessian"
-    SAMPLE = "sampled columns of that root"
-    IDENTITY = "the elements of the model's output, one column for each"
-    DIAGONAL = "the diagonal of the Hessian at every value, each from the next"
-    ELEMENTWISE = "the same, from a loss whose outputs are taken not to mix"
-    AVERAGE = "one matrix for the whole batch at every value"
-    HESSIAN = "columns of that root, and of what else the Hessian has at every layer, with weights"
-
-
-@dataclass(frozen=True)
-class Propagation:
-    """What a quantity needs at the output of every layer; `samples` columns where they are drawn."""
-
-    source: Source = Source.GRADIENT
-    samples: int = 0
-    together: bool = False  # all columns at once, for a quantity that multiplies them with each other
-
-    def __post_init__(self) -> None:
-        check_member("source", self.source, Source)
-        if self.source is Source.SAMPLE and self.samples < 1:
-            raise InputError(f"samples={self.samples}: draw at least one column per sample")
+from .propagation import Gradient, Propagation, check_propagation
 
 
 class Scale(Enum):
@@ -64,7 +38,7 @@ class Quantity(ABC):
     @property
     def propagates(self) -> Propagation:
         """What is propagated: the gradient, unless a quantity says otherwise."""
-        return Propagation()
+        return Gradient()
 
     @abstractmethod
     def extract(self, J: Uses, g: Cotangents) -> Diagram | Factors:
@@ -94,8 +68,7 @@ def check_quantities(quantities: object) -> None:
             raise InputError(f"{quantity.__name__} is a class: give an instance, {quantity.__name__}()")
         if not isinstance(quantity, Quantity):
             raise InputError(f"{_shown(quantity)} is no tn.Quantity: give instances, [tn.Grad(), tn.KFAC()]")
-        if not isinstance(quantity.propagates, Propagation):
-            raise InputError(f"{quantity.name!r}: propagates is {quantity.propagates!r}, not a tn.Propagation")
+        check_propagation(quantity.propagates, repr(quantity.name))
     names = [quantity.name for quantity in quantities]
     for name in names:
         if names.count(name) > 1:

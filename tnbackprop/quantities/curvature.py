@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from ..diagram.algebra import Cotangents, Uses
 from ..diagram.core import COLUMN, COLUMN_COPY, Diagram
-from .base import Propagation, Quantity, Source
+from .base import Quantity
+from .propagation import Draws, Exact, Propagation
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class SqrtGGN(Quantity):
 
     @property
     def propagates(self) -> Propagation:
-        return Propagation(Source.ROOT)
+        return Exact()
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
         return J.T @ g
@@ -37,7 +38,7 @@ class SqrtGGNMC(Quantity):
 
     @property
     def propagates(self) -> Propagation:
-        return Propagation(Source.SAMPLE, self.mc_samples)
+        return Draws(self.mc_samples)
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
         return J.T @ g
@@ -52,7 +53,7 @@ class DiagGGN(Quantity):
 
     @property
     def propagates(self) -> Propagation:
-        return Propagation(Source.ROOT)
+        return Exact()
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
         V = J.T @ g
@@ -68,7 +69,7 @@ class DiagGGNMC(DiagGGN):
 
     @property
     def propagates(self) -> Propagation:
-        return Propagation(Source.SAMPLE, self.mc_samples)
+        return Draws(self.mc_samples)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class GGNGram(Quantity):
 
     @property
     def propagates(self) -> Propagation:
-        return Propagation(Source.ROOT, together=True)
+        return Exact(together=True)
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
         V = J.T @ g
@@ -98,7 +99,7 @@ class GGNTrace(Quantity):
 
     @property
     def propagates(self) -> Propagation:
-        return Propagation(Source.ROOT)
+        return Exact()
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
         V = J.T @ g

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from ..diagram.algebra import Cotangents, Uses
 from ..diagram.core import COLUMN, Diagram
-from .base import Propagation, Quantity, Source
+from .base import Quantity
+from .propagation import Diagonal, Elementwise, Hessian, Propagation
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class HessianDiag(Quantity):
 
     @property
     def propagates(self) -> Propagation:
-        return Propagation(Source.HESSIAN)
+        return Hessian()
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
         V, W = J.T @ g, g.dual(J)
@@ -47,7 +48,7 @@ class HesScale(Quantity):
 
     @property
     def propagates(self) -> Propagation:
-        return Propagation(Source.DIAGONAL)
+        return Diagonal()
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
         h = J.T @ g  # J is J∘J here
@@ -67,4 +68,4 @@ class BL89(HesScale):
 
     @property
     def propagates(self) -> Propagation:
-        return Propagation(Source.ELEMENTWISE)
+        return Elementwise()

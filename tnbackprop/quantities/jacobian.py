@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from ..diagram.algebra import Cotangents, Uses
 from ..diagram.core import COLUMN, COLUMN_COPY, Diagram, Leg, N, Product, Window
-from .base import Propagation, Quantity, Source
+from .base import Quantity
+from .propagation import Identity, Propagation
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Jacobians(Quantity):
 
     @property
     def propagates(self) -> Propagation:
-        return Propagation(Source.IDENTITY, together=True)
+        return Identity(together=True)
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
         return (J.T @ g).ordered("n", COLUMN)
@@ -35,7 +36,7 @@ class NTK(Quantity):
 
     @property
     def propagates(self) -> Propagation:
-        return Propagation(Source.IDENTITY, together=True)
+        return Identity(together=True)
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
         return _gram(J.T @ g).ordered("n", COLUMN, "m", COLUMN_COPY)

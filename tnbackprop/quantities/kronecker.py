@@ -15,8 +15,9 @@ from enum import Enum
 import sympy
 
 from ..diagram.algebra import Cotangents, Uses
-from .base import Propagation, Quantity, Source
+from .base import Quantity
 from .factors import Factors, Sharing, kronecker
+from .propagation import Average, Draws, Exact, Gradient, Propagation
 
 
 class Fisher(Enum):
@@ -43,7 +44,7 @@ class KFLR(Quantity):
 
     @property
     def propagates(self) -> Propagation:
-        return Propagation(Source.ROOT)
+        return Exact()
 
     def extract(self, J: Uses, g: Cotangents) -> Factors:
         return kronecker(J, g, self.sharing, sympy.Integer(1), self.bias is Bias.JOINED)
@@ -61,7 +62,7 @@ class KFRA(KFLR):
 
     @property
     def propagates(self) -> Propagation:
-        return Propagation(Source.AVERAGE)
+        return Average()
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class KFAC(Quantity):
 
     @property
     def propagates(self) -> Propagation:
-        return Propagation(Source.SAMPLE, self.mc_samples) if self.fisher is Fisher.MC else Propagation()
+        return Draws(self.mc_samples) if self.fisher is Fisher.MC else Gradient()
 
     def extract(self, J: Uses, g: Cotangents) -> Factors:
         scale = sympy.Integer(1) if self.fisher is Fisher.MC else 1 / g.scale

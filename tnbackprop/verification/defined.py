@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ..compiler.derive.derived import Columns, Extraction
 from ..compiler.derive.roots import LossRoot
 from ..diagram.core import leaves
+from ..diagram.reference import size_of
 from ..linalg import KroneckerFactors
 from ..notation.bind import CURVATURE, NOISE
 from ..quantities import BL89, KFAC, KFLR, KFRA, DiagGGNMC, Fisher, HesScale, Quantity, SqrtGGNMC
@@ -104,12 +105,11 @@ class Defined:
     def drawn(self, key: str) -> Tensor:
         """The columns that the program has drawn, [N, V, F]: the rule's own code, on the same random numbers."""
         found = self.columns(key)
-        plan, shape = self.program.compiled.plan, self.problem.output.shape
         generator = torch.Generator().manual_seed(SEED)
-        counts = {c.noise: c.samples for c in self.program.compiled.derived.columns}
-        noise = {
-            name: torch.rand((counts[name], *shape), dtype=torch.float64, generator=generator) for name in plan.noises
-        }
+        noise: dict[str, Tensor] = {}
+        for name, value in self.program.compiled.plan.noises.items():
+            shape = [size_of(size, self.problem.size) for size in value.shape]
+            noise[name] = torch.rand(shape, dtype=torch.float64, generator=generator)
         own = noise[found.noise]
         draw = self.draw(self.root(key), self.problem.output)
         columns: Tensor = torch.stack([draw(row) for row in own], 1) * found.samples**-0.5

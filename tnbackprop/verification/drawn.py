@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import KroneckerFactors
-from ..quantities import KFLR, DiagGGNMC, Quantity, Source, SqrtGGNMC
+from ..quantities import KFLR, DiagGGNMC, Draws, Quantity, SqrtGGNMC
 from . import oracle
 from .defined import SEED, Defined, factors
 from .report import LeftOut, NotDefined, Row
@@ -77,7 +77,8 @@ def check_mean(case: Defined, key: str, quantity: Any, text: str) -> Iterator[Fi
 
 
 def is_drawn(quantity: Quantity) -> bool:
-    return quantity.propagates.source is Source.SAMPLE
+    """Whether the loss draws its columns."""
+    return type(quantity.propagates) is Draws
 
 
 def _diagonal(value: Any) -> Tensor:

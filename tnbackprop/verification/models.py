@@ -19,7 +19,7 @@ from ..compiler.translate.torch_modes import twice_differentiable
 from ..declare import Declaration
 from ..diagram.reference import size_of
 from ..errors import InputError, UnsupportedError
-from ..quantities import Quantity, Source
+from ..quantities import Propagation, Quantity
 from ..runtime import Program
 from .calls import BUILD_ERRORS, tensors_of, trace
 from .defined import SEED
@@ -123,9 +123,9 @@ def programs_for(
     """One program for all that propagate alike; what is refused is left out, unless somebody `asked` for it."""
     if not asked and not any(p.requires_grad for p in model.parameters()):
         return [], [LeftOut("quantities", "the model has no trainable parameter")]
-    groups: dict[Source, list[Quantity]] = {}
+    groups: dict[type[Propagation], list[Quantity]] = {}
     for quantity in quantities:
-        groups.setdefault(quantity.propagates.source, []).append(quantity)
+        groups.setdefault(type(quantity.propagates), []).append(quantity)
     waiting = list(groups.values())
     programs: list[Program] = []
     left_out: list[LeftOut] = []

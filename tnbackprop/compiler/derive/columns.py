@@ -9,18 +9,17 @@ from math import prod
 
 import sympy
 
-from ...diagram.algebra import Cotangents, pull_back, squared, tensor
-from ...diagram.core import BATCH, COLUMN, Diagram, Leg, N, Product, Size, Tensor, V
-from ...diagram.simplify import simplify
-from ...errors import InvariantError
+from ...diagram.algebra import Cotangents, pull_back, tensor
+from ...diagram.core import BATCH, COLUMN, Diagram, Leg, N, Product, Size, Tensor
+from ...errors import UnsupportedError
 from ...notation.bind import BoundRule
-from ...quantities import Propagation, Quantity, Source
+from ...quantities import Handed, Propagation, Quantity, Residual
 from ..translate.graph import Call, Graph
 from .averaged import copied, run_averaged
-from .derived import HESSIAN_WEIGHTS, Apart, Arriving, Backward, Basis, Columns, Extraction, Given, column_leg
-from .layer import HANDED, handed_shape
+from .derived import Apart, Arriving, Backward, Basis, Columns, Extraction, Formula, Given, column_leg
+from .output import AtOutput, Start, along, output_legs, start_of
 from .residual import Paired, Weighted, residual_diagonal, residuals
-from .roots import LossRoot, elementwise_root, loss_root, output_of
+from .roots import LossRoot, output_of
 from .sweep import Sweep, add, all_uses, extraction, run, schedule
 
 Bound = tuple[tuple[Call, BoundRule], ...]
@@ -43,6 +42,7 @@ class Setting:
     scale: sympy.Expr
     width: int
     gradient: Sweep
+    propagation: Propagation
     roots: bool  # whether the columns of the root ride through all layers anyway, for other quantities
     apart: Apart | None = None
     beside: bool = False
@@ -58,37 +58,26 @@ class Setting:
         return _even(count, self.width)
 
 
-def columns_of(
-    setting: Setting, quantities: Sequence[Quantity], propagation: Propagation, first: int
-) -> Iterator[Columns]:
+def columns_of(setting: Setting, quantities: Sequence[Quantity], first: int) -> Iterator[Columns]:
     """The sweeps that quantities with this propagation need, numbered from `first`."""
+    graph, propagation, what = setting.graph, setting.propagation, _classes(quantities)
     if propagation.together:
         setting = replace(setting, width=EVERY)
-    source = propagation.source
-    if setting.graph.cotangent and source is not Source.IDENTITY:
-        yield from _given(setting, quantities, source, first)
+    if graph.cotangent and propagation.handed is not None:
+        yield from _given(setting, quantities, propagation.handed, first)
         return
-    match source:
-        case Source.IDENTITY:
-            yield _from_output(setting, quantities, first)
-        case Source.AVERAGE:
-            yield _averages(setting, quantities, _root(setting, quantities), first)
-        case Source.DIAGONAL:
-            yield _diagonals(setting, quantities, _root(setting, quantities, signed=True), first)
-        case Source.ELEMENTWISE:
-            yield _diagonals(setting, quantities, elementwise_root(_root(setting, quantities, signed=True)), first)
-        case Source.HESSIAN:
-            yield from _hessian(setting, quantities, _root(setting, quantities, signed=True), first)
-        case Source.ROOT:
-            yield _from_loss(setting, quantities, _root(setting, quantities), 0, first)
-        case Source.SAMPLE:
-            yield _from_loss(setting, quantities, _root(setting, quantities), propagation.samples, first)
-        case Source.GRADIENT:
-            raise InvariantError("the gradient is no column")
-
-
-def _root(setting: Setting, quantities: Sequence[Quantity], signed: bool = False) -> LossRoot:
-    return loss_root(setting.graph, setting.bound, setting.scale, _classes(quantities), signed)
+    if graph.cotangent and propagation.needs_loss:
+        raise UnsupportedError(
+            f"{what} for a layer on its own: it has no loss, and {type(propagation).__name__} does not say what it is "
+            "handed in in place of its start.\n  Let its `alone` return another, tn.Exact() for columns, or generate a "
+            "model with its loss."
+        )
+    at = AtOutput(graph, setting.bound, setting.gradient, setting.scale, what, first)
+    start = start_of(propagation, at, output_of(graph, what).name)
+    if start.diagram is None:
+        yield from _as_they_are(setting, quantities, start, first)
+    else:
+        yield _made(setting, quantities, start, start.diagram, first)
 
 
 def _classes(quantities: Sequence[Quantity]) -> str:
@@ -96,16 +85,17 @@ def _classes(quantities: Sequence[Quantity]) -> str:
     return " and ".join(dict.fromkeys(type(quantity).__name__ for quantity in quantities))
 
 
-def _hessian(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, first: int) -> Iterator[Columns]:
-    """Columns of the loss Hessian, and of the residual of every line before it."""
-    found = _found(setting, root.value)
-    meetings = () if setting.roots else _meetings(setting, found)
-    if root.curvature is None:
-        ahead = _from_loss(setting, quantities, root, 0, first, meetings)
+def _as_they_are(setting: Setting, quantities: Sequence[Quantity], start: Start, first: int) -> Iterator[Columns]:
+    """Columns as they are at the output; with the residual of every line before it, where that is propagated."""
+    more = setting.propagation.residual is Residual.COLUMNS
+    found = _found(setting, start.output) if more else []
+    meetings = () if setting.roots or start.samples else _meetings(setting, found)
+    if isinstance(start.source, Weighted):
+        ahead = _from_basis(setting, quantities, start.source, first, inside=False, meetings=meetings)
     else:
-        at_loss = Weighted(root.value, root.curvature.legs, root.curvature)
-        ahead = _from_basis(setting, quantities, at_loss, first, inside=False, meetings=meetings)
-    yield ahead
+        assert start.source is not None
+        ahead = _from_loss(setting, quantities, start.source, start.samples, first, meetings)
+    yield replace(ahead, noises=start.noises)
     yield from _residuals(setting, quantities, found, first, [ahead])
 
 
@@ -152,78 +142,56 @@ def _rows(setting: Setting, found: Weighted) -> int:
     return setting.graph.example_batch * prod(int(leg.size) for leg in _own(found.legs)) ** 2
 
 
-def _from_output(setting: Setting, quantities: Sequence[Quantity], number: int) -> Columns:
-    """One-hot columns at the model's output."""
-    output = output_of(setting.graph, _classes(quantities))
-    legs = output_legs(setting.bound, output.name)
-    return _from_basis(setting, quantities, Weighted(output.name, legs, None), number, inside=False)
-
-
-def _given(setting: Setting, quantities: Sequence[Quantity], source: Source, number: int) -> Iterator[Columns]:
+def _given(setting: Setting, quantities: Sequence[Quantity], handed: Handed, number: int) -> Iterator[Columns]:
     """What is handed in at the output of a layer on its own: columns, a diagonal, or a matrix for the whole batch."""
     output = output_of(setting.graph, "a layer on its own")
-    legs = output_legs(setting.bound, output.name)
-    signed, name, shape = source is Source.HESSIAN, HANDED[source], handed_shape(source, output.shape)
-    width = V if source in (Source.ROOT, Source.HESSIAN) else 1
+    legs, width = output_legs(setting.bound, output.name), handed.count
     lead = column_leg(width)
-    weight = tensor(HESSIAN_WEIGHTS, (*lead, BATCH)) if signed else None
+    weight = tensor(handed.weights, (*lead, BATCH)) if handed.weights else None
     sweep = _sweep(setting, quantities, number, width, weight, inside=False)
-    sweep.variable = name
+    sweep.variable, sweep.kept = handed.name, (*lead, BATCH)
     whole = (*lead, *legs)
-    if source is Source.AVERAGE:
+    if handed.matrix:
         whole = (*_own(legs), *copied(_own(legs)))
-        sweep.kept, sweep.prefix = (BATCH,), f"k{number}"
-        run_averaged(sweep, setting.bound, output.name, tensor(name, whole))
+        run_averaged(sweep, setting.bound, output.name, tensor(handed.name, whole))
     else:
-        if source is Source.DIAGONAL:
-            sweep.kept, sweep.prefix, sweep.along = (BATCH,), f"h{number}", squared
-            sweep.beside = partial(residual_diagonal, setting.gradient)
-        sweep.terms[output.name] = [tensor(name, whole)]
+        sweep.terms[output.name] = [tensor(handed.name, whole)]
         run(sweep, setting.bound)
-        for value in () if signed else setting.graph.inputs:
+        for value in setting.graph.inputs if handed.pulled else ():
             if sweep.terms.get(value):
                 schedule(sweep, value)
-    yield Columns(name, Given(output.name, shape, width), 0, whole, tuple(sweep.schedule), width)
-    if signed:
+    given = Given(output.name, handed, handed.shape(output.shape))
+    yield Columns(handed.name, given, 0, whole, tuple(sweep.schedule), width)
+    if setting.propagation.residual is Residual.COLUMNS:
         yield from _residuals(replace(setting, width=EVERY), quantities, _found(setting, output.name), number)
 
 
-def _diagonals(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, number: int) -> Columns:
-    """The diagonal of the Hessian at every value, each from those behind it by J∘J and its own second derivative."""
-    start: LossRoot | Basis = root
-    legs = columned = output_legs(setting.bound, root.value)
-    if root.curvature is not None:  # the diagonal itself, of either sign
-        legs = root.curvature.legs
-        start = _basis(Weighted(root.value, legs, root.curvature))
-        columned = start.legs
-    lead, variable = column_leg(start.columns), f"column:{number}"
-    sweep = _sweep(setting, quantities, number, 1, inside=False, prefix="h")
-    sweep.kept, sweep.along = (BATCH,), squared
-    sweep.beside = partial(residual_diagonal, setting.gradient)
-    product = [Tensor(variable, (*lead, *columned))] * 2
-    if isinstance(start, Basis) or start.signed:
-        product.append(Tensor(f"weight:{number}", (*lead, BATCH)))
-    sweep.terms[root.value] = [simplify(Diagram(legs, (Product(ONE, tuple(product)),)))]
-    run(sweep, setting.bound)
-    return Columns(variable, start, 0, (*lead, *columned), tuple(sweep.schedule), start.columns, summed=True)
-
-
-def _averages(setting: Setting, quantities: Sequence[Quantity], root: LossRoot, number: int) -> Columns:
-    """One matrix for the whole batch at every value, from the sum of the loss Hessians at the output."""
-    legs, own = output_legs(setting.bound, root.value), column_leg(root.columns)
-    sweep = _sweep(setting, quantities, number, 1, inside=False, prefix="k")
-    sweep.kept = (BATCH,)
-    plain = _own(legs)
-    other = dict(zip(plain, copied(plain), strict=True))
-    column = Tensor(f"column:{number}", (*own, *legs))
-    start = Diagram((*plain, *copied(plain)), (Product(ONE, (column, column.rename(other))),))
-    run_averaged(sweep, setting.bound, root.value, start)
-    return Columns(column.name, root, 0, (*own, *legs), tuple(sweep.schedule), root.columns, summed=True)
-
-
-def output_legs(bound: Bound, name: str) -> tuple[Leg, ...]:
-    """The legs of the value of a call."""
-    return next((r.equations[-1].legs for c, r in bound if c.output.name == name), ())
+def _made(
+    setting: Setting, quantities: Sequence[Quantity], start: Start, diagram: Diagram, number: int
+) -> Columns:
+    """What is made of columns at the output, of the output or of noise, all of it at once."""
+    source: LossRoot | Basis | Formula = Formula(start.output)
+    legs = output_legs(setting.bound, start.output)
+    if isinstance(start.source, Weighted):
+        source = _basis(start.source)
+        legs = source.legs
+    elif start.source is not None:
+        source = start.source
+    count = start.samples or source.columns
+    variable = start.output if isinstance(source, Formula) else f"column:{number}"
+    sweep = _sweep(setting, quantities, number, start.carried or 1, inside=False)
+    sweep.variable = "" if isinstance(source, Formula) else variable
+    sweep.several = start.carried > 1 or not setting.propagation.by_vjp or start.matrix
+    sweep.kept = (*((Leg(COLUMN, start.carried),) if start.carried else ()), BATCH)
+    if start.matrix:
+        run_averaged(sweep, setting.bound, start.output, diagram)
+    else:
+        sweep.terms[start.output] = [diagram]
+        run(sweep, setting.bound)
+    return Columns(
+        variable, source, start.samples, (*column_leg(count), *legs), tuple(sweep.schedule), count,
+        made=start.carried or 1, noises=start.noises,
+    )  # fmt: skip
 
 
 def _behind(graph: Graph, output: str) -> set[str]:
@@ -349,13 +317,17 @@ def _sweep(
     width: Size,
     weight: Diagram | None = None,
     inside: bool = True,
-    prefix: str = "s",
+    prefix: str = "",
 ) -> Sweep:
-    kept = (Leg(COLUMN, width), BATCH)
-    return Sweep(
-        setting.graph, quantities, scales={setting.scale}, prefix=f"{prefix}{number}", variable=f"column:{number}",
-        several=True, lead=column_leg(width), kept=kept, weight=weight, partial=inside,
+    kept, propagation = (Leg(COLUMN, width), BATCH), setting.propagation
+    sweep = Sweep(
+        setting.graph, quantities, scales={setting.scale}, prefix=f"{prefix or propagation.letter}{number}",
+        variable=f"column:{number}", several=True, lead=column_leg(width), kept=kept, weight=weight, partial=inside,
+        along=along(propagation),
     )  # fmt: skip
+    if propagation.residual is Residual.DIAGONAL:
+        sweep.beside = partial(residual_diagonal, setting.gradient)
+    return sweep
 
 
 def _start(sweep: Sweep, value: str, legs: tuple[Leg, ...], written_out: bool = False) -> tuple[Leg, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import sympy
 
@@ -12,13 +11,14 @@ from ...diagram.core import Diagram, Product, leaves
 from ...errors import RuleError, UnsupportedError
 from ...notation.bind import BoundRule, bind
 from ...notation.rule import Rule, RuleFunction, Rules
-from ...quantities import Propagation, Quantity, Source
+from ...quantities import Exact, Gradient, Propagation, Quantity
 from ..translate.foreign import foreign
 from ..translate.graph import Call, Graph, Value, op_text
 from ..translate.torch_internals import of_aten
-from .columns import Setting, columns_of, output_legs
+from .columns import Setting, columns_of
 from .derived import Apart, Columns, Derived
 from .fallback import fallback
+from .output import output_legs
 from .sweep import Sweep, run, scale_of, schedule
 from .units import without_units
 
@@ -106,8 +106,8 @@ def derive(
         _check_read(bound)
     given = bool(graph.cotangent)
     wanted = dict.fromkeys(_propagation(q, given) for q in quantities)
-    sweep = Sweep(graph, [q for q in quantities if q.propagates.source is Source.GRADIENT])
-    needing = [q.name for q in quantities if q.propagates.source is not Source.IDENTITY]
+    sweep = Sweep(graph, [q for q in quantities if isinstance(q.propagates, Gradient)])
+    needing = [q.name for q in quantities if q.propagates.needs_loss]
     if graph.loss is None and needing and not given:
         names = ", ".join(needing)
         raise UnsupportedError(f"{names} need a loss, and this program has none: pass loss= to compile.")
@@ -121,17 +121,15 @@ def derive(
             schedule(sweep, name)
     scale = scale_of(sweep)
     columns: list[Columns] = []
-    setting = Setting(graph, bound, scale, width, sweep, any(p.source is Source.ROOT for p in wanted), apart, beside)
+    roots = any(isinstance(propagation, Exact) for propagation in wanted)
     trainable = any(graph.values[name].depends_on for name in graph.parameters)
-    for propagation in (p for p in wanted if p.source is not Source.GRADIENT and trainable):
+    for propagation in (p for p in wanted if not isinstance(p, Gradient) and trainable):
         mine = [q for q in quantities if _propagation(q, given) == propagation]
-        columns += columns_of(setting, mine, propagation, len(columns))
-        setting = replace(setting, beside=beside and not any(each.beside for each in columns))
+        free = beside and not any(each.beside for each in columns)
+        setting = Setting(graph, bound, scale, width, sweep, propagation, roots, apart, free)
+        columns += columns_of(setting, mine, len(columns))
     return Derived(bound, tuple(sweep.schedule), scale, tuple(columns))
 
 
 def _propagation(quantity: Quantity, given: bool) -> Propagation:
-    """Columns that are handed in are drawn already, and there is one set of them; so is a diagonal."""
-    found = quantity.propagates
-    one = {Source.ROOT: Source.ROOT, Source.SAMPLE: Source.ROOT, Source.ELEMENTWISE: Source.DIAGONAL}
-    return Propagation(one[found.source]) if given and found.source in one else found
+    return quantity.propagates.alone if given else quantity.propagates

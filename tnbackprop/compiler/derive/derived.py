@@ -10,9 +10,10 @@ from math import prod
 import sympy
 
 from ...diagram.canonical import key
-from ...diagram.core import COLUMN, Diagram, Leg, Size, V, hint_of
+from ...diagram.core import COLUMN, Diagram, Leg, Size, hint_of
 from ...notation.bind import BoundRule
 from ...notation.code import Native as Vjp
+from ...quantities import Handed
 from ...quantities.factors import Factors
 from ..translate.graph import Call
 from .roots import LossRoot
@@ -64,8 +65,14 @@ class Extraction:
 
 
 Schedule = tuple[Backward | Individual | Extraction, ...]
-HESSIAN_WEIGHTS = "hessian_weights"
-"""Of the columns that are handed in to a layer on its own: [V, N]."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A random input of uniform numbers in [0, 1), with these legs."""
+
+    name: str
+    legs: tuple[Leg, ...]
 
 
 @dataclass(frozen=True)
@@ -84,15 +91,16 @@ class Columns:
     """
 
     variable: str
-    start: LossRoot | Basis | Given
+    start: LossRoot | Basis | Given | Formula
     samples: int  # 0: the exact columns
     legs: tuple[Leg, ...]  # of the variable
     schedule: Schedule
     width: Size = 1
-    summed: bool = False  # the sweep sums them where they start, and carries none of them
+    made: int = 0  # so many are made of them where they start (1: without a leg), and carried; 0: they are themselves
     until: str = ""  # the value where they go on together with later ones
     alone: bool = False  # all those of a sample ride together, one sample after the other
     beside: int = 0  # after so many items of its sweep the gradient may ride along
+    noises: tuple[Noise, ...] = ()  # what its start draws
 
     def __str__(self) -> str:
         ways = ((self.alone, ", sample by sample"), (self.beside, ", the gradient beside"))
@@ -102,6 +110,8 @@ class Columns:
     def _what(self) -> str:
         if isinstance(self.start, Given):
             return f"{hint_of(self.variable)}, handed in at {self.start.value}"
+        if isinstance(self.start, Formula):
+            return f"what is propagated from {self.start.value}"
         if isinstance(self.start, Basis):
             weighted = "" if self.start.weight is None else ", weighted"
             others = f", and {self.start.columns - self.start.own} that arrive there" if self.start.arriving else ""
@@ -131,7 +141,7 @@ class Columns:
     @property
     def carried(self) -> tuple[Leg, ...]:
         """The leg of columns that the sweep's cotangents have."""
-        return () if self.summed else self.lead
+        return column_leg(self.made) if self.made else self.lead
 
     @property
     def number(self) -> str:
@@ -160,7 +170,7 @@ class Columns:
     @property
     def weight(self) -> str:
         """The variable of the columns' weights."""
-        return HESSIAN_WEIGHTS if isinstance(self.start, Given) else f"weight:{self.number}"
+        return self.start.handed.weights if isinstance(self.start, Given) else f"weight:{self.number}"
 
 
 @dataclass(frozen=True)
@@ -168,8 +178,20 @@ class Given:
     """Columns (as many as the caller has) or a matrix at the output of a layer on its own: the program's input."""
 
     value: str
+    handed: Handed
     shape: tuple[Size, ...]  # of what is handed in
-    columns: Size = V
+
+    @property
+    def columns(self) -> Size:
+        return self.handed.count
+
+
+@dataclass(frozen=True)
+class Formula:
+    """No columns: what is propagated is made of the model's output alone, of the gradient there, or of noise."""
+
+    value: str
+    columns: int = 1
 
 
 @dataclass(frozen=True)

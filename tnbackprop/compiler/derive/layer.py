@@ -10,27 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...diagram.core import N, Size, V
+from ...diagram.core import N
 from ...errors import UnsupportedError
-from ...quantities import Source
+from ...quantities import Handed
+from ...quantities.propagation import COTANGENT, HANDED
 from ..program.cost import Rates
 from ..translate.graph import Graph, Value
 from .derived import Backward, Derived, Extraction, Given, Individual, Schedule
-
-COTANGENT = "cotangent"
-HANDED = {
-    Source.ROOT: "columns",
-    Source.HESSIAN: "hessian_columns",
-    Source.DIAGONAL: "diagonal",
-    Source.AVERAGE: "average",
-}
-"""What is handed in at the layer's output besides the cotangent: its name."""
-
-
-def handed_shape(source: Source, output: tuple[Size, ...]) -> tuple[Size, ...]:
-    """Of what is handed in at an output [N, ...]."""
-    columns = (V,) if source in (Source.ROOT, Source.HESSIAN) else ()
-    return output[1:] * 2 if source is Source.AVERAGE else (*columns, *output)
 
 
 def opened(graph: Graph) -> Graph:
@@ -74,10 +60,15 @@ class Layer:
     itemsize: int
 
     @property
-    def pulled_back(self) -> Iterator[tuple[str, str, str]]:
+    def handed(self) -> tuple[Handed, ...]:
+        """What is handed in at the output besides the cotangent."""
+        return tuple(dict.fromkeys(c.start.handed for c in self.derived.columns if isinstance(c.start, Given)))
+
+    @property
+    def pulled_back(self) -> Iterator[tuple[str, str, Handed]]:
         """What is propagated to the inputs: (value, its name there, what was handed in at the output)."""
-        given = ((c.variable, c.schedule) for c in self.derived.columns if isinstance(c.start, Given))
-        for handed, schedule in ((COTANGENT, self.derived.schedule), *given):
+        given = ((c.start.handed, c.schedule) for c in self.derived.columns if isinstance(c.start, Given))
+        for handed, schedule in ((HANDED[0], self.derived.schedule), *given):
             for item in (item for item in schedule if isinstance(item, Backward)):
                 value = item.value or item.name.removeprefix("K:")
                 if value in self.graph.inputs:

@@ -208,7 +208,7 @@ def cotangent_of(sweep: Sweep, equation: Equation, jacobian: Jacobian) -> tuple[
     """What is propagated to the value of a line, and the line's Jacobian with legs that fit it."""
     if equation.name in sweep.uses:
         return _composed(sweep, equation.name, jacobian)
-    return jacobian, _cotangent(sweep, equation.name, equation.legs)
+    return jacobian, cotangent(sweep, equation.name, equation.legs)
 
 
 def add(sweep: Sweep, value: str, term: Diagram, sampled: bool) -> None:
@@ -247,7 +247,7 @@ def _check_diagonal(call: Call, operand: str, jacobian: Jacobian) -> None:
         )
 
 
-def _cotangent(sweep: Sweep, name: str, legs: tuple[Leg, ...]) -> Diagram:
+def cotangent(sweep: Sweep, name: str, legs: tuple[Leg, ...]) -> Diagram:
     """What is propagated to `name`: a named tensor, or the constant of a scalar of the loss."""
     if sweep.samples[name]:
         schedule(sweep, name)

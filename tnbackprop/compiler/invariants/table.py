@@ -185,7 +185,9 @@ def _schedules(derived: Derived, context: Context) -> Iterator[tuple[Schedule, d
     yield derived.schedule, dict(known), 1
     gradient = {name for item in derived.schedule for name in _made(item, known)}
     for columns in derived.columns:
-        own = {columns.variable: count_legs(columns.legs), columns.weight: count_legs((*columns.lead, BATCH))}
+        own = {columns.variable: count_legs(columns.legs)}
+        own |= {columns.weight: count_legs((*columns.lead, BATCH))} if columns.weight else {}
+        own |= {noise.name: count_legs(noise.legs) for noise in columns.noises}
         width, _ = count_legs(columns.carried)
         yield columns.schedule, {**known, **dict.fromkeys(gradient), **own}, width
 

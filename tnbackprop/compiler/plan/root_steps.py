@@ -9,7 +9,7 @@ import torch
 
 from ...diagram.core import BATCH, N, Size, hint_of
 from ...notation.bind import CURVATURE, HESSIAN_ROOT, NOISE
-from ..derive.derived import Arriving, Basis, Columns, Given
+from ..derive.derived import Arriving, Basis, Columns, Formula, Given, Noise
 from ..derive.roots import LossRoot
 from ..lower.arrange import arranged, in_order, sizes_of
 from ..lower.contract import build
@@ -32,9 +32,13 @@ def root_steps(
 
     Where all columns ride together there is no loop, and the rows are entered under the variable's name.
     """
+    for noise in columns.noises:
+        _noise(store, graph, columns, noise)
+    if isinstance(columns.start, Formula):
+        return {}
     if isinstance(columns.start, Given):
         for name, handed in ((columns.variable, columns.start.shape), (columns.weight, (columns.count, N))):
-            if name not in store:
+            if name and name not in store:
                 store.given(name, handed)
         return {}
     if isinstance(columns.start, Basis):
@@ -124,6 +128,16 @@ def _rows(store: Store, columns: Columns, variable: str, expr: Expr, shape: tupl
     root = store.add(expr, (rows, *shape), Kernel.NATIVE, hint=hint)
     _entered(store, columns, variable, root, shape)
     return {variable: root}
+
+
+def _noise(store: Store, graph: Graph, columns: Columns, noise: Noise) -> None:
+    """Numbers of more than 16 bits are drawn, and what is made of them is in the dtype of the output."""
+    dtype, shape = graph.values[columns.start.value].dtype, sizes_of(noise.legs)
+    if dtype.itemsize > 2:
+        store.given(noise.name, shape)
+        return
+    drawn = store.given(f"{noise.name}:drawn", shape)
+    store.name(noise.name, store.add(Call(f.TO, (drawn, dtype)), shape, Kernel.NATIVE))
 
 
 def _drawn(store: Store, columns: Columns, fill: Filling, shape: tuple[Size, ...]) -> dict[str, Value]:
