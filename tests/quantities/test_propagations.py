@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tnbackprop as tn
 from tnbackprop.diagram.algebra import squared
-from tnbackprop.diagram.core import COLUMN
+from tnbackprop.diagram.core import COLUMN, Product
 from tnbackprop.diagram.jacobian import Jacobian
 from tnbackprop.quantities.factors import kronecker
 
@@ -179,6 +179,28 @@ def test_of_the_output_alone() -> None:
     """Jᵀ f is the gradient of ½‖f‖²; no loss."""
     program = tn.compile(MODEL, None, (X, None), [Pulled(what=Free(lambda output: output.value))])
     assert_close(program(X)["pulled"], pulled(MODEL, X, MODEL(X).detach()))
+
+
+def test_of_nothing_but_ones() -> None:
+    """Jᵀ 1 is the gradient of the sum of the outputs; the report says where it comes from."""
+
+    def ones(output: tn.Output) -> tn.Diagram:
+        return tn.Diagram(output.legs, (Product(sympy.Integer(1), ()),))
+
+    program = tn.compile(MODEL, None, (X, None), [Pulled(what=Free(ones))])
+    assert_close(program(X)["pulled"], pulled(MODEL, X, torch.ones_like(Y)))
+    assert "\nwhat is propagated from layer_2:\ns0_layer_2[n,o] = 1\n" in program.explain()
+
+
+def test_elements_are_the_jacobian() -> None:
+    quantities = [Pulled(what=Free(lambda output: output.elements())), tn.Jacobians()]
+    result = tn.compile(MODEL, None, (X, None), quantities)(X)
+    assert_close(result["pulled"], {name: J.transpose(0, 1) for name, J in result["jacobians"].items()})
+
+
+def test_an_indefinite_loss_has_no_root() -> None:
+    with pytest.raises(tn.InputError, match="the loss Hessian is indefinite"):
+        tn.compute(MODEL, lambda f, y: (f**3).sum(1).mean(), (X, Y), [HutchinsonDiag()])
 
 
 def test_uniform_numbers() -> None:

@@ -11,7 +11,7 @@ from ...diagram.algebra import differentiate
 from ...diagram.core import BATCH, COLUMN, Diagram, Leg, Part, Product, Tensor, hint_of, operand_tensors
 from ...diagram.simplify import simplify
 from ...notation.bind import COTANGENT, BoundRule, Equation
-from ..derive.derived import Backward, Extraction, Individual, Native, Schedule
+from ..derive.derived import Backward, Extraction, Formula, Individual, Native, Schedule
 from ..emit.compiled import Compiled
 from ..emit.naming import comment
 from ..invariants.stage import Stage
@@ -88,7 +88,8 @@ def _schedules(compiled: Compiled) -> Iterator[tuple[str, Schedule]]:
     """Every sweep, with what is said above it."""
     yield "", compiled.derived.schedule
     for columns in compiled.derived.columns:
-        yield f"for each column {hint_of(columns.variable)} of {columns}:", columns.schedule
+        each = "" if isinstance(columns.start, Formula) else f"for each column {hint_of(columns.variable)} of "
+        yield f"{each}{columns}:", columns.schedule
 
 
 def choice_of(compiled: Compiled, item: Extraction) -> Choice:
