@@ -13,7 +13,7 @@ import torch
 from ..compiler.derive.derived import Backward, Derived, Extraction, Given, Native
 from ..compiler.emit.naming import TAKEN, Scope
 from ..compiler.emit.printer import Printer
-from ..compiler.emit.source import small, written
+from ..compiler.emit.source import small, words, written
 from ..compiler.explain.polynomials import Symbols
 from ..compiler.explain.text import diagram_text
 from ..compiler.plan.plan import Plan
@@ -107,7 +107,8 @@ def function(
     head += [f"    {hint_of(value)} = {literal(value, inputs.constants[value])}" for value in constants]
     fixed = {known[value]: shown(value) for value in (*arguments, *constants)} | {plan.like: "like"}
     every = {shown(value) for value in inputs.shapes} | set(fixed.values())
-    printer = Printer(Scope(TAKEN | every, names=fixed), functions)
+    called = {fn.name for step in plan.steps for fn in helpers(step.expr)} | set(functions.values())
+    printer = Printer(Scope(TAKEN | every | called | words(plan.steps), names=fixed), functions)
     lines = written(passed(lines_of(plan.steps, functional=True), small(set(reads(returns)))), printer)
     sources = dict.fromkeys(fn.source for step in plan.steps for fn in helpers(step.expr))
     own = tuple(shown(value) for value in arguments)

@@ -11,6 +11,7 @@ import sympy
 from ..compiler import Compiled
 from ..compiler.derive.derived import Columns, Extraction
 from ..compiler.derive.roots import LossRoot, elementwise_root
+from ..compiler.emit.naming import TAKEN, Scope
 from ..compiler.emit.source import Writer
 from ..compiler.plan.plan import Plan
 from ..compiler.program import functions as f
@@ -99,11 +100,12 @@ def split(compiled: Compiled) -> tuple[list[Function], list[Root]]:
     order = (*graph.inputs, *graph.parameters, *graph.buffers)
     shapes: dict[str, tuple[Any, ...]] = {value: graph.values[value].shape for value in order}
     floating = [value for value in order if graph.values[value].dtype.is_floating_point]
-    inputs = Inputs(shapes, graph.constants, floating, Names({}))
+    names = names_of(compiled)
+    inputs = Inputs(shapes, graph.constants, floating, names)
     variables = (value for loop in plan.loops for value, _ in loop.rows)
     more = {graph.output: output} | {value.key: value for value in variables if value.key.startswith("draw:")}
     draws = {name: value.shape for name, value in (plan.noises | more).items()}
-    whole = Inputs({graph.output: output.shape, **shapes, **draws}, graph.constants, floating, Names({}))
+    whole = Inputs({graph.output: output.shape, **shapes, **draws}, graph.constants, floating, names)
     beside = Writer(graph, plan).functions
 
     def made(name: str, steps: tuple[Value, ...], value: Value, doc: str, returns: Expr) -> Function:
@@ -125,6 +127,15 @@ def split(compiled: Compiled) -> tuple[list[Function], list[Root]]:
             found = made(f"root_{columns.number}", steps, value, doc, returns)
             roots.append(Root(found, quantities, False))
     return [first, loss, *(root.function for root in roots)], roots
+
+
+def names_of(compiled: Compiled) -> Names:
+    """Inputs, parameters and draws are called as they are, and the output by a name that is free."""
+    output, plan = compiled.graph.output, compiled.plan
+    rows = (value.key for loop in plan.loops for value, _ in loop.rows)
+    scope = Scope({*TAKEN, "like", *map(hint_of, (*plan.given, *plan.noises, *rows))})
+    made = isinstance(output, str) and output not in plan.given
+    return Names({output: scope.fresh(hint_of(output))} if made else {})
 
 
 def _taken_apart(root: LossRoot) -> bool:
@@ -166,7 +177,7 @@ def split_lines(compiled: Compiled, functions: Sequence[Function]) -> list[str]:
     lines = [row for each in functions for row in ("", "", *each.lines)]
     lines += ["", "", *statement(f"DIFFERENTIABLE = {trainable!r}")]
     if functions and isinstance(graph.output, str):
-        lines += statement(f"OUTPUT = {graph.output!r}")
+        lines += statement(f"OUTPUT = {names_of(compiled).shown(graph.output)!r}")
     return lines
 
 

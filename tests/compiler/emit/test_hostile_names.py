@@ -142,6 +142,47 @@ def test_files_of_layers(trial: int) -> None:
         agrees(loaded(tn.generate(module, quantities, example=torch.rand(4, 3, dtype=torch.float64)).source))
 
 
+class Inside(nn.Module):
+    """A layer with a layer of this name, the first or the last."""
+
+    def __init__(self, name: str, last: bool) -> None:
+        super().__init__()
+        self.names_of_two = ("other", name) if last else (name, "other")
+        for own, size in zip(self.names_of_two, (3, 2), strict=True):
+            self.add_module(own, nn.Linear(3, size))
+
+    def forward(self, input: Tensor) -> Tensor:
+        first, second = map(self.get_submodule, self.names_of_two)
+        result: Tensor = second(torch.tanh(first(input)))
+        return result
+
+
+WORDS = ("like", "each", "g_out", "values", "state", "print", "class", "one_by_one", "t0", "slice_0")  # fmt: skip
+"""What a file of a layer has for itself, and what no argument can be called."""
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("name", WORDS)
+def test_files_of_layers_with_parts(name: str, last: bool) -> None:
+    module, x = Inside(name, last).double(), torch.rand(4, 3, dtype=torch.float64)
+    for quantities in ([tn.BatchGrad(), tn.DiagGGN(), tn.HessianDiag()], [tn.BL89()], [tn.KFRA()]):
+        agrees(loaded(tn.generate(module, quantities, example=x).source))
+
+
+WORDS_OF_MODELS = ("like", "loss_of", "output", "N", "values", "results", "tensors", "noise", "check", "draw_0",
+                   "noise_0", "print", "class", "root_0", "p_first_weight", "t0")  # fmt: skip
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("name", WORDS_OF_MODELS)
+def test_files_of_models_with_parts(name: str, last: bool) -> None:
+    """The file of a whole model, with the roots of its loss's Hessian, agrees with autograd."""
+    x, y = torch.rand(4, 3, dtype=torch.float64), torch.randint(2, (4,))
+    quantities = [tn.BatchL2(), tn.DiagGGN(), tn.DiagGGNMC()]
+    loss = nn.CrossEntropyLoss()
+    agrees(loaded(tn.generate(Inside(name, last).double(), quantities, loss=loss, example=(x, y)).source))
+
+
 class Cosine(nn.Module):
     """A loss with an operator that is made of others, for which torch writes code of its own."""
 

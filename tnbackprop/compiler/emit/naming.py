@@ -35,7 +35,8 @@ class Scope:
     def fresh(self, hint: str) -> str:
         """An identifier that is like the hint, with a number behind it where that is taken."""
         name = identifier(hint) if hint else self._numbered()
-        base, count = name, 1
+        base, _, number = name.rpartition("_")
+        base, count = (base, int(number)) if base and number.isdigit() and int(number) > 1 else (name, 1)
         while name in self._taken:
             count += 1
             name = f"{base}_{count}" if hint else self._numbered()

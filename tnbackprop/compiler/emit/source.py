@@ -64,7 +64,7 @@ class Writer:
         for body in self.bodies:
             self.helpers |= {fn.name: fn.source for step in body.steps for fn in helpers(step.expr)}
         every = [*self.steps, *(step for body in self.bodies for step in body.steps)]
-        self.taken = TAKEN | OWN | set(self.helpers) | _words(every)
+        self.taken = TAKEN | OWN | set(self.helpers) | words(every)
         outside = Scope(self.taken)
         self.functions = {body: _function_name(outside, body, k) for k, body in enumerate(self.bodies)}
         self.names = Scope(self.taken | set(self.functions.values()))
@@ -196,7 +196,7 @@ def _inside(expr: Any) -> Iterator[Any]:
         yield from _inside(child)
 
 
-def _words(steps: Iterable[Value]) -> set[str]:
+def words(steps: Iterable[Value]) -> set[str]:
     """Every word of the code that rules give, which would be taken for a value of that name."""
     every = (each for step in steps for each in _inside(step.expr) if isinstance(each, Filled))
     return {word for each in every for word in each.code.words}

@@ -56,7 +56,7 @@ def enter(
         if spec.kind is InputKind.USER_INPUT:
             path, leaf = next(leaves)
             if isinstance(leaf, Tensor):
-                name = names.fresh(_input_name(path), reserved=True)
+                name = names.fresh(_input_name(path))
                 entered.env[node] = entered.add(name, sizes.shape(node.meta["val"]), leaf)
                 entered.inputs.append(name)
             continue

@@ -1,9 +1,7 @@
-"""Readable, unique Python names for the values of a graph."""
+"""Readable, unique names for the values of a graph."""
 
 from __future__ import annotations
 
-import builtins
-import keyword
 import re
 from typing import Any
 
@@ -11,29 +9,19 @@ from torch.fx import Node
 
 from .torch_internals import OpOverload, name_of
 
-RESERVED = frozenset(
-    {*keyword.kwlist, *keyword.softkwlist, *dir(builtins), *"N n v torch math loss output parameters buffers".split()}
-    | {"x", "y", "aten", "F", "nn", "functional", "window_gram", "sum_of_products", "sum_of_shifted_squares"}
-    | {"like", "memory", "progress", "tensors", "results", "added", "one_by_one"}
-    | {"receptive_kernels", "receptive_rows", "receptive_vjp", "receptive_vjp_wide"}
-)
-_OWN = re.compile(r"(both|column|curvature|draw|noise|root|slice|slot|total|weight)_\d\w*|[tu]\d+")
-"""How the emitted function calls values of its own."""
-
 
 class Names:
-    """Hands out identifiers, each once."""
+    """Hands out names of values, each once. What they are called in a source is the business of `emit.naming`."""
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
 
-    def fresh(self, wanted: str, reserved: bool = False) -> str:
-        """`wanted` as an identifier, with a number behind it where it is taken. `reserved`: take a reserved name."""
+    def fresh(self, wanted: str) -> str:
+        """`wanted` as an identifier, with a number behind it where it is taken."""
         base = re.sub(r"\W", "_", wanted, flags=re.ASCII).strip("_") or "value"
-        if base[0].isdigit() or _OWN.fullmatch(base):
-            base = f"layer_{base}"
+        base = f"layer_{base}" if base[0].isdigit() else base
         name, count = base, 1
-        while name in self._taken or (name in RESERVED and not reserved):
+        while name in self._taken:
             count += 1
             name = f"{base}_{count}"
         self._taken.add(name)

@@ -274,7 +274,7 @@ class _Translator:
 
     def _name(self, node: Node, target: Any, name: str) -> str:
         if node is self.loss_node:
-            return self.names.fresh("loss", True)
+            return self.names.fresh("loss")
         key, path, _ = module_of(node)
         if path and path != "loss" and self.last_of_module.get(key) is node and not name:
             return self.names.fresh(path.replace(".", "_"))
