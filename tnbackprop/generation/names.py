@@ -13,14 +13,15 @@ import torch
 
 from ..compiler.derive.layer import Layer
 from ..compiler.emit.naming import Scope, identifier
+from ..compiler.lower.table import HELPERS
 from ..diagram.core import hint_of
 from ..quantities.propagation import COTANGENT, HANDED
 
-RESERVED = frozenset({
+TAKEN = frozenset({
     "torch", "sys", "N", "V", "like", "each", "forward", "compute", "check", "state", "results", "values",
     "module", "ext", "g_inp", "g_out", "bpQuantities", "ctx", "self", "with_one",
     *(name for each in HANDED for name in (each.name, each.weights) if name), *keyword.kwlist,
-    *(name for name in dir(builtins) if name != "input"),
+    *(helper.name for helper in HELPERS), *(name for name in dir(builtins) if name != "input"),
 })  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def layer_names(module: torch.nn.Module, layer: Layer) -> Names:
         wanted[value] = by_key if by_key in signature else signature[k] if k < len(signature) else value
     state = {graph.parameters[v][0] for v in graph.parameters} | set(graph.buffers.values())
     own = {name for each in layer.handed for name in (each.name, each.weights)}
-    taken = RESERVED | own | {*graph.values, *(e.name for _, rule in layer.derived.bound for e in rule.equations)}
+    taken = TAKEN | own | {*graph.values, *(e.name for _, rule in layer.derived.bound for e in rule.equations)}
     found: dict[str, str] = {}
     for value, name in wanted.items():
         free = name == identifier(name) and (name not in taken or name == value) and name not in found.values()

@@ -11,17 +11,13 @@ from torch import Tensor, nn
 
 import tnbackprop as tn
 from tnbackprop.compiler.emit.source import OWN
-from tnbackprop.compiler.lower.by_rows import PRODUCTS, SHIFTED_SQUARES
-from tnbackprop.compiler.lower.receptive import OF_KERNELS, OF_ROWS, OF_VJP, OF_WIDE_VJP
-from tnbackprop.compiler.lower.shifts import GRAM
+from tnbackprop.compiler.lower.table import HELPERS
 from tnbackprop.compiler.plan.plan import Plan
 from tnbackprop.compiler.program import cost
 from tnbackprop.compiler.program.expr import Call, Value
-from tnbackprop.compiler.program.functions import LOOP, Function
+from tnbackprop.compiler.program.functions import Function
 
 from ...programs import writer
-
-HELPERS = (LOOP, PRODUCTS, SHIFTED_SQUARES, GRAM, OF_KERNELS, OF_ROWS, OF_VJP, OF_WIDE_VJP)
 
 
 class Named(nn.Module):

@@ -13,17 +13,21 @@ from ..program.cost import Kernel, Work
 from ..program.expr import Call, Expr, Ref
 from ..program.store import Store
 from .arrange import in_order, sizes_of
+from .by_rows import PRODUCTS, SHIFTED_SQUARES
 from .candidate import Candidate, Lowering
 from .contract import as_tensor, contracted, diagonal, read
 from .convolve import convolutions
 from .digits import viewed
 from .pairs import sum_of_squares
-from .receptive import receptive_fields
+from .receptive import OF_KERNELS, OF_ROWS, OF_VJP, OF_WIDE_VJP, receptive_fields
 from .selections import selected
-from .shifts import shifts
+from .shifts import GRAM, shifts
 from .windows import unfolded
 
 Legs = tuple[Leg, ...]
+
+HELPERS = (f.LOOP, PRODUCTS, SHIFTED_SQUARES, GRAM, OF_KERNELS, OF_ROWS, OF_VJP, OF_WIDE_VJP)
+"""Functions whose source may stand beside a program."""
 
 
 def squares(store: Store, product: Product, legs: Legs) -> list[Candidate]:
