@@ -38,7 +38,7 @@ from ..quantities.jacobian import CrossNTK
 from .reference import SEED, NotComparedError, Reference
 
 Values = Mapping[str, Any]
-FIRST, SECOND = "a derivative", "a second derivative"
+FIRST, ROOT, SECOND = "a derivative", "a root of the loss's Hessian", "a second derivative"
 
 
 @dataclass(frozen=True)
@@ -93,48 +93,58 @@ def grad(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
 
 
 def batch_grad(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
-    factor = _linear(reference, quantity)
     for n, row in reference.rows.items():
         for name, want in row.items():
-            yield name, f"sample {n}", got[name][n], want * factor, 0.0
+            yield name, f"sample {n}", got[name][n], _scaled(reference, quantity, got[name][n], want, 1), 0.0
 
 
 def batch_l2(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
-    factor = _linear(reference, quantity) ** 2
     for n, row in reference.rows.items():
-        for name, want in row.items():
-            yield name, f"sample {n}", got[name][n], want.double().square().sum() * factor, 0.0
+        for name, g in row.items():
+            want = g.double().square().sum()
+            yield name, f"sample {n}", got[name][n], _scaled(reference, quantity, got[name][n], want, 2), 0.0
 
 
 def batch_dot(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
-    factor, at = _linear(reference, quantity) ** 2, list(reference.rows)
+    at = list(reference.rows)
     for name in reference.parameters:
         rows = torch.stack([reference.rows[n][name].double().reshape(-1) for n in at])
-        yield name, "", got[name][at][:, at], rows @ rows.T * factor, 0.0
+        own = got[name][at][:, at]
+        yield name, "", own, _scaled(reference, quantity, own, rows @ rows.T, 2), 0.0
 
 
 def second_moment(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
     for name, G in reference.individual.items():
-        yield name, "", got[name], _moment(reference, quantity, G, 1.0), 0.0
+        squares = G.double().square().sum(0)
+        yield name, "", got[name], _moment(reference, quantity, got[name], squares, 1.0), 0.0
 
 
 def variance(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
     """It cancels where the gradients hardly differ: a difference is measured by the second moment."""
+    backpack = 1 / reference.size
     for name, G in reference.individual.items():
-        whole = _moment(reference, quantity, G, 1 / reference.size)
         D = G.double() - G.double().mean(0)
-        yield name, "", got[name], _moment(reference, quantity, D, 1 / reference.size), float(whole.abs().max())
+        want = _moment(reference, quantity, got[name], D.square().sum(0), backpack)
+        whole = _moment(reference, quantity, got[name], G.double().square().sum(0), backpack)
+        yield name, "", got[name], want, float(whole.abs().max())
 
 
-def _moment(reference: Reference, quantity: Any, G: Tensor, backpack: float) -> Tensor:
+def _moment(reference: Reference, quantity: Any, got: Tensor, squares: Tensor, backpack: float) -> Tensor:
     """Σ_n G_n² with the factor of the scale."""
-    if quantity.scale is not Scale.BACKPACK:
-        backpack = 1 / (reference.size * reference.scale**2)
-    return G.double().square().sum(0) * backpack
+    if quantity.scale is Scale.BACKPACK:
+        return squares * backpack
+    return _nearest(got, [squares / (reference.size * c**2) for c in reference.scales])
 
 
-def _linear(reference: Reference, quantity: Any) -> float:
-    return 1 / reference.scale if quantity.scale is Scale.UNSCALED else 1.0
+def _scaled(reference: Reference, quantity: Any, got: Tensor, want: Tensor, power: int) -> Tensor:
+    if quantity.scale is not Scale.UNSCALED:
+        return want
+    return _nearest(got, [want / c**power for c in reference.scales])
+
+
+def _nearest(got: Tensor, wants: list[Tensor]) -> Tensor:
+    """Whether a loss counts as a mean or as a sum is not compared."""
+    return min(wants, key=lambda want: error(got, want))
 
 
 # -- columns
@@ -229,7 +239,10 @@ ROWS: Mapping[type[Quantity], Row] = {
     GGNGram: ggn_gram,
     HessianDiag: hessian_diag,
 }
-SECOND_ORDER = (DiagGGN, SqrtGGN, GGNTrace, GGNGram, HessianDiag)
+KINDS: Mapping[type[Quantity], str] = {
+    **dict.fromkeys((DiagGGN, SqrtGGN, GGNTrace, GGNGram), ROOT),
+    HessianDiag: SECOND,
+}
 
 BY_ITS_WAY = "defined by its way through the model, not by autograd; tn.verify compares it line by line"
 LEFT: Mapping[type[Quantity], str] = {
@@ -256,7 +269,7 @@ def pairs_of(
         if row is None:
             left[key] = LEFT.get(type(quantity), UNKNOWN)
             continue
-        kind = SECOND if isinstance(quantity, SECOND_ORDER) else FIRST
+        kind = KINDS.get(type(quantity), FIRST)
         try:
             for name, part, got, want, size in row(reference, quantity, values[key]):
                 of = f"{key} ({part})" if part else key
