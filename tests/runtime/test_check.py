@@ -71,15 +71,19 @@ def test_every_quantity_is_compared(dtype: torch.dtype) -> None:
 
 
 class Bent(api.Program):
-    """A program with one wrong number in one value."""
+    """A program with one wrong number in one value, or with nothing else."""
 
+    all = False
     key = "grad"
     name = "0.weight"
 
     def __call__(self, *args: Any, **options: Any) -> tn.Result:
         result = super().__call__(*args, **options)
         value = result[self.key][self.name]
-        value[torch.unravel_index(value.abs().argmax(), value.shape)] *= 1.01
+        if self.all:
+            value *= 1.01
+        else:
+            value[torch.unravel_index(value.abs().argmax(), value.shape)] *= 1.01
         return result
 
 
@@ -93,6 +97,21 @@ def test_a_wrong_number_is_found(
     where = rf"(?s){quantity.name}.* of parameter '{name}' of module '{name[0]}' \(Linear\).*Likely: .*tn\.verify\("
     with pytest.raises(tn.VerificationError, match=where):
         checked(mlp().to(dtype), *batch(dtype=dtype), ALL)
+
+
+WIDE = [tn.DiagGGN(), tn.DiagGGN("each", per_sample=True), tn.SqrtGGN()]
+
+
+@pytest.mark.parametrize("quantity", WIDE, ids=lambda quantity: quantity.name)
+def test_many_columns(quantity: tn.Quantity, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some entries, by products with the Jacobian."""
+    x, y = batch()
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 50))
+    assert "diag_ggn of 4 parameters, each of 4 parameters, sqrt_ggn of 4" in checked(model, x, y, WIDE)
+    found = type("Bent", (Bent,), {"key": quantity.name, "name": "0.bias", "all": True})
+    monkeypatch.setattr(api, "Program", found)
+    with pytest.raises(tn.VerificationError, match=rf"{quantity.name} \(entries.*\) of parameter '0.bias'"):
+        checked(model, x, y, WIDE)
 
 
 class Cube(nn.Module):

@@ -188,12 +188,23 @@ def _random_vjp(reference: Reference) -> tuple[Tensor, Mapping[str, Tensor]]:
 
 
 def diag_ggn(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
-    for name, diagonal in reference.curvature.diagonal.items():
-        yield name, "", got[name], diagonal if quantity.per_sample else diagonal.sum(0), 0.0
+    """All of it where there are few columns; else some entries, by a Jacobian-vector product each."""
+    if reference.few_columns:
+        for name, diagonal in reference.curvature.diagonal.items():
+            yield name, "", got[name], diagonal if quantity.per_sample else diagonal.sum(0), 0.0
+        return
+    for name, want in reference.ggn_entries.items():
+        value = got[name].reshape(reference.size if quantity.per_sample else 1, -1)[:, reference.entries[name]]
+        yield name, "entries", value.T, want if quantity.per_sample else want.sum(1, keepdim=True), 0.0
 
 
 def sqrt_ggn(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
     """A root has another one with turned columns: its squares are compared, and dᵀ V Vᵀ d for a random d."""
+    if not reference.few_columns:
+        for name, want in reference.ggn_entries.items():
+            V = got[name].reshape(len(got[name]), reference.size, -1)[:, :, reference.entries[name]]
+            yield name, "entries, squared", V.double().square().sum(0).T, want, 0.0
+        return
     curvature = reference.curvature
     for name, d in reference.directions.items():
         V = got[name].double()
@@ -215,10 +226,10 @@ def ggn_gram(reference: Reference, quantity: Any, got: Values) -> Iterator[Found
 
 
 def hessian_diag(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
-    for name, (at, want) in reference.hessian_entries.items():
-        value = got[name].double()
+    for name, want in reference.hessian_entries.items():
+        at, value = reference.entries[name], got[name].double()
         value = value.sum(0) if quantity.per_sample else value
-        yield name, f"{len(at)} entries" if len(at) < value.numel() else "", value.reshape(-1)[at], want, 0.0
+        yield name, "" if len(at) == value.numel() else "entries", value.reshape(-1)[at], want, 0.0
 
 
 Row = Callable[[Reference, Any, Values], Iterator[Found]]

@@ -23,7 +23,7 @@ from ..errors import InputError, VerificationError
 from ..notation.rule import Rules
 from ..rules import RULES
 from .compared import FIRST, ROOT, SECOND, Pair, error, pairs_of
-from .program import Program
+from .program import Indefinite, Program
 from .reference import SEED, Batch, Reference
 from .result import Result
 
@@ -152,6 +152,7 @@ class Proof:
     def _pairs(self, wrapped: Wrapped, batch: Batch, result: Result) -> tuple[list[Pair], dict[str, str], bool]:
         """What is compared; what is not, and why; whether the model draws what the program does not."""
         reference = self._reference(wrapped, batch)
+        reference.clipped = self.program.indefinite is Indefinite.CLIP
         pairs = list(_values(reference.loss, reference.output, result))
         if self._wrong(pairs) and _draws(reference):
             return [], {}, True

@@ -44,6 +44,7 @@ class Reference:
 
     def __init__(self, wrapped: Wrapped, graph: Graph, batch: Batch, size: int) -> None:
         self.wrapped, self.graph, self.batch, self.size = wrapped, graph, batch, size
+        self.clipped = False  # whether negative eigenvalues of the loss's Hessian count as zero
         torch.manual_seed(SEED)
         self.loss, self.output = wrapped(*batch)
         own = wrapped.get_submodule("model").named_parameters()
@@ -132,11 +133,15 @@ class Reference:
         )
 
     @property
+    def few_columns(self) -> bool:
+        """Whether all columns of all samples may be propagated."""
+        return sum(len(part) for part in self.elements[0]) * self.size <= PASSES
+
+    @property
     def columns(self) -> Iterator[tuple[int, Gradients]]:
         """J_nᵀ s for each n and each column s of a root of H_n, negative eigenvalues left out."""
-        features = sum(len(part) for part in self.elements[0])
-        if features * self.size > PASSES:
-            raise NotComparedError(f"{features} outputs of each sample: too many columns")
+        if not self.few_columns:
+            raise NotComparedError("there are many columns")
         for n in range(self.size):
             H = self.hessian(n)
             values, vectors = torch.linalg.eigh((H + H.mT) / 2)
@@ -186,21 +191,53 @@ class Reference:
             return Reference(self.wrapped, self.graph, self.batch, self.size)
 
     @cached_property
-    def hessian_entries(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Which elements of each parameter, and diag ∇²L there: some of each, of so many parameters as go."""
-        every = list(self.twice.parameters)
+    def entries(self) -> dict[str, Tensor]:
+        """Which elements are looked at alone: some of each parameter, of so many parameters as go."""
+        every = list(self.parameters)
         names = every[:: -(-len(every) // PASSES)]
         source = torch.Generator().manual_seed(SEED)
-        first = self.twice.slopes
         found = {}
         for name in names:
-            p = self.twice.parameters[name]
+            p = self.parameters[name]
             count = min(max(1, PASSES // len(names)), p.numel())
-            at = torch.randperm(p.numel(), generator=source)[:count].to(p.device)
-            g = first[name].reshape(-1)
-            entries = [_list(g[k], [p])[0].reshape(-1)[k] if g.requires_grad else g.new_zeros(()) for k in at]
-            found[name] = at, torch.stack(entries).detach()
+            found[name] = torch.randperm(p.numel(), generator=source)[:count].to(p.device)
         return found
+
+    @cached_property
+    def hessian_entries(self) -> dict[str, Tensor]:
+        """diag ∇²L at the `entries`."""
+        first = self.twice.slopes
+        found = {}
+        for name, at in self.entries.items():
+            p, g = self.twice.parameters[name], first[name].reshape(-1)
+            each = [_list(g[k], [p])[0].reshape(-1)[k] if g.requires_grad else g.new_zeros(()) for k in at]
+            found[name] = torch.stack(each).detach()
+        return found
+
+    @cached_property
+    def ggn_entries(self) -> dict[str, Tensor]:
+        """(J_n e)ᵀ H_n (J_n e) for the one-hot e of each of the `entries`, [entries, N]. Jᵀ u is linear in u."""
+        if self.clipped:
+            raise NotComparedError(
+                "there are many columns, and what is cut off of the Hessian is not told without them"
+            )
+        ends = self.twice.ends
+        u = [torch.ones_like(end).requires_grad_() for end in ends]
+        back = _grad(ends, self.twice.parameters, u, create_graph=True)
+        return {
+            name: torch.stack([self._product(_list(back[name].reshape(-1)[k], u)) for k in at])
+            for name, at in self.entries.items()
+        }
+
+    def _product(self, vectors: list[Tensor]) -> Tensor:
+        """vᵀ H_n v of each sample's part of some vectors like the outputs, [N]."""
+        known = [(g, v) for g, v in zip(self.cut.slopes, vectors, strict=True) if g.requires_grad]
+        found = [torch.zeros_like(v) for v in vectors]
+        if known:
+            dot = torch.stack([(g * v.detach()).sum() for g, v in known]).sum()
+            found = _list(dot, self.cut.ends)
+        each = [(v * h).detach().double().reshape(-1) for v, h in zip(vectors, found, strict=True)]
+        return torch.stack([torch.cat([e[at] for e, at in zip(each, own, strict=True)]).sum() for own in self.elements])
 
     @cached_property
     def slopes(self) -> Gradients:
