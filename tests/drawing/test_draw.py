@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import tnbackprop as tn
-from tnbackprop.compiler.derive.derived import Extraction
+from tnbackprop.compiler.derive.derived import Extraction, Result
 from tnbackprop.diagram.algebra import inline
 from tnbackprop.diagram.core import BATCH, Diagram, Leg, N, Part, Tensor
 from tnbackprop.drawing import formulas, jacobian, quantity
@@ -275,9 +275,9 @@ def test_finding_sums_and_tied_names() -> None:
     batch = torch.randn(4, 3), torch.randn(4, 3)
     made = tn.compile(model, nn.MSELoss(), batch, [tn.HessianDiag(), tn.DiagGGN()])
     terms = [
-        i.diagrams["hessian_diag"]
+        i.diagrams[Result("hessian_diag")]
         for i in made.compiled.derived.items
-        if isinstance(i, Extraction) and i.parameter == "p_0_weight" and "hessian_diag" in i.diagrams
+        if isinstance(i, Extraction) and i.parameter == "p_0_weight" and "hessian_diag" in i.quantities
     ]
     found = quantity(made, "hessian_diag", "0.weight")
     assert isinstance(found, Diagram) and len(terms) > 1

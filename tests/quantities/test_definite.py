@@ -188,10 +188,10 @@ def test_one_hessian_for_all_roots() -> None:
 def test_torch_compile_takes_it_whole() -> None:
     model, batch = nn.Linear(3, 3), (torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0]))
     program = tn.compile(model, SATURABLE["nll"], batch, [tn.DiagGGN(), tn.HessianDiag(), tn.BL89()])
-    namespace: dict[str, Callable[..., tuple[object, object, dict[str, dict[str, Tensor]]]]] = {}
+    namespace: dict[str, Callable[..., tuple[object, object, dict[str, dict[str, Tensor]], object]]] = {}
     exec(program.source, namespace)
     torch._dynamo.reset()
     with torch.no_grad():
-        _, _, values = torch.compile(namespace["program"], fullgraph=True, backend="eager")(program.tensors(*batch))
+        _, _, values, _ = torch.compile(namespace["program"], fullgraph=True, backend="eager")(program.tensors(*batch))
     for name, want in program(*batch).items():
         torch.testing.assert_close(values[name]["weight"], want["weight"])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import tnbackprop as tn
+from tnbackprop.compiler.derive.derived import Result
 
 from .. import oracle_second
 from ..cases import CASES, Case, Problem, classes, normal, seq
@@ -292,8 +293,8 @@ def test_the_input_factor_is_one_tensor() -> None:
     result = program(problem.x, problem.y, seed=0)
     keys, planned = ("kflr", "kfac", "kfra", "empirical"), program.compiled.plan.results
     for name in ("0.weight", "3.weight", "6.weight"):
-        assert len({planned[f"{key}#1"][name] for key in keys}) == 1, name
-        assert len({planned[f"{key}#0"][name] for key in keys}) >= 3, name
+        assert len({planned[Result(key, 1)][name] for key in keys}) == 1, name
+        assert len({planned[Result(key, 0)][name] for key in keys}) >= 3, name
         first, *others = (result[key][name].factors[1] for key in keys)
         assert all(torch.equal(first, other) for other in others), name
         assert len({A.data_ptr() for A in (first, *others)}) == 4, name

@@ -47,7 +47,6 @@ OPTIONS: dict[str, tuple[Callable[[], object], str]] = {
     "no samples": (lambda: tn.KFAC(mc_samples=0), "KFAC: mc_samples=0: draw at least one"),
     "half a sample": (lambda: tn.SqrtGGNMC(mc_samples=1.5), "mc_samples=1.5 is float, not int"),
     "no name": (lambda: tn.Grad(""), "Grad: name='': the key in the result"),
-    "a name with #": (lambda: tn.Grad("a#b"), "the key in the result is a text without '#'"),
     "a class": (computed(tn.Grad), r"Grad is a class: give an instance, Grad\(\)"),
     "a text": (computed("grad"), "'grad' is no tn.Quantity: give instances"),
     "no list": (lambda: tn.compute(MODEL, nn.MSELoss(), (X, Y), tn.Grad()), "quantities is Grad, not a list"),

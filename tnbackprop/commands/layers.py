@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import tnbackprop as tn
 
 from ..compiler import Compiled
-from ..compiler.derive.derived import Extraction
+from ..compiler.derive.derived import Extraction, Result
 from ..compiler.emit.naming import comment
 from ..compiler.explain.polynomials import Symbols
 from ..compiler.explain.stages import (
@@ -127,7 +127,7 @@ def _parameter(program: tn.Program, dotted: str) -> Iterator[Block]:
     for item, sweep in ((item, sweep) for schedule, sweep in swept for item in schedule):
         if not isinstance(item, Extraction) or compiled.graph.parameters[item.parameter][0] != dotted:
             continue
-        names = dict.fromkeys(key.partition("#")[0] for key in item.diagrams)
+        names = item.quantities
         choice = choice_of(compiled, item)
         yield Heading(f"{', '.join(names)} of {dotted} {compiled.graph.values[item.parameter].axes_text}", 3)
         if sweep:
@@ -146,9 +146,9 @@ def _rewritten(compiled: Compiled, item: Extraction, name: str, dotted: str) -> 
         whole = block(compiled, item)
         before = (whole,) if whole is not None and _drawable(whole) else ()
         yield Picture((*before, factors), f"{name} of {dotted}" + ": the block, and its factors" * len(before))
-    elif _drawable(item.diagrams[name]):
-        after = tuple(way.diagram for way in rewritten(compiled, item)[name] if _drawable(way.diagram))
-        yield Picture((item.diagrams[name], *after), f"{name} of {dotted}" + ", multiplied out" * bool(after))
+    elif _drawable(whole := item.diagrams[Result(name)]):
+        after = tuple(way.diagram for way in rewritten(compiled, item)[Result(name)] if _drawable(way.diagram))
+        yield Picture((whole, *after), f"{name} of {dotted}" + ", multiplied out" * bool(after))
 
 
 def _drawable(diagram: Diagram) -> bool:

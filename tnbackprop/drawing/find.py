@@ -28,9 +28,9 @@ def quantity(program: Program, name: str, parameter: str) -> Diagram | Factors:
             of = found.setdefault(names[item.parameter][0], {})
             of |= item.factors
             for key, diagram in item.diagrams.items():
-                if key.partition("#")[0] not in item.factors:
-                    before = of.get(key)
-                    of[key] = before + diagram if isinstance(before, Diagram) else diagram
+                if key.factor is None:
+                    before = of.get(key.quantity)
+                    of[key.quantity] = before + diagram if isinstance(before, Diagram) else diagram
     parameter = first.get(parameter, parameter)
     if parameter not in found:
         raise InputError(f"no diagrams for a parameter {parameter!r}: there are {', '.join(found)}")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from ..compiler.derive.derived import Extraction, joined_with
+from ..compiler.derive.derived import Extraction, Result, joined_with
 from ..compiler.explain.text import legs_text
 from ..compiler.lower.arrange import reshaped
 from ..compiler.program import functions as f
@@ -91,18 +91,18 @@ def absorbed(blocks: Mapping[Key, Block]) -> set[Key]:
     return {(quantity, block.bias) for (quantity, _), block in blocks.items() if block.bias}
 
 
-def factors_of(block: Block, quantity: str, values: Mapping[str, Value]) -> tuple[Expr, ...]:
+def factors_of(block: Block, quantity: str, values: Mapping[Result, Value]) -> tuple[Expr, ...]:
     """(factor, …): [d, d], or [d] of a diagonal one, with blocks in front; `values` of them and their means."""
     shown: list[Expr] = []
     for k, wanted in enumerate(block.factors.shapes):
-        value = values[f"{quantity}#{k}"]
+        value = values[Result(quantity, k)]
         if prod(int(size) for size in value.shape) != prod(wanted):
             shown.append(Call(f.EXPAND, (value, *wanted)))
         else:
             shown.append(reshaped(value, value.shape, tuple(wanted)))
     if block.bias:
         A = block.input
-        shown = [shown[1 - A], Call(WITH_ONE, (shown[A], values[f"{quantity}#mean{A}"]))]
+        shown = [shown[1 - A], Call(WITH_ONE, (shown[A], values[Result(quantity, A, mean=True)]))]
     return tuple(shown)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..compiler.derive.derived import Result
 from ..compiler.lower.arrange import reshaped
 from ..compiler.program.expr import Expr
 from ..compiler.program.lines import alive
@@ -127,14 +128,14 @@ def _together(file: LayerFile) -> list[str]:
     for quantity, dotted in file.functions:
         values = {key: by[dotted] for key, by in plan.results.items() if dotted in by}
         block = prepared.blocks.get((quantity, dotted))
-        made = values[quantity] if block is None else factors_of(block, quantity, values)
+        made = values[Result(quantity)] if block is None else factors_of(block, quantity, values)
         returned.setdefault(quantity, {})[dotted] = made
     for value, name, handed in layer.pulled_back:
         found = plan.output[name]
         entry = returned.setdefault(handed.pulled, {})
         entry[prepared.names.of[value]] = reshaped(found, found.shape, pulled_shape(prepared, value, handed))
-    read = {f"{quantity}#mean{block.input}" for (quantity, _), block in prepared.blocks.items() if block.bias}
-    shown = [by for key, by in plan.results.items() if "#mean" not in key or key in read]
+    read = {Result(quantity, block.input, mean=True) for (quantity, _), block in prepared.blocks.items() if block.bias}
+    shown = [by for result, by in plan.results.items() if not result.mean or result in read]
     names = {value for by in shown for value in by.values()} | set(plan.output.values())
     doc = [
         "All of them, {quantity: {parameter: value}}, and what is pulled back; what they share is computed once.",

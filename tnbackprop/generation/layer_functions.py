@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..compiler.derive.derive import rules_text
+from ..compiler.derive.derived import Result
 from ..compiler.derive.layer import Layer
 from ..compiler.emit.naming import identifier
 from ..compiler.lower.arrange import reshaped
@@ -137,26 +138,26 @@ def pull_backs(prepared: Prepared) -> dict[tuple[str, str], Function]:
 def extracted(prepared: Prepared) -> dict[tuple[str, str], Function]:
     """(quantity, dotted parameter) -> its function."""
     graph = prepared.layer.graph
-    diagrams: dict[tuple[str, str], list[tuple[str, Diagram]]] = {}
+    diagrams: dict[tuple[str, str], list[tuple[Result, Diagram]]] = {}
     for item in extractions(prepared.layer.derived):
-        for name, diagram in item.diagrams.items():
-            key = (name.partition("#")[0], graph.parameters[item.parameter][0])
-            diagrams.setdefault(key, []).append((name, diagram))
+        for result, diagram in item.diagrams.items():
+            key = (result.quantity, graph.parameters[item.parameter][0])
+            diagrams.setdefault(key, []).append((result, diagram))
     found: dict[tuple[str, str], Function] = {}
     for key in prepared.keys:
         quantity = next(each for each in prepared.quantities if each.name == key[0])
         own = prepared.parameters[key[1]]
         plan = part(prepared.layer, [key])
         block = prepared.blocks.get(key)
-        means = (f"{key[0]}#mean{block.input}",) if block is not None and block.bias else ()
-        values = {name: by[key[1]] for name, by in plan.results.items() if "#mean" not in name or name in means}
+        joined = block is not None and bool(block.bias)
+        values = {result: by[key[1]] for result, by in plan.results.items() if joined or not result.mean}
         plan = replace(plan, steps=alive(plan.steps, set(values.values())))
-        returns: Tree = values[key[0]] if block is None else factors_of(block, key[0], values)
-        shape = block.shape(own) if block is not None else sizes(values[key[0]].shape)
+        returns: Tree = values[Result(key[0])] if block is None else factors_of(block, key[0], values)
+        shape = block.shape(own) if block is not None else sizes(values[Result(key[0])].shape)
         doc = [
             f"{quantity.name} of {own}, {shape}.",
             (type(quantity).__doc__ or "").strip().splitlines()[0],
-            *_formulas(prepared, [(name, diagram) for name, diagram in diagrams[key] if name in values]),
+            *_formulas(prepared, [(str(result), diagram) for result, diagram in diagrams[key] if result in values]),
             *([f"Assumes: {block.factors.assumption}."] if block is not None else []),
             f"{flops(plan)}. {_origin(prepared)}",
         ]

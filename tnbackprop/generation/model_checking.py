@@ -152,7 +152,7 @@ def _columns(compiled: Compiled) -> Iterator[tuple[Value, Columns, tuple[str, ..
         if not isinstance(columns.start, LossRoot) or columns.start.signed or _taken_apart(columns.start):
             continue
         items = [item for item in columns.schedule if isinstance(item, Extraction)]
-        mine = tuple(dict.fromkeys(name.partition("#")[0] for item in items for name in item.diagrams))
+        mine = tuple(dict.fromkeys(name for item in items for name in item.quantities))
         if columns.samples:
             loop = next((loop for loop in plan.loops if any(v.key == columns.draw for v, _ in loop.rows)), None)
             steps = (*plan.steps, *loop.body.steps) if loop is not None else plan.steps

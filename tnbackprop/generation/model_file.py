@@ -17,7 +17,6 @@ from ..compiler.emit.printer import size_text
 from ..compiler.emit.source import Writer
 from ..compiler.explain.text import diagram_text
 from ..compiler.plan.definite import TOLERATED
-from ..compiler.plan.plan import INDEFINITE
 from ..compiler.translate.graph import Graph
 from ..diagram.core import N
 from ..errors import InputError, UnsupportedError
@@ -31,7 +30,7 @@ from .generated import Target
 from .kronecker import WITH_ONE_TEXT, Block, blocks_of
 from .model_checking import model_checks, split, split_lines
 from .straight import tidied
-from .text import data, docstring, quoted, sizes, statement
+from .text import data, docstring, sizes, statement
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,8 @@ def _source(file: ModelFile, functions: Sequence[Function], checks: Checks, reco
     lines += ["", "", *_program(compiled), "", "", *_tensors(compiled)]
     single = isinstance(graph.output, str)
     compute = _COMPUTE.replace("OUTPUT", "output[0]" if single else "output")
-    lines += lines_of_text(compute.replace("INDEFINITE", quoted(repr(INDEFINITE))))
-    assembled = _ASSEMBLED.replace("JOINED", _JOINED if joined else "").replace("INDEFINITE", quoted(repr(INDEFINITE)))
-    assembled = assembled.replace("TOLERATED", repr(TOLERATED))
+    lines += lines_of_text(compute.replace("TOLERATED", repr(TOLERATED)))
+    assembled = _ASSEMBLED.replace("JOINED", _JOINED if joined else "").replace("MEANS", _MEANS if joined else "")
     lines += lines_of_text(assembled)
     lines += lines_of_text(WITH_ONE_TEXT) if joined else []
     lines += split_lines(compiled, functions)
@@ -137,7 +135,7 @@ def _header(file: ModelFile, checks: Checks) -> list[str]:
     order = list(graph.parameters)
     for item in sorted(extractions(compiled.derived), key=lambda item: order.index(item.parameter)):
         dotted = graph.parameters[item.parameter][0]
-        about += [f"    {dotted}: {diagram_text(name, diagram, {})}" for name, diagram in item.diagrams.items()]
+        about += [f"    {dotted}: {diagram_text(str(name), diagram, {})}" for name, diagram in item.diagrams.items()]
     return docstring(about, "")
 
 
@@ -188,22 +186,21 @@ def compute(model, x, y=None, generator=None):
     like = next(value for value in tensors.values() if value.is_floating_point())
     tensors |= constants(like) | noise(len(tensors[BATCH]), like, generator)
     with torch.no_grad():
-        loss, output, results = program(tensors)
+        loss, output, results, *checks = program(tensors)
+    for smallest in (each for found in checks for each in found):
+        if smallest < -TOLERATED:
+            raise ValueError("the loss Hessian is indefinite: it has no real square root")
     return loss, OUTPUT, assembled(results)
 '''
 
 _ASSEMBLED = '''
 def assembled(results):
-    """Kronecker factors as square matrices, under the name of their quantity."""
-    for smallest in results.pop(INDEFINITE, {}).values():
-        if smallest < -TOLERATED:
-            raise ValueError("the loss Hessian is indefinite: it has no real square root")
-    for quantity, by_name in FACTORS.items():
+    """Kronecker factors as square matrices."""
+MEANS    for quantity, by_name in FACTORS.items():
         results[quantity] = {
-            name: tuple(square(results[f"{quantity}#{k}"][name], shape) for k, shape in enumerate(shapes))
-            for name, shapes in by_name.items()
+            name: tuple(map(square, results[quantity][name], shapes)) for name, shapes in by_name.items()
         }
-JOINED    return {quantity: by_name for quantity, by_name in results.items() if "#" not in quantity}
+JOINED    return results
 
 
 def square(factor, shape):
@@ -220,7 +217,10 @@ def leaves(tree):
     return [] if tree is None else [tree]
 '''
 
+_MEANS = """    means = {(quantity, name): results[quantity][name][-1] for quantity, name in JOINED}
+"""
+
 _JOINED = """    for (quantity, name), k in JOINED.items():
         factors = results[quantity][name]
-        results[quantity][name] = (factors[1 - k], with_one(factors[k], results[f"{quantity}#mean{k}"][name]))
+        results[quantity][name] = (factors[1 - k], with_one(factors[k], means[quantity, name]))
 """

@@ -14,7 +14,7 @@ from ..compiler.derive.derived import Extraction, joined_with
 from ..linalg import Kind, KroneckerFactors, Layout
 from ..quantities.factors import Factors
 
-Values = Mapping[str, Mapping[str, torch.Tensor]]
+Values = Mapping[str, Mapping[str, torch.Tensor | tuple[torch.Tensor, ...]]]
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,15 @@ def blocks(compiled: Compiled, quantity: str) -> Blocks:
 
 def assemble(blocks: Blocks, values: Values, quantity: str) -> Mapping[str, object]:
     """The quantity by parameter: tensors as they are, factors as `KroneckerFactors`."""
-    if quantity in values:
-        return values[quantity]
-    found: dict[str, object] = {}
+    found: dict[str, object] = {name: value for name, value in values[quantity].items() if name not in blocks.factors}
     for dotted, factors in blocks.factors.items():
-        tensors = [values[f"{quantity}#{k}"][dotted] for k in range(len(factors.diagrams))]
+        tensors = list(values[quantity][dotted])
         if dotted in blocks.joined:
             (k,) = (k for k, mean in enumerate(factors.means) if mean is not None)
-            tensors[k] = _with_one(tensors[k], values[f"{quantity}#mean{k}"][dotted])
+            tensors[k] = _with_one(tensors[k], tensors[-1])
             found[dotted] = _with_bias(factors, tensors, f"{dotted}, {blocks.joined[dotted]}")
         elif dotted not in blocks.joined.values():
-            found[dotted] = _kronecker(factors, tensors, blocks.shapes[dotted], dotted)
+            found[dotted] = _kronecker(factors, tensors[: len(factors.diagrams)], blocks.shapes[dotted], dotted)
     return found
 
 

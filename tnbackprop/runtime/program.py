@@ -20,7 +20,6 @@ from ..compiler.emit.source import MEMORY, load, running
 from ..compiler.explain.stages import explain
 from ..compiler.invariants.stage import Stage
 from ..compiler.plan.definite import TOLERATED
-from ..compiler.plan.plan import INDEFINITE
 from ..compiler.program.cost import number, size_at
 from ..compiler.translate.graph import Graph, Value
 from ..compiler.translate.torch_modes import check_plain, own_dtypes
@@ -172,10 +171,15 @@ class Program:
             return Graphed(self._function, self._with_noise, partial(self._result, example), inputs, example)
 
     def _result(
-        self, read: Mapping[str, torch.Tensor], loss: torch.Tensor | None, output: Any, values: Values
+        self,
+        read: Mapping[str, torch.Tensor],
+        loss: torch.Tensor | None,
+        output: Any,
+        values: Values,
+        checks: Sequence[torch.Tensor] = (),
     ) -> Result:
         """What the emitted function returns, as a user reads it, in memory of its own."""
-        for smallest in values.get(INDEFINITE, {}).values():
+        for smallest in checks:
             if smallest < -TOLERATED and self.indefinite is Indefinite.REFUSE:
                 raise InputError(
                     f"the loss Hessian is indefinite (a sample's smallest eigenvalue is {float(smallest):.3g} of its "
@@ -183,7 +187,7 @@ class Program:
                     "in the output, ask for HessianDiag, or compile with indefinite=tn.Indefinite.CLIP."
                 )
         own = Owner(read.values()).own
-        values = {name: {key: own(value) for key, value in by.items()} for name, by in values.items()}
+        values = pytree.tree_map(own, dict(values))
         made: dict[str, Any] = {name: assemble(blocks, values, name) for name, blocks in self._blocks.items()}
         leaves = [own(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in output]
         return Result(None if loss is None else own(loss), pytree.tree_unflatten(leaves, self._output_spec), made)

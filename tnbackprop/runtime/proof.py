@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..compiler.capture.export import Wrapped, batch_size, plain, takes_names
 from ..compiler.capture.state import copied, resized
+from ..compiler.emit.naming import comment
 from ..compiler.translate.foreign import MISTAKES
 from ..compiler.translate.torch_internals import alone, version
 from ..compiler.translate.torch_modes import own_dtypes
@@ -253,8 +254,8 @@ def _line(size: int, pairs: Sequence[Pair], left: Mapping[str, str]) -> str:
     """What was compared, and what was not."""
     parts: dict[str, set[str]] = {}
     for pair in pairs:
-        parts.setdefault(pair.quantity, set()).add(pair.parameter)
+        parts.setdefault(comment(pair.quantity), set()).add(pair.parameter)
     counts = {of: len(names - {""}) for of, names in parts.items()}
     shown = ", ".join(f"{of} of {_counted(count, 'parameter')}" if count else of for of, count in counts.items())
     text = f"checked on {_counted(size, 'sample')} against autograd: {shown}"
-    return text + "".join(f"\nnot compared: {name}, {why}" for name, why in left.items())
+    return text + "".join(f"\nnot compared: {comment(name)}, {why}" for name, why in left.items())

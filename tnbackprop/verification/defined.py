@@ -86,7 +86,7 @@ class Defined:
         """The sweep that a quantity is a result of."""
         for found in self.program.compiled.derived.columns:
             items = [item for item in found.schedule if isinstance(item, Extraction)]
-            if any(key in item.diagrams or key in item.factors for item in items):
+            if any(key in item.quantities for item in items):
                 return found
         raise NotDefined("the program has no parameter")
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import tnbackprop as tn
 from tnbackprop.compiler import search
-from tnbackprop.compiler.derive.derived import Derived, Extraction
+from tnbackprop.compiler.derive.derived import Derived, Extraction, Result
 from tnbackprop.compiler.program import cost
 from tnbackprop.diagram.algebra import inline
 from tnbackprop.diagram.core import Selection, Tensor
@@ -131,8 +131,8 @@ def test_what_is_condensed() -> None:
     derived = tn.compile(model, loss, (x, y), [tn.Grad(), tn.BatchGrad(), tn.DiagGGN()]).compiled.derived
     assert [item.parameter for item in condensed_items(derived)] == ["p_0_weight", "p_0_bias"]
     for item in condensed_items(derived):
-        assert item.condensed.keys() == {"diag_ggn"}
-        (product,) = inline(item.condensed["diag_ggn"]).products
+        assert item.condensed.keys() == {Result("diag_ggn")}
+        (product,) = inline(item.condensed[Result("diag_ggn")]).products
         assert sum(isinstance(op, Selection) for op in product.operands) == 2, "one for each half"
         names = {op.name for op in product.operands if isinstance(op, Tensor)}
         assert {name.rpartition(":")[2] for name in names if name.startswith("s")} == {"layer_2"}, "behind the pooling"

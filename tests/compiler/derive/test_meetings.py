@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import tnbackprop as tn
 from tnbackprop.compiler import search
 from tnbackprop.compiler.derive import columns
-from tnbackprop.compiler.derive.derived import Basis
+from tnbackprop.compiler.derive.derived import Basis, Result
 from tnbackprop.compiler.program import cost
 
 from ... import oracle_second
@@ -211,6 +211,6 @@ def test_nothing_is_added_for_what_a_later_sweep_gives() -> None:
     """Zeros of the sweep that stopped would be steps of the program."""
     model, x, y = problem("what nothing reaches", 4)
     program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.HessianDiag()])
-    results = program.compiled.plan.results["hessian_diag"]
+    results = program.compiled.plan.results[Result("hessian_diag")]
     code = code_of(program)
     assert not any(code[results[f"first.{name}"]].count(" + ") for name in ("weight", "bias"))

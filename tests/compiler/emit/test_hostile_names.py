@@ -50,7 +50,7 @@ def arranged(trial: int) -> dict[str, str]:
         k = next(
             k
             for k, name in enumerate(names)
-            if (not {"#", ""} & {*name, name} and identifier(name) not in taken if quantity else fits(place, name))
+            if (name != "" and identifier(name) not in taken if quantity else fits(place, name))
         )
         found[place] = names.pop(k)
     return found

@@ -12,7 +12,7 @@ from torch import nn
 
 import tnbackprop as tn
 from benchmarks.models import PROBLEMS
-from tnbackprop.compiler.derive.derived import Extraction
+from tnbackprop.compiler.derive.derived import Extraction, Result
 from tnbackprop.compiler.explain.alternatives import Way, alternatives
 from tnbackprop.compiler.explain.polynomials import Symbols, in_batch, in_batch_text, without_common_factor
 from tnbackprop.compiler.explain.stages import pulled_back
@@ -185,7 +185,7 @@ def test_reused_and_unused_parameters_are_explained() -> None:
 def test_a_part_without_a_name_is_written_out() -> None:
     compiled = net(*FIRST_ORDER).compiled
     item = next(item for item in compiled.derived.schedule if isinstance(item, Extraction))
-    diagram = item.diagrams["batch_l2"]
+    diagram = item.diagrams[Result("batch_l2")]
     assert body_text(diagram, {}).count("(") == 1
     assert "²" in body_text(diagram, {})
 

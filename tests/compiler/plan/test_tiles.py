@@ -12,6 +12,7 @@ from torch import nn
 
 import tnbackprop as tn
 from tnbackprop.compiler import search
+from tnbackprop.compiler.derive.derived import Result
 from tnbackprop.compiler.program import cost
 from tnbackprop.compiler.program.cost import CPU, Kernel
 from tnbackprop.compiler.program.expr import Ref
@@ -88,7 +89,7 @@ def test_once_behind_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     (loop,) = tiled.compiled.plan.loops
     code, steps = code_of(tiled), tiled.compiled.plan.steps
     assert not any("slice_" in code[step] for step in loop.body.steps)
-    results = tiled.compiled.plan.results["hessian_diag"]
+    results = tiled.compiled.plan.results[Result("hessian_diag")]
     totals = {step for step in steps if step.kernel is Kernel.ROUNDS}
     after = steps[max(map(steps.index, totals)) + 1 :]
     (tile,) = (step for step in after if step is results["3.weight"])

@@ -50,18 +50,30 @@ class Individual:
 
 
 @dataclass(frozen=True)
+class Result:
+    """What is computed of a parameter for a quantity: its value, factor k of it, or the mean of that factor's input."""
+
+    quantity: str
+    factor: int | None = None
+    mean: bool = False
+
+    def __str__(self) -> str:
+        return self.quantity if self.factor is None else f"{self.quantity}#{'mean' * self.mean}{self.factor}"
+
+
+@dataclass(frozen=True)
 class Extraction:
     """All quantities of one parameter."""
 
     parameter: str  # value name
-    diagrams: Mapping[str, Diagram]  # by quantity name; factor k of a quantity is "name#k"
+    diagrams: Mapping[Result, Diagram]
     factors: Mapping[str, Factors] = field(default_factory=dict)  # quantities whose values have several factors
-    condensed: Mapping[str, Diagram] = field(default_factory=dict)  # the same from cotangents before a selection
+    condensed: Mapping[Result, Diagram] = field(default_factory=dict)  # the same from cotangents before a selection
 
     @property
-    def parts(self) -> frozenset[str]:
-        """Those of the diagrams that are a part of a quantity's value: a factor, or the mean of one."""
-        return frozenset(name for name in self.diagrams if any(name.startswith(f"{q}#") for q in self.factors))
+    def quantities(self) -> tuple[str, ...]:
+        """The quantities, each once."""
+        return tuple(dict.fromkeys(result.quantity for result in self.diagrams))
 
 
 Schedule = tuple[Backward | Individual | Extraction, ...]

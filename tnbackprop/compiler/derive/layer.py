@@ -87,7 +87,7 @@ class Layer:
         for item in schedule:
             if isinstance(item, Extraction):
                 dotted = self.graph.parameters[item.parameter][0]
-                diagrams = {q: d for q, d in item.diagrams.items() if (q.partition("#")[0], dotted) in results}
+                diagrams = {q: d for q, d in item.diagrams.items() if (q.quantity, dotted) in results}
                 before = {q: d for q, d in item.condensed.items() if q in diagrams}
                 item = replace(item, diagrams=diagrams, condensed=before)
             if not isinstance(item, Extraction) or item.diagrams:

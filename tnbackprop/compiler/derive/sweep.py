@@ -24,7 +24,7 @@ from ...quantities.factors import Factors
 from ..translate.foreign import foreign
 from ..translate.graph import Call, Graph
 from .condense import condensed, gathered
-from .derived import Backward, Extraction, Individual, Native
+from .derived import Backward, Extraction, Individual, Native, Result
 from .lines import elementwise, jacobian_of, lines_to, operands_of, selects, unchanged
 
 
@@ -351,20 +351,20 @@ def _terms(sweep: Sweep) -> dict[str, list[Diagram | Native]]:
     return {f"{sweep.prefix}:{value}": each for value, each in sweep.terms.items()}
 
 
-def _condensed(sweep: Sweep, found: Extraction, uses: Uses, g: Cotangents) -> dict[str, Diagram]:
+def _condensed(sweep: Sweep, found: Extraction, uses: Uses, g: Cotangents) -> dict[Result, Diagram]:
     """The same quantities from the cotangents of several columns as they were before a selection scattered them."""
     terms = _terms(sweep) if sweep.several else {}
     before = [condensed(each, terms) for each in g.each]
     if not any(before):
         return {}
     g = replace(g, each=tuple(one or other for one, other in zip(before, g.each, strict=True)))
-    alike = {q.name: q.extract(uses, g) for q in sweep.quantities if q.name in found.diagrams}
+    alike = {Result(q.name): q.extract(uses, g) for q in sweep.quantities if Result(q.name) in found.diagrams}
     return {name: diagram for name, diagram in alike.items() if isinstance(diagram, Diagram)}
 
 
 def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction:
     """All quantities of one parameter."""
-    diagrams: dict[str, Diagram] = {}
+    diagrams: dict[Result, Diagram] = {}
     factors: dict[str, Factors] = {}
     for quantity in sweep.quantities:
         try:
@@ -375,10 +375,10 @@ def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction
             raise UnsupportedError(f"parameter {dotted!r}, quantity {quantity.name!r}: {error}") from None
         if isinstance(found, Factors):
             factors[quantity.name] = found
-            diagrams |= {f"{quantity.name}#{k}": diagram for k, diagram in enumerate(found.diagrams)}
-            diagrams |= {f"{quantity.name}#mean{k}": m for k, m in enumerate(found.means) if m is not None}
+            diagrams |= {Result(quantity.name, k): diagram for k, diagram in enumerate(found.diagrams)}
+            diagrams |= {Result(quantity.name, k, mean=True): m for k, m in enumerate(found.means) if m is not None}
         elif isinstance(found, Diagram):
-            diagrams[quantity.name] = found
+            diagrams[Result(quantity.name)] = found
         else:
             what = f"quantity {quantity.name!r}: extract returns {type(found).__name__}"
             raise InputError(f"{what}: return a tn.Diagram, as (J.T @ g).sum('n') is, or tn.Factors")

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import InputError
 from ..plan.plan import Plan
-from ..program.expr import Body, Call, Expr, Filled, Rounds, Value, bodies, children, helpers, reads
+from ..program.expr import Body, Call, Expr, Filled, Rounds, Value, Word, bodies, children, helpers, reads
 from ..program.functions import Form, Function
 from ..program.lines import Block, Lines, captured_by, lines_of
 from ..program.passes import Context, Program, passed
@@ -46,7 +46,7 @@ def added(samples):
 
 
 def emit(graph: Graph, plan: Plan, header: str, functional: bool = False) -> str:
-    """The source of ``program(tensors) -> (loss, output, results)``; `functional`: it writes over nothing."""
+    """The source of ``program(tensors) -> (loss, output, results[, checks])``; `functional`: it writes over nothing."""
     return Writer(graph, plan, functional).source(header)
 
 
@@ -113,8 +113,9 @@ class Writer:
         plan = self.plan
         lines = passed(lines_of(plan.steps, self.functional), self.context(plan.kept))
         beside = {body: passed(lines_of(body.steps), small(set(reads(body.results)))) for body in self.bodies}
-        varying = {variable for rounds in plan.loops for variable, _ in rounds.rows}
-        given = frozenset({*plan.given.values(), plan.like} - varying)
+        graph = self.graph
+        tensors = (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs, *plan.noises)
+        given = frozenset({*(plan.given[name] for name in tensors), plan.like})
         return Program(lines, given, frozenset(plan.kept), beside)
 
     def _reads_like(self) -> bool:
@@ -173,12 +174,27 @@ class Writer:
         leaves = pytree.tree_leaves(self.graph.output)
         shown = ", ".join(self.names(plan.output[leaf]) if leaf in plan.output else str(leaf) for leaf in leaves)
         lines = ["    results = {"]
-        for quantity, by in plan.results.items():
+        for quantity, by in self._values().items():
             lines.append(f"        {quantity!r}: {{")
-            lines += [f"            {name!r}: {self.names(value)}," for name, value in by.items()]
+            lines += [f"            {name!r}: {value}," for name, value in by.items()]
             lines.append("        },")
         loss = self.names(plan.loss) if plan.loss is not None else "None"
-        return [*lines, "    }", f"    return {loss}, ({shown},), results"]
+        checks = f", [{', '.join(map(self.names, plan.checks.values()))}]" if plan.checks else ""
+        return [*lines, "    }", f"    return {loss}, ({shown},), results{checks}"]
+
+    def _values(self) -> dict[str, dict[str, str]]:
+        """The text of every value: quantity -> parameter -> a value, or its factors and then their means."""
+        parts: dict[str, dict[str, list[str]]] = {}
+        whole: dict[str, dict[str, str]] = {}
+        for result, by in self.plan.results.items():
+            for name, value in by.items():
+                if result.factor is None:
+                    whole.setdefault(result.quantity, {})[name] = self.names(value)
+                else:
+                    parts.setdefault(result.quantity, {}).setdefault(name, []).append(self.names(value))
+        for quantity, each in parts.items():
+            whole[quantity] = {name: self.printer.text(tuple(map(Word, values))) for name, values in each.items()}
+        return whole
 
 
 def _function_name(scope: Scope, body: Body, number: int) -> str:

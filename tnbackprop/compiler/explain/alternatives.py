@@ -10,6 +10,7 @@ import sympy
 
 from ...diagram.algebra import all_parts, inline
 from ...diagram.core import Diagram, Part
+from ..derive.derived import Result
 from ..plan.choose import Choice
 from ..plan.plan import Plan
 from ..program.cost import Rates, Terms, number
@@ -56,7 +57,7 @@ def seconds(steps: tuple[Value, ...], rates: Rates, batch: int, itemsize: int) -
     return sum(rates.seconds(step.kernel, step.work, batch, itemsize) for step in steps)
 
 
-def part_names(diagrams: Mapping[str, Diagram], choice: Choice) -> dict[Diagram, str]:
+def part_names(diagrams: Mapping[Result, Diagram], choice: Choice) -> dict[Diagram, str]:
     """A name for every part: G for the individual gradients, D for what is made of other parts."""
     before = (diagram for quantity, diagram in choice.item.condensed.items() if quantity in diagrams)
     found = dict.fromkeys(part.diagram for diagram in (*diagrams.values(), *before) for part in all_parts(diagram))
@@ -71,10 +72,10 @@ def part_names(diagrams: Mapping[str, Diagram], choice: Choice) -> dict[Diagram,
     return names
 
 
-def alternatives(diagrams: Mapping[str, Diagram], choice: Choice) -> dict[str, tuple[Alternative, ...]]:
+def alternatives(diagrams: Mapping[Result, Diagram], choice: Choice) -> dict[Result, tuple[Alternative, ...]]:
     """For each quantity the ways that were tried, the chosen one first."""
     names = part_names(diagrams, choice)
-    found: dict[str, tuple[Alternative, ...]] = {}
+    found: dict[Result, tuple[Alternative, ...]] = {}
     for quantity, diagram in diagrams.items():
         ways: dict[Diagram, Alternative] = {}
         for option in (choice.chosen, *choice.options):

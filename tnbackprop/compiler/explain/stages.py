@@ -11,7 +11,7 @@ from ...diagram.algebra import differentiate
 from ...diagram.core import BATCH, COLUMN, Diagram, Leg, Part, Product, Tensor, hint_of, operand_tensors
 from ...diagram.simplify import simplify
 from ...notation.bind import COTANGENT, BoundRule, Equation
-from ..derive.derived import Backward, Extraction, Formula, Individual, Native, Schedule
+from ..derive.derived import Backward, Extraction, Formula, Individual, Native, Result, Schedule
 from ..emit.compiled import Compiled
 from ..emit.naming import comment
 from ..invariants.stage import Stage
@@ -168,7 +168,7 @@ def block(compiled: Compiled, item: Extraction) -> Diagram | None:
     return Diagram((*own, *copies.values()), (Product(sympy.Integer(1), halves),))
 
 
-def rewritten(compiled: Compiled, item: Extraction) -> dict[str, tuple[Alternative, ...]]:
+def rewritten(compiled: Compiled, item: Extraction) -> dict[Result, tuple[Alternative, ...]]:
     """For each quantity the ways that are other diagrams than its own: multiplied out, or what was chosen."""
     found = alternatives(item.diagrams, choice_of(compiled, item))
     return {
@@ -191,7 +191,7 @@ def algebra_lines(compiled: Compiled, item: Extraction) -> Iterator[str]:
             shown.add(name)
             yield diagram_text(name, part, {k: v for k, v in names.items() if v != name})
     for quantity, ways in rewritten(compiled, item).items():
-        yield diagram_text(quantity, item.diagrams[quantity], names)
+        yield diagram_text(str(quantity), item.diagrams[quantity], names)
         for way in ways:
             label = f"{way.way.value}{', chosen' * way.chosen}"
             yield f"  → {body_text(way.diagram, names)}  ({label})"
@@ -208,7 +208,7 @@ def _choices(compiled: Compiled) -> Iterator[str]:
                 yield from choice_lines(compiled, item.diagrams, choice_of(compiled, item))
 
 
-def choice_lines(compiled: Compiled, diagrams: Mapping[str, Diagram], choice: Choice) -> Iterator[str]:
+def choice_lines(compiled: Compiled, diagrams: Mapping[Result, Diagram], choice: Choice) -> Iterator[str]:
     plan, names, symbols = compiled.plan, part_names(diagrams, choice), Symbols()
     whole = seconds(tuple(step for step, _ in plan.timed), plan.rates, plan.batch, plan.itemsize)
     small = max(option.seconds for option in choice.options) < SMALL * whole
@@ -223,7 +223,7 @@ def choice_lines(compiled: Compiled, diagrams: Mapping[str, Diagram], choice: Ch
         blocks.append(
             f"  {quantity}: {ways[0].way.value}" + (f", reads {', '.join(ways[0].reads)}" if ways[0].reads else "")
         )
-        blocks.append(f"    {diagram_text(quantity, ways[0].diagram, names)}")
+        blocks.append(f"    {diagram_text(str(quantity), ways[0].diagram, names)}")
         if len({work_numbers(way, plan) for way in ways}) == 1:
             ways = ways[:1]
         blocks += table([_way_row(compiled, symbols, way) for way in ways], "    ", frozenset({1, 2}))

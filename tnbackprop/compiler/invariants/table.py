@@ -197,7 +197,7 @@ def _all_extracted(derived: Derived, context: Context) -> Flaws:
     found: dict[str, list[str]] = {name: [] for name in graph.parameters}
     for item in derived.items:
         if isinstance(item, Extraction):
-            found[item.parameter] += dict.fromkeys(name.split("#")[0] for name in item.diagrams)
+            found[item.parameter] += item.quantities
     for name, quantities in found.items():
         wanted = context.quantities if graph.values[name].differentiable else ()
         if set(quantities) != set(wanted):
@@ -303,7 +303,7 @@ def _all_planned(plan: Plan, context: Context) -> Flaws:
     parameters = [names[0] for name, names in graph.parameters.items() if graph.values[name].differentiable]
     for quantity in context.quantities:
         for dotted in parameters:
-            found = [by.get(dotted) for key, by in plan.results.items() if key.split("#")[0] == quantity]
+            found = [by.get(dotted) for key, by in plan.results.items() if key.quantity == quantity]
             if not any(found) or any(value is not None and value not in defined for value in found):
                 yield f"{quantity} of {dotted}", f"its value {found} is not computed"
     for value in (*plan.output.values(), *([plan.loss] if plan.loss else [])):

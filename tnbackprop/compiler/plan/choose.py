@@ -9,7 +9,7 @@ from itertools import combinations
 
 from ...diagram.algebra import all_parts, inline, parts
 from ...diagram.core import Diagram, Tensor
-from ..derive.derived import Extraction
+from ..derive.derived import Extraction, Result
 from ..lower.contract import build
 from ..program.cost import number
 from ..program.expr import Ref, Value
@@ -32,8 +32,8 @@ class Option:
     kept: frozenset[Diagram]
     seconds: float
     steps: tuple[Value, ...]
-    results: Mapping[str, Value]  # by quantity: made by the steps, or built before
-    forms: Mapping[str, Diagram]  # quantity -> the diagram that was built
+    results: Mapping[Result, Value]  # made by the steps, or built before
+    forms: Mapping[Result, Diagram]  # quantity -> the diagram that was built
     free: bool  # whether a quantity could be multiplied out all the same
     rounds: Mapping[Value, int]
 
@@ -51,7 +51,7 @@ class Choice:
 
 def choose(
     store: Store, item: Extraction, dotted: str, chunk: int | None
-) -> tuple[Choice, dict[str, Ref]]:
+) -> tuple[Choice, dict[Result, Ref]]:
     """The fastest option, built; when the batch is sliced to save memory, the fastest with small allocations."""
     found, before = (_parts_of(diagrams) for diagrams in (item.diagrams, item.condensed))
     allowed = [(subset, free) for subset in _subsets(item.diagrams, found) for free in (True, False) if subset or free]
@@ -70,7 +70,7 @@ def choose(
     return Choice(dotted, tuple(dict.fromkeys((*found, *before))), options, chosen, item), refs
 
 
-def _parts_of(diagrams: Mapping[str, Diagram]) -> tuple[Diagram, ...]:
+def _parts_of(diagrams: Mapping[Result, Diagram]) -> tuple[Diagram, ...]:
     """What there is to build; a part that is one tensor is there already."""
     found = dict.fromkeys(part for diagram in diagrams.values() for part in parts(diagram))
     return tuple(part for part in found if not _is_tensor(part))
@@ -80,7 +80,7 @@ def _is_tensor(diagram: Diagram) -> bool:
     return [len(p.operands) for p in diagram.products] == [1] and isinstance(diagram.products[0].operands[0], Tensor)
 
 
-def _subsets(diagrams: Mapping[str, Diagram], found: tuple[Diagram, ...]) -> list[frozenset[Diagram]]:
+def _subsets(diagrams: Mapping[Result, Diagram], found: tuple[Diagram, ...]) -> list[frozenset[Diagram]]:
     """The sets of parts that may be built together."""
     subsets = [frozenset(s) for size in range(len(found) + 1) for s in combinations(found, size)]
     if len(found) > MOST_PARTS:
@@ -101,7 +101,7 @@ def _option(
     kept: frozenset[Diagram],
     free: bool,
     chunk: int | None,
-) -> tuple[Option, Store, dict[str, Ref]]:
+) -> tuple[Option, Store, dict[Result, Ref]]:
     """A set of parts to build, tried on a fork, and what that has built."""
     trial = store.fork()
     built = _build_all(trial, item, dotted, kept, chunk, free)
@@ -122,7 +122,7 @@ def _build_all(
     kept: frozenset[Diagram],
     chunk: int | None,
     free: bool,
-) -> dict[str, tuple[Ref, Diagram]]:
+) -> dict[Result, tuple[Ref, Diagram]]:
     """Every quantity of the parameter with the parts in `kept` built; if `free`, each may be multiplied out still."""
     def one(diagram: Diagram, trial: Store) -> Ref:
         diagram = in_rows(trial, diagram)
@@ -141,7 +141,7 @@ def _build_all(
     return found
 
 
-def _ways(item: Extraction, quantity: str, kept: frozenset[Diagram], free: bool) -> Iterator[Diagram]:
+def _ways(item: Extraction, quantity: Result, kept: frozenset[Diagram], free: bool) -> Iterator[Diagram]:
     """The diagrams that may be built for a quantity: with the parts that are built, and if `free` multiplied out."""
     both = [form for form in (item.diagrams[quantity], item.condensed.get(quantity)) if form is not None]
     reading = [form for form in both if kept & set(parts(form))] or both[:1]

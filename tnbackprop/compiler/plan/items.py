@@ -9,7 +9,7 @@ from math import prod
 from ...diagram.core import Leg, N, Size, hint_of, is_head
 from ...notation.bind import COTANGENT, COTANGENTS
 from ...notation.code import Code
-from ..derive.derived import Backward, Extraction, Individual, Native, Schedule
+from ..derive.derived import Backward, Extraction, Individual, Native, Result, Schedule
 from ..derive.fallback import OperatorVjp
 from ..lower.arrange import in_order, reshaped, sizes_of
 from ..lower.contract import build
@@ -21,7 +21,7 @@ from ..translate.graph import Graph
 from .choose import Choice, choose
 from .forward import EACH, fill, operator_vjp
 
-Results = dict[str, dict[str, Value]]
+Results = dict[Result, dict[str, Value]]
 
 
 def scheduled(
@@ -32,7 +32,7 @@ def scheduled(
     choices: list[Choice],
     lead: tuple[Leg, ...] = (),
 ) -> Results:
-    """Every item of a sweep; quantity -> parameter name -> value."""
+    """Every item of a sweep; result -> parameter name -> value."""
     results: Results = {}
     for item in schedule:
         if isinstance(item, Backward):
@@ -128,7 +128,7 @@ def shaped(store: Store, ref: Ref, shape: tuple[Size, ...]) -> Expr:
 
 def _extract(
     store: Store, graph: Graph, item: Extraction, chunk: int | None
-) -> tuple[dict[str, Value], Choice]:
+) -> tuple[dict[Result, Value], Choice]:
     """All results of one parameter, with the set of parts that makes them cheapest together."""
     dotted = graph.parameters[item.parameter][0]
     store.note = f"{dotted}"
@@ -136,7 +136,7 @@ def _extract(
     values = {}
     for quantity, ref in refs.items():
         store.note = f"{quantity} of {dotted}"
-        whole = quantity not in item.parts
+        whole = quantity.factor is None
         shape = _result_shape(ref.order, graph.values[item.parameter].shape) if whole else sizes_of(ref.order)
         values[quantity] = _final(store, ref, shape)
     return values, choice

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ...diagram.core import Leg
-from ..derive.derived import Columns
+from ..derive.derived import Columns, Result
 from ..program import functions as f
 from ..program.cost import Kernel, Terms, Work
 from ..program.expr import Body, Call, Expr, Join, Rounds, Value
@@ -17,13 +17,18 @@ from ..program.store import Store
 from ..program.tails import behind, moved
 from .memory import peak_of
 
-Results = Mapping[str, Mapping[str, Value]]
+Results = Mapping[Result, Mapping[str, Value]]
 Pairs = tuple[tuple[Value, Value], ...]
 
 
 def over_columns(
-    store: Store, rows: Mapping[Value, Value], columns: Columns, results: Results, stacked: set[str], earlier: Results
-) -> dict[str, dict[str, Value]]:
+    store: Store,
+    rows: Mapping[Value, Value],
+    columns: Columns,
+    results: Results,
+    stacked: set[Result],
+    earlier: Results,
+) -> dict[Result, dict[str, Value]]:
     """The results, with what the rounds leave in place of the values inside.
 
     rows  variable -> the value whose rows it takes
@@ -32,7 +37,7 @@ def over_columns(
     inside = store.varying
     totals: dict[tuple[Value, bool, Value | None], Value] = {}
     last: dict[Value, Value] = {}
-    renamed: dict[str, dict[str, Value]] = {}
+    renamed: dict[Result, dict[str, Value]] = {}
     for quantity, by in results.items():
         for name, value in by.items():
             start = earlier.get(quantity, {}).get(name)

@@ -12,7 +12,7 @@ import torch
 from ...diagram.core import COLUMN, Diagram, hint_of
 from ...errors import UnsupportedError
 from ...notation.bind import BoundRule
-from ..derive.derived import Columns, Derived, Extraction
+from ..derive.derived import Columns, Derived, Extraction, Result
 from ..lower.candidate import Lowering
 from ..lower.contract import build
 from ..lower.table import LOWERINGS
@@ -31,9 +31,6 @@ from .root_steps import root_steps
 from .samples import sample_by_sample
 from .slices import columns_first
 
-INDEFINITE = "#indefinite"
-"""Key of the checks that a loss Hessian is positive semi-definite, among the results."""
-
 NOISES = "noise:"
 """How the names of random inputs begin: no value of a graph has a colon in its name."""
 
@@ -43,7 +40,8 @@ class Plan:
     """Straight-line steps and where the results are."""
 
     steps: tuple[Value, ...]
-    results: Mapping[str, Mapping[str, Value]]  # by quantity and parameter
+    results: Mapping[Result, Mapping[str, Value]]  # by result and parameter
+    checks: Mapping[str, Value]  # that a loss Hessian is positive semi-definite
     loss: Value | None
     output: Mapping[str, Value]  # by name in the model's output
     choices: tuple[Choice, ...]
@@ -73,7 +71,8 @@ class Plan:
     @property
     def kept(self) -> set[Value]:
         """The values that it is for."""
-        found = {value for by in self.results.values() for value in by.values()} | set(self.output.values())
+        found = {*self.output.values(), *self.checks.values()}
+        found |= {value for by in self.results.values() for value in by.values()}
         return found | ({self.loss} if self.loss else set())
 
     @property
@@ -139,16 +138,15 @@ def _plan(
     checks: dict[str, Value] = {}
     starts: dict[str, Value] = {}
     _sweeps(store, graph, derived, chunk, choices, results, checks, starts)
-    if checks:
-        results[INDEFINITE] = checks
     output = {name: store.find(name) for name in names_in(graph.output)}
     loss = store.find(graph.loss) if graph.loss else None
-    wanted = {*output.values(), *(value for by in results.values() for value in by.values()), *([loss] if loss else [])}
+    wanted = {*output.values(), *(value for by in results.values() for value in by.values()), *checks.values()}
+    wanted |= {loss} if loss else set()
     steps = alive(store.steps, wanted)
     given = {name: value for name, value in store.names.items() if value.expr is None and name != LIKE}
     return Plan(
-        steps, _in_order(results, graph), loss, output, tuple(choices), graph.example_batch, itemsize, rates, given,
-        store.like, starts, _forward_values(store, graph, derived),
+        steps, _in_order(results, graph), checks, loss, output, tuple(choices), graph.example_batch, itemsize, rates,
+        given, store.like, starts, _forward_values(store, graph, derived),
     )  # fmt: skip
 
 
@@ -163,7 +161,7 @@ def _sweeps(
     derived: Derived,
     chunk: int | None,
     choices: list[Choice],
-    results: dict[str, dict[str, Value]],
+    results: dict[Result, dict[str, Value]],
     checks: dict[str, Value],
     starts: dict[str, Value],
 ) -> None:
@@ -195,12 +193,12 @@ def _sweeps(
         _gather(results, sums)
 
 
-def _gather(results: dict[str, dict[str, Value]], mine: Results) -> None:
+def _gather(results: dict[Result, dict[str, Value]], mine: Results) -> None:
     for quantity, by in mine.items():
         results.setdefault(quantity, {}).update(by)
 
 
-def _together(store: Store, mine: Results, earlier: Results) -> dict[str, dict[str, Value]]:
+def _together(store: Store, mine: Results, earlier: Results) -> dict[Result, dict[str, Value]]:
     """The results of a sweep added to what earlier sweeps have contributed."""
     return {
         quantity: {name: _sum(store, earlier.get(quantity, {}).get(name), value) for name, value in by.items()}
@@ -212,12 +210,12 @@ def _sum(store: Store, one: Value | None, other: Value) -> Value:
     return other if one is None else added(store, one, other)
 
 
-def _with_columns(item: Extraction) -> set[str]:
-    """The quantities whose results keep the column leg."""
+def _with_columns(item: Extraction) -> set[Result]:
+    """The results that keep the column leg."""
     return {q for q, diagram in item.diagrams.items() if any(leg.name == COLUMN for leg in diagram.legs)}
 
 
-def _in_order(results: dict[str, dict[str, Value]], graph: Graph) -> dict[str, dict[str, Value]]:
+def _in_order(results: dict[Result, dict[str, Value]], graph: Graph) -> dict[Result, dict[str, Value]]:
     """Parameters in the order of the model, not of the sweep."""
     names = [dotted[0] for dotted in graph.parameters.values()]
     return {q: {name: by[name] for name in (*names, *by) if name in by} for q, by in results.items()}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ...diagram.core import BATCH, Diagram, N, Part, Product, is_head
-from ..derive.derived import Backward, Columns, Derived, Extraction, Individual, Native, Schedule
+from ..derive.derived import Backward, Columns, Derived, Extraction, Individual, Native, Result, Schedule
 from ..program import functions as f
 from ..program.cost import Kernel, Work
 from ..program.expr import Body, Call, Expr, Join, Rounds, Value, replaced, sizes_in
@@ -24,7 +24,7 @@ from .loops import legs_of
 from .memory import peak_of
 from .slices import pairs_samples
 
-Results = dict[str, dict[str, Value]]
+Results = dict[Result, dict[str, Value]]
 
 
 @dataclass(frozen=True)
