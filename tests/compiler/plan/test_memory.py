@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tnbackprop as tn
 from tnbackprop.compiler.program.cost import Kernel, size_at
@@ -90,6 +95,59 @@ def largest_step(program: tn.Program, batch: int) -> int:
     plan = program.compiled.plan
     made = [step for step, _ in plan.timed if step.kernel is not Kernel.VIEW]
     return max(prod(size_at(size, batch) for size in step.shape) for step in made)
+
+
+class Held(TorchDispatchMode):
+    """The bytes of tensors that are made and not let go of, and the most that they have been at once."""
+
+    def __init__(self, *outside: torch.Tensor) -> None:
+        super().__init__()
+        self.sizes = dict.fromkeys((tensor.untyped_storage().data_ptr() for tensor in outside), 0)
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(found):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage.data_ptr() not in self.sizes:
+                self.sizes[storage.data_ptr()] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage.data_ptr(), None)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return found
+
+
+def mlp() -> tuple[nn.Module, torch.Tensor]:
+    layers = (nn.Linear(100, 150), nn.ReLU(), nn.Linear(150, 150), nn.Tanh(), nn.Linear(150, 10))
+    return nn.Sequential(*layers), torch.randn(128, 100)
+
+
+def cnn() -> tuple[nn.Module, torch.Tensor]:
+    layers = (nn.Conv2d(3, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 24, 3), nn.ReLU())
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(24 * 36, 10)), torch.randn(32, 3, 16, 16)
+
+
+def encoder() -> tuple[nn.Module, torch.Tensor]:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(16 * 32, 10)), torch.randn(16, 16, 32)
+
+
+ALL = (tn.BatchL2(), tn.Variance(), tn.BatchGrad(), tn.DiagGGN(), tn.KFLR(), tn.KFAC(), tn.SqrtGGN(), tn.HessianDiag())
+CLOSE = 0.1
+"""How far the peak that is planned may be from that of the tensors; what kernels need for themselves is in neither."""
+
+
+@pytest.mark.parametrize("quantity", ALL, ids=lambda q: q.name)
+@pytest.mark.parametrize("model", [mlp, cnn, encoder], ids=lambda each: each.__name__)
+def test_the_peak_is_that_of_the_tensors(model: Callable[..., Any], quantity: tn.Quantity) -> None:
+    torch.manual_seed(0)
+    net, x = model()
+    y = torch.randint(10, (len(x),))
+    program = tn.compile(net.eval(), nn.CrossEntropyLoss(), (x, y), [tn.Grad(), quantity])
+    program(x, y)
+    with Held(x, y, *net.parameters()) as held:
+        result = program(x, y)
+    assert result.loss is not None
+    assert abs(program.peak_bytes / held.peak - 1) < CLOSE, (program.peak_bytes, held.peak)
 
 
 @pytest.mark.parametrize("quantity", [tn.DiagGGN(), tn.GGNTrace(), tn.HessianDiag()], ids=lambda q: q.name)

@@ -39,9 +39,11 @@ GIVE_MEMORY = Function(MEMORY, Form.FUNCTION, lambda like, shape: None)
 ADDED = """\
 def added(samples):
     # Σ over samples of tuples of tensors.
-    total = next(samples)
+    total = [each.clone() for each in next(samples)]
     for one in samples:
-        total = [before + each for before, each in zip(total, one, strict=True)]
+        for before, each in zip(total, one, strict=True):
+            before.add_(each)
+        one = each = None  # not held while the next sample is computed
     return total"""
 
 

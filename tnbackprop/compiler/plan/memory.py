@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from ..program.cost import Kernel, bytes_of, number
 from ..program.expr import Rounds, Value
+from ..program.lines import in_place, lines_of
 
 
 def peak_of(
@@ -13,15 +14,21 @@ def peak_of(
 ) -> float:
     """The peak when every step frees what nobody reads any more; what is `kept` is there in the end.
 
-    A view keeps its base alive and takes nothing; a call takes its own values for as long as it runs. Results that are
-    one value, but for the first, are `copies`: each has memory of its own in the end.
+    A view keeps its base alive and takes nothing, nor does what is written over an operand; a call takes its own values
+    for as long as it runs. Results that are one value, but for the first, are `copies`: each has memory of its own in
+    the end.
     """
-    last = {_owner(value): k for k, step in enumerate(steps) for value in (*step.inputs, step)}
-    last |= {_owner(value): len(steps) for value in kept}
+    kept = set(kept)
+    owner: dict[Value, Value] = {}
+    for line in in_place(lines_of(steps), kept):
+        base = line.over or _base(line.value)
+        owner[line.value] = line.value if base is None else owner.get(base, base)
+    last = {owner.get(value, value): k for k, step in enumerate(steps) for value in (*step.inputs, step)}
+    last |= {owner.get(value, value): len(steps) for value in kept}
     held: dict[Value, float] = {}
     peak = 0.0
     for k, step in enumerate(steps):
-        if _base(step) is None:
+        if owner.get(step) is step:
             held[step] = 0.0 if _several(step) else bytes_of(step.shape, batch, itemsize)
         peak = max(peak, sum(held.values()) + itemsize * number(step.work.inside, batch))
         for value in [value for value in held if last.get(value, len(steps)) == k]:
@@ -32,12 +39,6 @@ def peak_of(
 def _base(value: Value) -> Value | None:
     """The value whose memory a view reads; None for a value of its own."""
     return value.inputs[0] if value.kernel is Kernel.VIEW and value.inputs else None
-
-
-def _owner(value: Value) -> Value:
-    while (below := _base(value)) is not None:
-        value = below
-    return value
 
 
 def _several(value: Value) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import sympy
+
 from .expr import Call, Expr, Value, captured
 from .facts import written_over
 from .functions import Memory, function
@@ -20,6 +22,7 @@ class Line:
     frees   what nothing reads after it
     note    what it is for
     block   of rounds of columns: the loop
+    over    the operand whose memory it has
     """
 
     value: Value
@@ -29,6 +32,7 @@ class Line:
     frees: tuple[Value, ...] = ()
     note: str = ""
     block: Block | None = None
+    over: Value | None = None
 
 
 Lines = tuple[Line, ...]
@@ -94,7 +98,8 @@ def in_place(lines: Lines, kept: Iterable[Value], varying: Iterable[Value] = ())
             for operand, expr in written_over(line.value.expr):
                 free = seen.get(operand, frozenset())
                 if operand.whole and free and not free & pinned and all(last[memory] == k for memory in free):
-                    line = replace(line, expr=expr)
+                    whole = sympy.Mul(*operand.shape) == sympy.Mul(*line.value.shape)  # no sum of what is written
+                    line = replace(line, expr=expr, over=operand if whole else None)
                     break
         found.append(line)
     return tuple(found)
