@@ -103,8 +103,9 @@ def split(compiled: Compiled) -> tuple[list[Function], list[Root]]:
     names = names_of(compiled)
     inputs = Inputs(shapes, graph.constants, floating, names)
     variables = (value for loop in plan.loops for value, _ in loop.rows)
-    more = {graph.output: output} | {value.key: value for value in variables if value.key.startswith("draw:")}
-    draws = {name: value.shape for name, value in (plan.noises | more).items()}
+    drawn = {columns.draw for columns in compiled.derived.columns}
+    more = {graph.output: output} | {value.key: value for value in variables if value.key in drawn}
+    draws = {name: value.shape for name, value in {**plan.noises, **more}.items()}
     whole = Inputs({graph.output: output.shape, **shapes, **draws}, graph.constants, floating, names)
     beside = Writer(graph, plan).functions
 

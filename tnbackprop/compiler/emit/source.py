@@ -118,7 +118,7 @@ class Writer:
         graph = self.graph
         tensors = (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs, *plan.noises)
         given = frozenset({*(plan.given[name] for name in tensors), plan.like})
-        return Program(lines, given, frozenset(plan.kept), beside)
+        return Program(lines, given, frozenset(plan.kept), beside, frozenset(plan.noises))
 
     def _reads_like(self) -> bool:
         plan = self.plan

@@ -16,7 +16,7 @@ from ...diagram.core import BATCH, Diagram, N, V, is_head
 from ...errors import InvariantError
 from ...notation.bind import BoundRule
 from ..derive.derived import Backward, Derived, Extraction, Individual, Native, Schedule
-from ..plan.plan import NOISES, Plan, names_in
+from ..plan.plan import Plan, names_in
 from ..program.expr import Call as Call_
 from ..program.expr import Rounds
 from ..program.expr import Value as Step
@@ -337,9 +337,9 @@ def _work_counted(plan: Plan, context: Context) -> Flaws:
 
 
 def _given(program: Program, context: Context) -> Flaws:
-    known = {*_read(_graph(context)), LIKE}
+    known = {*_read(_graph(context)), LIKE, *program.noises}
     for value in program.given:
-        if value.key not in known and not value.key.startswith(NOISES):
+        if value.key not in known:
             yield str(value), "the model has no such tensor"
 
 

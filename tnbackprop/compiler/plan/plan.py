@@ -31,9 +31,6 @@ from .root_steps import root_steps
 from .samples import sample_by_sample
 from .slices import columns_first
 
-NOISES = "noise:"
-"""How the names of random inputs begin: no value of a graph has a colon in its name."""
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -49,6 +46,7 @@ class Plan:
     itemsize: int
     rates: Rates
     given: Mapping[str, Value]  # what the program reads: tensors of the model, constants, inputs, noise
+    noises: Mapping[str, Value]  # those that are random
     like: Value
     columns: Mapping[str, Value]  # variable of a sweep -> all its columns, or those that are drawn in a round
     forward: Mapping[str, Value]  # what the calls of the model give, and what rules save of them
@@ -74,11 +72,6 @@ class Plan:
         found = {*self.output.values(), *self.checks.values()}
         found |= {value for by in self.results.values() for value in by.values()}
         return found | ({self.loss} if self.loss else set())
-
-    @property
-    def noises(self) -> dict[str, Value]:
-        """The random inputs."""
-        return {name: value for name, value in self.given.items() if name.startswith(NOISES)}
 
     def is_large(self, value: Value) -> bool:
         """Whether the system would give its memory page by page."""
@@ -146,8 +139,14 @@ def _plan(
     given = {name: value for name, value in store.names.items() if value.expr is None and name != LIKE}
     return Plan(
         steps, _in_order(results, graph), checks, loss, output, tuple(choices), graph.example_batch, itemsize, rates,
-        given, store.like, starts, _forward_values(store, graph, derived),
+        given, _noises(store, derived), store.like, starts, _forward_values(store, graph, derived),
     )  # fmt: skip
+
+
+def _noises(store: Store, derived: Derived) -> dict[str, Value]:
+    """The random inputs."""
+    every = (name for each in derived.columns for name in (each.noise, *(noise.name for noise in each.noises)))
+    return {name: store.find(name) for name in every if name in store}
 
 
 def _forward_values(store: Store, graph: Graph, derived: Derived) -> dict[str, Value]:

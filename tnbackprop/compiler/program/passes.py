@@ -16,12 +16,18 @@ from .rounds import block_of
 
 @dataclass(frozen=True)
 class Program:
-    """Lines, what they are given, what of it all is read later, and the lines of the functions that they call."""
+    """What the emitted function does.
+
+    given      what the lines read from outside; `noises` are the names of what of it is random
+    kept       what is read later
+    functions  the lines of the functions that they call
+    """
 
     lines: Lines
     given: frozenset[Value]
     kept: frozenset[Value]
     functions: Mapping[Body, Lines]
+    noises: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
