@@ -139,14 +139,8 @@ def _plan(
     given = {name: value for name, value in store.names.items() if value.expr is None and name != LIKE}
     return Plan(
         steps, _in_order(results, graph), checks, loss, output, tuple(choices), graph.example_batch, itemsize, rates,
-        given, _noises(store, derived), store.like, starts, _forward_values(store, graph, derived),
+        given, store.noises, store.like, starts, _forward_values(store, graph, derived),
     )  # fmt: skip
-
-
-def _noises(store: Store, derived: Derived) -> dict[str, Value]:
-    """The random inputs."""
-    every = (name for each in derived.columns for name in (each.noise, *(noise.name for noise in each.noises)))
-    return {name: store.find(name) for name in every if name in store}
 
 
 def _forward_values(store: Store, graph: Graph, derived: Derived) -> dict[str, Value]:

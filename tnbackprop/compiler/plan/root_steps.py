@@ -134,15 +134,15 @@ def _noise(store: Store, graph: Graph, columns: Columns, noise: Noise) -> None:
     """Numbers of more than 16 bits are drawn, and what is made of them is in the dtype of the output."""
     dtype, shape = graph.values[columns.start.value].dtype, sizes_of(noise.legs)
     if dtype.itemsize > 2:
-        store.given(noise.name, shape)
+        store.noise(noise.name, shape)
         return
-    drawn = store.given(f"{noise.name}:drawn", shape)
+    drawn = store.noise(f"{noise.name}:drawn", shape)
     store.name(noise.name, store.add(Call(f.TO, (drawn, dtype)), shape, Kernel.NATIVE))
 
 
 def _drawn(store: Store, columns: Columns, fill: Filling, shape: tuple[Size, ...]) -> dict[str, Value]:
     """A column for each row of noise, which has more bits than a column of 16: those draw too few different numbers."""
-    noise = store.given(columns.noise, (columns.samples, *shape))
+    noise = store.noise(columns.noise, (columns.samples, *shape))
     draw = columns.draw
     _entered(store, columns, draw, noise, shape)
     expr: Expr = fill(EACH if columns.lead else store.find(draw))

@@ -45,6 +45,7 @@ class Store:
         self.lowerings: tuple[Any, ...] = parent.lowerings if parent else ()  # rows that offer candidates for a product
         self.outermost: tuple[Any, ...] = parent.outermost if parent else ()  # the same, for whole products only
         self.bodies: dict[Any, Body] = parent.bodies if parent else {}  # functions that several values call
+        self.noises: dict[str, Value] = parent.noises if parent else {}  # the values from outside that are random
         self._count: Iterator[int] = parent._count if parent else iter(range(2**62))
         self.one_dtype: bool = parent.one_dtype if parent else False  # all floating values of the graph have one dtype
         self.like: Value = parent.like if parent else NOTHING
@@ -80,6 +81,11 @@ class Store:
         value = Value(name, None, shape, hint=hint_of(name), floating=floating, strided=strided)
         self._named[name] = value
         return value
+
+    def noise(self, name: str, shape: tuple[Size, ...]) -> Value:
+        """A value from outside that is random."""
+        self.noises[name] = self.given(name, shape)
+        return self.noises[name]
 
     def name(self, name: str, value: Value) -> None:
         """Let diagrams call a value so."""
