@@ -15,7 +15,7 @@ from ..compiler.emit.naming import TAKEN, Scope
 from ..compiler.emit.printer import Printer
 from ..compiler.emit.source import small, words, written
 from ..compiler.explain.polynomials import Symbols
-from ..compiler.explain.text import diagram_text
+from ..compiler.explain.text import body_text, legs_text
 from ..compiler.plan.plan import Plan
 from ..compiler.program.expr import Body, Expr, Value, helpers, reads, sizes_in
 from ..compiler.program.lines import lines_of
@@ -134,13 +134,13 @@ def literal(name: str, tensor: torch.Tensor) -> str:
     return f"torch.tensor({tensor.tolist()!r}, dtype={dtype}, device=like.device)"
 
 
-def formulas(derived: Derived, diagrams: Sequence[tuple[str, Diagram]], last: str = "") -> Iterator[str]:
+def formulas(derived: Derived, diagrams: Sequence[tuple[str, Diagram]], names: Names, last: str = "") -> Iterator[str]:
     """The diagrams, and the cotangents that they read (and `last`), as formulas. What is handed in goes by its name."""
     swept = {item.name: item for schedule in derived.sweeps for item in schedule if isinstance(item, Backward)}
     inputs = {COTANGENT, *(c.variable for c in derived.columns if isinstance(c.start, Given))}
     only = {name: _tensor_of(item.terms[0]) for name, item in swept.items() if len(item.terms) == 1}
     handed = {name: tensor for name, tensor in only.items() if tensor in inputs}
-    aliases = Names(handed)
+    names = Names({**names.of, **{name: names.shown(tensor) for name, tensor in handed.items()}})
     wanted: dict[str, None] = {}
 
     def visit(name: str) -> None:
@@ -152,21 +152,18 @@ def formulas(derived: Derived, diagrams: Sequence[tuple[str, Diagram]], last: st
 
     for leaf in [leaf for _, diagram in diagrams for leaf in leaves(diagram)] + [last] * bool(last):
         visit(leaf)
-    for name in wanted:
-        lines = [_term_text(name, term) for term in swept[name].terms]
-        yield from (aliases.code(line if not k else line.replace(" = ", " += ", 1)) for k, line in enumerate(lines))
+    terms = [(names.shown(name), term) for name in wanted for term in swept[name].terms]
     met: set[str] = set()
-    for name, diagram in diagrams:
-        line = diagram_text(name, diagram, {})
-        yield aliases.code(line.replace(" = ", " += ", 1) if name in met else line)
+    for name, term in (*terms, *diagrams):
+        yield _formula(name, term, names, "+=" if name in met else "=")
         met.add(name)
 
 
-def _term_text(name: str, term: Diagram | Native) -> str:
+def _formula(name: str, term: Diagram | Native, names: Names, equals: str) -> str:
+    """name[legs] = the diagram; or name = the code."""
     if isinstance(term, Diagram):
-        return diagram_text(name, term, {})
-    code = term.code.filled(lambda hole: hint_of(term.cotangent if hole == PULLED else hole))
-    return f"{hint_of(name)} = {code}"
+        return f"{name}[{legs_text(term.legs)}] {equals} {body_text(names.diagram(term), {})}"
+    return f"{name} {equals} {term.code.filled(lambda hole: names.shown(term.cotangent if hole == PULLED else hole))}"
 
 
 def _tensor_of(term: Diagram | Native) -> str:

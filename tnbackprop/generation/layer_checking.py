@@ -17,7 +17,7 @@ from .kronecker import Block, Places, places
 from .layer_functions import Prepared
 from .text import data
 
-COLUMNS, AVERAGE = (each.handed.name for each in (Exact, Average) if each.handed is not None)
+COLUMNS, AVERAGE = (each.handed.value for each in (Exact, Average) if each.handed is not None)
 PULLED = {"vjp": ("gradients", "lambda G: G"), "vjp_columns": ("pulled_columns", "lambda V: V")}
 """The definition of what is pulled back to an input, where it has one for every layer."""
 
@@ -83,7 +83,7 @@ def _entry(prepared: Prepared, quantity: Quantity, key: Key) -> str:
     """Which columns make the factors exact, as an entry of the table; empty where none do."""
     block = prepared.blocks[key]
     handed = quantity.propagates.alone.handed
-    name = handed.name if handed is not None else ""
+    name = handed.value if handed is not None else ""
     gradient = name == COTANGENT
     if name not in (COTANGENT, COLUMNS, AVERAGE):
         return ""
@@ -125,7 +125,7 @@ def _complete(prepared: Prepared) -> str:
     for each in prepared.layer.handed:
         shape = "(4, *output.shape)" if each.columns else "output.shape"
         if each.matrix and COLUMNS not in prepared.handed and each.name == matrices[0]:
-            lines.append(f'    values["{COLUMNS}"] = torch.randn((4, *output.shape), **options)')
+            lines.append('    values["columns"] = torch.randn((4, *output.shape), **options)')
         made = 'average_of(values["columns"])' if each.matrix else f"torch.randn({shape}, **options)"
         lines.append(f'    values["{each.name}"] = {made}')
         if each.weights:

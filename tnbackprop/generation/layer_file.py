@@ -12,6 +12,7 @@ from ..compiler.lower.arrange import reshaped
 from ..compiler.program.expr import Expr
 from ..compiler.program.lines import alive
 from ..compiler.single import part
+from ..diagram.core import hint_of
 from ..quantities.propagation import COTANGENT
 from ..version import __version__
 from .checking import Checks, Key, Recorded, check_lines, lines_of_text, note, with_records
@@ -88,8 +89,8 @@ def header(file: LayerFile, title: str, target: str, needs: str, checks: Checks)
         f"cotangent {shapes[COTANGENT]} is the derivative of the loss by the output, L = Σ_n ℓ_n, with all its scale.",
     ]
     for each in prepared.layer.handed:
-        about += [f"{each.name} {shapes[each.name]}{each.about}"]
-        about += [f"{each.weights} {shapes[each.weights]}{each.told}"] if each.weights else []
+        told = zip(each.values, (each.about, each.told), strict=False)
+        about += [f"{hint_of(value)} {shapes[value]}{says}" for value, says in told]
     return docstring(about, "")
 
 
@@ -144,7 +145,7 @@ def _together(file: LayerFile) -> list[str]:
     ]
     plan = replace(plan, steps=alive(plan.steps, names))
     compute = function("compute", plan, returned, prepared.inputs)
-    given = [COTANGENT, *prepared.handed]
+    given = [hint_of(value) for value in (COTANGENT, *prepared.handed)]
     head = f"def compute({', '.join(['state', *prepared.arguments, *given])}):"
     unpacked = [f"    {own} = state[{name!r}]" for name, own in prepared.state.items() if own in compute.arguments]
     body = [*unpacked, *compute.body, f"    return {compute.returns}"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,7 +74,7 @@ class Prepared:
     @property
     def handed(self) -> list[str]:
         """What is handed in at the output besides the cotangent."""
-        return [name for each in self.layer.handed for name in (each.name, each.weights) if name]
+        return [value for each in self.layer.handed for value in each.values]
 
 
 def prepare(module: torch.nn.Module, x: Any, quantities: Sequence[Quantity], rules: Rules) -> Prepared:
@@ -96,8 +95,7 @@ def prepare(module: torch.nn.Module, x: Any, quantities: Sequence[Quantity], rul
     order = [v for v in graph.inputs if v != COTANGENT] + [*graph.parameters, *graph.buffers, COTANGENT]
     shapes = {value: graph.values[value].shape for value in order}
     for each in layer.handed:
-        shapes[each.name] = each.shape(output.shape)
-        shapes |= {each.weights: (V, N)} if each.weights else {}
+        shapes |= dict(zip(each.values, (each.shape(output.shape), (V, N)), strict=False))
     floating = [value for value in order if graph.values[value].dtype.is_floating_point]
     inputs = Inputs(shapes, graph.constants, floating, names)
     blocks = blocks_of(extractions(layer.derived), graph)
@@ -170,12 +168,7 @@ def extracted(prepared: Prepared) -> dict[tuple[str, str], Function]:
 
 def _formulas(prepared: Prepared, diagrams: Sequence[tuple[str, Diagram]], cotangent: str = "") -> list[str]:
     shown = formula_names(prepared.layer, prepared.names)
-    lines = (shown.code(line) for line in formulas(prepared.layer.derived, diagrams, cotangent))
-    return [f"    {_LONG.sub(lambda match: format(int(match[1]) / int(match[2]), '.6g'), line)}" for line in lines]
-
-
-_LONG = re.compile(r"(\d{9,})/(\d{9,})")
-"""A float as the exact fraction that it is."""
+    return [f"    {line}" for line in formulas(prepared.layer.derived, diagrams, shown, cotangent)]
 
 
 def _origin(prepared: Prepared) -> str:

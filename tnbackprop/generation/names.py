@@ -5,22 +5,21 @@ from __future__ import annotations
 import builtins
 import inspect
 import keyword
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..compiler.derive.layer import Layer
 from ..compiler.emit.naming import Scope, identifier
 from ..compiler.lower.table import HELPERS
-from ..diagram.core import hint_of
+from ..diagram.core import Diagram, Map, Operand, Part, Selection, Tensor, hint_of
 from ..quantities.propagation import COTANGENT, HANDED
 
 TAKEN = frozenset({
     "torch", "sys", "N", "V", "like", "each", "forward", "compute", "check", "state", "results", "values",
     "module", "ext", "g_inp", "g_out", "bpQuantities", "ctx", "self", "with_one",
-    *(name for each in HANDED for name in (each.name, each.weights) if name), *keyword.kwlist,
+    *(hint_of(value) for each in HANDED for value in each.values), *keyword.kwlist,
     *(helper.name for helper in HELPERS), *(name for name in dir(builtins) if name != "input"),
 })  # fmt: skip
 
@@ -32,16 +31,28 @@ class Names:
     of: Mapping[str, str]
 
     def shown(self, value: str) -> str:
-        """The argument of a value."""
+        """What a value is called."""
         return self.of.get(value, hint_of(value))
 
-    def code(self, text: str) -> str:
-        """Code or a formula with the values renamed; keywords of calls stay."""
-        if not self.of:
-            return text
-        of = {hint_of(name): own for name, own in self.of.items()}
-        names = "|".join(sorted(map(re.escape, of), key=len, reverse=True))
-        return re.sub(rf"(?<![\w.])({names})(?!\w|=[^=])", lambda match: of[match[1]], text)
+    def diagram(self, diagram: Diagram) -> Diagram:
+        """The diagram of values that are called so."""
+        products = (replace(p, operands=tuple(map(self._operand, p.operands))) for p in diagram.products)
+        return replace(diagram, products=tuple(products))
+
+    def _operand(self, operand: Operand) -> Operand:
+        match operand:
+            case Tensor():
+                return self._tensor(operand)
+            case Map():
+                return replace(operand, args=tuple(map(self._tensor, operand.args)))
+            case Selection():
+                return replace(operand, index=self._tensor(operand.index))
+            case Part():
+                return replace(operand, diagram=self.diagram(operand.diagram))
+        return operand
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        return replace(tensor, name=self.shown(tensor.name))
 
 
 def layer_names(module: torch.nn.Module, layer: Layer) -> Names:
@@ -55,13 +66,14 @@ def layer_names(module: torch.nn.Module, layer: Layer) -> Names:
         by_key = value.partition("_")[2]
         wanted[value] = by_key if by_key in signature else signature[k] if k < len(signature) else value
     state = {graph.parameters[v][0] for v in graph.parameters} | set(graph.buffers.values())
-    own = {name for each in layer.handed for name in (each.name, each.weights)}
-    taken = TAKEN | own | {*graph.values, *(e.name for _, rule in layer.derived.bound for e in rule.equations)}
+    lines = {e.name for _, rule in layer.derived.bound for e in rule.equations}
+    handed = {hint_of(value) for each in layer.handed for value in each.values}
+    taken = TAKEN | handed | {hint_of(value) for value in {*graph.values, *lines} - set(wanted)}
+    scope = Scope(taken)
     found: dict[str, str] = {}
     for value, name in wanted.items():
-        free = name == identifier(name) and (name not in taken or name == value) and name not in found.values()
-        found[value] = name if free and not re.fullmatch(r"t\d+", name) else value
-    scope = Scope({*taken, *found.values()})
+        free = name == identifier(name) and name not in {*taken, *found.values()}
+        found[value] = scope.fresh(name if free else hint_of(value))
     found |= {value: scope.fresh(f"input_{value}") for value in inputs if found[value] in state}
     return Names(found)
 

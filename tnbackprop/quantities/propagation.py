@@ -102,6 +102,16 @@ class Handed:
     what: str = ""
 
     @property
+    def value(self) -> str:
+        """The value that diagrams read. No part of a layer has a colon in its name."""
+        return f"{self.name}:"
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """It, and the weights of its columns."""
+        return (self.value, f"{self.weights}:") if self.weights else (self.value,)
+
+    @property
     def count(self) -> Size:
         """How many columns it is."""
         return V if self.columns else 1
@@ -303,4 +313,4 @@ class Average(Propagation):
 
 HANDED = tuple(each.handed for each in (Gradient, Exact, Hessian, Diagonal, Average) if each.handed is not None)
 """What is handed in for the propagations that are built in."""
-COTANGENT = HANDED[0].name
+COTANGENT = HANDED[0].value

@@ -157,7 +157,8 @@ class Inside(nn.Module):
         return result
 
 
-WORDS = ("like", "each", "g_out", "values", "state", "print", "class", "one_by_one", "t0", "slice_0")  # fmt: skip
+WORDS = ("like", "each", "g_out", "values", "state", "print", "class", "one_by_one", "t0", "slice_0", "cotangent",
+         "columns", "hessian_columns", "hessian_weights", "diagonal", "average")  # fmt: skip
 """What a file of a layer has for itself, and what no argument can be called."""
 
 
@@ -165,8 +166,10 @@ WORDS = ("like", "each", "g_out", "values", "state", "print", "class", "one_by_o
 @pytest.mark.parametrize("name", WORDS)
 def test_files_of_layers_with_parts(name: str, last: bool) -> None:
     module, x = Inside(name, last).double(), torch.rand(4, 3, dtype=torch.float64)
+    own = Scaled(name, "shift") if last else Scaled("scale", name)
     for quantities in ([tn.BatchGrad(), tn.DiagGGN(), tn.HessianDiag()], [tn.BL89()], [tn.KFRA()]):
-        agrees(loaded(tn.generate(module, quantities, example=x).source))
+        for each in (module, own.double()):
+            agrees(loaded(tn.generate(each, quantities, example=x).source))
 
 
 WORDS_OF_MODELS = ("like", "loss_of", "output", "N", "values", "results", "tensors", "noise", "check", "draw_0",

@@ -147,21 +147,21 @@ def _given(setting: Setting, quantities: Sequence[Quantity], handed: Handed, num
     output = output_of(setting.graph, "a layer on its own")
     legs, width = output_legs(setting.bound, output.name), handed.count
     lead = column_leg(width)
-    weight = tensor(handed.weights, (*lead, BATCH)) if handed.weights else None
+    weight = tensor(handed.values[1], (*lead, BATCH)) if handed.weights else None
     sweep = _sweep(setting, quantities, number, width, weight, inside=False)
-    sweep.variable, sweep.kept = handed.name, (*lead, BATCH)
+    sweep.variable, sweep.kept = handed.value, (*lead, BATCH)
     whole = (*lead, *legs)
     if handed.matrix:
         whole = (*_own(legs), *copied(_own(legs)))
-        run_averaged(sweep, setting.bound, output.name, tensor(handed.name, whole))
+        run_averaged(sweep, setting.bound, output.name, tensor(handed.value, whole))
     else:
-        sweep.terms[output.name] = [tensor(handed.name, whole)]
+        sweep.terms[output.name] = [tensor(handed.value, whole)]
         run(sweep, setting.bound)
         for value in setting.graph.inputs if handed.pulled else ():
             if sweep.terms.get(value):
                 schedule(sweep, value)
     given = Given(output.name, handed, handed.shape(output.shape))
-    yield Columns(handed.name, given, 0, whole, tuple(sweep.schedule), width)
+    yield Columns(handed.value, given, 0, whole, tuple(sweep.schedule), width)
     if setting.propagation.residual is Residual.COLUMNS:
         yield from _residuals(replace(setting, width=EVERY), quantities, _found(setting, output.name), number)
 

@@ -182,7 +182,9 @@ class Columns:
     @property
     def weight(self) -> str:
         """The variable of the columns' weights."""
-        return self.start.handed.weights if isinstance(self.start, Given) else f"weight:{self.number}"
+        if isinstance(self.start, Given):
+            return self.start.handed.values[1] if self.start.handed.weights else ""
+        return f"weight:{self.number}"
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def _product_text(product: Product, output: tuple[Leg, ...], names: Names) -> st
     negative = bool(product.scale.could_extract_minus_sign())
     scale = -product.scale if negative else product.scale
     if scale != 1 or not product.operands:
-        exact = sympy.sstr(scale)
+        exact = str(_Printer().doprint(scale))
         exact = exact if len(exact) < 24 else sympy.sstr(scale.evalf(6))
         shown.append(exact if scale.is_Atom else f"({exact})")
     shown += [f"Σ_{{{legs_text(summed)}}}"] if summed else []
