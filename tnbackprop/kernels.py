@@ -16,7 +16,7 @@ def ntk(model: torch.nn.Module, x: torch.Tensor, other: torch.Tensor | None = No
     """Empirical neural tangent kernel of all trainable parameters, [N, C, M, C]: ⟨∂f(x_n)[c]/∂θ, ∂f(x'_m)[d]/∂θ⟩.
 
     C are the elements of one sample's output, row-major. `other` is a second batch of M samples; without it, x itself.
-    The two batches ride through the model as one, then only their N times M pairs are multiplied. Jacot et al. 2018,
+    The two batches go through the model as one, then only their N times M pairs are multiplied. Jacot et al. 2018,
     arXiv:1806.07572. Raises `InputError` where the batches do not fit, and what `compile` raises.
     """
     if not isinstance(model, torch.nn.Module):

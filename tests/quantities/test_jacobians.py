@@ -55,7 +55,7 @@ def test_gram(name: str) -> None:
         assert float(spectrum[shared:].abs().sum() + want[shared:].abs().sum()) <= TOLERANCE, parameter
 
 
-def test_all_columns_ride_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_columns_are_propagated_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the device likes: what multiplies columns with each other needs all of them."""
     problem = BY_NAME["cnn"].build()
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=1))

@@ -22,8 +22,8 @@ from .translate.graph import Call, Graph
 
 WIDER = (4, 8)
 CLEARLY = 0.95
-"""As many columns ride together as the device likes, half as many where that looks faster (they may come out even), or
-one of `WIDER` times as many where that looks clearly faster: those take more memory. The gradient rides along with them
+"""As many columns are propagated together as the device likes, half as many where that looks faster (they may come out
+even), or one of `WIDER` times as many where that looks clearly faster: those take more memory. The gradient joins them
 where that looks clearly faster, too: views are not free."""
 MANY = 2
 """A sample that has this many times the columns that the device likes may have them all at once."""
@@ -86,7 +86,7 @@ def searched(
 
 
 def _widths(rates: Rates, batch: int) -> tuple[int, ...]:
-    """How many columns may ride together: what the device likes, and what else to try."""
+    """How many columns may be propagated together: what the device likes, and what else to try."""
     likes = max(1, rates.rows // batch)
     tried = (likes, max(1, rates.rows // (2 * batch)), *(max(1, times * rates.rows // batch) for times in WIDER))
     return tuple(dict.fromkeys(tried))

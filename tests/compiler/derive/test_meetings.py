@@ -155,7 +155,7 @@ def problem(name: str, size: int) -> tuple[nn.Module, Tensor, Tensor]:
 
 @pytest.fixture(autouse=True)
 def all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any number of columns may ride together."""
+    """Any number of columns may be propagated together."""
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=4096))
 
 
@@ -185,7 +185,7 @@ def test_weights_and_rounds(loss: Loss, rows: int, monkeypatch: pytest.MonkeyPat
 
 
 def test_beside_the_ggn() -> None:
-    """Columns that ride through all layers for the GGN do so for the Hessian, too: what is left meets still."""
+    """Columns that go through all layers for the GGN do so for the Hessian, too: what is left meets still."""
     model, x, y = problem("a chain", 4)
     program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.HessianDiag(), tn.DiagGGN()])
     assert arrivals(program) == [("layer_2", 3), ("layer_0", 7)]

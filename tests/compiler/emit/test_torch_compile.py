@@ -1,4 +1,4 @@
-"""torch.compile takes the source of second-order programs as one graph: riding together, in loops, in slices."""
+"""torch.compile takes the source of second-order programs as one graph: together, in loops, in slices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gradient rides along with the columns of a root where both fit: the same numbers from fewer calls."""
+"""The gradient is propagated with the columns of a root where both fit: the same numbers from fewer calls."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WITH = ", with the gradient"
 
 
 def joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradient rides along wherever it can, whatever that costs."""
+    """The gradient is propagated with columns wherever it can, whatever that costs."""
 
     def fastest(width: int, others: object, apart: object, attempt: Callable[..., search.Made | None]) -> object:
         return attempt(width, beside=True) or attempt(width)
@@ -81,7 +81,7 @@ def wide(batch: int) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
     return nn.Sequential(*layers), (torch.randn(batch, 16), torch.randint(10, (batch,)))
 
 
-def test_where_few_rows_ride() -> None:
+def test_where_rows_are_few() -> None:
     """Of four samples the gradient and a drawn column, in one call; not of 64, which are enough rows for the device."""
     for samples, calls in ((4, 1), (64, 2)):
         model, batch = wide(samples)

@@ -228,7 +228,7 @@ def test_how_many_columns_are_taken(columns: int, seconds: dict[int, float], cho
 
     def attempt(width: int, apart: Apart | None = None, beside: bool = False) -> Any:
         if beside:
-            return None  # there is no gradient to ride along
+            return None  # there is no gradient to go with them
         tried.append(width if apart is None else -width)
         plan = SimpleNamespace(loops=(SimpleNamespace(size=columns),), seconds=seconds[tried[-1]])
         return SimpleNamespace(width=tried[-1], columns=()), plan

@@ -165,6 +165,6 @@ def test_no_root_of_the_whole(quantity: tn.Quantity) -> None:
         root = 9 * 32 * elements
         program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [quantity])
         whole = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.SqrtGGN()])
-        columns = 9 * 32 * 16 * 36  # of what rides through the layers, all at once
+        columns = 9 * 32 * 16 * 36  # of what is propagated, all at once
         assert largest_step(program, 32) <= max(root // 2, columns), f"{quantity.name} of {name}"
         assert whole.peak_bytes >= 4 * root

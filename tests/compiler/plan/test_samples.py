@@ -1,4 +1,4 @@
-"""Sample by sample: all columns of one ride at once, and the results are the sums that a loop over columns gives."""
+"""Sample by sample: all columns of one go together, and the results are the sums that a loop over columns gives."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_weights(loss: Callable[[Values, Values], Values]) -> None:
     assert_equal(program(x, y)["hessian_diag"], oracle_second.hessian_diag(model, loss, x, y), "hessian_diag")
 
 
-def test_what_arrives_rides_along(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_arrives_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few columns of a sweep before come to where many are one-hot, and go on with them, sample by sample."""
     monkeypatch.setattr(search, "_fastest", lambda width, others, apart, attempt: attempt(1024, Apart(10, 4)))
     model, x, y = problem("a chain", 3)

@@ -31,10 +31,10 @@ MOST_ROWS = 2**22
 
 @dataclass(frozen=True)
 class Setting:
-    """What all sweeps of columns have in common; `width` is the most columns that may ride together.
+    """What all sweeps of columns have in common; `width` is the most columns that may be propagated together.
 
     apart   which of them go sample by sample
-    beside  whether the gradient rides along with the columns of a root that leave room for it
+    beside  whether the gradient is propagated with the columns of a root that leave room for it
     """
 
     graph: Graph
@@ -43,7 +43,7 @@ class Setting:
     width: int
     gradient: Sweep
     propagation: Propagation
-    roots: bool  # whether the columns of the root ride through all layers anyway, for other quantities
+    roots: bool  # whether the columns of the root go through all layers anyway, for other quantities
     apart: Apart | None = None
     beside: bool = False
 
@@ -52,7 +52,7 @@ class Setting:
         return self.apart is not None and count >= self.apart.least
 
     def together(self, count: int) -> int:
-        """How many of them ride at once."""
+        """How many of them are propagated together."""
         if self.apart is not None and self.alone(count):
             return -(-count // self.apart.even) * self.apart.even
         return _even(count, self.width)
@@ -118,7 +118,7 @@ def _residuals(
     first: int,
     ahead: Sequence[Columns] = (),
 ) -> Iterator[Columns]:
-    """Columns of the residuals. What rides at once stops where others are one-hot, and goes on with them."""
+    """Columns of the residuals. Those that go together stop where others are one-hot, and go on with them."""
     waiting = list(ahead)
     for number, each in enumerate(found, start=first + 1):
         if isinstance(each, Paired):
@@ -234,7 +234,7 @@ def _from_loss(
 
 
 def _gradient_at(setting: Setting, value: str) -> int:
-    """How many items of the gradient's sweep lead to the value, if it should ride along from there; else 0."""
+    """How many items of the gradient's sweep lead to the value, if it should go with the columns from there; else 0."""
     items = setting.gradient.schedule
     found = (k for k, item in enumerate(items) if isinstance(item, Backward) and item.value == value)
     position = next(found, None) if setting.beside else None

@@ -98,9 +98,9 @@ def derive(
 ) -> Derived:
     """One reverse sweep for the gradient, and one for each kind of column that a quantity propagates.
 
-    width   the most columns that may ride through the layers together
+    width   the most columns that may be propagated together
     apart   which sweeps go sample by sample
-    beside  whether the gradient may ride along with one of them
+    beside  whether the gradient may be propagated with one of them
     """
     if quantities:
         _check_read(bound)

@@ -110,8 +110,8 @@ class Columns:
     width: Size = 1
     made: int = 0  # so many are made of them where they start (1: without a leg), and carried; 0: they are themselves
     until: str = ""  # the value where they go on together with later ones
-    alone: bool = False  # all those of a sample ride together, one sample after the other
-    beside: int = 0  # after so many items of its sweep the gradient may ride along
+    alone: bool = False  # all those of a sample together, one sample after the other
+    beside: int = 0  # after so many items of its sweep the gradient may be propagated with them
     noises: tuple[Noise, ...] = ()  # what its start draws
 
     def __str__(self) -> str:
@@ -138,7 +138,7 @@ class Columns:
 
     @property
     def looped(self) -> bool:
-        """Whether they ride through the layers in several rounds."""
+        """Whether they are propagated in several rounds."""
         return bool(self.width != self.count) or self.alone
 
     @property
@@ -237,7 +237,7 @@ class Basis:
 
 
 def column_leg(width: Size) -> tuple[Leg, ...]:
-    """The leg of several columns that ride through the layers together."""
+    """The leg of several columns that are propagated together."""
     return (Leg(COLUMN, width),) if width != 1 else ()
 
 

@@ -43,7 +43,7 @@ class Sweep:
     prefix: str = "g"
     variable: str = ""  # the column at the model's output
     several: bool = False  # more than one column
-    lead: tuple[Leg, ...] = ()  # the leg of columns that ride together
+    lead: tuple[Leg, ...] = ()  # the leg of columns that are propagated together
     kept: tuple[Leg, ...] = (BATCH,)
     weight: Diagram | None = None  # of the columns
     along: Callable[[Jacobian], Jacobian] | None = None  # what is propagated with in the place of a Jacobian

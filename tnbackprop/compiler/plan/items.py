@@ -83,7 +83,7 @@ def backward(
 
 
 def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tuple[Leg, ...]) -> Ref:
-    """Native code; over the columns that ride together by vmap, unless it takes them itself."""
+    """Native code; over the columns that are propagated together by vmap, unless it takes them itself."""
     assert shape is not None
     cotangent: Expr = store.find(term.cotangent)
     before = store.find(term.cotangent).shape

@@ -30,7 +30,7 @@ def root_steps(
 ) -> dict[str, Value]:
     """What a loop runs over: variable -> the value whose rows it takes (the columns or their noise; their weights).
 
-    Where all columns ride together there is no loop, and the rows are entered under the variable's name.
+    Where all columns are propagated together there is no loop, and the rows are entered under the variable's name.
     """
     for noise in columns.noises:
         _noise(store, graph, columns, noise)

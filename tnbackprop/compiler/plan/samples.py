@@ -1,4 +1,4 @@
-"""Samples: columns that are many for each sample ride through the layers sample by sample, all those of one at once.
+"""Samples: columns that are many for each sample are propagated sample by sample, all those of one together.
 
 Filled up with zeros to even matrices, they are one sweep that is planned for a batch of one: a function of a sample in
 the source, whose results are summed over its calls. What depends on parameters alone is computed before.

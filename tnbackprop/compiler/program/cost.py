@@ -73,7 +73,7 @@ class Rates:
     fresh_threshold: float  # allocations below this are served from memory already mapped
     copy_factor: float = 1.0  # a permuting copy takes (factor + run / length of its inner run) times its bytes
     copy_run: float = 0.0
-    rows: int = 32  # samples times columns that ride through the layers together
+    rows: int = 32  # samples times columns that are propagated together
     narrow: int = 0  # a matmul with fewer columns is `narrow_factor` times slower than the transposed one
     narrow_factor: float = 1.0
     odd: int = 1  # a batched matmul with an odd number of columns is faster with this multiple of them
