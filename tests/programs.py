@@ -33,9 +33,9 @@ def shapes_of(*operands: Operand) -> Shapes:
     return {tensor.name: tuple(leg.size for leg in tensor.legs) for tensor in found}
 
 
-def store_of(shapes: Shapes, rates: Rates = CPU, batch: int = 3, itemsize: int = 8, alone: bool = False) -> Store:
+def store_of(shapes: Shapes, rates: Rates = CPU, batch: int = 3, itemsize: int = 8, one_sample: bool = False) -> Store:
     """A store of values that are given."""
-    return with_given(Store(rates, batch, itemsize, alone), shapes)
+    return with_given(Store(rates, batch, itemsize, one_sample), shapes)
 
 
 def with_given(store: Store, shapes: Shapes) -> Store:

@@ -10,7 +10,7 @@ import torch
 from ..notation.bind import BoundRule
 from ..quantities import Quantity
 from .derive.derive import derive
-from .derive.derived import Apart, Derived
+from .derive.derived import Derived, PerSample
 from .lower.candidate import Lowering
 from .lower.table import LOWERINGS
 from .plan.limits import check_memory, machine_bytes
@@ -72,13 +72,13 @@ def searched(
     derived = derive(graph, bound, quantities, width)
     check_memory(graph, derived, itemsize, memory_limit or device.machine)
 
-    def attempt(columns: int, apart: Apart | None = None, beside: bool = False) -> Made | None:
-        plain = columns == width and apart is None and not beside
-        again = derived if plain else derive(graph, bound, quantities, columns, apart, beside)
+    def attempt(columns: int, per_sample: PerSample | None = None, beside: bool = False) -> Made | None:
+        plain = columns == width and per_sample is None and not beside
+        again = derived if plain else derive(graph, bound, quantities, columns, per_sample, beside)
         possible = separable(again) and beside == any(each.beside for each in again.columns)
         return (again, plan(graph, again, rates, itemsize, lowerings=every)) if possible else None
 
-    derived, planned = _fastest(width, others, Apart(MANY * rates.rows, rates.odd), attempt)
+    derived, planned = _fastest(width, others, PerSample(MANY * rates.rows, rates.odd), attempt)
     if memory_limit is not None and planned.peak_bytes > memory_limit:
         derived = derive(graph, bound, quantities)
         planned = plan(graph, derived, rates, itemsize, memory_limit, every)
@@ -92,7 +92,7 @@ def _widths(rates: Rates, batch: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(tried))
 
 
-def _fastest(width: int, others: Sequence[int], apart: Apart, attempt: Callable[..., Made | None]) -> Made:
+def _fastest(width: int, others: Sequence[int], per_sample: PerSample, attempt: Callable[..., Made | None]) -> Made:
     """What is derived and planned for as many columns at a time as looks best, or for one sample after the other."""
     best = attempt(width)
     assert best is not None
@@ -103,10 +103,10 @@ def _fastest(width: int, others: Sequence[int], apart: Apart, attempt: Callable[
     best = together if together is not None and together[1].seconds < CLEARLY * likes else best
     if not best[1].loops:
         return best
-    many = any(int(loop.size) >= apart.least for loop in best[1].loops)
-    alone = attempt(max((width, *others)), apart) if many else None
-    if alone is not None and alone[1].seconds < CLEARLY * likes:
-        best = alone
+    many = any(int(loop.size) >= per_sample.least for loop in best[1].loops)
+    by_sample = attempt(max((width, *others)), per_sample) if many else None
+    if by_sample is not None and by_sample[1].seconds < CLEARLY * likes:
+        best = by_sample
     for tried in others:
         made = attempt(tried)
         assert made is not None

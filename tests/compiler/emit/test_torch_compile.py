@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 import tnbackprop as tn
 from tnbackprop.compiler import search
-from tnbackprop.compiler.derive.derived import Apart
+from tnbackprop.compiler.derive.derived import PerSample
 from tnbackprop.compiler.plan.plan import Plan
 from tnbackprop.compiler.program import cost
 
@@ -81,7 +81,7 @@ def test_sample_by_sample(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And with kernels that are picked by what max pooling chose."""
     flops = dict.fromkeys(cost.Kernel, 1e3) | {cost.Kernel.RECEPTIVE: 1e18}
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, launch=0.0, bandwidth=1e18, flops=flops))
-    monkeypatch.setattr(search, "_fastest", lambda width, others, apart, attempt: attempt(1024, Apart(2, 4)))
+    monkeypatch.setattr(search, "_fastest", lambda width, others, least, attempt: attempt(1024, PerSample(2, 4)))
     program = assert_one_graph(QUANTITIES[name], None, before=(nn.Conv2d(2, 2, 1),))
     assert "= added(slice_" in program.source and "= receptive_vjp(" in program.source
 

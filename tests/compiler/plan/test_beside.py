@@ -13,7 +13,7 @@ from torch import nn
 
 import tnbackprop as tn
 from tnbackprop.compiler import search
-from tnbackprop.compiler.derive.derived import Apart, Backward, Extraction
+from tnbackprop.compiler.derive.derived import Backward, Extraction, PerSample
 from tnbackprop.compiler.plan.beside import in_turns
 from tnbackprop.compiler.program import cost
 
@@ -35,7 +35,7 @@ WITH = ", with the gradient"
 def joined(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient is propagated with columns wherever it can, whatever that costs."""
 
-    def fastest(width: int, others: object, apart: object, attempt: Callable[..., search.Made | None]) -> object:
+    def fastest(width: int, others: object, least: object, attempt: Callable[..., search.Made | None]) -> object:
         return attempt(width, beside=True) or attempt(width)
 
     monkeypatch.setattr(search, "_fastest", fastest)
@@ -65,11 +65,11 @@ def test_the_same_numbers(name: str, second: str, monkeypatch: pytest.MonkeyPatc
     problem = BY_NAME[name].build()
     batch, quantities = (problem.x, problem.y), [*FIRST, *SECOND[second]]
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=1))
-    apart = tn.compile(problem.model, problem.loss, batch, quantities)
+    separate = tn.compile(problem.model, problem.loss, batch, quantities)
     joined(monkeypatch)
     together = tn.compile(problem.model, problem.loss, batch, quantities)
-    assert WITH in together.source and WITH not in apart.source
-    got, want = values(together, batch), values(apart, batch)
+    assert WITH in together.source and WITH not in separate.source
+    got, want = values(together, batch), values(separate, batch)
     assert list(got) == list(want)
     for quantity in want:
         assert_equal(got[quantity], want[quantity], quantity)
@@ -99,14 +99,14 @@ def test_what_has_no_gradient_to_take_along() -> None:
     assert WITH not in program.source and not any(c.beside for c in program.compiled.derived.columns)
 
 
-@pytest.mark.parametrize(("apart", "beside", "chosen"), [(1.0, 0.9, 0.9), (1.0, 0.97, 1.0), (5e-4, 1e-4, 5e-4)])
-def test_where_it_looks_clearly_faster(apart: float, beside: float, chosen: float) -> None:
+@pytest.mark.parametrize(("separate", "beside", "chosen"), [(1.0, 0.9, 0.9), (1.0, 0.97, 1.0), (5e-4, 1e-4, 5e-4)])
+def test_where_it_looks_clearly_faster(separate: float, beside: float, chosen: float) -> None:
     """And where planning once more is worth it."""
 
     def attempt(width: int, **ways: bool) -> Any:
-        return None, SimpleNamespace(loops=(), seconds=beside if ways.get("beside") else apart)
+        return None, SimpleNamespace(loops=(), seconds=beside if ways.get("beside") else separate)
 
-    assert search._fastest(8, (), Apart(64, 16), attempt)[1].seconds == chosen
+    assert search._fastest(8, (), PerSample(64, 16), attempt)[1].seconds == chosen
 
 
 def test_in_turns() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 import tnbackprop as tn
 from tnbackprop.compiler import Compiled, search
 from tnbackprop.compiler.derive import columns
-from tnbackprop.compiler.derive.derived import Apart
+from tnbackprop.compiler.derive.derived import PerSample
 from tnbackprop.compiler.emit.source import written
 from tnbackprop.compiler.plan.loops import over_columns
 from tnbackprop.compiler.program import cost
@@ -204,7 +204,7 @@ def test_how_many_columns_are_tried() -> None:
     ]  # fmt: skip
 
 
-APART = -64
+PER_SAMPLE = -64
 """Stands for the widest, and one sample after the other."""
 
 
@@ -215,10 +215,10 @@ APART = -64
         (20, {8: 1.0, 4: 1.0, 32: 0.96}, 8),  # not for more
         (20, {8: 1.0, 4: 1.1, 32: 0.93, 64: 0.94}, 32),
         (20, {8: 1.0, 4: 1.1, 32: 0.94, 64: 0.93}, 64),
-        (90, {8: 1.0, APART: 0.93, 4: 1.1, 32: 0.94}, APART),  # samples one by one, where columns are many
-        (90, {8: 1.0, APART: 0.94, 4: 1.1, 32: 0.93, 64: 0.95}, 32),
-        (90, {8: 1.0, APART: 0.96, 4: 0.98}, 4),
-        (90, {8: 1.0, APART: 0.9, 4: 0.98}, APART),
+        (90, {8: 1.0, PER_SAMPLE: 0.93, 4: 1.1, 32: 0.94}, PER_SAMPLE),  # samples one by one, where columns are many
+        (90, {8: 1.0, PER_SAMPLE: 0.94, 4: 1.1, 32: 0.93, 64: 0.95}, 32),
+        (90, {8: 1.0, PER_SAMPLE: 0.96, 4: 0.98}, 4),
+        (90, {8: 1.0, PER_SAMPLE: 0.9, 4: 0.98}, PER_SAMPLE),
         (90, {8: 1e-4}, 8),  # planning takes longer
     ],
 )
@@ -226,24 +226,24 @@ def test_how_many_columns_are_taken(columns: int, seconds: dict[int, float], cho
     """The fastest; each width is planned once, and none in vain."""
     tried = []
 
-    def attempt(width: int, apart: Apart | None = None, beside: bool = False) -> Any:
+    def attempt(width: int, per_sample: PerSample | None = None, beside: bool = False) -> Any:
         if beside:
             return None  # there is no gradient to go with them
-        tried.append(width if apart is None else -width)
+        tried.append(width if per_sample is None else -width)
         plan = SimpleNamespace(loops=(SimpleNamespace(size=columns),), seconds=seconds[tried[-1]])
         return SimpleNamespace(width=tried[-1], columns=()), plan
 
-    assert search._fastest(8, (4, 32, 64), Apart(64, 16), attempt)[0].width == chosen
+    assert search._fastest(8, (4, 32, 64), PerSample(64, 16), attempt)[0].width == chosen
     assert tried == list(seconds)
 
 
 def test_not_one_by_one_where_that_cannot_be() -> None:
     plan = SimpleNamespace(loops=(SimpleNamespace(size=90),), seconds=1.0)
 
-    def attempt(width: int, apart: Apart | None = None, beside: bool = False) -> Any:
-        return None if apart or beside else (None, plan)
+    def attempt(width: int, per_sample: PerSample | None = None, beside: bool = False) -> Any:
+        return None if per_sample or beside else (None, plan)
 
-    assert search._fastest(8, (), Apart(64, 16), attempt)[1] is plan
+    assert search._fastest(8, (), PerSample(64, 16), attempt)[1] is plan
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import tnbackprop as tn
 from tnbackprop.compiler import search
-from tnbackprop.compiler.derive.derived import Apart, Derived
+from tnbackprop.compiler.derive.derived import Derived, PerSample
 from tnbackprop.compiler.lower.arrange import copies
 from tnbackprop.compiler.lower.contract import build
 from tnbackprop.compiler.lower.table import LOWERINGS
@@ -39,11 +39,11 @@ Attempt = Callable[..., tuple[Derived, Plan] | None]
 
 
 @pytest.fixture(autouse=True)
-def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def by_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two columns are many, and one sample after the other is taken to be best wherever that can be."""
 
-    def fastest(width: int, others: Sequence[int], apart: Apart, attempt: Attempt) -> tuple[Derived, Plan] | None:
-        return attempt(1024, Apart(2, 4)) or attempt(1)
+    def fastest(width: int, others: Sequence[int], least: PerSample, attempt: Attempt) -> tuple[Derived, Plan] | None:
+        return attempt(1024, PerSample(2, 4)) or attempt(1)
 
     monkeypatch.setattr(search, "_fastest", fastest)
 
@@ -66,7 +66,7 @@ def test_exact(name: str) -> None:
     loss = nn.CrossEntropyLoss()
     program = tn.compile(model, loss, (x, y), [tn.HessianDiag(), tn.DiagGGN()])
     assert calls(program) >= 2
-    alone = [columns for columns in program.compiled.derived.columns if columns.alone]
+    alone = [columns for columns in program.compiled.derived.columns if columns.per_sample]
     assert all(int(columns.width) % 4 == 0 and 0 <= int(columns.width) - int(columns.count) < 4 for columns in alone)
     for size in (4, 1, 7):
         check(program, model, loss, *problem(name, size)[1:], name)
@@ -83,7 +83,7 @@ def test_weights(loss: Callable[[Values, Values], Values]) -> None:
 
 def test_what_arrives_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few columns of a sweep before come to where many are one-hot, and go on with them, sample by sample."""
-    monkeypatch.setattr(search, "_fastest", lambda width, others, apart, attempt: attempt(1024, Apart(10, 4)))
+    monkeypatch.setattr(search, "_fastest", lambda width, others, least, attempt: attempt(1024, PerSample(10, 4)))
     model, x, y = problem("a chain", 3)
     program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.HessianDiag()])
     assert arrivals(program)[-1] == ("layer_0", 9) and calls(program) == 1
@@ -144,7 +144,7 @@ def test_the_batch_is_that_of_the_call() -> None:
 
 
 def test_what_has_no_samples() -> None:
-    """A value that only code reads, a tuple say, cannot be taken apart: columns behind it go in a loop."""
+    """A value that only code reads, a tuple say, cannot be cut: columns behind it go in a loop."""
     torch.manual_seed(0)
     rule = tn.Rule(
         "output[n, i] = input[n, 3 - i]", saved={"both": "({input} + 2, 1)"}, forward="{input}.flip({both}[1])",
@@ -162,7 +162,7 @@ def test_what_has_no_samples() -> None:
 def test_what_counts_samples_stays() -> None:
     """A step that reads parameters alone is made once, before; not one with the batch size in its code."""
     shape = (N, 3)
-    small = store_of({"p": (3,), "x": shape}, batch=1, alone=True)
+    small = store_of({"p": (3,), "x": shape}, batch=1, one_sample=True)
     p, x = small.find("p"), small.find("x")
     once = small.add(Call(f.MUL, (p, Number(sympy.Integer(2)))), (3,), Kernel.ELEMENTWISE)
     many = small.add(Call(f.EXPAND, (p, N, 3)), shape, Kernel.VIEW)
@@ -179,12 +179,12 @@ def test_one_sample_is_no_axis() -> None:
     """What only a leg of one sample lies between is not copied, and read in the order of memory."""
     h, i, k = Leg("h", 4), Leg("i", 5), Leg("k", 6)
     shapes = dict.fromkeys("xy", (N, 4, 5, 6))
-    apart, shared = (store_of(shapes, batch=1, alone=alone) for alone in (True, False))
+    single, shared = (store_of(shapes, batch=1, one_sample=one) for one in (True, False))
     groups, legs = ((BATCH, i), (h,), (k,)), (BATCH, h, i, k)
-    assert not copies(apart, Ref(apart.find("x"), legs, legs), groups)
+    assert not copies(single, Ref(single.find("x"), legs, legs), groups)
     assert copies(shared, Ref(shared.find("x"), legs, legs), groups)
     pair = Product(sympy.Integer(1), (Tensor("x", (BATCH, h, i, k)), Tensor("y", (BATCH, h, i, k))))
-    for store in (apart, shared):
+    for store in (single, shared):
         build(store, Diagram((h, k), (pair,)), LOWERINGS)
         assert not any("permute" in code or "transpose" in code for code in codes(store))
 
@@ -192,7 +192,7 @@ def test_one_sample_is_no_axis() -> None:
 def test_odd_matrices() -> None:
     """Rather 272 columns of a product than 75, which would have to be filled up for every sample."""
     o, p, k, v = Leg("o", 64), Leg("p", 196), Leg("k", 75), Leg(COLUMN, 272)
-    store = store_of({"x": (64, 196, 75), "g": (196, 64, 272)}, batch=1, itemsize=4, alone=True)
+    store = store_of({"x": (64, 196, 75), "g": (196, 64, 272)}, batch=1, itemsize=4, one_sample=True)
     store.in_rounds(1, [store.find("g")])
     factors = Product(sympy.Integer(1), (Tensor("x", (o, p, k)), Tensor("g", (p, o, v))))
     build(store, Diagram((v, o, k), (factors,)), LOWERINGS)
@@ -260,7 +260,7 @@ def test_memory_is_that_of_one_sample() -> None:
         assert calls(program)
         rows = sum(4 * size * c.start.columns * 60 for c in program.compiled.derived.columns)
         peaks.append(program.peak_bytes - 2 * rows)
-        alone = [s.expr.body for s in program.compiled.plan.steps if s.kernel is Kernel.ALONE]
+        alone = [s.expr.body for s in program.compiled.plan.steps if s.kernel is Kernel.PER_SAMPLE]
         largest = max(peak_of(body.steps, body.values, 1, 4) for body in alone)
         sums = 4 * sum(p.numel() for p in model[0].parameters())
         assert program.peak_bytes >= largest + sums  # what the last sample gives, beside the sums so far

@@ -16,7 +16,7 @@ from ...notation.bind import BoundRule
 from ...quantities import Handed, Propagation, Quantity, Residual
 from ..translate.graph import Call, Graph
 from .averaged import copied, run_averaged
-from .derived import Apart, Arriving, Backward, Basis, Columns, Extraction, Formula, Given, column_leg
+from .derived import Arriving, Backward, Basis, Columns, Extraction, Formula, Given, PerSample, column_leg
 from .output import AtOutput, Start, along, output_legs, start_of
 from .residual import Paired, Weighted, residual_diagonal, residuals
 from .roots import LossRoot, output_of
@@ -33,8 +33,8 @@ MOST_ROWS = 2**22
 class Setting:
     """What all sweeps of columns have in common; `width` is the most columns that may be propagated together.
 
-    apart   which of them go sample by sample
-    beside  whether the gradient is propagated with the columns of a root that leave room for it
+    per_sample  which of them go sample by sample
+    beside      whether the gradient is propagated with the columns of a root that leave room for it
     """
 
     graph: Graph
@@ -44,17 +44,17 @@ class Setting:
     gradient: Sweep
     propagation: Propagation
     roots: bool  # whether the columns of the root go through all layers anyway, for other quantities
-    apart: Apart | None = None
+    per_sample: PerSample | None = None
     beside: bool = False
 
-    def alone(self, count: int) -> bool:
+    def by_sample(self, count: int) -> bool:
         """Whether so many columns go sample by sample."""
-        return self.apart is not None and count >= self.apart.least
+        return self.per_sample is not None and count >= self.per_sample.least
 
     def together(self, count: int) -> int:
         """How many of them are propagated together."""
-        if self.apart is not None and self.alone(count):
-            return -(-count // self.apart.even) * self.apart.even
+        if self.per_sample is not None and self.by_sample(count):
+            return -(-count // self.per_sample.even) * self.per_sample.even
         return _even(count, self.width)
 
 
@@ -214,22 +214,22 @@ def _from_loss(
     """Columns of the root, at the model's output: cotangents like the gradient."""
     legs = output_legs(setting.bound, root.value)
     width = _divisor(samples, setting.width) if samples else setting.together(root.columns)
-    alone = not samples and setting.alone(root.columns)
+    by_sample = not samples and setting.by_sample(root.columns)
     lead = column_leg(width)
     variable, weight = f"column:{number}", None
     if root.signed:
         weight = tensor(f"weight:{number}", (*lead, BATCH))
     count = samples or root.columns
     sweep = _sweep(setting, quantities, number, width, weight, inside=False)
-    sweep.meetings = meetings if width == root.columns and not alone else ()
-    fits = width == count < setting.width and not alone and not sweep.meetings
+    sweep.meetings = meetings if width == root.columns and not by_sample else ()
+    fits = width == count < setting.width and not by_sample and not sweep.meetings
     beside = _gradient_at(setting, root.value) if fits else 0
     sweep.several = count > 1 or bool(beside)
     sweep.terms[root.value] = [tensor(variable, (*lead, *legs))]
     run(sweep, setting.bound)
     return Columns(
         variable, root, samples, (*lead, *legs), tuple(sweep.schedule), width,
-        until=sweep.until, alone=alone, beside=beside,
+        until=sweep.until, per_sample=by_sample, beside=beside,
     )  # fmt: skip
 
 
@@ -253,15 +253,15 @@ def _from_basis(
 ) -> Columns:
     """One-hot columns with a weight for each sample, and the columns that arrive where they are."""
     start = replace(_basis(found), arriving=tuple(_arriving(columns) for columns in arriving))
-    lead, alone = column_leg(width := setting.together(start.columns)), setting.alone(start.columns)
+    lead, by_sample = column_leg(width := setting.together(start.columns)), setting.by_sample(start.columns)
     weight = None if start.weight is None else tensor(f"weight:{number}", (*lead, BATCH))
     sweep = _sweep(setting, quantities, number, width, weight, inside)
     sweep.since = found.value if arriving else ""
-    sweep.meetings = meetings if width == start.columns and not alone else ()
+    sweep.meetings = meetings if width == start.columns and not by_sample else ()
     own = _start(sweep, found.value, found.legs, written_out=bool(arriving))
     run(sweep, setting.bound)
     schedule, legs = tuple(sweep.schedule), (*lead, *own)
-    return Columns(sweep.variable, start, 0, legs, schedule, width, until=sweep.until, alone=alone)
+    return Columns(sweep.variable, start, 0, legs, schedule, width, until=sweep.until, per_sample=by_sample)
 
 
 def _arriving(columns: Columns) -> Arriving:

@@ -16,7 +16,7 @@ from ..translate.foreign import foreign
 from ..translate.graph import Call, Graph, Value, op_text
 from ..translate.torch_internals import of_aten
 from .columns import Setting, columns_of
-from .derived import Apart, Columns, Derived
+from .derived import Columns, Derived, PerSample
 from .fallback import fallback
 from .output import output_legs
 from .sweep import Sweep, run, scale_of, schedule
@@ -93,14 +93,14 @@ def derive(
     bound: tuple[tuple[Call, BoundRule], ...],
     quantities: Sequence[Quantity],
     width: int = 1,
-    apart: Apart | None = None,
+    per_sample: PerSample | None = None,
     beside: bool = False,
 ) -> Derived:
     """One reverse sweep for the gradient, and one for each kind of column that a quantity propagates.
 
-    width   the most columns that may be propagated together
-    apart   which sweeps go sample by sample
-    beside  whether the gradient may be propagated with one of them
+    width       the most columns that may be propagated together
+    per_sample  which sweeps go sample by sample
+    beside      whether the gradient may be propagated with one of them
     """
     if quantities:
         _check_read(bound)
@@ -126,7 +126,7 @@ def derive(
     for propagation in (p for p in wanted if not isinstance(p, Gradient) and trainable):
         mine = [q for q in quantities if _propagation(q, given) == propagation]
         free = beside and not any(each.beside for each in columns)
-        setting = Setting(graph, bound, scale, width, sweep, propagation, roots, apart, free)
+        setting = Setting(graph, bound, scale, width, sweep, propagation, roots, per_sample, free)
         columns += columns_of(setting, mine, len(columns))
     return Derived(bound, tuple(sweep.schedule), scale, tuple(columns))
 

@@ -88,7 +88,7 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Apart:
+class PerSample:
     """Sweeps of at least so many columns go sample by sample, each filled up to a multiple of `even`."""
 
     least: int
@@ -110,12 +110,12 @@ class Columns:
     width: Size = 1
     made: int = 0  # so many are made of them where they start (1: without a leg), and carried; 0: they are themselves
     until: str = ""  # the value where they go on together with later ones
-    alone: bool = False  # all those of a sample together, one sample after the other
+    per_sample: bool = False  # all those of a sample together, one sample after the other
     beside: int = 0  # after so many items of its sweep the gradient may be propagated with them
     noises: tuple[Noise, ...] = ()  # what its start draws
 
     def __str__(self) -> str:
-        ways = ((self.alone, ", sample by sample"), (self.beside, ", the gradient beside"))
+        ways = ((self.per_sample, ", sample by sample"), (self.beside, ", the gradient beside"))
         return self._what + "".join(text for chosen, text in ways if chosen)
 
     @property
@@ -139,7 +139,7 @@ class Columns:
     @property
     def looped(self) -> bool:
         """Whether they are propagated in several rounds."""
-        return bool(self.width != self.count) or self.alone
+        return bool(self.width != self.count) or self.per_sample
 
     @property
     def rounds(self) -> int:

@@ -275,7 +275,7 @@ def _noted(plan: Plan) -> Iterator[tuple[Value, str]]:
     """Every step and what it is for; after a call for each sample the steps of that, with the work of all samples."""
     for step, times in plan.timed:
         yield step, step.note if times == 1 else f"{times} × {step.note}"
-        if step.kernel is Kernel.ALONE and isinstance(step.expr, Rounds):
+        if step.kernel is Kernel.PER_SAMPLE and isinstance(step.expr, Rounds):
             yield from ((inner, f"N × {inner.note}") for inner in step.expr.body.steps)
 
 

@@ -164,8 +164,8 @@ def _dotted(store: Store, a: Ref, b: Ref, summed: Legs) -> Ref:
     groups: Groups = (*((leg,) for leg in kept), summed)
     if a.stored == b.stored == (*summed, *kept):
         order, groups = a.stored, (summed, *((leg,) for leg in kept))
-    elif copies(store, a, groups) or copies(store, b, groups) or (store.alone and a.stored != order):  # as in memory
-        order = a.stored
+    elif copies(store, a, groups) or copies(store, b, groups) or (store.one_sample and a.stored != order):
+        order = a.stored  # as in memory
         groups = tuple((leg,) for leg in a.stored)
     dims = _dims(tuple(k for k, group in enumerate(groups) if group[0] in summed))
     factors = arranged(store, a, groups), arranged(store, b, groups)
@@ -233,7 +233,7 @@ class Product2:
         total += matrix_seconds(store, self.second, self.leading, self.summed, self.right)
         if output is not None and store.real(self.legs) != store.real(output):
             total += _seconds(store, Kernel.COPY, copy_work(self.legs))
-        if store.alone and self.filled(store):  # for every sample; before a loop it is nothing
+        if store.one_sample and self.filled(store):  # for every sample; before a loop it is nothing
             total += _seconds(store, Kernel.COPY, copy_work(self.second.stored))
         return total + _seconds(store, self.kernel, self.work) * self._slower(store)
 
@@ -269,7 +269,7 @@ class Product2:
         """How many columns of zeros are put to an odd number of them that stay the same in all rounds of a loop."""
         columns = merged(self.right)
         odd = self.head and isinstance(columns, int) and columns > 1 and columns % 2
-        stays = (store.rounds > 1 or store.alone) and not store.varies(self.second.value)
+        stays = (store.rounds > 1 or store.one_sample) and not store.varies(self.second.value)
         return -int(columns) % store.rates.odd if odd and stays else 0
 
 

@@ -163,10 +163,10 @@ def _sweeps(
     for columns in sorted(derived.columns, key=lambda each: not each.beside):  # what is left of the gradient first
         rows: Mapping[str, Value] = root_steps(store, graph, columns, checks)
         starts[columns.variable] = rows.get(columns.variable) or store.find(columns.variable)
-        apart = sample_by_sample(store, graph, columns, rows) if columns.alone else None
-        if apart is not None:
-            choices += apart.choices
-            _gather(results, _together(store, apart.results, results))
+        swept = sample_by_sample(store, graph, columns, rows) if columns.per_sample else None
+        if swept is not None:
+            choices += swept.choices
+            _gather(results, _together(store, swept.results, results))
         elif columns.beside:
             both = Beside(store, graph, columns, derived.swept)
             for found in both.build(derived.schedule[columns.beside :], chunk, choices):

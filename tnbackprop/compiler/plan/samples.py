@@ -37,7 +37,7 @@ class Swept:
 
 def separable(derived: Derived) -> bool:
     """Whether all sweeps that should go sample by sample can: their results are sums over samples."""
-    return all(_separable(columns.schedule) for columns in derived.columns if columns.alone)
+    return all(_separable(columns.schedule) for columns in derived.columns if columns.per_sample)
 
 
 def _separable(schedule: Schedule) -> bool:
@@ -50,8 +50,8 @@ def _separable(schedule: Schedule) -> bool:
 
 def _sums(diagram: Diagram) -> bool:
     """Whether it is a sum over samples, and inside of it each has its own."""
-    apart = all(BATCH in p.legs and not pairs_samples(p, diagram.legs) and _each(p) for p in diagram.products)
-    return apart and not any(is_head(leg) for leg in diagram.legs)
+    separate = all(BATCH in p.legs and not pairs_samples(p, diagram.legs) and _each(p) for p in diagram.products)
+    return separate and not any(is_head(leg) for leg in diagram.legs)
 
 
 def _each(product: Product) -> bool:
@@ -90,7 +90,7 @@ def sample_by_sample(
     args += [(N, None)] if total else []
     store.note = str(columns)
     joins = (Join.SUM,) * len(values)
-    sums = store.add(Rounds(body, tuple(args), N, 1, joins), (), Kernel.ALONE, _work(body, small.itemsize))
+    sums = store.add(Rounds(body, tuple(args), N, 1, joins), (), Kernel.PER_SAMPLE, _work(body, small.itemsize))
     names = {
         v: store.add(Call(f.ITEM, (sums, k)), v.shape, Kernel.NATIVE, strided=True) for k, v in enumerate(values)
     }
@@ -102,7 +102,7 @@ def sample_by_sample(
 
 def _small(store: Store, rows: Mapping[str, Value]) -> tuple[Store, dict[Value, Value]]:
     """A store for one sample, that knows what the forward has computed, and what each of its values is outside."""
-    small = store.apart(1, alone=True)
+    small = store.separate(1, one_sample=True)
     small.suppliers, small.works = store.suppliers, store.works
     outside: dict[Value, Value] = {}
     inside: dict[Value, Value] = {}

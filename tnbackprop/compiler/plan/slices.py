@@ -146,7 +146,7 @@ def _sliced(
 
 def _body(store: Store, inner: Diagram, chunk: int) -> tuple[Body, list[Tensor]]:
     """The function of `chunk` samples, and what it reads: a parameter for each, and `like` behind them if it does."""
-    small = store.apart(chunk)
+    small = store.separate(chunk)
     leaves = _leaves(inner)
     params = {name: small.given(name, sizes_of(t.legs), store.find(name).floating) for name, t in leaves.items()}
     small.like = small.given(LIKE, ())

@@ -53,7 +53,7 @@ class Kernel(Enum):
     TILED = "tiles of the batch"
     SHIFTED = "shifted windows"
     RECEPTIVE = "receptive fields"
-    ALONE = "sample by sample"
+    PER_SAMPLE = "sample by sample"
     ROUNDS = "rounds of columns"
 
 

@@ -28,10 +28,10 @@ class Store:
     """The values so far, and what has already been built. A fork sees its parent and changes nothing there."""
 
     def __init__(
-        self, rates: Rates, batch: int, itemsize: int, alone: bool = False, parent: Store | None = None
+        self, rates: Rates, batch: int, itemsize: int, one_sample: bool = False, parent: Store | None = None
     ) -> None:
         self.rates, self.batch, self.itemsize = rates, batch, itemsize
-        self.alone = alone  # there is one sample
+        self.one_sample = one_sample
         self.parent = parent
         self.note: str = parent.note if parent else ""
         self.rounds: int = parent.rounds if parent else 1  # of the loop over columns whose values are being entered
@@ -59,11 +59,11 @@ class Store:
 
     def fork(self) -> Store:
         """A layer to try a plan on."""
-        return Store(self.rates, self.batch, self.itemsize, self.alone, self)
+        return Store(self.rates, self.batch, self.itemsize, self.one_sample, self)
 
-    def apart(self, batch: int, alone: bool = False) -> Store:
+    def separate(self, batch: int, one_sample: bool = False) -> Store:
         """An empty store for what a function computes of so many samples; keys of its values are no keys of these."""
-        inner = Store(self.rates, batch, self.itemsize, alone)
+        inner = Store(self.rates, batch, self.itemsize, one_sample)
         inner.note, inner._count = self.note, self._count
         inner.lowerings, inner.outermost = self.lowerings, self.outermost
         return inner
@@ -181,7 +181,7 @@ class Store:
 
     def real(self, legs: tuple[Leg, ...]) -> list[Leg]:
         """The legs that are more than one element."""
-        return [leg for leg in legs if leg.size != 1 and not (self.alone and leg.size == N)]
+        return [leg for leg in legs if leg.size != 1 and not (self.one_sample and leg.size == N)]
 
     def in_rounds(self, rounds: int, rows: Iterable[Value] = ()) -> None:
         """From here on there are so many rounds, with other values of these, and of what reads them, in each."""
