@@ -63,7 +63,7 @@ def searched(
     memory_limit: int | None,
     lowerings: Sequence[Lowering] = (),
 ) -> Made:
-    """What is derived and planned for these quantities; `lowerings` are tried beside those of the table.
+    """What is derived and planned for these quantities; `lowerings` are tried with those of the table.
 
     Raises `UnsupportedError` where not even one sample at a time fits the memory.
     """
@@ -72,10 +72,10 @@ def searched(
     derived = derive(graph, bound, quantities, width)
     check_memory(graph, derived, itemsize, memory_limit or device.machine)
 
-    def attempt(columns: int, per_sample: PerSample | None = None, beside: bool = False) -> Made | None:
-        plain = columns == width and per_sample is None and not beside
-        again = derived if plain else derive(graph, bound, quantities, columns, per_sample, beside)
-        possible = separable(again) and beside == any(each.beside for each in again.columns)
+    def attempt(columns: int, per_sample: PerSample | None = None, joint: bool = False) -> Made | None:
+        plain = columns == width and per_sample is None and not joint
+        again = derived if plain else derive(graph, bound, quantities, columns, per_sample, joint)
+        possible = separable(again) and joint == any(each.joint for each in again.columns)
         return (again, plan(graph, again, rates, itemsize, lowerings=every)) if possible else None
 
     derived, planned = _fastest(width, others, PerSample(MANY * rates.rows, rates.odd), attempt)
@@ -99,7 +99,7 @@ def _fastest(width: int, others: Sequence[int], per_sample: PerSample, attempt: 
     likes = best[1].seconds
     if likes < WORTH:
         return best
-    together = attempt(width, beside=True)
+    together = attempt(width, joint=True)
     best = together if together is not None and together[1].seconds < CLEARLY * likes else best
     if not best[1].loops:
         return best

@@ -226,8 +226,8 @@ def test_how_many_columns_are_taken(columns: int, seconds: dict[int, float], cho
     """The fastest; each width is planned once, and none in vain."""
     tried = []
 
-    def attempt(width: int, per_sample: PerSample | None = None, beside: bool = False) -> Any:
-        if beside:
+    def attempt(width: int, per_sample: PerSample | None = None, joint: bool = False) -> Any:
+        if joint:
             return None  # there is no gradient to go with them
         tried.append(width if per_sample is None else -width)
         plan = SimpleNamespace(loops=(SimpleNamespace(size=columns),), seconds=seconds[tried[-1]])
@@ -240,8 +240,8 @@ def test_how_many_columns_are_taken(columns: int, seconds: dict[int, float], cho
 def test_not_one_by_one_where_that_cannot_be() -> None:
     plan = SimpleNamespace(loops=(SimpleNamespace(size=90),), seconds=1.0)
 
-    def attempt(width: int, per_sample: PerSample | None = None, beside: bool = False) -> Any:
-        return None if per_sample or beside else (None, plan)
+    def attempt(width: int, per_sample: PerSample | None = None, joint: bool = False) -> Any:
+        return None if per_sample or joint else (None, plan)
 
     assert search._fastest(8, (), PerSample(64, 16), attempt)[1] is plan
 

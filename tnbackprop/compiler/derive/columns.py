@@ -34,7 +34,7 @@ class Setting:
     """What all sweeps of columns have in common; `width` is the most columns that may be propagated together.
 
     per_sample  which of them go sample by sample
-    beside      whether the gradient is propagated with the columns of a root that leave room for it
+    joint       whether the gradient is propagated with the columns of a root that leave room for it
     """
 
     graph: Graph
@@ -45,7 +45,7 @@ class Setting:
     propagation: Propagation
     roots: bool  # whether the columns of the root go through all layers anyway, for other quantities
     per_sample: PerSample | None = None
-    beside: bool = False
+    joint: bool = False
 
     def by_sample(self, count: int) -> bool:
         """Whether so many columns go sample by sample."""
@@ -223,13 +223,13 @@ def _from_loss(
     sweep = _sweep(setting, quantities, number, width, weight, inside=False)
     sweep.meetings = meetings if width == root.columns and not by_sample else ()
     fits = width == count < setting.width and not by_sample and not sweep.meetings
-    beside = _gradient_at(setting, root.value) if fits else 0
-    sweep.several = count > 1 or bool(beside)
+    joint = _gradient_at(setting, root.value) if fits else 0
+    sweep.several = count > 1 or bool(joint)
     sweep.terms[root.value] = [tensor(variable, (*lead, *legs))]
     run(sweep, setting.bound)
     return Columns(
         variable, root, samples, (*lead, *legs), tuple(sweep.schedule), width,
-        until=sweep.until, per_sample=by_sample, beside=beside,
+        until=sweep.until, per_sample=by_sample, joint=joint,
     )  # fmt: skip
 
 
@@ -237,7 +237,7 @@ def _gradient_at(setting: Setting, value: str) -> int:
     """How many items of the gradient's sweep lead to the value, if it should go with the columns from there; else 0."""
     items = setting.gradient.schedule
     found = (k for k, item in enumerate(items) if isinstance(item, Backward) and item.value == value)
-    position = next(found, None) if setting.beside else None
+    position = next(found, None) if setting.joint else None
     goes_on = position is not None and any(isinstance(item, Extraction) for item in items[position + 1 :])
     return position + 1 if position is not None and goes_on else 0
 
@@ -326,7 +326,7 @@ def _sweep(
         along=along(propagation),
     )  # fmt: skip
     if propagation.residual is Residual.DIAGONAL:
-        sweep.beside = partial(residual_diagonal, setting.gradient)
+        sweep.adds = partial(residual_diagonal, setting.gradient)
     return sweep
 
 

@@ -94,13 +94,13 @@ def derive(
     quantities: Sequence[Quantity],
     width: int = 1,
     per_sample: PerSample | None = None,
-    beside: bool = False,
+    joint: bool = False,
 ) -> Derived:
     """One reverse sweep for the gradient, and one for each kind of column that a quantity propagates.
 
     width       the most columns that may be propagated together
     per_sample  which sweeps go sample by sample
-    beside      whether the gradient may be propagated with one of them
+    joint       whether the gradient may be propagated with one of them
     """
     if quantities:
         _check_read(bound)
@@ -125,7 +125,7 @@ def derive(
     trainable = any(graph.values[name].depends_on for name in graph.parameters)
     for propagation in (p for p in wanted if not isinstance(p, Gradient) and trainable):
         mine = [q for q in quantities if _propagation(q, given) == propagation]
-        free = beside and not any(each.beside for each in columns)
+        free = joint and not any(each.joint for each in columns)
         setting = Setting(graph, bound, scale, width, sweep, propagation, roots, per_sample, free)
         columns += columns_of(setting, mine, len(columns))
     return Derived(bound, tuple(sweep.schedule), scale, tuple(columns))

@@ -111,11 +111,11 @@ class Columns:
     made: int = 0  # so many are made of them where they start (1: without a leg), and carried; 0: they are themselves
     until: str = ""  # the value where they go on together with later ones
     per_sample: bool = False  # all those of a sample together, one sample after the other
-    beside: int = 0  # after so many items of its sweep the gradient may be propagated with them
+    joint: int = 0  # after so many items of its sweep the gradient may be propagated with them
     noises: tuple[Noise, ...] = ()  # what its start draws
 
     def __str__(self) -> str:
-        ways = ((self.per_sample, ", sample by sample"), (self.beside, ", the gradient beside"))
+        ways = ((self.per_sample, ", sample by sample"), (self.joint, ", jointly with the gradient"))
         return self._what + "".join(text for chosen, text in ways if chosen)
 
     @property

@@ -61,7 +61,7 @@ class Layer:
 
     @property
     def handed(self) -> tuple[Handed, ...]:
-        """What is handed in at the output besides the cotangent."""
+        """What is handed in at the output next to the cotangent."""
         return tuple(dict.fromkeys(c.start.handed for c in self.derived.columns if isinstance(c.start, Given)))
 
     @property

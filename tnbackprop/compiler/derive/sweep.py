@@ -47,7 +47,7 @@ class Sweep:
     kept: tuple[Leg, ...] = (BATCH,)
     weight: Diagram | None = None  # of the columns
     along: Callable[[Jacobian], Jacobian] | None = None  # what is propagated with in the place of a Jacobian
-    beside: Callable[[Call, BoundRule, Equation, str], Diagram | None] | None = None  # what a line adds to an operand
+    adds: Callable[[Call, BoundRule, Equation, str], Diagram | None] | None = None  # what a line adds to an operand
     partial: bool = False  # it starts inside the model: what it does not reach has nothing to add
     since: str = ""  # the value where it goes on for an earlier sweep, too
     meetings: tuple[str, ...] = ()  # values where a later one may go on for it
@@ -57,7 +57,7 @@ class Sweep:
         """Whether something is propagated to the value."""
         return bool(self.terms.get(name)) or bool(self.uses.get(name))
 
-    def owes(self, parameter: str) -> bool:
+    def pending(self, parameter: str) -> bool:
         """Whether it gives results for a parameter even if it does not reach it."""
         if self.until and self._behind(self.until, parameter):
             return False
@@ -175,7 +175,7 @@ def _pull(sweep: Sweep, call: Call, rule: BoundRule, equation: Equation, operand
     jacobian = jacobian_of(equation, operand)
     if jacobian is None or not jacobian.diagram.products:
         return
-    if sweep.beside is not None and (more := sweep.beside(call, rule, equation, operand)) is not None:
+    if sweep.adds is not None and (more := sweep.adds(call, rule, equation, operand)) is not None:
         add(sweep, operand, more, sweep.samples[operand])
     if sweep.along is not None:
         jacobian = sweep.along(jacobian)
@@ -339,7 +339,7 @@ def _with_legs(jacobian: Jacobian, legs: tuple[Leg, ...]) -> Jacobian:
 
 def _extract(sweep: Sweep, parameters: list[str]) -> None:
     for name in parameters if sweep.quantities else ():
-        if not sweep.uses.get(name) and not sweep.owes(name):
+        if not sweep.uses.get(name) and not sweep.pending(name):
             continue
         uses, g = all_uses(sweep, name)
         found = extraction(sweep, name, uses, g)

@@ -82,7 +82,7 @@ def _back(expr: Expr, at: e.Value, value: Value) -> Expr:
 
 
 def _double_work(store: Store, size: int) -> Work:
-    """What a step holds in float64 beside its result, in elements of the program's dtype: N blocks, twice."""
+    """What a step holds in float64 while it makes its result, in elements of the program's dtype: N blocks, twice."""
     return Work(inside=((2 * 8 // store.itemsize, (BATCH, Leg("i", size), Leg("j", size))),))
 
 

@@ -21,10 +21,10 @@ from ..program.expr import Expr, Rounds, Value
 from ..program.lines import alive
 from ..program.store import LIKE, Store
 from ..translate.graph import Call, Graph, op_text
-from .beside import Beside
 from .choose import Choice
 from .forward import call_expr, fill, forward_work
 from .items import named, scheduled, shaped
+from .joint import JointSweep
 from .loops import Results, added, over_columns
 from .memory import peak_of
 from .root_steps import root_steps
@@ -126,7 +126,7 @@ def _plan(
     _inputs(store, graph)
     _forward(store, graph, {call.output.name: rule for call, rule in derived.bound})
     choices: list[Choice] = []
-    ahead = next((columns.beside for columns in derived.columns if columns.beside), len(derived.schedule))
+    ahead = next((columns.joint for columns in derived.columns if columns.joint), len(derived.schedule))
     results = scheduled(store, graph, derived.schedule[:ahead], chunk, choices)
     checks: dict[str, Value] = {}
     starts: dict[str, Value] = {}
@@ -160,16 +160,16 @@ def _sweeps(
 ) -> None:
     """All sweeps of columns. Those in a loop come last: what it sums may go on from results of the others."""
     looped: list[tuple[Columns, Mapping[str, Value]]] = []
-    for columns in sorted(derived.columns, key=lambda each: not each.beside):  # what is left of the gradient first
+    for columns in sorted(derived.columns, key=lambda each: not each.joint):  # what is left of the gradient first
         rows: Mapping[str, Value] = root_steps(store, graph, columns, checks)
         starts[columns.variable] = rows.get(columns.variable) or store.find(columns.variable)
         swept = sample_by_sample(store, graph, columns, rows) if columns.per_sample else None
         if swept is not None:
             choices += swept.choices
             _gather(results, _together(store, swept.results, results))
-        elif columns.beside:
-            both = Beside(store, graph, columns, derived.swept)
-            for found in both.build(derived.schedule[columns.beside :], chunk, choices):
+        elif columns.joint:
+            both = JointSweep(store, graph, columns, derived.swept)
+            for found in both.build(derived.schedule[columns.joint :], chunk, choices):
                 _gather(results, found)
         elif columns.looped:
             looped.append((columns, rows))

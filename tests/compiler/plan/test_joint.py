@@ -14,7 +14,7 @@ from torch import nn
 import tnbackprop as tn
 from tnbackprop.compiler import search
 from tnbackprop.compiler.derive.derived import Backward, Extraction, PerSample
-from tnbackprop.compiler.plan.beside import in_turns
+from tnbackprop.compiler.plan.joint import in_turns
 from tnbackprop.compiler.program import cost
 
 from ...cases import CASES
@@ -36,7 +36,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient is propagated with columns wherever it can, whatever that costs."""
 
     def fastest(width: int, others: object, least: object, attempt: Callable[..., search.Made | None]) -> object:
-        return attempt(width, beside=True) or attempt(width)
+        return attempt(width, joint=True) or attempt(width)
 
     monkeypatch.setattr(search, "_fastest", fastest)
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=10**6))
@@ -89,22 +89,22 @@ def test_where_rows_are_few() -> None:
         assert (WITH in program.source) == (calls == 1)
         assert program.source.count(", p_2_weight)") == calls
         assert program.source.count("torch.cat([") == 2 - calls, "they stay together from the output on"
-        assert (", the gradient beside:" in program.explain("derive")) == (calls == 1)
+        assert (", jointly with the gradient:" in program.explain("derive")) == (calls == 1)
         assert (WITH in program.explain("plan")) == (calls == 1)
 
 
 def test_what_has_no_gradient_to_take_along() -> None:
     model, batch = wide(4)
     program = tn.compile(model, nn.CrossEntropyLoss(), batch, [tn.DiagGGNMC()])
-    assert WITH not in program.source and not any(c.beside for c in program.compiled.derived.columns)
+    assert WITH not in program.source and not any(c.joint for c in program.compiled.derived.columns)
 
 
-@pytest.mark.parametrize(("separate", "beside", "chosen"), [(1.0, 0.9, 0.9), (1.0, 0.97, 1.0), (5e-4, 1e-4, 5e-4)])
-def test_where_it_looks_clearly_faster(separate: float, beside: float, chosen: float) -> None:
+@pytest.mark.parametrize(("separate", "joint", "chosen"), [(1.0, 0.9, 0.9), (1.0, 0.97, 1.0), (5e-4, 1e-4, 5e-4)])
+def test_where_it_looks_clearly_faster(separate: float, joint: float, chosen: float) -> None:
     """And where planning once more is worth it."""
 
     def attempt(width: int, **ways: bool) -> Any:
-        return None, SimpleNamespace(loops=(), seconds=beside if ways.get("beside") else separate)
+        return None, SimpleNamespace(loops=(), seconds=joint if ways.get("joint") else separate)
 
     assert search._fastest(8, (), PerSample(64, 16), attempt)[1].seconds == chosen
 

@@ -1,4 +1,4 @@
-"""Beside: the gradient rides along with the columns of a root, as one more of them, through layers that both pass.
+"""Joint: the gradient is propagated with the columns of a root, as one more of them, through layers that both pass.
 
 One call for both instead of one for each; what comes out of it is read by either through a view. This pays where few
 rows are slow for a kernel: small batches, and devices that are slow to launch.
@@ -45,13 +45,13 @@ def _values(items: Sequence[Item]) -> list[str]:
 
 
 @dataclass
-class Beside:
+class JointSweep:
     """Builds the sweep of some columns with the rest of the gradient's; `joint` are the values that have both."""
 
     store: Store
     graph: Graph
     columns: Columns
-    behind: dict[str, str]  # the value of each cotangent of either sweep
+    value_of: dict[str, str]  # the value of each cotangent of either sweep
     joint: dict[str, str] = field(default_factory=dict)
 
     def build(self, gradient: Schedule, chunk: int | None, choices: list[Choice]) -> Iterator[Results]:
@@ -95,7 +95,7 @@ class Beside:
         gradient, column = self._cotangent(one), self._cotangent(other)
         if gradient is None or column is None:
             return False
-        return self.behind[gradient] == self.behind[column] and self._sampled(self.behind[column])
+        return self.value_of[gradient] == self.value_of[column] and self._sampled(self.value_of[column])
 
     def _sampled(self, value: str) -> bool:
         """Whether it is a value of the graph with a batch: its cotangents have its shape."""
@@ -112,13 +112,13 @@ class Beside:
 
     def _read(self, product: Product) -> list[str]:
         tensors = (tensor for op in product.operands for tensor in operand_tensors(op))
-        return [tensor.name for tensor in tensors if tensor.name in self.behind]
+        return [tensor.name for tensor in tensors if tensor.name in self.value_of]
 
     def _joined(self, one: Term, other: Term) -> Term:
         """The columns' term for both."""
         gradient, column = self._cotangent(one), self._cotangent(other)
         assert gradient is not None and column is not None
-        both = self.joint.get(self.behind[column]) or self._stacked(column, gradient)
+        both = self.joint.get(self.value_of[column]) or self._stacked(column, gradient)
         if isinstance(other, Native):
             return replace(other, cotangent=both)
         (leg,), lead = self._lead, self.columns.carried
@@ -128,7 +128,7 @@ class Beside:
 
     def _stacked(self, column: str, gradient: str) -> str:
         """Both cotangents of a value, where they were not built together."""
-        value = self.behind[column]
+        value = self.value_of[column]
         shape, count = self.graph.values[value].shape, self.columns.width
         both = [self._shown(column, (count, *shape)), self._shown(gradient, (1, *shape))]
         sizes = (count + 1, *shape)
