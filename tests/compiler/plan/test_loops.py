@@ -23,12 +23,12 @@ from tnbackprop.compiler.program import functions as f
 from tnbackprop.compiler.program.cost import CPU, Kernel, Work
 from tnbackprop.compiler.program.expr import Body, Call, Expr, Filled, Join, Ref, Rounds, Value, reads
 from tnbackprop.compiler.program.facts import is_linear
+from tnbackprop.compiler.program.hoist import hoisted, saved
 from tnbackprop.compiler.program.interpret import Interpreter
 from tnbackprop.compiler.program.lines import alive, lines_of
 from tnbackprop.compiler.program.numbers import Number
 from tnbackprop.compiler.program.passes import passed
 from tnbackprop.compiler.program.store import LIKE, Store
-from tnbackprop.compiler.program.tails import behind, saved
 from tnbackprop.diagram.core import COLUMN, Leg, N, Product, Size
 from tnbackprop.notation.code import Code
 
@@ -110,7 +110,7 @@ def test_what_is_linear(code: str, expr: Expr, linear: bool) -> None:
     assert is_linear(expr, X) == linear
 
 
-def test_linear_tails_run_once() -> None:
+def test_linear_epilogues_run_once() -> None:
     """A matmul with something fixed is done to the sum of what it reads; where others read that, it stays."""
     legs = (Leg("a", 40), Leg("b", 40))
     work = Work(flops=((2, (*legs, Leg("c", 4000))),), moved=((3, legs),))
@@ -127,7 +127,7 @@ def test_linear_tails_run_once() -> None:
         return store, [t0, t1, t2], [(t1, totals[0]), (t2, totals[1])]
 
     store, steps, pairs = summed(40, 40)
-    found, after, last = behind(store, steps, pairs, {totals[0]: store.find("g")})
+    found, after, last = hoisted(store, steps, pairs, {totals[0]: store.find("g")})
     assert found == [(steps[2], totals[1]), (steps[0], of := found[-1][1])]
     assert of.hint == "total_0_0_of" and last == {totals[0]: after[-1]}
     text = writer(after)
@@ -136,11 +136,11 @@ def test_linear_tails_run_once() -> None:
         ("total_0_0", "g + total_0_0_of_t1"),
     ]
     store, steps, pairs = summed(40, 4_000_000)  # adding that up costs more than the matmuls
-    assert behind(store, steps, pairs, {}) == (pairs, [], {})
+    assert hoisted(store, steps, pairs, {}) == (pairs, [], {})
 
 
 def test_a_step_is_priced_as_often_as_it_runs() -> None:
-    """One that no column changes once, one in the loop in every round, and a tail of it once after all."""
+    """One that no column changes once, one in the loop in every round, and its linear epilogue once after all."""
     a, b, c = Leg("a", 40), Leg("b", 40), Leg("c", 4000)
     work = Work(flops=((2, (a, b, c)),))
     store = store_of(dict.fromkeys(("column_0", "x", "y"), (40, 40)), batch=4, itemsize=4)
@@ -151,17 +151,17 @@ def test_a_step_is_priced_as_often_as_it_runs() -> None:
     trial = store.fork()
     square = trial.add(Call(f.MUL, (column, column)), (40, 40), Kernel.ELEMENTWISE, work)
     assert trial.seconds == pytest.approx(5 * once)
-    tail = trial.add(Call(f.MM, (square, y)), (40, 40), Kernel.MM, work)
-    every = trial.seconds_of(tail)
+    last = trial.add(Call(f.MM, (square, y)), (40, 40), Kernel.MM, work)
+    every = trial.seconds_of(last)
     assert trial.seconds == pytest.approx(5 * once + 5 * every) and store.seconds == once
-    assert saved(trial, Ref(tail, (a, b), (a, b))) == pytest.approx(4 * every)
+    assert saved(trial, Ref(last, (a, b), (a, b))) == pytest.approx(4 * every)
     kept = Leg(COLUMN, 40), b
-    assert saved(trial, Ref(tail, kept, kept)) == 0, "it keeps its columns: it is no sum over them"
+    assert saved(trial, Ref(last, kept, kept)) == 0, "it keeps its columns: it is no sum over them"
     store.adopt(trial)
     assert store.seconds == pytest.approx(6 * once + 5 * every)
     store.in_rounds(1)
     assert not store.varying
-    assert saved(store, Ref(tail, (a, b), (a, b))) == 0
+    assert saved(store, Ref(last, (a, b), (a, b))) == 0
 
 
 def test_what_no_column_changes_is_added_once() -> None:
@@ -300,7 +300,7 @@ def test_one_drawn_column_is_pulled_by_native_code(samples: int, native: int) ->
 
 
 def test_what_is_added_already_costs_nothing_more() -> None:
-    """Two results go back to one value that the loop adds up: the second tail starts there, too."""
+    """Two results go back to one value that the loop adds up: the second epilogue starts there, too."""
     a, b = Leg("a", 40), Leg("b", 40)
     shapes = {"column_0": (40, 40), "y": (40, 40), "z": (40,)}
     store = store_of(shapes, replace(CPU, launch=0.0), batch=4, itemsize=4)
@@ -311,9 +311,9 @@ def test_what_is_added_already_costs_nothing_more() -> None:
     one = store.add(Call(f.MM, (gram, y)), (40, 40), Kernel.MM, Work(flops=((20000, (a, b)),)))
     other = store.add(Call(f.MV, (gram, z)), (40,), Kernel.MM, square)
     first, second = value("total_0_0", 40, 40), value("total_0_1", 40)
-    pairs, after, last = behind(store, store.steps, [(one, first), (other, second)], {})
+    pairs, after, last = hoisted(store, store.steps, [(one, first), (other, second)], {})
     assert pairs == [(gram, of := pairs[0][1])] and of.hint == "total_0_0_of"
     assert [last[first], last[second]] == after
     assert [step.expr for step in after] == [Call(f.MM, (of, y)), Call(f.MV, (of, z))]
-    pairs, _, _ = behind(store, store.steps, [(other, second)], {})
+    pairs, _, _ = hoisted(store, store.steps, [(other, second)], {})
     assert pairs == [(other, second)], "alone it is added up as the small result that it is"

@@ -13,9 +13,9 @@ from ...diagram.simplify import simplify
 from ..program import functions as f
 from ..program.cost import Kernel, Work, size_at
 from ..program.expr import Call, Ref
+from ..program.hoist import saved
 from ..program.numbers import Number
 from ..program.store import Store
-from ..program.tails import saved
 from .arrange import arranged, as_stored, in_order, sizes_of
 from .candidate import Candidate, Made, Then
 from .pairs import contract_pair, elementwise, sum_legs

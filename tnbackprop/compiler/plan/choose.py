@@ -13,8 +13,8 @@ from ..derive.derived import Extraction, Result
 from ..lower.contract import build
 from ..program.cost import number
 from ..program.expr import Ref, Value
+from ..program.hoist import epilogues, saved
 from ..program.store import Store
-from ..program.tails import saved, tails
 from .rows import in_rows
 from .slices import build_sliced
 
@@ -109,7 +109,7 @@ def _option(
     results = {quantity: ref.value for quantity, ref in refs.items()}
     forms = {quantity: form for quantity, (_, form) in built.items()}
     seconds = trial.seconds - saved(trial, *refs.values())
-    once = tails(trial, *refs.values())
+    once = epilogues(trial, *refs.values())
     steps = tuple(trial.steps)
     rounds = {step: trial.rounds for step in steps if trial.varies(step) and step not in once}
     return Option(kept, seconds, steps, results, forms, free, rounds), trial, refs

@@ -12,9 +12,9 @@ from ..derive.derived import Columns, Result
 from ..program import functions as f
 from ..program.cost import Kernel, Terms, Work
 from ..program.expr import Body, Call, Expr, Join, Rounds, Value
+from ..program.hoist import hoisted, moved
 from ..program.lines import alive
 from ..program.store import Store
-from ..program.tails import behind, moved
 from .memory import peak_of
 
 Results = Mapping[Result, Mapping[str, Value]]
@@ -52,7 +52,7 @@ def over_columns(
     steps = alive((s for s in store.steps if s in inside), {value for value, _, _ in open_})
     concatenated = tuple((value, total) for (value, stack, _), total in open_.items() if stack)
     summed = [(value, total) for (value, stack, _), total in open_.items() if not stack]
-    pairs, after, ends = behind(store, steps, summed, begin)
+    pairs, after, ends = hoisted(store, steps, summed, begin)
     left = _rounds(store, rows, columns, steps, (*pairs, *concatenated), {t for _, t in concatenated}, begin)
     for step in after:  # the totals that it reads are what the rounds leave
         left[step] = moved(step, left, step.hint)

@@ -1,8 +1,8 @@
 """Processor: what this one does otherwise than the one that the rates were measured on. A table, no timing.
 
 Convolutions are oneDNN's, matmuls MKL's. On a processor that is not Intel's MKL uses AVX2: half of AVX-512, where its
-units are as wide as that. Convolutions are then twice as fast relative to matmuls, and so is oneDNN's matmul (measured on
-AMD EPYC of the fourth and fifth generation: 2.0 to 2.3).
+units are as wide as that. Convolutions are then twice as fast relative to matmuls, and so is the matmul of oneDNN
+(measured on AMD EPYC of the fourth and fifth generation: 2.0 to 2.3).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Linear tails: what a loop does to its values linearly, before it adds them up, is done once, to their sum.
+"""Hoist: what a loop does to its values linearly, before it adds them up, is done once, to their sum.
 
     Σ_v (x_v @ A) = (Σ_v x_v) @ A
 
-A tail is moved behind the loop where that is predicted to be faster: what is added up instead may be larger.
+It goes behind the loop where that is predicted to be faster: what is added up instead may be larger.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .store import Store
 Totals = Sequence[tuple[Value, Value]]
 
 
-def behind(
+def hoisted(
     store: Store, steps: Sequence[Value], summed: Totals, begin: Mapping[Value, Value]
 ) -> tuple[list[tuple[Value, Value]], list[Value], dict[Value, Value]]:
     """Pairs (value inside, total) for the loop to add up, the values behind it, and those that totals become there."""
@@ -30,17 +30,17 @@ def behind(
     kept, after = [], []
     last: dict[Value, Value] = {}
     for value, total in summed:
-        _, tail = _tail(store, by_value, readers, value, pairs)
-        if not tail:
+        _, epilogue = _epilogue(store, by_value, readers, value, pairs)
+        if not epilogue:
             kept.append((value, total))
             continue
-        first = next(each for each in tail[0].inputs if store.varies(each))
+        first = next(each for each in epilogue[0].inputs if store.varies(each))
         if first not in pairs:
             pairs[first] = Value(f"{total.key}:of", None, first.shape, hint=f"{total.hint}_of", floating=first.floating)
         names = {first: pairs[first]}
-        for step in tail:
+        for step in epilogue:
             names[step] = moved(step, names, f"{names[first].hint}_{step.hint}")
-        after += [names[step] for step in tail]
+        after += [names[step] for step in epilogue]
         end = names[value]
         if total in begin:
             expr = Call(f.ADD, (begin[total], end))
@@ -59,21 +59,21 @@ def moved(step: Value, to: Mapping[Value, Value], hint: str = "") -> Value:
 
 
 def saved(trial: Store, *refs: Ref) -> float:
-    """Predicted seconds that a loop which sums the values saves where tails of a trial's values are computed once."""
-    return sum(seconds for seconds, _ in _tails(trial, refs))
+    """Predicted seconds that a loop which sums the values saves where what is linear at the end of a trial is hoisted."""
+    return sum(seconds for seconds, _ in _epilogues(trial, refs))
 
 
-def tails(trial: Store, *refs: Ref) -> frozenset[Value]:
-    """Those values."""
-    return frozenset(step for _, tail in _tails(trial, refs) for step in tail)
+def epilogues(trial: Store, *refs: Ref) -> frozenset[Value]:
+    """The values that are computed once, then."""
+    return frozenset(step for _, epilogue in _epilogues(trial, refs) for step in epilogue)
 
 
-def _tails(trial: Store, refs: Sequence[Ref]) -> list[tuple[float, tuple[Value, ...]]]:
+def _epilogues(trial: Store, refs: Sequence[Ref]) -> list[tuple[float, tuple[Value, ...]]]:
     if trial.rounds == 1:
         return []
     values = [ref.value for ref in refs if not any(leg.name == COLUMN for leg in ref.order)]
     by_value, readers = _read([step for step in trial.steps if trial.varies(step)], values)
-    return [_tail(trial, by_value, readers, value, ()) for value in values]
+    return [_epilogue(trial, by_value, readers, value, ()) for value in values]
 
 
 def _read(steps: Sequence[Value], values: Sequence[Value]) -> tuple[set[Value], Counter[Value]]:
@@ -81,14 +81,14 @@ def _read(steps: Sequence[Value], values: Sequence[Value]) -> tuple[set[Value], 
     return set(steps), Counter([*(value for s in steps for value in s.inputs), *values])
 
 
-def _tail(
+def _epilogue(
     store: Store, steps: Container[Value], readers: Mapping[Value, int], value: Value, added: Container[Value]
 ) -> tuple[float, tuple[Value, ...]]:
     """The last steps to a value that are best done once, with the seconds saved; none if the loop does them all.
 
     What is added up for another value already costs nothing to add up.
     """
-    tail: list[Value] = []
+    epilogue: list[Value] = []
     rounds = store.rounds
     whole = rounds * _seconds(store, _adding(value))
     best: tuple[float, tuple[Value, ...]] = (whole, ())
@@ -97,12 +97,12 @@ def _tail(
         own = [each for each in value.inputs if store.varies(each)]
         if len(own) != 1 or own[0] not in steps or not (value.linear is own[0] or is_linear(value.expr, own[0])):
             break
-        tail.insert(0, value)
+        epilogue.insert(0, value)
         done += store.seconds_of(value)
         value = own[0]
         adding = 0.0 if value in added else _seconds(store, _adding(value))
         seconds = done + rounds * (adding - done)
-        best = min(best, (seconds, tuple(tail)), key=lambda found: found[0])
+        best = min(best, (seconds, tuple(epilogue)), key=lambda found: found[0])
     return whole - best[0], best[1]
 
 
