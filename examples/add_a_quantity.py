@@ -22,7 +22,7 @@ class Alignment(tn.Quantity):
 
     def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Diagram:
         G = J.T @ g
-        return (G * G.sum("n").held()).sum_parameter()
+        return (G * G.sum("n").part()).sum_parameter()
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class GradientNoise(tn.Quantity):
 
     def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Diagram:
         G = (J.T @ g) / g.scale
-        D = (G - G.sum("n") / tn.N).held()
+        D = (G - G.sum("n") / tn.N).part()
         return (D * D).sum_parameter().sum("n") / tn.N
 
 

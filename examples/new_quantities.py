@@ -23,7 +23,7 @@ class Signal(tn.Quantity):
 
     def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Diagram:
         G = (J.T @ g) / g.scale
-        M = G.sum("n").held()
+        M = G.sum("n").part()
         return (M * M - (G * G).sum("n")) / (tn.N * (tn.N - 1))
 
 
@@ -35,7 +35,7 @@ class TowardsOthers(tn.Quantity):
 
     def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Diagram:
         G = J.T @ g
-        return (G * (G.sum("n").held() - G)).sum_parameter()
+        return (G * (G.sum("n").part() - G)).sum_parameter()
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class OthersL2(tn.Quantity):
 
     def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Diagram:
         G = J.T @ g
-        R = (G.sum("n").held() - G).held()
+        R = (G.sum("n").part() - G).part()
         return (R * R).sum_parameter()
 
 

@@ -114,7 +114,7 @@ def selections(draw: st.DrawFn) -> Selection:
 
 
 @st.composite
-def held(draw: st.DrawFn, depth: int) -> Part:
+def part_of(draw: st.DrawFn, depth: int) -> Part:
     """A part whose legs have other names outside, possibly the same name twice."""
     inner = draw(diagrams(most=2, depth=depth - 1))
     alike = [[leg for leg in POOL if leg.size == own.size] for own in inner.legs]
@@ -123,7 +123,7 @@ def held(draw: st.DrawFn, depth: int) -> Part:
 
 @st.composite
 def products(draw: st.DrawFn, most: int = 3, depth: int = 0) -> Product:
-    kinds = [tensors(), tensors(), maps(), deltas(), windows(), selections(), *([held(depth)] * 3 if depth else [])]
+    kinds = [tensors(), tensors(), maps(), deltas(), windows(), selections(), *([part_of(depth)] * 3 if depth else [])]
     operands = draw(st.lists(st.one_of(kinds), max_size=most))
     return Product(draw(st.sampled_from(SCALES)), tuple(operands))
 

@@ -118,8 +118,8 @@ def test_sum_and_leg_refuse_unknown_names() -> None:
 
 @LAW
 @given(diagrams(depth=1), st.booleans())
-def test_held_and_relabelled_keep_the_value(given: Diagram, pinned: bool) -> None:
-    assert_same_value(given, given.held(pinned))
+def test_part_and_relabelled_keep_the_value(given: Diagram, materialized: bool) -> None:
+    assert_same_value(given, given.part(materialized))
     relabelled = given.relabel(**{leg.name: f"{leg.name}_" for leg in given.legs})
     assert [leg.name for leg in relabelled.legs] == [f"{leg.name}_" for leg in given.legs]
     values = values_of(given)
@@ -133,13 +133,13 @@ def test_relabelling_steps_around_summed_legs() -> None:
     np.testing.assert_array_equal(value(given, values), [1.0, 5.0])
 
 
-def test_held_holds_once() -> None:
+def test_part_of_a_part_is_the_part() -> None:
     given = diagram("a", product(t("x", a, b)))
-    assert given.held().held() == given.held()
-    assert parts(given.held()) == (given,)
-    assert parts(given.held(pinned=True)) == ()
-    pinned = given.held(pinned=True)
-    assert inline(pinned * pinned).products[0].operands[0] != given.products[0].operands[0]
+    assert given.part().part() == given.part()
+    assert parts(given.part()) == (given,)
+    assert parts(given.part(materialized=True)) == ()
+    materialized = given.part(materialized=True)
+    assert inline(materialized * materialized).products[0].operands[0] != given.products[0].operands[0]
 
 
 def test_sum_parameter_keeps_batch_legs_and_columns() -> None:
@@ -318,10 +318,10 @@ def test_the_square_of_a_sum(given: Diagram) -> None:
         assert value(inline(square, keep), values) == expected
 
 
-def test_inline_leaves_nothing_but_pinned_parts() -> None:
+def test_inline_leaves_nothing_but_materialized_parts() -> None:
     inner = diagram("ab", product(t("x", a, b)))
-    loose, pinned = inner.held(), inner.held(pinned=True)
-    opened = inline(loose * pinned.relabel(a="c"))
+    loose, materialized = inner.part(), inner.part(materialized=True)
+    opened = inline(loose * materialized.relabel(a="c"))
     kinds = [isinstance(op, Part) for op in opened.products[0].operands]
     assert sorted(kinds) == [False, True]
     assert parts(opened) == ()
@@ -330,14 +330,14 @@ def test_inline_leaves_nothing_but_pinned_parts() -> None:
 def test_inline_multiplies_a_leg_that_only_the_part_had() -> None:
     """Σ_ab (x[a], constant along b) = 3 Σ_a x[a]."""
     inner = diagram("ab", product(t("x", a)))
-    opened = inline(inner.held().sum("a", "b"))
+    opened = inline(inner.part().sum("a", "b"))
     assert value(opened, {"x": np.array([2.0, 5.0])}) == 21.0
 
 
 @LAW
 @given(st.lists(products(2), min_size=2, max_size=3))
 def test_map_and_window_survive_a_product_of_many(terms: list[Product]) -> None:
-    """Products of three held diagrams that share summed names are kept apart."""
+    """Products of three parts that share summed names do not mix them."""
     factors = [Diagram((), (term,)) for term in terms]
     values = values_of(*factors)
     expected = np.prod([value(factor, values) for factor in factors])
@@ -357,4 +357,4 @@ def test_leaves_and_text() -> None:
     given = diagram("a", product(t("x", a, b), Window(d, ((2, b),), -1), scale=2), product(Map(X**2, (t("y", a),))))
     assert leaves(given) == ("x", "y")
     assert str(given) == "[a] = Σ_{b,d} (2) x[a,b] Π[d=2·b-1] + (y[a]**2)"
-    assert str(given.held()) == f"[a] = ({given.body()})"
+    assert str(given.part()) == f"[a] = ({given.body()})"

@@ -83,7 +83,7 @@ class Sample(tn.Quantity):
     name: str = "sample"
 
     def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Diagram:
-        D = ((J.T @ g) - (J.T @ g).sum("n") / tn.N).held()
+        D = ((J.T @ g) - (J.T @ g).sum("n") / tn.N).part()
         return (D * D).sum("n") / (tn.N - 1)
 
 

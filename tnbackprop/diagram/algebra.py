@@ -61,7 +61,7 @@ class Transposed:
             pull_back(jacobian, g, keep=cotangents.kept, into=self.uses.legs)
             for jacobian, g in zip(self.uses.jacobians, cotangents.each, strict=True)
         ]
-        return simplify(reduce(lambda a, b: a + b, terms, nothing)).held()
+        return simplify(reduce(lambda a, b: a + b, terms, nothing)).part()
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def pull_back(jacobian: Jacobian, g: Diagram, keep: tuple[Leg, ...], into: tuple
     products = []
     for left in j.products:
         for right in g.products:
-            moved = _apart(right, g.legs, {leg.name for leg in (*left.legs, *j.legs, *into)})
+            moved = _with_own_legs(right, g.legs, {leg.name for leg in (*left.legs, *j.legs, *into)})
             operands = left.operands + moved.operands
             present = ordered_union(*(op.legs for op in operands))
             summed = [leg for leg in ordered_union(j.legs, g.legs) if leg not in legs and leg not in present]
@@ -181,13 +181,13 @@ def inline(diagram: Diagram, keep: frozenset[Diagram] = frozenset()) -> Diagram:
     """Put every part that is not in `keep` back in place: multiplied out, without that half."""
     products: list[Product] = []
     for product in diagram.products:
-        loose = (op for op in product.operands if isinstance(op, Part) and not op.pinned)
+        loose = (op for op in product.operands if isinstance(op, Part) and not op.materialized)
         opened = tuple(op for op in loose if op.diagram not in keep)
-        held = tuple(_within(op, keep) for op in product.operands if op not in opened)
-        partial = [Product(product.scale, held)]
+        kept = tuple(_within(op, keep) for op in product.operands if op not in opened)
+        partial = [Product(product.scale, kept)]
         taken = {leg.name for leg in (*product.legs, *diagram.legs)}
         for part in opened:
-            body = _apart_diagram(inline(part.diagram, keep), taken)
+            body = _with_own_legs_in(inline(part.diagram, keep), taken)
             body = body.rename(dict(zip(body.legs, part.legs, strict=True)))
             partial = [_joined(a, b, part.legs, taken) for a in partial for b in body.products]
         products.extend(_with_lost_sums(product, p, diagram.legs) for p in partial)
@@ -198,12 +198,12 @@ def _within(operand: Operand, keep: frozenset[Diagram]) -> Operand:
     """A part that stays, with its own parts put back in place."""
     if not isinstance(operand, Part):
         return operand
-    return Part(inline(operand.diagram, keep), operand.legs, operand.pinned, operand.follows)
+    return Part(inline(operand.diagram, keep), operand.legs, operand.materialized, operand.with_inner)
 
 
 def parts(diagram: Diagram) -> tuple[Diagram, ...]:
     """The parts that a plan may build or put back, inner ones first, each once."""
-    return tuple(part.diagram for part in all_parts(diagram) if not part.pinned)
+    return tuple(part.diagram for part in all_parts(diagram) if not part.materialized)
 
 
 def all_parts(diagram: Diagram) -> tuple[Part, ...]:
@@ -265,7 +265,7 @@ def _with_lost_sums(before: Product, after: Product, output: tuple[Leg, ...]) ->
 
 
 def _joined(a: Product, b: Product, shared: tuple[Leg, ...], taken: set[str]) -> Product:
-    """a·b, with b's private legs renamed apart from everything seen so far."""
+    """a·b, with b's private legs renamed to none that was seen so far."""
     mapping = {}
     for leg in b.legs:
         if leg not in shared and leg.name in taken | {other.name for other in a.legs}:
@@ -275,7 +275,7 @@ def _joined(a: Product, b: Product, shared: tuple[Leg, ...], taken: set[str]) ->
     return Product(a.scale * b.scale, a.operands + b.operands)
 
 
-def _apart(product: Product, output: tuple[Leg, ...], taken: set[str]) -> Product:
+def _with_own_legs(product: Product, output: tuple[Leg, ...], taken: set[str]) -> Product:
     """The product with its summed legs renamed out of the way of `taken`."""
     names = taken | {leg.name for leg in (*product.legs, *output)}
     mapping: dict[Leg, Leg] = {}
@@ -285,8 +285,8 @@ def _apart(product: Product, output: tuple[Leg, ...], taken: set[str]) -> Produc
     return product.rename(mapping)
 
 
-def _apart_diagram(diagram: Diagram, taken: set[str]) -> Diagram:
-    return Diagram(diagram.legs, tuple(_apart(p, diagram.legs, taken) for p in diagram.products))
+def _with_own_legs_in(diagram: Diagram, taken: set[str]) -> Diagram:
+    return Diagram(diagram.legs, tuple(_with_own_legs(p, diagram.legs, taken) for p in diagram.products))
 
 
 def _fresh(leg: Leg, taken: set[str]) -> Leg:

@@ -73,7 +73,7 @@ class Tensor:
 
 
 def hint_of(name: str) -> str:
-    """How the name of a runtime value is shown. A colon in it keeps it apart from every name that a model can give."""
+    """How the name of a runtime value is shown. With a colon in it it is no name that a model can give."""
     return name.strip(":").replace("::", ":").replace(":", "_")
 
 
@@ -160,17 +160,17 @@ class Selection:
 class Part:
     """The value of a whole diagram as an operand (one half of a square, say).
 
-    `legs[k]` is the name that the diagram's output leg k has here. A pinned part is always
-    computed as such; one that `follows` is, whenever a part inside it is.
+    `legs[k]` is the name that the diagram's output leg k has here. A materialized part is always
+    computed as such; one `with_inner` is, whenever a part inside it is.
     """
 
     diagram: Diagram
     legs: tuple[Leg, ...]
-    pinned: bool = False
-    follows: bool = False
+    materialized: bool = False
+    with_inner: bool = False
 
     def rename(self, to: Renaming) -> Part:
-        return Part(self.diagram, _renamed(self.legs, to), self.pinned, self.follows)
+        return Part(self.diagram, _renamed(self.legs, to), self.materialized, self.with_inner)
 
     def __str__(self) -> str:
         inner = self.diagram.rename(dict(zip(self.diagram.legs, self.legs, strict=True)))
@@ -217,7 +217,7 @@ class Diagram:
         """Elementwise on legs of equal name, outer on the others; the factors stay recognisable as halves."""
         if not isinstance(other, Diagram):
             return self._scaled(sympy.sympify(other))
-        operands = (*self.held().products[0].operands, *other.held().products[0].operands)
+        operands = (*self.part().products[0].operands, *other.part().products[0].operands)
         return Diagram(ordered_union(self.legs, other.legs), (Product(sympy.Integer(1), operands),))
 
     def __rmul__(self, other: Scalar) -> Diagram:
@@ -235,8 +235,8 @@ class Diagram:
         larger, smaller = (self, other) if len(self.legs) >= len(other.legs) else (other, self)
         if not set(smaller.legs) <= set(larger.legs):
             raise ValueError(f"cannot add diagrams with legs [{_names(self.legs)}] and [{_names(other.legs)}]")
-        apart = (p.rename(_aside(p, smaller.legs, {leg.name for leg in larger.legs})) for p in smaller.products)
-        return Diagram(larger.legs, (*larger.products, *apart) if larger is self else (*apart, *larger.products))
+        renamed = (p.rename(_aside(p, smaller.legs, {leg.name for leg in larger.legs})) for p in smaller.products)
+        return Diagram(larger.legs, (*larger.products, *renamed) if larger is self else (*renamed, *larger.products))
 
     def __neg__(self) -> Diagram:
         return self._scaled(sympy.Integer(-1))
@@ -253,17 +253,19 @@ class Diagram:
             products.append(Product(sympy.Mul(p.scale, *orphans), p.operands))
         return Diagram(tuple(leg for leg in self.legs if leg not in gone), tuple(products))
 
-    def held(self, pinned: bool = False, follows: bool = False) -> Diagram:
+    def part(self, materialized: bool = False, with_inner: bool = False) -> Diagram:
         """The same value as one part, so that a plan may compute it once, or put it back in place.
 
-        pinned   it is always computed
-        follows  it is computed wherever a part inside it is (a centred value, where the uncentred one exists)
+        materialized  it is always computed
+        with_inner    it is computed wherever a part inside it is (a centred value, where the uncentred one exists)
         """
-        if not (pinned or follows) and len(self.products) == 1 and self.products[0].scale == 1:
+        if not (materialized or with_inner) and len(self.products) == 1 and self.products[0].scale == 1:
             operands = self.products[0].operands
             if len(operands) == 1 and isinstance(operands[0], Part) and operands[0].legs == self.legs:
                 return self
-        return Diagram(self.legs, (Product(sympy.Integer(1), (Part(self, self.legs, pinned, follows),)),))
+        return Diagram(self.legs, (Product(sympy.Integer(1), (Part(self, self.legs, materialized, with_inner),)),))
+
+    held = part  # its earlier name
 
     def sum_parameter(self) -> Diagram:
         """Sum every output leg but the batch leg, its copies and root columns."""

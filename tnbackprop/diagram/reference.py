@@ -128,7 +128,7 @@ def _selection(operand: Selection, values: Values, n: int) -> Array:
 def _near(window: Window, legs: tuple[Leg, ...], n: int) -> Array:
     """1 where some k brings a position to the image: an index that is elsewhere selects nothing here."""
     dense = _window(window, tuple(size_of(leg.size, n) for leg in window.legs))
-    apart = tuple(k for k, leg in enumerate(window.legs) if leg not in legs)
+    others = tuple(k for k, leg in enumerate(window.legs) if leg not in legs)
     own = tuple(leg for leg in window.legs if leg in legs)
-    inside = dense.max(axis=apart).transpose(sorted(range(len(own)), key=lambda k: legs.index(own[k])))
+    inside = dense.max(axis=others).transpose(sorted(range(len(own)), key=lambda k: legs.index(own[k])))
     return np.asarray(inside.reshape([size_of(leg.size, n) if leg in own else 1 for leg in legs]))

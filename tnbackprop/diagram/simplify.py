@@ -159,9 +159,9 @@ def join_windows(product: Product, output: tuple[Leg, ...]) -> Product | None:
     for (_, one), (k, other) in combinations(windows, 2):
         if (one.image, one.offset, len(one.terms)) != (other.image, other.offset, len(other.terms)):
             continue
-        apart = [(a, b) for a, b in zip(one.terms, other.terms, strict=True) if a != b]
-        if len(apart) == 1 and apart[0][0][0] == apart[0][1][0] and apart[0][0][1].size == apart[0][1][1].size:
-            delta = Delta((apart[0][0][1], apart[0][1][1]))
+        unlike = [(a, b) for a, b in zip(one.terms, other.terms, strict=True) if a != b]
+        if len(unlike) == 1 and unlike[0][0][0] == unlike[0][1][0] and unlike[0][0][1].size == unlike[0][1][1].size:
+            delta = Delta((unlike[0][0][1], unlike[0][1][1]))
             return Product(product.scale, (*product.operands[:k], delta, *product.operands[k + 1 :]))
     return None
 

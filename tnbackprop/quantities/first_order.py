@@ -102,7 +102,7 @@ class Variance(Quantity):
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
         G = J.T @ g
-        D: Diagram = (G - G.sum("n") / N).held(pinned=self.centred, follows=True)
+        D: Diagram = (G - G.sum("n") / N).part(materialized=self.centred, with_inner=True)
         factor = 1 / N if self.scale is Scale.BACKPACK else _mean_of_squares(g)
         return (D * D).sum("n") * factor
 

@@ -85,7 +85,7 @@ def _subsets(diagrams: Mapping[Result, Diagram], found: tuple[Diagram, ...]) -> 
     subsets = [frozenset(s) for size in range(len(found) + 1) for s in combinations(found, size)]
     if len(found) > MOST_PARTS:
         subsets = [frozenset(found[:k]) for k in range(len(found) + 1)]
-    followers = [p for d in diagrams.values() for p in all_parts(d) if p.follows]
+    followers = [p for d in diagrams.values() for p in all_parts(d) if p.with_inner]
     return [s for s in subsets if all(p.diagram in s or not s & set(parts(p.diagram)) for p in followers)]
 
 
@@ -147,5 +147,5 @@ def _ways(item: Extraction, quantity: Result, kept: frozenset[Diagram], free: bo
     reading = [form for form in both if kept & set(parts(form))] or both[:1]
     yield from (inline(form, kept) for form in (reading if kept else both))
     for form in both:
-        if free and kept and not any(part.follows for part in all_parts(form)):
+        if free and kept and not any(part.with_inner for part in all_parts(form)):
             yield inline(form)

@@ -59,7 +59,7 @@ def moved(step: Value, to: Mapping[Value, Value], hint: str = "") -> Value:
 
 
 def saved(trial: Store, *refs: Ref) -> float:
-    """Predicted seconds that a loop which sums the values saves where what is linear at the end of a trial is hoisted."""
+    """Predicted seconds that a loop which sums the values saves where what a trial does linearly at last is hoisted."""
     return sum(seconds for seconds, _ in _epilogues(trial, refs))
 
 
