@@ -129,7 +129,7 @@ def _values(program: tn.Program, x: Tensor, y: Tensor) -> dict[Value, Any]:
 
 
 def _functions(text: Writer) -> dict[str, Any]:
-    """The functions beside a program."""
+    """The functions next to a program."""
     namespace: dict[str, Any] = {"torch": torch, "progress": iter}
     for source in (*text.helpers.values(), *("\n".join(text._function(body)) for body in text.bodies)):
         exec(source, namespace)

@@ -1,4 +1,4 @@
-"""A lowering from outside: one more way to compute a product of two tensors, tried beside those that are built in.
+"""A lowering from outside: one more way to compute a product of two tensors, tried with those that are built in.
 
 A lowering sees a product of operands on named legs, never a layer or a quantity. It gives candidates: the parts that
 the planner builds first, and what is made of their values, a call with its FLOPs and bytes. The predicted time decides.
@@ -26,7 +26,7 @@ OUTER = function("torch.bmm", memory=Memory.OWN)
 
 
 def outer_products(store: Store, product: Product, legs: Legs) -> list[Candidate]:
-    """A candidate for two tensors with one leg each beside the batch, all of which are kept."""
+    """A candidate for two tensors with one leg each next to the batch, all of which are kept."""
     tensors = [op for op in product.operands if isinstance(op, Tensor)]
     if len(product.operands) != 2 or len(tensors) != 2 or len(legs) != 3 or legs[0] != BATCH:
         return []

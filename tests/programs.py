@@ -80,7 +80,7 @@ def code_of(program: tn.Program) -> dict[Value, str]:
 
 
 def source_of(text: Writer) -> dict[str, Any]:
-    """The functions beside the program, and what a source knows."""
+    """The functions next to the program, and what a source knows."""
     namespace: dict[str, Any] = {"torch": torch, "progress": iter}
     for source in text.helpers.values():
         exec(source, namespace)

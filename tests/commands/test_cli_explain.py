@@ -58,7 +58,7 @@ def test_explain(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
         "takes fewer FLOPs than", "predicted faster", "grouped convolution", "Kept from the forward", "Totals (N = 4)",
     ):  # fmt: skip
         assert wanted in plain, wanted
-    assert re.search(r"Memory: peak [\d.]+ kB beside parameters", plain)
+    assert re.search(r"Memory: peak [\d.]+ kB without parameters", plain)
     if format == "html":
         parser = Balanced()
         parser.feed(text)

@@ -322,8 +322,8 @@ def test_a_slip_in_a_leg(formula: str, leg: str) -> None:
     with pytest.raises(RuleError, match=f"(?s){leg}.*a line of its own"):
         made(torch.ones(4, 3))
     assert made(torch.ones(4, 5)).shape == (4, 2)
-    apart = tn.einsum_layer("s[n] = input[n, j]\noutput[n, o] = weight[o, i] * s[n]", weight=torch.ones(2, 3))
-    assert torch.equal(apart(torch.ones(4, 3)), torch.full((4, 2), 9.0))
+    separate = tn.einsum_layer("s[n] = input[n, j]\noutput[n, o] = weight[o, i] * s[n]", weight=torch.ones(2, 3))
+    assert torch.equal(separate(torch.ones(4, 3)), torch.full((4, 2), 9.0))
     pooled = tn.einsum_layer("output[n, c] = gain[c] * input[n, c, h, w]", gain=torch.ones(2))
     assert torch.equal(pooled(torch.ones(4, 2, 3, 3)), torch.full((4, 2), 9.0))
 

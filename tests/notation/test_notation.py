@@ -334,7 +334,7 @@ def test_declared_softmax_jacobian() -> None:
     np.testing.assert_allclose(evaluate(jacobian.diagram, {"y": p}, BATCH_SIZE), expected)
 
 
-def test_declared_elementwise_jacobian_beside_a_formula() -> None:
+def test_declared_elementwise_jacobian_with_a_formula() -> None:
     rule = bound(Rule("output[*s] = tanh(input[*s])", {"input": "1 - output[*s]**2"}), "N.2 3", input="N.2 3")
     jacobian = rule.equations[0].jacobians["input_value"]
     assert [leg.name for leg in jacobian.out] == ["n", "s0_1", "s1"]

@@ -74,7 +74,7 @@ def exact(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     ).reshape(f.shape)
 
 
-def apart(f: Tensor, y: Tensor) -> Tensor:
+def of_own_logit(f: Tensor, y: Tensor) -> Tensor:
     """-log p of the label, with p = exp(logit - c) / (exp(logit - c) + rest), the rest held: t p (1 - p) / N."""
     rest = torch.logsumexp(f.unsqueeze(1).masked_fill(torch.eye(f.shape[1], dtype=torch.bool), -torch.inf), -1)
     alone = lambda a: -torch.log_softmax(torch.stack([a, rest], -1), -1)[..., 0]  # noqa: E731
@@ -95,7 +95,7 @@ def test_hesscale(activation: Callable[[], nn.Module], loss: Callable[[], nn.Mod
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
 def test_bl89(activation: Callable[[], nn.Module]) -> None:
     problem = chain(activation).build()
-    want = recursion(problem, apart)
+    want = recursion(problem, of_own_logit)
     assert_equal(run(problem, "BL89", per_sample=True), want, "per sample")
     found, other = run(problem, "BL89"), run(problem, "HesScale")
     assert_equal(found, {name: h.sum(0) for name, h in want.items()}, "bl89")

@@ -130,7 +130,7 @@ def test_columns_of_the_root(name: str) -> None:
 # Parameters that are used twice.
 
 
-class Apart(nn.Module):
+class Separate(nn.Module):
     """`Reused` with a layer of its own for each call, that starts as the same."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -145,36 +145,36 @@ class Apart(nn.Module):
 def twice(name: str) -> tuple[Problem, Problem]:
     """A layer that is called twice, and two layers with the same values."""
     tied = BY_NAME[name].build()
-    apart = Apart(nn.Linear(3, 3) if name == "reused_module" else nn.Conv2d(2, 2, 3, padding=1)).double()
+    separate = Separate(nn.Linear(3, 3) if name == "reused_module" else nn.Conv2d(2, 2, 3, padding=1)).double()
     with torch.no_grad():
-        for layer in (apart.one, apart.two):
+        for layer in (separate.one, separate.two):
             layer.load_state_dict(tied.model.layer.state_dict())
-    return tied, replace(tied, model=apart)
+    return tied, replace(tied, model=separate)
 
 
 @pytest.mark.parametrize("name", ["reused_module", "reused_convolution"])
 def test_uses_are_positions(name: str) -> None:
     """A = (A_1 + A_2) / 2 and B = B_1 + B_2 of two uses, and HesScale's h = h_1 + h_2; the GGN sees more."""
-    tied, apart = twice(name)
+    tied, separate = twice(name)
     kinds = [ALL[key] for key in KRONECKER]
     joined = [(kind, options | {"bias": "JOINED"}) for kind, options in kinds if name == "reused_module"]
     for kind, options in (*kinds, *joined):
-        got, each = run(tied, kind, **options), run(apart, kind, **options)
+        got, each = run(tied, kind, **options), run(separate, kind, **options)
         for leaf in ("weight",) if "bias" in options else ("weight", "bias"):
             one, two = (each[f"{layer}.{leaf}"].factors for layer in ("one", "two"))
             B, *A = got[f"layer.{leaf}"].factors
             assert error(B, one[0] + two[0]) <= TOLERANCE, kind
             assert all(error(a, (b + c) / 2) <= TOLERANCE for a, b, c in zip(A, one[1:], two[1:], strict=True)), kind
     for kind in ("HesScale", "DiagGGN") if name == "reused_module" else ():
-        got, each = run(tied, kind), run(apart, kind)
+        got, each = run(tied, kind), run(separate, kind)
         gap = error(got["layer.weight"], each["one.weight"] + each["two.weight"])
         assert gap <= TOLERANCE if kind == "HesScale" else gap > DIFFERENT, kind
 
 
 def test_used_twice_is_not_exact() -> None:
     """One sample, no positions: two uses are as good as two positions; one use is exact."""
-    tied, apart = twice("reused_module")
-    for problem, exact in ((tied, False), (apart, True)):
+    tied, separate = twice("reused_module")
+    for problem, exact in ((tied, False), (separate, True)):
         one = replace(problem, x=problem.x[:1], y=problem.y[:1])
         want = oracle_second.ggn(one.model, one.loss, one.x, one.y)
         for kind in ("KFLR", "KFRA"):

@@ -97,9 +97,9 @@ def met_anywhere(patch: pytest.MonkeyPatch) -> None:
 
 def same_names(patch: pytest.MonkeyPatch) -> None:
     """Values with nearly the same hint have the same name."""
-    apart = naming.Scope.fresh
+    fresh = naming.Scope.fresh
     other = {"p__fc_weight": "p_fc_weight"}
-    patch.setattr(naming.Scope, "fresh", lambda self, hint: other.get(hint) or apart(self, hint))
+    patch.setattr(naming.Scope, "fresh", lambda self, hint: other.get(hint) or fresh(self, hint))
 
 
 def untied(patch: pytest.MonkeyPatch) -> None:

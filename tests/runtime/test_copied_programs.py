@@ -31,7 +31,7 @@ X, Y = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double(), t
 LOSS = nn.CrossEntropyLoss()
 
 
-def held() -> Holder:
+def holder() -> Holder:
     torch.manual_seed(0)
     model = Holder()
     model.program = tn.compile(model, LOSS, (X, Y), [tn.BatchGrad()])
@@ -45,7 +45,7 @@ def check(program: tn.Program) -> None:
 
 
 def test_copied() -> None:
-    program = held().program
+    program = holder().program
     other = copy.copy(program)
     assert other is not program and other.model is program.model
     assert repr(other) == repr(program)
@@ -55,7 +55,7 @@ def test_copied() -> None:
 @pytest.mark.parametrize("with_the_model", [False, True])
 def test_deeply_copied(with_the_model: bool) -> None:
     """The copy reads the parameters of the copied model, and the program those of its own."""
-    model = held()
+    model = holder()
     other = copy.deepcopy(model).program if with_the_model else copy.deepcopy(model.program)
     assert other.model is not model and other.model.program is other
     assert other.source == model.program.source
@@ -68,4 +68,4 @@ def test_deeply_copied(with_the_model: bool) -> None:
 
 def test_not_pickled() -> None:
     with pytest.raises(TypeError, match=r"(?s)a program is not pickled.*Compile again.*tn\.generate"):
-        pickle.dumps(held().program)
+        pickle.dumps(holder().program)

@@ -122,7 +122,7 @@ def test_outputs_written_over() -> None:
     assert_owned(whole, lambda output, y: output.square().mean(), [tn.Grad()])
 
 
-def test_what_is_apart_stays_where_it_is() -> None:
+def test_what_does_not_overlap_stays_where_it_is() -> None:
     """Columns of one matrix that do not meet are not copied; those that do are, and so is what was expanded or read."""
     matrix = torch.arange(24.0).reshape(4, 6)
     owner = Owner([])

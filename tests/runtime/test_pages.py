@@ -42,11 +42,11 @@ class Mallinfo(ctypes.Structure):
 mallinfo = ctypes.CDLL(None).mallinfo
 mallinfo.restype = Mallinfo
 
-held = []  # what is freed would teach it, too
+kept = []  # what is freed would teach it, too
 
 def mapped():
     before = mallinfo().hblks
-    held.append(torch.empty(pages.LARGEST - 2**20, dtype=torch.uint8))
+    kept.append(torch.empty(pages.LARGEST - 2**20, dtype=torch.uint8))
     return mallinfo().hblks - before
 
 first = mapped()
@@ -117,13 +117,13 @@ def test_a_block_comes_back() -> None:
 
 
 @needs_advice
-@pytest.mark.parametrize("held", [lambda t: t, lambda t: t[1, 5:], lambda t: t.numpy(), lambda t: t.view(-1).detach()])
-def test_what_somebody_holds_is_left_alone(held: Callable[[Tensor], object]) -> None:
+@pytest.mark.parametrize("view", [lambda t: t, lambda t: t[1, 5:], lambda t: t.numpy(), lambda t: t.view(-1).detach()])
+def test_what_somebody_holds_is_left_alone(view: Callable[[Tensor], object]) -> None:
     """A view or an array of the value is enough."""
     blocks = Blocks()
     value = blocks.out(LIKE, SHAPE)
     assert value is not None
-    address, kept = value.data_ptr(), held(value.fill_(3))
+    address, kept = value.data_ptr(), view(value.fill_(3))
     del value
     other = blocks.out(LIKE, SHAPE)
     assert other is not None and other.data_ptr() != address and blocks.idle == 0

@@ -21,7 +21,7 @@ _BATCH = 'color="#c2410c", fontcolor="#c2410c", penwidth=2'
 
 
 def dot(scene: Scene) -> str:
-    """The whole graph. Scales, signs and captions are notes beside the nodes."""
+    """The whole graph. Scales, signs and captions are notes next to the nodes."""
     flow = any(wire.kind is Line.FLOW for wire in scene.wires)
     lines = [
         "digraph tnbackprop {",

@@ -15,7 +15,7 @@ from .scene import Box, Kind, Line, Scene, Shape, Wire
 from .words import LINE, width
 
 _BETWEEN = 44.0  # layers, with room for a shape's text
-_BESIDE = 24.0
+_GAP = 24.0
 _SWEEPS = 12
 
 
@@ -152,7 +152,7 @@ def _spread(row: Sequence[int], wanted: Mapping[int, float], widths: Mapping[int
         groups.append(([k], wanted[k]))
         while len(groups) > 1 and _end(groups[-2], offset, widths) + widths[groups[-1][0][0]] / 2 > groups[-1][1]:
             (right, _), (left, _) = groups.pop(), groups.pop()
-            shift = offset[left[-1]] + (widths[left[-1]] + widths[right[0]]) / 2 + _BESIDE
+            shift = offset[left[-1]] + (widths[left[-1]] + widths[right[0]]) / 2 + _GAP
             offset |= {j: offset[j] + shift for j in right}
             both = left + right
             groups.append((both, _mean([wanted[j] - offset[j] for j in both])))
@@ -162,7 +162,7 @@ def _spread(row: Sequence[int], wanted: Mapping[int, float], widths: Mapping[int
 
 def _end(group: tuple[list[int], float], offset: Mapping[int, float], widths: Mapping[int, float]) -> float:
     last = group[0][-1]
-    return group[1] + offset[last] + widths[last] / 2 + _BESIDE
+    return group[1] + offset[last] + widths[last] / 2 + _GAP
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -41,8 +41,8 @@ def overlap(one: Array, other: Array) -> Mask:
     """Which boxes of two lists overlap: [C, B]."""
 
     def along(axis: int) -> Mask:
-        apart = np.abs(one[:, None, axis] - other[None, :, axis])
-        return np.asarray(apart < (one[:, None, 2 + axis] + other[None, :, 2 + axis]) / 2)
+        distance = np.abs(one[:, None, axis] - other[None, :, axis])
+        return np.asarray(distance < (one[:, None, 2 + axis] + other[None, :, 2 + axis]) / 2)
 
     return along(0) & along(1)
 

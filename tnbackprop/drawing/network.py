@@ -28,7 +28,7 @@ from .grid import arrange
 from .labels import Names, expression, one_hot, pattern, scale_text
 from .opened import Node, closed, opened, sealed
 from .place import DOT, STUB, Joint, Spot, Terminal
-from .scene import Box, End, Kind, Line, Point, Scene, Shape, Wire, Words, beside, in_lines
+from .scene import Box, End, Kind, Line, Point, Scene, Shape, Wire, Words, in_lines, side_by_side
 from .words import LINE, width, wrapped
 
 GAP = 16.0
@@ -59,7 +59,7 @@ def _term(product: Product, output: tuple[Leg, ...], names: Names, first: bool, 
         parts.append(words(scale_text(scale), 1.2))
     parts += [_pieces(ops, output, names, flat) for ops in _components(product.operands)]
     parts += [_constant(leg, names) for leg in constant]
-    return beside(parts, GAP)
+    return side_by_side(parts, GAP)
 
 
 def _components(operands: tuple[Operand, ...]) -> list[list[Operand]]:

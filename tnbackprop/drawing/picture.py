@@ -15,11 +15,11 @@ from .dot import dot
 from .flow import flow_scene
 from .labels import Names
 from .network import diagram_scene, words
-from .scene import Kind, Scene, Shape, beside, in_lines, stacked
+from .scene import Kind, Scene, Shape, in_lines, side_by_side, stacked
 from .svg import svg
 from .tikz import tikz
 
-_APART = 28.0
+_GAP = 28.0
 _WIDEST = 1400.0
 
 Drawable = Diagram | Factors | Program | Mapping[str, Diagram] | Sequence[Diagram | Factors]
@@ -104,7 +104,7 @@ def _scene(what: Drawable, names: Names) -> Scene:
         case Program():
             return flow_scene(what.compiled.graph, names)
         case Mapping() if what and all(isinstance(each, Diagram) for each in what.values()):
-            return stacked([_equation(name, each, names) for name, each in what.items()], _APART, centred=False)
+            return stacked([_equation(name, each, names) for name, each in what.items()], _GAP, centred=False)
         case Sequence() if what and all(isinstance(each, Diagram | Factors) for each in what):
             return _rewrites([_scene(each, names) for each in what])
     kinds = "a Diagram, Factors, a Program, a mapping from names to diagrams, or a sequence of diagrams"
@@ -122,12 +122,12 @@ def _described(what: object) -> str:
 def _equation(name: str, diagram: Diagram, names: Names) -> Scene:
     legs = ", ".join(names.get(leg.name, leg.name) for leg in diagram.legs)
     left = words(f"{names.get(name, name)}[{legs}]  =", 1.2)
-    return beside([left, diagram_scene(diagram, names)], 16.0)
+    return side_by_side([left, diagram_scene(diagram, names)], 16.0)
 
 
 def _rewrites(scenes: Sequence[Scene]) -> Scene:
-    arrowed = [beside([words("→", 1.8), scene], _APART) for scene in scenes[1:]]
-    return in_lines([scenes[0], *arrowed], _APART, _WIDEST)
+    arrowed = [side_by_side([words("→", 1.8), scene], _GAP) for scene in scenes[1:]]
+    return in_lines([scenes[0], *arrowed], _GAP, _WIDEST)
 
 
 def _factors(factors: Factors, names: Names) -> Scene:
@@ -136,9 +136,9 @@ def _factors(factors: Factors, names: Names) -> Scene:
     for k, diagram in enumerate(factors.diagrams):
         legs = ", ".join(names.get(leg.name, leg.name) for leg in diagram.legs)
         picture = stacked([diagram_scene(diagram, names), words(f"[{legs}]")], 10.0)
-        pictures.append(beside([words("⊗", 1.8), picture], _APART) if k else picture)
+        pictures.append(side_by_side([words("⊗", 1.8), picture], _GAP) if k else picture)
     caption = words(factors.assumption)
-    return stacked([in_lines(pictures, _APART, _WIDEST), caption], 14.0)
+    return stacked([in_lines(pictures, _GAP, _WIDEST), caption], 14.0)
 
 
 def _primed(factors: Factors, names: Names) -> dict[str, str]:

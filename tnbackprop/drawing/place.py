@@ -147,8 +147,8 @@ class Board:
         total = 0.0
         for joint in joints:
             cores = [(self.at(end), np.array(end.core)) for end in joint.ends]
-            apart = [np.maximum(np.abs(a - b) - c - d, 0.0) for (a, c), (b, d) in combinations(cores, 2)]
-            total += max([float(np.hypot(*each)) for each in apart], default=0.0) + STUB * joint.open
+            distance = [np.maximum(np.abs(a - b) - c - d, 0.0) for (a, c), (b, d) in combinations(cores, 2)]
+            total += max([float(np.hypot(*each)) for each in distance], default=0.0) + STUB * joint.open
         return total
 
     def at(self, end: Terminal) -> Array:
@@ -184,7 +184,7 @@ class Board:
             cost = least[some] + self._in_the_way(joint, around, options.points[some], wires[some])
             some, cost = some[cost < best + 1e-3], cost[cost < best + 1e-3]
             if len(some):
-                total = np.round(cost[:, None] + self._beside(joint, around, options.at(some), wires[some]), 4)
+                total = np.round(cost[:, None] + self._near_operands(joint, around, options.at(some), wires[some]), 4)
                 at, way = divmod(int(np.argmin(total)), total.shape[1])
                 best, k, a = min((best, k, a), (float(total[at, way]), int(some[at]), way))
         self.cost += best
@@ -233,7 +233,7 @@ class Board:
         return _Options(points, (cost[:, None] + lengths).reshape(-1), labels[:, None], np.zeros((len(points), 1)))
 
     def _dots(self, joint: Joint) -> _Options:
-        """On a lattice through and around the operands; the name beside the dot, or at the end of a stub."""
+        """On a lattice through and around the operands; the name next to the dot, or at the end of a stub."""
         low, high = (self.centres - self.sizes / 2).min(0), (self.centres + self.sizes / 2).max(0)
         ends = np.array([self.at(end) for end in joint.ends])
         lattice = []
@@ -277,7 +277,7 @@ class Board:
             cost += _THROUGH * through(self.segments[None], grown(dot, 3)[:, None]).sum((1, 2))
         return np.asarray(cost)
 
-    def _beside(self, joint: Joint, around: _Around, options: _Options, wires: Array) -> Array:
+    def _near_operands(self, joint: Joint, around: _Around, options: _Options, wires: Array) -> Array:
         """What the name and the stub of a dot cost, hide and cross: [C, a]."""
         count = options.labels.shape[1]
         name = boxes(options.labels.reshape(-1, 2), (joint.width, joint.height))

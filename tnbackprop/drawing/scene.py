@@ -164,7 +164,7 @@ class Scene:
 
     @property
     def axis(self) -> float:
-        """The height of the middle of its operands, on which pictures beside each other are aligned."""
+        """The height of the middle of its operands, on which pictures side by side are aligned."""
         boxes = [s.box for s in self.shapes if s.kind not in (Kind.DOT, Kind.END)] or [self.bounds]
         return (min(box.top for box in boxes) + max(box.bottom for box in boxes)) / 2
 
@@ -190,7 +190,7 @@ def _later(end: End, by: int) -> End:
     return end[0] + by, *end[1:]
 
 
-def beside(scenes: Sequence[Scene], gap: float) -> Scene:
+def side_by_side(scenes: Sequence[Scene], gap: float) -> Scene:
     """From left to right, with the middles of their operands on one line."""
     placed, x = [], 0.0
     for scene in scenes:
@@ -211,10 +211,10 @@ def stacked(scenes: Sequence[Scene], gap: float, centred: bool = True) -> Scene:
 
 
 def in_lines(scenes: Sequence[Scene], gap: float, limit: float) -> Scene:
-    """Beside each other, with a new line where `limit` would be passed."""
+    """Side by side, with a new line where `limit` would be passed."""
     lines: list[list[Scene]] = [[]]
     for scene in scenes:
         if lines[-1] and sum(s.bounds.w + gap for s in lines[-1]) + scene.bounds.w > limit:
             lines.append([])
         lines[-1].append(scene)
-    return stacked([beside(line, gap) for line in lines], gap)
+    return stacked([side_by_side(line, gap) for line in lines], gap)

@@ -231,7 +231,7 @@ class _Binder:
         return Equation(self.names[line.left.tensor], legs, diagram, MappingProxyType(dict(jacobians)))
 
     def _check_left(self, line: Line, diagram: Diagram) -> None:
-        """A leg only on the left beside a leg only on the right is a slip; alone it is an expansion."""
+        """A leg only on the left next to a leg only on the right is a slip; alone it is an expansion."""
         right = {leg: None for product in diagram.products for leg in product.legs}
         lonely = [leg for leg in right if leg not in diagram.legs and leg in self.legs.all and leg.size != 1]
         for item in line.left.items:
@@ -242,7 +242,7 @@ class _Binder:
                     raise item.place.error(what, hint)
 
     def check_slips(self, equations: tuple[Equation, ...]) -> None:
-        """A leg that one factor sums alone, beside one of its size that only others sum, is a slip of the pen."""
+        """A leg that one factor sums alone, next to one of its size that only others sum, is a slip of the pen."""
         for line, equation in zip(self.lines, equations, strict=bool(self.lines)):
             check_inside(line, self.legs)
             for product in equation.diagram.products if equation.diagram else ():

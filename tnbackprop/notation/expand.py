@@ -57,7 +57,7 @@ class _Term:
 
 @dataclass
 class _Arguments:
-    """The tensors inside one map and the windows and deltas that go beside it."""
+    """The tensors inside one map and the windows and deltas that go with it."""
 
     tensors: list[Tensor] = field(default_factory=list)
     shape: dict[Operand, None] = field(default_factory=dict)

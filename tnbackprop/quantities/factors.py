@@ -73,10 +73,10 @@ class _Parameter:
 
     def of(self, operands: tuple[Operand, ...], loss: bool) -> _Component:
         """These operands with the axes that are theirs."""
-        held = _legs(operands)
+        own = _legs(operands)
         names = {t.name for op in operands for t in operand_tensors(op)}
         units = (unit.axis for unit in self.units if (unit.output if loss else unit.met & names and not unit.output))
-        return _Component(operands, tuple(leg for leg in self.legs if leg in held), tuple(units))
+        return _Component(operands, tuple(leg for leg in self.legs if leg in own), tuple(units))
 
     def place(self, component: _Component, own: Legs) -> list[int]:
         """Where its axes are among all axes, to sort by."""

@@ -68,14 +68,14 @@ def _product(call: Any, left: str, right: str, batch: int) -> str:
     """``left @ right`` with `batch` axes of the output before the matrices, as a sum over i."""
     a, b = call.tensors[left], call.tensors[right]
     legs = leg_names(call.output, skip="i")
-    head, tail = legs[:batch], legs[batch:]
-    row = tail[:1] if len(a.axes) > 1 else []
-    column = tail[-1:] if len(b.axes) > 1 else []
+    leading, trailing = legs[:batch], legs[batch:]
+    row = trailing[:1] if len(a.axes) > 1 else []
+    column = trailing[-1:] if len(b.axes) > 1 else []
 
     def items(value: Any, matrix: Sequence[str], name: str) -> str:
         own = len(value.axes) - len(matrix)
         kept = [
-            f"u{k}" if value.shape[k] == 1 and call.output.shape[batch - own + k] != 1 else head[batch - own + k]
+            f"u{k}" if value.shape[k] == 1 and call.output.shape[batch - own + k] != 1 else leading[batch - own + k]
             for k in range(own)
         ]
         return f"{name}[{join([*kept, *matrix])}]"

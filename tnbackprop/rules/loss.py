@@ -208,8 +208,8 @@ def _columns(call: Any) -> Root:
     drawn = "({p}.log() - (-{noise}.log()).log()).argmax(1)"
     one_hot = f"torch.nn.functional.one_hot({drawn}, {classes}).movedim(-1, 1)"
     divisor = " / ({input}.shape[0] * {average})" if call.reduction == MEAN else ""
-    apart = f"{{t}} * {{p}} * (1 - {{p}}){divisor}"  # of -t log p, with p a function of its own logit only
-    return Root(max(classes - 1, 1), code, f"({{p}} - {one_hot}) * {{root_scale}}", elementwise=apart)
+    elementwise = f"{{t}} * {{p}} * (1 - {{p}}){divisor}"  # of -t log p, with p a function of its own logit only
+    return Root(max(classes - 1, 1), code, f"({{p}} - {one_hot}) * {{root_scale}}", elementwise=elementwise)
 
 
 @TABLE.rule(aten.nll_loss.default, aten.nll_loss_nd.default, aten.nll_loss2d.default)

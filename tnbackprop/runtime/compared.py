@@ -77,10 +77,10 @@ def error(got: Tensor, want: Tensor) -> float:
     """The largest difference where autograd has a number."""
     if got.shape != want.shape and got.numel() != want.numel():
         return float("inf")
-    apart = (got.reshape(-1) - want.reshape(-1)).abs()
+    difference = (got.reshape(-1) - want.reshape(-1)).abs()
     known = want.reshape(-1).isfinite()
-    apart = apart if bool(known.all()) else apart[known]
-    return float(apart.nan_to_num(nan=float("inf")).max()) if apart.numel() else 0.0
+    difference = difference if bool(known.all()) else difference[known]
+    return float(difference.nan_to_num(nan=float("inf")).max()) if difference.numel() else 0.0
 
 
 Found = tuple[str, str, Tensor, Tensor, float]

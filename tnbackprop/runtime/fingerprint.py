@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ..compiler.translate.torch_internals import OpOverload, OpOverloadPacket, global_hooks, hooks_of, version
 
-Held = Callable[[], object]
+Alive = Callable[[], object]
 
 PLAIN = (int, str, bool, types.NoneType, bytes, range, torch.dtype, torch.device, torch.layout, torch.Size)
 """Types whose values say all when they are compared."""
@@ -82,11 +82,11 @@ class Fingerprint:
     """What was written, and what of it is known by its identity."""
 
     written: list[object]
-    alive: tuple[Held, ...]
+    alive: tuple[Alive, ...]
 
     def matches(self, other: Fingerprint) -> bool:
         """Whether nothing changed; `other` is the one that was taken just now."""
-        return self.written == other.written and all(held() is not None for held in self.alive)
+        return self.written == other.written and all(member() is not None for member in self.alive)
 
 
 def fingerprint(model: nn.Module, *others: object, built_in: tuple[object, ...] = ()) -> Fingerprint | None:
@@ -100,9 +100,9 @@ def fingerprint(model: nn.Module, *others: object, built_in: tuple[object, ...] 
     walk.add(torch.get_default_device())
     for each in global_hooks():
         walk.add(tuple(each.values()))
-    walk.follow(model, own=True)
+    walk.visit(model, own=True)
     for other in others:
-        walk.follow(other)
+        walk.visit(other)
     return None if walk.hidden else Fingerprint(walk.written, tuple(walk.alive))
 
 
@@ -111,15 +111,15 @@ class _Walk:
 
     def __init__(self) -> None:
         self.written: list[object] = []
-        self.alive: list[Held] = []
+        self.alive: list[Alive] = []
         self.hidden = False
         self._seen: dict[int, int] = {}
-        self._held: list[object] = []  # an id stays that of its object
+        self._kept: list[object] = []  # an id stays that of its object
         self._next: deque[tuple[Any, bool]] = deque()
         self._names: set[str] = set()  # attributes that the code that was followed reads
         self._waiting: dict[str, list[types.FunctionType]] = {}  # methods whose names nothing has read so far
 
-    def follow(self, value: object, own: bool = False) -> None:
+    def visit(self, value: object, own: bool = False) -> None:
         """Write an object, and all that it leads to. `own`: a module whose tensors a program reads by name."""
         self.add(value, own)
         while self._next:
@@ -137,8 +137,8 @@ class _Walk:
             return
         number = self._seen.setdefault(id(value), len(self._seen))
         self.written.append(number)
-        if number == len(self._held):
-            self._held.append(value)
+        if number == len(self._kept):
+            self._kept.append(value)
             self._next.append((value, own))
 
     def _open(self, value: Any, own: bool) -> None:
@@ -169,9 +169,9 @@ class _Walk:
         if container is not None:
             self._elements(value)
         state = list(_attributes(value, kind))
-        for name, held in state:
+        for name, member in state:
             self.written.append(name)
-            self.add(held)
+            self.add(member)
         if kind is object:
             self._identity(value)
         elif {*filter(_is_of_c, kind.__mro__)} - {object, *CONTAINERS} or (container is None and not state):
@@ -198,28 +198,28 @@ class _Walk:
         """A module: its tensors by what they are, everything else by what it holds."""
         self.hidden = self.hidden or isinstance(module, torch.jit.ScriptModule)
         self.add(type(module))
-        for name, held in module.__dict__.items():
+        for name, member in module.__dict__.items():
             self.written.append(name)
             if name in ("_parameters", "_buffers"):
-                for key, tensor in held.items():
+                for key, tensor in member.items():
                     self.written.append(key)
                     self._registered(tensor, own)
             elif name == "_modules":
-                for key, child in held.items():
+                for key, child in member.items():
                     self.written.append(key)
                     self.add(child, own)
-            elif type(held) in EMPTY and not held:
-                self.written.append(type(held))
+            elif type(member) in EMPTY and not member:
+                self.written.append(type(member))
             else:
-                self.add(held)
+                self.add(member)
 
     def _registered(self, tensor: Tensor | None, own: bool) -> None:
         """A parameter or buffer. The program of a model reads its values by name; others are known by identity."""
         if tensor is None or id(tensor) in self._seen:
             self.add(tensor)
             return
-        self._seen[id(tensor)] = len(self._held)
-        self._held.append(tensor)
+        self._seen[id(tensor)] = len(self._kept)
+        self._kept.append(tensor)
         self._kind_of(tensor)
         if not own:
             self._identity(tensor)
@@ -255,31 +255,31 @@ class _Walk:
             if library and not any(map(_is_foreign, vars(base).values())):
                 self.written.append(tuple(vars(base).values()))
                 continue
-            for name, held in list(vars(base).items()):
+            for name, member in list(vars(base).items()):
                 if name in BOOKKEEPING:
                     continue
                 self.written.append(name)
-                if type(held) is not types.FunctionType:
-                    self._attribute(held, library)
+                if type(member) is not types.FunctionType:
+                    self._attribute(member, library)
                 elif name == "forward" or name.startswith("__") or name in self._names or _overrides(kind, base, name):
-                    self.add(held)
+                    self.add(member)
                 else:
-                    self.written.append(held.__code__)
-                    self._waiting.setdefault(name, []).append(held)
+                    self.written.append(member.__code__)
+                    self._waiting.setdefault(name, []).append(member)
 
-    def _attribute(self, held: Any, library: bool) -> None:
+    def _attribute(self, member: Any, library: bool) -> None:
         """What a class holds, if it is no function: all of it; of a library's classes what is not its own."""
-        if not library or type(held) in PLAIN or type(held) in PARTS:
-            self.add(held)
+        if not library or type(member) in PLAIN or type(member) in PARTS:
+            self.add(member)
         else:
-            self._identity(held)
+            self._identity(member)
 
     def _function(self, function: types.FunctionType) -> None:
         """A function: its code, and what its code can read. What a library's reads stays as it is."""
         self.written.append(function.__code__)
-        for held in (function.__defaults__, function.__kwdefaults__, function.__closure__, function.__dict__):
-            if held:
-                self.add(held)
+        for member in (function.__defaults__, function.__kwdefaults__, function.__closure__, function.__dict__):
+            if member:
+                self.add(member)
         if _is_installed(function.__code__.co_filename):
             return
         read, attributes = _names_of(function.__code__)
@@ -301,14 +301,14 @@ class _Walk:
             return
         above.add(id(value))
         for name in sorted(attributes & vars(value).keys()):
-            held = vars(value)[name]
+            member = vars(value)[name]
             self.written.append(name)
-            if isinstance(held, types.ModuleType):
-                self._global(held, attributes, above)
-            elif _is_library(value.__name__) and type(held) not in PLAIN and type(held) is not types.FunctionType:
-                self._identity(held)
+            if isinstance(member, types.ModuleType):
+                self._global(member, attributes, above)
+            elif _is_library(value.__name__) and type(member) not in PLAIN and type(member) is not types.FunctionType:
+                self._identity(member)
             else:
-                self.add(held)
+                self.add(member)
 
 
 def _attributes(value: Any, kind: type) -> Iterator[tuple[str, Any]]:
@@ -334,9 +334,9 @@ def _contents(cell: types.CellType) -> Any:
         return None
 
 
-def _is_foreign(held: Any) -> bool:
+def _is_foreign(member: Any) -> bool:
     """Whether what a library's class holds is somebody else's function."""
-    function = getattr(held, "fget", getattr(held, "__func__", held)) if type(held) in PARTS else held
+    function = getattr(member, "fget", getattr(member, "__func__", member)) if type(member) in PARTS else member
     file = function.__code__.co_filename if type(function) is types.FunctionType else GENERATED
     return file != GENERATED and not _is_installed(file)
 

@@ -29,7 +29,7 @@ class Owner:
             return tensor
         memory = _memory(tensor)
         others = self._given.get(memory, [])
-        if memory in self._read or not _apart(tensor) or any(_meet(tensor, other) for other in others):
+        if memory in self._read or not _without_overlap(tensor) or any(_meet(tensor, other) for other in others):
             tensor = tensor.clone()
             memory = _memory(tensor)
         self._given.setdefault(memory, []).append(tensor)
@@ -42,7 +42,7 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _apart(tensor: Tensor) -> bool:
+def _without_overlap(tensor: Tensor) -> bool:
     """Whether no two elements are in one place, as they are in what was expanded."""
     if tensor.is_contiguous():
         return True

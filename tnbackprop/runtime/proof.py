@@ -205,8 +205,8 @@ class Proof:
 
     def _refuse(self, wrong: Sequence[Pair], pairs: Sequence[Pair]) -> NoReturn:
         first = wrong[0]
-        apart, size = first.error, first.largest
-        relative = f", {apart / size:.1g} of it" if size and apart < float("inf") else ""
+        difference, size = first.error, first.largest
+        relative = f", {difference / size:.1g} of it" if size and difference < float("inf") else ""
         what = f"{first.of} of {_told(self.program.model, first.parameter)}" if first.parameter else first.of
         others = list(dict.fromkeys(p.parameter for p in wrong if p.parameter not in ("", first.parameter)))
         more = ", …" if len(others) > 5 else ""
@@ -214,7 +214,7 @@ class Proof:
         rule = f" Rules of your own: {'; '.join(self.declared[:3])}." if self.declared else ""
         raise VerificationError(
             f"the program does not compute what PyTorch's autograd gives for {type(self.program.model).__name__} on "
-            f"{_counted(self.size, 'sample')} of the example:\n  {what} differs by up to {apart:.3g}, where "
+            f"{_counted(self.size, 'sample')} of the example:\n  {what} differs by up to {difference:.3g}, where "
             f"autograd has values up to {size:.3g}{relative}.{rest}\n  Likely: {CAUSES[first.kind]}{rule}\n{NEXT}"
         )
 

@@ -71,7 +71,7 @@ class Reference:
         """Jᵀ u of all outputs, [*p]."""
         return _grad(self.ends, self.parameters, cotangents)
 
-    # -- samples apart
+    # -- samples one by one
 
     @cached_property
     def elements(self) -> list[list[Tensor]]:
@@ -96,7 +96,7 @@ class Reference:
             raise NotComparedError("there is no loss")
         found = Cut(self.wrapped, self.output, self.places, self.batch[1])
         if _grad([found.loss], self.parameters, None, whole=False):
-            raise NotComparedError("the loss reads parameters beside the outputs, so samples are not told apart")
+            raise NotComparedError("the loss reads parameters next to the outputs, so samples are not told apart")
         if not torch.allclose(found.loss.detach(), self.loss.detach(), rtol=1e-2, atol=1e-6, equal_nan=True):
             raise NotComparedError("the loss draws random numbers")
         return found

@@ -118,8 +118,8 @@ def deviation(got: Tensor, want: Tensor) -> float:
     """The largest, relative to the largest entry."""
     if got.shape != want.shape or not got.numel():
         return 0.0 if got.shape == want.shape else float("inf")
-    apart = torch.where((got == want) | (torch.isnan(got) & torch.isnan(want)), torch.zeros_like(want), got - want)
-    return float(torch.nan_to_num(apart.abs(), nan=float("inf")).max() / _largest(want))
+    difference = torch.where((got == want) | (torch.isnan(got) & torch.isnan(want)), torch.zeros_like(want), got - want)
+    return float(torch.nan_to_num(difference.abs(), nan=float("inf")).max() / _largest(want))
 
 
 def _largest(want: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A rule on modules of its class: samples apart, the rule itself, then every quantity of what it gives."""
+"""A rule on modules of its class: separate samples, the rule itself, then every quantity of what it gives."""
 
 from __future__ import annotations
 
@@ -144,10 +144,10 @@ def _fails(module: nn.Module, inputs: Mapping[str, Tensor]) -> str:
 
 
 def _try(trial: _Trial, inputs: dict[str, Tensor], quantities: Sequence[Quantity], kinks: bool) -> Iterator[Finding]:
-    """One module with one shape: samples apart, the rule itself for N and for 1 and at kinks, the quantities."""
-    apart = _apart(trial, inputs)
-    yield apart
-    if not apart.ok:
+    """One module with one shape: separate samples, the rule itself for N and for 1 and at kinks, the quantities."""
+    separate = _separate(trial, inputs)
+    yield separate
+    if not separate.ok:
         return
     behind = _Behind(trial.module, inputs)
     y = torch.randn_like(trial.module(**inputs))
@@ -184,7 +184,7 @@ def _of_the_module(finding: Finding) -> Finding:
     return replace(finding, of=of, wrong=wrong)
 
 
-def _apart(trial: _Trial, inputs: dict[str, Tensor]) -> Row:
+def _separate(trial: _Trial, inputs: dict[str, Tensor]) -> Row:
     """Whether the output for one sample depends on that sample alone, and on nothing drawn."""
     module, case = trial.module, trial.case(inputs)
     changed = {name: torch.cat([v[:1].flip(0) + 1, v[1:]]) for name, v in inputs.items() if v.is_floating_point()}

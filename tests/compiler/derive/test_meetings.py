@@ -47,7 +47,7 @@ class Tied(nn.Module):
         return self.head(self.layer(self.layer(x).tanh()))
 
 
-class Beside(nn.Module):
+class Aside(nn.Module):
     """A parameter that is used behind the activation only, and one that nothing reaches."""
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ CASES: dict[str, tuple[Model, tuple[int, ...], list[tuple[str, int]]]] = {
     "no way around": (lambda: seq(square(), nn.Tanh(), Skip(square()), nn.Linear(4, 3)), (4,), [("layer_0", 2)]),
     "a way around": (lambda: seq(square(), Skip(square(), nn.Tanh()), nn.Linear(4, 3)), (4,), []),
     "the same parameters before and after": (Tied, (4,), []),
-    "what nothing reaches": (Beside, (4,), [("add", 2)]),
+    "what nothing reaches": (Aside, (4,), [("add", 2)]),
     "towers": (lambda: Towers(trunk=False), (4,), [("one", 2)]),
     "towers on a layer": (lambda: Towers(trunk=True), (4,), [("trunk_0", 11)]),
     "divided by a sum of parameters": (Divided, (4,), [("first", 2)]),
@@ -184,7 +184,7 @@ def test_weights_and_rounds(loss: Loss, rows: int, monkeypatch: pytest.MonkeyPat
     assert_equal(program(x, y)["hessian_diag"], oracle_second.hessian_diag(model, loss, x, y), "hessian_diag")
 
 
-def test_beside_the_ggn() -> None:
+def test_with_the_ggn() -> None:
     """Columns that go through all layers for the GGN do so for the Hessian, too: what is left meets still."""
     model, x, y = problem("a chain", 4)
     program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.HessianDiag(), tn.DiagGGN()])

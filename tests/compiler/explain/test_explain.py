@@ -122,7 +122,7 @@ def test_every_polynomial_evaluates_to_its_number() -> None:
             assert sum(c * 7**power for power, c in in_batch(terms).items()) == number(terms, 7)
 
 
-def test_leg_names_with_two_sizes_stay_apart() -> None:
+def test_leg_names_with_two_sizes_stay_distinct() -> None:
     symbols = Symbols()
     polynomial = symbols.polynomial(((2, (BATCH, Leg("h", 3), Leg("h'", 5))), (1, (Leg("h", 3), Leg("u", 1)))))
     assert symbols.text(polynomial, 4) == "2·N·h·h2 + h"

@@ -142,7 +142,7 @@ class Slide:
 def convolution(kind: str, slides: tuple[Slide, ...], groups: int = 1, outer: int = 2, inner: int = 3) -> Diagram:
     """Forward, VJPs, and the weight VJP of each sample, with legs of size 1 left away as the compiler does."""
     images = tuple(Leg(f"i{k}", s.image) for k, s in enumerate(slides))
-    outs = tuple(Leg(f"p{k}", s.out) for k, s in enumerate(slides))
+    outputs = tuple(Leg(f"p{k}", s.out) for k, s in enumerate(slides))
     kernels = tuple(Leg(f"k{k}", s.kernel) for k, s in enumerate(slides))
     g, o, i = Leg("g", groups), Leg("o", outer), Leg("c", inner)
     head = (g,) if groups > 1 else ()
@@ -152,13 +152,13 @@ def convolution(kind: str, slides: tuple[Slide, ...], groups: int = 1, outer: in
             tuple((step, leg) for step, leg in ((s.stride, out), (s.dilation, kernel)) if leg.size != 1),
             -s.padding,
         )
-        for s, image, out, kernel in zip(slides, images, outs, kernels, strict=True)
+        for s, image, out, kernel in zip(slides, images, outputs, kernels, strict=True)
     )
-    outs, kernels = (tuple(leg for leg in legs if leg.size != 1) for legs in (outs, kernels))
+    outputs, kernels = (tuple(leg for leg in legs if leg.size != 1) for legs in (outputs, kernels))
     people = {
         "x": Tensor("x", (n, *head, i, *images)),
         "w": Tensor("w", (*head, o, i, *kernels)),
-        "y": Tensor("y", (n, *head, o, *outs)),
+        "y": Tensor("y", (n, *head, o, *outputs)),
     }
     result = {"forward": "y", "input": "x", "weight": "w", "samples": "w"}[kind]
     legs = people.pop(result).legs

@@ -1,4 +1,4 @@
-"""What runs, op by op: nothing twice, and no weight gradient beside individual gradients."""
+"""What runs, op by op: nothing twice, and no weight gradient with individual gradients."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def codes(program: tn.Program) -> list[str]:
     return [code[step] for step, _ in program.compiled.plan.timed]
 
 
-def test_no_weight_gradient_beside_individual_gradients() -> None:
+def test_no_weight_gradient_with_individual_gradients() -> None:
     """Two convolutions need the VJP of their input; no weight gradient is computed a second time for the sum."""
     alone, gradient = ops(tn.Grad())
     assert len(weight_gradients(gradient)) == 3

@@ -53,7 +53,7 @@ def test_a_sample_is_scaled_on_its_own() -> None:
     assert_equal(result["batch_grad"], oracle.batch_grad(model, loss, X[:4], X[:4]), "batch_grad")
 
 
-def test_copies_beside_merged_axes() -> None:
+def test_copies_next_to_merged_axes() -> None:
     """Copies along one axis leave the factors of the others as they are."""
     merged = Value("x", ((2, N), (3,)), torch.float64)
 
@@ -61,8 +61,8 @@ def test_copies_beside_merged_axes() -> None:
         shape = arguments.pop("shape")
         return value_axes(target, {"input": merged, **arguments}, shape, "here")
 
-    beside = {"repeats": 2, "dim": 1, "shape": (2 * N, 6)}
-    assert axes(aten.repeat_interleave.self_int, **beside) == ((2, N), (6,))
+    arguments = {"repeats": 2, "dim": 1, "shape": (2 * N, 6)}
+    assert axes(aten.repeat_interleave.self_int, **arguments) == ((2, N), (6,))
     along = {"repeats": 2, "dim": 0, "shape": (4 * N, 3)}
     assert axes(aten.repeat_interleave.self_int, **along) == ((2, N, 2), (3,))
     assert axes(aten.repeat.default, repeats=(1, 2), shape=(2 * N, 6)) == ((2, N), (6,))

@@ -328,7 +328,7 @@ def _refuse_export(wrapped: Wrapped, error: Exception) -> NoReturn:
 def _distinct(example: tuple[Any, Any]) -> tuple[Any, Any]:
     """A tensor that appears twice as two: torch.export reads all appearances of one object from the last input.
 
-    One that was made in inference mode as a copy, for torch takes no derivatives beside it.
+    One that was made in inference mode as a copy, for torch takes no derivatives with it.
     """
     seen: set[int] = set()
 

@@ -77,7 +77,7 @@ def _values(wrapped: nn.Module, function: Callable[..., Any], samples: tuple[Any
 
 
 def _close(got: Sequence[Any], want: Sequence[Any]) -> bool:
-    """The same numbers; an axis of one sample may have been squeezed out. Small beside the others is small."""
+    """The same numbers; an axis of one sample may have been squeezed out. Small next to the others is small."""
     if [isinstance(a, Tensor) and a.numel() for a in got] != [isinstance(b, Tensor) and b.numel() for b in want]:
         return False
     both = zip(got, want, strict=True)

@@ -133,11 +133,11 @@ def _both_sides(averages: Averages, one: tuple[str, Jacobian], two: tuple[str, J
     side = copied(legs)
     half = pull_back(one[1], averages.named(name, name), (*side, BATCH), into)
     own = tuple(leg for leg in into if leg != BATCH)
-    apart = tuple(Leg(f"{leg.name}^", leg.size) for leg in own)  # out of the way of the second Jacobian's legs
-    half = half.rename(dict(zip(own, apart, strict=True))).rename(dict(zip(side, legs, strict=True)))
+    separate = tuple(Leg(f"{leg.name}^", leg.size) for leg in own)  # out of the way of the second Jacobian's legs
+    half = half.rename(dict(zip(own, separate, strict=True))).rename(dict(zip(side, legs, strict=True)))
     end = _batched(tuple(Leg(f"{leg.name}~", leg.size) for leg in two[1].into))
-    whole = pull_back(two[1], half, (*apart, BATCH), end)
-    averages.add(one[0], two[0], apart, tuple(leg for leg in end if leg != BATCH), _mean(whole))
+    whole = pull_back(two[1], half, (*separate, BATCH), end)
+    averages.add(one[0], two[0], separate, tuple(leg for leg in end if leg != BATCH), _mean(whole))
 
 
 def _batched(legs: Legs) -> Legs:

@@ -1,6 +1,6 @@
 """An op without a rule: VJPs by torch.func, per sample, and named in the report.
 
-The op must treat samples apart. That is tried out on random tensors: changing one sample must not change the others.
+The op must not mix samples. That is tried out on random tensors: changing one sample must not change the others.
 There, too, `torch.func.vmap` over its VJP is compared with one call for each sample and column: for some ops torch
 knows no such derivative, or a wrong one (`cdist`), and for those the program has a loop.
 """
@@ -78,7 +78,7 @@ def fallback(call: Call) -> BoundRule:
             raise _refused(call, f"'{value.name}' has the batch elsewhere than on axis 0")
         if value.differentiable and batched and not _sampled(call.output):
             raise _refused(call, f"it reduces over the samples of '{value.name}'")
-    _try_apart(call)
+    _try_separate(call)
     legs = tuple(BATCH if N in axis else Leg(f"a{k}", _int(axis)) for k, axis in enumerate(call.output.axes))
     operands = tuple(v for v in dict.fromkeys(values) if v.differentiable)
     looped = frozenset(v.name for v in operands if not _maps(call, v))
@@ -157,7 +157,7 @@ def _drawn(call: Call) -> dict[str, torch.Tensor]:
     return {v.name: draw(v) for v in call.tensors.values()}
 
 
-def _try_apart(call: Call) -> None:
+def _try_separate(call: Call) -> None:
     inputs = _drawn(call)
     sampled = {v.name for v in call.tensors.values() if _sampled(v)}
     if not sampled or not _sampled(call.output):

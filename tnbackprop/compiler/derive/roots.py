@@ -58,7 +58,7 @@ def loss_root(
     call, rule = next((call, rule) for call, rule in bound if call.output.name == graph.loss)
     found = None
     if output.name in {v.name for v in call.tensors.values()}:
-        found = LossRoot(output, _apart(rule.root, output), None) if rule.root else _elementwise(rule, output)
+        found = LossRoot(output, _per_position(rule.root, output), None) if rule.root else _elementwise(rule, output)
     return replace(found or _from_hessian(graph, output, signed), scale=scale)
 
 
@@ -121,8 +121,8 @@ def _from_hessian(graph: Graph, output: Value, signed: bool) -> LossRoot:
     return LossRoot(output, BoundRoot(size, Code.of(columns, " * 1"), sample), None, tuple(calls), signed)
 
 
-def _apart(root: BoundRoot, output: Value) -> BoundRoot:
-    """The columns of every position of a sample apart: its Hessian does not mix them, so its columns may not either."""
+def _per_position(root: BoundRoot, output: Value) -> BoundRoot:
+    """The columns of each position of a sample: its Hessian does not mix them, so its columns may not either."""
     factors = [(size, axis in root.mixes) for axis, sizes in enumerate(output.axes) for size in sizes]
     free = [int(size) for size, mixed in factors if size != N and not mixed]
     if prod(free) == 1:
@@ -161,6 +161,6 @@ def _elementwise(rule: BoundRule, output: Value) -> LossRoot | None:
     curvature = curvature.rename({leg: BATCH for leg in first.into if leg.size == BATCH.size})
     shape = ", ".join(str(s) for s in output.shape)
     entries = Code.of(Hole(CURVATURE), ".clamp(min=0).sqrt()")
-    root = _apart(BoundRoot(1, Code.of(entries, f".reshape(1, {shape})"), Code()), output)
+    root = _per_position(BoundRoot(1, Code.of(entries, f".reshape(1, {shape})"), Code()), output)
     sample = Code.of(entries, f".reshape({shape}) * ", rule.draw or NORMAL)
     return LossRoot(output, BoundRoot(root.columns, root.code, sample), curvature)

@@ -243,7 +243,7 @@ def _check_diagonal(call: Call, operand: str, jacobian: Jacobian) -> None:
     if not all(same & set(p.operands) for p in jacobian.diagram.products):
         raise UnsupportedError(
             f"{call.where} mixes samples: its output for one sample depends on '{operand}' of another.\n"
-            "  In a batch norm, call model.eval(); else rewrite the layer so that it treats samples apart."
+            "  In a batch norm, call model.eval(); else rewrite the layer so that it treats every sample on its own."
         )
 
 

@@ -26,20 +26,20 @@ def _equation(equation: Equation) -> Equation:
     if equation.diagram is None:
         jacobians = {name: _jacobian(j) for name, j in equation.jacobians.items()}
         return replace(equation, legs=_kept(equation.legs, frozenset()), jacobians=jacobians)
-    held = _images(equation.diagram.products)
+    images = _images(equation.diagram.products)
     jacobians = {name: _jacobian(j) for name, j in equation.jacobians.items()}
-    diagram = _diagram(equation.diagram, held)
-    return Equation(equation.name, _kept(equation.legs, held), diagram, jacobians, _units(equation, held))
+    diagram = _diagram(equation.diagram, images)
+    return Equation(equation.name, _kept(equation.legs, images), diagram, jacobians, _units(equation, images))
 
 
-def _units(equation: Equation, held: frozenset[Leg]) -> dict[str, tuple[Unit, ...]]:
+def _units(equation: Equation, images: frozenset[Leg]) -> dict[str, tuple[Unit, ...]]:
     """The axes that are dropped of every operand, and where else they are; none of one that is read in several ways."""
     found: dict[str, set[tuple[Unit, ...]]] = {}
     for product in equation.diagram.products if equation.diagram is not None else ():
         for op in product.operands:
             others = [other for other in product.operands if other is not op]
             for tensor in operand_tensors(op):
-                gone = [(k, leg) for k, leg in enumerate(tensor.legs) if leg.size == 1 and leg not in held]
+                gone = [(k, leg) for k, leg in enumerate(tensor.legs) if leg.size == 1 and leg not in images]
                 units = (Unit(k, leg in equation.legs, _met(leg, others)) for k, leg in gone)
                 found.setdefault(tensor.name, set()).add(tuple(units))
     return {name: units for name, ways in found.items() if len(ways) == 1 for units in ways if units}
@@ -52,40 +52,40 @@ def _met(leg: Leg, others: list[Operand]) -> frozenset[str]:
 
 
 def _jacobian(jacobian: Jacobian) -> Jacobian:
-    held = _images(jacobian.diagram.products)
-    diagram = _diagram(jacobian.diagram, held)
-    return Jacobian(diagram, _kept(jacobian.out, held), _kept(jacobian.into, held))
+    images = _images(jacobian.diagram.products)
+    diagram = _diagram(jacobian.diagram, images)
+    return Jacobian(diagram, _kept(jacobian.out, images), _kept(jacobian.into, images))
 
 
 def _images(products: Iterable[Product]) -> frozenset[Leg]:
     return frozenset(op.image for p in products for op in p.operands if isinstance(op, Window))
 
 
-def _kept(legs: Legs, held: frozenset[Leg]) -> Legs:
-    return tuple(leg for leg in legs if leg.size != 1 or leg in held)
+def _kept(legs: Legs, images: frozenset[Leg]) -> Legs:
+    return tuple(leg for leg in legs if leg.size != 1 or leg in images)
 
 
-def _diagram(diagram: Diagram, held: frozenset[Leg]) -> Diagram:
+def _diagram(diagram: Diagram, images: frozenset[Leg]) -> Diagram:
     products = []
     for product in diagram.products:
-        operands = (_operand(op, held) for op in product.operands)
+        operands = (_operand(op, images) for op in product.operands)
         products.append(Product(product.scale, tuple(op for op in operands if op is not None)))
-    return Diagram(_kept(diagram.legs, held), tuple(products))
+    return Diagram(_kept(diagram.legs, images), tuple(products))
 
 
-def _operand(op: Operand, held: frozenset[Leg]) -> Operand | None:
+def _operand(op: Operand, images: frozenset[Leg]) -> Operand | None:
     match op:
         case Tensor():
-            return Tensor(op.name, _kept(op.legs, held))
+            return Tensor(op.name, _kept(op.legs, images))
         case Map():
-            return Map(op.expr, tuple(Tensor(a.name, _kept(a.legs, held)) for a in op.args))
+            return Map(op.expr, tuple(Tensor(a.name, _kept(a.legs, images)) for a in op.args))
         case Delta():
-            legs = _kept(op.legs, held)
+            legs = _kept(op.legs, images)
             return Delta(legs) if len(legs) == len(op.legs) else None
         case Window():
-            return Window(op.image, tuple((c, leg) for c, leg in op.terms if leg.size != 1 or leg in held), op.offset)
+            return Window(op.image, tuple((c, leg) for c, leg in op.terms if leg.size != 1 or leg in images), op.offset)
         case Selection():
-            choice = _kept(op.choice, held)
-            return Selection(Tensor(op.index.name, _kept(op.index.legs, held)), choice, op.near)
+            choice = _kept(op.choice, images)
+            return Selection(Tensor(op.index.name, _kept(op.index.legs, images)), choice, op.near)
         case _:
             return op

@@ -22,7 +22,7 @@ FOLLOWED = "progress"
 
 
 class Printer:
-    """Text of expressions with these names of values, and of the functions beside the program."""
+    """Text of expressions with these names of values, and of the functions next to the program."""
 
     def __init__(self, names: Callable[[Value], str], functions: Mapping[Body, str]) -> None:
         self.names, self.functions = names, functions

@@ -342,7 +342,7 @@ def _totals(compiled: Compiled) -> Iterator[str]:
 
 def peak_text(compiled: Compiled) -> str:
     plan = compiled.plan
-    return f"peak {size_text(plan.peak_bytes)} beside parameters and inputs; predictions for {plan.rates.name}"
+    return f"peak {size_text(plan.peak_bytes)} without parameters and inputs; predictions for {plan.rates.name}"
 
 
 def total_rows(compiled: Compiled) -> list[tuple[str, ...]]:

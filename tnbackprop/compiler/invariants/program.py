@@ -1,4 +1,4 @@
-"""Invariants of the program, line by line: with all loops, and all functions beside it."""
+"""Invariants of the program, line by line: with all loops, and all functions next to it."""
 
 from __future__ import annotations
 

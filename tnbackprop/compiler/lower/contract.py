@@ -45,8 +45,8 @@ def build(store: Store, diagram: Diagram, inside: bool = False) -> Ref:
 
 def _term(store: Store, product: Product, legs: Legs, inside: bool) -> Ref:
     """One product: parts and maps to tensors, then the cheapest of the lowerings that match, then the scale."""
-    held = tuple(_part(store, op, inside) for op in product.operands)
-    folded = simplify(Diagram(legs, (Product(product.scale, held),))).products
+    parts = tuple(_part(store, op, inside) for op in product.operands)
+    folded = simplify(Diagram(legs, (Product(product.scale, parts),))).products
     if not folded:
         return _full(store, legs, sympy.Integer(0))
     (product,) = folded
@@ -136,8 +136,8 @@ def diagonal(store: Store, ref: Ref) -> Ref:
     for k, leg in enumerate(ref.stored):
         if leg in ref.stored[:k]:
             first = ref.stored.index(leg)
-            apart = _apart(ref.stored)
-            base = in_order(store, Ref(ref.value, apart, apart))
+            numbered = _numbered(ref.stored)
+            base = in_order(store, Ref(ref.value, numbered, numbered))
             rest = (*(x for i, x in enumerate(ref.stored) if i not in (first, k)), leg)
             expr = Call(f.DIAGONAL, (base,), (("dim1", first), ("dim2", k)))
             value = store.add(expr, sizes_of(rest), Kernel.VIEW, strided=True)
@@ -145,7 +145,7 @@ def diagonal(store: Store, ref: Ref) -> Ref:
     return ref
 
 
-def _apart(legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
+def _numbered(legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
     return tuple(Leg(f"{leg.name}_{k}", leg.size) for k, leg in enumerate(legs))
 
 

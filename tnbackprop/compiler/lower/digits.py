@@ -49,9 +49,9 @@ def _side(own: Legs, digits: Legs, others: Operands, legs: Legs) -> Operands:
     side = [op for op in others if set(own) & set(op.legs)]
     if any(set(digits) & set(op.legs) for op in side):
         return ()
-    apart = {*legs, *_legs(tuple(op for op in others if set(digits) & set(op.legs)))}
+    outer = {*legs, *_legs(tuple(op for op in others if set(digits) & set(op.legs)))}
     for op in side:
-        side += [other for other in others if other not in side and set(op.legs) & set(other.legs) - apart]
+        side += [other for other in others if other not in side and set(op.legs) & set(other.legs) - outer]
     return tuple(side)
 
 

@@ -275,7 +275,7 @@ class Product2:
 
 def _matmul(store: Store, a: Ref, b: Ref, output: Legs, ordered: bool) -> Ref:
     """The orientation that needs the fewest copies and gives the order asked for."""
-    ways = [_oriented(*pair, output, follow) for follow in (ordered, False) for pair in ((a, b), (b, a))]
+    ways = [_oriented(*pair, output, sort) for sort in (ordered, False) for pair in ((a, b), (b, a))]
     ways += [replace(w, summed=tuple(leg for leg in w.second.stored if leg in w.summed)) for w in ways]
     best = min(dict.fromkeys(ways), key=lambda way: way.seconds(store, output if ordered else None))
     if not best.head and not (best.left and best.right):
@@ -287,11 +287,11 @@ def _matmul(store: Store, a: Ref, b: Ref, output: Legs, ordered: bool) -> Ref:
     return Ref(value, best.legs, best.legs)
 
 
-def _oriented(first: Ref, second: Ref, output: Legs, follow: bool) -> Product2:
+def _oriented(first: Ref, second: Ref, output: Legs, sort: bool) -> Product2:
     """first @ second, the legs of each group in the order of the output or of the memory."""
 
     def along(legs: Legs) -> Legs:
-        return tuple(sorted(legs, key=output.index)) if follow else legs
+        return tuple(sorted(legs, key=output.index)) if sort else legs
 
     shared = tuple(leg for leg in first.stored if leg in second.stored)
     return Product2(

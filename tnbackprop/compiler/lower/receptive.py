@@ -224,12 +224,12 @@ def _complete(fields: Fields, legs: Legs) -> bool:
     index, choice = set(fields.selection.index.legs), set(fields.selection.choice)
     known = {*fields.order, *choice}
     of_weight = {fields.outer, *fields.inner, *(axis.kernel[1] for axis in fields.axes)}
-    apart = set(fields.weight.legs) == of_weight and not set(fields.inner) & (known | index)
+    separate = set(fields.weight.legs) == of_weight and not set(fields.inner) & (known | index)
     operands = all(set(op.legs) <= known for op in fields.carried) and all(
         set(op.legs) <= index | choice for op in fields.there
     )
     whole = index <= set(ordered_union(*(op.legs for op in fields.carried)))
-    return apart and operands and whole and bool(fields.columns) and set(legs) == set(fields.result)
+    return separate and operands and whole and bool(fields.columns) and set(legs) == set(fields.result)
 
 
 def _gathered(store: Store, fields: Fields, legs: Legs) -> Candidate:

@@ -38,8 +38,8 @@ def selected(store: Store, product: Product, legs: Legs) -> list[Candidate]:
 
 def _fits(op: Selection, other: Operand) -> bool:
     """Another selection shares the whole choice or nothing of it."""
-    apart = not set(op.choice) & set(other.legs)
-    return apart or not isinstance(other, Selection) or (other.choice == op.choice and not _within(op, other))
+    outer = not set(op.choice) & set(other.legs)
+    return outer or not isinstance(other, Selection) or (other.choice == op.choice and not _within(op, other))
 
 
 def _within(op: Selection, other: Selection) -> bool:
@@ -81,12 +81,12 @@ def _looked_up(store: Store, op: Selection, others: list[Operand], legs: Legs) -
     """Σ_c [index = c] X[c, …] Y[c, …] = X[index, …] Y[index, …]."""
     others = _agreeing(store, op, others)
     tables = _tables(op, others, legs)
-    rest = [other for other in others if not any(other in held for held in tables)]
+    rest = [other for other in others if not any(other in joined for joined in tables)]
     parts = []
-    for held in tables:
-        needed = {*legs, *_legs(rest), *op.index.legs, *_legs([o for o in others if o not in held])}
-        free = tuple(leg for leg in _legs(held) if leg not in op.choice and leg in needed)
-        parts.append(_of(held, (*free, *op.choice)))
+    for joined in tables:
+        needed = {*legs, *_legs(rest), *op.index.legs, *_legs([o for o in others if o not in joined])}
+        free = tuple(leg for leg in _legs(joined) if leg not in op.choice and leg in needed)
+        parts.append(_of(joined, (*free, *op.choice)))
     return Candidate(partial(_rows_of, op=op, rest=tuple(rest), legs=legs), tuple(parts))
 
 
@@ -106,57 +106,57 @@ def _rows_of(store: Store, *tables: Ref, op: Selection, rest: tuple[Operand, ...
 
 def _tables(op: Selection, others: list[Operand], legs: Legs) -> list[list[Operand]]:
     """What is looked up, together where a leg is summed that nothing else has; a window with what it is a window on."""
-    held = [other for other in others if set(op.choice) & set(other.legs)]
-    images = {o.image for o in held if isinstance(o, Window)} - {*legs, *op.index.legs, *op.choice}
-    held += [other for other in others if other not in held and images & set(other.legs)]
-    apart = {*legs, *op.index.legs, *op.choice, *_legs([other for other in others if other not in held])}
+    joined = [other for other in others if set(op.choice) & set(other.legs)]
+    images = {o.image for o in joined if isinstance(o, Window)} - {*legs, *op.index.legs, *op.choice}
+    joined += [other for other in others if other not in joined and images & set(other.legs)]
+    outer = {*legs, *op.index.legs, *op.choice, *_legs([other for other in others if other not in joined])}
     tables: list[list[Operand]] = []
-    for operand in held:
-        linked = [table for table in tables if set(operand.legs) & set(_legs(table)) - apart]
+    for operand in joined:
+        linked = [table for table in tables if set(operand.legs) & set(_legs(table)) - outer]
         tables = [table for table in tables if table not in linked] + [[*chain(*linked), operand]]
     every = all(set(op.choice) <= set(_legs(table)) for table in tables)
-    return tables if every or not held else [held]
+    return tables if every or not joined else [joined]
 
 
 def _splits(table: Ref, op: Selection, index: Legs) -> list[tuple[Legs, Legs, Legs]]:
-    """The legs of a look-up: head, own, and tail, that is what goes on from the choice in memory, or all there is."""
+    """The legs of a look-up: leading, own, trailing: what goes on from the choice in memory, or all there is."""
     last = max(table.stored.index(leg) for leg in op.choice)
     found = []
     for start in (last + 1, 0):
-        tail = tuple(leg for leg in table.stored[start:] if leg not in (*index, *op.choice))
-        head = tuple(leg for leg in table.stored if leg not in (*op.choice, *tail))
-        found.append((head, tuple(leg for leg in index if leg not in head), tail))
+        trailing = tuple(leg for leg in table.stored[start:] if leg not in (*index, *op.choice))
+        leading = tuple(leg for leg in table.stored if leg not in (*op.choice, *trailing))
+        found.append((leading, tuple(leg for leg in index if leg not in leading), trailing))
     return list(dict.fromkeys(found))
 
 
 def _rows(store: Store, op: Selection, table: Ref, split: tuple[Legs, Legs, Legs]) -> Ref:
-    """The rows of a table [head, choice, tail] that an index [head, own] names: [head, own, tail]."""
-    head, own, tail = split
-    outside, flat = _flat(store, read(store, op.index), head, own, op.choice, 0)
-    rows = Call(f.INDEX_SELECT, (placed(store, table, ((*head, *op.choice), *_axis(tail))), 0, flat))
-    out = (*head, *own, *tail)
-    mask = Call(f.RESHAPE, (outside, -1, *([1] if tail else [])))
+    """The rows of a table [leading, choice, trailing] that an index [leading, own] names: [leading, own, trailing]."""
+    leading, own, trailing = split
+    outside, flat = _flat(store, read(store, op.index), leading, own, op.choice, 0)
+    rows = Call(f.INDEX_SELECT, (placed(store, table, ((*leading, *op.choice), *_axis(trailing))), 0, flat))
+    out = (*leading, *own, *trailing)
+    mask = Call(f.RESHAPE, (outside, -1, *([1] if trailing else [])))
     work = Work(moved=((3, out),), fresh=((1, out),), launches=2)
     expr = Call(f.MASKED_FILL, (rows, mask, 0))
-    return Ref(store.add(expr, _merged(head + own, tail), Kernel.ELEMENTWISE, work), out, out)
+    return Ref(store.add(expr, _merged(leading + own, trailing), Kernel.ELEMENTWISE, work), out, out)
 
 
 def _padded_rows(store: Store, op: Selection, table: Ref, split: tuple[Legs, Legs, Legs]) -> Ref:
     """The same from a table with a row of zeros more, for an index outside: better where more rows are looked up."""
-    head, own, tail = split
-    rows, out = (*head, *op.choice), (*head, *own, *tail)
-    _, flat = _flat(store, read(store, op.index), head, own, op.choice, merged(rows))
-    padding = (0, 0, 0, 1) if tail else (0, 1)
-    expr = Call(f.PAD, (arranged(store, table, (rows, *_axis(tail))), padding))
-    work = Work(moved=((4, (*rows, *tail)),), fresh=((2, (*rows, *tail)),))
-    padded = store.add(expr, (merged(rows) + 1, *_merged((), tail)[1:]), Kernel.COPY, work, own=True)
+    leading, own, trailing = split
+    rows, out = (*leading, *op.choice), (*leading, *own, *trailing)
+    _, flat = _flat(store, read(store, op.index), leading, own, op.choice, merged(rows))
+    padding = (0, 0, 0, 1) if trailing else (0, 1)
+    expr = Call(f.PAD, (arranged(store, table, (rows, *_axis(trailing))), padding))
+    work = Work(moved=((4, (*rows, *trailing)),), fresh=((2, (*rows, *trailing)),))
+    padded = store.add(expr, (merged(rows) + 1, *_merged((), trailing)[1:]), Kernel.COPY, work, own=True)
     work = Work(moved=((2, out),), fresh=((1, out),))
     found = Call(f.INDEX_SELECT, (padded, 0, flat))
-    return Ref(store.add(found, _merged(head + own, tail), Kernel.ELEMENTWISE, work), out, out)
+    return Ref(store.add(found, _merged(leading + own, trailing), Kernel.ELEMENTWISE, work), out, out)
 
 
-def _merged(rows: Legs, tail: Legs) -> tuple[Size, ...]:
-    return (merged(rows), *(merged(group) for group in _axis(tail)))
+def _merged(rows: Legs, trailing: Legs) -> tuple[Size, ...]:
+    return (merged(rows), *(merged(group) for group in _axis(trailing)))
 
 
 def _scattered(store: Store, op: Selection, others: list[Operand], legs: Legs) -> Candidate:
@@ -177,16 +177,16 @@ def _added(
     """Rows of values, added at their places; then what else has the choice."""
     own = tuple(leg for leg in index.order if leg not in kept)
     last = max((values.stored.index(leg) for leg in index.order), default=-1)
-    tail = tuple(leg for leg in values.stored[last + 1 :] if leg not in index.order)
-    head = tuple(leg for leg in values.stored if leg not in own and leg not in tail)
-    count = merged((*head, *op.choice))
-    _, flat = _flat(store, index, head, own, op.choice, count)
-    source = placed(store, values, ((*head, *own), *_axis(tail)))
-    out = (*head, *op.choice, *tail)
-    shape = (count, *(merged(group) for group in _axis(tail)))
+    trailing = tuple(leg for leg in values.stored[last + 1 :] if leg not in index.order)
+    leading = tuple(leg for leg in values.stored if leg not in own and leg not in trailing)
+    count = merged((*leading, *op.choice))
+    _, flat = _flat(store, index, leading, own, op.choice, count)
+    source = placed(store, values, ((*leading, *own), *_axis(trailing)))
+    out = (*leading, *op.choice, *trailing)
+    shape = (count, *(merged(group) for group in _axis(trailing)))
     zeros = Call(f.NEW_ZEROS, (store.like, count + 1, *shape[1:]))
     expr = Call(f.ITEM, (Call(f.INDEX_ADD, (zeros, 0, flat, source)), Slice(stop=count)))
-    work = Work(moved=((3, (*head, *own, *tail)), (2, out)), fresh=((1, out),), launches=2)
+    work = Work(moved=((3, (*leading, *own, *trailing)), (2, out)), fresh=((1, out),), launches=2)
     ref = Ref(store.add(expr, shape, Kernel.REDUCE, work), out, out)
     return _of([as_tensor(store, ref), *holders], legs) if holders else ref.reordered(legs)
 
@@ -195,28 +195,28 @@ def _axis(legs: Legs) -> tuple[Legs, ...]:
     return (legs,) if legs else ()
 
 
-def _flat(store: Store, index: Ref, head: Legs, own: Legs, choice: Legs, other: Size) -> tuple[Value, Value]:
-    """[head, own] -> whether the index is outside the choice, and its place in [head, choice] or `other`."""
-    axes = tuple((leg,) if leg in index.order else () for leg in head)
-    count, every = merged(choice), (*head, *own)
+def _flat(store: Store, index: Ref, leading: Legs, own: Legs, choice: Legs, other: Size) -> tuple[Value, Value]:
+    """[leading, own] -> whether the index is outside the choice, and its place in [leading, choice] or `other`."""
+    axes = tuple((leg,) if leg in index.order else () for leg in leading)
+    count, every = merged(choice), (*leading, *own)
     at = arranged(store, index, (*axes, own))
     work = Work(moved=((2, every),), launches=3)
     beyond = Call(f.OR, (Call(f.LESS, (at, 0)), Call(f.AT_LEAST, (at, count))))
     outside = store.add(beyond, (*_kept(axes), merged(own)), Kernel.ELEMENTWISE, work)
     place = at
-    if head:
-        counted = Call(f.ARANGE, (merged(head),), (("device", Call(f.DEVICE, (store.like,))),))
-        starts = Call(f.RESHAPE, (counted, *sizes_of(head), 1))
+    if leading:
+        counted = Call(f.ARANGE, (merged(leading),), (("device", Call(f.DEVICE, (store.like,))),))
+        starts = Call(f.RESHAPE, (counted, *sizes_of(leading), 1))
         place = Call(f.ADD, (at, Call(f.MUL, (starts, count))))
     chosen: Expr = Call(f.WHERE, (outside, other, place))
-    chosen = Call(f.RESHAPE, (chosen, -1)) if head else chosen
+    chosen = Call(f.RESHAPE, (chosen, -1)) if leading else chosen
     flat = store.add(chosen, (merged(every),), Kernel.ELEMENTWISE, work)
-    return (outside if axes == tuple((leg,) for leg in head) else _spread(store, outside, head, own)), flat
+    return (outside if axes == tuple((leg,) for leg in leading) else _spread(store, outside, leading, own)), flat
 
 
-def _spread(store: Store, mask: Value, head: Legs, own: Legs) -> Value:
+def _spread(store: Store, mask: Value, leading: Legs, own: Legs) -> Value:
     """The mask for legs that the index does not have."""
-    shape = (*sizes_of(head), merged(own))
+    shape = (*sizes_of(leading), merged(own))
     return store.add(Call(f.EXPAND, (mask, *shape)), shape, Kernel.VIEW, strided=True)
 
 

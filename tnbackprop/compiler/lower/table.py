@@ -27,7 +27,7 @@ from .windows import unfolded
 Legs = tuple[Leg, ...]
 
 HELPERS = (f.LOOP, PRODUCTS, SHIFTED_SQUARES, GRAM, OF_KERNELS, OF_ROWS, OF_VJP, OF_WIDE_VJP)
-"""Functions whose source may stand beside a program."""
+"""Functions whose source may stand next to a program."""
 
 
 def squares(store: Store, product: Product, legs: Legs) -> list[Candidate]:

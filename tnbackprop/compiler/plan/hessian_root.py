@@ -126,8 +126,8 @@ def _in_double(call: Call, env: dict[str, e.Value], like: e.Value) -> Expr:
         arguments = {key: torch.float64 if _is_floating(value) else value for key, value in call.arguments.items()}
         call = replace(call, arguments=arguments)
     expr = call_expr(call, read, like)
-    follows = floating and not foreign
-    return expr if follows or not call.output.dtype.is_floating_point else e.Call(f.DOUBLE, (expr,))
+    same = floating and not foreign
+    return expr if same or not call.output.dtype.is_floating_point else e.Call(f.DOUBLE, (expr,))
 
 
 def _is_floating(value: object) -> bool:

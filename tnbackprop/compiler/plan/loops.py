@@ -115,13 +115,13 @@ def legs_of(value: Value) -> tuple[Leg, ...]:
 def _work(store: Store, rounds: Rounds, totals: list[Value]) -> Work:
     """That of all rounds; what is held while they run is that of one, and what they leave."""
     body = rounds.body
-    held = int(peak_of(body.steps, (), store.batch, store.itemsize) / store.itemsize)
+    peak = int(peak_of(body.steps, (), store.batch, store.itemsize) / store.itemsize)
     each = tuple((step.kernel, step.work) for step in body.steps)
     times = rounds.count
     return Work(
         tuple(_times(times, (step.work.flops for step in body.steps))),
         tuple(_times(times, (step.work.moved for step in body.steps))),
-        inside=((held, ()), *((1, legs_of(total)) for total in totals)),
+        inside=((peak, ()), *((1, legs_of(total)) for total in totals)),
         each=each, turns=times,
     )  # fmt: skip
 

@@ -25,15 +25,15 @@ def peak_of(
         owner[line.value] = line.value if base is None else owner.get(base, base)
     last = {owner.get(value, value): k for k, step in enumerate(steps) for value in (*step.inputs, step)}
     last |= {owner.get(value, value): len(steps) for value in kept}
-    held: dict[Value, float] = {}
+    live: dict[Value, float] = {}
     peak = 0.0
     for k, step in enumerate(steps):
         if owner.get(step) is step:
-            held[step] = 0.0 if _several(step) else bytes_of(step.shape, batch, itemsize)
-        peak = max(peak, sum(held.values()) + itemsize * number(step.work.inside, batch))
-        for value in [value for value in held if last.get(value, len(steps)) == k]:
-            del held[value]
-    return max(peak, sum(held.values()) + copies)
+            live[step] = 0.0 if _several(step) else bytes_of(step.shape, batch, itemsize)
+        peak = max(peak, sum(live.values()) + itemsize * number(step.work.inside, batch))
+        for value in [value for value in live if last.get(value, len(steps)) == k]:
+            del live[value]
+    return max(peak, sum(live.values()) + copies)
 
 
 def _base(value: Value) -> Value | None:

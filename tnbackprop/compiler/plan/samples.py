@@ -172,7 +172,7 @@ def _work(body: Body, itemsize: int) -> Work:
     values = body.values
     flops = tuple(term for step in body.steps for term in step.work.flops)
     moved = tuple(term for step in body.steps for term in step.work.moved)
-    held = int(peak_of(body.steps, values, 1, itemsize) / itemsize)
-    inside = ((held, ()), *((1, legs_of(value)) for value in values))
+    peak = int(peak_of(body.steps, values, 1, itemsize) / itemsize)
+    inside = ((peak, ()), *((1, legs_of(value)) for value in values))
     each = tuple((step.kernel, step.work) for step in body.steps)
     return Work(flops, moved, inside=inside, launches=len(body.steps), each=each)

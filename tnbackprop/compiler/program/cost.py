@@ -20,7 +20,7 @@ Terms = tuple[tuple[int, tuple[Leg, ...]], ...]
 class Work:
     """FLOPs and elements moved by one step; `fresh` are the elements that it newly allocates.
 
-    inside     elements that it holds beside its result while it runs
+    inside     elements that it takes next to its result while it runs
     launches   kernels that it starts
     each       what it does in every round, where it is no kernel
     turns      how many rounds there are; None: one for each sample, of that sample alone

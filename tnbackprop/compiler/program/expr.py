@@ -220,7 +220,7 @@ class Rounds:
 
 @dataclass(frozen=True)
 class Of:
-    """The call of a function beside the program."""
+    """The call of a function next to the program."""
 
     body: Body
     args: tuple[Expr, ...]
@@ -305,7 +305,7 @@ def sizes_in(expr: Any) -> set[sympy.Symbol]:
 
 
 def bodies(expr: Any) -> Iterator[Body]:
-    """The functions beside the program that an expression calls."""
+    """The functions next to the program that an expression calls."""
     if isinstance(expr, Rounds) and expr.of_columns:
         yield from (body for step in expr.body.steps for body in bodies(step.expr))
     elif isinstance(expr, Rounds | Of):

@@ -59,7 +59,7 @@ class Function:
     over      what writes the result over an operand of its shape: the method "mul_", or an operator
     into      the function that takes out=
     adding    the method that adds the result to what is there: "addmm_"
-    source    of a helper that is written beside the program
+    source    of a helper that is written next to the program
     """
 
     name: str
@@ -102,7 +102,7 @@ def view(name: str, shape: Callable[..., Shape], whole: bool = False) -> Functio
 
 
 def helper(name: str, source: str, **options: Any) -> Function:
-    """A row for a function whose source is written beside the program."""
+    """A row for a function whose source is written next to the program."""
     namespace: dict[str, Any] = {"torch": torch}
     exec(compile(source, f"<{name}>", "exec"), namespace)
     return Function(name, Form.FUNCTION, namespace[name], source=source, **options)

@@ -91,13 +91,13 @@ def in_place(lines: Lines, kept: Iterable[Value], varying: Iterable[Value] = ())
     rows = {value: frozenset({value}) for value in varying}
     seen = _memory(lines, rows)
     last = {memory: k for k, line in enumerate(lines) for value in line.inputs for memory in seen.get(value, ())}
-    pinned = {memory for value in kept for memory in seen.get(value, ())} | set(rows)
+    busy = {memory for value in kept for memory in seen.get(value, ())} | set(rows)
     found = []
     for k, line in enumerate(lines):
         if line.own:
             for operand, expr in written_over(line.value.expr):
                 free = seen.get(operand, frozenset())
-                if operand.whole and free and not free & pinned and all(last[memory] == k for memory in free):
+                if operand.whole and free and not free & busy and all(last[memory] == k for memory in free):
                     whole = sympy.Mul(*operand.shape) == sympy.Mul(*line.value.shape)  # no sum of what is written
                     line = replace(line, expr=expr, over=operand if whole else None)
                     break

@@ -32,7 +32,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may know besides the lines.
+    """What a pass may know, other than the lines.
 
     kept     values that are read later: nothing is written over them, and they are not let go of
     large    whether the system would give a value's memory page by page

@@ -17,7 +17,7 @@ from .foreign import PACKAGE
 
 TORCH = str(Path(torch.__file__).parent)
 BETWEEN = (contextlib.__file__, functools.__file__, "<string>")
-"""Code that runs between that of the user, beside torch's and this package's."""
+"""Code that runs between that of the user, other than torch's and this package's."""
 
 
 @dataclass(frozen=True)

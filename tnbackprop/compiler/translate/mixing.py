@@ -1,4 +1,4 @@
-"""Calls that couple samples although their shapes look innocent: what capture refuses besides reshapes."""
+"""Calls that couple samples although their shapes look innocent: what capture refuses, other than reshapes."""
 
 from __future__ import annotations
 
