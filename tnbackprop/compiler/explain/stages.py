@@ -8,7 +8,7 @@ from functools import partial
 import sympy
 
 from ...diagram.algebra import differentiate
-from ...diagram.core import BATCH, COLUMN, Diagram, Leg, Part, Product, Tensor, hint_of, operand_tensors
+from ...diagram.core import BATCH, COLUMN, Diagram, Leg, Part, Product, Tensor, hint_of
 from ...diagram.simplify import simplify
 from ...notation.bind import COTANGENT, BoundRule, Equation
 from ..derive.derived import Backward, Extraction, Formula, Individual, Native, Result, Schedule
@@ -22,7 +22,7 @@ from ..program.expr import Rounds, Value
 from ..program.passes import PASSES
 from .alternatives import Alternative, Way, alternatives, conditions, part_names, seconds, work_numbers
 from .polynomials import Symbols, in_batch_text, number_text
-from .program import pass_lines, program_lines
+from .program import opaque, pass_lines, program_lines
 from .text import body_text, diagram_text, legs_text, milliseconds, shortened, size_text, table
 
 CODE_WIDTH = 72
@@ -307,25 +307,16 @@ def kept_rows(compiled: Compiled) -> tuple[list[tuple[str, ...]], str]:
         for value in step.inputs if step not in forward else ():
             if value in forward and step.note not in readers.setdefault(forward[value], []):
                 readers[forward[value]].append(step.note)
-    opaque = _opaque(compiled)
-    taken = {name: _bytes(compiled, name) for name in readers if name not in opaque}
+    unknown = opaque(compiled)
+    taken = {name: _bytes(compiled, name) for name in readers if name not in unknown}
     rows: list[tuple[str, ...]] = []
     for name, notes in readers.items():
         shape, size = "[" + ", ".join(map(str, plan.forward[name].shape)) + "]", size_text(taken.get(name, 0.0))
-        shape, size = ("?", "?") if name in opaque else (shape, size)
+        shape, size = ("?", "?") if name in unknown else (shape, size)
         more = f" and {len(notes) - 2} more" if len(notes) > 2 else ""
         rows.append((hint_of(name), shape, size, "for " + ", ".join(n.split(", ")[0] for n in notes[:2]) + more))
-    unknown = len(readers) - len(taken)
-    return rows, size_text(sum(taken.values())) + f", and {unknown} of unknown shape" * bool(unknown)
-
-
-def _opaque(compiled: Compiled) -> set[str]:
-    """Values of a rule that only its code reads: nothing says their shape."""
-    rules = [rule for _, rule in compiled.derived.bound]
-    equations = [equation for rule in rules for equation in rule.equations]
-    diagrams = [d for e in equations for d in (e.diagram, *(j.diagram for j in e.jacobians.values())) if d is not None]
-    read = {t.name for d in diagrams for product in d.products for op in product.operands for t in operand_tensors(op)}
-    return {saved.name for rule in rules for saved in rule.saved if not saved.legs} - read
+    count = len(readers) - len(taken)
+    return rows, size_text(sum(taken.values())) + f", and {count} of unknown shape" * bool(count)
 
 
 def _bytes(compiled: Compiled, name: str) -> float:
