@@ -26,7 +26,7 @@ def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 PROVED = (
     "test_all_quantities", "test_hostile_names", "test_random_programs", "test_random_readings", "test_check",
-    "test_check_faults", "test_docs",
+    "test_check_faults", "test_docs", "test_examples",
 )  # fmt: skip
 """Where programs prove themselves as they do for a user. Elsewhere a test compares with its own oracle."""
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tnbackprop as tn
-from benchmarks import first_order, plan_choice, second_order
+from benchmarks import first_order, plan_choice, second_order, trial_layers
 from benchmarks.models import PROBLEMS
 
 FILES = Path(first_order.__file__).parent.glob("*.py")
@@ -49,3 +49,10 @@ def test_plans_of_one_parameter() -> None:
     problem = replace(PROBLEMS["3c3d-32"], batch=8)
     row = plan_choice.measure(problem, torch.device("cpu"), "3.weight", tn.Variance(), rounds=1)
     assert row.ratio >= 1 and {row.chosen, row.fastest} <= row.milliseconds.keys() == row.predicted.keys()
+
+
+def test_trials_are_counted() -> None:
+    """Each sees the ops that are there already, which a copy would copy."""
+    assert all(microseconds > 0 for microseconds in trial_layers.per_op(20).values())
+    count, seen = trial_layers.trials("3c3d-32", (tn.Variance(),))
+    assert count > 50 and seen > 10 * count

@@ -68,7 +68,8 @@ def test_tour_shows_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(ROOT / "examples" / "tour.py"), run_name="__main__")
     printed = capsys.readouterr().out
     stages = (
-        "declare", "capture", "bind", "derive", "simplify", "extract", "reference", "plan and lower", "emit", "run",
+        "declare", "capture", "bind", "derive", "simplify", "extract", "reference", "plan and lower", "program",
+        "pass ", "emit", "check", "run",
     )  # fmt: skip
     titles = re.findall(r"^(\d+) ([a-z ]+)", printed, flags=re.MULTILINE)
     assert titles == [(str(k), stage) for k, stage in enumerate(stages, start=1)]
@@ -79,6 +80,9 @@ def test_tour_shows_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
         "J[n,o,o',i'] = x[n,i'] δ[o,o']",
         "G[n,o,i] = (x[n,i] g_z[n,o])",
         "m[o,i] = Σ_{n} (N) (x[n,i]**2) (g_z[n,o]**2)",
+        "t2       [N, 2, 3]  own            x.unsqueeze(1) * t1.unsqueeze(2)",
+        "t3 = t2.square().sum(0)" + 44 * " " + "t3 = t2.square_().sum(0)",
         "def program(tensors):",
+        "checked on 2 samples against autograd: the output, the loss, second_moment of 2 parameters",
     ):
         assert formula in printed
