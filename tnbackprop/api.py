@@ -48,8 +48,8 @@ def compile(
                   those that `tn.rule` registered
     memory_limit  bytes (or "2GiB") that intermediate values may take at the example's batch size
     indefinite    a loss Hessian with negative eigenvalues has no square root: refuse, or clip them to zero
-    lowerings     rows of your own, ``(store, product, legs) -> candidates``, tried with those that are built in: the
-                  guide's "Add a lowering"
+    lowerings     rows of your own, ``(store, product, legs) -> candidates``, tried with those that are built in:
+                  ``examples/add_a_lowering.py``
     check         the program and PyTorch's own autograd run once on two samples of the example and must agree: the last
                   lines of `explain()` say on what. False: not
 
