@@ -68,6 +68,11 @@ def main() -> None:
     assert np.array_equal(first, second)
     stage("7 reference: the meaning of both at N = 4", str(first))
 
+    second_half(program, x, y)
+
+
+def second_half(program: tn.Program, x: torch.Tensor, y: torch.Tensor) -> None:
+    """From the plan on: what is computed, and no longer what it means."""
     stage("8 plan and lower: build the half or multiply out, by predicted time", program.explain("plan").strip())
 
     # The program is data: values and the expressions that make them. A name is only what emit will call a value.
