@@ -241,3 +241,15 @@ def test_draws_go_on() -> None:
     torch.manual_seed(3)
     checked(model, x, y, [tn.Grad(), tn.KFAC()])
     assert torch.equal(torch.rand(3), want)
+
+
+def test_what_autograd_rounds_to_zero_is_not_compared() -> None:
+    """A softmax that is sure of its class: the Hessian of the loss is zero in autograd, and tiny in the program."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 3), torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        model.weight.mul_(1e4)
+    program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.Grad(), tn.DiagGGN()])
+    first, second = program.checked.splitlines()
+    assert first.endswith("grad of 2 parameters")
+    assert second == "not compared: diag_ggn, which autograd has as zero everywhere"

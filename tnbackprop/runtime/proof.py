@@ -110,7 +110,9 @@ class Proof:
             wrong = self._worse(wrong, pairs, result)
         if wrong:
             self._refuse(wrong, pairs)
-        return _line(self.size, pairs, left)
+        zero = {pair.quantity for pair in pairs if pair.kind == ROOT} - {pair.quantity for pair in pairs if pair.largest}
+        left |= dict.fromkeys(sorted(zero), "which autograd has as zero everywhere")
+        return _line(self.size, [pair for pair in pairs if pair.quantity not in zero], left)
 
     def _run(self) -> Result:
         """The program's results."""
