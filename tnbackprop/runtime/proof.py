@@ -110,7 +110,8 @@ class Proof:
             wrong = self._worse(wrong, pairs, result)
         if wrong:
             self._refuse(wrong, pairs)
-        zero = {pair.quantity for pair in pairs if pair.kind == ROOT} - {pair.quantity for pair in pairs if pair.largest}
+        some = {pair.quantity for pair in pairs if pair.largest}
+        zero = {pair.quantity for pair in pairs if pair.kind == ROOT} - some
         left |= dict.fromkeys(sorted(zero), "which autograd has as zero everywhere")
         return _line(self.size, [pair for pair in pairs if pair.quantity not in zero], left)
 
