@@ -81,7 +81,7 @@ def function(
     """The steps of a plan as a function that returns an expression of their values (a tree of them).
 
     more       values that are arguments, too, by their name among the inputs
-    functions  those beside it in the file
+    functions  those next to it in the file
     """
     known = {value: plan.given[value] for value in (*inputs.shapes, *inputs.constants) if value in plan.given}
     known |= more

@@ -73,7 +73,7 @@ class Prepared:
 
     @property
     def handed(self) -> list[str]:
-        """What is handed in at the output besides the cotangent."""
+        """What is handed in at the output next to the cotangent."""
         return [value for each in self.layer.handed for value in each.values]
 
 

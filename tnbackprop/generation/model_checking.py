@@ -107,14 +107,14 @@ def split(compiled: Compiled) -> tuple[list[Function], list[Root]]:
     more = {graph.output: output} | {value.key: value for value in variables if value.key in drawn}
     draws = {name: value.shape for name, value in {**plan.noises, **more}.items()}
     whole = Inputs({graph.output: output.shape, **shapes, **draws}, graph.constants, floating, names)
-    beside = Writer(graph, plan).functions
+    helpers = Writer(graph, plan).functions
 
     def made(name: str, steps: tuple[Value, ...], value: Value, doc: str, returns: Expr) -> Function:
         after = tuple(step for step in alive(steps, {value}) if step not in behind)
-        return function(name, _only(plan, after), returns, whole, [doc], more, beside)
+        return function(name, _only(plan, after), returns, whole, [doc], more, helpers)
 
     loss = made("loss_of", plan.steps, plan.loss, "The loss of an output.", plan.loss)
-    first = function("forward", _only(plan, forward), output, inputs, ["The model's output."], {}, beside)
+    first = function("forward", _only(plan, forward), output, inputs, ["The model's output."], {}, helpers)
     roots = []
     for value, columns, quantities, steps, looped in _columns(compiled):
         if columns.samples:
@@ -139,7 +139,7 @@ def names_of(compiled: Compiled) -> Names:
     return Names({output: scope.fresh(hint_of(output))} if made else {})
 
 
-def _taken_apart(root: LossRoot) -> bool:
+def _by_position(root: LossRoot) -> bool:
     """Whether the outputs are taken not to mix, as in BL89: then it is no root of the loss's Hessian."""
     return bool(root.root.elementwise) and elementwise_root(root) == root
 
@@ -150,7 +150,7 @@ def _columns(compiled: Compiled) -> Iterator[tuple[Value, Columns, tuple[str, ..
     exact: list[tuple[Value, Columns]] = []
     served: list[str] = []
     for columns in compiled.derived.columns:
-        if not isinstance(columns.start, LossRoot) or columns.start.signed or _taken_apart(columns.start):
+        if not isinstance(columns.start, LossRoot) or columns.start.signed or _by_position(columns.start):
             continue
         items = [item for item in columns.schedule if isinstance(item, Extraction)]
         mine = tuple(dict.fromkeys(name for item in items for name in item.quantities))

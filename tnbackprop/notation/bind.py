@@ -344,7 +344,7 @@ class _Binder:
         return BoundRoot(root.columns, code, sample, root.mixes, self._code(root.elementwise))
 
     def _code(self, code: str, *kept: str) -> Code:
-        """Torch code with runtime values in its holes, and None for what is absent; those of `kept` stay apart."""
+        """Torch code with runtime values in its holes, and None for what is absent; those of `kept` are not merged."""
         check(code, frozenset(self.names))
         to: dict[str, Hole | str] = {}
         for name, place in holes_of(code):

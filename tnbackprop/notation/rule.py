@@ -19,7 +19,7 @@ class Root:
 
     columns  how many columns S has for each position
     code     torch code for S, [columns, *input]; may use operands and saved names in braces
-    mixes    the axes of the input that the Hessian mixes (the classes); positions along the others are apart
+    mixes    the axes of the input that the Hessian mixes (the classes); positions along the others are separate
     elementwise  torch code for its diagonal, [*input], as it is where outputs are taken not to mix ("": the exact one)
     sample   torch code for one random column s with E[s sᵀ] = H; ``{noise}`` is uniform on (0, 1), shaped as the input
     """

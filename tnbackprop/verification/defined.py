@@ -218,7 +218,7 @@ def _elementwise(case: Defined, key: str) -> Tensor:
     own = rows.reshape(spread.shape)
     weight = torch.einsum("ncscs->ns", own) / torch.einsum("ncscs->ns", spread)
     if not torch.allclose(own, spread * weight[:, None, :, None, None], rtol=1e-9, atol=1e-12):
-        raise NotDefined("the loss is no softmax, and only its own rule says what it is with outputs apart")
+        raise NotDefined("the loss is no softmax, and only its own rule says what it is of each output")
     p = p.reshape(diagonal.shape)
     return p * diagonal - case.gradients * p * (1 - p)  # t = κ p - g of the gradient, κ p (1 - p) of the Hessian
 
@@ -238,7 +238,7 @@ EXPECTED: Mapping[type[Quantity], Expected] = {
     BL89: approximate_diagonal,
 }
 HOW: Mapping[type[Quantity] | tuple[type[Quantity], ...], str] = {
-    (SqrtGGNMC, DiagGGNMC): "torch.func VJPs of the same drawn columns, whose law is compared apart",
+    (SqrtGGNMC, DiagGGNMC): "torch.func VJPs of the same drawn columns, whose law is compared on its own",
     KFRA: "its recursion over the torch.func Jacobians of all lines",
     (KFLR, KFAC): "factors of the torch.func Jacobians of single lines and of the columns that reach them",
     (HesScale, BL89): "the recursion over the torch.func Jacobians and second derivatives of all lines",

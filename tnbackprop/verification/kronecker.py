@@ -100,7 +100,7 @@ def block(
 
     joined  the block of [weight, bias], a matrix [out, in + 1]
 
-    Raises `NotDefined` where the Jacobian does not fall apart as above.
+    Raises `NotDefined` where the Jacobian does not factor as above.
     """
     found = [_factors(use, structure, columns, reduce, joined) for use in uses_of(samples, parameter)]
     if not found:

@@ -114,11 +114,11 @@ class Writer:
         """The straight part, after all passes."""
         plan = self.plan
         lines = passed(lines_of(plan.steps, self.functional), self.context(plan.kept))
-        beside = {body: passed(lines_of(body.steps), small(set(reads(body.results)))) for body in self.bodies}
+        functions = {body: passed(lines_of(body.steps), small(set(reads(body.results)))) for body in self.bodies}
         graph = self.graph
         tensors = (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs, *plan.noises)
         given = frozenset({*(plan.given[name] for name in tensors), plan.like})
-        return Program(lines, given, frozenset(plan.kept), beside, frozenset(plan.noises))
+        return Program(lines, given, frozenset(plan.kept), functions, frozenset(plan.noises))
 
     def _reads_like(self) -> bool:
         plan = self.plan

@@ -113,7 +113,7 @@ def legs_of(value: Value) -> tuple[Leg, ...]:
 
 
 def _work(store: Store, rounds: Rounds, totals: list[Value]) -> Work:
-    """That of all rounds; what is held while they run is that of one, and what they leave."""
+    """That of all rounds; the memory while they run is that of one, and what they leave."""
     body = rounds.body
     peak = int(peak_of(body.steps, (), store.batch, store.itemsize) / store.itemsize)
     each = tuple((step.kernel, step.work) for step in body.steps)

@@ -168,7 +168,7 @@ def _axis(value: Value) -> int | None:
 
 
 def _work(body: Body, itemsize: int) -> Work:
-    """That of all samples; what is held while it runs is that of one, and the sums so far."""
+    """That of all samples; the memory while it runs is that of one, and the sums so far."""
     values = body.values
     flops = tuple(term for step in body.steps for term in step.work.flops)
     moved = tuple(term for step in body.steps for term in step.work.moved)

@@ -1,7 +1,7 @@
 """Slice the batch: a term that needs its individual gradients is computed a few samples at a time.
 
 The slice is a function of its own in the source; the term is the sum of the slices (n summed) or their
-concatenation (n open). Exact: a product of operands is taken apart along n whatever the operands are.
+concatenation (n open). Exact: a product of operands is cut along n whatever the operands are.
 Behind a loop over columns such functions are tiles: of few samples, so that what they look up stays in the cache.
 """
 
