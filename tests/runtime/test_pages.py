@@ -77,7 +77,7 @@ def test_freed_pages_are_kept() -> None:
             Call(f.MUL, (A, Call(f.UNSQUEEZE, (B, 1)))), "a * b.unsqueeze(1)",
             "torch.mul(a, b.unsqueeze(1), out=o)",
         ),
-        (Call(f.MUL, (Number(1 / N), A)), "(1/N) * a", "torch.mul(a, (1/N), out=o)"),
+        (Call(f.MUL, (Number(1 / N), A)), "1 / N * a", "torch.mul(a, 1 / N, out=o)"),
         (Call(f.MUL, (A, Number(sympy.Integer(-1)))), "a * -1", "torch.mul(a, -1, out=o)"),
         (Call(f.BMM, (A, B)), "torch.bmm(a, b)", "torch.bmm(a, b, out=o)"),
         (Call(f.SQUEEZE, (Call(f.BMM, (A, B)), 1)), "torch.bmm(a, b).squeeze(1)", None),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ..compiler.emit.layout import Row
 from ..errors import UnsupportedError
 from ..quantities import Grad, Quantity
 from .checking import check_lines
 from .function import Function
 from .layer_file import LayerFile, checks_of, function_tables, functions, header, tables
-from .text import docstring, wrapped
+from .text import definition, docstring, statement
 
 
 def autograd_quantities(quantities: Sequence[Quantity]) -> list[Quantity]:
@@ -26,6 +27,7 @@ def autograd_quantities(quantities: Sequence[Quantity]) -> list[Quantity]:
 def autograd_source(file: LayerFile, title: str) -> str:
     """The file."""
     checks = checks_of(file, ("check_autograd(values)", _CHECK))
+    checks.uses.add("gradients")
     lines = [*header(file, title, "torch.autograd", "needs torch only", checks), "", "import sys", "", "import torch"]
     lines += ["", *tables(file), *functions(file), "", "", *_class(file)]
     lines += [*function_tables(file), *check_lines(checks, {})]
@@ -40,8 +42,8 @@ def _class(file: LayerFile) -> Iterator[str]:
     yield "class Layer(torch.autograd.Function):"
     yield from docstring([f"output = Layer.apply({', '.join(arguments)}).", "Saved is what the wanted gradients read."])
     yield from ("", "    generate_vmap_rule = True", "", "    @staticmethod")
-    yield from wrapped(f"    def forward({', '.join(arguments)}):")
-    yield f"        return {file.output.call({name: name for name in arguments})}"
+    yield from definition("forward", arguments, (), "    ")
+    yield from statement("        return ", file.output.call({name: name for name in arguments}))
     yield from ("", "    @staticmethod", "    def setup_context(ctx, inputs, output):")
     kept = ", ".join(name if name in read else "_" for name in arguments)
     yield f"        {kept}{',' * (len(arguments) == 1)} = inputs"
@@ -61,7 +63,7 @@ def _class(file: LayerFile) -> Iterator[str]:
     for name in arguments:
         if name in backward:
             code = backward[name].call({each: each for each in backward[name].arguments})
-            yield from wrapped(f"            {code} if needs[{positions[name]}] else None,")
+            yield from statement(" " * 12, Row((code, f" if needs[{positions[name]}] else None")), ",")
         else:
             yield "            None,"
     yield "        )"

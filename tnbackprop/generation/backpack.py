@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from string import Template
 
+from ..compiler.emit.layout import Doc, Group
+from ..compiler.emit.naming import string
+from ..compiler.emit.printer import data
 from ..errors import UnsupportedError
 from ..quantities import (
     KFAC,
@@ -29,7 +33,7 @@ from ..quantities import (
 )
 from .checking import Checks, Recorded, check_lines, lines_of_text, with_records
 from .layer_file import LayerFile, checks_of, function_tables, functions, header, tables
-from .text import docstring, quoted, statement, wrapped
+from .text import call, docstring, statement, table
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def as_backpack_scales(quantities: Sequence[Quantity]) -> list[Quantity]:
 def backpack_source(file: LayerFile, title: str) -> str:
     """The file. Raises `UnsupportedError` where BackPACK's interface does not reach."""
     _refuse(file)
-    check = _CHECK.replace("FACTORS", "as_list(want)" if file.prepared.blocks else "want")
+    check = Template(_CHECK).substitute(FACTORS="as_list(want)" if file.prepared.blocks else "want")
     checks = checks_of(file, ("check_inside_backpack(values)", check))
     return with_records(lambda recorded: _source(file, title, checks, recorded), checks.recorded)
 
@@ -135,14 +139,16 @@ def _source(file: LayerFile, title: str, checks: Checks, recorded: Recorded) -> 
     for quantity, extension in extensions.items():
         lines += ["", "", *_class(file, quantity, extension)]
     lines += ["", "", "# extension of BackPACK: (its module extension, the quantity, where the values are)"]
-    lines.append("EXTENSIONS = {")
-    for quantity, extension in extensions.items():
-        entry = f"({_class_name(extension)}, {quantity!r}, {extension.field!r})"
-        lines += wrapped(quoted(f"    extensions.{extension.name}: {entry},"))
-    lines += ["}", *lines_of_text(_INSTALL)]
+    entries = {f"extensions.{each.name}": (each, quantity) for quantity, each in extensions.items()}
+    lines += table("EXTENSIONS", {key: _entry(quantity, each) for key, (each, quantity) in entries.items()})
+    lines += lines_of_text(_INSTALL)
     lines += lines_of_text(_AS_LIST) if file.prepared.blocks else []
     lines += [*function_tables(file), *check_lines(checks, recorded)]
     return "\n".join(lines) + "\n"
+
+
+def _entry(quantity: str, extension: Extension) -> Doc:
+    return Group("(", (_class_name(extension), string(quantity), string(extension.field)), ")")
 
 
 def _class_name(extension: Extension) -> str:
@@ -157,7 +163,7 @@ def _class(file: LayerFile, quantity: str, extension: Extension) -> Iterator[str
     yield from docstring([f"{quantity} for BackPACK's {extension.name}."])
     yield ""
     yield "    def __init__(self):"
-    yield f"        super().__init__(params={quoted(repr(list(prepared.parameters)))})"
+    yield from statement("        super().__init__(params=", data(list(prepared.parameters)), ")")
     values = {own: f"module.{name}" for name, own in prepared.state.items()}
     values |= {prepared.arguments[0]: "module.input0", "cotangent": "g_out[0]", "columns": "bpQuantities"}
     for dotted in prepared.parameters:
@@ -165,13 +171,13 @@ def _class(file: LayerFile, quantity: str, extension: Extension) -> Iterator[str
         yield f"    def {dotted}(self, ext, module, g_inp, g_out, bpQuantities):"
         yield "        refuse_subsampling(ext)"
         code = file.functions[quantity, dotted].call(values)
-        returned = f"as_list({code})" if (quantity, dotted) in prepared.blocks else code
-        yield from statement(f"        return {returned}")
+        returned = call("as_list", [code]) if (quantity, dotted) in prepared.blocks else code
+        yield from statement("        return ", returned)
     if extension.second_order:
         yield ""
         yield "    def backpropagate(self, ext, module, g_inp, g_out, bpQuantities):"
         pulled = file.pulled.get(("vjp_columns", prepared.arguments[0]))
-        yield from statement(f"        return {pulled.call(values) if pulled is not None else None}")
+        yield from statement("        return ", pulled.call(values) if pulled is not None else "None")
 
 
 _AS_LIST = '''
@@ -238,7 +244,7 @@ def check_inside_backpack(values):
             loss(model(x), torch.zeros_like(output.flatten(1))).backward()
         for name, parameter in model[0].named_parameters():
             got, want = getattr(parameter, field), call(FUNCTIONS[quantity, name], given)
-            pairs = zip(got, FACTORS, strict=True) if isinstance(want, tuple) else [(got, want)]
+            pairs = zip(got, $FACTORS, strict=True) if isinstance(want, tuple) else [(got, want)]
             for one, other in pairs:  # what is drawn has the right shape
                 other = torch.zeros_like(other[:1] if quantity.startswith("sqrt") else other) if drawn else other
                 right.append(compare(f"{field} of {name}", 0 * one if drawn else one, other))

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from string import Template
 from typing import Any
 
+from ..compiler.emit import printer
+from ..compiler.emit.layout import Doc, Group
+from ..compiler.emit.naming import string
 from ..quantities import HessianDiag, Quantity
 from .references import definition
-from .text import data, string, strings, wrapped
+from .text import data, literal, statement, table
 
 Key = tuple[str, str]
 Recorded = Mapping[Key, tuple[float, ...]]
@@ -26,22 +30,41 @@ class Checks:
 
     references: dict[str, tuple[str, str]] = field(default_factory=dict)  # quantity -> (function, definition)
     second: dict[str, tuple[str, bool]] = field(default_factory=dict)  # quantity -> (a number's function, per sample)
-    factors: dict[Key, str] = field(default_factory=dict)  # the entry of its table
+    factors: dict[Key, Doc] = field(default_factory=dict)  # the entry of its table
     recorded: list[Key] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)  # of this kind of file
     calls: list[str] = field(default_factory=list)  # of this kind of file
+    uses: set[str] = field(default_factory=set)  # functions that all this calls
 
     def add(self, quantity: Quantity, functions: Mapping[str, str], scale: float, second: str = "") -> bool:
         """Enter a definition of the quantity, if there is one; `functions` give G, V and J."""
         found = definition(quantity, scale)
         if type(quantity) is HessianDiag and second:
-            self.second[quantity.name] = second, quantity.per_sample
+            self.enter_second(quantity.name, second, quantity.per_sample)
             return True
         if found is None or found[0] not in functions:
             return False
         letter, text = found
-        self.references[quantity.name] = functions[letter], f"lambda {letter}: {text}"
+        self.enter(quantity.name, functions[letter], f"lambda {letter}: {text}")
         return True
+
+    def enter(self, result: str, function: str, definition: str) -> None:
+        """A definition of a result in what a function gives."""
+        self.references[result] = function, definition
+        self.uses.add(function)
+
+    def enter_second(self, result: str, function: str, per_sample: bool) -> None:
+        """A result is the second derivatives of the number that a function gives."""
+        self.second[result] = function, per_sample
+        self.uses.add(function)
+
+    def enter_factors(
+        self, key: Key, exact: Doc, pull: str, names: Sequence[str], axes: tuple[Sequence[int], Sequence[int]]
+    ) -> None:
+        """Factors are exact for the columns that `exact` says, which `pull` pulls back."""
+        entries = (printer.data(tuple(each)) for each in (names, *axes))
+        self.factors[key] = Group("(", (exact, pull, *entries), ")")
+        self.uses |= {pull}
 
 
 def note(keys: Iterable[Key]) -> list[str]:
@@ -78,25 +101,23 @@ def check_lines(checks: Checks, recorded: Recorded, low: bool = False) -> list[s
     calls = []
     lines = [f"SAMPLES = {SAMPLES}", f"TOLERANCE = {1e-4 if low else 1e-9!r}"]
     tables: list[str] = []
-    read = " ".join([*(kind for kind, _ in checks.references.values()), *checks.factors.values(), *checks.texts])
-    if checks.references or checks.second or checks.factors or "sampled(" in read:
+    if checks.references or checks.second or checks.factors or "sampled" in checks.uses:
         texts.append(AUTOGRAD)
-    texts += _needed(read)
+    texts += [text for name, text in TEXTS.items() if name in needed(checks.uses)]
     if checks.references:
-        entries = (f"    {string(name)}: ({kind}, {text})," for name, (kind, text) in checks.references.items())
-        tables += ["", "", "REFERENCES = {", *(row for line in entries for row in wrapped(line)), "}"]
+        references = {string(name): Group("(", each, ")") for name, each in checks.references.items()}
+        tables += ["", "", *table("REFERENCES", references)]
         texts.append(CHECK_DEFINITIONS)
         calls.append("check_definitions(values, found)")
     if checks.second:
-        entries = (f"    {string(name)}: ({of}, {each!r})," for name, (of, each) in checks.second.items())
-        tables += ["", "", "SECOND = {", *entries, "}"] if not tables else ["SECOND = {", *entries, "}"]
+        second = {string(name): Group("(", (of, str(each)), ")") for name, (of, each) in checks.second.items()}
+        tables += [*([] if tables else ["", ""]), *table("SECOND", second)]
         texts.append(CHECK_SECOND)
         calls.append("check_second_derivatives(values, found)")
     if checks.factors:
-        entries = (f"    {strings(key)}: {entry}," for key, entry in checks.factors.items())
         head = "# (which columns make them exact), pulled back by, parameters, sizes of the axes, their order"
         tables += [] if tables else ["", ""]
-        tables += [head, "KRONECKER = {", *(row for line in entries for row in wrapped(line)), "}"]
+        tables += [head, *table("KRONECKER", {literal(key): entry for key, entry in checks.factors.items()})]
         texts.append(CHECK_FACTORS)
         calls.append("check_factors()")
     if recorded:
@@ -106,27 +127,23 @@ def check_lines(checks: Checks, recorded: Recorded, low: bool = False) -> list[s
         calls.append("check_recorded(found)")
     calls += checks.calls
     lines += [row for piece in texts for row in lines_of_text(piece)]
-    return [*lines, *tables, *lines_of_text(MAIN.replace("CHECKS", " + ".join(calls) or "[True]"))]
+    right = statement("    right = ", Group("[", tuple(f"*{each}" for each in calls or ["[True]"]), "]"))
+    return [*lines, *tables, *lines_of_text(Template(MAIN).substitute(RIGHT="\n".join(right)))]
 
 
-def _needed(read: str) -> list[str]:
-    """Those of `TEXTS` that a source reads, and those that they read in turn."""
-    used: list[str] = []
-    for name, text in reversed(TEXTS.items()):
-        if name in read:
-            used.insert(0, text)
-            read += text
-    return used
+def needed(uses: Iterable[str]) -> set[str]:
+    """The functions of a check, and those that they call in turn."""
+    found: set[str] = set()
+    new = set(uses)
+    while new:
+        found |= new
+        new = {other for name in new for other in CALLS.get(name, ())} - found
+    return found
 
 
 def lines_of_text(text: str) -> list[str]:
     """A piece of a file: two empty lines, then the text."""
-    return ["", "", *(row for line in text.strip("\n").split("\n") for row in wrapped(line))]
-
-
-def kronecker_entry(exact: str, pull: str, names: Sequence[str], sizes: Sequence[int], order: Sequence[int]) -> str:
-    """An entry of the table of factors."""
-    return f"({exact}, {pull}, {strings(names)}, {tuple(sizes)!r}, {tuple(order)!r})"
+    return ["", "", *text.strip("\n").split("\n")]
 
 
 EXAMPLE = '''
@@ -226,7 +243,14 @@ TEXTS = {
     "jacobians": JACOBIANS,
     "gradients_as_columns": AS_COLUMNS,
 }
-"""Texts by the name that what reads them contains; a text reads only those above it."""
+"""Texts by the name of their function."""
+CALLS = {
+    "jacobians": ("pulled",),
+    "gradients_as_columns": ("gradients",),
+    "pulled_columns": ("pulled",),
+    "averages": ("jacobians",),
+}
+"""Which of them a function calls."""
 
 CHECK_DEFINITIONS = '''
 def check_definitions(values, found):
@@ -319,7 +343,7 @@ def check():
     """Compare the results for SAMPLES samples with their definitions; returns the exit status."""
     values = example(SAMPLES)
     found = computed(values)
-    right = CHECKS
+$RIGHT
     print(f"{sum(right)} of {len(right)} agree")
     return 0 if all(right) else 1
 

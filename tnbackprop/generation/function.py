@@ -11,8 +11,9 @@ import sympy
 import torch
 
 from ..compiler.derive.derived import Backward, Derived, Extraction, Given, Native
+from ..compiler.emit.layout import Doc, Group, laid
 from ..compiler.emit.naming import TAKEN, Scope
-from ..compiler.emit.printer import Printer
+from ..compiler.emit.printer import Printer, data
 from ..compiler.emit.source import small, words, written
 from ..compiler.explain.polynomials import Symbols
 from ..compiler.explain.text import body_text, legs_text
@@ -27,8 +28,7 @@ from ..notation.bind import COTANGENT as PULLED
 from ..quantities import Quantity
 from ..quantities.propagation import COTANGENT
 from .names import Names
-from .straight import bound
-from .text import definition, docstring, statement
+from .text import WIDTH, call, definition, docstring, rows
 
 Tree = Expr | tuple[Expr, ...] | Mapping[str, Mapping[str, Expr | tuple[Expr, ...]]]
 """What a function returns: an expression, or a tuple or dictionaries of them."""
@@ -38,25 +38,22 @@ LARGEST = 4096
 
 @dataclass(frozen=True)
 class Function:
-    """A function of a generated file; `returns` is code, `doc` its lines, `helpers` the sources of what it calls."""
+    """A function of a generated file: statements with the last, lines of its text, the sources of what it calls."""
 
     name: str
     arguments: tuple[str, ...]
     body: tuple[str, ...]
-    returns: str
     doc: tuple[str, ...] = field(default=())
     helpers: tuple[str, ...] = field(default=())
 
     @property
     def lines(self) -> list[str]:
         """The source."""
-        body = bound([*self.body, f"    return {self.returns}"])
-        head = definition(f"def {self.name}({', '.join(self.arguments)}):", body)
-        return [*head, *docstring(self.doc), *(row for line in body for row in statement(line))]
+        return [*definition(self.name, self.arguments, self.body), *docstring(self.doc), *rows(self.body)]
 
-    def call(self, values: Mapping[str, str]) -> str:
+    def call(self, values: Mapping[str, str]) -> Doc:
         """Code that calls it, given code for every argument."""
-        return f"{self.name}({', '.join(values[name] for name in self.arguments)})"
+        return call(self.name, (values[name] for name in self.arguments))
 
 
 @dataclass(frozen=True)
@@ -104,15 +101,17 @@ def function(
             arguments = [value for value in inputs.shapes if value in arguments or value == found[0]]
             head.append(f"    {size} = {shown(found[0])}.shape[{found[1]}]")
     head += [f"    like = {shown(floating[0])}"] if needs_like else []
-    head += [f"    {hint_of(value)} = {literal(value, inputs.constants[value])}" for value in constants]
+    made = ((value, literal(value, inputs.constants[value])) for value in constants)
+    head += [laid(f"    {hint_of(value)} = ", code, "", WIDTH) for value, code in made]
     fixed = {known[value]: shown(value) for value in (*arguments, *constants)} | {plan.like: "like"}
     every = {shown(value) for value in inputs.shapes} | set(fixed.values())
     called = {fn.name for step in plan.steps for fn in helpers(step.expr)} | set(functions.values())
-    printer = Printer(Scope(TAKEN | every | called | words(plan.steps), names=fixed), functions)
+    printer = Printer(Scope(TAKEN | every | called | words(plan.steps), names=fixed), functions, WIDTH)
     lines = written(passed(lines_of(plan.steps, functional=True), small(set(reads(returns)))), printer)
     sources = dict.fromkeys(fn.source for step in plan.steps for fn in helpers(step.expr))
     own = tuple(shown(value) for value in arguments)
-    return Function(name, own, (*head, *lines), printer.text(returns), tuple(doc), tuple(sources))
+    body = (*head, *lines, printer.statement("    return ", returns))
+    return Function(name, own, body, tuple(doc), tuple(sources))
 
 
 def _axis_of(values: Iterable[str], inputs: Inputs, size: sympy.Symbol) -> tuple[str, int] | None:
@@ -123,7 +122,7 @@ def _axis_of(values: Iterable[str], inputs: Inputs, size: sympy.Symbol) -> tuple
     return None
 
 
-def literal(name: str, tensor: torch.Tensor) -> str:
+def literal(name: str, tensor: torch.Tensor) -> Doc:
     """Code for a constant tensor. Raises `UnsupportedError` where it is too large for a file."""
     if tensor.numel() > LARGEST:
         raise UnsupportedError(
@@ -131,7 +130,7 @@ def literal(name: str, tensor: torch.Tensor) -> str:
             "  Register it as a buffer of the model: then it is read from the state_dict."
         )
     dtype = "like.dtype" if tensor.is_floating_point() else tensor.dtype
-    return f"torch.tensor({tensor.tolist()!r}, dtype={dtype}, device=like.device)"
+    return Group("torch.tensor(", (data(tensor.tolist()), f"dtype={dtype}", "device=like.device"), ")")
 
 
 def formulas(derived: Derived, diagrams: Sequence[tuple[str, Diagram]], names: Names, last: str = "") -> Iterator[str]:
@@ -177,9 +176,9 @@ def _tensor_of(term: Diagram | Native) -> str:
 
 def refuse_random(graph: Graph) -> None:
     """Raises `UnsupportedError` for an operation that draws: what a file computes could not be checked."""
-    for call in graph.calls:
-        if torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ()):
-            raise UnsupportedError(f"{call.where} is random, and a file could not be checked: call model.eval() first.")
+    for each in graph.calls:
+        if torch.Tag.nondeterministic_seeded in getattr(each.target, "tags", ()):
+            raise UnsupportedError(f"{each.where} is random, and a file could not be checked: call model.eval() first.")
 
 
 def flops(plan: Plan) -> str:

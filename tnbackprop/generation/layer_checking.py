@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from string import Template
 
 import torch
 
 from ..compiler.derive.derived import Backward, Given
 from ..compiler.derive.output import output_legs
+from ..compiler.emit import printer
 from ..diagram.core import N
 from ..quantities import Average, Exact, HesScale, Quantity
 from ..quantities.propagation import COTANGENT
-from .checking import Checks, Key, kronecker_entry
+from .checking import Checks, Key, needed
 from .domains import domains
 from .kronecker import Block, Places, places
 from .layer_functions import Prepared
-from .text import data
+from .text import call, data
 
 COLUMNS, AVERAGE = (each.handed.value for each in (Exact, Average) if each.handed is not None)
 PULLED = {"vjp": ("gradients", "lambda G: G"), "vjp_columns": ("pulled_columns", "lambda V: V")}
@@ -38,20 +40,17 @@ def layer_checks(prepared: Prepared, pulled: Sequence[Key], *more: tuple[str, st
         keys = [key for key in prepared.keys if key[0] == quantity.name]
         if any(key in prepared.blocks for key in keys):
             for key in keys:
-                entry = _entry(prepared, quantity, key)
-                checks.factors |= {key: entry} if entry else {}
-                checks.recorded += [] if entry else [key]
+                checks.recorded += [] if _factors(checks, prepared, quantity, key) else [key]
         elif _diagonal(prepared, quantity):
-            checks.second[quantity.name] = "with_diagonal", getattr(quantity, "per_sample", False)
+            checks.enter_second(quantity.name, "with_diagonal", getattr(quantity, "per_sample", False))
         elif not checks.add(quantity, functions, 1.0, "with_hessian"):
             checks.recorded += keys
     for word, own in pulled:
         _pulled(checks, prepared, word, own)
-    used = " ".join([*(name for name, _ in checks.second.values()), *checks.factors.values()])
-    used += " ".join(name for name, _ in checks.references.values())
     matrices = [each.name for each in prepared.layer.handed if each.matrix]
     average = "".join(f'        values["{name}"] = average_of(values["columns"])\n' for name in matrices)
-    checks.texts += [text.replace("        AVERAGE\n", average) for name, text in _TEXTS.items() if name in used]
+    used = [text for name, text in _TEXTS.items() if name in needed(checks.uses)]
+    checks.texts += [Template(text).substitute(AVERAGE=average) for text in used]
     checks.texts += [text for _, text in more]
     return checks
 
@@ -70,34 +69,37 @@ def _pulled(checks: Checks, prepared: Prepared, word: str, own: str) -> None:
     """The definition of what is pulled back to an input."""
     match word:
         case _ if word in PULLED:
-            checks.references[word] = PULLED[word]
+            checks.enter(word, *PULLED[word])
         case "pulled_diagonal" if _single(prepared):
-            checks.second[word] = "with_diagonal", True
+            checks.enter_second(word, "with_diagonal", True)
         case "pulled_average" if _single(prepared):
-            checks.references[word] = "averages", "lambda A: A"
+            checks.enter(word, "averages", "lambda A: A")
         case _:
             checks.recorded.append((word, own))
 
 
-def _entry(prepared: Prepared, quantity: Quantity, key: Key) -> str:
-    """Which columns make the factors exact, as an entry of the table; empty where none do."""
+def _factors(checks: Checks, prepared: Prepared, quantity: Quantity, key: Key) -> bool:
+    """Enter which columns make the factors exact, if some do."""
     block = prepared.blocks[key]
     handed = quantity.propagates.alone.handed
     name = handed.value if handed is not None else ""
     gradient = name == COTANGENT
     if name not in (COTANGENT, COLUMNS, AVERAGE):
-        return ""
+        return False
     found = _places(prepared, block, name)
     if found is not None and not (gradient and len(found.tied) > 1):
         legs = output_legs(prepared.layer.derived.bound, prepared.layer.graph.output)
         sizes = tuple("N" if leg.size == N else int(leg.size) for leg in legs)
-        exact = f"at_places({sizes!r}, {found.tied!r}, {found.spread!r})".replace("'", '"')
+        function = "at_places"
+        exact = call(function, map(printer.data, (sizes, found.tied, found.spread)))
     elif block.exact_for_one:
-        exact = "one_sample"
+        exact = function = "one_sample"
     else:
-        return ""
+        return False
     names = (key[1], block.bias) if block.bias else (key[1],)
-    return kronecker_entry(exact, "gradients_as_columns" if gradient else "pulled_columns", names, *block.axes)
+    checks.enter_factors(key, exact, "gradients_as_columns" if gradient else "pulled_columns", names, block.axes)
+    checks.uses.add(function)
+    return True
 
 
 def _places(prepared: Prepared, block: Block, handed: str) -> Places | None:
@@ -210,8 +212,7 @@ def at_places(axes, tied, spread):
         columns = torch.eye(count, dtype=output.dtype).reshape(count, *ones) * same
         values["columns"] = columns.expand(count, *sizes).reshape(count, *output.shape)
         values["cotangent"] = same.expand(sizes).reshape(output.shape)
-        AVERAGE
-        return values
+$AVERAGE        return values
 
     return exact
 ''',

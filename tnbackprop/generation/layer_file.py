@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..compiler.derive.derived import Result
+from ..compiler.emit.naming import string
 from ..compiler.lower.arrange import reshaped
 from ..compiler.program.expr import Expr
 from ..compiler.program.lines import alive
@@ -20,7 +21,7 @@ from .function import Function, asked, flops_of_many, function
 from .kronecker import WITH_ONE_TEXT, factors_of
 from .layer_checking import arguments, layer_checks
 from .layer_functions import Prepared, extracted, forward, pull_backs, pulled_shape
-from .text import data, definition, docstring, quoted, sizes, statement
+from .text import assigned, data, definition, docstring, literal, rows, sizes, table
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,9 @@ def tables(file: LayerFile) -> list[str]:
     inputs = prepared.arguments
     differentiable = [prepared.names.of[v] for v in graph.inputs if graph.values[v].depends_on]
     return [
-        *statement(f"INPUTS = {tuple(inputs)!r}"),
-        *statement(f"BATCH = {inputs[0]!r}"),
-        *statement(f"DIFFERENTIABLE = {(*differentiable, *prepared.parameters.values())!r}"),
+        *assigned("INPUTS", tuple(inputs)),
+        *assigned("BATCH", inputs[0]),
+        *assigned("DIFFERENTIABLE", (*differentiable, *prepared.parameters.values())),
         *data("STATE", prepared.state),
         "# argument: (shape, least and largest value that the check draws)",
         *arguments(prepared, file.inputs),
@@ -113,11 +114,8 @@ def tables(file: LayerFile) -> list[str]:
 def function_tables(file: LayerFile) -> list[str]:
     """The functions by what they give."""
     tables = {"FUNCTIONS": file.functions, "PULLED": file.pulled}
-    lines = ["", ""]
-    for name, entries in tables.items():
-        rows = [quoted(f"    {key!r}: {each.name},") for key, each in entries.items()]
-        lines += [f"{name} = {{", *rows, "}"] if rows else [f"{name} = {{}}"]
-    return lines
+    made = (table(name, {literal(key): each.name for key, each in entries.items()}) for name, entries in tables.items())
+    return ["", "", *(row for lines in made for row in lines)]
 
 
 def _together(file: LayerFile) -> list[str]:
@@ -146,11 +144,10 @@ def _together(file: LayerFile) -> list[str]:
     plan = replace(plan, steps=alive(plan.steps, names))
     compute = function("compute", plan, returned, prepared.inputs)
     given = [hint_of(value) for value in (COTANGENT, *prepared.handed)]
-    head = f"def compute({', '.join(['state', *prepared.arguments, *given])}):"
-    unpacked = [f"    {own} = state[{name!r}]" for name, own in prepared.state.items() if own in compute.arguments]
-    body = [*unpacked, *compute.body, f"    return {compute.returns}"]
-    lines = [*definition(head, body), *docstring(doc), *(row for line in body for row in statement(line))]
-    return [*statement(f"GIVEN = {tuple(given)!r}"), "", "", *lines]
+    unpacked = {name: own for name, own in prepared.state.items() if own in compute.arguments}
+    body = [*(f"    {own} = state[{string(name)}]" for name, own in unpacked.items()), *compute.body]
+    head = definition("compute", ["state", *prepared.arguments, *given], body)
+    return [*assigned("GIVEN", tuple(given)), "", "", *head, *docstring(doc), *rows(body)]
 
 
 CHECK_TOGETHER = '''

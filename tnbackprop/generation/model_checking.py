@@ -11,7 +11,7 @@ import sympy
 from ..compiler import Compiled
 from ..compiler.derive.derived import Columns, Extraction
 from ..compiler.derive.roots import LossRoot, elementwise_root
-from ..compiler.emit.naming import TAKEN, Scope
+from ..compiler.emit.naming import TAKEN, Scope, string
 from ..compiler.emit.source import Writer
 from ..compiler.plan.plan import Plan
 from ..compiler.program import functions as f
@@ -19,11 +19,11 @@ from ..compiler.program.expr import Call, Expr, Slice, Value
 from ..compiler.program.lines import alive
 from ..diagram.core import N, hint_of
 from ..quantities import Gradient, Quantity
-from .checking import SAMPLES, Checks, Key, kronecker_entry
+from .checking import SAMPLES, Checks, Key
 from .function import Function, Inputs, function
 from .kronecker import Block, absorbed
 from .names import Names
-from .text import statement, string
+from .text import assigned
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Root:
     function: Function
     quantities: tuple[str, ...]
     drawn: bool
+    number: str
     rounds: int = 0  # the columns of one round, where they are drawn in rounds
 
 
@@ -63,7 +64,7 @@ def model_checks(
                 block = blocks[key]
                 if block.exact_for_one and pull:
                     both = [key[1], block.bias] if block.bias else [key[1]]
-                    checks.factors[key] = kronecker_entry("one_sample", pull, both, *block.axes)
+                    checks.enter_factors(key, "one_sample", pull, both, block.axes)
                 else:
                     checks.recorded.append(key)
         elif not checks.add(quantity, functions, scale, "total"):
@@ -78,6 +79,7 @@ def model_checks(
         rows = [f"    {string(label)}: (columns_of_{name}, {drawn})," for label, name, drawn in names]
         checks.texts += ["\n".join(["ROOTS = {", *rows, "}"]), _CHECK_ROOTS]
         checks.calls.append("check_roots(values)")
+        checks.uses |= {"sampled", "pulled"}
     return checks
 
 
@@ -121,12 +123,12 @@ def split(compiled: Compiled) -> tuple[list[Function], list[Root]]:
             doc = "Columns that are drawn" + (", those of one round." if looped else ".")
             returns = value if columns.lead else Call(f.UNSQUEEZE, (value, 0))
             found = made(hint_of(columns.variable), steps, value, doc, returns)
-            roots.append(Root(found, quantities, True, int(columns.width) if looped else 0))
+            roots.append(Root(found, quantities, True, columns.number, int(columns.width) if looped else 0))
         else:
             doc = "Columns S of a root of the loss's Hessian: Σ_v S_v S_vᵀ."
             returns = Call(f.ITEM, (value, Slice(stop=int(columns.count))))
             found = made(f"root_{columns.number}", steps, value, doc, returns)
-            roots.append(Root(found, quantities, False))
+            roots.append(Root(found, quantities, False, columns.number))
     return [first, loss, *(root.function for root in roots)], roots
 
 
@@ -176,9 +178,9 @@ def split_lines(compiled: Compiled, functions: Sequence[Function]) -> list[str]:
     graph = compiled.graph
     trainable = tuple(name for name in graph.parameters if graph.values[name].depends_on)
     lines = [row for each in functions for row in ("", "", *each.lines)]
-    lines += ["", "", *statement(f"DIFFERENTIABLE = {trainable!r}")]
+    lines += ["", "", *assigned("DIFFERENTIABLE", trainable)]
     if functions and isinstance(graph.output, str):
-        lines += statement(f"OUTPUT = {names_of(compiled).shown(graph.output)!r}")
+        lines += assigned("OUTPUT", names_of(compiled).shown(graph.output))
     return lines
 
 
@@ -210,7 +212,7 @@ def one_sample(quantity, name):
 
 
 def _pulled_text(root: Root) -> str:
-    name, number = root.function.name, root.function.name.rsplit("_", 1)[-1]
+    name, number = root.function.name, root.number
     called = f"call({name}, values | drawn)"
     if root.rounds > 1:
         called = f'torch.cat([call({name}, values | drawn | {{"draw_{number}": each}}) for each in rounds])'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from string import Template
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch.utils import _pytree as pytree
 from ..compiler import Compiled, compile_program
 from ..compiler.capture.export import check_trainable, plain
 from ..compiler.derive.derive import rules_text
-from ..compiler.emit.printer import size_text
+from ..compiler.emit import printer
+from ..compiler.emit.layout import Group, Row
+from ..compiler.emit.naming import string
 from ..compiler.emit.source import Writer
 from ..compiler.explain.text import diagram_text
 from ..compiler.plan.definite import TOLERATED
@@ -29,8 +32,7 @@ from .function import Function, asked, extractions, flops_of_many, literal, refu
 from .generated import Target
 from .kronecker import WITH_ONE_TEXT, Block, blocks_of
 from .model_checking import model_checks, split, split_lines
-from .straight import tidied
-from .text import data, docstring, sizes, statement
+from .text import WIDTH, assigned, call, data, definition, docstring, rows, sizes, statement
 
 
 @dataclass(frozen=True)
@@ -87,20 +89,20 @@ def _source(file: ModelFile, functions: Sequence[Function], checks: Checks, reco
     lines += ["# parameter or buffer of the model: value in the program"]
     parameters = {dotted[0]: value for value, dotted in graph.parameters.items()}
     lines += data("STATE", parameters | {dotted: value for value, dotted in graph.buffers.items()})
-    lines += ["# leaves of (x, y), in order", *statement(f"INPUTS = {graph.inputs!r}")]
-    lines += statement(f"BATCH = {_batch(graph)!r}")
+    lines += ["# leaves of (x, y), in order", *assigned("INPUTS", graph.inputs)]
+    lines += assigned("BATCH", _batch(graph))
     lines += ["# quantity: {parameter: the shapes of its Kronecker factors}", *data("FACTORS", _factors(file))]
     joined = {key: block for key, block in file.blocks.items() if block.bias}
     if joined:
         lines += ["# (quantity, weight): which factor is that of the input, which ends in a 1 for the bias"]
         lines += data("JOINED", {key: block.input for key, block in joined.items()})
     lines += ["# value: (shape, least and largest value that the check draws)", *data("ARGUMENTS", file.bounds)]
-    lines += ["", "", *_program(compiled), "", "", *_tensors(compiled)]
+    lines += [*_program(compiled), "", "", *_tensors(compiled)]
     single = isinstance(graph.output, str)
-    compute = _COMPUTE.replace("OUTPUT", "output[0]" if single else "output")
-    lines += lines_of_text(compute.replace("TOLERATED", repr(TOLERATED)))
-    assembled = _ASSEMBLED.replace("JOINED", _JOINED if joined else "").replace("MEANS", _MEANS if joined else "")
-    lines += lines_of_text(assembled)
+    output = "output[0]" if single else "output"
+    lines += lines_of_text(Template(_COMPUTE).substitute(OUTPUT=output, TOLERATED=TOLERATED))
+    both = {"JOINED": _JOINED, "MEANS": _MEANS} if joined else {"JOINED": "", "MEANS": ""}
+    lines += lines_of_text(Template(_ASSEMBLED).substitute(both))
     lines += lines_of_text(WITH_ONE_TEXT) if joined else []
     lines += split_lines(compiled, functions)
     low = any(word in compiled.source for word in ("torch.float32", "torch.bfloat16", "torch.float16"))
@@ -149,22 +151,25 @@ def _factors(file: ModelFile) -> dict[str, dict[str, tuple[tuple[int, ...], ...]
 
 def _program(compiled: Compiled) -> list[str]:
     """The program's own source, in lines that are not too long."""
-    return tidied("\n".join(Writer(compiled.graph, compiled.plan).body()).strip("\n"))
+    writer = Writer(compiled.graph, compiled.plan, width=WIDTH)
+    lines = [row for source in writer.helpers.values() for row in ("", "", *source.split("\n"))]
+    for each in writer.definitions():
+        said = docstring(["Straight-line source, as it was emitted."]) if each.name == "program" else []
+        lines += ["", "", *definition(each.name, each.arguments, each.body), *said, *rows(each.body)]
+    return lines
 
 
 def _tensors(compiled: Compiled) -> list[str]:
     """Constants and noise, as functions of the batch."""
     graph, plan = compiled.graph, compiled.plan
     lines = ["def constants(like):", '    """Tensors that belong to the program, not to the model."""']
-    entries = [f"{name!r}: {literal(name, value)}" for name, value in graph.constants.items()]
-    lines += statement(f"    return {{{', '.join(entries)}}}")
+    constants = (Row((f"{string(name)}: ", literal(name, value))) for name, value in graph.constants.items())
+    lines += statement("    return ", Group("{", tuple(constants), "}"))
     lines += ["", "", "def noise(N, like, generator):", '    """Uniform numbers for drawn columns."""']
-    options = "dtype=like.dtype, device=like.device, generator=generator"
-    entries = [
-        f"{name!r}: torch.rand(({', '.join(map(size_text, value.shape))},), {options})"
-        for name, value in plan.noises.items()
-    ]
-    return [*lines, *statement(f"    return {{{', '.join(entries)}}}")]
+    options = ("dtype=like.dtype", "device=like.device", "generator=generator")
+    drawn = {name: call("torch.rand", (printer.data(tuple(v.shape)), *options)) for name, v in plan.noises.items()}
+    noises = (Row((f"{string(name)}: ", each)) for name, each in drawn.items())
+    return [*lines, *statement("    return ", Group("{", tuple(noises), "}"))]
 
 
 _COMPUTE = '''
@@ -188,19 +193,19 @@ def compute(model, x, y=None, generator=None):
     with torch.no_grad():
         loss, output, results, *checks = program(tensors)
     for smallest in (each for found in checks for each in found):
-        if smallest < -TOLERATED:
+        if smallest < -$TOLERATED:
             raise ValueError("the loss Hessian is indefinite: it has no real square root")
-    return loss, OUTPUT, assembled(results)
+    return loss, $OUTPUT, assembled(results)
 '''
 
 _ASSEMBLED = '''
 def assembled(results):
     """Kronecker factors as square matrices."""
-MEANS    for quantity, by_name in FACTORS.items():
+${MEANS}    for quantity, by_name in FACTORS.items():
         results[quantity] = {
             name: tuple(map(square, results[quantity][name], shapes)) for name, shapes in by_name.items()
         }
-JOINED    return results
+${JOINED}    return results
 
 
 def square(factor, shape):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from ..quantities import (
     NTK,
     BatchDot,
@@ -23,37 +21,36 @@ from ..quantities import (
     Variance,
 )
 
-DEFINITIONS: dict[type[Quantity], str] = {
-    Grad: "G.sum(0)",
-    BatchGrad: "G",
-    BatchL2: "flattened(G, 1).square().sum(1)",
-    BatchDot: "flattened(G, 1) @ flattened(G, 1).T",
-    SecondMoment: "G.square().sum(0)",
-    Variance: "(G - G.mean(0)).square().mean(0)",
-    SqrtGGN: "V",
-    SqrtGGNMC: "V",
-    DiagGGN: "V.square().sum((0, 1))",
-    DiagGGNMC: "V.square().sum((0, 1))",
-    GGNTrace: "flattened(V, 2).square().sum((0, 2))",
-    GGNGram: 'torch.einsum("vnp,wmp->vnwm", flattened(V, 2), flattened(V, 2))',
-    Jacobians: "J.transpose(0, 1)",
-    NTK: 'torch.einsum("cnp,dmp->ncmd", flattened(J, 2), flattened(J, 2))',
+DEFINITIONS: dict[type[Quantity], tuple[str, str]] = {
+    Grad: ("G", "{0}.sum(0)"),
+    BatchGrad: ("G", "{0}"),
+    BatchL2: ("G", "flattened({0}, 1).square().sum(1)"),
+    BatchDot: ("G", "flattened({0}, 1) @ flattened({0}, 1).T"),
+    SecondMoment: ("G", "{0}.square().sum(0)"),
+    Variance: ("G", "({0} - {0}.mean(0)).square().mean(0)"),
+    SqrtGGN: ("V", "{0}"),
+    SqrtGGNMC: ("V", "{0}"),
+    DiagGGN: ("V", "{0}.square().sum((0, 1))"),
+    DiagGGNMC: ("V", "{0}.square().sum((0, 1))"),
+    GGNTrace: ("V", "flattened({0}, 2).square().sum((0, 2))"),
+    GGNGram: ("V", 'torch.einsum("vnp,wmp->vnwm", flattened({0}, 2), flattened({0}, 2))'),
+    Jacobians: ("J", "{0}.transpose(0, 1)"),
+    NTK: ("J", 'torch.einsum("cnp,dmp->ncmd", flattened({0}, 2), flattened({0}, 2))'),
 }
 """In the individual gradients G [N, *p], the root V [V, N, *p], or the Jacobian J [C, N, *p]."""
+OF_EACH_SAMPLE, MEAN_OF_SQUARES = "{0}.square().sum(0)", "{0}.square().mean(0)"
 
 
 def definition(quantity: Quantity, scale: float = 1.0) -> tuple[str, str] | None:
     """("G", "V" or "J", the definition in it), or None. `scale` is what the loss multiplies every sample by."""
-    text = DEFINITIONS.get(type(quantity))
-    if text is None:
+    if type(quantity) not in DEFINITIONS:
         return None
+    letter, text = DEFINITIONS[type(quantity)]
     if isinstance(quantity, DiagGGN) and quantity.per_sample:
-        text = "V.square().sum(0)"
+        text = OF_EACH_SAMPLE
     kind = getattr(quantity, "scale", Scale.BACKPACK)
     plain = isinstance(quantity, SecondMoment | Variance) and kind is not Scale.BACKPACK
     if isinstance(quantity, SecondMoment) and plain:
-        text = text.replace("sum(0)", "mean(0)")
-    letter = next(letter for letter in "GVJ" if re.search(rf"\b{letter}\b", text))
-    if scale != 1.0 and (plain or kind is Scale.UNSCALED):
-        text = text.replace("G", f"(G * {1 / scale:.12g})")
-    return letter, text
+        text = MEAN_OF_SQUARES
+    unscaled = scale != 1.0 and (plain or kind is Scale.UNSCALED)
+    return letter, text.format(f"({letter} * {1 / scale:.12g})" if unscaled else letter)

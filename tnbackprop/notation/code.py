@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import builtins
+import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 from ..errors import RuleError
@@ -30,12 +31,45 @@ class Call:
     on     the hole whose method it is; "" for a function
     first  the hole that is the whole first argument; "" for anything else
     whole  the expression is this call and nothing else
+    aten   the overload of ATen that it is: "relu", "slice.Tensor"; "" for anything else
     """
 
     name: str = ""
     on: str = ""
     first: str = ""
     whole: bool = False
+    aten: str = ""
+
+
+@dataclass(frozen=True)
+class Called:
+    """A call: of a function, or of a method `on` other code.
+
+    arguments  ("key=" or "", the argument)
+    several    a comma may follow the last of them
+    inside     the other code stands in parentheses
+    """
+
+    name: str
+    on: Code | None
+    arguments: tuple[tuple[str, Code], ...]
+    several: bool
+    inside: bool = False
+
+
+@dataclass(frozen=True)
+class Operators:
+    """(sign, operand, whether it stands in parentheses), …: the first sign is ""."""
+
+    terms: tuple[tuple[str, Code, bool], ...]
+
+
+@dataclass(frozen=True)
+class Function:
+    """A lambda."""
+
+    head: str
+    body: Code
 
 
 class Native(Protocol):
@@ -112,6 +146,16 @@ class Code:
         """With other holes, code or text in some of the holes."""
         return Code.of(*(to.get(part.name, part) if isinstance(part, Hole) else part for part in self.parts))
 
+    @property
+    def plain(self) -> Code:
+        """The same, with the spaces, quotes and parentheses that formatters give."""
+        return _piece(self.holes, _tree(self))
+
+    @property
+    def broken(self) -> Called | Operators | Function | None:
+        """What it is made of; None: it is not to be taken apart."""
+        return _broken(self)
+
     def tree(self) -> ast.expr:
         """The syntax tree; hole k is the name of `_name(k)`."""
         return _tree(self)
@@ -153,6 +197,71 @@ def _facts(code: Code) -> tuple[frozenset[str], bool, Call, frozenset[str], froz
     return frozenset(words - set(holes)), nested, _first_call(tree, holes), frozenset(numbers), frozenset(called)
 
 
+@lru_cache(4096)
+def _broken(code: Code) -> Called | Operators | Function | None:
+    node, piece = _tree(code), partial(_piece, tuple(code.holes))
+    match node:
+        case ast.Call(func=function, args=args, keywords=keywords):
+            keys = [("*", each.value) if isinstance(each, ast.Starred) else ("", each) for each in args]
+            keys += [(f"{each.arg}=" if each.arg else "**", each.value) for each in keywords]
+            several = not isinstance(keys[0][1], ast.GeneratorExp) if keys else False
+            arguments = tuple((key, piece(each)) for key, each in keys)
+            if isinstance(function, ast.Attribute) and piece(function.value).holes:
+                inside = not isinstance(function.value, _ATOMS)
+                return Called(f".{function.attr}", piece(function.value), arguments, several, inside)
+            return Called(ast.unparse(function), None, arguments, several)
+        case ast.BinOp(op=op) if type(op) in SIGNS:
+            terms = _terms(node, next(signs for signs in ALIKE if type(op) in signs))
+            return Operators(tuple((sign, piece(each), _inside(each, op)) for sign, each in terms))
+        case ast.Lambda(args=parameters, body=body):
+            return Function(f"lambda {ast.unparse(parameters)}: ", piece(body))
+    return None
+
+
+SIGNS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+ALIKE = ((ast.Add, ast.Sub), (ast.Mult, ast.Div))
+_ATOMS = (ast.Call, ast.Name, ast.Attribute, ast.Subscript, ast.Constant)
+
+
+def _terms(node: ast.expr, alike: tuple[type[ast.operator], ...]) -> list[tuple[str, ast.expr]]:
+    """a + b - c as ("", a), ("+", b), ("-", c)."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, alike):
+        return [*_terms(node.left, alike), (SIGNS[type(node.op)], node.right)]
+    return [("", node)]
+
+
+def _inside(node: ast.expr, around: ast.operator) -> bool:
+    """Whether an operand stands in parentheses."""
+    product = isinstance(node, ast.BinOp) and isinstance(node.op, ALIKE[1])
+    return not isinstance(node, _ATOMS) and not (product and isinstance(around, ALIKE[0]))
+
+
+def _piece(holes: tuple[str, ...], node: ast.expr) -> Code:
+    """A part of a tree as code."""
+    texts: list[str] = []
+    parts = _NAMED.split(ast.unparse(_Texts(texts).visit(copy.deepcopy(node))))
+    found = zip(parts[1::3], parts[2::3], parts[3::3], strict=True)
+    pieces = ((Hole(holes[int(k)]) if kind == "hole" else texts[int(k)], after) for kind, k, after in found)
+    return Code.of(parts[0], *(each for pair in pieces for each in pair))
+
+
+class _Texts(ast.NodeTransformer):
+    """Text in a tree is taken out, to stand in double quotes."""
+
+    def __init__(self, found: list[str]) -> None:
+        self.found = found
+
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
+        if not isinstance(node.value, str) or {'"', "\\", "\n"} & set(node.value):
+            return node
+        self.found.append(f'"{node.value}"')
+        return ast.Name(f"text{len(self.found) - 1:04d}")
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
+        return node
+
+
+_NAMED = re.compile(r"\b(hole|text)(\d{4})\b")
 SCOPES = (ast.Lambda, ast.GeneratorExp, ast.ListComp, ast.SetComp, ast.DictComp)
 FORMS = frozenset({"dtype", "device", "shape", "numel"})
 """Attributes that do not vary with the numbers of a tensor."""
@@ -177,7 +286,18 @@ def _first_call(tree: ast.expr, holes: Mapping[str, str]) -> Call:
         case ast.Attribute(value=ast.Name(id=name), attr=attribute) if name in holes:
             return Call(attribute, holes[name], argument, found is tree)
         case function:
-            return Call(ast.unparse(function), "", argument, found is tree)
+            return Call(ast.unparse(function), "", argument, found is tree, ".".join(_words(function)[3:]))
+
+
+def _words(function: ast.expr) -> list[str]:
+    """torch.ops.aten.relu as its words; none where it is no operator of ATen."""
+    words: list[str] = []
+    node = function
+    while isinstance(node, ast.Attribute):
+        words.insert(0, node.attr)
+        node = node.value
+    words.insert(0, node.id if isinstance(node, ast.Name) else "")
+    return words if words[:3] == ["torch", "ops", "aten"] else []
 
 
 @lru_cache(maxsize=4096)

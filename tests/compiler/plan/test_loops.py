@@ -93,7 +93,7 @@ X, A = value("x", 2, 3), value("a", 2, 3)
         ("torch.bmm(x.mT, a).squeeze(-1)", Call(f.SQUEEZE, (Call(f.BMM, (Call(f.MT, (X,)), A)), -1)), True),
         ("x.reshape(N, 3).sum((0, 1))", Call(f.SUM, (Call(f.RESHAPE, (X, N, 3)), (0, 1))), True),
         ("a * x.unsqueeze(1)", Call(f.MUL, (A, Call(f.UNSQUEEZE, (X, 1)))), True),
-        ("x * (1/N)", Call(f.MUL, (X, Number(1 / N))), True),
+        ("x * (1 / N)", Call(f.MUL, (X, Number(1 / N))), True),
         ("torch.bmm(x, a).narrow(2, 0, 3)", Call(f.NARROW, (Call(f.BMM, (X, A)), 2, 0, 3)), True),
         ("x + a", Call(f.ADD, (X, A)), False),
         ("x * x", Call(f.MUL, (X, X)), False),

@@ -228,7 +228,7 @@ def test_what_does_not_depend_on_samples_is_outside() -> None:
     model, x, y = problem("a chain", 3)
     program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.HessianDiag()])
     assert "weight.flip" not in program.source.split("def program")[0]
-    assert "1/N" not in program.source.split("def program")[0]
+    assert "1 / N" not in program.source.split("def program")[0]
 
 
 def test_shown_and_followed(monkeypatch: pytest.MonkeyPatch) -> None:

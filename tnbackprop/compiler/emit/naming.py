@@ -54,6 +54,13 @@ def identifier(hint: str) -> str:
     return f"value_{name}" if name[0].isdigit() else name
 
 
+def string(text: str) -> str:
+    """Any text as a literal, in double quotes where nothing in it has to be escaped for them."""
+    shown = repr(text)
+    plain = shown[0] == "'" and not {'"', "\\"} & set(shown)
+    return f'"{text}"' if plain else shown
+
+
 def comment(text: str) -> str:
     """Text in one line, in which nothing ends a comment or a docstring."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

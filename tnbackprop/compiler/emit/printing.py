@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import sympy
+from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.pycode import PythonCodePrinter
+from sympy.printing.str import StrPrinter
 
 from ...errors import RuleError
+from .layout import LONG, Chain, Doc, Group, flat
 
 _TORCH = "exp log tanh cosh sinh sin cos tan atan erf erfc sign sigmoid log1p expm1"
 _FUNCTIONS = {
@@ -55,13 +58,32 @@ class _Printer(PythonCodePrinter):  # type: ignore[misc]
             return f"torch.rsqrt({self._print(base)})"
         return f"torch.pow({self._print(base)}, {self._print(exponent)})"
 
+    def doc(self, expr: sympy.Expr) -> Doc:
+        """The code in pieces where it is long: terms, factors, arguments of functions."""
+        code = str(self._print(expr))
+        if len(code) <= LONG:
+            return code
+        name = type(expr).__name__
+        if expr.is_Add:
+            first, *rest = self._as_ordered_terms(expr)
+            minus = [term.as_coeff_Mul()[0].is_negative for term in rest]
+            terms = (("-", -term) if less else ("+", term) for less, term in zip(minus, rest, strict=True))
+            return Chain((("", self.doc(first)), *((sign, self.doc(term)) for sign, term in terms)))
+        if expr.is_Mul:
+            first, *rest = (self._factor(each) for each in _factors(expr))
+            return Chain((("", first), *(("*", each) for each in rest)))
+        if name in _FUNCTIONS and name not in _OPTIONS:
+            return Group(f"{_FUNCTIONS[name]}(", tuple(map(self.doc, expr.args)), ")")
+        if expr.is_Pow and expr.exp == 2:
+            return Group("torch.square(", (self.doc(expr.base),), ")")
+        return code
+
+    def _factor(self, factor: sympy.Expr) -> Doc:
+        inside = factor.is_Add or (factor.is_Pow and " " in self._print(factor))
+        return Group("(", (self.doc(factor),), ")", comma=False) if inside else self.doc(factor)
+
     def _print_Mul(self, expr: sympy.Mul) -> str:
-        numbers, rest = expr.as_coeff_mul()
-        shown = [self._print(sympy.Float(numbers) if not numbers.is_Integer else numbers)] if numbers != 1 else []
-        for factor in _ratios(rest):
-            code = self._print(factor)
-            shown.append(f"({code})" if factor.is_Add or (factor.is_Pow and " " in code) else code)
-        return " * ".join(shown)
+        return " * ".join(flat(self._factor(each)) for each in _factors(expr))
 
     def _print_Rational(self, expr: sympy.Rational) -> str:
         return _number(expr)
@@ -104,6 +126,13 @@ class _Printer(PythonCodePrinter):  # type: ignore[misc]
         return f"{left} {condition.rel_op} {right}"
 
 
+def _factors(product: sympy.Mul) -> list[sympy.Expr]:
+    """A number, and what it is multiplied with."""
+    number, rest = product.as_coeff_mul()
+    own = [sympy.Float(number) if not number.is_Integer else number] if number != 1 else []
+    return [*own, *_ratios(rest)]
+
+
 def _ratios(factors: tuple[sympy.Expr, ...]) -> list[sympy.Expr]:
     """The factors with a² b⁻² as (a / b)²: the squares of small numbers are zero."""
     found = list(factors)
@@ -122,10 +151,15 @@ for _name in _FUNCTIONS:
 
 def torch_code(expr: sympy.Expr, arguments: Mapping[sympy.Symbol, str]) -> str:
     """Torch code of `expr` with code for each of its symbols."""
+    return flat(torch_doc(expr, arguments))
+
+
+def torch_doc(expr: sympy.Expr, arguments: Mapping[sympy.Symbol, str]) -> Doc:
+    """The same in pieces."""
     to = {symbol: sympy.Symbol(f"arg{k}_", real=True) for k, symbol in enumerate(arguments)}
     printer = _Printer()
     printer.arguments = {to[symbol]: code for symbol, code in arguments.items()}
-    return str(printer.doprint(expr.xreplace(to)))
+    return printer.doc(expr.xreplace(to))
 
 
 def number_code(scale: sympy.Expr) -> str:
@@ -134,4 +168,29 @@ def number_code(scale: sympy.Expr) -> str:
         return _number(scale)
     long = {r: sympy.Float(float(r), 17) for r in scale.atoms(sympy.Rational) if max(abs(r.p), r.q) > 10**6}
     exact = scale.xreplace(long).replace(lambda e: e.is_number and not (e.is_Rational or e.is_Float), sympy.Float)
-    return f"({sympy.sstr(exact, full_prec=True)})"
+    return plain_code(exact)
+
+
+class _Plain(StrPrinter):  # type: ignore[misc]
+    """Of sizes and scales, with the spaces that formatters give."""
+
+    def _print_Mul(self, expr: sympy.Mul) -> str:
+        if expr.as_coeff_Mul()[0].is_negative:
+            return f"-{self.parenthesize(-expr, PRECEDENCE['Mul'], strict=True)}"
+        above, below = sympy.fraction(expr, exact=True)
+        shown = " * ".join(self.parenthesize(each, PRECEDENCE["Mul"]) for each in sympy.Mul.make_args(above))
+        return shown if below == 1 else f"{shown} / {self.parenthesize(below, PRECEDENCE['Atom'] - 1, strict=True)}"
+
+    def _print_Pow(self, expr: sympy.Pow, rational: bool = False) -> str:
+        if expr.exp.is_negative:
+            below = expr.base**-expr.exp
+            return f"1 / {self.parenthesize(below, PRECEDENCE['Mul'], strict=True)}"
+        return str(super()._print_Pow(expr, rational))
+
+    def _print_Rational(self, expr: sympy.Rational) -> str:
+        return f"{expr.p} / {expr.q}" if expr.q != 1 else str(expr.p)
+
+
+def plain_code(expr: sympy.Expr) -> str:
+    """A size or a scale as Python."""
+    return str(_Plain({"full_prec": True}).doprint(expr))

@@ -6,6 +6,7 @@ import linecache
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from typing import Any
@@ -14,15 +15,17 @@ from weakref import finalize
 import torch
 from torch.utils import _pytree as pytree
 
+from ...diagram.core import N
 from ...errors import InputError
 from ..plan.plan import Plan
-from ..program.expr import Body, Call, Expr, Filled, Rounds, Value, Word, bodies, children, helpers, reads
+from ..program.expr import Body, Call, Expr, Filled, Rounds, Value, bodies, children, helpers, reads, sizes_in
 from ..program.functions import Form, Function
-from ..program.lines import Block, Lines, captured_by, lines_of
+from ..program.lines import Block, Line, Lines, captured_by, lines_of
 from ..program.passes import Context, Program, passed
 from ..program.store import NOTHING
 from ..translate.graph import Graph
-from .naming import TAKEN, Scope, comment, docstring
+from .layout import Group, Row
+from .naming import TAKEN, Scope, comment, docstring, string
 from .printer import ATOM, FOLLOWED, Printer
 
 _serial = count(1)
@@ -55,8 +58,8 @@ def emit(graph: Graph, plan: Plan, header: str, functional: bool = False) -> str
 class Writer:
     """Writes one source: the helpers and functions that it needs, and the program."""
 
-    def __init__(self, graph: Graph, plan: Plan, functional: bool = False) -> None:
-        self.graph, self.plan, self.functional = graph, plan, functional
+    def __init__(self, graph: Graph, plan: Plan, functional: bool = False, width: int | None = None) -> None:
+        self.graph, self.plan, self.functional, self.width = graph, plan, functional, width
         self.steps = tuple(step for step, _ in plan.timed)
         self.helpers = {fn.name: fn.source for step in self.steps for fn in _every(helpers, step)}
         inside = [each for step in self.steps for each in _inside(step.expr)]
@@ -72,35 +75,38 @@ class Writer:
         self.names = Scope(self.taken | set(self.functions.values()))
         for name in (*graph.inputs, *plan.given):
             self.names(plan.given[name])
-        self.printer = Printer(self.names, self.functions)
+        self.printer = self._printer(self.names)
 
     def source(self, header: str) -> str:
         """All of it."""
-        return "\n".join([docstring(header), "", "import torch", "", "", *self.body()]) + "\n"
-
-    def body(self) -> list[str]:
-        """The functions."""
-        plan = self.plan
-        lines: list[str] = []
+        lines = [docstring(header), "", "import torch"]
         for source in self.helpers.values():
-            lines += [*source.split("\n"), "", ""]
-        for each in self.bodies:
-            lines += [*self._function(each), "", ""]
-        head = self._inputs()
-        body = written(self.program.lines, self.printer)
-        large = any(f"{MEMORY}(" in line for line in body)
-        arguments = ["tensors", *[PROGRESS] * followed(plan), *[HANDED] * large]
-        lines.append(f"def program({', '.join(arguments)}):")
-        if large or self._reads_like():
-            head.append(f"    {self.names(plan.like)} = {self.names(plan.given[self._floating()])}")
-        return [*lines, *head, *body, *self._return()]
+            lines += ["", "", source]
+        for each in self.definitions():
+            lines += ["", "", f"def {each.name}({', '.join(each.arguments)}):", *each.body]
+        return "\n".join(lines) + "\n"
+
+    def definitions(self) -> list[Definition]:
+        """The functions that are not helpers."""
+        large = any(call.fn is GIVE_MEMORY for expr in self._exprs for call in _inside(expr) if isinstance(call, Call))
+        arguments = ("tensors", *[PROGRESS] * followed(self.plan), *[HANDED] * large)
+        body = [*self._inputs(), *written(self.program.lines, self.printer), *self._return()]
+        return [*map(self._function, self.bodies), Definition("program", arguments, body)]
+
+    @cached_property
+    def _exprs(self) -> list[Expr]:
+        """Every expression of the straight part, with those of its loops."""
+        return [expr for line in self.program.lines for expr in _written(line)]
+
+    def _printer(self, names: Scope) -> Printer:
+        return Printer(names, self.functions, self.width)
 
     def texts(self) -> dict[Value, tuple[str, str]]:
         """The name and the expression of every step, before anything is written over or elsewhere."""
         own = {step: (self.names(step), self.printer.text(step.expr)) for step in self.steps if step.expr is not None}
         for body in self.bodies:
             names = Scope(self.taken | set(self.functions.values()), "u")
-            printer = Printer(names, self.functions)
+            printer = self._printer(names)
             own |= {step: (names(step), printer.text(step.expr)) for step in body.steps if step.expr is not None}
         return own
 
@@ -120,10 +126,6 @@ class Writer:
         given = frozenset({*(plan.given[name] for name in tensors), plan.like})
         return Program(lines, given, frozenset(plan.kept), functions, frozenset(plan.noises))
 
-    def _reads_like(self) -> bool:
-        plan = self.plan
-        return any(plan.like in step.inputs for step in self.steps) or bool(plan.loops)
-
     def _floating(self) -> str:
         graph = self.graph
         return next(n for n in (*graph.parameters, *graph.inputs) if graph.values[n].dtype.is_floating_point)
@@ -132,22 +134,29 @@ class Writer:
         """The lines that take the tensors that are read."""
         graph, plan = self.graph, self.plan
         inputs = (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs)
-        read = {value for step in self.steps for value in step.inputs} | plan.kept
-        floating = [n for n in (*graph.parameters, *graph.inputs) if graph.values[n].dtype.is_floating_point][:1]
+        read = {value for expr in self._exprs for value in reads(expr)} | plan.kept
+        floating = plan.given[self._floating()]
+        end = [f"    {self.names(plan.like)} = {self.names(floating)}"] if plan.like in read else []
+        read |= {floating} if end else set()
+        if any(N in sizes_in(expr) for expr in self._exprs):
+            name, axis = self._batch()
+            read.add(plan.given[name])
+            end.insert(0, f"    N = {self.names(plan.given[name])}.shape[{axis}]")
         lines = []
         for name in inputs:
             value = plan.given[name]
-            if value in read or name in floating or name == graph.inputs[0]:
+            if value in read:
                 shape = ", ".join(map(str, value.shape))
-                lines.append(f"    {self.names(value)} = tensors[{name!r}]  # [{shape}]")
-        lines += [f"    {self.names(value)} = tensors[{name!r}]" for name, value in plan.noises.items()]
-        return [*lines, self._batch_line()]
+                lines.append(f"    {self.names(value)} = tensors[{string(name)}]  # [{shape}]")
+        noises = ((name, value) for name, value in plan.noises.items() if value in read)
+        return [*lines, *(f"    {self.names(value)} = tensors[{string(name)}]" for name, value in noises), *end]
 
-    def _batch_line(self) -> str:
+    def _batch(self) -> tuple[str, int]:
+        """The input that says how many samples there are, and its axis."""
         for name in self.graph.inputs:
             for axis, factors in enumerate(self.graph.values[name].axes):
-                if len(factors) == 1 and str(factors[0]) == "N":
-                    return f"    N = {self.names(self.plan.given[name])}.shape[{axis}]"
+                if factors == (N,):
+                    return name, axis
         raise AssertionError("no input has the batch")
 
     def _memory(self, value: Value) -> Expr:
@@ -157,19 +166,22 @@ class Writer:
         """What the passes may know."""
         return Context(frozenset(kept), self.plan.is_large, self._memory, self.plan.like)
 
-    def _function(self, body: Body) -> list[str]:
+    def _function(self, body: Body) -> Definition:
         """A function of some samples."""
         names = Scope(self.taken | set(self.functions.values()), "u")
-        printer = Printer(names, self.functions)
+        printer = self._printer(names)
         params = [names(param) for param in body.params]
         assert body.batch is not None
         first, axis = body.batch
         own = passed(lines_of(body.steps), small(set(reads(body.results))))
-        lines = [f"    N = {names(first)}.shape[{axis}]", *written(own, printer)]
+        every = [*(expr for line in own for expr in _written(line)), *body.results]
+        counted = any(N in sizes_in(expr) for expr in every)
+        head = [f"    N = {names(first)}.shape[{axis}]"] if counted else []
         shown = ", ".join(printer.text(result) for result in body.results)
-        total = ["total"] * body.total
-        head = f"def {self.functions[body]}({', '.join([*params, *total])}):"
-        return [head, *lines, f"    return {shown}{', ' if body.several else ''}"]
+        last = f"    return ({shown},)" if body.several else f"    return {shown}"
+        return Definition(
+            self.functions[body], (*params, *["total"] * body.total), [*head, *written(own, printer), last]
+        )
 
     def _return(self) -> list[str]:
         plan = self.plan
@@ -177,26 +189,22 @@ class Writer:
         shown = ", ".join(self.names(plan.output[leaf]) if leaf in plan.output else str(leaf) for leaf in leaves)
         lines = ["    results = {"]
         for quantity, by in self._values().items():
-            lines.append(f"        {quantity!r}: {{")
-            lines += [f"            {name!r}: {value}," for name, value in by.items()]
+            lines.append(f"        {string(quantity)}: {{")
+            lines += [self.printer.statement(f"            {string(name)}: ", value, ",") for name, value in by.items()]
             lines.append("        },")
         loss = self.names(plan.loss) if plan.loss is not None else "None"
         checks = f", [{', '.join(map(self.names, plan.checks.values()))}]" if plan.checks else ""
-        return [*lines, "    }", f"    return {loss}, ({shown},), results{checks}"]
+        return ["\n".join([*lines, "    }"]), f"    return {loss}, ({shown},), results{checks}"]
 
-    def _values(self) -> dict[str, dict[str, str]]:
-        """The text of every value: quantity -> parameter -> a value, or its factors and then their means."""
-        parts: dict[str, dict[str, list[str]]] = {}
-        whole: dict[str, dict[str, str]] = {}
+    def _values(self) -> dict[str, dict[str, Value | tuple[Value, ...]]]:
+        """Quantity -> parameter -> a value, or its factors and then their means."""
+        found: dict[str, dict[str, Value | tuple[Value, ...]]] = {}
         for result, by in self.plan.results.items():
+            own = found.setdefault(result.quantity, {})
             for name, value in by.items():
-                if result.factor is None:
-                    whole.setdefault(result.quantity, {})[name] = self.names(value)
-                else:
-                    parts.setdefault(result.quantity, {}).setdefault(name, []).append(self.names(value))
-        for quantity, each in parts.items():
-            whole[quantity] = {name: self.printer.text(tuple(map(Word, values))) for name, values in each.items()}
-        return whole
+                before = own.get(name, ())
+                own[name] = value if result.factor is None else (*(before if isinstance(before, tuple) else ()), value)
+        return found
 
 
 def _function_name(scope: Scope, body: Body, number: int) -> str:
@@ -225,41 +233,66 @@ def small(kept: set[Value]) -> Context:
     return Context(frozenset(kept), lambda value: False, lambda value: value, NOTHING)
 
 
-def written(lines: Lines, printer: Printer) -> list[str]:
-    """One line per value, and a comment where the subject changes."""
+class Comment(str):
+    """A line that is no statement."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A function of a source: its name, its arguments, its statements and comments."""
+
+    name: str
+    arguments: tuple[str, ...]
+    body: list[str]
+
+
+def _written(line: Line) -> Iterator[Expr]:
+    """What is written for a line: its expression; of a loop, what it runs over and the lines."""
+    if line.block is None:
+        yield line.expr
+        return
+    yield from (whole for _, whole in line.block.rows)
+    yield from (expr for each in line.block.every for expr in _written(each))
+
+
+def written(lines: Lines, printer: Printer, indent: str = "    ") -> list[str]:
+    """One statement per value, and a comment where the subject changes."""
     inside = captured_by(lines)
     blocks = {line.value: line.block for line in lines if line.block is not None}
-    shown, note = [], ""
+    shown: list[str] = []
+    note = ""
     for line in lines:
         if line.note and line.note != note:
             note = line.note
-            shown.append(f"    # {comment(note)}")
+            shown.append(Comment(f"{indent}# {comment(note)}"))
         if line.block is not None:
-            shown += _loop(line.block, printer)
+            shown += _loop(line.block, printer, indent)
         elif not any(value in blocks for value in line.inputs):  # what a loop leaves is there
-            shown.append(f"    {printer.names(line.value)} = {printer.text(line.expr)}")
-        shown += freed([value for value in line.frees if value not in blocks], inside, printer.names)
+            shown.append(printer.statement(f"{indent}{printer.names(line.value)} = ", line.expr))
+        shown += freed([value for value in line.frees if value not in blocks], inside, printer, indent)
     return shown
 
 
-def _loop(block: Block, printer: Printer) -> list[str]:
+def _loop(block: Block, printer: Printer, indent: str) -> list[str]:
     """A loop over columns."""
-    names, text = printer.names, printer.text
     cut = f"split({block.width})" if block.width > 1 else "unbind(0)"
-    rows = ", ".join(f"{text(whole, ATOM)}.{cut}" for _, whole in block.rows)
-    targets = ", ".join(names(variable) for variable, _ in block.rows)
-    over = f"zip({rows}, strict=True)" if len(block.rows) > 1 else rows
-    head = f"    for {targets} in {FOLLOWED}({over}):"
-    inner = [f"    {line}" for line in written(block.lines, printer)]
-    return [*written(block.begin, printer), head, *inner, *written(block.end, printer)]
+    rows = [Row((printer.doc(whole, ATOM), f".{cut}")) for _, whole in block.rows]
+    targets = ", ".join(printer.names(variable) for variable, _ in block.rows)
+    over = Group("zip(", (*rows, "strict=True"), ")") if len(rows) > 1 else rows[0]
+    head = printer.line(f"{indent}for {targets} in ", Group(f"{FOLLOWED}(", (over,), ")"), ":")
+    again = printer.inside([*(variable for variable, _ in block.rows), *(line.value for line in block.lines)])
+    inner = written(block.lines, again, f"{indent}    ")
+    return [*written(block.begin, printer, indent), head, *inner, *written(block.end, printer, indent)]
 
 
-def freed(values: Iterable[Value], inside: set[Value], names: Callable[[Value], str]) -> list[str]:
+def freed(values: Iterable[Value], inside: set[Value], printer: Printer, indent: str) -> list[str]:
     """Lines that let go of values; torch.compile knows no `del` of one that a function inside has captured."""
     every = list(values)
-    plain = [names(value) for value in every if value not in inside]
-    lines = [f"    del {', '.join(plain)}"] if plain else []
-    return lines + [f"    {names(value)} = None" for value in every if value in inside]
+    plain = tuple(value for value in every if value not in inside)
+    line = f"{indent}del {', '.join(map(printer.names, plain))}"
+    fits = printer.width is None or len(line) <= printer.width
+    lines = [line if fits else printer.statement(f"{indent}del ", plain)] if plain else []
+    return lines + [f"{indent}{printer.names(value)} = None" for value in every if value in inside]
 
 
 def followed(plan: Plan) -> bool:

@@ -124,17 +124,16 @@ def cotangent_lines(compiled: Compiled, values: set[str]) -> Iterator[str]:
 def _cotangents(item: Backward) -> Iterator[str]:
     """One line for each reader of the value."""
     for k, term in enumerate(item.terms):
-        line = _cotangent(item.name, term)
-        yield line.replace(" = ", " += ", 1) if k else line
+        yield _cotangent(item.name, term, "+=" if k else "=")
     if item.condensed is not None:  # the same, where the planner finds that cheaper
         yield f"  → {body_text(item.condensed, {})}"
 
 
-def _cotangent(name: str, term: Diagram | Native) -> str:
+def _cotangent(name: str, term: Diagram | Native, equals: str = "=") -> str:
     if isinstance(term, Native):
         code = term.code.filled(lambda hole: hint_of(term.cotangent if hole == COTANGENT else hole))
-        return f"{hint_of(name)} = {shortened(code, 2 * CODE_WIDTH)}  (native)"
-    return diagram_text(name, term, {})
+        return f"{hint_of(name)} {equals} {shortened(code, 2 * CODE_WIDTH)}  (native)"
+    return f"{hint_of(name)}[{legs_text(term.legs)}] {equals} {body_text(term, {})}"
 
 
 def pulled_back(compiled: Compiled, item: Extraction) -> Iterator[Diagram]:

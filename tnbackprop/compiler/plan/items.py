@@ -18,6 +18,8 @@ from ..program.cost import Kernel, Terms, Work
 from ..program.expr import NO_WORK, Call, Expr, Lambda, Ref, Value
 from ..program.store import Store
 from ..translate.graph import Graph
+from ..translate.operators import Memory, row_of
+from ..translate.torch_internals import overload
 from .choose import Choice, choose
 from .forward import EACH, fill, operator_vjp
 
@@ -109,7 +111,8 @@ def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tu
     moved = (*scaled.moved, (1, legs)) if scaled.moved else ((3, legs),)
     work = Work(scaled.flops or ((2, legs),), moved, ((1, legs),))
     call = term.code.call  # another function may return what it is given
-    own = (call.name.startswith("torch.ops.aten.") and call.name.endswith("_backward")) or call.name == "new_zeros"
+    own = bool(call.aten) and row_of(overload(call.aten)).memory is Memory.OWN
+    own = own or (bool(call.on) and call.name == "new_zeros")
     return Ref(store.add(expr, sizes_of(legs), kernel, work, own=own), legs, legs)
 
 

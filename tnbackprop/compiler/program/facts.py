@@ -67,7 +67,7 @@ def written_over(expr: Any) -> Iterator[tuple[Value, Any]]:
 def _over_cotangent(expr: Filled) -> Iterator[tuple[Value, Any]]:
     """A native VJP of an elementwise operator over the cotangent that it reads."""
     call, holes = expr.code.call, dict(expr.holes)
-    into = row_of(overload(call.name.removeprefix("torch.ops.aten."))).into
+    into = row_of(overload(call.aten)).into if call.aten else ""
     own = holes.get(call.first)
     others = tuple(each for hole, each in expr.holes if hole != call.first)
     if call.whole and into and isinstance(own, Value) and own not in reads(others):
