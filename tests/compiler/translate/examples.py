@@ -82,6 +82,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "batch_norm": (X, None, None, drawn(4), drawn(4).abs(), False, 0.1, 1e-5, False),
     "layer_norm": (X, [5]), "group_norm": (X, 2),
     **dict.fromkeys(("add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor"), (X, drawn(5))),
+    "gelu_backward": (X, X.cos()), "mish_backward": (X, X.cos()), "hardswish_backward": (X, X.cos()),
     "threshold_backward": (X, X.cos(), 0.9), "sigmoid_backward": (X, X.cos()), "tanh_backward": (X, X.cos()),
     "silu_backward": (X, X.cos()), "elu_backward": (X, 1.0, 2.0, 3.0, False, X.cos()),
     "leaky_relu_backward": (X, X.sin(), 0.1, False), "hardtanh_backward": (X, X.cos(), 0.5, 0.9),

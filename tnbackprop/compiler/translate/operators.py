@@ -207,7 +207,7 @@ TABLE: Mapping[str, Operator] = {
     "relu": Operator(memory=Memory.OWN),
     "threshold_backward sigmoid_backward tanh_backward silu_backward elu_backward leaky_relu_backward "
     "hardtanh_backward softplus_backward hardsigmoid_backward": Operator(memory=Memory.OWN, into="grad_input"),
-    "gelu_backward mish_backward hardswish_backward log_sigmoid_backward glu_backward": Operator(memory=Memory.OWN),
+    "gelu_backward mish_backward hardswish_backward": Operator(memory=Memory.OWN),
     # no derivative
     "detach zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty zero "
     "fill.Scalar bernoulli bernoulli.p normal_functional sign floor ceil round trunc": Operator(no_gradient=True),
