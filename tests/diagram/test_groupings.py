@@ -141,3 +141,37 @@ def test_no_table_of_all_pairs_of_elements(what: str) -> None:
     for quantity in (tn.Grad(), tn.BatchL2(), tn.DiagGGN()):
         program = tn.compile(model, nn.MSELoss(), (x, y), [quantity])
         assert program.peak_bytes < 8 * 1200**2 / 2, program.source
+
+
+class Empty(nn.Module):
+    """Parameters that are read whole, and through slices that are empty."""
+
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.p, self.q, self.read = nn.Parameter(torch.randn(1)), nn.Parameter(torch.randn(4)), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.q + self.read(self.p) * self.q.tanh()
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda p: F.pad(p[1:], (0, 1)),
+        lambda p: p + p[1:].sum(),
+        lambda p: p * F.pad(p[1:].reshape(0, 3).reshape(3, 0), (0, 1)).sum(),
+        lambda p: torch.cat([p[1:], p]),
+    ],
+)
+def test_what_is_empty_has_no_derivative(read: Callable[[Tensor], Tensor]) -> None:
+    """Zero, where a parameter is read through no element of it only."""
+    torch.manual_seed(0)
+    model, x = Empty(read).double(), torch.randn(3, 4, dtype=torch.float64)
+    loss, y = nn.MSELoss(), torch.randn(3, 4, dtype=torch.float64)
+    result = tn.compute(model, loss, (x, y), [tn.Grad(), tn.BatchGrad(), tn.DiagGGN()])
+    for n in range(3):
+        loss(model(x[n : n + 1]), y[n : n + 1]).backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(result["batch_grad"][name][n] * 3, parameter.grad)
+            parameter.grad = None
+    assert all(value.isfinite().all() for value in result["diag_ggn"].values())

@@ -32,7 +32,7 @@ def common(*shapes: Sizes) -> Sizes:
     A shape cuts the axis at the strides of its legs, and all cuts that nest are made: (6,) and (2, 3) are read as
     (2, 3). Of (2, 3) and (3, 2) the first is; the other goes through one leg of 6.
     """
-    if len(shapes) == 1:
+    if len(shapes) == 1 or 0 in shapes[0]:
         return shapes[0]
     made: set[int] = set()
     for cuts in sorted(map(_cuts, shapes), key=len, reverse=True):
@@ -64,6 +64,10 @@ def _regrouped(jacobian: Jacobian, legs: Legs, sizes: Sizes, along: Legs) -> Jac
         return jacobian
     diagram = jacobian.diagram
     taken = {leg.name for p in diagram.products for leg in p.legs} | {leg.name for leg in diagram.legs}
+    if 0 in sizes:  # of no element; there is nothing to split
+        empty = tuple(_named(f"e{k}", size, taken) for k, size in enumerate(sizes))
+        out, into = (empty if group == legs else group for group in (jacobian.out, jacobian.into))
+        return Jacobian(Diagram((*out, *into), ()), out, into)
     split: dict[Leg, Legs] = {}
     crossed: dict[Legs, Legs] = {}
     for old, new in _blocks(legs, sizes):

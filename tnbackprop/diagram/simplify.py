@@ -16,8 +16,13 @@ from .radix import digits_of
 @lru_cache(2**14)  # a model of many blocks has some thousand diagrams
 def simplify(diagram: Diagram) -> Diagram:
     """The diagram with deltas away, equal operands as powers, trivial windows gone, and like terms added."""
-    products = [p for p in (_fixpoint(p, diagram.legs) for p in diagram.products) if p.scale != 0]
+    some = (p for p in diagram.products if not any(_empty(leg) for leg in p.legs))  # a sum of no elements is 0
+    products = [p for p in (_fixpoint(p, diagram.legs) for p in some) if p.scale != 0]
     return Diagram(diagram.legs, _like_terms(products, diagram.legs))
+
+
+def _empty(leg: Leg) -> bool:
+    return isinstance(leg.size, int) and not leg.size
 
 
 def _fixpoint(product: Product, output: tuple[Leg, ...]) -> Product:

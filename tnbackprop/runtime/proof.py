@@ -183,6 +183,8 @@ class Proof:
         twice = pair.kind in (ROOT, SECOND) and self.dtype == torch.float64
         relative = CLOSE.get(self.dtype, SHORT) * (TWICE if twice else 1)
         largest = max(other.largest for other in pairs if other.quantity == pair.quantity)
+        if not largest:  # zero in autograd everywhere: what cancels leaves its rounding
+            return FEW * torch.finfo(self.dtype).eps
         rounding = ROUNDING.get(self.dtype, FEW) * torch.finfo(self.dtype).eps * largest
         return relative * max(pair.largest, pair.size) + min(rounding, relative * largest)
 

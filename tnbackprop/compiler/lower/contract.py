@@ -172,7 +172,8 @@ def _paths(store: Store, refs: list[Ref], legs: tuple[Leg, ...]) -> tuple[Path, 
 def _searched(equation: str, shapes: tuple[tuple[int, ...], ...]) -> tuple[Path, ...]:
     found: dict[Path, None] = {}
     for method in ("dp", "greedy"):
-        path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=method)
+        some = [tuple(max(1, size) for size in shape) for shape in shapes]  # no path is best of no elements
+        path, _ = opt_einsum.contract_path(equation, *some, shapes=True, optimize=method)
         found[tuple(tuple(p) for p in path)] = None
     return tuple(found)
 
