@@ -43,14 +43,13 @@ Doc: TypeAlias = str | Row | Group | Chain
 
 def flat(doc: Doc) -> str:
     """In one line."""
-    match doc:
-        case Row():
-            return "".join(map(flat, doc.parts))
-        case Group():
-            return f"{doc.open}{', '.join(map(flat, doc.items))}{doc.end}{doc.close}"
-        case Chain():
-            return " ".join(part for operator, operand in doc.items for part in (operator, flat(operand)) if part)
-    return doc
+    if isinstance(doc, str):
+        return doc
+    if isinstance(doc, Group):
+        return f"{doc.open}{', '.join(map(flat, doc.items))}{doc.end}{doc.close}"
+    if isinstance(doc, Row):
+        return "".join(map(flat, doc.parts))
+    return " ".join(part for operator, operand in doc.items for part in (operator, flat(operand)) if part)
 
 
 def laid(before: str, doc: Doc, after: str, width: int) -> str:
