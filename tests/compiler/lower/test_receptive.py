@@ -173,7 +173,7 @@ def test_where_onednn_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y, loss = torch.randn(2, *sample), torch.arange(2), nn.CrossEntropyLoss()
     model(x)
     monkeypatch.setattr(receptive, "MANY", 2)
-    monkeypatch.setattr(processor, "vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(processor, "made", lambda: ("AuthenticAMD", 26))
     assert processor.of_processor(CPU).flops[Kernel.CHANNELS_LAST] == 2 * CPU.flops[Kernel.CHANNELS_LAST]
 
     def called(dtype: torch.dtype = torch.float32) -> bool:
@@ -186,9 +186,9 @@ def test_where_onednn_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(receptive, "MANY", 100)
     assert not called()
     monkeypatch.setattr(receptive, "MANY", 2)
-    amd, intel = "AuthenticAMD", "GenuineIntel"
-    for vendor, there, chosen in ((intel, True, False), (amd, False, False), (amd, True, True)):
-        monkeypatch.setattr(processor, "vendor", lambda vendor=vendor: vendor)
+    new, old, intel = ("AuthenticAMD", 26), ("AuthenticAMD", 25), ("GenuineIntel", 6)
+    for made, there, chosen in ((intel, True, False), (old, True, False), (new, False, False), (new, True, True)):
+        monkeypatch.setattr(processor, "made", lambda made=made: made)
         monkeypatch.setattr(processor, "has_onednn", lambda there=there: there)
         assert called() == chosen
 
