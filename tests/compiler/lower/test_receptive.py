@@ -187,8 +187,8 @@ def test_where_onednn_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not called()
     monkeypatch.setattr(receptive, "MANY", 2)
     new, old, intel = ("AuthenticAMD", 26), ("AuthenticAMD", 25), ("GenuineIntel", 6)
-    for made, there, chosen in ((intel, True, False), (old, True, False), (new, False, False), (new, True, True)):
-        monkeypatch.setattr(processor, "made", lambda made=made: made)
+    for kind, there, chosen in ((intel, True, False), (old, True, False), (new, False, False), (new, True, True)):
+        monkeypatch.setattr(processor, "made", lambda kind=kind: kind)
         monkeypatch.setattr(processor, "has_onednn", lambda there=there: there)
         assert called() == chosen
 

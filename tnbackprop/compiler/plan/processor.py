@@ -1,8 +1,8 @@
 """Processor: what this one does otherwise than the one that the rates were measured on. A table, no timing.
 
 Convolutions are oneDNN's, matmuls MKL's. On a processor that is not Intel's MKL uses AVX2: half of AVX-512, where its
-units are as wide as that. Convolutions are then twice as fast beside matmuls, and so is oneDNN's matmul (measured: 2.0 to
-2.3 times MKL's on AMD EPYC of the fifth generation, 1.07 on the fourth, whose units are half as wide).
+units are as wide as that. Convolutions are then twice as fast beside matmuls, and so is oneDNN's matmul (measured: 2.0
+to 2.3 times MKL's on AMD EPYC of the fifth generation, 1.07 on the fourth, whose units are half as wide).
 """
 
 from __future__ import annotations
