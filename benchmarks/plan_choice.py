@@ -138,7 +138,7 @@ def _functions(text: Writer) -> dict[str, Any]:
 
 def _run(option: Option, program: tn.Program, values: Mapping[Value, Any], batch: int) -> Callable[[], list[Tensor]]:
     """The steps of an option as a function, which frees what nobody reads any more."""
-    plan = replace(program.compiled.plan, steps=option.steps, loops=())
+    plan = replace(program.compiled.plan, steps=option.steps)
     text = Writer(program.compiled.graph, plan)
     last = {value: k for k, step in enumerate(option.steps) for value in step.inputs}
     own, kept = set(option.steps), set(option.results.values())
