@@ -253,3 +253,14 @@ def test_what_autograd_rounds_to_zero_is_not_compared() -> None:
     first, second = program.checked.splitlines()
     assert first.endswith("grad of 2 parameters")
     assert second == "not compared: diag_ggn, which autograd has as zero everywhere"
+
+
+def test_derivatives_that_are_rounding() -> None:
+    """The cosine of two numbers is 1 or -1: its derivatives are zero, and what is left of them is no difference."""
+    torch.manual_seed(0)
+    model, y = nn.Linear(4, 1).double(), torch.randn(4, 1).double()
+    for _ in range(8):
+        x = torch.randn(4, 4).double()
+        cosine = lambda f, y: (1 - nn.functional.cosine_similarity(f + 2, y, dim=1)).mean()  # noqa: E731
+        program = tn.compile(model, cosine, (x, y), [tn.Grad(), tn.HessianDiag()])
+        assert program.checked.startswith("checked on 2 samples")

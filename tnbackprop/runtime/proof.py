@@ -40,6 +40,8 @@ ROUNDING = {torch.float64: 1e4}
 """So many times the spacing of the dtype, or `FEW` times, relative to the largest value of a quantity: what cancels is
 not exactly zero. The shorter dtypes have float64 to ask."""
 FEW = 50
+NOTHING = FEW * torch.finfo(torch.float64).eps
+"""What is nowhere larger is rounding, where it is made of numbers around 1."""
 LOST = 50.0
 """So many times as much where the model does not run in float64."""
 WORSE = 8.0
@@ -183,10 +185,10 @@ class Proof:
         twice = pair.kind in (ROOT, SECOND) and self.dtype == torch.float64
         relative = CLOSE.get(self.dtype, SHORT) * (TWICE if twice else 1)
         largest = max(other.largest for other in pairs if other.quantity == pair.quantity)
-        if not largest:  # zero in autograd everywhere: what cancels leaves its rounding
-            return FEW * torch.finfo(self.dtype).eps
         rounding = ROUNDING.get(self.dtype, FEW) * torch.finfo(self.dtype).eps * largest
-        return relative * max(pair.largest, pair.size) + min(rounding, relative * largest)
+        # where autograd has zero, what cancels leaves its rounding
+        least = 0.0 if pair.largest >= NOTHING else NOTHING if largest else FEW * torch.finfo(self.dtype).eps
+        return max(least, relative * max(pair.largest, pair.size) + min(rounding, relative * largest))
 
     def _worse(self, wrong: Sequence[Pair], pairs: Sequence[Pair], result: Result) -> list[Pair]:
         """Those of the differences that are not autograd's own rounding, seen from float64."""
