@@ -77,6 +77,9 @@ DENSE = {
     "part of the choice is kept": made((n, y), one("", n, choice=(y, x)), X(x)),
     "part of the choice is summed elsewhere": made((n,), one("", n, choice=(y, x)), X(x)),
     "nothing is selected from": made((n,), one("", n)),
+    "the choice is a leg of the index": made((n, c), one("", n, c), X(n, c)),
+    "a leg of the index is part of the choice": made((n, y, x), one("", n, x, choice=(y, x)), X(x)),
+    "where an index is its own place": made((n,), one("", n, c)),
 }
 
 

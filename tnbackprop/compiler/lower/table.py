@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from ...diagram.core import Delta, Leg, Map, Operand, Product, Selection, Tensor, Window
+from ...diagram.core import Delta, Leg, Map, Operand, Product, Selection, Size, Tensor, Window, ordered_union
 from ..program import functions as f
 from ..program.cost import Kernel, Work
 from ..program.expr import Call, Expr, Ref
@@ -82,9 +82,8 @@ def _as_like(store: Store, expr: Expr) -> Expr:
 
 def _one_hot(store: Store, operand: Selection) -> Tensor:
     index = read(store, operand.index)
-    inner = tuple(leg for leg in operand.choice if leg not in index.order)
-    if inner != operand.choice:
-        raise NotImplementedError(f"a selection whose choice is also a leg of its index: {operand}")
+    if set(operand.choice) & set(index.order):
+        return _one_hot_within(store, operand, index)
     count = 1
     for leg in operand.choice:
         count = count * leg.size
@@ -94,6 +93,21 @@ def _one_hot(store: Store, operand: Selection) -> Tensor:
     shape = (*sizes_of(index.order), count)
     value = store.add(_as_like(store, meets), shape, Kernel.ELEMENTWISE, Work(moved=((2, legs),)))
     return as_tensor(store, Ref(value, legs, legs))
+
+
+def _one_hot_within(store: Store, operand: Selection, index: Ref) -> Tensor:
+    """Where a leg of the choice is one of the index: its entries are compared with where they stand themselves."""
+    legs = ordered_union(index.order, operand.choice)
+    place: Expr | int = 0
+    stride: Size = 1
+    for k, leg in enumerate(reversed(operand.choice)):
+        term = Call(f.MUL, (stride, _arange(store, leg, legs)))
+        place, stride = Call(f.ADD, (place, term)) if k else term, stride * leg.size
+    flat = Call(f.RESHAPE, (in_order(store, index), *sizes_of(index.order), *(1 for _ in legs[len(index.order) :])))
+    value = store.add(
+        _as_like(store, Call(f.EQUAL, (flat, place))), sizes_of(legs), Kernel.ELEMENTWISE, Work(moved=((2, legs),))
+    )  # fmt: skip
+    return Tensor(store.key_of(value), legs)
 
 
 LOWERINGS: tuple[Lowering, ...] = (squares, convolutions, shifts, selected, receptive_fields, viewed, unfolding)
