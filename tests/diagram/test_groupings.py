@@ -175,3 +175,24 @@ def test_what_is_empty_has_no_derivative(read: Callable[[Tensor], Tensor]) -> No
             torch.testing.assert_close(result["batch_grad"][name][n] * 3, parameter.grad)
             parameter.grad = None
     assert all(value.isfinite().all() for value in result["diag_ggn"].values())
+
+
+class Exponents(nn.Module):
+    """A value of parameters that is read with two groupings of its axes, and in whose derivative it stands itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.randn(1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.p.reshape(4, 2)
+        rest = p.logsumexp(1, keepdim=True) - p
+        return x @ (rest * rest.t().reshape(4, 2).sigmoid()) + self.p.sum()
+
+
+def test_second_derivatives_of_a_value_that_is_regrouped() -> None:
+    torch.manual_seed(0)
+    model, x, y = Exponents().double(), torch.randn(3, 4).double(), torch.randn(3, 2).double()
+    result = tn.compute(model, nn.MSELoss(), (x, y), [tn.HessianDiag()])
+    want = oracle_second.hessian_diag(model, nn.MSELoss(), x, y)
+    assert error(result["hessian_diag"]["p"], want["p"]) < TOLERANCE

@@ -15,6 +15,7 @@ import sympy
 from ...diagram.algebra import diagonal, differentiate, inline, on_diagonal, pull_back, tensor
 from ...diagram.core import BATCH, Diagram, Leg, N, Part, Product, Tensor, leaves
 from ...diagram.jacobian import Jacobian
+from ...diagram.regroup import common, regroup
 from ...diagram.simplify import simplify
 from ...errors import UnsupportedError
 from ...notation.bind import BoundRule, Equation
@@ -146,6 +147,7 @@ def _total(equation: Equation, pulled: Diagram, name: str) -> Jacobian | None:
     jacobian = jacobian_of(equation, name)
     if inner is None or jacobian is None:
         return direct if direct is not None and direct.diagram.products else None
+    jacobian, inner = _with_like_legs(jacobian, inner)
     own = inner.diagram.rename(dict(zip(inner.into, jacobian.out, strict=True)))
     into = direct.into if direct is not None else tuple(Leg(f"{leg.name}~'", leg.size) for leg in jacobian.into)
     if [leg.size for leg in into] != [leg.size for leg in jacobian.into]:
@@ -153,6 +155,15 @@ def _total(equation: Equation, pulled: Diagram, name: str) -> Jacobian | None:
     chained = pull_back(jacobian, own, inner.out, into)
     total = chained if direct is None else simplify(direct.diagram + chained)
     return Jacobian(total, inner.out, into) if total.products else None
+
+
+def _with_like_legs(jacobian: Jacobian, inner: Jacobian) -> tuple[Jacobian, Jacobian]:
+    """The value of the line is read with other legs where its users do: a value made of parameters."""
+    here, there = (tuple(leg.size for leg in legs) for legs in (jacobian.out, inner.into))
+    if here == there:
+        return jacobian, inner
+    sizes = common(here, there)
+    return regroup(jacobian, out=sizes), regroup(inner, into=sizes)
 
 
 def residual_diagonal(
