@@ -19,7 +19,7 @@ from ..models import Branches, Reused, WithParameters
 from ..regrouped import regrouped
 from ..second_order import TOLERANCE, error
 
-PROGRAMS = int(os.environ.get("TNBACKPROP_PROGRAMS", "6"))
+PROGRAMS = int(os.environ.get("TNBACKPROP_PROGRAMS", "4"))
 """How many random programs are tried: raise it after a change of the algebra."""
 QUANTITIES = (
     tn.Grad(), tn.BatchGrad(), tn.BatchL2(), tn.SecondMoment(), tn.Variance(), tn.DiagGGN(), tn.HessianDiag(),

@@ -9,7 +9,7 @@ import pytest
 from ..random_models import problem
 from ..random_oracle import faults, usable
 
-PROGRAMS = int(os.environ.get("TNBACKPROP_PROGRAMS", "6"))
+PROGRAMS = int(os.environ.get("TNBACKPROP_PROGRAMS", "4"))
 """How many: raise it to look for faults."""
 
 

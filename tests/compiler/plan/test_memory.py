@@ -137,7 +137,9 @@ CLOSE = 0.1
 
 
 @pytest.mark.parametrize("quantity", ALL, ids=lambda q: q.name)
-@pytest.mark.parametrize("model", [mlp, cnn, encoder], ids=lambda each: each.__name__)
+@pytest.mark.parametrize(
+    "model", [mlp, cnn, pytest.param(encoder, marks=pytest.mark.slow)], ids=lambda each: each.__name__
+)
 def test_the_peak_is_that_of_the_tensors(model: Callable[..., Any], quantity: tn.Quantity) -> None:
     torch.manual_seed(0)
     net, x = model()
