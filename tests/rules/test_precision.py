@@ -115,22 +115,25 @@ def check(got: tuple[Tensor, ...], function: Function, x: Tensor, skipped: float
         assert not listed, f"derivative {order} of float64 (x, got, wanted): {listed[:3]}"
 
 
+TWICE: dict[Any, Function] = {aten.hardsigmoid.default: lambda x: F.relu6(x + 3) / 6}
+"""The same function, where torch has no second derivative of the operator."""
+
+
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("target", pointwise_calls())
 def test_activations(target: Any, dtype: torch.dtype) -> None:
     """The first and second derivative of every row, from what it declares."""
-    if target == aten.hardsigmoid.default:
-        pytest.skip("torch has no second derivative of it")
     call = single(target, **SPECIAL.get(target, {}))
     given = {name: value for name, value in call.arguments.items() if name != "input"}
 
     def function(x: Tensor) -> Tensor:
-        found = target(x, **given)
+        found = TWICE[target](x) if target in TWICE else target(x, **given)
         return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
 
     x = GRID.to(dtype)
     rule = bound(RULES[target](call))  # type: ignore[arg-type]
-    value = function(x)
+    value = target(x, **given)
+    value = value[0] if isinstance(value, tuple) else value
     check((value, *derivatives(rule, x, value)), function, x, CONVENTION.get(target, inf))
 
 
