@@ -264,7 +264,6 @@ MAY = {
     "compiler.invariants.program": "the names of rows: none waits for the device",
     "compiler.derive.derived": "an id: the number of columns",
     "compiler.derive.output": "an id: a column",
-    "compiler.derive.layer": "an id: a matrix for the batch",
     "generation.names": "names of parameters and rules as identifiers",
     "generation.text": "docstrings and comments are filled, texts cut at the ends of their lines",
     "generation.front": "the title, from the repr of a module",

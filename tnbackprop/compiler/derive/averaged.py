@@ -44,7 +44,8 @@ class Averages:
         first, second = (one, other) if self.place[one] >= self.place[other] else (other, one)
         name = block_name(first, second)
         if not any(item.name == name for item in self.sweep.schedule if isinstance(item, Backward)):
-            self.sweep.schedule.append(Backward(name, "", tuple(self.blocks[first, second]), f"{first} and {second}"))
+            terms, of = tuple(self.blocks[first, second]), first if first == second else ""
+            self.sweep.schedule.append(Backward(name, "", terms, f"{first} and {second}", matrix_of=of))
         legs = {one: self.legs[one], other: copied(self.legs[other])}
         if one == other:
             return tensor(name, (*self.legs[one], *copied(self.legs[one])))

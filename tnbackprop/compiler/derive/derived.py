@@ -38,6 +38,7 @@ class Backward:
     terms: tuple[Diagram | Native, ...]
     note: str
     condensed: Diagram | None = None  # the only term, from the cotangent before a selection
+    matrix_of: str = ""  # the value whose averaged matrix it is; it is no cotangent then
 
 
 @dataclass(frozen=True)

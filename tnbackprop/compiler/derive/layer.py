@@ -70,7 +70,7 @@ class Layer:
         given = ((c.start.handed, c.schedule) for c in self.derived.columns if isinstance(c.start, Given))
         for handed, schedule in ((HANDED[0], self.derived.schedule), *given):
             for item in (item for item in schedule if isinstance(item, Backward)):
-                value = item.value or item.name.removeprefix("K:")
+                value = item.value or item.matrix_of
                 if value in self.graph.inputs:
                     yield value, item.name, handed
 
