@@ -263,7 +263,6 @@ MAY = {
     "compiler.invariants.table": "the names of rows: none is einsum",
     "compiler.invariants.program": "the names of rows: none waits for the device",
     "compiler.derive.derived": "an id: the number of columns",
-    "compiler.derive.output": "an id: a column",
     "generation.names": "names of parameters and rules as identifiers",
     "generation.text": "docstrings and comments are filled, texts cut at the ends of their lines",
     "generation.front": "the title, from the repr of a module",

@@ -58,6 +58,7 @@ class AtOutput(Output):
         self.source: LossRoot | Weighted | None = None
         self.samples = 0
         self.noises: list[Noise] = []
+        self.column = f"column:{self._number}"
 
     @property
     def legs(self) -> tuple[Leg, ...]:
@@ -135,7 +136,7 @@ class AtOutput(Output):
 
     def _named(self, count: int, legs: tuple[Leg, ...], weights: Diagram) -> tuple[Diagram, Diagram]:
         lead = Leg(COLUMN, count)
-        column = Tensor(f"column:{self._number}", (*column_leg(count), *legs))
+        column = Tensor(self.column, (*column_leg(count), *legs))
         return Diagram((lead, *legs), (Product(ONE, (column,)),)), weights
 
     def _weights(self, count: int, weighted: bool) -> Diagram:
@@ -168,7 +169,7 @@ def start_of(propagation: Propagation, at: AtOutput, output: str) -> Start:
     rest = [leg for leg in found.legs if leg.name != COLUMN]
     own = tuple(leg for leg in at.legs if leg != BATCH)
     matrix = not lead and set(rest) == {*own, *copied(own)}
-    plain = _is_column(found) and set(rest) <= set(at.legs)
+    plain = _is_column(found, at.column) and set(rest) <= set(at.legs)
     if not plain and not matrix and set(rest) != set(at.legs):
         raise InputError(
             f"{where}: start returns a diagram with legs {_shown(found.legs)}, and this output has {_shown(at.legs)}\n"
@@ -184,12 +185,12 @@ def start_of(propagation: Propagation, at: AtOutput, output: str) -> Start:
     return Start(output, at.source, at.samples, inline(Diagram(order, found.products)), count, matrix, noises)
 
 
-def _is_column(diagram: Diagram) -> bool:
-    """Whether it is what was asked for, and nothing else."""
+def _is_column(diagram: Diagram, column: str) -> bool:
+    """Whether it is what was asked for, the tensor of that name, and nothing else."""
     products = diagram.products
     operands = products[0].operands if len(products) == 1 and products[0].scale == 1 else ()
     only = operands[0] if len(operands) == 1 else None
-    if not isinstance(only, Tensor) or not only.name.startswith("column:"):
+    if not isinstance(only, Tensor) or only.name != column:
         return False
     return {leg for leg in diagram.legs if leg.size != 1} == {leg for leg in only.legs if leg.size != 1}
 
