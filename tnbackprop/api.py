@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .compiler import compile_program
 from .compiler.capture.export import check_trainable, plain
 from .compiler.lower.candidate import Lowering
-from .declare import REGISTRY, Declaration, resolve
+from .declare import REGISTRY, Declaration, resolve, told_of_replaced
 from .errors import InputError, check_member
 from .quantities import Quantity, check_quantities
 from .rules import RULES
@@ -59,7 +59,8 @@ def compile(
     check_member("indefinite", indefinite, Indefinite)
     check_trainable(model, quantities)
     limit, table = _bytes(memory_limit), resolve(rules)
-    compiled = compile_program(model, loss, example, list(quantities), table, limit, lowerings=tuple(lowerings))
+    with told_of_replaced(rules):
+        compiled = compile_program(model, loss, example, list(quantities), table, limit, lowerings=tuple(lowerings))
     program = Program(model, compiled, loss, quantities, indefinite)
     program.checked = prove(program, example, table, limit is not None) if check else "not checked: check=False"
     return program

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 
 from .compiler.translate.torch_internals import OpOverload, OpOverloadPacket, overload_of
-from .errors import RuleError
+from .errors import RuleError, UnsupportedError
 from .notation.parse import parse_access, parse_expression, parse_program
 from .notation.rule import Primitive, Rule, RuleFunction, Rules, Table
 from .rules import RULES
@@ -99,6 +99,18 @@ def resolve(rules: Mapping[Any, Declaration] | None) -> Rules:
         key = target if known else target_of(target)
         table.rule(key)(known or row_of(declared, key))
     return table
+
+
+@contextmanager
+def told_of_replaced(rules: Mapping[Any, Declaration] | None) -> Iterator[None]:
+    """What is refused says so where the rules that were passed leave all of the built-in ones out."""
+    try:
+        yield
+    except UnsupportedError as error:
+        if rules is None or not RULES.keys().isdisjoint(rules):
+            raise
+        hint = "rules= is the whole table, and has none of the built-in rules: write rules=tn.RULES | {…}"
+        raise UnsupportedError(f"{error}\n  {hint}") from None
 
 
 def target_of(target: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from math import sqrt
 from numbers import Real
@@ -21,7 +21,7 @@ from .notation.bind import Axes
 from .notation.parse import parse_program
 from .notation.rule import Constant, Rule
 from .notation.solve import compare
-from .notation.syntax import Access, Factors, Line, Star, accesses, nearest
+from .notation.syntax import Access, Apply, Factors, Line, Node, Star, accesses, nearest
 from .rules.declared import Declared
 
 Initialiser = Callable[[Tensor], object]
@@ -38,7 +38,8 @@ def einsum_layer(formula: str, /, **tensors: Any) -> EinsumLayer:
     a number, for a constant (``eps=1e-5``; a capital letter says the size of its leg). The others are forward's
     arguments, in the order in which the formula reads them, and have the batch: leg n, or where the formula has no
     leg n the first one of the output. A parameter without an initialiser is drawn as `nn.Linear` draws its weight,
-    uniform with Kaiming's bound and a = √5; with a single axis it is zero.
+    uniform with Kaiming's bound and a = √5. One with at most one axis is one where it is a factor (a gain), zero where
+    it is added or the argument of a function (a bias), and uniform in ±1/√I where its leg i is summed.
 
     Raises `RuleError` where the formula is none, a shape does not fit it, or a name is missing or not read.
     """
@@ -59,7 +60,7 @@ class EinsumLayer(Declared):
         self.constants: dict[str, Constant] = {}
         self.initialisers: dict[str, Initialiser] = {}
         for name, given in tensors.items():
-            self._enter(name, given)
+            self._enter(name, given, lines)
         self.batch = _batch_item(lines)
         self.inputs = {name: first for name, first in read.items() if name not in tensors}
         _check_inputs(self.inputs, self.batch)
@@ -71,7 +72,7 @@ class EinsumLayer(Declared):
         self.signature = inspect.Signature([inspect.Parameter(name, kind) for name in self.inputs])
         self.reset_parameters()
 
-    def _enter(self, name: str, given: Any) -> None:
+    def _enter(self, name: str, given: Any, lines: tuple[Line, ...]) -> None:
         """One keyword: a constant, a buffer or a parameter."""
         if _is_number(given):
             self.constants[name] = given
@@ -91,7 +92,7 @@ class EinsumLayer(Declared):
                 hint="give a shape (8, 5), a pair (shape, initialiser), a tensor or a number",
             )
         self.register_parameter(name, nn.Parameter(torch.empty(tuple(shape))))
-        self.initialisers[name] = initialiser or (_kaiming if len(shape) > 1 else nn.init.zeros_)
+        self.initialisers[name] = initialiser or (_kaiming if len(shape) > 1 else _of_one_leg(name, lines))
 
     def reset_parameters(self) -> None:
         """Draw the parameters that were given as shapes again."""
@@ -183,10 +184,13 @@ def _check_names(formula: str, tensors: Mapping[str, Any], read: Mapping[str, Ac
 
 def _check_inputs(inputs: Mapping[str, Access], batch: str) -> None:
     """What is not given is an argument of forward, and those have the batch."""
-    for name, first in inputs.items():
-        if not any(str(item) == batch for item in first.items):
-            hint = f"pass its shape, {name}=(…), or a tensor; only arguments of forward are left out"
-            raise first.place.error(f"'{name}' is not given and has no batch leg '{batch}'", hint)
+    without = {name: first for name, first in inputs.items() if not any(str(item) == batch for item in first.items)}
+    for name, first in without.items():
+        hint = f"pass its shape, {name}=(…), or a tensor; only arguments of forward are left out"
+        if len(without) == len(inputs):
+            legs = ", ".join([BATCH, *map(str, first.items)])
+            hint = f"the formula has no batch leg: write {name}[{legs}] and output[{BATCH}, …]\nor {hint}"
+        raise first.place.error(f"'{name}' is not given and has no batch leg '{batch}'", hint)
     if not inputs:
         raise RuleError("the formula reads no input: every name is given", hint="leave out what forward receives")
 
@@ -213,3 +217,36 @@ def _axes(tensor: Tensor) -> Axes:
 
 def _kaiming(tensor: Tensor) -> None:
     nn.init.kaiming_uniform_(tensor, a=sqrt(5))
+
+
+def _of_one_leg(name: str, lines: tuple[Line, ...]) -> Initialiser:
+    """That of a parameter with at most one axis: a gain is one, a bias zero, what is summed over uniform."""
+    for line in lines:
+        kept = {str(item) for item in line.left.items}
+        for read, factor in _roles(line.right, False):
+            if factor and read.tensor == name:
+                return nn.init.ones_ if all(str(item) in kept for item in read.items) else _fan_in
+    return nn.init.zeros_
+
+
+def _roles(node: Node, factor: bool) -> Iterator[tuple[Access, bool]]:
+    """Every read of an expression, and whether it is a factor of another read."""
+    match node:
+        case Access():
+            yield node, factor
+        case Apply(op="*" | "/" as op, args=(left, right)):
+            for arg, other in ((left, right), (right, left)):
+                yield from _roles(
+                    arg, factor or (op == "/" and arg is right) or next(accesses(other), None) is not None
+                )
+        case Apply(op="neg" | "**" | "if", args=args):
+            for arg in args:
+                yield from _roles(arg, factor)
+        case Apply(args=args):
+            for arg in args:
+                yield from _roles(arg, False)
+
+
+def _fan_in(tensor: Tensor) -> None:
+    bound = 1 / sqrt(max(tensor.numel(), 1))
+    nn.init.uniform_(tensor, -bound, bound)

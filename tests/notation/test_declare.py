@@ -337,6 +337,18 @@ def test_misuse(what: str) -> None:
     assert len(REGISTRY) == before + (what == "twice")
 
 
+@pytest.mark.parametrize("rules", [{}, {Power: FORMULA}], ids=["empty", "one row"])
+def test_a_table_without_the_built_in_rules_is_told(rules: dict[Any, Any]) -> None:
+    message = r"(?s)aten.mse_loss.default in module 'loss' .* has no rule.*built-in rules: write rules=tn.RULES \|"
+    with pytest.raises(tn.UnsupportedError, match=message):
+        tn.compile(network(Power()), nn.MSELoss(), (X, Y), [tn.Grad()], rules=rules)
+    mixing = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
+    for given in (None, tn.RULES, tn.RULES | rules):
+        with pytest.raises(tn.UnsupportedError) as caught:
+            tn.compile(mixing, nn.MSELoss(), (X, X), [tn.Grad()], rules=given)
+        assert "tn.RULES" not in str(caught.value)
+
+
 @pytest.mark.parametrize("returned", [None, 3, ("output[n] = input[n]",)], ids=str)
 def test_a_row_that_returns_no_rule(returned: Any) -> None:
     tn.rule(Power)(lambda layer: returned)

@@ -236,6 +236,31 @@ def test_initialisers() -> None:
     assert not torch.equal(made.weight, before) and made.weight.abs().max() <= 1 / 3 and own.eq(3).all()
 
 
+GAIN = [
+    ("output[n, i] = p[i] * input[n, i]", "ones"),
+    ("output[n, i] = input[n, i] / p[i]", "ones"),
+    ("output[n, i] = -(2 * p[i]**2) * input[n, i]", "ones"),
+    ("output[n, i] = tanh(p[i] * input[n, i])", "ones"),
+    ("output[n, i] = p[] * input[n, i]", "ones"),
+    ("h[n, i] = p[i] * input[n, i]\noutput[n, i] = h[n, i] + p[i]", "ones"),
+    ("output[n, i] = input[n, i] + p[i]", "zeros"),
+    ("output[n, i] = input[n, i] + 2 * p[i]", "zeros"),
+    ("output[n, i] = (1 + p[i]) * input[n, i]", "zeros"),
+    ("output[n, i] = exp(p[i]) * input[n, i]", "zeros"),
+    ("output[n] = p[i] * input[n, i]", "uniform"),
+]
+
+
+@pytest.mark.parametrize(("formula", "kind"), GAIN)
+def test_a_gain_is_one(formula: str, kind: str) -> None:
+    """A factor starts at one, what is added or inside of a function at zero, what is summed over is drawn."""
+    p = tn.einsum_layer(formula, p=() if "p[]" in formula else (16,)).p
+    if kind == "uniform":
+        assert 0.1 < p.abs().max() <= 0.25 and p.unique().numel() == 16
+    else:
+        assert torch.equal(p, getattr(torch, kind)(p.shape))
+
+
 def test_tied() -> None:
     """One parameter in two layers is one parameter."""
     first = tn.einsum_layer("output[n, o] = weight[o, i] * input[n, i]", weight=(3, 3))
@@ -273,6 +298,8 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "unknown number": (LINEAR, {"weight": (2, 3), "bias": (2,), "eps": 1e-3}, "'eps' is given, but"),
     "missing parameter": (LINEAR, {"weight": (2, 3)}, r"(?s)'bias' is not given and has no batch leg 'n'.*\^.*bias=\("),
     "missing, other batch": ("output[b, o] = weight[o, i] * input[b, i]", {}, r"'weight' is not given.* leg 'b'"),
+    "no batch leg": ("output[o] = weight[o, i] * input[i]", {"weight": (2, 3)},
+                     r"(?s)'input' is not given.*the formula has no batch leg: write input\[n, i\] and output\[n, "),
     "no input": ("output[i] = weight[i]", {"weight": (3,)}, "reads no input"),
     "axes": (LINEAR, {"weight": (2, 3, 4), "bias": (2,)}, r"(?s)'weight' has 3 axes \[2, 3, 4\].*names 2.*\^"),
     "sizes": (LINEAR, {"weight": (2, 3), "bias": (3,)}, r"(?s)leg 'o' has size 2 in 'weight' .*but 3 in 'bias'.*\^"),

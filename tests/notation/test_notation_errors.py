@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping
 
 import pytest
+import torch
 
+import tnbackprop as tn
 from tnbackprop.errors import RuleError, UnsupportedError
 from tnbackprop.notation.rule import Rule
 
@@ -45,13 +47,32 @@ WRONG = [
     ("output[n, o] = exq(weight[o, i]) * input[n, i]", "unknown function 'exq'(.|\n)*mean 'exp'", "exq(weight"),
     ("output[n, o] = exp(weight[o, i], 2) * input[n, i]", "'exp' takes 1 argument", "exp(weight"),
     ("output[n, o] = (weight[o, i] + bias[o]) * bias[o]", "do not all sum over i", "(weight[o, i] + bias"),
-    ("output[n, o] = weight[o, i] @ input[n, i]", "not part of the notation", "weight[o, i] @"),
+    (
+        "output[n, o] = weight[o, i] @ input[n, i]",
+        "not part(.|\n)*write weight.*: a leg not on the left",
+        "weight[o, i] @",
+    ),
+    ("output[n, i] = input[n, i]^2", r"'\^' is no power(.|\n)*write output.* = input\[n, i\]\*\*2\n", "^2"),
+    ("output[n, i] = input[n, 0:5]", r"a slice is no leg(.|\n)*write j \+ 0 for 0:5, .* leg j of 5 .*J=5", "0:5]"),
+    ("output[n, i] = input[n, 1:5:2]", r"a slice is no leg(.|\n)*write 2\*j \+ 1 for 1:5:2, .* of 2 ", "1:5:2]"),
+    ("output[n, i] = input[n, 2:]", r"a slice is no leg(.|\n)*write j \+ 2 for 2:, .* of … ", "2:]"),
+    ("output[n, i] = input[n, :I]", r"a slice is no leg(.|\n)*write j \+ 2, or 3\*j \+ 2", ":I]"),
+    ("oi,ni->no", r"(.|\n)*write output\[n, o\] = weight\[o, i\] \* input\[n, i\]", None),
+    ("n i, o i -> n o", r"(.|\n)*write output\[n, o\] = input\[n, i\] \* weight\[o, i\]", None),
+    ("oi,...i,o->...o", r"(.|\n)*write output\[\*s, o\] = weight\[o, i\] \* input\[\*s, i\] \* weight2\[o\]", None),
+    ("w[o, i], x[n, i] -> y[n, o]", r"(.|\n)*write y\[n, o\] = w\[o, i\] \* x\[n, i\]", None),
+    ("output[n, i] = gelu(input[n, i])", r"write input\[n, i\] \* erfc\(-input\[n, i\] / sqrt", "gelu(input"),
+    ("output[n, i] = F.silu(2 * input[n, i])", r"write \(2 \* input\[n, i\]\) \* sigmoid\(2 \* input", "F.silu("),
     ("output[n, o] = select(bias[o], i=k) * input[n, i]", "a choice lies at a position", "k) * input"),
     ("output[n, o] = select(bias[o], **i) * input[n, i]", "a choice lies at a position", "i) * input"),
     ("output[n, o] = select(bias[o], i, j=2*o) * input[n, i]", "select has the form", "select(bias"),
     ("output[n, o] = select(bias[o], I=2*o) * input[n, i]", "'I' is not a leg: capitals are sizes", "2*o) * input"),
     ("output[n, o] = select(bias[o], i=2*o + k) * input[n, i]", "size of leg 'k' does not follow", "k) * input"),
-    ("output[n, o] = relu(input[n, o])", r"unknown function 'relu'(.|\n)*maximum\(x, 0\)", "relu(input"),
+    (
+        "output[n, o] = relu(input[n, o])",
+        r"unknown function 'relu'(.|\n)*write maximum\(input\[n, o\], 0\)",
+        "relu(input",
+    ),
     ("output[n, o] = sum(input[n, o])", "unknown function 'sum'(.|\n)*not on the left is summed", "sum(input"),
     ("output[n, in] = input[n, in]", "'in' is a word of Python: choose another", "in] = input"),
     ("output(n, i) = input(n, i)", r"legs stand in square brackets: name\[leg", "output(n, i) = input"),
@@ -88,6 +109,62 @@ def test_wrong_text_is_told(text: str, message: str, caret: str | None) -> None:
     if caret is not None:
         assert caught.value.column is not None, caught.value
         assert caught.value.text[caught.value.column :].startswith(caret), caught.value
+
+
+WRITTEN = {
+    # what stands in the text -> lines before, and what stands there instead
+    "softmax(input[n, i])": ("e[n, i] = exp(input[n, i])", "s[n] = e[n, i]", "e[n, i] / s[n]"),
+    "softmax(bias[i] * input[n, i], -1)": ("e[n, i] = exp(bias[i] * input[n, i])", "s[n] = e[n, i]", "e[n, i] / s[n]"),
+    "softmax(weight[i, j] * input[n, j])": (
+        "h[n, i] = weight[i, j] * input[n, j]", "e[n, i] = exp(h[n, i])", "s[n] = e[n, i]", "e[n, i] / s[n]",
+    ),
+    "log_softmax(2 * input[n, i])": (
+        "e[n, i] = exp(2 * input[n, i])", "s[n] = e[n, i]", "(2 * input[n, i]) - log(s[n])",
+    ),
+    "logsumexp(bias[j] * input[n, j])": ("e[n, j] = exp(bias[j] * input[n, j])", "s[n] = e[n, j]", "log(s[n])"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", WRITTEN)
+def test_a_softmax_is_written_in_lines(function: str) -> None:
+    """The lines that the message has are a formula of the same function."""
+    *lines, last = WRITTEN[function]
+    left, shapes = (
+        "output[n]" if "logsumexp" in function else "output[n, i]",
+        {"input": "N 5", "weight": "5 5", "bias": "5"},
+    )
+    with pytest.raises(RuleError) as caught:
+        bound(f"{left} = {function}", "N", **shapes)
+    assert caught.value.hint.splitlines()[: len(lines) + 1] == [
+        f"write it in lines, and here {last}:", *(f"  {line}" for line in lines),
+    ]  # fmt: skip
+    rng = torch.Generator().manual_seed(0)
+    named = {name: torch.randn(shape, generator=rng) for name, shape in {"weight": (5, 5), "bias": (5,)}.items()}
+    text = "\n".join([*lines, f"{left} = {last}"])
+    layer = tn.einsum_layer(text, **{name: value for name, value in named.items() if name in text})
+    x = torch.randn(3, 5, generator=rng)
+    inside = {"weight": x @ named["weight"].T, "bias": x * named["bias"], "2 *": 2 * x, "(input": x}
+    value = next(value for key, value in inside.items() if key in function)
+    want = getattr(torch, function.partition("(")[0])(value, 1)
+    torch.testing.assert_close(layer(x), want)
+
+
+def test_a_slice_is_written_as_an_index() -> None:
+    x = torch.randn(3, 6)
+    for text, size, want in [("j + 0", 4, x[:, 0:4]), ("2*j + 1", 2, x[:, 1:5:2]), ("j + 2", 3, x[:, 2:5])]:
+        by_constant = tn.einsum_layer(f"output[n, j] = input[n, {text}]", J=size)
+        by_tensor = tn.einsum_layer(f"output[n, j] = gain[j] * input[n, {text}]", gain=(size,))
+        assert torch.equal(by_constant(x), want) and torch.equal(by_tensor(x), want)
+
+
+def test_a_text_without_batch_leg_is_told() -> None:
+    message = r"'input' has 2 axes \[N, 5\], but input\[i\] names 1(.|\n)*no batch leg: write input\[n, i\]"
+    with pytest.raises(RuleError, match=message):
+        bound("output[n, i] = input[i]", "N 5", input="N 5")
+    with pytest.raises(RuleError, match=r"no batch leg: write output\[n, i, j\]"):
+        bound("output[i, j] = input[n, i, j]", "N 5 5", input="N 5 5")
+    with pytest.raises(RuleError, match=r"names 1\n  output"):
+        bound("output[n] = input[n, i]", "N 5", input="N 5")
 
 
 def test_a_caret_points_into_the_right_line() -> None:

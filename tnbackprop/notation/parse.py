@@ -13,7 +13,6 @@ The grammar is Python's own, so `ast` reads it; what is not listed here is a `Ru
 from __future__ import annotations
 
 import ast
-import keyword
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import sympy
 
 from ..diagram.functions import erfc, expm1, log1p, logsigmoid, sigmoid, softplus
 from ..errors import RuleError
+from .hints import LOOKALIKES, function_hint, line_hint, slice_hint
 from .syntax import (
     Access,
     Apply,
@@ -71,18 +71,6 @@ FUNCTIONS: Mapping[str, tuple[int, Callable[..., sympy.Expr]]] = MappingProxyTyp
 """Functions of a formula: name -> (number of arguments, sympy expression)."""
 
 RESERVED = frozenset(FUNCTIONS) | {"delta", "select", "pi", "inf"}
-LOOKALIKES = dict(zip("−–·×⋅∗÷²", ("-", "-", "*", "*", "*", "*", "/", "**2"), strict=True))
-"""What is meant by characters that papers use."""
-HINTS = {
-    "sum": "a leg that is not on the left is summed",
-    "einsum": "write the product: a leg that is not on the left is summed",
-    "mean": "a leg that is not on the left is summed: divide by its size, a capital letter",
-    "relu": "write maximum(x, 0)",
-    "max": "write maximum(x, y), of two values",
-    "min": "write minimum(x, y), of two values",
-    "pow": "write x**2",
-}
-"""For functions that one would expect."""
 _OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**"}
 _NOTATION = "it has name[legs], numbers, + - * / **, comparisons, a if b else c, and functions like exp(…)"
 _COMPARISONS = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!="}
@@ -147,7 +135,7 @@ class _Source:
             return ast.parse("\n".join(map(_padded, self.lines))).body
         except SyntaxError as err:
             place = self._at(err.lineno or 1, max((err.offset or 1) - 1, 0))
-            raise place.error(f"not a formula: {err.msg}", _syntax_hint(place)) from None
+            raise place.error(f"not a formula: {err.msg}", line_hint(place.line, place.column or 0)) from None
         except (RecursionError, MemoryError):
             raise RuleError("not a formula: too many brackets inside each other", hint="write several lines") from None
 
@@ -157,6 +145,11 @@ class _Source:
             raise self.place(statement).error("an expression is needed here, without '='")
         return statement.value
 
+    def left(self) -> ast.expr | None:
+        """What the line defines; None: it is an expression."""
+        statement = self.parse()[0]
+        return statement.targets[0] if isinstance(statement, ast.Assign) else None
+
     def place(self, node: ast.expr | ast.stmt) -> Place:
         return self._at(node.lineno, node.col_offset)
 
@@ -164,14 +157,6 @@ class _Source:
         line = self.lines[min(row, len(self.lines)) - 1]
         columns = (c for c in range(len(line) + 1) if len(_padded(line[:c])) >= column)
         return Place(line, next(columns, len(line)))
-
-
-def _syntax_hint(place: Place) -> str:
-    """Words of Python, and brackets that are round."""
-    word = re.match(r"\w*", place.line[place.column :])
-    if word is not None and keyword.iskeyword(word[0]):
-        return f"'{word[0]}' is a word of Python: choose another name"
-    return "legs stand in square brackets: name[leg, leg]" if re.match(r"\w+\(.*\) *=", place.line) else ""
 
 
 def _padded(line: str) -> str:
@@ -187,6 +172,8 @@ def _statements(text: str) -> list[_Source]:
     for raw in text.split("\n"):
         line = re.sub(r"\s", " ", raw.split("#")[0]).strip()
         for column, char in enumerate(line):
+            if char == "^":
+                raise Place(line, column).error("'^' is no power", f"write {line.replace('^', '**')}")
             if not " " <= char <= "~":
                 hint = f"write {LOOKALIKES[char]}" if char in LOOKALIKES else "names and operators are ASCII"
                 raise Place(line, column).error(f"the character {char!r} is not ASCII", hint)
@@ -258,6 +245,8 @@ def _item(node: ast.expr, source: _Source) -> Item:
             if inner is not None:
                 raise inner.place.error("an index cannot read a tensor", "use select(index[legs], leg)")
             return Index(expr, ast.unparse(node), place)
+        case ast.Slice():
+            raise place.error("a slice is no leg", slice_hint(node, place.line))
         case _:
             raise place.error("expected a leg, *legs, g.o, an affine index or '...'")
 
@@ -314,6 +303,9 @@ def _node(node: ast.expr, source: _Source) -> Node:
             return Select(_access(index, source), *_near(near, source), place)
         case ast.Call():
             return _call(node, source)
+        case ast.BinOp(left=left, op=ast.MatMult(), right=right):
+            product = f"{ast.unparse(left)} * {ast.unparse(right)}"
+            raise place.error("'@' is not part of the notation", f"write {product}: a leg not on the left is summed")
         case _:
             raise place.error("this is not part of the notation", _NOTATION)
 
@@ -336,7 +328,7 @@ def _call(node: ast.Call, source: _Source) -> Apply:
     if name == "select":
         raise place.error("select has the form select(index[legs], leg, …)")
     if name not in FUNCTIONS:
-        hint = HINTS.get(name.rpartition(".")[2]) or nearest(name, FUNCTIONS)
+        hint = function_hint(node, source.left()) or nearest(name, FUNCTIONS)
         raise place.error(f"unknown function '{name}'", hint)
     if len(node.args) != FUNCTIONS[name][0] or node.keywords:
         raise place.error(f"'{name}' takes {FUNCTIONS[name][0]} argument(s), {len(node.args)} given")

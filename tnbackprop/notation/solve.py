@@ -76,9 +76,18 @@ class _Solver:
         if left < 0 or (left % times if times else left):
             shown = ", ".join("?" if a is None else "*".join(map(str, a)) for a in axes)
             what = f"'{use.tensor}' has {len(axes)} axes [{shown}], but {use} names {fixed}"
-            raise use.place.error(what + (" or more" if times else ""))
+            raise use.place.error(what + (" or more" if times else ""), self._no_batch(use, axes, fixed))
         for name in unknown:
             self.stars[name], self.changed = left // times, True
+
+    def _no_batch(self, use: Access, axes: list[Extent | None], named: int) -> str:
+        """What to write where the legs are those of one sample."""
+        batch = [k for k, axis in enumerate(axes) if N in (axis or ())]
+        items = [str(item) for item in use.items]
+        if not batch or named + 1 != len(axes) or BATCH.name in items:
+            return ""
+        items.insert(batch[0], BATCH.name)
+        return f"it has no batch leg: write {use.tensor}[{', '.join(items)}]"
 
     def measure(self, use: Access) -> None:
         """What the axes of one access say about the sizes of its legs, and the other way round."""
