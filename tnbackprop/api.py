@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .compiler import compile_program
-from .compiler.capture.export import check_trainable, plain
+from .compiler.capture.export import batch_size, check_trainable, plain
 from .compiler.lower.candidate import Lowering
 from .declare import REGISTRY, Declaration, resolve, told_of_replaced
 from .errors import InputError, check_member
@@ -93,7 +93,7 @@ def compute(
     state = _state(model, loss, batch, quantities, options) if isinstance(model, torch.nn.Module) else None
     kept = [] if state is None else _PROGRAMS.get(model, [])
     for k, (key, program) in enumerate(kept):
-        if state is not None and key.matches(state):
+        if state is not None and key.matches(state) and program.fits(batch_size((plain(batch[0]), plain(batch[1])))):
             _PROGRAMS[model] = [kept[k], *kept[:k], *kept[k + 1 :]] if k else kept
             return program.attached(model, loss)(*batch, seed=seed, generator=generator)
     program = compile(model, loss, batch, quantities, **options)

@@ -21,6 +21,7 @@ from ..compiler.emit.source import Writer
 from ..compiler.explain.text import diagram_text
 from ..compiler.plan.definite import TOLERATED
 from ..compiler.translate.graph import Graph
+from ..compiler.translate.sizes import shown
 from ..diagram.core import N
 from ..errors import InputError, UnsupportedError
 from ..notation.rule import Rules
@@ -66,10 +67,11 @@ def model_source(
     check_trainable(model, quantities)
     compiled = compile_program(model, loss, (example[0], example[1]), quantities, rules, here=False)
     refuse_random(compiled.graph)
-    if compiled.graph.least > 1:
+    rest = shown(compiled.graph.conditions)
+    if compiled.graph.least > 1 or rest:
         raise UnsupportedError(
-            "the model does something else for one sample (it branches on the batch size), and a file is for any "
-            "batch.\n  Do not branch on x.shape[0]."
+            f"the model does something else {f'where not {rest}' if rest else 'for one sample'} (it branches on the "
+            "batch size), and a file is for any batch.\n  Do not branch on x.shape[0]."
         )
     title = f"{type(model).__name__} with {getattr(loss, '__name__', type(loss).__name__)}"
     leaves = [leaf for leaf in pytree.tree_leaves((plain(example[0]), plain(example[1]))) if leaf is not None]

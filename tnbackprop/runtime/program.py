@@ -22,6 +22,7 @@ from ..compiler.invariants.stage import Stage
 from ..compiler.plan.definite import TOLERATED
 from ..compiler.program.cost import number, size_at
 from ..compiler.translate.graph import Graph, Value
+from ..compiler.translate.sizes import first_broken
 from ..compiler.translate.torch_modes import check_plain, own_dtypes
 from ..diagram.core import N
 from ..errors import InputError
@@ -112,6 +113,11 @@ class Program:
         checked = "\n".join(map(comment, self.checked.split("\n")))
         return f"{text}\n\nCheck\n=====\n{checked}" if stage is None else text
 
+    def fits(self, size: int) -> bool:
+        """Whether it is for so many samples: a model may branch on that."""
+        graph = self._compiled.graph
+        return size >= graph.least and first_broken(graph.conditions, size) is None
+
     def tensors(self, x: Any, y: Any) -> dict[str, torch.Tensor]:
         """The inputs of the emitted function: parameters, buffers, constants and the batch, by value name."""
         graph = self._compiled.graph
@@ -134,7 +140,7 @@ class Program:
             values[name] = _own("parameter", dotted, own, graph.values[name])
         for name, dotted in graph.buffers.items():
             values[name] = _own("buffer", dotted, own, graph.values[name])
-        batch = _check_batch(dict(zip(graph.inputs, flat, strict=True)), graph.values, graph.least)
+        batch = _check_batch(dict(zip(graph.inputs, flat, strict=True)), graph)
         return values | batch
 
     @torch.no_grad()
@@ -335,14 +341,12 @@ def _named_tensors(model: torch.nn.Module, loss: Callable[..., Any] | None) -> d
     return found
 
 
-def _check_batch(
-    batch: Mapping[str, torch.Tensor], values: Mapping[str, Value], least: int
-) -> dict[str, torch.Tensor]:
+def _check_batch(batch: Mapping[str, torch.Tensor], graph: Graph) -> dict[str, torch.Tensor]:
     """Every input has the dtype, rank and sizes that the program was compiled for, and one batch size."""
     size: int | None = None
     first = ""
     for name, tensor in batch.items():
-        value = values.get(name)
+        value = graph.values.get(name)
         if value is None:
             continue
         if not isinstance(tensor, torch.Tensor):
@@ -368,9 +372,17 @@ def _check_batch(
             )
     if size == 0:
         raise InputError("the batch is empty: give at least one sample")
-    if size is not None and size < least:
+    if size is not None and size < graph.least:
         raise InputError(
             "the batch has one sample, for which the model does something else (it branches on the batch size): the "
-            f"program is for {least} or more.\n  Give more samples, or do not branch on x.shape[0] and compile again."
+            f"program is for {graph.least} or more.\n  Give more samples, or do not branch on x.shape[0] and compile "
+            "again."
+        )
+    broken = None if size is None else first_broken(graph.conditions, size)
+    if broken is not None:
+        raise InputError(
+            f"the batch has {size} samples, for which the model does something else (it branches on the batch size): "
+            f"the program is for {broken}.{broken.line}\n  Compile another one with an example of {size} samples, or "
+            "do not branch on x.shape[0]."
         )
     return dict(batch)

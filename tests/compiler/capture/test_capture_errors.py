@@ -39,7 +39,7 @@ REFUSED: list[tuple[str, Callable[..., Any], str]] = [
     ("first", lambda m, x: m.a(x)[0], "single samples"),
     ("fixed", lambda m, x: m.a(x).view(4, -1), "one batch size"),
     ("branch", lambda m, x: m.a(x) if x.sum() > 0 else x, "torch.where"),
-    ("long", lambda m, x: m.a(x) if x.shape[0] > 2 else x, "one batch size"),
+    ("long", lambda m, x: m.a(x) if x.shape[0] == 4 else x, "one batch size"),
     ("length", lambda m, x: m.a(x) / len(x), r"not len\(x\)"),
     ("item", lambda m, x: m.a(x) * x.sum().item(), "depend on the data"),
     ("mask", lambda m, x: m.a(x)[x > 0], "depend"),

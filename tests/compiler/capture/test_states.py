@@ -148,13 +148,6 @@ def test_a_branch_that_changes_only_the_gradient() -> None:
         compiled(Function(forward, **layers()), 3)(*batch(1))
 
 
-@pytest.mark.parametrize("condition", [lambda n: n == 2, lambda n: n > 3, lambda n: n % 2 == 0])
-@pytest.mark.parametrize("size", [1, 2, 4, 5])
-def test_other_branches(condition: Callable[[int], bool], size: int) -> None:
-    with pytest.raises(UnsupportedError, match="one batch size"):
-        compiled(branch(condition), size)
-
-
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_sizes_in_numbers_and_squeezed_axes(size: int) -> None:
     check(Function(lambda m, x: m.b(m.a(x)[:, None].squeeze(1)) * torch.ones(x.shape[0], 1).double(), **layers()), size)

@@ -232,6 +232,19 @@ def test_what_export_refuses(message: str, forward: Callable[..., Any]) -> None:
         exported(Function(forward), torch.randn(4, 3))
 
 
+def test_guards_of_sizes() -> None:
+    told: list[Any] = []
+    with internals.guards_of_sizes(told.append):
+        program = torch.export.export(
+            Function(lambda m, x: x if x.shape[0] < 9 else -x),
+            (torch.ones(4, 3),),
+            dynamic_shapes=(({0: torch.export.Dim.DYNAMIC},),),
+            strict=False,
+        )
+    (symbol,) = program.range_constraints
+    assert told == [symbol < 9]
+
+
 def test_weight_norm_is_what_torch_calls() -> None:
     called = []
 

@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,29 +14,18 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from ...errors import InputError, UnsupportedError
-from ...notation.rule import Composite, Rules
+from ...notation.rule import Rules
 from ...quantities import Quantity
-from ..translate.failure import place
-from ..translate.foreign import MISTAKES
 from ..translate.graph import Graph
-from ..translate.inplace import copy_views, mutates_view
 from ..translate.inputs import refuse_complex
-from ..translate.opaque import Opaque, named_tensors, opaque_calls
-from ..translate.symbolic import symbolic_kernels
-from ..translate.torch_internals import (
-    Quiet,
-    alone,
-    any_target,
-    decomposed,
-    export_refusals,
-    peek_interpreter_stack,
-    traced_here,
-    whole_einsums,
-)
+from ..translate.opaque import named_tensors
+from ..translate.sizes import first_broken
+from ..translate.torch_internals import alone, peek_interpreter_stack
 from ..translate.torch_modes import check_plain, own_dtypes
 from ..translate.translate import translate
+from .exported import Exported, ExportError, OneSizeError, exported
 from .one_sample import least_batch
-from .rehearse import rehearse
+from .rehearse import SAMPLES, rehearse
 from .state import resized
 
 Loss = Callable[..., Any]
@@ -101,12 +90,14 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
         wrapped = Wrapped(model, loss, takes_names(model, example[0]))
         seen = rehearse(wrapped, (x, y), batch, rules)
         try:
-            graph, exported, opaque = _any_size(wrapped, (x, y), batch, rules)
+            graph, found = _any_size(wrapped, (x, y), batch, rules)
         except (InputError, ExportError) as error:  # it ran without torch.export: what it writes to may be why
             seen.refuse_writes(error)
             raise
+        if first_broken(graph.conditions, SAMPLES) is not None:  # what was rehearsed is another branch
+            seen = rehearse(wrapped, (x, y), batch, rules, whole=True)
         seen.check(graph)
-        return _with_least(graph, wrapped, exported, opaque, (x, y))
+        return _with_least(graph, wrapped, found, (x, y))
 
 
 def _check_transforms(model: nn.Module, example: tuple[Any, Any]) -> None:
@@ -213,39 +204,34 @@ def batch_size(example: tuple[Any, Any]) -> int:
     return batch
 
 
-def _any_size(
-    wrapped: Wrapped, example: tuple[Any, Any], batch: int, rules: Rules
-) -> tuple[Graph, torch.export.ExportedProgram, dict[str, Opaque]]:
-    """Export with the example's size; where that one size was burnt in, once more with one that nothing else has."""
+def _any_size(wrapped: Wrapped, example: tuple[Any, Any], batch: int, rules: Rules) -> tuple[Graph, Exported]:
+    """Export for any size; else for the sizes that do what the example's does; else with one that nothing else has."""
     taken = {size for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) for size in leaf.shape[1:]}
     taken |= {size for parameter in wrapped.parameters() for size in parameter.shape}
     other = next((size for size in EXPORT_SIZES if size not in taken | {batch}), 29)
-    used = resized(example, other) if batch == 1 else example
-    try:
-        exported, opaque = _export(wrapped, used, rules, _batch_dimension(batch))
-    except OneSizeError as first:
+    own, others = resized(example, other) if batch == 1 else example, resized(example, other)
+    any_size, some = _batch_dimension(batch), torch.export.Dim.DYNAMIC
+    refused: OneSizeError | ExportError | None = None
+    for used, dimension in ((own, any_size), (own, some), (others, any_size), (others, some)):
+        try:
+            found = exported(wrapped, used, rules, dimension)
+        except (OneSizeError, ExportError, InputError) as error:
+            if isinstance(error, InputError) and refused is None:
+                raise
+            refused = refused or error  # type: ignore[assignment]
+            continue
         # Another size tells whether the example's own is to blame; translating names the op where torch names a guard.
-        for dimension in (_batch_dimension(batch), torch.export.Dim.DYNAMIC):
-            try:
-                exported, opaque = _export(wrapped, resized(example, other), rules, dimension)
-            except (OneSizeError, ExportError, InputError):
-                continue
-            graph = translate(wrapped, exported, opaque, example, batch)
-            if dimension is not torch.export.Dim.DYNAMIC:
-                return graph, exported, opaque
-        raise UnsupportedError(str(first)) from first
-    return translate(wrapped, exported, opaque, example, batch), exported, opaque
+        graph = translate(wrapped, found.program, found.opaque, example, batch)
+        graph = replace(graph, conditions=found.conditions)
+        if first_broken(graph.conditions, batch) is None:
+            return graph, found
+    assert refused is not None
+    raise refused
 
 
-def _with_least(
-    graph: Graph,
-    wrapped: Wrapped,
-    exported: torch.export.ExportedProgram,
-    opaque: dict[str, Opaque],
-    example: tuple[Any, Any],
-) -> Graph:
+def _with_least(graph: Graph, wrapped: Wrapped, found: Exported, example: tuple[Any, Any]) -> Graph:
     """The graph with the least batch size that it holds for."""
-    least = least_batch(wrapped, exported, opaque, example)
+    least = least_batch(wrapped, found, example)
     if graph.example_batch < least:
         raise OneSizeError(
             "the model or the loss does something else for one sample (a branch on the batch size): the graph must "
@@ -257,72 +243,6 @@ def _with_least(
 def _batch_dimension(batch: int) -> Any:
     """Any size; torch on a GPU has other kernels, not other numbers, for more samples than `MOST`."""
     return torch.export.Dim("batch", max=MOST if batch <= MOST else sys.maxsize - 1)  # slices end at sys.maxsize
-
-
-class OneSizeError(UnsupportedError):
-    """The exported graph holds for some batch sizes only."""
-
-
-class ExportError(UnsupportedError):
-    """torch.export fails on what runs by itself."""
-
-
-def _export(
-    wrapped: Wrapped, example: tuple[Any, Any], rules: Rules, batch: Any
-) -> tuple[torch.export.ExportedProgram, dict[str, Opaque]]:
-    shapes = pytree.tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.ndim else None, example)
-    with (
-        opaque_calls(wrapped, rules) as opaque,
-        symbolic_kernels(),
-        whole_einsums(),
-        any_target(),
-        traced_here(),
-        torch.enable_grad(),
-    ):
-        try:
-            with Quiet():
-                exported = torch.export.export(wrapped, example, dynamic_shapes=shapes, strict=False)
-            parts = _composites(exported.graph_module, rules)
-            if parts and not mutates_view(exported.graph_module):
-                copy_views(exported.graph_module)
-            if parts or mutates_view(exported.graph_module):
-                exported = decomposed(exported, parts)
-            return exported, opaque
-        except export_refusals() as error:
-            _refuse_export(wrapped, error)
-        except (RuntimeError, AssertionError, *MISTAKES) as error:
-            at = place(wrapped, error.__traceback__)
-            raise ExportError(
-                f"torch.export fails on the {at.whole}, which runs as it is{at.within}: {error}{at.line}\n"
-                "  Write that otherwise (.detach() for .data), or give the module a rule (examples/add_a_layer.py)."
-            ) from error
-
-
-def _composites(program: torch.fx.GraphModule, rules: Rules) -> dict[Any, Callable[..., Any]]:
-    """What the operators that are made of others are made of. All of them, as one may be made of another."""
-    rows = {target: row for target, row in rules.items() if isinstance(row, Composite)}
-    graphs = [part.graph for part in program.modules() if isinstance(part, torch.fx.GraphModule)]
-    if not any(node.target in rows for graph in graphs for node in graph.nodes):
-        return {}
-    known = torch.export.default_decompositions()
-    return {target: row.function or known[target] for target, row in rows.items()}
-
-
-def _refuse_export(wrapped: Wrapped, error: Exception) -> NoReturn:
-    text = str(error).strip()
-    if "specialized" in text or "Constraints violated" in text or "not all values of batch" in text:
-        raise OneSizeError(
-            "the model or the loss is written for one batch size (or a range): the graph must hold for any. Use "
-            "x.shape[0] or -1 for the batch axis, not len(x) and not a number, and do not branch on it. "
-            f"torch.export says: {text}"
-        ) from error
-    at = place(wrapped, error.__traceback__)
-    target = "the loss, as a module," if at.loss else "that module"
-    raise UnsupportedError(
-        f"the graph of the {at.whole} depends on the data{at.within}: an if, a loop or a shape is decided by the "
-        f"value of a tensor.{at.line}\n  Use torch.where or a mask, or give {target} a rule "
-        f"(examples/add_a_layer.py). torch.export says: {text}"
-    ) from error
 
 
 def _distinct(example: tuple[Any, Any]) -> tuple[Any, Any]:

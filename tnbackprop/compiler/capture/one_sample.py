@@ -13,8 +13,10 @@ from torch.utils import _pytree as pytree
 
 from ...errors import UnsupportedError
 from ..translate.foreign import MISTAKES
-from ..translate.opaque import NAMESPACE, Opaque, named_tensors
+from ..translate.opaque import NAMESPACE, named_tensors
+from ..translate.sizes import TRIED, first_broken
 from ..translate.torch_internals import OpOverload, arguments_of, name_of
+from .exported import Exported
 from .state import copied, resized
 
 FAILURES = (RuntimeError, AssertionError, *MISTAKES)
@@ -22,19 +24,19 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 """How much the graph and the model may differ, relative to the largest value; 5e-2 for the shorter dtypes."""
 
 
-def least_batch(
-    wrapped: nn.Module, exported: torch.export.ExportedProgram, opaque: dict[str, Opaque], example: tuple[Any, Any]
-) -> int:
+def least_batch(wrapped: nn.Module, exported: Exported, example: tuple[Any, Any]) -> int:
     """1 where the graph gives for one sample what the model gives, and 2 where not.
 
     Where the model takes no single sample, there is nothing to compare. Raises `UnsupportedError` where the graph
     differs from the model for other batches, too.
     """
-    if _agree(wrapped, exported, opaque, example, 1):
+    sizes = [size for size in TRIED if first_broken(exported.conditions, size) is None]
+    if 1 in sizes and _agree(wrapped, exported, example, 1):
         return 1
-    if _agree(wrapped, exported, opaque, example, 2):
+    if _agree(wrapped, exported, example, next(size for size in sizes if size > 1)):
         return 2
-    if any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in exported.graph.nodes):
+    nodes = exported.program.graph.nodes
+    if any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in nodes):
         return 1  # the two may draw in another order
     raise UnsupportedError(
         "the graph that torch.export makes does not give what the model gives on the example, or has other gradients: "
@@ -43,20 +45,14 @@ def least_batch(
     )
 
 
-def _agree(
-    wrapped: nn.Module,
-    exported: torch.export.ExportedProgram,
-    opaque: dict[str, Opaque],
-    example: tuple[Any, Any],
-    size: int,
-) -> bool:
+def _agree(wrapped: nn.Module, exported: Exported, example: tuple[Any, Any], size: int) -> bool:
     """Whether the graph gives what the model gives on some samples, and its gradients; both draw from one seed."""
     try:
         want = _values(wrapped, wrapped, resized(example, size))
     except FAILURES:
         return True
     try:
-        got = _values(wrapped, _Replay(wrapped, exported, opaque).results, resized(example, size))
+        got = _values(wrapped, _Replay(wrapped, exported).results, resized(example, size))
     except FAILURES:  # a guard on the batch size is one such failure
         return False
     return all(map(_close, got, want))
@@ -114,11 +110,9 @@ def _size(tensor: Tensor) -> float:
 class _Replay(Interpreter):
     """Runs an exported program on tensors; what has a rule runs as it is."""
 
-    def __init__(
-        self, wrapped: nn.Module, exported: torch.export.ExportedProgram, opaque: dict[str, Opaque]
-    ) -> None:
-        super().__init__(exported.graph_module)
-        self.wrapped, self.exported, self.opaque = wrapped, exported, opaque
+    def __init__(self, wrapped: nn.Module, exported: Exported) -> None:
+        super().__init__(exported.program.graph_module)
+        self.wrapped, self.exported, self.opaque = wrapped, exported.program, exported.opaque
 
     def results(self, *example: Any) -> list[Any]:
         """The loss and the outputs."""

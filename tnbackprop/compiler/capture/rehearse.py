@@ -231,11 +231,14 @@ class Seen:
             )
 
 
-def rehearse(wrapped: nn.Module, example: tuple[Any, Any], batch: int, rules: Rules) -> Seen:
-    """Run the example. Raises `InputError` where it fails, `UnsupportedError` where autograd follows no formula."""
+def rehearse(wrapped: nn.Module, example: tuple[Any, Any], batch: int, rules: Rules, whole: bool = False) -> Seen:
+    """Run some samples of the example, or the whole.
+
+    Raises `InputError` where it fails, `UnsupportedError` where autograd follows no formula.
+    """
     refuse_hooks(wrapped, rules)
     failed: BaseException | None = None
-    for size in dict.fromkeys((SAMPLES, batch)):  # it may take the whole batch only
+    for size in (batch,) if whole else dict.fromkeys((SAMPLES, batch)):  # it may take the whole batch only
         try:
             return _rehearsed(wrapped, resized(example, size), rules)
         except _Failed as error:

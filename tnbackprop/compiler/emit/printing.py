@@ -190,6 +190,22 @@ class _Plain(StrPrinter):  # type: ignore[misc]
     def _print_Rational(self, expr: sympy.Rational) -> str:
         return f"{expr.p} / {expr.q}" if expr.q != 1 else str(expr.p)
 
+    def _print_Min(self, expr: sympy.Min) -> str:
+        return f"min({self.stringify(expr.args, ', ')})"
+
+    def _print_Max(self, expr: sympy.Max) -> str:
+        return f"max({self.stringify(expr.args, ', ')})"
+
+    def _print_Mod(self, expr: sympy.Mod) -> str:
+        return f"({' % '.join(self.parenthesize(each, PRECEDENCE['Atom']) for each in expr.args)})"
+
+    def _print_floor(self, expr: sympy.floor) -> str:
+        parts = sympy.fraction(sympy.together(expr.args[0]))
+        return f"({' // '.join(self.parenthesize(each, PRECEDENCE['Atom']) for each in parts)})"
+
+    def _print_ceiling(self, expr: sympy.ceiling) -> str:
+        return f"(-{self._print(sympy.floor(-expr.args[0]))})"
+
 
 def plain_code(expr: sympy.Expr) -> str:
     """A size or a scale as Python."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import linecache
+import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from torch import nn
 from .foreign import PACKAGE
 
 TORCH = str(Path(torch.__file__).parent)
-BETWEEN = (contextlib.__file__, functools.__file__, "<string>")
-"""Code that runs between that of the user, other than torch's and this package's."""
+STANDARD = Path(linecache.__file__).parent
+"""Python's own library: it runs between the user's code, as do torch and this package, and code without a file."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,28 @@ def place(wrapped: nn.Module, trace: TracebackType | None) -> Place:
         loss |= owner is wrapped and code.co_name == "loss_of"
         if code.co_name == "forward" and id(owner) in names:
             found = names[id(owner)]
-        if started and not code.co_filename.startswith((PACKAGE, TORCH)) and code.co_filename not in BETWEEN:
-            text = linecache.getline(code.co_filename, number).strip()
-            line = f"\n  {code.co_filename}, line {number}" + (f": {text}" if text else "")
+        if started and _of_user(code.co_filename):
+            line = _line(code.co_filename, number)
     whole, _, path = found.partition(".")
     known = whole == ("loss" if loss else "model")
     return Place(loss, path if known else "", type(wrapped.get_submodule(found)).__name__, line)
+
+
+def line_here() -> str:
+    """The innermost line of the user's own code that a forward is at, on a line of its own; "" where there is none."""
+    for frame, number in traceback.walk_stack(sys._getframe(1)):
+        code = frame.f_code
+        if _of_user(code.co_filename):
+            return _line(code.co_filename, number)
+        if code.co_filename.startswith(PACKAGE) and code.co_name in ("forward", "loss_of"):
+            break
+    return ""
+
+
+def _of_user(file: str) -> bool:
+    return not file.startswith((PACKAGE, TORCH, "<string>", "<eval_with_key>")) and Path(file).parent != STANDARD
+
+
+def _line(file: str, number: int) -> str:
+    text = linecache.getline(file, number).strip()
+    return f"\n  {file}, line {number}" + (f": {text}" if text else "")

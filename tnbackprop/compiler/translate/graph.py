@@ -11,6 +11,7 @@ import sympy
 import torch
 
 from ...diagram.core import Size
+from .sizes import Condition, shown
 from .torch_internals import OpOverload
 
 
@@ -123,6 +124,7 @@ class Graph:
     in_spec: Any = None  # torch.utils._pytree spec of (x, y)
     absent: tuple[int, ...] = ()  # which of its leaves are None: they are no inputs
     least: int = 1  # samples: for fewer the model does something else
+    conditions: tuple[Condition, ...] = ()  # on N, for others it does something else, too
     cotangent: str = ""  # of a layer on its own: the input that is the cotangent of its output
 
     def is_bottleneck(self, value: str) -> bool:
@@ -147,7 +149,9 @@ class Graph:
             operands = ", ".join(value.name for value in call.tensors.values())
             rows.append((call.output.name, call.output.axes_text, op_text(call.target), operands, call.path))
         widths = [max(len(row[k]) for row in rows) for k in range(5)]
-        sizes = f", for N >= {self.least}" if self.least > 1 else ""
+        least = [f"N >= {self.least}"] if self.least > 1 else []
+        sizes = ", ".join([*least, *filter(None, [shown(self.conditions)])])
+        sizes = f", for {sizes}" if sizes else ""
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         gives = f"gives  output {self.output}, loss {self.loss}{sizes}"
         return ["reads  " + ", ".join(named), *lines, gives]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -20,6 +22,10 @@ PLAIN: dict[str, Any] = {
     "FloorDiv": lambda a, b: sympy.floor(a / b),
     "CeilDiv": lambda a, b: sympy.ceiling(a / b),
     "CleanDiv": lambda a, b: a / b,
+    "Mod": sympy.Mod,
+    "PythonMod": sympy.Mod,
+    "Min": sympy.Min,
+    "Max": sympy.Max,
     "OpaqueUnaryFn_sqrt": sympy.sqrt,
     "OpaqueUnaryFn_log": sympy.log,
     "OpaqueUnaryFn_exp": sympy.exp,
@@ -27,17 +33,60 @@ PLAIN: dict[str, Any] = {
 """torch's own sympy functions, as the mathematics they stand for."""
 
 
+@dataclass(frozen=True)
+class Condition:
+    """What the graph takes for granted of the batch size: torch's own expression in one symbol, and where it is asked.
+
+    line  of the user's own code, on a line of its own; "" where it is none
+    """
+
+    asked: sympy.Basic
+    line: str
+
+    def at(self, size: int) -> bool:
+        """Whether it holds for so many samples."""
+        return bool(self.asked.xreplace(dict.fromkeys(self.asked.free_symbols, sympy.Integer(size))))
+
+    def __str__(self) -> str:
+        """N < 64"""
+        asked = _plain(self.asked.xreplace(dict.fromkeys(self.asked.free_symbols, N)))
+        text: str = sympy.pycode(asked, fully_qualified_modules=False)
+        return text.removeprefix("(").removesuffix(")") if isinstance(asked, sympy.core.relational.Relational) else text
+
+
+TRIED = (*range(1, 258), *(size for k in range(9, 31) for size in (2**k - 1, 2**k, 2**k + 1)))
+"""Batch sizes that say whether a condition is worth telling."""
+
+
+def first_broken(conditions: Iterable[Condition], size: int) -> Condition | None:
+    """The first that does not hold for so many samples."""
+    return next((condition for condition in conditions if not condition.at(size)), None)
+
+
+def shown(conditions: Iterable[Condition]) -> str:
+    """Those that rule some size out, as text; "" where there is none."""
+    return ", ".join(dict.fromkeys(str(c) for c in conditions if not all(map(c.at, TRIED))))
+
+
 class Sizes:
     """Converts the symbolic numbers of one exported program."""
 
     def __init__(self, exported: torch.export.ExportedProgram) -> None:
         self._batch: dict[sympy.Symbol, sympy.Symbol] = {}
+        self._replaced: Callable[[Any], Any] = lambda expr: expr
         for node in exported.graph.nodes:
             val = node.meta.get("val")
             if node.op == "placeholder" and isinstance(val, torch.Tensor) and val.ndim:
                 size: Any = val.shape[0]
                 if isinstance(size, torch.SymInt):
+                    self._replaced = size.node.shape_env.replace  # sizes that were found to be equal have one symbol
                     self._batch |= dict.fromkeys(size.node.expr.free_symbols, N)
+
+    def conditions(self, asked: Iterable[tuple[Any, str]]) -> tuple[Condition, ...]:
+        """Those of the expressions, each with its line, that are of the batch size."""
+        found = (Condition(self._replaced(expr), line) for expr, line in asked)
+        known = (c for c in found if c.asked.free_symbols and c.asked.free_symbols <= set(self._batch))
+        return tuple(dict.fromkeys(known))
 
     def shape(self, val: torch.Tensor, where: str = "") -> tuple[Size, ...]:
         """The shape of a (fake) tensor."""

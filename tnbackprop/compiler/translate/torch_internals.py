@@ -38,7 +38,7 @@ from torch._subclasses.fake_impls import get_fast_op_impls
 from torch.backends import opt_einsum
 from torch.fx import graph as fx_graph
 from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
-from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode, ShapeEnv
 from torch.nn.modules import module as module_globals
 
 OpOverload = torch._ops.OpOverload
@@ -203,6 +203,23 @@ def shapes_by(functions: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
             yield
         finally:
             fast.update(own)
+
+
+@contextmanager
+def guards_of_sizes(told: Callable[[Any], None]) -> Iterator[None]:
+    """While active, what tracing takes for granted of a size, in torch's own symbols, is told when it is asked for."""
+    with alone():
+        own = ShapeEnv._log_guard
+
+        def log(self: Any, prefix: str, asked: Any, *rest: Any, **options: Any) -> None:
+            told(asked)
+            own(self, prefix, asked, *rest, **options)
+
+        try:
+            ShapeEnv._log_guard = log  # type: ignore[assignment, method-assign]
+            yield
+        finally:
+            ShapeEnv._log_guard = own  # type: ignore[method-assign]
 
 
 @contextmanager

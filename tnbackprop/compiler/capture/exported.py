@@ -1,0 +1,133 @@
+"""One run of torch.export, and what is said where it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ...errors import TnError, UnsupportedError
+from ...notation.rule import Composite, Rules
+from ..translate.failure import line_here, place
+from ..translate.foreign import MISTAKES
+from ..translate.inplace import copy_views, mutates_view
+from ..translate.opaque import Opaque, opaque_calls
+from ..translate.sizes import Condition, Sizes
+from ..translate.symbolic import symbolic_kernels
+from ..translate.torch_internals import (
+    Quiet,
+    any_target,
+    decomposed,
+    export_refusals,
+    guards_of_sizes,
+    traced_here,
+    whole_einsums,
+)
+
+
+class OneSizeError(UnsupportedError):
+    """The exported graph holds for some batch sizes only."""
+
+
+class ExportError(UnsupportedError):
+    """torch.export fails on what runs by itself."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What torch.export makes of the model and the loss.
+
+    opaque      modules and primitives that stay one operator, by its name
+    conditions  on the batch size, under which it is what they do
+    """
+
+    program: torch.export.ExportedProgram
+    opaque: dict[str, Opaque]
+    conditions: tuple[Condition, ...]
+
+
+def exported(wrapped: nn.Module, example: tuple[Any, Any], rules: Rules, batch: Any) -> Exported:
+    """Export with axis 0 of every input as `batch`. Raises `OneSizeError`, `ExportError` and `UnsupportedError`."""
+    shapes = pytree.tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.ndim else None, example)
+    asked: list[tuple[Any, str]] = []
+    with (
+        opaque_calls(wrapped, rules) as opaque,
+        symbolic_kernels(),
+        whole_einsums(),
+        any_target(),
+        traced_here(),
+        torch.enable_grad(),
+        guards_of_sizes(lambda condition: asked.append((condition, line_here()))),
+    ):
+        try:
+            with Quiet():
+                program = torch.export.export(wrapped, example, dynamic_shapes=shapes, strict=False)
+                parts = _composites(program.graph_module, rules)
+                if parts and not mutates_view(program.graph_module):
+                    copy_views(program.graph_module)
+                if parts or mutates_view(program.graph_module):
+                    program = decomposed(program, parts)
+            conditions = Sizes(program).conditions(asked) if batch is torch.export.Dim.DYNAMIC else ()
+            return Exported(program, opaque, conditions)
+        except TnError as error:  # torch adds what it was executing
+            raise type(error)(_said(error)) from error
+        except export_refusals() as error:
+            _refuse(wrapped, error, asked)
+        except (RuntimeError, AssertionError, *MISTAKES) as error:
+            at = place(wrapped, error.__traceback__)
+            raise ExportError(
+                f"torch.export fails on the {at.whole}, which runs as it is{at.within}: {_said(error)}{at.line}\n"
+                "  Write that otherwise (.detach() for .data), or give the module a rule (examples/add_a_layer.py)."
+            ) from error
+
+
+def _composites(program: torch.fx.GraphModule, rules: Rules) -> dict[Any, Callable[..., Any]]:
+    """What the operators that are made of others are made of. All of them, as one may be made of another."""
+    rows = {target: row for target, row in rules.items() if isinstance(row, Composite)}
+    graphs = [part.graph for part in program.modules() if isinstance(part, torch.fx.GraphModule)]
+    if not any(node.target in rows for graph in graphs for node in graph.nodes):
+        return {}
+    known = torch.export.default_decompositions()
+    return {target: row.function or known[target] for target, row in rows.items()}
+
+
+ADDED = ("\n\nWhile executing", "While executing %", "\n\nThe error above occurred", "\nFor more information")
+"""What torch writes after a message: where it was in code that it made, and how to look there."""
+LONGEST = 300
+
+
+def _said(error: Exception) -> str:
+    """What an error says, without what torch adds."""
+    text = str(error)
+    for added in ADDED:
+        text = text.partition(added)[0]
+    text = text.strip()
+    return text if isinstance(error, TnError) or len(text) <= LONGEST else text[:LONGEST].rsplit(" ", 1)[0] + " …"
+
+
+def _refuse(wrapped: nn.Module, error: Exception, asked: list[tuple[Any, str]]) -> NoReturn:
+    text = str(error)
+    at = place(wrapped, error.__traceback__)
+    sizes = "specialized" in text or "Constraints violated" in text or "not all values of batch" in text
+    if sizes and "data-dependent" not in text:
+        raise OneSizeError(
+            f"the model or the loss is written for one batch size (or a range): the graph must hold for any."
+            f"{_place_of_size(asked)}\n  Use x.shape[0] or -1 for the batch axis, not len(x) and not a number, and do "
+            "not branch on it."
+        ) from error
+    target = "the loss, as a module," if at.loss else "that module"
+    raise UnsupportedError(
+        f"the graph of the {at.whole} depends on the data{at.within}: an if, a loop or a shape is decided by the "
+        f"value of a tensor.{at.line}\n  Use torch.where or a mask, or give {target} a rule (examples/add_a_layer.py)."
+    ) from error
+
+
+def _place_of_size(asked: list[tuple[Any, str]]) -> str:
+    """The first line of the user's own that takes one size for granted, or else some sizes."""
+    one = [line for condition, line in asked if isinstance(condition, sympy.Eq) and line]
+    return next(iter([*one, *(line for _, line in asked if line)]), "")
