@@ -75,6 +75,7 @@ def compute(
     rules: Mapping[Any, Declaration] | None = None,
     memory_limit: float | str | None = None,
     indefinite: Indefinite = Indefinite.REFUSE,
+    lowerings: Sequence[Lowering] = (),
     check: bool = True,
     seed: int | None = None,
     generator: torch.Generator | None = None,
@@ -88,7 +89,7 @@ def compute(
     `Program` looks at none of that, so it is faster.
     """
     options: dict[str, Any] = {
-        "rules": rules, "memory_limit": memory_limit, "indefinite": indefinite, "check": check
+        "rules": rules, "memory_limit": memory_limit, "indefinite": indefinite, "lowerings": lowerings, "check": check
     }  # fmt: skip
     state = _state(model, loss, batch, quantities, options) if isinstance(model, torch.nn.Module) else None
     kept = [] if state is None else _PROGRAMS.get(model, [])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -91,3 +93,25 @@ def test_a_result_is_a_mapping() -> None:
     assert result.get("kfac") is None and result.get("grad") is result["grad"]
     with pytest.raises(tn.InputError, match="no quantity 'kfac' in this result; it has: grad"):
         result["kfac"]
+
+
+def test_every_option_of_compile_is_one_of_compute() -> None:
+    """With the same default; what a call of a program takes comes on top."""
+    ours, others = (inspect.signature(f).parameters for f in (tn.compute, tn.compile))
+    assert list(ours) == ["batch" if name == "example" else name for name in others] + ["seed", "generator"]
+    assert all(ours[name] == others[name] for name in ours.keys() & others.keys())
+
+
+def test_lowerings_count() -> None:
+    """They are tried, and a program that was compiled without them is not taken for one with."""
+    tried: list[object] = []
+
+    def lowering(store: object, product: object, legs: object) -> list[Any]:
+        tried.append(product)
+        return []
+
+    model, batch = nn.Linear(3, 2), (torch.randn(4, 3), torch.randn(4, 2))
+    want = tn.compute(model, nn.MSELoss(), batch, [tn.BatchGrad()])["batch_grad"]["weight"]
+    assert not tried
+    got = tn.compute(model, nn.MSELoss(), batch, [tn.BatchGrad()], lowerings=[lowering])["batch_grad"]["weight"]
+    assert torch.equal(got, want) and tried

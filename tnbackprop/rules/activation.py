@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..notation.rule import Rule, Table
+from .kinks import slope
 from .text import access, broadcast_sizes, elementwise, join, leg_names, literal, refuse
 
 TABLE = Table()
@@ -102,8 +103,8 @@ def gelu(call: Any) -> Rule:
 
 @TABLE.rule(aten.hardswish.default)
 def hardswish(call: Any) -> Rule:
-    """The slope at both ends is that of the torch which runs: older ones count the ends to the inside."""
-    inside = aten.hardswish_backward(torch.ones(1, device="cpu"), torch.full((1,), 3.0, device="cpu")).item() > 1
+    """Older versions of torch count both ends to the inside."""
+    inside = slope("hardswish") == 1.5
     low, high, kinks = ("<", ">", "-1/2 at -3, 3/2 at 3") if inside else ("<=", ">=", "0 at -3, 1 at 3")
     text = f"0 if x {low} -3 else (x if x {high} 3 else x * (x + 3) / 6)"
     return elementwise(text, vjp="torch.ops.aten.hardswish_backward({cotangent}, {input})", kinks=kinks)(call)
@@ -125,14 +126,15 @@ def exponential(call: Any) -> Rule:
 
 @TABLE.rule(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
 def clamp(call: Any) -> Rule:
-    """The derivative is 1 at both ends."""
+    """Older versions of torch count both ends to the inside. An infinite end is none."""
+    inside = slope("clamp") == 1
     low, high = call.arguments.get("min"), call.arguments.get("max")
     text = "x"
-    if high is not None:
-        text = f"{literal(high)} if x > {literal(high)} else {text}"
-    if low is not None:
-        text = f"{literal(low)} if x < {literal(low)} else ({text})"
-    return elementwise(text, kinks="1 at both ends")(call)
+    if high is not None and high != math.inf:
+        text = f"{literal(high)} if x {'>' if inside else '>='} {literal(high)} else {text}"
+    if low is not None and low != -math.inf:
+        text = f"{literal(low)} if x {'<' if inside else '<='} {literal(low)} else ({text})"
+    return elementwise(text, kinks=f"{int(inside)} at both ends")(call)
 
 
 @TABLE.rule(aten.prelu.default)

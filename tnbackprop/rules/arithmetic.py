@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..notation.rule import Rule, Table
+from .kinks import slope
 from .text import access, axis, broadcast, join, leg_names, literal, refuse, sizes
 
 TABLE = Table()
@@ -34,14 +35,26 @@ def maximum(call: Any) -> Rule:
 
 @TABLE.rule(aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor)
 def clamp_to(call: Any) -> Rule:
-    """Ends that are tensors; where the input is at one, the derivative is the input's."""
+    """Ends that are tensors. At one, older versions of torch have 1 for the input, newer ones 1/2 for each."""
     legs = leg_names(call.output)
-    text = x = access("input", call.input, call.output, legs)
-    for name, sign in (("min", "<"), ("max", ">")):
-        if call.arguments.get(name) is not None:
-            end = access(name, call.arguments[name], call.output, legs)
-            text = f"{end} if {x} {sign} {end} else ({text})"
-    return Rule(f"output[{join(legs)}] = {text}", kinks="1 at both ends")
+    x = access("input", call.input, call.output, legs)
+    ends = [call.arguments.get("min"), call.arguments.get("max")]
+    low, high = (
+        None if end is None else access(name, end, call.output, legs)
+        for name, end in zip(("min", "max"), ends, strict=True)
+    )
+    crossed = f"{low} > {high}" if low and high else ""
+    text = x
+    if slope("clamp to a tensor") == 0.5:
+        between = f" and {low} < {high}" if crossed else ""
+        for end in filter(None, (low, high)):
+            text = f"({x} + {end}) / 2 if {x} == {end}{between} else ({text})"
+    if low:
+        text = f"{low} if {x} < {low} else ({text})"
+    if high:
+        text = f"{high} if {x} > {high}{f' or {crossed}' if crossed else ''} else ({text})"
+    kinks = "1/2 for each of input and end at an end" if slope("clamp to a tensor") == 0.5 else "1 at both ends"
+    return Rule(f"output[{join(legs)}] = {text}", kinks=kinks)
 
 
 def _reduced(call: Any) -> tuple[str, str, list[str]]:

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch.serialization import add_safe_globals
 
 from ..errors import InputError
+from ..linalg import KroneckerFactors
+
+Tensors = Literal[
+    "grad", "batch_grad", "batch_l2", "batch_dot", "second_moment", "variance", "sqrt_ggn", "sqrt_ggn_mc", "diag_ggn",
+    "diag_ggn_mc", "ggn_trace", "ggn_gram", "hessian_diag", "hesscale", "bl89", "jacobians", "ntk",
+]  # fmt: skip
+Matrices = Literal["kflr", "kfac", "kfra"]
+"""For type checkers: what the values of the built-in quantities are under their own names."""
 
 
-class Result(Mapping[str, Mapping[str, torch.Tensor]]):
+class Result(Mapping[str, Mapping[str, Any]]):
     """``result["variance"]["features.0.weight"]``, ``result.loss``, ``result.output``."""
 
-    def __init__(
-        self, loss: torch.Tensor | None, output: Any, values: Mapping[str, Mapping[str, torch.Tensor]]
-    ) -> None:
+    def __init__(self, loss: torch.Tensor | None, output: Any, values: Mapping[str, Mapping[str, Any]]) -> None:
         self.loss, self.output, self._values = loss, output, values
 
-    def __getitem__(self, quantity: str) -> Mapping[str, torch.Tensor]:
+    @overload
+    def __getitem__(self, quantity: Tensors) -> Mapping[str, torch.Tensor]: ...
+
+    @overload
+    def __getitem__(self, quantity: Matrices) -> Mapping[str, KroneckerFactors]: ...
+
+    @overload
+    def __getitem__(self, quantity: str) -> Mapping[str, Any]: ...
+
+    def __getitem__(self, quantity: str) -> Mapping[str, Any]:
         try:
             return self._values[quantity]
         except KeyError:
