@@ -49,6 +49,7 @@ def run(graph: Graph, model: nn.Module, x: Any, y: Any) -> dict[str, Any]:
         else:
             schema = [a.name for a in call.target._schema.arguments]
             result = call.target(**{n: arguments["input" if n == "self" else n] for n in schema})
+        result = result if call.item is None else result[call.item]
         result = result[0] if isinstance(result, tuple) else result
         assert tuple(result.shape) == tuple(math.prod(concrete(a, batch)) for a in call.output.axes), str(call.output)
         assert result.dtype == call.output.dtype

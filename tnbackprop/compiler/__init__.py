@@ -11,6 +11,7 @@ import torch
 from ..notation.rule import Rules
 from ..quantities import Quantity
 from .capture.export import capture
+from .capture.trial import Trial
 from .derive.derive import bind_all
 from .emit.compiled import Compiled
 from .emit.source import Writer
@@ -35,7 +36,8 @@ def compile_program(
     """Run the stages on an example batch; `here` where the source runs on this machine: by what this one has."""
     graph = capture(model, loss, example, rules)
     check(Stage.CAPTURE, graph, seen := asked(model, tuple(quantity.name for quantity in quantities)))
-    bound = check(Stage.BIND, bind_all(graph, rules), seen := replace(seen, graph=graph))
+    trial = Trial.of(graph, model, loss, example)
+    bound = check(Stage.BIND, bind_all(graph, rules, trial), seen := replace(seen, graph=graph))
     derived, planned = searched(graph, bound, quantities, Device.of(model, here), memory_limit, lowerings)
     check(Stage.DERIVE, derived, seen)
     check(Stage.PLAN, planned, seen)

@@ -12,7 +12,8 @@ from ..errors import UnsupportedError
 from ..notation.rule import Rules
 from ..quantities import Quantity
 from .capture.export import capture
-from .derive.derive import bind_all, derive, needs_rule
+from .capture.trial import Trial
+from .derive.derive import bind_all, derive, needs_rule, row_for
 from .derive.layer import Layer, opened
 from .invariants.stage import Stage
 from .invariants.table import asked, check
@@ -27,12 +28,12 @@ def compile_layer(module: torch.nn.Module, x: Any, quantities: Sequence[Quantity
     graph = opened(check(Stage.CAPTURE, graph, seen))
     check(Stage.CAPTURE, graph, seen)
     for call in graph.calls:
-        if needs_rule(call) and call.target not in rules:
+        if needs_rule(call) and row_for(call, rules) is None:
             raise UnsupportedError(
                 f"{call.where} has no rule, so there is no formula to generate code from.\n"
                 "  Declare one: rules=tn.RULES | {...} (examples/add_a_layer.py)."
             )
-    bound = bind_all(graph, rules)
+    bound = bind_all(graph, rules, Trial(graph))
     check(Stage.BIND, bound, seen := replace(seen, graph=graph))
     derived = derive(graph, bound, quantities)
     check(Stage.DERIVE, derived, seen)

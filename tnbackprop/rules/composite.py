@@ -26,6 +26,12 @@ for _target in (
     aten.kl_div.default, aten.poisson_nll_loss.default, aten.hinge_embedding_loss.default,
     aten.margin_ranking_loss.default, aten.cosine_embedding_loss.default, aten.triplet_margin_loss.default,
     aten.cosine_similarity.default, aten.pairwise_distance.default, aten.diff.default,
+    aten.kron.default, aten.meshgrid.default, aten.meshgrid.indexing, aten.block_diag.default,
+    aten.atleast_1d.Sequence, aten.atleast_2d.Sequence, aten.atleast_3d.Sequence,
+    aten.column_stack.default, aten.vstack.default, aten.dstack.default, aten.row_stack.default, aten.ger.default,
+    aten.trapezoid.dx, aten.trapezoid.x, aten.linalg_vander.default, aten.diag.default, aten.linalg_matmul.default,
+    aten.special_logit.default, aten.special_logsumexp.default, aten.linalg_matrix_power.default,
+    aten.multi_margin_loss.default,
 ):  # fmt: skip
     TABLE.rule(_target)(Composite())
 
@@ -33,6 +39,56 @@ for _target in (
 @TABLE.composite(aten.hstack.default)
 def hstack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(tensors), min(1, tensors[0].ndim - 1))
+
+
+@TABLE.composite(aten.hsplit.int, aten.hsplit.array)
+def hsplit(x: Tensor, parts: Any) -> Sequence[Tensor]:
+    return torch.tensor_split(x, parts, min(1, x.ndim - 1))
+
+
+@TABLE.composite(aten.vsplit.int, aten.vsplit.array)
+def vsplit(x: Tensor, parts: Any) -> Sequence[Tensor]:
+    return torch.tensor_split(x, parts, 0)
+
+
+@TABLE.composite(aten.dsplit.int, aten.dsplit.array)
+def dsplit(x: Tensor, parts: Any) -> Sequence[Tensor]:
+    return torch.tensor_split(x, parts, 2)
+
+
+@TABLE.composite(aten.aminmax.default)
+def aminmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    axes = () if dim is None else (dim,)
+    return torch.amin(x, axes, keepdim), torch.amax(x, axes, keepdim)
+
+
+@TABLE.composite(aten.linalg_cross.default)
+def cross(x: Tensor, other: Tensor, *, dim: int = -1) -> Tensor:
+    x, other = x + torch.zeros_like(other), other + torch.zeros_like(x)
+    return x.roll(-1, dim) * other.roll(-2, dim) - x.roll(-2, dim) * other.roll(-1, dim)
+
+
+@TABLE.composite(aten.cross.default)
+def first_cross(x: Tensor, other: Tensor, dim: int | None = None) -> Tensor:
+    """Without `dim` along the first axis of three."""
+    found: Tensor = cross(x, other, dim=x.shape.index(3) if dim is None else dim)
+    return found
+
+
+@TABLE.composite(aten.diag_embed.default)
+def diag_embed(x: Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Tensor:
+    rows = x.unsqueeze(-1) * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    up, down = max(offset, 0), max(-offset, 0)
+    return F.pad(rows, (up, down, down, up)).movedim((-2, -1), (dim1, dim2))
+
+
+@TABLE.composite(aten.linalg_multi_dot.default, aten.chain_matmul.default)
+def chain(tensors: Sequence[Tensor]) -> Tensor:
+    """From the left; the compiler looks for no better order, as torch does where all sizes are known."""
+    product = tensors[0]
+    for each in tensors[1:]:
+        product = product @ each
+    return product
 
 
 @TABLE.composite(aten.logit.default)
@@ -71,6 +127,18 @@ def attention(
         scores = scores.masked_fill(~attn_mask, float("-inf")) if masked else scores + attn_mask
     weights = torch.softmax(scores, -1)
     return (torch.dropout(weights, dropout_p, True) if dropout_p else weights) @ value
+
+
+@TABLE.composite(aten.multilabel_margin_loss.default)
+def multilabel_margin(x: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
+    """Σ_j Σ_i max(0, 1 - x[y_j] + x[i]) / C with the classes y_j of a sample before the first -1, and i all others."""
+    classes = torch.arange(x.shape[-1], device=x.device)
+    named = (target >= 0).to(torch.int64).cumprod(-1) > 0
+    place = target.clamp(min=0)
+    others = ~((place.unsqueeze(-1) == classes) & named.unsqueeze(-1)).any(-2)
+    margin = (1 - x.gather(-1, place).unsqueeze(-1) + x.unsqueeze(-2)).relu()
+    each = (margin * (named.unsqueeze(-1) & others.unsqueeze(-2))).sum((-1, -2)) / x.shape[-1]
+    return each if reduction == 0 else each.mean() if reduction == 1 else each.sum()
 
 
 State = tuple[Tensor, ...]

@@ -255,7 +255,10 @@ class _Shape:
         self.shape = shape
 
 
-@TABLE.rule(aten.topk.default, aten.sort.default, aten.sort.stable, aten.kthvalue.default, aten.median.dim)
+@TABLE.rule(
+    aten.topk.default, aten.sort.default, aten.sort.stable, aten.kthvalue.default, aten.median.dim,
+    aten.nanmedian.dim, aten.mode.default, aten.cummax.default, aten.cummin.default,
+)  # fmt: skip
 def ordered(call: Any) -> Rule:
     """The values in their order along one axis; the saved index says where they are."""
     legs = leg_names(call.input, skip="k")
@@ -266,9 +269,13 @@ def ordered(call: Any) -> Rule:
         aten.topk.default: f"topk({call.arguments.get('k')}, {dim}, {call.arguments.get('largest')})",
         aten.kthvalue.default: f"kthvalue({call.arguments.get('k')}, {dim})",
         aten.median.dim: f"median({dim})",
+        aten.nanmedian.dim: f"nanmedian({dim})",
+        aten.mode.default: f"mode({dim})",
+        aten.cummax.default: f"cummax({dim})",
+        aten.cummin.default: f"cummin({dim})",
     }
     code = options.get(call.target, f"sort({dim}, {call.arguments.get('descending')})")
-    one = call.target in (aten.kthvalue.default, aten.median.dim)
+    one = call.target in (aten.kthvalue.default, aten.median.dim, aten.nanmedian.dim, aten.mode.default)
     left = legs if not one else [*legs[:dim], *(["u"] if call.keepdim else []), *legs[dim + 1 :]]
     chosen = [leg for leg in left if leg != "u"]
     shown, back = (f".unsqueeze({dim})", f".squeeze({dim})" * (not call.keepdim)) if one else ("", "")

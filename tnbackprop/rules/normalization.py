@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..notation.rule import Rule, Table
-from .text import join, refuse, sizes
+from .text import join, leg_names, refuse, sizes
 
 TABLE = Table()
 aten = torch.ops.aten
@@ -21,7 +21,7 @@ def _affine(call: Any, legs: str) -> tuple[str, str]:
     return weight, "" if call.arguments.get("bias") is None else f" + bias[{legs}]"
 
 
-@TABLE.rule(aten.layer_norm.default)
+@TABLE.rule(aten.layer_norm.default, aten.native_layer_norm.default)
 def layer_norm(call: Any) -> Rule:
     """Ba et al. 2016, arXiv:1607.06450."""
     legs = list(_LEGS[: len(call.normalized_shape)])
@@ -52,22 +52,28 @@ def rms_norm(call: Any) -> Rule:
 def _channel_norm(call: Any, group: str, channel: str, constants: dict[str, Any]) -> Rule:
     """Statistics per sample and group; `channel` is the axis of weight and bias."""
     space = list(_SPACE[: len(call.input.axes) - 2])
-    full = join(["n", channel, *space])
-    summed = [leg for leg in [*channel.split("."), *space] if leg != group]
+    return _normalized(call, ["n", channel, *space], ["n", group], channel, constants)
+
+
+def _normalized(call: Any, legs: list[str], kept: list[str], channel: str, constants: dict[str, Any]) -> Rule:
+    """Statistics over all legs but those that are kept."""
+    full, rest = join(legs), join(kept)
+    summed = [leg for part in legs for leg in part.split(".") if leg not in kept]
     weight, bias = _affine(call, channel)
     return Rule(
-        f"""mean[n, {group}] = input[{full}] / ({sizes(summed)})
-            centred[{full}] = input[{full}] - mean[n, {group}]
-            variance[n, {group}] = centred[{full}]**2 / ({sizes(summed)})
-            output[{full}] = centred[{full}] * (variance[n, {group}] + eps)**(-1/2){weight}{bias}""",
+        f"""mean[{rest}] = input[{full}] / ({sizes(summed)})
+            centred[{full}] = input[{full}] - mean[{rest}]
+            variance[{rest}] = centred[{full}]**2 / ({sizes(summed)})
+            output[{full}] = centred[{full}] * (variance[{rest}] + eps)**(-1/2){weight}{bias}""",
         constants=constants | {"eps": call.eps},
     )
 
 
-@TABLE.rule(aten.group_norm.default)
+@TABLE.rule(aten.group_norm.default, aten.native_group_norm.default)
 def group_norm(call: Any) -> Rule:
     """Wu & He 2018, arXiv:1803.08494."""
-    return _channel_norm(call, "g", "g.c", {"G": call.num_groups})
+    groups = call.arguments["num_groups" if "num_groups" in call.arguments else "group"]
+    return _channel_norm(call, "g", "g.c", {"G": groups})
 
 
 @TABLE.rule(aten.instance_norm.default)
@@ -80,12 +86,19 @@ def instance_norm(call: Any) -> Rule:
     return _channel_norm(call, "c", "c", {})
 
 
-@TABLE.rule(aten.batch_norm.default)
+@TABLE.rule(
+    aten.batch_norm.default, aten.native_batch_norm.default, aten._batch_norm_no_update.default,
+    aten._native_batch_norm_legit.default, aten._native_batch_norm_legit.no_stats,
+    aten._native_batch_norm_legit_no_training.default,
+)  # fmt: skip
 def batch_norm(call: Any) -> Rule:
-    """Affine with the running statistics; the statistics of the batch mix samples."""
-    if call.training or call.running_mean is None:
+    """Affine with the running statistics; the statistics of the batch mix samples, those of a weight do not."""
+    legs = leg_names(call.input)
+    if call.arguments.get("running_mean") is not None and not call.arguments.get("training", False):
+        return _running(call)
+    if not all(isinstance(size, int) for size in call.input.shape):
         refuse(call, "it mixes samples: it normalizes with the statistics of the batch", "Call model.eval() first.")
-    return _running(call)
+    return _normalized(call, legs, [legs[1]], legs[1], {})
 
 
 def _running(call: Any) -> Rule:

@@ -53,14 +53,17 @@ def transpose(call: Any) -> Rule:
     return _permuted(call, order)
 
 
-@TABLE.rule(aten.t.default, aten.numpy_T.default, aten.mT.default, aten.mH.default)
+MATRICES = (aten.mT.default, aten.mH.default, aten.adjoint.default, aten.matrix_H.default)
+
+
+@TABLE.rule(aten.t.default, aten.numpy_T.default, *MATRICES)
 def t(call: Any) -> Rule:
     order = list(range(len(call.input.axes)))
-    matrices = call.target in (aten.mT.default, aten.mH.default)
+    matrices = call.target in MATRICES
     return _permuted(call, [*order[:-2], order[-1], order[-2]] if matrices else order[::-1])
 
 
-@TABLE.rule(aten.movedim.int, aten.movedim.intlist)
+@TABLE.rule(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist)
 def movedim(call: Any) -> Rule:
     rank = len(call.input.axes)
     sources, targets = ((v,) if isinstance(v, int) else v for v in (call.source, call.destination))
@@ -107,13 +110,15 @@ def cat(call: Any) -> Rule | str:
     dim = axis(call.dim, len(legs))
     start, terms = 0, []
     for name, value in call.tensors.items():
+        if value.shape == (0,) != call.output.shape:  # torch takes an empty tensor of one axis with any other
+            continue
         items = [f"{leg} - {start}" if k == dim else leg for k, leg in enumerate(legs)]
         terms.append(f"{name}[{join(items)}]")
         if not isinstance(value.shape[dim], int):
             refuse(call, "it concatenates samples", "Concatenate the inputs before the model.")
         start += value.shape[dim]
     if len(terms) == 1:
-        return "output[...] = tensors0[...]"
+        return f"output[...] = {terms[0].partition('[')[0]}[...]"
     return Rule(f"output[{join(legs)}] = " + " + ".join(terms))
 
 

@@ -64,7 +64,7 @@ def operate(call: Call, env: Env, size: int) -> Tensor:
             arguments["self"] = arguments.pop("input")
     with twice_differentiable():
         result = call.target(**arguments) if call.module is None else _run_module(call.module, arguments)
-    found: Tensor = result[0] if isinstance(result, tuple) else result
+    found: Tensor = result[call.item or 0] if isinstance(result, tuple | list) else result
     return found
 
 

@@ -23,6 +23,7 @@ from ..translate.sizes import first_broken
 from ..translate.torch_internals import alone, peek_interpreter_stack
 from ..translate.torch_modes import check_plain, own_dtypes
 from ..translate.translate import translate
+from .assertions import Answering
 from .exported import Exported, ExportError, OneSizeError, exported
 from .one_sample import least_batch
 from .rehearse import SAMPLES, rehearse
@@ -89,15 +90,17 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
     with alone(), own_dtypes(device), torch.inference_mode(False):
         wrapped = Wrapped(model, loss, takes_names(model, example[0]))
         seen = rehearse(wrapped, (x, y), batch, rules)
+        answering = Answering(seen.checks)
         try:
-            graph, found = _any_size(wrapped, (x, y), batch, rules)
+            with answering:
+                graph, found = _any_size(wrapped, (x, y), batch, rules)
         except (InputError, ExportError) as error:  # it ran without torch.export: what it writes to may be why
             seen.refuse_writes(error)
             raise
         if first_broken(graph.conditions, SAMPLES) is not None:  # what was rehearsed is another branch
             seen = rehearse(wrapped, (x, y), batch, rules, whole=True)
         seen.check(graph)
-        return _with_least(graph, wrapped, found, (x, y))
+        return _with_least(replace(graph, unchecked=answering.lines), wrapped, found, (x, y))
 
 
 def _check_transforms(model: nn.Module, example: tuple[Any, Any]) -> None:

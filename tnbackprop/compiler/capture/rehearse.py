@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import InputError, UnsupportedError
 from ...notation.rule import Primitive, Rules
-from ..translate.failure import place
+from ..translate.failure import place as place_of
 from ..translate.foreign import MISTAKES
 from ..translate.graph import Graph
 from ..translate.opaque import check_output, rule_class
@@ -35,6 +35,7 @@ from ..translate.torch_internals import (
     space_of,
     tensor_hooks,
 )
+from .assertions import ASKS, Place, place_of_check
 from .state import Copies, copied, resized
 
 SAMPLES = 2
@@ -68,6 +69,7 @@ class Rehearsal(TorchFunctionMode):
         self.owners: dict[Any, Owner] = {}
         self.asked: list[tuple[str, Owner]] = []
         self.looking = False
+        self.checks: dict[Place, bool] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -75,6 +77,8 @@ class Rehearsal(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in ASKED and not self.looking and not self.stack[-1].ruled:
             self.asked.append((ASKED[func], self.stack[-1]))
+        if func is ASKS and (place := place_of_check()) is not None:
+            return self.checks.setdefault(place, func(*args, **kwargs))
         if not isinstance(func, OpOverload | OpOverloadPacket) or space_of(func) in OPERATOR_SPACES:
             return func(*args, **kwargs)
         return self.inside(RULED, func, args, kwargs)
@@ -206,10 +210,12 @@ class Seen:
 
     written  tensors of the model that a forward writes to, by dotted name
     reached  trainable parameters that autograd has a gradient of
+    checks   what checks of values gave
     """
 
     written: tuple[str, ...]
     reached: frozenset[str]
+    checks: dict[Place, bool] = field(default_factory=dict)
 
     def refuse_writes(self, cause: Exception | None = None) -> None:
         for name in self.written:
@@ -244,7 +250,7 @@ def rehearse(wrapped: nn.Module, example: tuple[Any, Any], batch: int, rules: Ru
         except _Failed as error:
             failed = error.__cause__
     assert failed is not None
-    at = place(wrapped, failed.__traceback__)
+    at = place_of(wrapped, failed.__traceback__)
     raise InputError(f"the {at.whole} fails on the example{at.within}: {failed}{at.line}") from failed
 
 
@@ -281,7 +287,7 @@ def _judged(rehearsal: Rehearsal, copies: Copies, results: Any) -> Seen:
     leaves = {id(leaf_of(node)) for node in reached}
     with_gradient = frozenset(name for name, ids in copies.parameters.items() if ids & leaves)
     Seen(copies.written(registered=False), with_gradient).refuse_writes()  # torch.export would write to those, too
-    return Seen(copies.written(registered=True), with_gradient)
+    return Seen(copies.written(registered=True), with_gradient, rehearsal.checks)
 
 
 def _function(name: str, owner: Owner) -> str:

@@ -12,6 +12,7 @@ from ...errors import RuleError, UnsupportedError
 from ...notation.bind import BoundRule, bind
 from ...notation.rule import Rule, RuleFunction, Rules
 from ...quantities import Exact, Gradient, Propagation, Quantity
+from ..capture.trial import Trial
 from ..translate.foreign import foreign
 from ..translate.graph import Call, Graph, Value, op_text
 from ..translate.torch_internals import of_aten
@@ -25,9 +26,9 @@ from .units import without_units
 ONE = Diagram((), (Product(sympy.Integer(1), ()),))
 
 
-def bind_all(graph: Graph, rules: Rules) -> tuple[tuple[Call, BoundRule], ...]:
+def bind_all(graph: Graph, rules: Rules, trial: Trial) -> tuple[tuple[Call, BoundRule], ...]:
     """Every differentiable call with its rule bound; one without a rule falls back on torch.func."""
-    return tuple((call, _bind(call, rules)) for call in graph.calls if needs_rule(call))
+    return tuple((call, _bind(call, rules, trial)) for call in graph.calls if needs_rule(call))
 
 
 def needs_rule(call: Call) -> bool:
@@ -35,10 +36,15 @@ def needs_rule(call: Call) -> bool:
     return call.output.differentiable or call.by_rule
 
 
-def _bind(call: Call, rules: Rules) -> BoundRule:
-    row = rules.get(call.target)
+def row_for(call: Call, rules: Rules) -> RuleFunction | None:
+    """The row of what is called; of several outputs it describes the first."""
+    return None if call.item else rules.get(call.target)
+
+
+def _bind(call: Call, rules: Rules, trial: Trial) -> BoundRule:
+    row = row_for(call, rules)
     if row is None:
-        return fallback(call)
+        return fallback(call, trial)
     rule = rule_of(call, row)
     values = {name: value for name, value in call.arguments.items() if isinstance(value, Value) or value is None}
     values |= call.tensors

@@ -26,6 +26,12 @@ EACH = e.Value("each", None, (), hint="each")
 """The variable of a function that is mapped over columns."""
 
 
+def output_expr(call: Call, read: Callable[[Value], Expr], like: Expr) -> Expr:
+    """What a call gives: one of the outputs of an operator with several."""
+    every = call_expr(call, read, like)
+    return every if call.item is None else e.Call(f.ITEM, (every, call.item))
+
+
 def call_expr(call: Call, read: Callable[[Value], Expr], like: Expr) -> Expr:
     """The call of an operator with every argument that is not as by default; devices are those of `like`."""
     arguments = arguments_of(call.target)
@@ -45,20 +51,23 @@ def call_expr(call: Call, read: Callable[[Value], Expr], like: Expr) -> Expr:
 def operator_vjp(store: Store, vjp: OperatorVjp, cotangent: Expr) -> Expr:
     """The VJP of an operator without a rule: vmap or a loop over samples, of torch.func's VJP of one."""
     rows = {value.name: e.Value(value.name, None, (), hint=f"x{k}") for k, value in enumerate(vjp.batched)}
+    *read, pulled, given = vjp.places
+    places = dict(zip(rows, read, strict=True))
 
     def one(name: str) -> Expr:
-        return e.Call(f.UNSQUEEZE, (rows[name], 0)) if name in rows else store.find(name)
+        return e.Call(f.UNSQUEEZE, (rows[name], places[name])) if name in rows else store.find(name)
 
     own = vjp.operand.name
-    moved = e.Call(f.UNSQUEEZE, (MOVED, 0)) if own in rows else MOVED
-    called = call_expr(vjp.operation, lambda value: moved if value.name == own else one(value.name), store.like)
+    moved = e.Call(f.UNSQUEEZE, (MOVED, places[own])) if own in rows else MOVED
+    called = output_expr(vjp.operation, lambda value: moved if value.name == own else one(value.name), store.like)
     pull = e.Call(f.ITEM, (e.Call(f.VJP, (e.Lambda((MOVED,), called), rows.get(own) or store.find(own))), 1))
-    g = e.Call(f.UNSQUEEZE, (PULLED, 0)) if vjp.sampled else PULLED
+    g = e.Call(f.UNSQUEEZE, (PULLED, pulled)) if vjp.sampled else PULLED
     each = e.Lambda((*rows.values(), PULLED), e.Call(f.ITEM, (e.Call(f.APPLY, (pull, g)), 0)))
     stacked = tuple(map(store.find, rows))
     if vjp.looped:
         return e.Call(f.LOOP, (each, vjp.axes, cotangent, *stacked))
-    return e.Call(f.APPLY, (e.Call(f.VMAP, (each,)), *stacked, cotangent))
+    axes = (("in_dims", (*read, pulled)), ("out_dims", given)) if any(vjp.places) else ()
+    return e.Call(f.APPLY, (e.Call(f.VMAP, (each,), axes), *stacked, cotangent))
 
 
 MOVED, PULLED = (e.Value(name, None, (), hint=name) for name in ("u", "g"))
@@ -68,7 +77,7 @@ MOVED, PULLED = (e.Value(name, None, (), hint=name) for name in ("u", "g"))
 def operator(call: Call) -> Function:
     """The row of the operator that is called. It writes over its operand where that is the only one, as large."""
     own = row_of(call.target).memory is Memory.OWN
-    alone = list(call.tensors) == ["input"] and not call.by_rule
+    alone = list(call.tensors) == ["input"] and not call.by_rule and call.item is None
     value, output = call.tensors.get("input"), call.output
     fits = alone and value is not None and (value.shape, value.dtype) == (output.shape, output.dtype)
     return f.aten(call.target, f.Memory.OWN if own else f.Memory.UNKNOWN, (fits and in_place(call.target)) or "")

@@ -21,7 +21,7 @@ from ..program.store import Store
 from ..translate.graph import Call, Graph, Value
 from ..translate.torch_internals import of_aten
 from .definite import smallest_eigenvalue
-from .forward import call_expr
+from .forward import output_expr
 
 AT, TANGENT = (e.Value(name, None, (), hint=name) for name in ("o", "e"))
 """The variables of functions: an output, and a tangent."""
@@ -125,7 +125,7 @@ def _in_double(call: Call, env: dict[str, e.Value], like: e.Value) -> Expr:
     if not foreign:
         arguments = {key: torch.float64 if _is_floating(value) else value for key, value in call.arguments.items()}
         call = replace(call, arguments=arguments)
-    expr = call_expr(call, read, like)
+    expr = output_expr(call, read, like)
     same = floating and not foreign
     return expr if same or not call.output.dtype.is_floating_point else e.Call(f.DOUBLE, (expr,))
 

@@ -16,7 +16,9 @@ from ..derive.derived import Columns, Derived, Extraction, Result
 from ..lower.candidate import Lowering
 from ..lower.contract import build
 from ..lower.table import LOWERINGS
+from ..program import functions as f
 from ..program.cost import Kernel, Rates, Work, bytes_of
+from ..program.expr import Call as Item
 from ..program.expr import Expr, Rounds, Value
 from ..program.lines import alive
 from ..program.store import LIKE, Store
@@ -232,9 +234,7 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule]) -> None
             _saved(store, rule)
         for equation in rule.equations[:-1] if rule is not None else ():
             assert equation.diagram is not None
-            store.suppliers[equation.name] = partial(
-                _supply, name=equation.name, diagram=equation.diagram
-            )
+            store.suppliers[equation.name] = partial(_supply, name=equation.name, diagram=equation.diagram)
         random = torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ())
         own: bool | None = None
         if rule is not None and rule.forward:
@@ -242,14 +242,23 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule]) -> None
         elif call.by_rule:
             expr, own = _from_formula(store, call, rule), False
         else:
-            expr, own = call_expr(call, lambda v: store.find(v.name), store.like), False if random else None
+            expr, own = _called(store, call, random), False if random else None
         name, (kernel, work) = call.output.name, forward_work(rule)
         store.works[name] = kernel, work
         floating = store.one_dtype and call.output.dtype.is_floating_point
-        made = store.add(
-            expr, call.output.shape, kernel, work, hint=name, alone=random, own=own, floating=floating
-        )
+        made = store.add(expr, call.output.shape, kernel, work, hint=name, alone=random, own=own, floating=floating)
         store.name(name, made)
+
+
+def _called(store: Store, call: Call, random: bool) -> Expr:
+    """The call of an operator; one with several outputs is called once for all of them."""
+    if call.item is None or call.outputs not in store:
+        expr = call_expr(call, lambda v: store.find(v.name), store.like)
+        if call.item is None:
+            return expr
+        every = store.add(expr, call.output.shape, Kernel.NATIVE, hint=hint_of(call.outputs), alone=random, own=False)
+        store.name(call.outputs, every)
+    return Item(f.ITEM, (store.find(call.outputs), call.item))
 
 
 def _from_formula(store: Store, call: Call, rule: BoundRule | None) -> Expr:

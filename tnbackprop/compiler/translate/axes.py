@@ -71,6 +71,8 @@ def _reshaped(source: Value, shape: tuple[Size, ...], multiples: list[int], wher
     before, after = _product(flat[:place]), _product(flat[place + 1 :])
     axis = next(k for k, multiple in enumerate(multiples) if multiple)
     left, right = _product(list(shape[:axis])), _product(list(shape[axis + 1 :]))
+    if before * after == 0 and shape[axis] == N:  # nothing is there to be mixed
+        return tuple((size,) for size in shape)
     if not left or not right or before % left or after % right or before * after == 0:
         factors = ", ".join("·".join(str(f) for f in a) or "1" for a in source.axes)
         raise UnsupportedError(

@@ -35,16 +35,16 @@ def alias_of(target: Any, arguments: dict[str, Any], shape: tuple[Size, ...], dt
 def output_call(
     target: Any, arguments: dict[str, Any], shapes: list[tuple[Size, ...]], index: int, where: str
 ) -> tuple[Any, dict[str, Any]] | None:
-    """What makes output `index` of an operator with several; None where it is the first, which the operator makes."""
+    """What makes output `index` of an operator with several; None where the operator itself does."""
     row = row_of(target)
     if row.pieces is not None:
         return row.pieces(arguments, shapes, index)
     name = row.outputs[index] if index < len(row.outputs) else ""
     if name:
         return call_of(overload(name), arguments)
-    if index:
+    if index and row.canonical is not None:
         raise UnsupportedError(
-            f"{where} returns several tensors and output {index} is used: only the first one has a rule. "
+            f"{where} returns several tensors and output {index} is used: only the first one has a spelling. "
             "Compute it with an op of its own, or give the module a rule"
         )
     return None

@@ -73,6 +73,8 @@ class Call:
     path: str = ""  # dotted module path, "" for the model itself
     module_type: str = ""
     module: torch.nn.Module | None = None  # for a module target
+    item: int | None = None  # which output it is, of an operator with several
+    outputs: str = ""  # the same for all outputs of one call
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -125,6 +127,7 @@ class Graph:
     absent: tuple[int, ...] = ()  # which of its leaves are None: they are no inputs
     least: int = 1  # samples: for fewer the model does something else
     conditions: tuple[Condition, ...] = ()  # on N, for others it does something else, too
+    unchecked: tuple[str, ...] = ()  # checks of values that the forward has and a program leaves out
     cotangent: str = ""  # of a layer on its own: the input that is the cotangent of its output
 
     def is_bottleneck(self, value: str) -> bool:
@@ -154,7 +157,7 @@ class Graph:
         sizes = f", for {sizes}" if sizes else ""
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         gives = f"gives  output {self.output}, loss {self.loss}{sizes}"
-        return ["reads  " + ", ".join(named), *lines, gives]
+        return ["reads  " + ", ".join(named), *lines, gives, *(f"not checked  {line}" for line in self.unchecked)]
 
 
 def is_batch(size: Size) -> bool:

@@ -46,6 +46,12 @@ class Opaque:
         """The parameters and buffers by dotted name, each tensor once per name."""
         return {} if self.module is None else named_tensors(self.module)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a call of it says of its module."""
+        own = self.module
+        return {} if own is None else {"module": own, "path": self.path, "module_type": type(own).__name__}
+
     def __str__(self) -> str:
         return str(self.target) if self.module is None else f"module {self.path!r} ({type(self.module).__name__})"
 
@@ -87,7 +93,7 @@ def opaque_calls(wrapped: nn.Module, rules: Rules) -> Iterator[dict[str, Opaque]
         try:
             for path, module in _outermost(wrapped, rules):
                 name = _op_name(type(module).__name__, len(found))
-                found[name] = Opaque(_target(path, module, rules), module.forward, _signature(module), module, path)
+                found[name] = Opaque(_target(path, module, rules), module.forward, signature_of(module), module, path)
                 forward = _op(library, name, found[name])
                 patched.append((module, module.__dict__.get("forward")))
                 module.__dict__["forward"] = forward
@@ -133,7 +139,7 @@ def _op_name(wanted: str, number: int) -> str:
     return re.sub(r"\W", "_", wanted, flags=re.ASCII) + f"_{number}"
 
 
-def _signature(module: nn.Module) -> inspect.Signature:
+def signature_of(module: nn.Module) -> inspect.Signature:
     """That of forward, or the module's own attribute where forward takes anything."""
     own = getattr(module, "signature", None)
     if isinstance(own, inspect.Signature):

@@ -170,15 +170,12 @@ TABLE: Mapping[str, Operator] = {
     # along an axis
     "softmax.int _softmax log_softmax.int _log_softmax _safe_softmax": Operator(along=DIM),
     "cumsum cumprod logcumsumexp cummax cummin diff glu fft_fft fft_ifft": Operator(along=DIM),
-    "topk sort.stable argsort argsort.stable": Operator(along=DIM),
-    "sort": Operator(along=DIM, outputs=("", "argsort")),
+    "topk sort sort.stable argsort argsort.stable": Operator(along=DIM),
     "renorm": Operator(along=but("dim")),
     "var_mean.correction": Operator(outputs=("var.correction", "mean.dim")),
     "std_mean.correction": Operator(outputs=("std.correction", "mean.dim")),
     "var_mean.dim": Operator(outputs=("var.dim", "mean.dim")),
     "std_mean.dim": Operator(outputs=("std.dim", "mean.dim")),
-    "max.dim": Operator(outputs=("", "argmax")),
-    "min.dim": Operator(outputs=("", "argmin")),
     # over positions
     **{
         f"conv{k}d conv{k}d.padding": Operator(memory=Memory.OWN, positions=last(k + 1)) for k in (1, 2, 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,7 +36,26 @@ def _cross_entropy_loss(
     return each if reduction == NONE else each.mean() if reduction == MEAN else each.sum()
 
 
-KERNELS: dict[Any, Callable[..., Tensor]] = {aten.cross_entropy_loss.default: _cross_entropy_loss}
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
+    """It takes another way for more than 25 rows."""
+    found: Tensor = torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+    return found
+
+
+def _chain(tensors: Sequence[Tensor]) -> Tensor:
+    """It looks for the best order."""
+    product = tensors[0]
+    for each in tensors[1:]:
+        product = product @ each
+    return product
+
+
+KERNELS: dict[Any, Callable[..., Tensor]] = {
+    aten.cross_entropy_loss.default: _cross_entropy_loss,
+    aten.cdist.default: _cdist,
+    aten.linalg_multi_dot.default: _chain,
+    aten.chain_matmul.default: _chain,
+}
 """The same values as the operator's own."""
 
 

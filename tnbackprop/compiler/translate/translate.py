@@ -114,7 +114,7 @@ class _Translator:
                 opaque.target,
                 {k: self.sizes.converted(v) for k, v in named.items()},
                 node.meta["val"],
-                opaque=opaque,
+                **opaque.facts,
             )
             return
         if is_mutation(target):
@@ -134,14 +134,14 @@ class _Translator:
         self.env[owner(node)] = output
 
     def _emit(
-        self, node: Node, target: Any, arguments: dict[str, Any], val: Any, name: str = "", opaque: Opaque | None = None
+        self, node: Node, target: Any, arguments: dict[str, Any], val: Any, name: str = "", **facts: Any
     ) -> Value:
-        """Append a call with the output `val` (or alias its input) and return the output."""
+        """Append a call with the output `val` (or alias its input) and return the output. `facts`: of the `Call`."""
         where = self._where(node)
         shape = self.sizes.shape(val, where)
         if val.dtype.is_complex:
             raise UnsupportedError(f"{where} makes a complex tensor {show(shape)}: complex tensors are not supported")
-        return self._append(node, target, arguments, shape, val.dtype, name, opaque)
+        return self._append(node, target, arguments, shape, val.dtype, name, **facts)
 
     def _append(
         self,
@@ -151,10 +151,11 @@ class _Translator:
         shape: tuple[Size, ...],
         dtype: torch.dtype,
         name: str = "",
-        opaque: Opaque | None = None,
+        **facts: Any,
     ) -> Value:
-        where = self._where(node)
+        where, given = self._where(node), target
         target, arguments = canonical(target, arguments, shape)
+        facts = facts if target is given else {}
         same = alias_of(target, arguments, shape, dtype)
         if same is not None and (same.depends_on == frozenset() or not self.no_grad):
             return same
@@ -176,11 +177,9 @@ class _Translator:
         check_mixing(target, arguments, output, self.ranges, where)
         self._follow_batch(target, arguments, inputs, output, where)
         _, path, kind = module_of(node)
-        own = opaque.module if opaque is not None else None
-        if opaque is not None and own is not None:
-            path, kind = opaque.path, type(own).__name__
+        facts = {"path": path, "module_type": kind} | facts
         self.values[output.name] = output
-        self.calls.append(Call(target, MappingProxyType(arguments), output, path, kind, own))
+        self.calls.append(Call(target, MappingProxyType(arguments), output, **facts))
         return output
 
     def _follow_batch(
@@ -243,8 +242,9 @@ class _Translator:
         shapes = [self.sizes.shape(v, where) for v in vals]
         piece = output_call(several.target, several.arguments, shapes, index, where)
         target, arguments = piece or (several.target, several.arguments)
-        name = f"{op_name(several.target)}_{index}" if len(vals) > 1 and piece else ""
-        return self._emit(several.node, target, dict(arguments), vals[index], name)
+        name = f"{op_name(several.target)}_{index}" if len(vals) > 1 and (piece or index) else ""
+        of = {} if piece else {"item": index, "outputs": f"{several.node.name}:outputs"}
+        return self._emit(several.node, target, dict(arguments), vals[index], name, **of)
 
     def _block(self, node: Node) -> tuple[Any, ...]:
         """The outputs of a `with torch.no_grad()` block: its calls inline, cut from the gradient."""
@@ -290,7 +290,7 @@ class _Translator:
     def _refuse_first(self, program: GraphModule) -> None:
         """What is refused before anything else, so that the message names the cause and not a symptom."""
         for node in program.graph.nodes:
-            if node.op == "call_function" and node.target is aten.batch_norm.default and node.args[5]:
+            if node.op == "call_function" and node.target is aten.batch_norm.default and _batch_in_train(node):
                 raise UnsupportedError(
                     f"{self._where(node)} is in train mode, so it mixes samples: there are no individual gradients. "
                     "Call model.eval(), or use GroupNorm or LayerNorm"
@@ -350,6 +350,13 @@ class _Translator:
             in_spec=pytree.tree_flatten(example)[1],
             absent=tuple(k for k, leaf in enumerate(pytree.tree_leaves(example)) if leaf is None),
         )
+
+
+def _batch_in_train(node: Node) -> bool:
+    """Whether a batch norm takes its statistics from samples, not from a weight."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return bool(node.args[5]) and any(isinstance(size, torch.SymInt) for size in source.meta["val"].shape)
 
 
 def _needed(calls: list[Call], wanted: set[str]) -> list[Call]:

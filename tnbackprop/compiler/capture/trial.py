@@ -1,0 +1,176 @@
+"""Trial: what an operator without a rule does on samples of the example, which are in its own domain.
+
+Changing one sample must not change the others. There, too, `torch.func.vmap` over the VJP of one sample is compared
+with one call for each sample and column: for some operators torch knows no such derivative, or a wrong one (`cdist`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ...diagram.core import N
+from ...errors import UnsupportedError
+from ..translate.axes import batch_axis
+from ..translate.graph import Call, Graph, Value
+from ..translate.opaque import named_tensors, signature_of
+from ..translate.torch_internals import arguments_of
+from .state import resized
+
+SAMPLES = 3
+"""As many are tried: one that is changed, and two that must not notice."""
+SECOND = torch.tensor([1, 1, 2])
+"""The second sample in the place of the first."""
+
+
+@dataclass
+class Trial:
+    """The values of a graph on a few samples of the example, each computed when it is first asked for."""
+
+    graph: Graph
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, graph: Graph, model: nn.Module, loss: Any, example: tuple[Any, Any]) -> Trial:
+        """What the graph reads."""
+        own = named_tensors(model)
+        values = {name: own[dotted[0]] for name, dotted in graph.parameters.items()}
+        values |= {name: own[dotted] for name, dotted in graph.buffers.items()} | dict(graph.constants)
+        leaves = [leaf for leaf in pytree.tree_leaves(resized(example, SAMPLES)) if isinstance(leaf, Tensor)]
+        values |= dict(zip(graph.inputs, leaves, strict=True))
+        return cls(graph, {name: value.detach() for name, value in values.items()})
+
+    def operands(self, call: Call) -> dict[str, Tensor]:
+        """The tensors that a call reads; samples that do not differ are scaled."""
+        self._compute({value.name for value in call.tensors.values()})
+        found = {value.name: self.values[value.name] for value in call.tensors.values()}
+        own = [value for value in batched(call) if value.dtype.is_floating_point]
+        if any(not torch.equal(*_samples(value, found[value.name])[:2]) for value in own):
+            return found
+        for value in own:
+            rows = _samples(value, found[value.name])
+            scales = torch.linspace(1, 0.75, SAMPLES).to(rows).view(-1, *[1] * (rows.ndim - 1))
+            found[value.name] = (rows * scales).movedim(0, place_of(value))
+        return found
+
+    @torch.no_grad()
+    def _compute(self, wanted: set[str]) -> None:
+        needed = []
+        for call in reversed(self.graph.calls):
+            if call.output.name in wanted - self.values.keys():
+                needed.append(call)
+                wanted |= {value.name for value in call.tensors.values()}
+        with torch.random.fork_rng():
+            for call in reversed(needed):
+                self.values[call.output.name] = run(call, self.values)
+
+
+def sampled(value: Value) -> bool:
+    """Whether it has the batch."""
+    return batch_axis(value) is not None
+
+
+def place_of(value: Value) -> int:
+    """The axis of the samples; what has none gets them in front."""
+    return batch_axis(value) or 0
+
+
+def _samples(value: Value, tensor: Tensor) -> Tensor:
+    """The samples in front."""
+    return tensor.movedim(place_of(value), 0)
+
+
+def batched(call: Call) -> list[Value]:
+    """The operands with a sample's own value, each once."""
+    return [v for v in dict.fromkeys(call.tensors.values()) if sampled(v)]
+
+
+def one_sample(call: Call) -> Call:
+    """The call with the sizes that it has for one."""
+    return replace(call, arguments=MappingProxyType({k: _sized(a, 1) for k, a in call.arguments.items()}))
+
+
+def run(call: Call, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The output of a call."""
+
+    def value(argument: Any) -> Any:
+        return tensors[argument.name] if isinstance(argument, Value) else _sized(argument, SAMPLES)
+
+    filled = {name: pytree.tree_map(value, argument) for name, argument in call.arguments.items()}
+    if call.by_rule:
+        signature = signature_of(call.module) if call.module is not None else inspect.signature(call.target.function)
+        bound = inspect.BoundArguments(signature, {name: filled[name] for name in signature.parameters})
+        output: Tensor = (call.module or call.target.function)(*bound.args, **bound.kwargs)
+        return output
+    names = {a.name: "input" if a.name == "self" else a.name for a in arguments_of(call.target)}
+    args = [filled[names[a.name]] for a in arguments_of(call.target) if not a.kwarg_only]
+    options = {a.name: filled[names[a.name]] for a in arguments_of(call.target) if a.kwarg_only}
+    result = call.target(*args, **options)
+    return result if call.item is None else result[call.item]  # type: ignore[no-any-return]
+
+
+def _sized(argument: Any, samples: int) -> Any:
+    def sized(leaf: Any) -> Any:
+        return int(leaf.subs(N, samples)) if isinstance(leaf, sympy.Expr) else leaf
+
+    return pytree.tree_map(sized, argument)
+
+
+def refuse_mixing(call: Call, tensors: Mapping[str, Tensor], refused: Callable[[str], UnsupportedError]) -> None:
+    """Replace the first sample by the second one, which is as good: the others must stay as they are."""
+    own = batched(call)
+    if own and sampled(call.output):
+        changed = dict(tensors)
+        for value in own:
+            changed[value.name] = tensors[value.name].index_select(
+                place_of(value), SECOND.to(tensors[value.name].device)
+            )
+        with torch.no_grad():
+            before, after = (_samples(call.output, run(call, each)) for each in (tensors, changed))
+        if not _close(after[1:], before[1:]) or not _close(after[0], before[1]):
+            raise refused("its output for one sample depends on another (it mixes samples)")
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    try:
+        torch.func.vjp(lambda some: run(call, {**tensors, **some}), floating)
+    except (RuntimeError, NotImplementedError) as error:
+        raise refused("it knows no derivative of it") from error
+
+
+def maps(call: Call, operand: Value, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether vmap over samples and columns gives what single VJPs give."""
+    own, one, generator = batched(call), one_sample(call), torch.Generator().manual_seed(1)
+    each = sampled(call.output)
+    shape = [3, SAMPLES, *(size for size in call.output.shape if isinstance(size, int))]
+    cotangents = torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def vjp(cotangent: Tensor, *rows: Tensor) -> Tensor:
+        at = {**tensors, **{v.name: row.unsqueeze(place_of(v)) for v, row in zip(own, rows, strict=True)}}
+        back = torch.func.vjp(lambda u: run(one, {**at, operand.name: u}), at[operand.name])[1]
+        found: Tensor = back(cotangent.unsqueeze(place_of(call.output)) if each else cotangent)[0]
+        return found
+
+    rows = [_samples(v, tensors[v.name]) for v in own]
+    cotangents = cotangents.to(tensors[operand.name].device, call.output.dtype)
+    single = [torch.stack([vjp(*sample) for sample in zip(column, *rows, strict=True)]) for column in cotangents]
+    try:
+        over_samples = torch.func.vmap(vjp, (0, *(0 for _ in rows)))
+        mapped = torch.func.vmap(over_samples, (0, *(None for _ in rows)))(cotangents, *rows)
+    except RuntimeError:  # an operator that vmap does not know, or that draws numbers
+        return False
+    return _close(mapped, torch.stack(single))
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Up to rounding: kernels add up in another order where there is something else beside."""
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    bound = torch.finfo(other.dtype).eps ** 0.5 * other.abs().nan_to_num(0, 0, 0).amax() if other.numel() else 0
+    return torch.allclose(one, other, rtol=0, atol=float(bound), equal_nan=True)
