@@ -87,9 +87,30 @@ def test_pictures() -> None:
         assert svg.startswith("<svg") and f"pictures/{name}" in guide, name
 
 
+def test_reference() -> None:
+    """Every public name once, and docstrings as Markdown."""
+    pytest.importorskip("griffe")
+    made = runpy.run_path(str(DOCS / "reference.py"))
+    names = re.findall(r"^::: tnbackprop\.(\w+)$", made["reference"](), flags=re.MULTILINE)
+    assert sorted(names) == sorted(tn.__all__)
+    text = "A [N, *p], `[*q]`.\n\nfirst   a thing\n        goes on\nother_  b\n\nRaises.\n\n    code[*s]"
+    want = "A [N, \\*p], `[*q]`.\n\n\n- `first`: a thing\n    goes on\n- `other_`: b\n\nRaises.\n\n    code[*s]"
+    assert "\n".join(made["markdown"](text)) == want
+
+
+def test_gallery() -> None:
+    """Every example has a title; one of them as it stands in the page."""
+    made = runpy.run_path(str(DOCS / "gallery.py"))
+    assert set(made["TITLES"]) == {path.stem for path in (DOCS.parent / "examples").glob("*.py")}
+    printed, drawn = made["run"]("add_a_lowering")
+    section = "\n".join(made["section"]("add_a_lowering", printed, drawn))
+    assert section.startswith("A lowering from outside") and "```text\nbatched matrix products" in section
+    assert '??? quote "examples/add_a_lowering.py"\n\n    ```python\n    """A lowering' in section
+
+
 def test_links_between_pages() -> None:
     """Those that MkDocs would call broken, and files of the repository that are named."""
-    known = {*PAGES, "operations.md"}
+    known = {*PAGES, "operations.md", "api.md", "gallery.md"}
     for page, text in PAGES.items():
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
             assert target.startswith(("https://", "pictures/")) or target in known, f"{page}: {target}"

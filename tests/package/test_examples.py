@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import tnbackprop as tn
+from benchmarks import overview
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,17 +32,23 @@ def same_text(printed: str, shown: str) -> None:
 
 
 def test_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The python blocks are one script; the first prints what stands below it, up to the last digits."""
+    """The python blocks are one script, which prints what stands below the first."""
     script = tmp_path / "readme.py"
     script.write_text("\n".join(blocks("python")), encoding="utf-8")
-    runpy.run_path(str(script), run_name="__main__")
-    shown = blocks("text")[0]
-    count = len(shown.splitlines())
-    printed = capsys.readouterr().out.splitlines()
-    first, others = "\n".join(printed[:count]) + "\n", printed[count:]
-    same_text(first, shown)
-    names = ("0.weight", "0.bias", "3.weight", "3.bias", "4.gain")
-    assert others == ["torch.Size([8])", str(dict.fromkeys(names, (8,)))]
+    left = runpy.run_path(str(script), run_name="__main__")
+    same_text(capsys.readouterr().out, blocks("text")[0])
+    tn.compile(left["model"], torch.nn.CrossEntropyLoss(), (left["x"], left["y"]), [tn.BatchL2(), tn.KFAC()])
+
+
+def test_readme_fits_two_screens() -> None:
+    """Of a page that is 900 pixels wide; the rest is in the guide."""
+    assert len(README.splitlines()) <= 80
+    assert max(len(line) for kind in ("python", "text", "sh") for line in "".join(blocks(kind)).splitlines()) <= 100
+    assert README.count("](benchmarks/results/") == 1
+
+
+def test_the_picture_has_the_numbers_of_the_results() -> None:
+    assert overview.PICTURE.read_text(encoding="utf-8") == overview.overview()
 
 
 def test_readme_first_screen() -> None:

@@ -21,6 +21,7 @@ from tnbackprop.notation.bind import BoundRule, bind
 from tnbackprop.notation.parse import FUNCTIONS
 from tnbackprop.notation.rule import Rule
 from tnbackprop.rules import RULES
+from tnbackprop.rules.kinks import slope
 
 from .. import oracle, oracle_second
 from ..models import Apply
@@ -131,6 +132,8 @@ def test_activations(target: Any, dtype: torch.dtype) -> None:
         return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
 
     x = GRID.to(dtype)
+    if target == aten.hardswish.default and slope("hardswish") == 1.5:  # older torch has its ends inside, once only
+        x = x[x.abs() != 3]
     rule = bound(RULES[target](call))  # type: ignore[arg-type]
     value = target(x, **given)
     value = value[0] if isinstance(value, tuple) else value
