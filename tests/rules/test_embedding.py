@@ -61,7 +61,7 @@ def test_factors_of_one_hot_inputs(kind: str, sharing: str, twice: bool) -> None
     name, options = KINDS[kind]
     x, one_hot, y = batch()
     table, matrix = twins(nn.Embedding(VOCABULARY, WIDTH), twice)
-    quantity = make(name, sharing=sharing, **options)
+    quantity = make(name, sharing=sharing, strict=True, **options)
     if twice and sharing == "REDUCE":
         with pytest.raises(tn.UnsupportedError, match="the reduce approximation of several uses is not defined"):
             tn.compile(table, nn.CrossEntropyLoss(), (x, y), [quantity])

@@ -49,12 +49,8 @@ def _other_sharing(patch: Patch) -> None:
 
 def _twice_each_factor(patch: Patch) -> None:
     """As where a size is forgotten."""
-    right = approximate._of_use
-    patch.setattr(approximate, "_of_use", lambda *args: _scaled(right(*args)))
-
-
-def _scaled(factors: approximate.Factors) -> approximate.Factors:
-    return approximate.replace(factors, diagrams=tuple(2 * diagram for diagram in factors.diagrams))
+    right = approximate._Rules._of_use
+    patch.setattr(approximate._Rules, "_of_use", lambda *args: right(*args) * 2)
 
 
 def _twice(kind: type[tn.Quantity]) -> Callable[[Patch], None]:

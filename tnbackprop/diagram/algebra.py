@@ -40,6 +40,7 @@ class Uses:
 
     jacobians: tuple[Jacobian, ...]
     legs: tuple[Leg, ...]
+    axes: tuple[tuple[Leg, ...], ...] = ()  # the legs of each axis of the parameter; one each if it is empty
 
     @property
     def T(self) -> Transposed:

@@ -40,6 +40,18 @@ def common(*shapes: Sizes) -> Sizes:
     return tuple(a // b for a, b in pairwise(sorted(made, reverse=True)))
 
 
+def grouped(legs: Legs, shape: Sizes) -> tuple[Legs, ...]:
+    """The legs of each axis of a shape, axes of size 1 left out; one each where the legs do not split the axes."""
+    found: list[Legs] = []
+    axes = [size for size in shape if size != 1]
+    for leg in legs:
+        before = found[-1] if found and prod(int(own.size) for own in found[-1]) < int(axes[len(found) - 1]) else ()
+        found = [*found[: len(found) - bool(before)], (*before, leg)]
+        if len(found) > len(axes) or prod(int(own.size) for own in found[-1]) > int(axes[len(found) - 1]):
+            return tuple((own,) for own in legs)
+    return tuple(found)
+
+
 def _cuts(shape: Sizes) -> set[int]:
     """How many elements lie behind each place between two legs, the two ends included."""
     return {prod(int(size) for size in shape[k:]) for k in range(len(shape) + 1)}

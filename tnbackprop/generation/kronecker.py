@@ -44,8 +44,8 @@ class Block:
 
     @property
     def exact_for_one(self) -> bool:
-        """Whether the factors of one sample are exact: one use, and no positions."""
-        return not self.cut and all(len(d.products) == 1 for d in self.factors.diagrams)
+        """Whether the factors of one sample are exact: one use, no positions, and nothing that was too large."""
+        return self.factors.whole and not self.cut and all(len(d.products) == 1 for d in self.factors.diagrams)
 
     @property
     def axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -121,7 +121,7 @@ def places(block: Block, given: str, output: tuple[Leg, ...]) -> Places | None:
     None: the factor of what is handed in is made of more than that, or positions inside the layer were cut.
     """
     mine = [diagram for diagram in block.factors.diagrams if given in leaves(diagram)]
-    if len(block.factors.diagrams) > 2 or len(mine) != 1 or len(mine[0].products) != 1:
+    if not block.factors.whole or len(block.factors.diagrams) > 2 or len(mine) != 1 or len(mine[0].products) != 1:
         return None
     operands = mine[0].products[0].operands
     rows = [row for op in operands if isinstance(op, Tensor) and op.name == given for row in _rows(op, output)]

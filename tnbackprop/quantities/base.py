@@ -55,6 +55,8 @@ def _check_option(option: Field[object], value: object, owner: str) -> None:
         raise InputError(f"{what} is {type(value).__name__}, not {kind.__name__}")
     if option.name == "mc_samples" and isinstance(value, int) and value < 1:
         raise InputError(f"{what}: draw at least one column per sample")
+    if option.name == "largest" and isinstance(value, int) and value < 1:
+        raise InputError(f"{what}: a dense factor has at least one row")
     if option.name == "name" and not value:
         raise InputError(f"{what}: the key in the result is a text that is not empty")
 

@@ -4,11 +4,20 @@ The GGN block is (JᵀS)(JᵀS)ᵀ. Its legs n (and v) and the positions over wh
 legs then fall into components. *Expand* ties the positions of the two copies of a component, *reduce* sums each copy
 over them first (Eschenhagen et al. 2023, arXiv:2311.00636). Every cut leg contributes 1/size once, to each component
 but the one with the cotangent, which carries all scale of the loss.
+
+A component M that is too large is cut further into its axes, all but one of them tied in each factor:
+
+    F_1 = Σ M Mᵀ / (d_2 ⋯ d_k) over everything but axis 1,   F_j = d_j Σ M Mᵀ / tr(Σ M Mᵀ) over everything but axis j,
+
+so that each cut axis contributes 1/size once, the scale is in F_1, and tr(F_1 ⊗ … ⊗ F_k) is that of the component;
+exact where M is one matrix-normal tensor (TNT: Ren & Goldfarb 2021, arXiv:2106.02925; the factors of Shampoo: Gupta et
+al. 2018, arXiv:1802.09568). An axis that is too large has its diagonal, and a parameter without factors its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import reduce
 from math import prod
@@ -16,12 +25,17 @@ from math import prod
 import sympy
 
 from ..diagram.algebra import Cotangents, Uses, diagonal, inline
-from ..diagram.core import BATCH, COLUMN, Diagram, Leg, Operand, Product, Tensor, operand_tensors
-from ..diagram.jacobian import Jacobian, Unit
+from ..diagram.core import BATCH, COLUMN, Diagram, Leg, Operand, Product, Tensor
+from ..diagram.jacobian import Jacobian
 from ..diagram.simplify import simplify
 from ..errors import UnsupportedError
+from .components import Legs, Parameter, Separation, legs_of, parameter_of, separate
 
-Legs = tuple[Leg, ...]
+LARGEST = 4096
+"""Rows of the largest dense factor, unless a quantity says otherwise."""
+SHARE = 16
+"""What has several axes with the loss in one piece, a table that is added, has no structure that its factor would keep:
+it is left in one piece up to a 16th of that."""
 
 
 class Sharing(Enum):
@@ -42,85 +56,201 @@ class Factors:
     assumption: str
     means: tuple[Diagram | None, ...] = ()  # [blocks, d]: the mean of one copy of a factor without the cotangent
     diagonal: tuple[bool, ...] = ()  # which factors are kept as their diagonal (a one-hot input); none if it is empty
+    leads: tuple[int, ...] = ()  # of each factor, the one with the scale of its component; itself if it is empty
+    dropped: tuple[str, ...] = ()  # why a factor is no more than its diagonal; "" where nothing else is lost
+    sharing: Sharing = Sharing.EXPAND
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """[blocks, d, d] or [blocks, d] of each factor, its legs and the blocks as one axis each."""
         blocks = (prod(int(leg.size) for leg in self.blocks),) if self.blocks else ()
-        sizes = [prod(int(leg.size) for leg in legs) for legs in self.legs]
+        sizes = [_rows(legs) for legs in self.legs]
         kept = self.diagonal or (False,) * len(sizes)
         return tuple((*blocks, d) if flat else (*blocks, d, d) for d, flat in zip(sizes, kept, strict=True))
 
-
-@dataclass(frozen=True)
-class _Component:
-    operands: tuple[Operand, ...]
-    own: Legs  # the parameter's legs
-    units: tuple[int, ...] = ()  # those of its axes of size 1 that are here
+    @property
+    def relative(self) -> tuple[bool, ...]:
+        """Which factors are divided by the mean of their diagonal: the scale is in another of their component."""
+        return tuple(lead != k for k, lead in enumerate(self.leads)) or (False,) * len(self.diagrams)
 
     @property
-    def separate(self) -> bool:
-        """Whether it has an axis of the parameter."""
-        return bool(self.own or self.units)
+    def whole(self) -> bool:
+        """Whether nothing was lost but what the separation of the components loses."""
+        return not any(self.dropped) and not any(self.relative)
 
 
 @dataclass(frozen=True)
-class _Parameter:
-    """Its legs, and its axes of size 1, which have none: they are with the cotangent or with what they are met by."""
+class _Rules:
+    """How components become factors."""
 
+    cotangents: Cotangents
+    sharing: Sharing
+    scale: sympy.Expr
+    largest: int
+    axes: tuple[Legs, ...]
+    each: tuple[Separation, ...]  # of every product of the gradient; all of one structure
+
+    def factor(self, k: int, own: Legs, dense: bool = True) -> Diagram:
+        """Two copies of component k with all but `own` tied: [blocks, own, own'], or its diagonal [blocks, own]."""
+        loss = self.each[0].components[k].loss
+        total = _total([self._of_use(use, k, own, dense) for use in self.each])
+        return simplify(total * self.scale if loss else total / len(self.each))
+
+    def _of_use(self, use: Separation, k: int, own: Legs, dense: bool) -> Diagram:
+        component, expand = use.components[k], self.sharing is Sharing.EXPAND
+        every = legs_of(component.operands)
+        tied = {BATCH, *use.blocks, *(use.positions if expand else ()), *(leg for leg in every if leg.name == COLUMN)}
+        tied |= set(component.own) - (set(own) if dense else set())
+        copy = {leg: Leg(f"{leg.name}_copy", leg.size) for leg in every if leg not in tied}
+        legs = (*(leg for leg in use.blocks if leg in every), *own, *((copy[leg] for leg in own) if dense else ()))
+        averaged = self.cotangents.names if self.cotangents.averaged else frozenset()
+        twin = tuple(op.rename(copy) for op in component.operands)
+        cut = sympy.Mul(*(leg.size for leg in use.cut)) ** (1 if expand else 2)
+        scale: sympy.Expr = use.scale**2 if component.loss else 1 / (BATCH.size * cut)
+        found: Diagram = _paired(component.operands, twin, legs, averaged) * scale
+        return found
+
+    def mean(self, k: int) -> Diagram | None:
+        """The mean of one copy of a component without the cotangent."""
+        if self.each[0].components[k].loss:
+            return None
+        halves = []
+        for use in self.each:
+            component = use.components[k]
+            half = Diagram((*use.blocks, *component.own), (Product(sympy.Integer(1), component.operands),))
+            halves.append(half / sympy.Mul(BATCH.size, *(leg.size for leg in use.cut)))
+        return simplify(_total(halves) / len(halves))
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """One factor; `place` is where its axes are among the parameter's."""
+
+    diagram: Diagram
     legs: Legs
-    units: tuple[Unit, ...]
-
-    def of(self, operands: tuple[Operand, ...], loss: bool) -> _Component:
-        """These operands with the axes that are theirs."""
-        own = _legs(operands)
-        names = {t.name for op in operands for t in operand_tensors(op)}
-        units = (unit.axis for unit in self.units if (unit.output if loss else unit.met & names and not unit.output))
-        return _Component(operands, tuple(leg for leg in self.legs if leg in own), tuple(units))
-
-    def place(self, component: _Component, own: Legs) -> list[int]:
-        """Where its axes are among all axes, to sort by."""
-        axes = [k for k in range(len(self.legs) + len(self.units)) if k not in {unit.axis for unit in self.units}]
-        return sorted([*(axes[self.legs.index(leg)] for leg in own), *component.units]) or [-1]
+    component: int
+    place: list[int]
+    diagonal: bool = False
+    dropped: str = ""
+    mean: Diagram | None = None
+    relative: bool = field(default=False)
 
 
-def kronecker(J: Uses, g: Cotangents, sharing: Sharing, scale: sympy.Expr, means: bool = False) -> Factors:
-    """Factors of (Jᵀg)(Jᵀg)ᵀ·scale. Raises `UnsupportedError`, with the reason, where the cut does not separate.
+def kronecker(
+    J: Uses,
+    g: Cotangents,
+    sharing: Sharing,
+    scale: sympy.Expr,
+    means: bool = False,
+    largest: int = LARGEST,
+    strict: bool = False,
+) -> Factors:
+    """Factors of (Jᵀg)(Jᵀg)ᵀ·scale; the diagonal of it where the cut does not separate.
 
-    means  also the means of the factors' halves, which join a weight with the bias behind it
+    means    also the means of the factors' halves, which join a weight with the bias behind it
+    largest  rows of the largest dense factor: a larger one is cut into its axes, a larger axis has its diagonal
+    strict   raises `UnsupportedError`, with the reason, in place of the diagonal of a parameter without factors
     """
     gradient = inline(J.T @ g)
     if not gradient.products:
-        return _nothing(J)
-    parameter = _Parameter(J.legs, J.jacobians[0].units if len({j.units for j in J.jacobians}) == 1 else ())
-    each = [_of_use(product, parameter, g, sharing) for product in gradient.products]
-    first = each[0]
-    structures = {(f.blocks, f.legs, tuple(_has_cotangent(d, g.names) for d in f.diagrams)) for f in each}
-    if len(structures) > 1:
-        raise UnsupportedError(
-            f"the uses of the parameter have different Kronecker structure, and do not add up: {gradient}\n"
-            "  Untie or freeze it (requires_grad_(False)), or ask for what needs no factors: DiagGGN, GGNTrace."
+        return _only_diagonal(J, Diagram(J.legs, ()), "the parameter has no use: zero", sharing)
+    parameter = parameter_of(J, g.names)
+    each = tuple(separate(product, parameter) for product in gradient.products)
+    why, remedy = _inseparable(each, len(J.jacobians), sharing)
+    if why and strict:
+        raise UnsupportedError(f"{why}: {gradient}\n  {remedy}")
+    if why:
+        found = _averaged_diagonal(gradient, parameter) if g.averaged else _own_diagonal(J, g)
+        dropped = "what is between its uses" if g.averaged else "what is off its diagonal"
+        text = f"no Kronecker factors: {why}"
+        assumption = f"the diagonal of the block, nothing of {dropped}: {text}"
+        return _only_diagonal(J, simplify(found * scale), assumption, sharing, text)
+    rules = _Rules(g, sharing, scale, largest, J.axes or tuple((leg,) for leg in J.legs), each)
+    built = [one for k in range(len(each[0].components)) for one in _of_component(rules, k, parameter, means)]
+    built.sort(key=lambda one: one.place)
+    leads = {one.component: k for k, one in enumerate(built) if not one.relative}
+    return Factors(
+        diagrams=tuple(one.diagram for one in built),
+        blocks=each[0].blocks,
+        legs=tuple(one.legs for one in built),
+        parameter=J.legs,
+        assumption=_assumption(rules, built),
+        means=tuple(one.mean for one in built) if means else (),
+        diagonal=tuple(one.diagonal for one in built),
+        leads=tuple(leads[one.component] for one in built),
+        dropped=tuple(one.dropped for one in built),
+        sharing=sharing,
+    )
+
+
+def _inseparable(each: Sequence[Separation], uses: int, sharing: Sharing) -> tuple[str, str]:
+    """Why a parameter has no factors, and what to do; ("", "") where it has."""
+    what = "uses of the parameter" if uses > 1 else "terms of the parameter's use"
+    if len({one.structure for one in each}) > 1:
+        remedy = (
+            "Untie or freeze it (requires_grad_(False)), take its diagonal (strict=False), or ask for what needs no "
+            "factors: DiagGGN, GGNTrace."
         )
+        return f"the {what} have different Kronecker structure, and do not add up", remedy
     if len(each) > 1 and sharing is Sharing.REDUCE:
-        raise UnsupportedError(
-            f"the parameter is used {len(each)} times, and the reduce approximation of several uses is not defined "
-            "here.\n  Ask for Sharing.EXPAND, which takes the uses as positions."
-        )
-    diagrams = []
-    for k, diagram in enumerate(first.diagrams):
-        total = _total([f.diagrams[k] for f in each])
-        tied_to_loss = _has_cotangent(diagram, g.names)
-        diagrams.append(simplify(total * scale if tied_to_loss else total / len(each)))
-    diagonals = [_diagonal(diagram, own) for diagram, own in zip(diagrams, first.legs, strict=True)]
-    diagrams = [short or diagram for short, diagram in zip(diagonals, diagrams, strict=True)]
-    averages: tuple[Diagram | None, ...] = ()
-    if means:
-        halves = [[mean for f in each if (mean := f.means[k]) is not None] for k in range(len(first.means))]
-        averages = tuple(simplify(_total(half) / len(half)) if half else None for half in halves)
-    flat = tuple(short is not None for short in diagonals)
-    uses = f"; {len(each)} uses taken as positions" if len(each) > 1 else ""
-    told = first.assumption + uses
-    return replace(first, diagrams=tuple(diagrams), means=averages, diagonal=flat, assumption=told)
+        why = f"the reduce approximation of several uses is not defined here, and there are {len(each)} {what}"
+        return why, "Ask for Sharing.EXPAND, which takes the uses as positions, or take its diagonal (strict=False)."
+    return "", ""
+
+
+def _only_diagonal(J: Uses, diagram: Diagram, assumption: str, sharing: Sharing, why: str = "") -> Factors:
+    """One factor on all axes, kept as its diagonal."""
+    return Factors(
+        (diagram,), (), (J.legs,), J.legs, assumption, diagonal=(True,), dropped=(why,), sharing=sharing
+    )  # fmt: skip
+
+
+def _own_diagonal(J: Uses, g: Cotangents) -> Diagram:
+    """Σ_v Σ_n (Jᵀg)², as the diagonal of the GGN is."""
+    V = J.T @ g
+    return (V * V).sum(*(leg.name for leg in g.kept if leg in V.legs))
+
+
+def _averaged_diagonal(gradient: Diagram, parameter: Parameter) -> Diagram:
+    """The same from one matrix for the whole batch; there is none between two uses, which are positions, then."""
+    total = Diagram(parameter.legs, ())
+    seeds = [
+        {op.name for op in p.operands if isinstance(op, Tensor) and parameter.is_cotangent(op)}
+        for p in gradient.products
+    ]
+    for one, first in zip(gradient.products, seeds, strict=True):
+        for other, second in zip(gradient.products, seeds, strict=True):
+            if first == second:
+                tied = {BATCH, *parameter.legs}
+                copy = {leg: Leg(f"{leg.name}_copy", leg.size) for leg in other.legs if leg not in tied}
+                twin = tuple(op.rename(copy) for op in other.operands)
+                pair = _paired(one.operands, twin, parameter.legs, parameter.names)
+                total = total + pair * (one.scale * other.scale)
+    return total
+
+
+def _of_component(rules: _Rules, k: int, parameter: Parameter, means: bool) -> list[_Factor]:
+    """The factor of a component, or one for each of its axes."""
+    component = rules.each[0].components[k]
+    place, full = parameter.place(component), rules.factor(k, component.own)
+    short = _diagonal(full, component.own)
+    mean = rules.mean(k) if means else None
+    if short is not None:
+        return [_Factor(short, component.own, k, place, diagonal=True, mean=mean)]
+    axes = [axis for whole in rules.axes if (axis := tuple(leg for leg in whole if leg in component.own))]
+    limit = rules.largest // SHARE if component.loss and len(axes) > 1 else rules.largest
+    rows = _rows(component.own)
+    if rows <= max(limit, 1):
+        return [_Factor(full, component.own, k, place, mean=mean)]
+    found = []
+    for j, axis in enumerate(axes):
+        dense, size = _rows(axis) <= rules.largest, _rows(axis)
+        diagram = rules.factor(k, axis, dense)
+        diagram = diagram if j else diagram / (rows // size)
+        why = "" if dense else f"{size} rows are more than largest={rules.largest}"
+        at = parameter.place(replace(component, own=axis, units=component.units if j == 0 else ()))
+        found.append(_Factor(diagram, axis, k, at, not dense, why, relative=j > 0))
+    return found
 
 
 def _diagonal(diagram: Diagram, own: Legs) -> Diagram | None:
@@ -130,141 +260,46 @@ def _diagonal(diagram: Diagram, own: Legs) -> Diagram | None:
     return diagonal(Jacobian(diagram, diagram.legs[: len(own)], diagram.legs[len(own) :]))
 
 
-def _total(diagrams: list[Diagram]) -> Diagram:
-    return reduce(lambda a, b: a + b, diagrams)
+def _assumption(rules: _Rules, built: Sequence[_Factor]) -> str:
+    first, g = rules.each[0], rules.cotangents
+    tied = "tied" if rules.sharing is Sharing.EXPAND else "summed"
+    shown = f"{', '.join(map(str, first.positions))} {tied}" if first.positions else "no positions"
+    text = "one averaged matrix of cotangents for all samples; " if g.averaged else ""
+    if len(first.components) > 1:
+        text += f"the factors are independent over the samples; {shown} ({rules.sharing.value})"
+    elif first.positions and rules.sharing is Sharing.EXPAND:
+        text += f"one factor, without what is between different positions: {shown} ({rules.sharing.value})"
+    else:
+        text += ("" if text else "none: ") + "one factor, the block itself"
+    if len(rules.each) > 1:
+        text += f"; {len(rules.each)} uses taken as positions"
+    if any(one.relative for one in built):
+        cut = [", ".join(map(str, one.legs)) for one in built if sum(one.component == o.component for o in built) > 1]
+        text += f"; axes ({'), ('.join(cut)}) taken to be independent, with the trace of all of them together"
+    for one in (one for one in built if one.dropped):
+        text += f"; of ({', '.join(map(str, one.legs))}) the diagonal: {one.dropped}"
+    return text
 
 
-def _has_cotangent(diagram: Diagram, names: frozenset[str]) -> bool:
-    return any(_is_cotangent(op, names) for p in diagram.products for op in p.operands)
-
-
-def _is_cotangent(op: Operand, names: frozenset[str]) -> bool:
-    return any(t.name in names for t in operand_tensors(op))
-
-
-def _of_use(product: Product, parameter: _Parameter, g: Cotangents, sharing: Sharing) -> Factors:
-    """The factors of one product of Jᵀg."""
-    names = g.names
-    seeds = [op for op in product.operands if _is_cotangent(op, names)]
-    free = {leg for leg in product.legs if leg in parameter.legs or leg == BATCH or leg.name == COLUMN}
-    summed = [leg for op in seeds for leg in op.legs if leg not in free]
-    others = _legs(tuple(op for op in product.operands if op not in seeds))
-    candidates = [leg for leg in dict.fromkeys(summed) if leg in others]
-    cut = _minimal_cut(product, parameter, candidates, names)
-    components = _components(product, parameter, cut, names)
-    # Positions that only the cotangent has are positions as well: a bias is used at each of them.
-    alone = [leg for leg in dict.fromkeys(summed) if leg not in candidates]
-    positions = (*cut, *alone)
-    blocks = tuple(leg for leg in parameter.legs if sum(leg in _legs(c.operands) for c in components) > 1)
-    owned = [tuple(leg for leg in c.own if leg not in blocks) for c in components]
-    order = sorted(range(len(components)), key=lambda k: parameter.place(components[k], owned[k]))
-    diagrams: list[Diagram] = []
-    means: list[Diagram | None] = []
-    for k in order:
-        loss = any(_is_cotangent(op, names) for op in components[k].operands)
-        averaged = names if g.averaged else frozenset()
-        factor = _tied(components[k].operands, owned[k], blocks, positions, sharing, averaged)
-        uses = sympy.Mul(*(leg.size for leg in cut)) ** (2 if sharing is Sharing.REDUCE else 1)
-        diagrams.append(factor * (product.scale**2 if loss else 1 / (BATCH.size * uses)))
-        half = Diagram((*blocks, *owned[k]), (Product(sympy.Integer(1), components[k].operands),))
-        means.append(None if loss else half / sympy.Mul(BATCH.size, *(leg.size for leg in cut)))
-    assumption = _assumption(positions, g, sharing, len(components))
-    legs = tuple(owned[k] for k in order)
-    return Factors(tuple(diagrams), blocks, legs, parameter.legs, assumption, tuple(means))
-
-
-def _assumption(positions: Legs, g: Cotangents, sharing: Sharing, count: int) -> str:
-    tied = "tied" if sharing is Sharing.EXPAND else "summed"
-    shown = f"{', '.join(map(str, positions))} {tied}" if positions else "no positions"
-    matrix = "one averaged matrix of cotangents for all samples; " if g.averaged else ""
-    if count > 1:
-        return f"{matrix}the factors are independent over the samples; {shown} ({sharing.value})"
-    if positions and sharing is Sharing.EXPAND:
-        return f"{matrix}one factor, without what is between different positions: {shown} ({sharing.value})"
-    return matrix + ("" if matrix else "none: ") + "one factor, the block itself"
-
-
-def _minimal_cut(product: Product, parameter: _Parameter, candidates: list[Leg], names: frozenset[str]) -> Legs:
-    """The candidates that must be cut to get as many components with parameter legs as possible."""
-
-    def separated(cut: Legs) -> int:
-        return sum(component.separate for component in _components(product, parameter, cut, names))
-
-    # Of two cuts that separate as much, the one along positions: those are the legs that data share, not parameters.
-    data = _legs(tuple(op for op in product.operands if BATCH in op.legs and not _is_cotangent(op, names)))
-    candidates = sorted(candidates, key=lambda leg: leg in data)
-    cut = tuple(candidates)
-    most = separated(cut)
-    for leg in candidates:
-        rest = tuple(other for other in cut if other != leg)
-        if separated(rest) == most:
-            cut = rest
-    return cut
-
-
-def _components(product: Product, parameter: _Parameter, cut: Legs, names: frozenset[str]) -> list[_Component]:
-    """Operands joined by legs that are not cut; the parameter's legs do not join the cotangent with the others."""
-    groups = [[op] for op in product.operands]
-    merged = True
-    while merged:
-        merged = False
-        for i in range(len(groups)):
-            for j in range(i + 1, len(groups)):
-                if _joined(groups[i], groups[j], parameter.legs, cut, names):
-                    groups[i] += groups.pop(j)
-                    merged = True
-                    break
-            if merged:
-                break
-    loss = [any(_is_cotangent(op, names) for op in group) for group in groups]
-    found = [parameter.of(tuple(group), seed) for group, seed in zip(groups, loss, strict=True)]
-    kept = [k for k, c in enumerate(found) if c.separate or loss[k]]
-    for one in (c for k, c in enumerate(found) if k not in kept):  # a norm's deviation, a mask: with what it scales
-        shared = [set(_legs(one.operands)).isdisjoint(_legs(found[k].operands)) for k in kept]
-        k = kept[min(range(len(kept)), key=lambda j: (loss[kept[j]], shared[j], j))]
-        found[k] = replace(found[k], operands=(*found[k].operands, *one.operands))
-    return [found[k] for k in kept]
-
-
-def _joined(one: list[Operand], other: list[Operand], parameter: Legs, cut: Legs, names: frozenset[str]) -> bool:
-    shared = set(_legs(tuple(one))) & set(_legs(tuple(other)))
-    seeds = [any(_is_cotangent(op, names) for op in group) for group in (one, other)]
-    if seeds[0] != seeds[1]:
-        shared -= set(parameter)
-    return any(leg not in cut and leg != BATCH and leg.name != COLUMN for leg in shared)
-
-
-def _legs(operands: tuple[Operand, ...]) -> Legs:
-    return tuple(dict.fromkeys(leg for op in operands for leg in op.legs))
-
-
-def _tied(
-    operands: tuple[Operand, ...], own: Legs, blocks: Legs, positions: Legs, sharing: Sharing, averaged: frozenset[str]
-) -> Diagram:
-    """Two copies of a component with n (and tied positions) in common: legs [blocks, own, own'].
+def _paired(one: tuple[Operand, ...], other: tuple[Operand, ...], legs: Legs, averaged: frozenset[str]) -> Diagram:
+    """The product of two copies, which have the legs that are tied in common.
 
     averaged  tensors that stand for one side of a matrix for the whole batch: their two copies are that matrix
     """
-    tied = {BATCH, *blocks, *(positions if sharing is Sharing.EXPAND else ())}
-    every = _legs(operands)
-    tied |= {leg for leg in every if leg.name == COLUMN}
-    copy = {leg: Leg(f"{leg.name}_copy", leg.size) for leg in every if leg not in tied}
-    twin = tuple(op.rename(copy) for op in operands)
-    primed = tuple(copy[leg] for leg in own)
-    legs = (*(leg for leg in blocks if leg in set(every)), *own, *primed)
-    sides = [k for k, op in enumerate(operands) if isinstance(op, Tensor) and op.name in averaged]
-    matrices = tuple(_matrix(operands[k], twin[k]) for k in sides)
-    rest = tuple(op for pair in (operands, twin) for k, op in enumerate(pair) if k not in sides)
-    mean = 1 / BATCH.size if sides and BATCH in _legs(rest) else sympy.Integer(1)
+    sides = [[op for op in ops if isinstance(op, Tensor) and op.name in averaged] for ops in (one, other)]
+    matrices = tuple(_matrix(a, b) for a, b in zip(*sides, strict=True))
+    rest = tuple(op for ops, own in zip((one, other), sides, strict=True) for op in ops if op not in own)
+    mean = 1 / BATCH.size if matrices and BATCH in legs_of(rest) else sympy.Integer(1)
     return simplify(Diagram(legs, (Product(mean, (*matrices, *rest)),)))
 
 
-def _matrix(one: Operand, other: Operand) -> Tensor:
-    assert isinstance(one, Tensor) and isinstance(other, Tensor)
+def _matrix(one: Tensor, other: Tensor) -> Tensor:
     return Tensor(one.name, tuple(leg for leg in (*one.legs, *other.legs) if leg != BATCH))
 
 
-def _nothing(J: Uses) -> Factors:
-    zero = Diagram((*J.legs, *(Leg(f"{leg.name}_copy", leg.size) for leg in J.legs)), ())
-    return Factors((zero,), (), (J.legs,), J.legs, "the parameter has no use: zero", diagonal=(False,))
+def _rows(legs: Legs) -> int:
+    return prod(int(leg.size) for leg in legs)
 
+
+def _total(diagrams: Sequence[Diagram]) -> Diagram:
+    return reduce(lambda a, b: a + b, diagrams)

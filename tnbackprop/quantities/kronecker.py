@@ -16,7 +16,7 @@ import sympy
 
 from ..diagram.algebra import Cotangents, Uses
 from .base import Quantity
-from .factors import Factors, Sharing, kronecker
+from .factors import LARGEST, Factors, Sharing, kronecker
 from .propagation import Average, Draws, Exact, Gradient, Propagation
 
 
@@ -36,18 +36,27 @@ class Bias(Enum):
 
 @dataclass(frozen=True)
 class KFLR(Quantity):
-    """Kronecker factors of the GGN from the exact root: Σ_v Σ_n. Values are `KroneckerFactors` for [*p]."""
+    """Kronecker factors of the GGN from the exact root: Σ_v Σ_n. Values are `KroneckerFactors` for [*p].
+
+    largest  rows of the largest dense factor. A factor that is larger is cut into the parameter's axes, one factor for
+             each of them, whose product has the trace of the uncut one; a larger axis has its diagonal. Axes that are
+             with the loss in one piece, those of a position table [T, D], are cut beyond a 16th of it
+    strict   raises `UnsupportedError` for a parameter without factors (a tied embedding and head, a weight behind its
+             norm), which else has one diagonal factor [P], the diagonal of its block as in `DiagGGN`
+    """
 
     name: str = "kflr"
     sharing: Sharing = Sharing.EXPAND
     bias: Bias = Bias.OWN
+    largest: int = LARGEST
+    strict: bool = False
 
     @property
     def propagates(self) -> Propagation:
         return Exact()
 
     def extract(self, J: Uses, g: Cotangents) -> Factors:
-        return kronecker(J, g, self.sharing, sympy.Integer(1), self.bias is Bias.JOINED)
+        return kronecker(J, g, self.sharing, sympy.Integer(1), self.bias is Bias.JOINED, self.largest, self.strict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,8 @@ class KFRA(KFLR):
 class KFAC(Quantity):
     """Kronecker factors of the Fisher information, from `mc_samples` drawn columns or from the gradients.
 
-    The empirical Fisher is (1/N) Σ_n ∇ℓ_n ∇ℓ_nᵀ for a loss that averages, Σ_n ∇ℓ_n ∇ℓ_nᵀ for one that sums.
+    The empirical Fisher is (1/N) Σ_n ∇ℓ_n ∇ℓ_nᵀ for a loss that averages, Σ_n ∇ℓ_n ∇ℓ_nᵀ for one that sums. `largest`
+    and `strict` as in `KFLR`; the diagonal of a parameter without factors is that of the same columns (`DiagGGNMC`).
     """
 
     name: str = "kfac"
@@ -77,6 +87,8 @@ class KFAC(Quantity):
     fisher: Fisher = Fisher.MC
     sharing: Sharing = Sharing.EXPAND
     bias: Bias = Bias.OWN
+    largest: int = LARGEST
+    strict: bool = False
 
     @property
     def propagates(self) -> Propagation:
@@ -84,4 +96,4 @@ class KFAC(Quantity):
 
     def extract(self, J: Uses, g: Cotangents) -> Factors:
         scale = sympy.Integer(1) if self.fisher is Fisher.MC else 1 / g.scale
-        return kronecker(J, g, self.sharing, scale, self.bias is Bias.JOINED)
+        return kronecker(J, g, self.sharing, scale, self.bias is Bias.JOINED, self.largest, self.strict)

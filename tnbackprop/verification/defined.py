@@ -6,7 +6,7 @@ Their references are made of torch.func Jacobians of single lines and of the los
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -162,7 +162,7 @@ def factors(case: Defined, key: str, quantity: Any, got: Mapping[str, Any]) -> V
         if isinstance(own, KroneckerFactors):
             try:
                 joined = own.parameter != tuple(case.problem.theta[name].shape)
-                structure = case.structure(key, value)
+                structure = replace(case.structure(key, value), averaged=isinstance(quantity, KFRA))
                 found[name] = block(samples, reached, value, structure, quantity.sharing is Sharing.REDUCE, joined)
             except NotDefined as reason:
                 found[name] = reason

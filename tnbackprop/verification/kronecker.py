@@ -6,7 +6,8 @@ legs t of z are the positions. With b_n = Cᵀ s_n for the columns s_n that reac
     expand  A = Σ_nt a aᵀ / (N T)   B = Σ_nt b bᵀ        reduce  A = Σ_n ā āᵀ / (N T²)   B = Σ_n b̄ b̄ᵀ,
 
 ā and b̄ the sums over t (Eschenhagen et al. 2023, arXiv:2311.00636). Which legs of p belong together, and to B, is what
-the program says; C, a and t are found in the numbers of the Jacobian, at the data and at other values of it.
+the program says, and which of A and B are cut into axes: those are partial traces of the whole. C, a and t are found in
+the numbers of the Jacobian, at the data and at other values of it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,13 +41,20 @@ class Use:
     probes: Tensor
 
 
+Cut = tuple[tuple[tuple[int, ...], bool], ...]
+"""The legs of each factor of a component, the one with its scale first, and whether it is a diagonal."""
+
+
 @dataclass(frozen=True)
 class Structure:
-    """Sizes of the parameter's legs, and which of them are blocks, which of each factor, B's first."""
+    """Sizes of the parameter's legs, and which of them are blocks, which of each component, B's first, and its cut."""
 
     legs: tuple[int, ...]
     blocks: tuple[int, ...]
     factors: tuple[tuple[int, ...], ...]
+    cuts: tuple[Cut, ...]
+    only_diagonal: bool = False
+    averaged: bool = False  # the columns are those of one matrix at each value: nothing is known between two of them
 
     @property
     def own(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -89,8 +98,16 @@ def structure_of(factors: Factors, loss: int) -> Structure:
     parameter = [leg for leg in factors.parameter if leg in placed]
     place = {leg: k for k, leg in enumerate(parameter)}
     own = [tuple(place[leg] for leg in legs) for legs in factors.legs]
-    order = (own[loss], *own[:loss], *own[loss + 1 :])
-    return Structure(tuple(int(leg.size) for leg in parameter), tuple(place[b] for b in factors.blocks), order)
+    leads, kept = factors.leads or (0,), factors.diagonal
+    components = sorted(set(leads), key=lambda lead: (lead != leads[loss], lead))
+    parts = [[lead, *(k for k in range(len(own)) if leads[k] == lead != k)] for lead in components]
+    return Structure(
+        tuple(int(leg.size) for leg in parameter),
+        tuple(place[b] for b in factors.blocks),
+        tuple(tuple(sorted(leg for k in part for leg in own[k])) for part in parts),
+        tuple(tuple((own[k], kept[k]) for k in part) for part in parts),
+        not factors.leads,
+    )
 
 
 def block(
@@ -102,14 +119,48 @@ def block(
 
     Raises `NotDefined` where the Jacobian does not factor as above.
     """
-    found = [_factors(use, structure, columns, reduce, joined) for use in uses_of(samples, parameter)]
-    if not found:
+    uses = list(uses_of(samples, parameter))
+    if not uses:
         elements = samples[0].env[parameter].numel()
         return torch.zeros(elements, elements, dtype=torch.float64)
+    if structure.only_diagonal:
+        return _diagonal(uses, columns, structure.averaged)
+    found = [_factors(use, structure, columns, reduce, joined) for use in uses]
     B, A = torch.stack([B for B, _ in found]).sum(0), torch.stack([A for _, A in found]).mean(0)
     if joined:
-        structure = Structure((B.shape[-1], A.shape[-1]), (), ((0,), (1,)))
+        structure = Structure((B.shape[-1], A.shape[-1]), (), ((0,), (1,)), ())
+    elif any(len(cut) > 1 or cut[0][1] for cut in structure.cuts):
+        B, A = _in_axes(B, structure, 0), _in_axes(A, structure, 1) if len(structure.factors) > 1 else A
     return _dense(structure, B, A)
+
+
+def _diagonal(uses: Sequence[Use], columns: Columns, averaged: bool) -> Tensor:
+    """The diagonal of Σ_n Σ_v (Σ_use Jᵀs) (Σ_use Jᵀs)ᵀ, [P, P]; `averaged`: of the uses in each line alone."""
+    lines: dict[str, Tensor] = {}
+    for use in uses:
+        s, key = _reaching(use, columns).flatten(2), use.line.name if averaged else ""
+        lines[key] = lines.get(key, 0) + torch.einsum("nvo,nop->nvp", s, use.jacobian.flatten(1, -2))
+    return torch.stack([rows.square().sum((0, 1)) for rows in lines.values()]).sum(0).diag()
+
+
+def _in_axes(M: Tensor, structure: Structure, which: int) -> Tensor:
+    """[g, d, d] of a component as the product of its factors: partial traces, the first with the scale."""
+    if len(structure.factors) > 2:
+        raise NotDefined("its factors are those of several pieces, cut into axes")
+    own, sizes = structure.factors[which], [structure.legs[k] for k in structure.factors[which]]
+    rows, columns, g = [*range(len(own))], [len(own) + k for k in range(len(own))], 2 * len(own)
+    total = M.diagonal(dim1=1, dim2=2).sum(1)
+    terms: list[Any] = []
+    for k, (legs, flat) in enumerate(structure.cuts[which]):
+        kept, size = [own.index(leg) for leg in legs], structure.size(legs)
+        ends = [g, *kept, *(columns[j] for j in kept)]
+        other = [columns[j] if j in kept else j for j in rows]
+        part = torch.einsum(M.reshape(-1, *sizes, *sizes), [g, *rows, *other], ends).reshape(-1, size, size)
+        part = size * part / (M.shape[1] if k == 0 else torch.where(total == 0, 1.0, total).reshape(-1, 1, 1))
+        part = part * torch.eye(size, dtype=M.dtype) if flat else part
+        terms += [part.reshape(-1, *(sizes[j] for j in (*kept, *kept))), ends]
+    whole: Tensor = torch.einsum(*terms, [g, *rows, *columns])
+    return whole.reshape(M.shape)
 
 
 def _factors(use: Use, structure: Structure, columns: Columns, reduce: bool, joined: bool) -> tuple[Tensor, Tensor]:

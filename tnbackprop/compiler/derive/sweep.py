@@ -15,7 +15,7 @@ import sympy
 from ...diagram.algebra import Cotangents, Uses, identity, inline, pull_back, tensor
 from ...diagram.core import BATCH, Delta, Diagram, Leg, N, Part, Product, fresh_names, leaves
 from ...diagram.jacobian import Jacobian
-from ...diagram.regroup import common, regroup
+from ...diagram.regroup import common, grouped, regroup
 from ...diagram.simplify import simplify
 from ...errors import InputError, UnsupportedError
 from ...notation.bind import BoundRule, Equation
@@ -301,17 +301,17 @@ def schedule(sweep: Sweep, name: str) -> None:
 def all_uses(sweep: Sweep, name: str) -> tuple[Uses, Cotangents]:
     """Every use of a value that is made of parameters, with the legs that all of them can read it with."""
     pairs = sweep.uses.get(name, [])
-    value = sweep.graph.values.get(name)
-    sizes = tuple(size for size in value.shape if size != 1) if value is not None else ()
+    shape = sweep.graph.values[name].shape if name in sweep.graph.values else ()
+    sizes = tuple(size for size in shape if size != 1)
     if pairs:
         sizes = common(*(tuple(leg.size for leg in jacobian.into) for jacobian, _ in pairs))
     jacobians = [regroup(jacobian, into=sizes) for jacobian, _ in pairs]
     named = jacobians[0].into if jacobians else tuple(Leg(f"p{k}", size) for k, size in enumerate(sizes))
     legs = _distinct(tuple(Leg(leg.name.rstrip("'") or "p", leg.size) for leg in named)) or (Leg("p", 1),)
-    whole = tuple(_with_legs(jacobian, legs) for jacobian in jacobians)
+    uses = Uses(tuple(_with_legs(jacobian, legs) for jacobian in jacobians), legs, grouped(legs, shape))
     cotangents = tuple(g for _, g in pairs)
     names = _cotangent_names(sweep)
-    return Uses(whole, legs), Cotangents(cotangents, scale_of(sweep), sweep.kept, names, weight=sweep.weight)
+    return uses, Cotangents(cotangents, scale_of(sweep), sweep.kept, names, weight=sweep.weight)
 
 
 def _cotangent_names(sweep: Sweep) -> frozenset[str]:

@@ -29,6 +29,7 @@ from .items import named, scheduled, shaped
 from .joint import JointSweep
 from .loops import Results, added, over_columns
 from .memory import peak_of
+from .relative import make_relative
 from .root_steps import root_steps
 from .samples import sample_by_sample
 from .slices import columns_first
@@ -133,6 +134,7 @@ def _plan(
     checks: dict[str, Value] = {}
     starts: dict[str, Value] = {}
     _sweeps(store, graph, derived, chunk, choices, results, checks, starts)
+    make_relative(store, graph, derived, results)
     output = {name: store.find(name) for name in names_in(graph.output)}
     loss = store.find(graph.loss) if graph.loss else None
     wanted = {*output.values(), *(value for by in results.values() for value in by.values()), *checks.values()}
