@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import re
 import sys
 import traceback
 from dataclasses import dataclass
@@ -71,6 +72,12 @@ def line_here() -> str:
         if code.co_filename.startswith(PACKAGE) and code.co_name in ("forward", "loss_of"):
             break
     return ""
+
+
+def line_of(trace: str) -> str:
+    """The innermost line of the user's own code in a stack that torch writes down, on a line of its own, or ""."""
+    found = re.findall(r'File "(.+)", line (\d+), in', trace)
+    return next((_line(file, int(number)) for file, number in reversed(found) if _of_user(file)), "")
 
 
 def _of_user(file: str) -> bool:

@@ -88,11 +88,11 @@ class Sizes:
         known = (c for c in found if c.asked.free_symbols and c.asked.free_symbols <= set(self._batch))
         return tuple(dict.fromkeys(known))
 
-    def shape(self, val: torch.Tensor, where: str = "") -> tuple[Size, ...]:
+    def shape(self, val: torch.Tensor, where: str = "", line: str = "") -> tuple[Size, ...]:
         """The shape of a (fake) tensor."""
-        return tuple(self.number(size, where) for size in val.shape)
+        return tuple(self.number(size, where, line) for size in val.shape)
 
-    def number(self, value: Any, where: str = "") -> Any:
+    def number(self, value: Any, where: str = "", line: str = "") -> Any:
         """A Python number, or a sympy expression in N."""
         if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
             return value
@@ -100,7 +100,7 @@ class Sizes:
         if not expr.free_symbols <= set(self._batch):
             raise UnsupportedError(
                 f"{where} reads a number from a tensor's values (.item(), nonzero, a boolean mask): the graph would "
-                "depend on the data. Use torch.where or multiply by the mask"
+                f"depend on the data.{line}\n  Use torch.where or multiply by the mask."
             )
         expr = sympy.simplify(_plain(expr.xreplace(self._batch)))
         if expr.free_symbols:

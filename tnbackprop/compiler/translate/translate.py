@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -15,9 +16,11 @@ from ...diagram.core import N, Size
 from ...errors import InputError, UnsupportedError
 from .axes import batch_axis, show, value_axes
 from .canonical import alias_of, canonical, copy_of_batch, output_call
+from .failure import line_of
 from .graph import Call, Graph, Value
 from .inplace import functional, owner
 from .inputs import enter
+from .masks import picked_call
 from .mixing import check_mixing
 from .names import Names, module_of, op_name
 from .opaque import NAMESPACE, Opaque
@@ -98,9 +101,16 @@ class _Translator:
         elif op_name(node.target) == "getitem":
             self.env[node] = self._item(node)
         elif isinstance(value, int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool):
-            self.env[node] = self.sizes.number(value, self._where(node))
+            self.env[node] = self._number(node, value)
         elif value is not None:
             self._call(node)
+
+    def _number(self, node: Node, value: Any) -> Any:
+        """A number; where it is in the data, what is raised once it is used."""
+        try:
+            return self.sizes.number(value, self._where(node), line_of(node.meta.get("stack_trace") or ""))
+        except UnsupportedError as error:
+            return error
 
     def _call(self, node: Node) -> None:
         target = node.target
@@ -130,15 +140,17 @@ class _Translator:
         if isinstance(val, list | tuple):
             self.env[node] = _Several(node, target, arguments)
             return
-        output = self._emit(node, target, arguments, val)
-        self.env[owner(node)] = output
+        calls = {call.output.name: call for call in self.calls}
+        append = partial(self._append, node)
+        picked = picked_call(target, arguments, val.dtype, calls, append, self._where(node))
+        self.env[owner(node)] = self._emit(node, target, arguments, val) if picked is None else picked
 
     def _emit(
         self, node: Node, target: Any, arguments: dict[str, Any], val: Any, name: str = "", **facts: Any
     ) -> Value:
         """Append a call with the output `val` (or alias its input) and return the output. `facts`: of the `Call`."""
         where = self._where(node)
-        shape = self.sizes.shape(val, where)
+        shape = self.sizes.shape(val, where, line_of(node.meta.get("stack_trace") or ""))
         if val.dtype.is_complex:
             raise UnsupportedError(f"{where} makes a complex tensor {show(shape)}: complex tensors are not supported")
         return self._append(node, target, arguments, shape, val.dtype, name, **facts)
@@ -224,6 +236,8 @@ class _Translator:
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Node):
             found = self.env[owner(value)]
+            if isinstance(found, UnsupportedError):
+                raise found
             if isinstance(found, _Several):
                 raise UnsupportedError(f"{self._where(value)} returns several tensors that are used as one")
             return found

@@ -1,0 +1,181 @@
+"""Entries that a boolean mask picks: how many there are is in the data, but what is written to them is `where`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...diagram.core import Size
+from ...errors import UnsupportedError
+from .graph import Call, Value
+from .torch_internals import OpOverload, name_of
+
+aten = torch.ops.aten
+UNPICKED = 0.5
+"""What stands where the mask is not: most functions have a finite derivative there, which nothing multiplies."""
+
+Append = Callable[[Any, dict[str, Any], tuple[Size, ...], torch.dtype], Value]
+"""Append a call of an operator, with the shape and the dtype of its output."""
+
+
+@dataclass(frozen=True)
+class Picked:
+    """source[:, …, mask], or what is computed of it entry by entry: `full` has it in its place, and anything elsewhere.
+
+    mask   bool, over axes `place`, `place` + 1, … of the source
+    """
+
+    full: Value
+    mask: Value
+    place: int
+
+
+def picked_call(
+    target: OpOverload,
+    arguments: Mapping[str, Any],
+    dtype: torch.dtype,
+    calls: Mapping[str, Call],
+    append: Append,
+    where: str,
+) -> Value | Picked | None:
+    """A call that reads or writes what a mask picks, as calls on whole tensors; None for any other call.
+
+    Raises `UnsupportedError` where the result would have as many entries as the mask picks.
+    """
+    given = [a for a in arguments.values() if isinstance(a, Picked)]
+    name = name_of(target)[0]
+    found = _mask(arguments) if name in ("index", "index_put") else None
+    if found is not None and name == "index_put":
+        return _written(arguments, *found, calls, append, where)
+    if found is not None:
+        return _read(arguments["input"], *found, append)
+    if name == "masked_select" and isinstance(arguments["input"], Value):
+        mask = arguments["mask"]
+        if len(mask.shape) == len(arguments["input"].shape):
+            return _read(arguments["input"], mask, 0, append)
+    if not given:
+        return None
+    first = given[0]
+    if name in ("sum", "mean") and not _axes(arguments):
+        return _summed(first, name, dtype, append)
+    others = [a for a in arguments.values() if isinstance(a, Value) and len(a.shape) > _after(first)]
+    same = all(_equal(first.mask, each.mask, calls) and first.place == each.place for each in given)
+    if torch.Tag.pointwise in target.tags and same and not others:
+        whole = {key: a.full if isinstance(a, Picked) else a for key, a in arguments.items()}
+        return Picked(append(target, whole, first.full.shape, dtype), first.mask, first.place)
+    raise UnsupportedError(
+        f"{where} reads as many entries as the boolean mask {first.mask.name} picks: the graph would depend on the "
+        "data.\n  Use torch.where, or multiply by the mask, which is 0 for what does not count."
+    )
+
+
+def _mask(arguments: Mapping[str, Any]) -> tuple[Value, int] | None:
+    """The mask that is the only index, and its place."""
+    indices = arguments["indices"]
+    own = [(index, place) for place, index in enumerate(indices) if index is not None]
+    if not isinstance(arguments["input"], Value) or len(own) != 1:
+        return None
+    index, place = own[0]
+    return (index, place) if isinstance(index, Value) and index.dtype is torch.bool and index.shape else None
+
+
+def _after(picked: Picked) -> int:
+    """How many axes stand behind those of the mask."""
+    return len(picked.full.shape) - picked.place - len(picked.mask.shape)
+
+
+def _axes(arguments: Mapping[str, Any]) -> bool:
+    return any(arguments.get(name) not in (None, (), False) for name in ("dim", "keepdim"))
+
+
+def _aligned(mask: Value, after: int, append: Append) -> Value:
+    """The mask with axes of one where the source has further ones behind."""
+    if not after:
+        return mask
+    shape = (*mask.shape, *(1,) * after)
+    return append(aten.reshape.default, {"input": mask, "shape": shape}, shape, mask.dtype)
+
+
+def _filled(source: Value, mask: Value, value: float, append: Append) -> Value:
+    """The source where the mask is, the value elsewhere."""
+    no = append(aten.logical_not.default, {"input": mask}, mask.shape, mask.dtype)
+    given = {"input": source, "mask": no, "value": value}
+    return append(aten.masked_fill.Scalar, given, source.shape, source.dtype)
+
+
+def _read(source: Value, mask: Value, place: int, append: Append) -> Picked:
+    aligned = _aligned(mask, len(source.shape) - place - len(mask.shape), append)
+    whole = _filled(source, aligned, UNPICKED, append) if source.dtype.is_floating_point else source
+    return Picked(whole, mask, place)
+
+
+def _written(
+    arguments: Mapping[str, Any], mask: Value, place: int, calls: Mapping[str, Call], append: Append, where: str
+) -> Value:
+    source, values = arguments["input"], arguments["values"]
+    own = Picked(source, mask, place)
+    after = _after(own)
+    if isinstance(values, Picked):
+        if values.place != place or not _equal(mask, values.mask, calls) or values.full.shape != source.shape:
+            raise UnsupportedError(
+                f"{where} writes what the mask {values.mask.name} picks to where {mask.name} is: the graph would "
+                "depend on the data.\n  Use torch.where."
+            )
+        values = values.full
+    elif len(values.shape) > after:
+        first = len(values.shape) - after - 1
+        if values.shape[first] != 1:
+            raise UnsupportedError(
+                f"{where} writes {values.shape[first]} rows to where the mask {mask.name} is, one for each entry that "
+                "it picks: the graph would depend on the data.\n  Use torch.where with a value for every entry."
+            )
+        shape = (*values.shape[:first], *(1,) * len(mask.shape), *values.shape[first + 1 :])
+        if shape != values.shape:
+            values = append(aten.reshape.default, {"input": values, "shape": shape}, shape, values.dtype)
+    aligned = _aligned(mask, after, append)
+    if not arguments["accumulate"]:
+        given = {"condition": aligned, "input": values, "other": source}
+        return append(aten.where.self, given, source.shape, source.dtype)
+    spread = {"input": values, "size": source.shape, "implicit": False}
+    added = _filled(append(aten.expand.default, spread, source.shape, source.dtype), aligned, 0, append)
+    given = {"input": source, "other": added, "alpha": 1}
+    return append(aten.add.Tensor, given, source.shape, source.dtype)
+
+
+def _summed(picked: Picked, name: str, dtype: torch.dtype, append: Append) -> Value:
+    """The sum of what is picked, or its mean."""
+    aligned = _aligned(picked.mask, _after(picked), append)
+    chosen = _filled(picked.full, aligned, 0, append)
+    total = append(aten.sum.default, {"input": chosen, "dtype": None}, (), dtype)
+    if name == "sum":
+        return total
+    spread = {"input": aligned, "size": chosen.shape, "implicit": False}
+    every = append(aten.expand.default, spread, chosen.shape, aligned.dtype)
+    count = append(aten.sum.default, {"input": every, "dtype": None}, (), torch.int64)
+    return append(aten.div.Tensor, {"input": total, "other": count}, (), dtype)
+
+
+def _equal(a: Value, b: Value, calls: Mapping[str, Call]) -> bool:
+    """Whether two values are made by the same operators of the same values."""
+    if a.name == b.name:
+        return True
+    one, two = calls.get(a.name), calls.get(b.name)
+    if one is None or two is None or one.target != two.target or one.module is not two.module:
+        return False
+    if (
+        torch.Tag.nondeterministic_seeded in getattr(one.target, "tags", ())
+        or one.arguments.keys() != two.arguments.keys()
+    ):
+        return False
+    return all(_alike(one.arguments[key], two.arguments[key], calls) for key in one.arguments)
+
+
+def _alike(a: Any, b: Any, calls: Mapping[str, Call]) -> bool:
+    if isinstance(a, Value) and isinstance(b, Value):
+        return _equal(a, b, calls)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(_alike(u, v, calls) for u, v in zip(a, b, strict=True))
+    return bool(type(a) is type(b) and a == b)
