@@ -22,12 +22,12 @@ from ..translate.opaque import named_tensors
 from ..translate.sizes import first_broken
 from ..translate.torch_internals import alone, peek_interpreter_stack
 from ..translate.torch_modes import check_plain, own_dtypes
-from ..translate.translate import translate
 from .assertions import Answering
 from .exported import Exported, ExportError, OneSizeError, exported
 from .one_sample import least_batch
 from .rehearse import SAMPLES, rehearse
 from .state import resized
+from .translate import translate
 
 Loss = Callable[..., Any]
 

@@ -18,7 +18,6 @@ from ..translate.foreign import MISTAKES
 from ..translate.inplace import copy_views, mutates_view
 from ..translate.opaque import Opaque, opaque_calls
 from ..translate.sizes import Condition, Sizes
-from ..translate.symbolic import symbolic_kernels
 from ..translate.torch_internals import (
     Quiet,
     any_target,
@@ -28,6 +27,7 @@ from ..translate.torch_internals import (
     traced_here,
     whole_einsums,
 )
+from .symbolic import symbolic_kernels
 
 
 class OneSizeError(UnsupportedError):

@@ -20,6 +20,7 @@ ADVICE = "Derivatives are taken per sample, so no op may mix samples: "
 def value_axes(target: Any, arguments: Mapping[str, Any], shape: tuple[Size, ...], where: str) -> Axes:
     """The factors of each output axis, the batch last known from the inputs; refuses what mixes samples."""
     inputs = [v for v in _flat(arguments) if isinstance(v, Value)]
+    _check_orders(inputs, where)
     multiples = [_multiple(size, where, shape) for size in shape]
     if sum(k != 0 for k in multiples) > 1:
         raise UnsupportedError(
@@ -28,12 +29,28 @@ def value_axes(target: Any, arguments: Mapping[str, Any], shape: tuple[Size, ...
         )
     if not any(multiples):
         return tuple((size,) for size in shape)
+    if row_of(target).uniform and not inputs:
+        return tuple((size,) if k == 0 else _grouped(1, k) for size, k in zip(shape, multiples, strict=True))
     if row_of(target).reshapes:
         return _reshaped(inputs[0], shape, multiples, where)
     return tuple(
         (size,) if k == 0 else (N,) if k == 1 else _carried(target, inputs, shape, axis, where)
         for axis, (size, k) in enumerate(zip(shape, multiples, strict=True))
     )
+
+
+def _check_orders(inputs: list[Value], where: str) -> None:
+    """Axes of one size k·N have batch and other indices in one order, or else samples meet."""
+    orders = {axis for v in inputs for axis in v.axes if N in axis and len(axis) > 1}
+    for axis in orders:
+        for other in orders - {axis}:
+            if _same(_product(list(axis)), _product(list(other))):
+                first, second = sorted("·".join(map(str, each)) for each in (axis, other))
+                raise UnsupportedError(
+                    f"{where} takes axes of one size in which batch and other indices stand in different orders, "
+                    f"{first} and {second}: it would pair samples with others. Keep the batch as an axis of its own: "
+                    "x.unflatten(0, …)"
+                )
 
 
 def batch_axis(value: Value) -> int | None:
@@ -105,13 +122,12 @@ def _carried(target: Any, inputs: list[Value], shape: tuple[Size, ...], axis: in
 def _inner(source: tuple[Size, ...], size: Size) -> tuple[Size, ...]:
     """Copies of each element side by side: the number of copies is the innermost factor."""
     copies = size / _product(list(source))
-    return source if copies == 1 else (*source, copies)
+    return source if copies == 1 else (*source, int(copies) if copies.is_Integer else copies)
 
 
 def _outer(source: tuple[Size, ...], multiple: int) -> tuple[Size, ...]:
     """Copies of an axis one after the other: the number of copies is the outermost factor."""
-    place = source.index(N) if N in source else 0
-    after = _product(list(source[place + 1 :]))
+    after = _product(list(source[source.index(N) + 1 :]) if N in source else list(source))
     return _grouped(multiple // after, after)
 
 

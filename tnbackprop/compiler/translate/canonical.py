@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import sympy
 import torch
 
-from ...diagram.core import N, Size
+from ...diagram.core import Size
 from ...errors import UnsupportedError
 from .graph import Value
 from .operators import row_of
@@ -48,15 +47,3 @@ def output_call(
             "Compute it with an op of its own, or give the module a rule"
         )
     return None
-
-
-def copy_of_batch(target: Any, arguments: dict[str, Any], shape: tuple[Size, ...]) -> tuple[int, int] | None:
-    """(axis, k) where the call takes the k-th of several batches that were concatenated, axis (copies, N)."""
-    source = arguments.get("input")
-    if target is not aten.slice.Tensor or not isinstance(source, Value):
-        return None
-    dim = arguments["dim"] % len(source.axes)
-    place = sympy.sympify(arguments["start"] or 0) / N
-    if source.axes[dim][1:] != (N,) or shape[dim] != N or not place.is_Integer or arguments["step"] != 1:
-        return None
-    return dim, int(place)

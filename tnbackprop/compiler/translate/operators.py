@@ -63,6 +63,7 @@ class Operator:
     equation     the argument that is an equation of einsum
     copies       how it repeats an axis
     counts       0, 1, 2, … where it starts at nothing
+    uniform      all its entries are equal, whatever the order of an axis is
     memory       whose the result's is
     into         its overload for memory that is given, where that may be the first operand's
     functional   of one that writes: the operator that makes the same values, where that is not the one without a _
@@ -85,6 +86,7 @@ class Operator:
     equation: str = ""
     copies: Copies | None = None
     counts: bool = False
+    uniform: bool = False
     memory: Memory | None = None
     into: str = ""
     functional: str = ""
@@ -165,6 +167,7 @@ TABLE: Mapping[str, Operator] = {
     "flip": Operator(along=named("dims")),
     "roll": Operator(along=_rolled),
     "repeat": Operator(copies=Copies.OUTER),
+    "tile": Operator(canonical=s.as_repeat),
     "cat concat": Operator(copies=Copies.OUTER),
     "repeat_interleave.self_int": Operator(copies=Copies.INNER),
     # along an axis
@@ -206,8 +209,14 @@ TABLE: Mapping[str, Operator] = {
     "hardtanh_backward softplus_backward hardsigmoid_backward": Operator(memory=Memory.OWN, into="grad_input"),
     "gelu_backward mish_backward hardswish_backward": Operator(memory=Memory.OWN),
     # no derivative
-    "detach zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty zero "
-    "fill.Scalar bernoulli bernoulli.p normal_functional sign floor ceil round trunc": Operator(no_gradient=True),
+    "detach rand_like randn_like zero fill.Scalar bernoulli bernoulli.p normal_functional sign floor ceil round "
+    "trunc": Operator(no_gradient=True),
+    "zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full": Operator(
+        no_gradient=True, uniform=True
+    ),
+    "empty.memory_format": Operator(canonical=s.as_zeros),
+    "empty_like": Operator(canonical=s.as_zeros_like),
+    "new_empty": Operator(canonical=s.as_new_zeros),
     "fill.Tensor": Operator(canonical=s.filled_as_expand),
     "arange arange.start arange.start_step": Operator(counts=True),
     # writing

@@ -64,6 +64,25 @@ def as_dropout(arguments: Arguments, shape: Shape) -> Spelling:
     return aten.dropout.default, own
 
 
+def as_zeros(arguments: Arguments, shape: Shape) -> Spelling:
+    """What is in memory that nobody wrote to counts nowhere, but 0 · NaN would."""
+    return call_of(aten.zeros.default, arguments)
+
+
+def as_zeros_like(arguments: Arguments, shape: Shape) -> Spelling:
+    return call_of(aten.zeros_like.default, arguments)
+
+
+def as_new_zeros(arguments: Arguments, shape: Shape) -> Spelling:
+    return call_of(aten.new_zeros.default, arguments)
+
+
+def as_repeat(arguments: Arguments, shape: Shape) -> Spelling:
+    repeats = arguments["dims"]
+    more = len(shape) - len(repeats)
+    return aten.repeat.default, {"input": arguments["input"], "repeats": (*(1,) * more, *repeats)}
+
+
 def with_axes_of_one(arguments: Arguments, shape: Shape) -> Spelling | None:
     source = arguments["input"]
     if not isinstance(source, Value):

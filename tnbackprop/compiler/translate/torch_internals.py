@@ -33,6 +33,7 @@ from torch._C._functorch import (
 from torch._C._functorch import (
     peek_interpreter_stack as peek_interpreter_stack,
 )
+from torch._decomp import decomposition_table
 from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_impls import get_fast_op_impls
 from torch.backends import opt_einsum
@@ -180,15 +181,18 @@ def traced_as(kernels: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
     """While active, tracing an operator made of others runs these; the operator stays one node. Eager calls do not."""
     with alone():
         before = {target: dict(target.py_kernels) for target in kernels}
+        own = {target: decomposition_table[target] for target in kernels if target in decomposition_table}
         try:
+            decomposition_table.update({target: kernels[target] for target in own})
             for target, kernel in kernels.items():
                 target.py_kernels[COMPOSITE] = kernel
                 target._dispatch_cache.clear()
             yield
         finally:
-            for target, own in before.items():
+            decomposition_table.update(own)
+            for target, known in before.items():
                 target.py_kernels.clear()
-                target.py_kernels.update(own)
+                target.py_kernels.update(known)
                 target._dispatch_cache.clear()
 
 

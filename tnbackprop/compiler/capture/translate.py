@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -14,19 +15,20 @@ from torch.utils import _pytree as pytree
 
 from ...diagram.core import N, Size
 from ...errors import InputError, UnsupportedError
-from .axes import batch_axis, show, value_axes
-from .canonical import alias_of, canonical, copy_of_batch, output_call
-from .failure import line_of
-from .graph import Call, Graph, Value
-from .inplace import functional, owner
-from .inputs import enter
+from ..translate.axes import batch_axis, show, value_axes
+from ..translate.canonical import alias_of, canonical, output_call
+from ..translate.failure import line_of
+from ..translate.graph import Call, Graph, Value
+from ..translate.inplace import functional, owner
+from ..translate.inputs import enter
+from ..translate.names import Names, module_of, op_name
+from ..translate.opaque import NAMESPACE, Opaque
+from ..translate.operators import Same, row_of
+from ..translate.sizes import Sizes
+from ..translate.torch_internals import HigherOrderOperator, OpOverload, arguments_of, is_mutation, name_of
+from .copies import over_batch
 from .masks import picked_call
 from .mixing import check_mixing
-from .names import Names, module_of, op_name
-from .opaque import NAMESPACE, Opaque
-from .operators import Same, row_of
-from .sizes import Sizes
-from .torch_internals import HigherOrderOperator, OpOverload, arguments_of, is_mutation, name_of
 
 aten = torch.ops.aten
 no_grad_block = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -68,6 +70,7 @@ class _Translator:
         self.env: dict[Node, Any] = dict(self.entered.env)
         self.values = dict(self.entered.values)
         self.calls: list[Call] = []
+        self.uniform: dict[str, Call] = {}  # tensors of equal entries, by name
         self.aggregates: set[str] = set()  # differentiable values in which the batch was summed
         self.ranges: set[str] = set()  # values that count the samples: arange(N)
         self.no_grad = False
@@ -168,15 +171,11 @@ class _Translator:
         where, given = self._where(node), target
         target, arguments = canonical(target, arguments, shape)
         facts = facts if target is given else {}
+        arguments = {key: self._reordered(value, arguments) for key, value in arguments.items()}
         same = alias_of(target, arguments, shape, dtype)
         if same is not None and (same.depends_on == frozenset() or not self.no_grad):
             return same
-        copy = copy_of_batch(target, arguments, shape)
-        if copy is not None:
-            source, (axis, index) = arguments["input"], copy
-            split = (*source.shape[:axis], *source.axes[axis], *source.shape[axis + 1 :])
-            source = self._append(node, aten.reshape.default, {"input": source, "shape": split}, split, dtype, "copies")
-            target, arguments = aten.select.int, {"input": source, "dim": axis, "index": index}
+        target, arguments = over_batch(target, arguments, shape, partial(self._append, node, dtype=dtype))
         row = row_of(target)
         inputs = [v for a in arguments.values() for v in (a if isinstance(a, tuple) else (a,)) if isinstance(v, Value)]
         depends: frozenset[str] = frozenset().union(*(v.depends_on for v in inputs))
@@ -190,9 +189,28 @@ class _Translator:
         self._follow_batch(target, arguments, inputs, output, where)
         _, path, kind = module_of(node)
         facts = {"path": path, "module_type": kind} | facts
-        self.values[output.name] = output
-        self.calls.append(Call(target, MappingProxyType(arguments), output, **facts))
+        self._made(Call(target, MappingProxyType(arguments), output, **facts))
         return output
+
+    def _reordered(self, value: Any, arguments: dict[str, Any]) -> Any:
+        """A tensor of equal entries, made anew with the order of an axis k·N that the other operands have."""
+        made = self.uniform.get(value.name) if isinstance(value, Value) else None
+        if made is None:
+            return value
+        axes = [v.axes for v in arguments.values() if isinstance(v, Value) and v is not value]
+        sizes = {Value("", (axis,), value.dtype).shape: axis for each in axes for axis in each if len(axis) > 1}
+        wanted = tuple(sizes.get((size,), axis) for size, axis in zip(value.shape, value.axes, strict=True))
+        if wanted == value.axes:
+            return value
+        other = replace(value, name=self.names.fresh(value.name), axes=wanted)
+        self._made(replace(made, output=other))
+        return other
+
+    def _made(self, call: Call) -> None:
+        self.values[call.output.name] = call.output
+        self.calls.append(call)
+        if row_of(call.target).uniform:
+            self.uniform[call.output.name] = call
 
     def _follow_batch(
         self, target: Any, arguments: dict[str, Any], inputs: list[Value], output: Value, where: str
@@ -280,8 +298,7 @@ class _Translator:
     def _detached(self, node: Node, value: Value) -> Value:
         output = Value(self.names.fresh(f"{value.name}_detach"), value.axes, value.dtype, device=value.device)
         _, path, kind = module_of(node)
-        self.values[output.name] = output
-        self.calls.append(Call(aten.detach.default, MappingProxyType({"input": value}), output, path, kind))
+        self._made(Call(aten.detach.default, MappingProxyType({"input": value}), output, path, kind))
         return output
 
     # names and messages

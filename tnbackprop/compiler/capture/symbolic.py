@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .torch_internals import composite_kernel, shapes_by, traced_as
+from ..translate.torch_internals import composite_kernel, shapes_by, traced_as
 
 aten = torch.ops.aten
 NONE, MEAN = 0, 1  # at::Reduction
@@ -50,11 +50,20 @@ def _chain(tensors: Sequence[Tensor]) -> Tensor:
     return product
 
 
+def _nll_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN, ignore_index: int = -100
+) -> Tensor:
+    """Decomposing, torch calls a Python function of the same name whose arguments are others: it takes any mean."""
+    loss: Tensor = aten.nll_loss_forward.default(input, target, weight, reduction, ignore_index)[0]
+    return loss
+
+
 KERNELS: dict[Any, Callable[..., Tensor]] = {
     aten.cross_entropy_loss.default: _cross_entropy_loss,
     aten.cdist.default: _cdist,
     aten.linalg_multi_dot.default: _chain,
     aten.chain_matmul.default: _chain,
+    aten.nll_loss.default: _nll_loss,
 }
 """The same values as the operator's own."""
 

@@ -10,8 +10,8 @@ import torch
 
 from ...diagram.core import Size
 from ...errors import UnsupportedError
-from .graph import Call, Value
-from .torch_internals import OpOverload, name_of
+from ..translate.graph import Call, Value
+from ..translate.torch_internals import OpOverload, name_of
 
 aten = torch.ops.aten
 UNPICKED = 0.5
