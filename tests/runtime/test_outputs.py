@@ -68,7 +68,7 @@ def test_several_tensors(kinds: tuple[str, ...]) -> None:
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.arange(5) % 3
     loss = lambda o, y: F.cross_entropy(o["logits"] + o["hidden"][0], y)  # noqa: E731
     message = (
-        rf"is needed for {' and '.join(kinds)}, and this one returns 2: \['logits'\] \[N, 3\], \['hidden'\]\[0\] "
+        rf"is needed for {' and '.join(kinds)}, and the loss reads 2: \['logits'\] \[N, 3\], \['hidden'\]\[0\] "
         r"\[N, 3\]\.\n  Wrap it in a module .* torch.cat .* tn.ggn_product"
     )
     with pytest.raises(tn.UnsupportedError, match=message):

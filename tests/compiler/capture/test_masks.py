@@ -97,6 +97,8 @@ def test_losses_of_what_is_picked(loss: Callable[[Tensor, Tensor], Tensor]) -> N
 
 REFUSED: list[tuple[str, str]] = [
     ("h = h * h[h > 0].median()", "as many entries as the boolean mask gt"),
+    ("h = h * torch.cat([h[h > 0], h[h > 0]]).sum()", "as many entries as the boolean mask gt"),
+    ("h = h * h[h > 0].sort()[0].sum()", "as many entries as the boolean mask gt"),
     ("h[h > -99] = x[x > -99]", r"what the mask gt\w* picks to where gt"),
     (
         "h[h > 0] = torch.arange(int((h > 0).sum()), dtype=h.dtype)",

@@ -25,6 +25,7 @@ from ..translate.torch_modes import check_plain, own_dtypes
 from .assertions import Answering
 from .exported import Exported, ExportError, OneSizeError, exported
 from .one_sample import least_batch
+from .outputs import as_tree
 from .rehearse import SAMPLES, rehearse
 from .state import resized
 from .translate import translate
@@ -51,7 +52,7 @@ class Wrapped(nn.Module):
     def forward(self, x: Any, y: Any) -> tuple[Any, Any]:
         args, kwargs = model_arguments(self.model, x, self.named)
         output = self.model(*args, **kwargs)
-        return (None if self.loss is None else self.loss_of(output, y)), output
+        return (None if self.loss is None else self.loss_of(output, y)), as_tree(output)
 
     def loss_of(self, output: Any, y: Any) -> Any:
         assert self.loss is not None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -32,12 +32,18 @@ class Picked:
     mask: Value
     place: int
 
+    def refuse(self, where: str) -> NoReturn:
+        raise UnsupportedError(
+            f"{where} has as many entries as the boolean mask {self.mask.name} picks: the graph would depend on the "
+            "data.\n  Use torch.where, or multiply by the mask, which is 0 for what does not count."
+        )
+
 
 def picked_call(
     target: OpOverload,
     arguments: Mapping[str, Any],
     dtype: torch.dtype,
-    calls: Mapping[str, Call],
+    every: Sequence[Call],
     append: Append,
     where: str,
 ) -> Value | Picked | None:
@@ -48,6 +54,9 @@ def picked_call(
     given = [a for a in arguments.values() if isinstance(a, Picked)]
     name = name_of(target)[0]
     found = _mask(arguments) if name in ("index", "index_put") else None
+    if not given and found is None and name != "masked_select":
+        return None
+    calls = {call.output.name: call for call in every}
     if found is not None and name == "index_put":
         return _written(arguments, *found, calls, append, where)
     if found is not None:
@@ -66,10 +75,16 @@ def picked_call(
     if torch.Tag.pointwise in target.tags and same and not others:
         whole = {key: a.full if isinstance(a, Picked) else a for key, a in arguments.items()}
         return Picked(append(target, whole, first.full.shape, dtype), first.mask, first.place)
-    raise UnsupportedError(
-        f"{where} reads as many entries as the boolean mask {first.mask.name} picks: the graph would depend on the "
-        "data.\n  Use torch.where, or multiply by the mask, which is 0 for what does not count."
-    )
+    first.refuse(where)
+
+
+def refuse_picked(arguments: Mapping[str, Any], made: Any, target: OpOverload, where: str) -> None:
+    """What a mask picks is no operand of a module with a rule, in a list, or of what has several outputs."""
+    own = target.namespace == "aten" and not isinstance(made, list | tuple)
+    for argument in arguments.values():
+        for each in argument if isinstance(argument, tuple) else () if own else (argument,):
+            if isinstance(each, Picked):
+                each.refuse(where)
 
 
 def _mask(arguments: Mapping[str, Any]) -> tuple[Value, int] | None:

@@ -210,11 +210,13 @@ class Seen:
 
     written  tensors of the model that a forward writes to, by dotted name
     reached  trainable parameters that autograd has a gradient of
+    by_loss  those of which it has one of the loss
     checks   what checks of values gave
     """
 
     written: tuple[str, ...]
-    reached: frozenset[str]
+    reached: frozenset[str] = frozenset()
+    by_loss: frozenset[str] = frozenset()
     checks: dict[Place, bool] = field(default_factory=dict)
 
     def refuse_writes(self, cause: Exception | None = None) -> None:
@@ -229,7 +231,7 @@ class Seen:
         self.refuse_writes()
         ends = [name for name in (graph.loss, *pytree.tree_leaves(graph.output)) if isinstance(name, str)]
         known = frozenset[str]().union(*(graph.values[name].depends_on for name in ends))
-        for name in sorted(self.reached - known):
+        for name in sorted((self.by_loss if graph.left else self.reached) - known):
             raise UnsupportedError(
                 f"parameter {name!r} has a gradient, but not in the graph that torch.export makes: what follows a "
                 "no_grad block inside an autograd.Function (torch.utils.checkpoint with use_reentrant=True is one) is "
@@ -284,10 +286,10 @@ def _judged(rehearsal: Rehearsal, copies: Copies, results: Any) -> Seen:
                 f"{copies.made_before[node]!r} was computed before forward: derivatives by what it was computed from "
                 "would be left out.\n  Compute it in forward, or detach() it."
             )
-    leaves = {id(leaf_of(node)) for node in reached}
-    with_gradient = frozenset(name for name, ids in copies.parameters.items() if ids & leaves)
-    Seen(copies.written(registered=False), with_gradient).refuse_writes()  # torch.export would write to those, too
-    return Seen(copies.written(registered=True), with_gradient, rehearsal.checks)
+    Seen(copies.written(registered=False)).refuse_writes()  # torch.export would write to those, too
+    leaves = [{id(leaf_of(node)) for node in each} for each in (reached, nodes(rehearsal.roots(results[0])))]
+    both = (frozenset(name for name, ids in copies.parameters.items() if ids & own) for own in leaves)
+    return Seen(copies.written(registered=True), *both, rehearsal.checks)
 
 
 def _function(name: str, owner: Owner) -> str:

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from ...diagram.core import N, Size
-from ...errors import InputError, UnsupportedError
+from ...errors import UnsupportedError
 from ..translate.axes import batch_axis, show, value_axes
 from ..translate.canonical import alias_of, canonical, output_call
 from ..translate.failure import line_of
@@ -27,8 +27,9 @@ from ..translate.operators import Same, row_of
 from ..translate.sizes import Sizes
 from ..translate.torch_internals import HigherOrderOperator, OpOverload, arguments_of, is_mutation, name_of
 from .copies import over_batch
-from .masks import picked_call
+from .masks import Picked, picked_call, refuse_picked
 from .mixing import check_mixing
+from .reach import above, batch_in_train, check_loss, needed
 
 aten = torch.ops.aten
 no_grad_block = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -76,6 +77,8 @@ class _Translator:
         self.no_grad = False
         self.last_of_module: dict[str, Node] = {}
         self.loss_node: Node | None = None
+        self.needed: set[Node] = set()  # what the loss is computed of
+        self.left: list[str] = []
 
     # calls
 
@@ -86,12 +89,23 @@ class _Translator:
                 self.last_of_module[module_of(node)[0]] = node
         if program is self.exported.graph_module:
             self.loss_node = self._origin(self._outputs()[0])
+            self.needed = above(self.loss_node)
             self._refuse_first(program)
         for node in program.graph.nodes:
             if node.op == "get_attr":
                 self.env[node] = getattr(program, str(node.target))
             elif node.op == "call_function" and not (op_name(node.target) == "getitem" and not node.users):
-                self._node(node)
+                self._try(node, program)
+
+    def _try(self, node: Node, program: GraphModule) -> None:
+        """What the loss does not need may stay untranslated: it is no output then, or told where it is read."""
+        try:
+            self._node(node)
+        except UnsupportedError as error:
+            own = program is self.exported.graph_module
+            if not own or node in self.needed or self.wrapped.loss is None or is_mutation(node.target):
+                raise
+            self.env[node] = error
 
     def _node(self, node: Node) -> None:
         value = node.meta.get("val")
@@ -119,6 +133,7 @@ class _Translator:
         target = node.target
         assert isinstance(target, OpOverload)
         arguments = self._arguments(node)
+        refuse_picked(arguments, node.meta["val"], target, self._where(node))
         if target.namespace == NAMESPACE:
             opaque = self.opaque[name_of(target)[0]]
             named = opaque.arguments(arguments["site"], arguments["inputs"], arguments["tensors"])
@@ -143,9 +158,8 @@ class _Translator:
         if isinstance(val, list | tuple):
             self.env[node] = _Several(node, target, arguments)
             return
-        calls = {call.output.name: call for call in self.calls}
-        append = partial(self._append, node)
-        picked = picked_call(target, arguments, val.dtype, calls, append, self._where(node))
+        append, where = partial(self._append, node), self._where(node)
+        picked = picked_call(target, arguments, val.dtype, self.calls, append, where)
         self.env[owner(node)] = self._emit(node, target, arguments, val) if picked is None else picked
 
     def _emit(
@@ -321,7 +335,7 @@ class _Translator:
     def _refuse_first(self, program: GraphModule) -> None:
         """What is refused before anything else, so that the message names the cause and not a symptom."""
         for node in program.graph.nodes:
-            if node.op == "call_function" and node.target is aten.batch_norm.default and _batch_in_train(node):
+            if node.op == "call_function" and node.target is aten.batch_norm.default and batch_in_train(node):
                 raise UnsupportedError(
                     f"{self._where(node)} is in train mode, so it mixes samples: there are no individual gradients. "
                     "Call model.eval(), or use GroupNorm or LayerNorm"
@@ -341,31 +355,33 @@ class _Translator:
         assert isinstance(output, tuple | list)
         return [o for o, spec in zip(output, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
 
-    def _check_loss(self, loss: Any) -> None:
-        value = self.values.get(loss) if isinstance(loss, str) else None
-        if value is None:
-            raise InputError(f"the loss returns a {type(loss).__name__}: it must return one scalar tensor")
-        if value.axes or not value.dtype.is_floating_point:
-            raise InputError(
-                f"the loss returns {value.dtype} {show(value.shape)}: it must be a floating point scalar. "
-                "Take the mean or the sum over the batch"
-            )
-
     def _origin(self, node: Any) -> Any:
         while isinstance(node, Node) and row_of(node.target).same is Same.ALWAYS:
             node = node.args[0]
         return node
 
+    def _result(self, place: int, node: Any) -> Any:
+        """The loss, at place 0, or a leaf of what the model returns; None for one that no program gives."""
+        try:
+            if isinstance(found := self._argument(node), Picked):
+                found.refuse(self._where(node))
+        except UnsupportedError as error:
+            if not place or self.wrapped.loss is None:
+                raise
+            self.left.append(str(error).partition("\n")[0])
+            return None
+        return found
+
     def graph(self, example: tuple[Any, Any], batch: int) -> Graph:
         """The finished graph, without the calls that neither loss nor output needs."""
-        results = [self._argument(o) for o in self._outputs()]
+        results = [self._result(k, o) for k, o in enumerate(self._outputs())]
         names = [r.name if isinstance(r, Value) else r for r in results]
         out_spec = self.exported.call_spec.out_spec
         assert out_spec is not None
         loss, output = pytree.tree_unflatten(names, out_spec)
         if loss is not None or self.wrapped.loss is not None:
-            self._check_loss(loss)
-        calls = _needed(self.calls, {n for n in names if isinstance(n, str)})
+            check_loss(self.values, loss)
+        calls = needed(self.calls, {n for n in names if isinstance(n, str)})
         entered = self.entered
         kept = {call.output.name for call in calls} | set(entered.values)
         return Graph(
@@ -379,21 +395,6 @@ class _Translator:
             loss=loss,
             example_batch=batch,
             in_spec=pytree.tree_flatten(example)[1],
+            left=tuple(self.left),
             absent=tuple(k for k, leaf in enumerate(pytree.tree_leaves(example)) if leaf is None),
         )
-
-
-def _batch_in_train(node: Node) -> bool:
-    """Whether a batch norm takes its statistics from samples, not from a weight."""
-    source = node.args[0]
-    assert isinstance(source, Node)
-    return bool(node.args[5]) and any(isinstance(size, torch.SymInt) for size in source.meta["val"].shape)
-
-
-def _needed(calls: list[Call], wanted: set[str]) -> list[Call]:
-    kept: list[Call] = []
-    for call in reversed(calls):
-        if call.output.name in wanted:
-            kept.append(call)
-            wanted |= {value.name for value in call.tensors.values()}
-    return kept[::-1]

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import sympy
-from torch.utils import _pytree as pytree
 
 from ...diagram.algebra import diagonal, differentiate
 from ...diagram.core import BATCH, Diagram, N, leaves
@@ -70,28 +69,20 @@ def elementwise_root(found: LossRoot) -> LossRoot:
 
 
 def output_of(graph: Graph, what: str) -> Value:
-    """The model's only output tensor, alone or inside a dictionary or a tuple.
+    """The only output tensor of the model that the loss reads, alone or inside a dictionary or a tuple.
 
     Raises `UnsupportedError` where there are none or several.
     """
-    outputs = outputs_of(graph)
+    outputs = graph.read_by_loss
     if len(outputs) == 1:
         return next(iter(outputs.values()))
     shown = ", ".join(f"{place or 'output'} {value.axes_text}" for place, value in outputs.items()) or "none"
+    reads = f"the loss reads {len(outputs)}" if graph.loss else f"this one returns {len(outputs)}"
     raise UnsupportedError(
-        f"a model with one output tensor is needed for {what}, and this one returns {len(outputs)}: {shown}.\n  "
+        f"a model with one output tensor is needed for {what}, and {reads}: {shown}.\n  "
         "Wrap it in a module that returns the one that the loss reads, or torch.cat of them; tn.ggn_product and "
         "tn.hessian_product take several as they are."
     )
-
-
-def outputs_of(graph: Graph) -> dict[str, Value]:
-    """The tensors that the model returns, each once, by their place in what it returns: "['logits']"."""
-    found: dict[str, Value] = {}
-    for path, leaf in pytree.tree_flatten_with_path(graph.output)[0]:
-        if isinstance(leaf, str) and leaf in graph.values and graph.values[leaf] not in found.values():
-            found[pytree.keystr(path)] = graph.values[leaf]
-    return found
 
 
 def _from_hessian(graph: Graph, output: Value, signed: bool) -> LossRoot:

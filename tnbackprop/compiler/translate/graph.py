@@ -9,6 +9,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.utils import _pytree as pytree
 
 from ...diagram.core import Size
 from .sizes import Condition, shown
@@ -128,7 +129,33 @@ class Graph:
     least: int = 1  # samples: for fewer the model does something else
     conditions: tuple[Condition, ...] = ()  # on N, for others it does something else, too
     unchecked: tuple[str, ...] = ()  # checks of values that the forward has and a program leaves out
+    left: tuple[str, ...] = ()  # outputs that no program gives and the loss does not read, each with the reason
     cotangent: str = ""  # of a layer on its own: the input that is the cotangent of its output
+
+    @property
+    def returned(self) -> dict[str, Value]:
+        """The tensors that the model returns, each once, by their place in what it returns: "['logits']"."""
+        found: dict[str, Value] = {}
+        for path, leaf in pytree.tree_flatten_with_path(self.output)[0]:
+            if isinstance(leaf, str) and self.values[leaf] not in found.values():
+                found[pytree.keystr(path)] = self.values[leaf]
+        return found
+
+    @property
+    def read_by_loss(self) -> dict[str, Value]:
+        """Those of which the loss is computed, without what they are computed of themselves; all without a loss."""
+        outputs = {value.name: place for place, value in self.returned.items()}
+        made = {call.output.name: call for call in self.calls}
+        found, seen, todo = dict[str, Value](), set[str](), [self.loss] if self.loss else list(outputs)
+        while todo:
+            name = todo.pop()
+            if name in outputs and name != self.loss:
+                found[outputs[name]] = self.values[name]
+            elif name in made and name not in seen:
+                todo += [value.name for value in made[name].tensors.values()]
+            seen.add(name)
+        ordered = {place: found[place] for place in outputs.values() if place in found}
+        return ordered or self.returned
 
     def is_bottleneck(self, value: str) -> bool:
         """Whether what is computed after a value reads nothing trainable that is read or computed before it."""
@@ -157,7 +184,8 @@ class Graph:
         sizes = f", for {sizes}" if sizes else ""
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         gives = f"gives  output {self.output}, loss {self.loss}{sizes}"
-        return ["reads  " + ", ".join(named), *lines, gives, *(f"not checked  {line}" for line in self.unchecked)]
+        told = [*(f"leaves  {each}" for each in self.left), *(f"not checked  {line}" for line in self.unchecked)]
+        return ["reads  " + ", ".join(named), *lines, gives, *told]
 
 
 def is_batch(size: Size) -> bool:

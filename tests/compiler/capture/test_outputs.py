@@ -1,0 +1,108 @@
+"""Models that return more than the loss reads: only what it reads counts. Oracle: the model with that one output."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tnbackprop as tn
+
+from ...capturing import Function
+from ...oracle_second import diag_ggn
+from ...rehearsing import batch, layers
+
+Pair = namedtuple("Pair", "logits hidden")
+
+
+@dataclass
+class Returned:
+    logits: Tensor
+    hidden: Any = None
+
+    def best(self) -> Tensor:
+        return self.logits
+
+
+class Cache:
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
+
+
+OUTPUTS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Tensor]]] = {
+    "a dict": (lambda h, o: {"logits": o, "hidden": h}, lambda out: out["logits"]),
+    "a tuple": (lambda h, o: (o, h), lambda out: out[0]),
+    "a named tuple": (lambda h, o: Pair(o, h), lambda out: out.logits),
+    "an ordered dict": (lambda h, o: OrderedDict(logits=o, hidden=h), lambda out: out["logits"]),
+    "a dataclass": (lambda h, o: Returned(o, [h, Returned(2 * h)]), lambda out: out.logits),
+    "a namespace": (lambda h, o: SimpleNamespace(logits=o, hidden=h), lambda out: out.logits),
+    "a cache": (lambda h, o: {"logits": o, "cache": Cache(h)}, lambda out: out["logits"]),
+    "None": (lambda h, o: {"loss": None, "logits": o}, lambda out: out["logits"]),
+    "numbers and text": (lambda h, o: (o, 3, 0.5, "text", h.shape[1]), lambda out: out[0]),
+    "a scalar": (lambda h, o: (h.square().mean(), o), lambda out: out[1]),
+    "integers": (lambda h, o: (o.argmax(1), o), lambda out: out[1]),
+    "pairs of samples": (lambda h, o: (o, h @ h.T), lambda out: out[0]),
+    "what a mask picks": (lambda h, o: (o, h[h > 0]), lambda out: out[0]),
+    "complex": (lambda h, o: (o, torch.fft.fft(h)), lambda out: out[0]),
+    "a number of the data": (lambda h, o: (o, h.sum() * h.sum().item()), lambda out: out[0]),
+}
+
+
+@pytest.mark.parametrize("pack,take", OUTPUTS.values(), ids=OUTPUTS)
+def test_only_what_the_loss_reads(pack: Callable[..., Any], take: Callable[..., Any]) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        h = m.a(x).tanh()
+        return pack(h, m.b(h))
+
+    def loss(output: Any, y: Tensor) -> Tensor:
+        return nn.functional.mse_loss(take(output), y)
+
+    model, (x, y) = Function(forward, **layers()).double(), batch()
+    plain = nn.Sequential(model.a, nn.Tanh(), model.b)
+    program = tn.compile(model, loss, (x, y), [tn.Grad(), tn.DiagGGN()])
+    result = program(x, y)
+    want = torch.autograd.grad(nn.functional.mse_loss(plain(x), y), list(plain.parameters()))
+    torch.testing.assert_close(tuple(result["grad"].values()), want)
+    torch.testing.assert_close(take(result.output), plain(x).detach())
+    for got, value in zip(result["diag_ggn"].values(), diag_ggn(plain, nn.MSELoss(), x, y).values(), strict=True):
+        torch.testing.assert_close(got, value)
+
+
+def test_what_is_left_is_told() -> None:
+    model, (x, y) = Function(lambda m, x: (m.a(x), m.b(x) @ m.b(x).T), **layers()).double(), batch()
+    program = tn.compile(model, lambda out, y: (out[0] - y).square().mean(), (x, y), [tn.Grad()])
+    assert "leaves  aten.matmul.default in the model makes a tensor of shape [N, N]" in program.explain("capture")
+    assert program(x, y).output[1] is None
+    with pytest.raises(tn.UnsupportedError, match="two batch axes"):
+        tn.compile(model, lambda out, y: (out[0] - y).square().mean() + out[1].sum(), (x, y), [tn.Grad()])
+
+
+def test_a_loss_that_is_computed_in_the_model() -> None:
+    """The root is at the last output before it, the logits."""
+
+    def forward(m: Any, x: Tensor, y: Tensor) -> Any:
+        logits = m.b(m.a(x).tanh())
+        return {"loss": nn.functional.cross_entropy(logits, y), "logits": logits}
+
+    model, (x, _) = Function(forward, **layers()).double(), batch()
+    y = torch.arange(5) % 3
+    result = tn.compile(model, lambda out, y: out["loss"], ((x, y), None), [tn.DiagGGN()])((x, y))["diag_ggn"]
+    plain = nn.Sequential(model.a, nn.Tanh(), model.b)
+    for got, value in zip(result.values(), diag_ggn(plain, nn.CrossEntropyLoss(), x, y).values(), strict=True):
+        torch.testing.assert_close(got, value)
+
+
+def test_two_that_the_loss_reads() -> None:
+    model, (x, y) = Function(lambda m, x: (m.a(x), m.b(x), x), **layers()).double(), batch()
+
+    def loss(out: Any, y: Tensor) -> Tensor:
+        return (out[0] - y).square().mean() + out[1].square().mean()
+
+    with pytest.raises(tn.UnsupportedError, match=r"the loss reads 2: \[0\] \[N, 3\], \[1\] \[N, 3\]"):
+        tn.compile(model, loss, (x, y), [tn.DiagGGN()])

@@ -1,0 +1,51 @@
+"""What the results of a graph are computed of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ...errors import InputError
+from ..translate.axes import show
+from ..translate.graph import Call, Value
+
+
+def check_loss(values: Mapping[str, Value], loss: Any) -> None:
+    """The loss is one of the values, and a scalar. Raises `InputError`."""
+    value = values.get(loss) if isinstance(loss, str) else None
+    if value is None:
+        raise InputError(f"the loss returns a {type(loss).__name__}: it must return one scalar tensor")
+    if value.axes or not value.dtype.is_floating_point:
+        raise InputError(
+            f"the loss returns {value.dtype} {show(value.shape)}: it must be a floating point scalar. "
+            "Take the mean or the sum over the batch"
+        )
+
+
+def above(node: Any) -> set[Node]:
+    """A node and all that it is computed of."""
+    todo, found = [node] if isinstance(node, Node) else [], set[Node]()
+    while todo:
+        if (last := todo.pop()) not in found:
+            found.add(last)
+            todo += last.all_input_nodes
+    return found
+
+
+def needed(calls: list[Call], wanted: set[str]) -> list[Call]:
+    kept: list[Call] = []
+    for call in reversed(calls):
+        if call.output.name in wanted:
+            kept.append(call)
+            wanted |= {value.name for value in call.tensors.values()}
+    return kept[::-1]
+
+
+def batch_in_train(node: Node) -> bool:
+    """Whether a batch norm takes its statistics from samples, not from a weight."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return bool(node.args[5]) and any(isinstance(size, torch.SymInt) for size in source.meta["val"].shape)
