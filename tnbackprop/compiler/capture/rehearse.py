@@ -288,8 +288,8 @@ def _judged(rehearsal: Rehearsal, copies: Copies, results: Any) -> Seen:
             )
     Seen(copies.written(registered=False)).refuse_writes()  # torch.export would write to those, too
     leaves = [{id(leaf_of(node)) for node in each} for each in (reached, nodes(rehearsal.roots(results[0])))]
-    both = (frozenset(name for name, ids in copies.parameters.items() if ids & own) for own in leaves)
-    return Seen(copies.written(registered=True), *both, rehearsal.checks)
+    reached_by, by_loss = (frozenset(name for name, ids in copies.parameters.items() if ids & own) for own in leaves)
+    return Seen(copies.written(registered=True), reached_by, by_loss, rehearsal.checks)
 
 
 def _function(name: str, owner: Owner) -> str:
