@@ -32,6 +32,8 @@ def build(store: Store, diagram: Diagram, inside: bool = False) -> Ref:
     identity = key(diagram)
     if (known := store.built(identity)) is not None:
         return known.renamed(diagram.legs)
+    if (tried := store.tried(identity, inside)) is not None:
+        return tried.renamed(diagram.legs)
     terms = [_term(store, p, diagram.legs, inside) for p in diagram.products]
     if not terms:
         ref = _full(store, diagram.legs, sympy.Integer(0))
@@ -39,7 +41,7 @@ def build(store: Store, diagram: Diagram, inside: bool = False) -> Ref:
         ref = terms[0]
     else:
         ref = _added(store, terms, diagram.legs)
-    store.keep(identity, ref)
+    store.keep(identity, ref, inside)
     return ref
 
 
@@ -53,15 +55,26 @@ def _term(store: Store, product: Product, legs: Legs, inside: bool) -> Ref:
     own = tuple(leg for leg in legs if leg in set(product.legs))
     if not (len(product.operands) == 1 and set(own) != set(product.legs) and is_square(product.operands[0])):
         product = Product(product.scale, tuple(_mapped(store, op) for op in product.operands))
-    plain = Product(sympy.Integer(1), product.operands)
-    rows = store.lowerings if inside else (*store.lowerings, *store.outermost)
-    plans = [partial(made, candidate=each) for row in rows for each in row(store, plain, own)]
-    if all(isinstance(op, Tensor) for op in plain.operands):
-        plans.append(partial(contracted, product=plain, legs=own))
-    ref = store.cheapest(plans) if plain.operands else _full(store, (), sympy.Integer(1))
+    ref = _multiplied(store, Product(sympy.Integer(1), product.operands), own, inside)
     if product.scale != 1:
         ref = _times(store, ref, product.scale)
     return ref.reordered(own) if own == legs else _expanded(store, ref.reordered(own), legs)
+
+
+def _multiplied(store: Store, product: Product, legs: Legs, inside: bool) -> Ref:
+    """The operands of a product, multiplied by the cheapest of the lowerings that match."""
+    if not product.operands:
+        return _full(store, (), sympy.Integer(1))
+    identity = (product, legs)
+    if (tried := store.tried(identity, inside)) is not None:
+        return tried.renamed(legs)
+    rows = store.lowerings if inside else (*store.lowerings, *store.outermost)
+    plans = [partial(made, candidate=each) for row in rows for each in row(store, product, legs)]
+    if all(isinstance(op, Tensor) for op in product.operands):
+        plans.append(partial(contracted, product=product, legs=legs))
+    ref = store.cheapest(plans).reordered(legs)
+    store.keep(identity, ref, inside)
+    return ref
 
 
 def made(store: Store, candidate: Made) -> Ref:

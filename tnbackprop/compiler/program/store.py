@@ -46,6 +46,8 @@ class Store:
         self.outermost: tuple[Any, ...] = parent.outermost if parent else ()  # the same, for whole products only
         self.bodies: dict[Any, Body] = parent.bodies if parent else {}  # functions that several values call
         self.noises: dict[str, Value] = parent.noises if parent else {}  # the values from outside that are random
+        self._entered: dict[Any, Value] = parent._entered if parent else {}  # (expression, note), in whatever trial
+        self._tried: dict[Any, Ref] = parent._tried if parent else {}  # what trials have built, until one is adopted
         self._count: Iterator[int] = parent._count if parent else iter(range(2**62))
         self.one_dtype: bool = parent.one_dtype if parent else False  # all floating values of the graph have one dtype
         self.like: Value = parent.like if parent else NOTHING
@@ -75,6 +77,8 @@ class Store:
         self._named |= trial._named
         self._built |= trial._built
         self._varying |= trial._varying
+        if self.parent is None:
+            self._tried.clear()
 
     def given(self, name: str, shape: tuple[Size, ...], floating: bool = False, strided: bool = False) -> Value:
         """A value from outside, or the variable of a loop or a function."""
@@ -132,9 +136,48 @@ class Store:
                 return layer._built[key]
         return None
 
-    def keep(self, key: Key, ref: Ref) -> None:
-        """Build it once."""
+    def keep(self, key: Key, ref: Ref, inside: bool = False) -> None:
+        """Build it once, and in another trial in the same way."""
         self._built[key] = ref
+        self._tried[key, inside, self.note] = ref
+
+    def tried(self, key: Key, inside: bool) -> Ref | None:
+        """What another trial has built a diagram as, entered here as well; None where it shared what is not here."""
+        ref = self._tried.get((key, inside, self.note))
+        if ref is None or (missing := self._missing(ref.value)) is None:
+            return None
+        for value in missing:
+            self._enter(value)
+        self._built[key] = ref
+        return ref
+
+    def _missing(self, value: Value) -> list[Value] | None:
+        """What is to be entered for a value of another trial, in order; None where something equal is here already."""
+        found: dict[Value, None] = {}
+        seen: set[Value] = set()
+        rest = [(value, False)]
+        while rest:
+            each, entered = rest.pop()
+            if entered:
+                found[each] = None
+                continue
+            if each in seen or each.expr is None:
+                continue
+            seen.add(each)
+            known = self.known(each.expr)
+            if known is each:
+                continue
+            if known is not None or each.note != self.note:
+                return None
+            rest.append((each, True))
+            rest += [(inner, False) for inner in reversed(each.inputs)]
+        return list(found)
+
+    def _enter(self, value: Value) -> None:
+        self.steps.append(value)
+        self._by_expr[value.expr] = value
+        if any(self.varies(each) for each in value.inputs):
+            self._varying.add(value)
 
     def varies(self, value: Value) -> bool:
         """Whether it is another value in each round of a loop."""
@@ -163,6 +206,10 @@ class Store:
         known = None if alone else self.known(expr)
         if known is not None:
             return known
+        entered = None if alone else self._entered.get((expr, self.note))
+        if entered is not None:
+            self._enter(entered)
+            return entered
         inputs = reads(expr)
         known_floating, floating = floating, any(value.floating for value in inputs)
         own = floating and (makes_memory(expr) if own is None else own)
@@ -173,10 +220,8 @@ class Store:
             f"%{next(self._count)}", expr, shape, kernel, work, self.note, hint, own, floating, whole,
             inputs=inputs, **facts,
         )  # fmt: skip
-        self.steps.append(value)
-        self._by_expr[expr] = value
-        if any(self.varies(each) for each in inputs):
-            self._varying.add(value)
+        self._entered[expr, self.note] = value
+        self._enter(value)
         return value
 
     def real(self, legs: tuple[Leg, ...]) -> list[Leg]:
@@ -186,6 +231,7 @@ class Store:
     def in_rounds(self, rounds: int, rows: Iterable[Value] = ()) -> None:
         """From here on there are so many rounds, with other values of these, and of what reads them, in each."""
         self.rounds, self._varying = rounds, set(rows)
+        self._tried.clear()
         for value in self.steps:
             if any(each in self._varying for each in value.inputs):
                 self._varying.add(value)
