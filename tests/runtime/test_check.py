@@ -264,3 +264,27 @@ def test_derivatives_that_are_rounding() -> None:
         cosine = lambda f, y: (1 - nn.functional.cosine_similarity(f + 2, y, dim=1)).mean()  # noqa: E731
         program = tn.compile(model, cosine, (x, y), [tn.Grad(), tn.HessianDiag()])
         assert program.checked.startswith("checked on 2 samples")
+
+
+def cast(m: nn.Module, x: Tensor) -> Tensor:
+    """A model of float64 whose output is what a cast on the way rounds off: so are its derivatives."""
+    turned = m.gone.roll(1, 0)
+    return m.a(x) @ (turned.float().double() - turned)
+
+
+def test_casts_that_cancel() -> None:
+    """They are rounded in autograd, too, sample by sample or not: float64 without the casts says what is exact."""
+    torch.manual_seed(0)
+    x, y = batch(dtype=torch.float64)
+    for _ in range(8):
+        model = Net(cast, a=nn.Linear(3, 2)).double()
+        model.gone = nn.Parameter(torch.randn(2, 2, dtype=torch.float64))
+        said = checked(model, x, y, [tn.Grad(), tn.BatchGrad(), tn.Jacobians()])
+        assert said.startswith("checked on")
+
+
+def test_a_wrong_number_behind_a_cast_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(lambda m, x: m.a(x).float().double(), a=nn.Linear(3, 2)).double()
+    monkeypatch.setattr(api, "Program", type("Bent", (Bent,), {"name": "a.weight"}))
+    with pytest.raises(tn.VerificationError, match=r"grad of parameter 'a\.weight'"):
+        checked(model, *batch(dtype=torch.float64))

@@ -19,7 +19,7 @@ from ..compiler.capture.state import copied, resized
 from ..compiler.emit.naming import comment
 from ..compiler.translate.foreign import MISTAKES
 from ..compiler.translate.torch_internals import alone, version
-from ..compiler.translate.torch_modes import own_dtypes
+from ..compiler.translate.torch_modes import InFloat64, own_dtypes
 from ..errors import InputError, VerificationError
 from ..notation.rule import Rules
 from ..rules import RULES
@@ -191,22 +191,22 @@ class Proof:
         return max(least, relative * max(pair.largest, pair.size) + min(rounding, relative * largest))
 
     def _worse(self, wrong: Sequence[Pair], pairs: Sequence[Pair], result: Result) -> list[Pair]:
-        """Those of the differences that are not autograd's own rounding, seen from float64."""
+        """Those of the differences that are not autograd's own rounding, seen from float64 throughout."""
         try:
             wrapped = deepcopy(self.wrapped).double()
             batch: Batch = pytree.tree_map(_double, self.batch)
-            with copied(wrapped):
+            with copied(wrapped), InFloat64():  # type: ignore[no-untyped-call]
                 exact, _, _ = self._pairs(wrapped, batch, result)
         except (_NotRunError, *FAILURES):  # it has numbers of this dtype inside, or is not copied
             return [pair for pair in wrong if pair.error > LOST * self._tolerance(pair, pairs)]
-        by_key = {pair.key: pair for pair in exact}
-        found = []
-        for pair in wrong:
-            want = by_key[pair.key].want if pair.key in by_key else pair.want
-            allowed = WORSE * error(pair.want, want) + self._tolerance(pair, pairs)
-            if error(pair.got, want) > allowed:
-                found.append(pair)
-        return found
+        by_key = {pair.key: pair.want for pair in exact}
+        return [pair for pair in wrong if self._is_worse(pair, by_key.get(pair.key, pair.want), pairs)]
+
+    def _is_worse(self, pair: Pair, exact: Tensor, pairs: Sequence[Pair]) -> bool:
+        """Whether the program is further from what is exact than autograd's rounding, and what that says of ours."""
+        off = error(pair.want, exact)
+        nothing = FEW * torch.finfo(self.dtype).eps if off > pair.largest / 2 else 0.0  # it is rounding itself
+        return error(pair.got, exact) > max(WORSE * off + self._tolerance(pair, pairs), nothing)
 
     # -- a difference
 

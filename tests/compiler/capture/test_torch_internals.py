@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 import tnbackprop as tn
 from tnbackprop.compiler.translate import torch_internals as internals
+from tnbackprop.compiler.translate.torch_modes import InFloat64
 
 from ... import oracle
 from ...capturing import Function
@@ -349,3 +350,17 @@ def test_another_thread_runs_a_primitive_while_one_compiles() -> None:
 @tn.primitive
 def halved(input: Tensor) -> Tensor:
     return input / 2
+
+
+def test_everything_in_float64() -> None:
+    """Casts, dtypes that operators are given, constants that are made; and backward."""
+    x = torch.rand(4, dtype=torch.float64, requires_grad=True)
+    with InFloat64():
+        y = x.float() + x.half().to(torch.bfloat16) + x.softmax(0, dtype=torch.float32)
+        z = torch.zeros(2, dtype=torch.float32) + torch.arange(2)
+        (g,) = torch.autograd.grad((y * torch.arange(4)).sum(), x)
+    s = x.detach().softmax(0)
+    w = torch.arange(4).double()
+    assert torch.equal(y, 2 * x + s) and z.dtype == torch.float64
+    torch.testing.assert_close(g, 2 * w + s * (w - s @ w), rtol=1e-12, atol=0)
+    assert x.float().dtype == torch.float32

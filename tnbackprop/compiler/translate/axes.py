@@ -67,7 +67,7 @@ def batch_multiple(size: Size) -> int | None:
     """k where size = k·N with an integer k (0: no batch); None where the size is something else in N."""
     if isinstance(size, int):
         return 0
-    quotient = sympy.simplify(size / N)
+    quotient = sympy.expand(size / N)
     return int(quotient) if quotient.is_Integer else None
 
 
@@ -136,7 +136,7 @@ def _grouped(before: Any, after: Any) -> tuple[Size, ...]:
 
 
 def _same(a: Size, b: Size) -> bool:
-    return bool(sympy.simplify(a - b) == 0)
+    return bool(sympy.expand(a - b) == 0)
 
 
 def _product(factors: list[Size]) -> Any:

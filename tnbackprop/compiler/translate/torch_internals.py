@@ -41,6 +41,7 @@ from torch.fx import graph as fx_graph
 from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode, ShapeEnv
 from torch.nn.modules import module as module_globals
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 OpOverload = torch._ops.OpOverload
 HigherOrderOperator = torch._ops.HigherOrderOperator

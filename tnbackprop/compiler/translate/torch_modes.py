@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import UnsupportedError
 from .torch_internals import (
+    TorchDispatchMode,
     alone,
     get_unwrapped,
     is_functorch_wrapped_tensor,
@@ -28,6 +29,20 @@ def own_dtypes(device: torch.device) -> AbstractContextManager[object]:
     kind = device.type
     known = torch.amp.autocast_mode.is_autocast_available(kind)
     return torch.autocast(kind, enabled=False) if known and torch.is_autocast_enabled(kind) else nullcontext()
+
+
+class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What is cast to a shorter dtype stays in float64: a model in float64 that casts on the way has exact numbers."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*map(_longest, args), **{name: _longest(value) for name, value in (kwargs or {}).items()})
+
+
+def _longest(argument: Any) -> Any:
+    shorter = isinstance(argument, torch.dtype) and argument.is_floating_point
+    return torch.float64 if shorter else argument
 
 
 def check_plain(name: str, tensor: Tensor) -> None:
