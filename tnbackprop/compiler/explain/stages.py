@@ -21,6 +21,7 @@ from ..program.cost import Kernel, bytes_of, number
 from ..program.expr import Rounds, Value
 from ..program.passes import PASSES
 from .alternatives import Alternative, Way, alternatives, conditions, part_names, seconds, work_numbers
+from .factors import factor_lines
 from .polynomials import Symbols, in_batch_text, number_text
 from .program import opaque, pass_lines, program_lines
 from .text import body_text, diagram_text, legs_text, milliseconds, shortened, size_text, table
@@ -38,7 +39,7 @@ def explain(compiled: Compiled, stage: Stage | None = None) -> str:
     texts = [
         (title.format(N=compiled.plan.batch), "\n".join(map(comment, lines(compiled)))) for title, lines in sections
     ]
-    return "\n\n".join(f"{title}\n{'=' * len(title)}\n{text}" for title, text in texts)
+    return "\n\n".join(f"{title}\n{'=' * len(title)}\n{text}" for title, text in texts if text)
 
 
 def _graph(compiled: Compiled) -> Iterator[str]:
@@ -363,7 +364,7 @@ Section = tuple[str, Callable[["Compiled"], Iterator[str]]]
 SECTIONS: Mapping[Stage, tuple[Section, ...]] = {
     Stage.CAPTURE: (("Graph", _graph),),
     Stage.BIND: (("Formulas and Jacobians", _formulas),),
-    Stage.DERIVE: (("Diagrams", _diagrams),),
+    Stage.DERIVE: (("Diagrams", _diagrams), ("Kronecker factors", factor_lines)),
     Stage.PLAN: (
         ("Choices", _choices),
         ("Path (N = {N})", _path),

@@ -1,0 +1,43 @@
+"""Which Kronecker factors every parameter has, and why one has a diagonal in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+from ...quantities.factors import Factors
+from ..derive.derived import Extraction
+from ..emit.compiled import Compiled
+from .text import legs_text, table
+
+HEADER = ("parameter", "shape", "factors", "positions", "a diagonal, because")
+ONE_HOT = "one-hot input: all of it"
+
+
+def factor_lines(compiled: Compiled) -> Iterator[str]:
+    """One table for each quantity, parameters in the order of the model."""
+    found: dict[str, dict[str, Factors]] = {}
+    for item in (item for item in compiled.derived.items if isinstance(item, Extraction)):
+        for quantity, factors in item.factors.items():
+            found.setdefault(quantity, {})[item.parameter] = factors
+    for quantity, by in found.items():
+        rows: list[tuple[str, ...]] = [HEADER]
+        for value in (value for value in compiled.graph.parameters if value in by):
+            factors, shape = by[value], compiled.graph.values[value].axes_text
+            rows.append((compiled.graph.parameters[value][0], shape, *_row(factors)))
+        yield f"{quantity}:"
+        yield from table(rows, "  ")
+
+
+def _row(factors: Factors) -> tuple[str, str, str]:
+    """Its factors with their legs and sizes, what is made of positions, and why a factor is a diagonal."""
+    parts, reasons = [], []
+    for k, legs in enumerate(factors.legs):
+        size = prod(int(leg.size) for leg in legs)
+        flat = factors.diagonal[k]
+        parts.append(f"{'diagonal' if flat else 'full'} [{legs_text(legs)}] {size}×{size}")
+        why = factors.dropped[k] if flat else ""
+        reasons += [why] if why else [f"[{legs_text(legs)}] {ONE_HOT}"] if flat and factors.leads else []
+    blocks = prod(int(leg.size) for leg in factors.blocks)
+    lead = f"{blocks} blocks [{legs_text(factors.blocks)}] of " if factors.blocks else ""
+    return lead + " ⊗ ".join(parts), factors.sharing.value, "; ".join(reasons)
