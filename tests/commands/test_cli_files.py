@@ -181,7 +181,24 @@ def test_draw(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], su
         assert ("batch_l2 of 3.weight" in text) == bool(options) or suffix != ".svg"
 
 
+def test_draw_renamed(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, options in {"a": ("--rename", "x=image", "--rename", "y=label"), "b": ("--depth", "1")}.items():
+        status, *_ = run(capsys, "draw", f"{file}:Net", "-o", tmp_path / f"{name}.svg", *options)
+        assert status == 0
+    assert ">image<" in (tmp_path / "a.svg").read_text() and ">label<" in (tmp_path / "a.svg").read_text()
+    assert ">x<" in (tmp_path / "b.svg").read_text()
+
+
 # ---------------------------------------------------------------- misuse
+
+
+DRAWN = [
+    ("draw {file}:Net -o {dir}/a.svg --rename x", r"--rename x: write OLD=NEW", "half a name"),
+    ("draw {file}:Net -o {dir}/a.svg --rename nope=b", r"names: no tensor or leg 'nope' in what", "no name"),
+    ("draw {file}:Net -o {dir}/a.svg --depth 0", r"depth=0 of a Program: it is a number from 1 on", "no depth"),
+    ("draw {file}:Net -o {dir}/a.svg --depth 1 --quantity grad --parameter 0.weight",
+     "--depth is of a picture of the model, not of a quantity", "depth of a quantity"),
+]  # fmt: skip
 
 
 def misuse() -> Iterator[tuple[str, str, str]]:
@@ -206,9 +223,10 @@ def misuse() -> Iterator[tuple[str, str, str]]:
     yield "explain {file}:Net -o {dir}/no/such.txt", r"such\.txt cannot be written: No such folder", "unwritable"
     yield "explain {file}:Net -o {dir} --force", r"is a folder\n  Name a file in it", "a folder to write to"
     yield "explain {file}:Net -o {file}", r"net\.py exists\n  Choose another name, or give --force", "existing file"
+    yield from DRAWN
     yield "draw {file}:Net -o {file}", r"net\.py exists\n  Choose another name, or give --force", "existing picture"
-    yield "draw {file}:Net -o {dir}/a.png", r"a drawing is saved as \.svg, \.dot, \.tex, not \.png", "suffix"
-    yield "draw {file}:broken -o {dir}/a.png", r"saved as \.svg, \.dot, \.tex, not \.png", "suffix before the model"
+    yield "draw {file}:Net -o {dir}/a.jpg", r"a drawing is saved as \.svg, .*, \.png, \.pdf, not \.jpg", "suffix"
+    yield "draw {file}:broken -o {dir}/a.jpg", r"saved as \.svg, .*, not \.jpg", "suffix before the model"
     yield (
         "draw {file}:Net -o {dir}/no/a.svg",
         r"a\.svg cannot be written: No such folder as ",

@@ -17,7 +17,7 @@ import tnbackprop as tn
 from tnbackprop.compiler.derive.derived import Extraction, Result
 from tnbackprop.diagram.algebra import inline
 from tnbackprop.diagram.core import BATCH, Diagram, Leg, N, Part, Tensor
-from tnbackprop.drawing import formulas, jacobian, quantity
+from tnbackprop.drawing import formulas, jacobian, paper, quantity
 from tnbackprop.drawing.words import tex
 from tnbackprop.errors import InputError
 from tnbackprop.quantities.factors import Factors
@@ -123,6 +123,27 @@ def test_a_model() -> None:
     assert ("[N, 3, 3]" in {leg for leg, _, _ in wires}) and len(wires) == 16
 
 
+def test_modules_as_boxes() -> None:
+    """Calls of a module that follow one another share a box, no box reads one below it, and nothing is lost."""
+    made = program("attention")
+    nodes, wires = read(tn.draw(made, depth=1).svg)
+    boxes = {number: node.text for number, node in nodes.items() if node.kind == "call"}
+    calls, parameters = made.compiled.graph.calls, made.model.parameters()
+    inside = [call for call in calls if call.path.split(".")[0] == "0"]
+    first, *others = boxes.values()
+    assert first == f"0 {len(inside)} calls 48 parameters"
+    assert sum(p.numel() for p in parameters if p.shape == (4, 4)) == 48
+    assert [text.split(":")[0] for text in others] == ["1", "2", "loss"]
+    edges = {(nodes[a].text.split(" ")[0], nodes[b].text.split(" ")[0]) for _, a, b in wires}
+    chain = {("x", "0"), ("0", "1:"), ("1:", "2:"), ("2:", "loss:"), ("loss:", "loss")}
+    assert edges == {*chain, ("y", "loss:"), ("2:", "output")}
+    deep = tn.draw(made, depth=9).svg
+    assert deep.count('class="call"') >= len({call.path for call in calls})
+    for what, depth in ((made, 0), (made, True), (DIAGRAMS["alone"], 1)):
+        with pytest.raises(InputError, match=f"depth={depth} of a .*: it is a number from 1 on, for a Program"):
+            tn.draw(what, depth=depth)
+
+
 # The three texts.
 
 
@@ -211,12 +232,33 @@ def test_save(tmp_path: Path) -> None:
         drawn.save(tmp_path / "picture.svg")
     tn.draw(DIAGRAMS["alone"]).save(str(tmp_path / "picture.svg"), force=True)
     assert (tmp_path / "picture.svg").read_text(encoding="utf-8") == tn.draw(DIAGRAMS["alone"]).svg
-    with pytest.raises(InputError, match=r"saved as .svg, .dot, .tex, not .png"):
-        drawn.save(tmp_path / "picture.png")
+    with pytest.raises(InputError, match=r"saved as .svg, .dot, .tex, .png, .pdf, not .jpg"):
+        drawn.save(tmp_path / "picture.jpg")
     with pytest.raises(InputError, match="without suffix"):
         drawn.save(tmp_path / "picture")
     with pytest.raises(InputError, match="cannot be written: No such file"):
         drawn.save(tmp_path / "nowhere" / "picture.svg")
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF")])
+def test_on_paper(suffix: str, start: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where cairosvg is there; else the extra is named, and no file is left."""
+    drawn, path = tn.draw(DIAGRAMS["matrix product"]), tmp_path / f"picture{suffix}"
+    monkeypatch.setitem(sys.modules, "cairosvg", None)
+    with pytest.raises(InputError, match=rf"a {suffix} is made by cairosvg.*pip install 'tnbackprop\[pictures\]'"):
+        drawn.save(path)
+    assert not path.exists()
+
+    def missing(name: str) -> object:
+        raise OSError("no library called cairo")
+
+    with monkeypatch.context() as changed:
+        changed.setattr(paper.importlib, "import_module", missing)
+        with pytest.raises(InputError, match="needs the cairo library of the system: no library called cairo"):
+            drawn.save(path)
+    monkeypatch.delitem(sys.modules, "cairosvg")
+    pytest.importorskip("cairosvg")
+    assert drawn.save(path).read_bytes().startswith(start)
 
 
 def test_in_a_notebook() -> None:

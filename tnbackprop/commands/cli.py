@@ -82,7 +82,12 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
 def _draw_arguments(parser: argparse.ArgumentParser) -> None:
     _target_arguments(parser)
     parser.add_argument("--parameter", metavar="NAME", help="draw the quantity of this parameter, not the model")
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help=".svg, .dot or .tex")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True,
+                        help=".svg, .dot or .tex; .png or .pdf with the extra tnbackprop[pictures]")  # fmt: skip
+    parser.add_argument("--rename", metavar="OLD=NEW", action="append", default=[],
+                        help="what to show instead of a name of a tensor or a leg; several are allowed")  # fmt: skip
+    parser.add_argument("--depth", metavar="N", type=int,
+                        help="one box for each module that is so deep: 1 for those of the model itself")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace a file that is already there")
 
 

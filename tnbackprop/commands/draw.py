@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import tnbackprop as tn
 
@@ -21,13 +22,26 @@ def run(arguments: argparse.Namespace) -> int:
     asked = ",".join(arguments.quantity or ()).split(",")
     if len(asked) > 1:
         raise tn.InputError(f"one picture is of one quantity, not of {len(asked)}: --quantity {asked[0]}")
+    if arguments.quantity and arguments.depth is not None:
+        raise tn.InputError("--depth is of a picture of the model, not of a quantity")
+    names = _renamed(arguments.rename)
     free(arguments.output, arguments.force)
     check_suffix(arguments.output)
     program = compiled(arguments, ("grad",) if not arguments.quantity else ())
     if arguments.quantity:
         key = next(iter(program.quantities))
-        drawing = tn.draw(quantity(program, key, arguments.parameter), title=f"{key} of {arguments.parameter}")
+        title = f"{key} of {arguments.parameter}"
+        drawing = tn.draw(quantity(program, key, arguments.parameter), title=title, names=names)
     else:
-        drawing = tn.draw(program)
+        drawing = tn.draw(program, names=names, depth=arguments.depth)
     print(drawing.save(arguments.output, force=arguments.force))
     return 0
+
+
+def _renamed(given: Sequence[str]) -> dict[str, str]:
+    """{old: new} of texts OLD=NEW."""
+    parts = [text.partition("=") for text in given]
+    for text, (old, _, new) in zip(given, parts, strict=True):
+        if not old or not new:
+            raise tn.InputError(f"--rename {text}: write OLD=NEW, as in --rename g_layer_0=g")
+    return {old: new for old, _, new in parts}

@@ -6,8 +6,10 @@ several layers bends around what is between.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from ..compiler.translate.graph import Call, Graph
 from .labels import Names
@@ -29,9 +31,12 @@ class _Layers:
     bends: dict[tuple[int, int, str], list[int]] = field(default_factory=dict)
 
 
-def flow_scene(graph: Graph, names: Names) -> Scene:
-    """Inputs, calls, and what the model gives. Parameters stand in the call that reads them."""
-    shapes, edges = _nodes(graph, names)
+def flow_scene(graph: Graph, names: Names, depth: int | None = None) -> Scene:
+    """Inputs, calls, and what the model gives. Parameters stand in the call that reads them.
+
+    depth   modules that are so deep are one box each
+    """
+    shapes, edges = _nodes(graph, names, depth)
     layers = _layers(len(shapes), edges)
     widths = {k: shape.box.w for k, shape in enumerate(shapes)}
     labels: dict[int, float] = {}
@@ -49,7 +54,18 @@ def flow_scene(graph: Graph, names: Names) -> Scene:
     return Scene(placed, tuple(_wires(placed, edges, layers, xs, ys)))
 
 
-def _nodes(graph: Graph, names: Names) -> tuple[list[Shape], list[tuple[int, int, str]]]:
+def _boxes(graph: Graph, depth: int | None) -> Iterator[tuple[Call, ...]]:
+    """The calls that share a box: those of a module that follow one another. So no box comes before what it reads."""
+
+    def module(call: Call) -> str:
+        return ".".join(call.path.split(".")[:depth])
+
+    for path, calls in groupby(graph.calls, module):
+        every = tuple(calls)
+        yield from [every] if depth is not None and path else ((call,) for call in every)
+
+
+def _nodes(graph: Graph, names: Names, depth: int | None) -> tuple[list[Shape], list[tuple[int, int, str]]]:
     """All shapes at the origin, and the edges (from, to, shape of the value)."""
     shapes: list[Shape] = []
     source: dict[str, int] = {}
@@ -59,12 +75,15 @@ def _nodes(graph: Graph, names: Names) -> tuple[list[Shape], list[tuple[int, int
         if name in read:
             source[name] = len(shapes)
             shapes.append(_box(Kind.VALUE, (names.get(name, name),), str(graph.values[name])))
-    for call in graph.calls:
-        for value in call.tensors.values():
+    for calls in _boxes(graph, depth):
+        for value in (value for call in calls for value in call.tensors.values()):
             if value.name in source:
                 edges[source[value.name], len(shapes), value.axes_text] = None
-        source[call.output.name] = len(shapes)
-        shapes.append(_box(Kind.CALL, _lines(call, graph, names), call.where))
+        for call in calls:
+            source[call.output.name] = len(shapes)
+        alone = len(calls) == 1
+        lines = _lines(calls[0], graph, names) if alone else _summary(calls, graph, depth)
+        shapes.append(_box(Kind.CALL, lines, calls[0].where if alone else f"{len(calls)} calls"))
     for name, shown in _given(graph):
         if name in source:
             edges[source[name], len(shapes), graph.values[name].axes_text] = None
@@ -96,6 +115,14 @@ def _lines(call: Call, graph: Graph, names: Names) -> tuple[str, ...]:
             dotted = graph.parameters[value.name][0]
             lines.append(f"{names.get(value.name, dotted)} {value.axes_text}")
     return tuple(lines)
+
+
+def _summary(calls: Sequence[Call], graph: Graph, depth: int | None) -> tuple[str, ...]:
+    """A module, and how much is inside."""
+    read = {value.name: value for call in calls for value in call.tensors.values() if value.name in graph.parameters}
+    sizes = [math.prod(int(size) for axis in value.axes for size in axis) for value in read.values()]
+    inside = [f"{len(calls)} calls", *([f"{sum(sizes):,} parameters"] if sizes else [])]
+    return ".".join(calls[0].path.split(".")[:depth]), *inside
 
 
 def _box(kind: Kind, lines: tuple[str, ...], note: str) -> Shape:

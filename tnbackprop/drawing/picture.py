@@ -15,6 +15,7 @@ from .dot import dot
 from .flow import flow_scene
 from .labels import Names
 from .network import diagram_scene, words
+from .paper import pdf, png
 from .scene import Kind, Scene, Shape, in_lines, side_by_side, stacked
 from .svg import svg
 from .tikz import tikz
@@ -44,13 +45,16 @@ class Drawing:
         return tikz(self.scene)
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write .svg, .dot or .tex, by the suffix; an existing file only with `force`. Raises `InputError`."""
+        """Write .svg, .dot, .tex, .png or .pdf, by the suffix; an existing file only with `force`. Raises `InputError`.
+
+        .png and .pdf are made by cairosvg: ``pip install 'tnbackprop[pictures]'``.
+        """
         path = Path(path)
         check_suffix(path)
         if path.exists() and not force:
             raise InputError(f"{path} exists: choose another name, or save(..., force=True) to replace it")
         try:
-            path.write_text(FORMATS[path.suffix](self.scene), encoding="utf-8")
+            path.write_bytes(FORMATS[path.suffix](self.scene))
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror}") from error
         return path
@@ -65,7 +69,13 @@ class Drawing:
         return f"Drawing({shown or 'nothing'}; {self.scene.bounds.w:.0f} × {self.scene.bounds.h:.0f})"
 
 
-FORMATS: Mapping[str, Callable[[Scene], str]] = {".svg": svg, ".dot": dot, ".tex": tikz}
+FORMATS: Mapping[str, Callable[[Scene], bytes]] = {
+    ".svg": lambda scene: svg(scene).encode(),
+    ".dot": lambda scene: dot(scene).encode(),
+    ".tex": lambda scene: tikz(scene).encode(),
+    ".png": png,
+    ".pdf": pdf,
+}
 
 
 def check_suffix(path: Path) -> None:
@@ -74,7 +84,7 @@ def check_suffix(path: Path) -> None:
         raise InputError(f"{path}: a drawing is saved as {', '.join(FORMATS)}, not {path.suffix or 'without suffix'}")
 
 
-def draw(what: Drawable, *, title: str = "", names: Names | None = None) -> Drawing:
+def draw(what: Drawable, *, title: str = "", names: Names | None = None, depth: int | None = None) -> Drawing:
     """A tensor network picture.
 
     A `Diagram`; the `Factors` of a Kronecker cut, side by side over their assumption; a mapping from names to diagrams,
@@ -86,11 +96,14 @@ def draw(what: Drawable, *, title: str = "", names: Names | None = None) -> Draw
     depends is left out.
 
     names  what to show instead of a tensor's or a leg's name: {"g_layer_0": "g"}
+    depth  of a program: modules that are so deep are one box each, 1 for those of the model itself; None: every call
 
     Raises `InputError` for anything else, and for `names` that are not there or would coincide.
     """
     names = dict(names or {})
-    scene = _scene(what, names)
+    if depth is not None and (not isinstance(what, Program) or isinstance(depth, bool) or depth < 1):
+        raise InputError(f"depth={depth!r} of {_described(what)}: it is a number from 1 on, for a Program")
+    scene = _scene(what, names) if not isinstance(what, Program) else flow_scene(what.compiled.graph, names, depth)
     _check(names, what)
     return Drawing(stacked([words(title, 1.2), scene], 14.0) if title else scene)
 
@@ -101,8 +114,6 @@ def _scene(what: Drawable, names: Names) -> Scene:
             return diagram_scene(what, names)
         case Factors():
             return _factors(what, names)
-        case Program():
-            return flow_scene(what.compiled.graph, names)
         case Mapping() if what and all(isinstance(each, Diagram) for each in what.values()):
             return stacked([_equation(name, each, names) for name, each in what.items()], _GAP, centred=False)
         case Sequence() if what and all(isinstance(each, Diagram | Factors) for each in what):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from types import MappingProxyType
 
@@ -27,7 +27,7 @@ from ..errors import UnsupportedError
 from ..notation.bind import COTANGENT as PULLED
 from ..quantities import Quantity
 from ..quantities.propagation import COTANGENT
-from .names import Names
+from .names import Names, cotangent_names
 from .text import WIDTH, call, definition, docstring, rows
 
 Tree = Expr | tuple[Expr, ...] | Mapping[str, Mapping[str, Expr | tuple[Expr, ...]]]
@@ -107,7 +107,9 @@ def function(
     every = {shown(value) for value in inputs.shapes} | set(fixed.values())
     called = {fn.name for step in plan.steps for fn in helpers(step.expr)} | set(functions.values())
     printer = Printer(Scope(TAKEN | every | called | words(plan.steps), names=fixed), functions, WIDTH)
-    lines = written(passed(lines_of(plan.steps, functional=True), small(set(reads(returns)))), printer)
+    notes = {f"cotangent of {hint_of(value)}": f"cotangent of {name}" for value, name in inputs.names.of.items()}
+    own_lines = (replace(line, note=notes.get(line.note, line.note)) for line in lines_of(plan.steps, functional=True))
+    lines = written(passed(tuple(own_lines), small(set(reads(returns)))), printer)
     sources = dict.fromkeys(fn.source for step in plan.steps for fn in helpers(step.expr))
     own = tuple(shown(value) for value in arguments)
     body = (*head, *lines, printer.statement("    return ", returns))
@@ -139,6 +141,7 @@ def formulas(derived: Derived, diagrams: Sequence[tuple[str, Diagram]], names: N
     inputs = {COTANGENT, *(c.variable for c in derived.columns if isinstance(c.start, Given))}
     only = {name: _tensor_of(item.terms[0]) for name, item in swept.items() if len(item.terms) == 1}
     handed = {name: tensor for name, tensor in only.items() if tensor in inputs}
+    names = cotangent_names(names, swept.values())
     names = Names({**names.of, **{name: names.shown(tensor) for name, tensor in handed.items()}})
     wanted: dict[str, None] = {}
 

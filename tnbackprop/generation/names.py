@@ -5,11 +5,12 @@ from __future__ import annotations
 import builtins
 import inspect
 import keyword
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
+from ..compiler.derive.derived import Backward
 from ..compiler.derive.layer import Layer
 from ..compiler.emit.naming import Scope, identifier
 from ..compiler.lower.table import HELPERS
@@ -58,8 +59,7 @@ class Names:
 def layer_names(module: torch.nn.Module, layer: Layer) -> Names:
     """Arguments are called as in the module: its parameters, and the names of forward's arguments."""
     graph = layer.graph
-    wanted = {value: dotted[0].replace(".", "_") for value, dotted in graph.parameters.items()}
-    wanted |= {value: dotted.replace(".", "_") for value, dotted in graph.buffers.items()}
+    wanted = _of_state({value: dotted[0] for value, dotted in graph.parameters.items()} | dict(graph.buffers))
     signature = [p.name for p in inspect.signature(module.forward).parameters.values()]
     inputs = [name for name in graph.inputs if name != COTANGENT]
     for k, value in enumerate(inputs):
@@ -76,6 +76,28 @@ def layer_names(module: torch.nn.Module, layer: Layer) -> Names:
         found[value] = scope.fresh(name if free else hint_of(value))
     found |= {value: scope.fresh(f"input_{value}") for value in inputs if found[value] in state}
     return Names(found)
+
+
+def _of_state(dotted: Mapping[str, str]) -> dict[str, str]:
+    """Names of parameters and buffers; one that would begin with a number has its own first: weight, or weight_0."""
+    last = [name.rpartition(".")[2] for name in dotted.values()]
+    found = {}
+    for value, name in dotted.items():
+        path, _, own = name.rpartition(".")
+        plain = name.replace(".", "_")
+        numbered = own if last.count(own) == 1 else f"{own}_{path.replace('.', '_')}"
+        found[value] = plain if plain.isidentifier() else numbered
+    return found
+
+
+def cotangent_names(names: Names, items: Iterable[Backward]) -> Names:
+    """The same for cotangents of what has another name than in the graph: g_input."""
+    mine = {
+        item.name: f"{hint_of(item.name.removesuffix(item.value))}_{names.of[item.value]}"
+        for item in items
+        if item.value in names.of and not item.matrix_of
+    }
+    return Names({**mine, **names.of})
 
 
 def formula_names(layer: Layer, names: Names) -> Names:

@@ -93,7 +93,8 @@ def made(store: Store, candidate: Made) -> Ref:
 
 def _times(store: Store, ref: Ref, scale: sympy.Expr) -> Ref:
     work = Work(flops=((1, ref.stored),), moved=((2, ref.stored),), fresh=((1, ref.stored),))
-    expr = Call(f.MUL, (as_stored(store, ref), Number(scale)))
+    value = as_stored(store, ref)
+    expr = Call(f.NEG, (value,)) if scale == -1 else Call(f.MUL, (value, Number(scale)))
     return Ref(store.add(expr, sizes_of(ref.stored), Kernel.ELEMENTWISE, work), ref.stored, ref.order)
 
 

@@ -97,4 +97,4 @@ def _method(name: str, operand: Any, others: tuple[Any, ...]) -> Any:
     return operand
 
 
-OVER = {name: method(name, memory=Memory.WHOLE) for name in ("mul_", "add_", "square_")}
+OVER = {name: method(name, memory=Memory.WHOLE) for name in ("mul_", "neg_", "add_", "square_")}

@@ -157,6 +157,7 @@ DEVICE = Function("device", Form.PROPERTY, lambda x: x.device)
 SHAPE = Function("shape", Form.PROPERTY, lambda x: x.shape)
 
 MUL = Function("*", Form.OPERATOR, operator.mul, Linear.EACH, Memory.OWN, over="mul_", into="torch.mul")
+NEG = method("neg", linear=Linear.FIRST, memory=Memory.OWN, over="neg_", into="torch.neg")
 ADD = Function("+", Form.OPERATOR, operator.add, memory=Memory.OWN, over="add_")
 SUB = Function("-", Form.OPERATOR, operator.sub)
 DIV = Function("/", Form.OPERATOR, operator.truediv)
