@@ -26,8 +26,9 @@ from .assertions import Answering
 from .exported import Exported, ExportError, OneSizeError, exported
 from .one_sample import least_batch
 from .outputs import as_tree
-from .rehearse import SAMPLES, rehearse
+from .rehearse import SAMPLES, Seen, rehearse
 from .state import resized
+from .transformed import cannot, transformed
 from .translate import translate
 
 Loss = Callable[..., Any]
@@ -94,7 +95,7 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
         answering = Answering(seen.checks)
         try:
             with answering:
-                graph, found = _any_size(wrapped, (x, y), batch, rules)
+                graph, found = _any_size(wrapped, (x, y), batch, rules, seen)
         except (InputError, ExportError) as error:  # it ran without torch.export: what it writes to may be why
             seen.refuse_writes(error)
             raise
@@ -208,28 +209,33 @@ def batch_size(example: tuple[Any, Any]) -> int:
     return batch
 
 
-def _any_size(wrapped: Wrapped, example: tuple[Any, Any], batch: int, rules: Rules) -> tuple[Graph, Exported]:
+def _any_size(
+    wrapped: Wrapped, example: tuple[Any, Any], batch: int, rules: Rules, seen: Seen
+) -> tuple[Graph, Exported]:
     """Export for any size; else for the sizes that do what the example's does; else with one that nothing else has."""
     taken = {size for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) for size in leaf.shape[1:]}
     taken |= {size for parameter in wrapped.parameters() for size in parameter.shape}
     other = next((size for size in EXPORT_SIZES if size not in taken | {batch}), 29)
     own, others = resized(example, other) if batch == 1 else example, resized(example, other)
+    source = transformed(wrapped, own, seen.transformed, seen.ruled) if seen.transformed else wrapped
     any_size, some = _batch_dimension(batch), torch.export.Dim.DYNAMIC
     refused: OneSizeError | ExportError | None = None
     for used, dimension in ((own, any_size), (own, some), (others, any_size), (others, some)):
         try:
-            found = exported(wrapped, used, rules, dimension)
+            found = exported(source, used, rules, dimension)
         except (OneSizeError, ExportError, InputError) as error:
             if isinstance(error, InputError) and refused is None:
                 raise
             refused = refused or error  # type: ignore[assignment]
             continue
         # Another size tells whether the example's own is to blame; translating names the op where torch names a guard.
-        graph = translate(wrapped, found.program, found.opaque, example, batch)
+        graph = translate(source, found.program, found.opaque, example, batch)
         graph = replace(graph, conditions=found.conditions)
         if first_broken(graph.conditions, batch) is None:
             return graph, found
     assert refused is not None
+    if seen.transformed:
+        raise cannot(seen.transformed) from refused
     raise refused
 
 

@@ -13,12 +13,14 @@ from functools import partial
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ...errors import InputError, UnsupportedError
 from ...notation.rule import Primitive, Rules
+from ..translate.failure import line_here
 from ..translate.failure import place as place_of
 from ..translate.foreign import MISTAKES
 from ..translate.graph import Graph
@@ -32,6 +34,7 @@ from ..translate.torch_internals import (
     forward_hooks,
     global_backward_hooks,
     leaf_of,
+    peek_interpreter_stack,
     space_of,
     tensor_hooks,
 )
@@ -68,13 +71,16 @@ class Rehearsal(TorchFunctionMode):
         self.stack = [Owner("the model")]
         self.owners: dict[Any, Owner] = {}
         self.asked: list[tuple[str, Owner]] = []
-        self.looking = False
+        self.looking = self.ruled = False
+        self.transformed = ""
         self.checks: dict[Place, bool] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not (self.looking or self.transformed or self.stack[-1].ruled):
+            self.transformed = self.transform_of(func)
         if func in ASKED and not self.looking and not self.stack[-1].ruled:
             self.asked.append((ASKED[func], self.stack[-1]))
         if func is ASKS and (place := place_of_check()) is not None:
@@ -82,6 +88,11 @@ class Rehearsal(TorchFunctionMode):
         if not isinstance(func, OpOverload | OpOverloadPacket) or space_of(func) in OPERATOR_SPACES:
             return func(*args, **kwargs)
         return self.inside(RULED, func, args, kwargs)
+
+    def transform_of(self, func: Callable[..., Any]) -> str:
+        """What forward does itself that no graph of calls shows, with its line; "" where it does not."""
+        what = DERIVED.get(func, "a transform of torch.func (grad, vjp, jvp, vmap, …)" * bool(peek_interpreter_stack()))
+        return f"{what} in {self.stack[-1].text}{line_here()}" if what else ""
 
     def inside(self, owner: Owner, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function; what it adds to autograd's graph is the owner's."""
@@ -92,6 +103,7 @@ class Rehearsal(TorchFunctionMode):
 
     def enter(self, owner: Owner, inputs: Any) -> None:
         self.claim(inputs)
+        self.ruled |= owner.ruled
         self.stack.append(RULED if self.stack[-1].ruled else owner)
 
     def leave(self, outputs: Any) -> None:
@@ -153,6 +165,10 @@ ASKED: dict[Any, str] = {
 """What a forward asks of autograd by hand."""
 
 
+DERIVED: dict[Any, str] = {torch.autograd.grad: "torch.autograd.grad", Tensor.backward: "backward()"}
+"""What asks for a derivative in a forward."""
+
+
 def nodes(roots: Iterable[Any], known: Any = ()) -> Iterator[Any]:
     """Every node of autograd's graph above some, each once, without those that are known and what is above them."""
     todo, seen = list(roots), set()
@@ -212,12 +228,16 @@ class Seen:
     reached  trainable parameters that autograd has a gradient of
     by_loss  those of which it has one of the loss
     checks   what checks of values gave
+    transformed  what forward differentiates or maps itself, with its line, or ""
+    ruled    something in it has a rule of its own
     """
 
     written: tuple[str, ...]
     reached: frozenset[str] = frozenset()
     by_loss: frozenset[str] = frozenset()
     checks: dict[Place, bool] = field(default_factory=dict)
+    transformed: str = ""
+    ruled: bool = False
 
     def refuse_writes(self, cause: Exception | None = None) -> None:
         for name in self.written:
@@ -289,7 +309,8 @@ def _judged(rehearsal: Rehearsal, copies: Copies, results: Any) -> Seen:
     Seen(copies.written(registered=False)).refuse_writes()  # torch.export would write to those, too
     leaves = [{id(leaf_of(node)) for node in each} for each in (reached, nodes(rehearsal.roots(results[0])))]
     reached_by, by_loss = (frozenset(name for name, ids in copies.parameters.items() if ids & own) for own in leaves)
-    return Seen(copies.written(registered=True), reached_by, by_loss, rehearsal.checks)
+    own = rehearsal.checks, rehearsal.transformed, rehearsal.ruled
+    return Seen(copies.written(registered=True), reached_by, by_loss, *own)
 
 
 def _function(name: str, owner: Owner) -> str:

@@ -285,7 +285,7 @@ class _Translator:
             return several[index]
         vals = several.node.meta["val"]
         where = self._where(several.node)
-        shapes = [self.sizes.shape(v, where) for v in vals]
+        shapes = [() if v is None else self.sizes.shape(v, where) for v in vals]  # a gradient that nobody asked for
         piece = output_call(several.target, several.arguments, shapes, index, where)
         target, arguments = piece or (several.target, several.arguments)
         name = f"{op_name(several.target)}_{index}" if len(vals) > 1 and (piece or index) else ""

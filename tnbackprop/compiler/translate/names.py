@@ -28,6 +28,10 @@ class Names:
         return name
 
 
+TRACED = "Traced"
+"""The class of a whole forward, model and loss, as plain operators: nothing says any more whose each is."""
+
+
 def module_of(node: Node) -> tuple[str, str, str]:
     """(key of the module call, dotted path below the model or "loss", class name) of the innermost module."""
     entries: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
@@ -37,6 +41,8 @@ def module_of(node: Node) -> tuple[str, str, str]:
     inside = next((path for _, path, _ in stack if path.split(".")[0] == "model"), None)
     key, path, kind = stack[-1]
     short = kind.rsplit(".", 1)[-1] if isinstance(kind, str) else kind.__name__
+    if inside is None and short == TRACED:
+        return "", "", ""
     if inside is None:
         return key, "loss", "" if path == "" else short
     return key, path.removeprefix("model").removeprefix("."), short

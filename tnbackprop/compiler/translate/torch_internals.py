@@ -12,7 +12,8 @@ import keyword
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -34,12 +35,20 @@ from torch._C._functorch import (
     peek_interpreter_stack as peek_interpreter_stack,
 )
 from torch._decomp import decomposition_table
+from torch._dispatch.python import enable_python_dispatcher
 from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_impls import get_fast_op_impls
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.backends import opt_einsum
 from torch.fx import graph as fx_graph
-from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
-from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode, ShapeEnv
+from torch.fx.experimental.proxy_tensor import _ModuleStackTracer, make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    ConstraintViolationError,
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 from torch.nn.modules import module as module_globals
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
@@ -210,6 +219,23 @@ def shapes_by(functions: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
             fast.update(own)
 
 
+def traced_below_autograd(
+    function: Callable[..., Any], fixed: Sequence[Tensor], batched: Sequence[Any]
+) -> torch.fx.GraphModule:
+    """The operators that a function of tensors calls, with a symbol for axis 0 of all `batched` ones."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+    def fake(tensor: Any, dynamic: bool) -> Any:
+        if not isinstance(tensor, Tensor):
+            return tensor
+        sizes = [DimDynamic.DUCK if dynamic and k == 0 else DimDynamic.STATIC for k in range(tensor.ndim)]
+        return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(sizes))
+
+    given = [*(fake(tensor, False) for tensor in fixed), *(fake(tensor, True) for tensor in batched)]
+    with alone(), enable_python_dispatcher():
+        return make_fx(function)(*given)
+
+
 @contextmanager
 def guards_of_sizes(told: Callable[[Any], None]) -> Iterator[None]:
     """While active, what tracing takes for granted of a size, in torch's own symbols, is told when it is asked for."""
@@ -304,22 +330,25 @@ def evenly() -> Iterator[None]:
 
 
 class Quiet:
-    """What torch logs and prints about an example that does not fit is said by the error."""
+    """What torch logs, warns of and prints while it exports is said by the error, or concerns nobody."""
 
     def __init__(self) -> None:
         self.logger, self.guards = logging.getLogger(_EXAMPLE), logging.getLogger(_GUARDS)
         self.before, self.printed = self.logger.disabled, io.StringIO()
         self.redirected = contextlib.redirect_stderr(self.printed)
+        self.silent = warnings.catch_warnings(action="ignore")
 
     def __enter__(self) -> None:
         self.logger.disabled = True
         self.guards.addFilter(_is_news)
+        self.silent.__enter__()
         self.redirected.__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.redirected.__exit__(kind, error, trace)
+        self.silent.__exit__(kind, error, trace)
         self.logger.disabled = self.before
         self.guards.removeFilter(_is_news)
         graph = getattr(error, "partial_fx_graph", None)
