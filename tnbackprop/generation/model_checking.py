@@ -33,7 +33,7 @@ class Root:
     function: Function
     quantities: tuple[str, ...]
     drawn: bool
-    number: str
+    number: int
     rounds: int = 0  # the columns of one round, where they are drawn in rounds
 
 

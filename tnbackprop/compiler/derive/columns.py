@@ -161,7 +161,7 @@ def _given(setting: Setting, quantities: Sequence[Quantity], handed: Handed, num
             if sweep.terms.get(value):
                 schedule(sweep, value)
     given = Given(output.name, handed, handed.shape(output.shape))
-    yield Columns(handed.value, given, 0, whole, tuple(sweep.schedule), width)
+    yield Columns(number, handed.value, given, 0, whole, tuple(sweep.schedule), width)
     if setting.propagation.residual is Residual.COLUMNS:
         yield from _residuals(replace(setting, width=EVERY), quantities, _found(setting, output.name), number)
 
@@ -189,7 +189,7 @@ def _made(
         sweep.terms[start.output] = [diagram]
         run(sweep, setting.bound)
     return Columns(
-        variable, source, start.samples, (*column_leg(count), *legs), tuple(sweep.schedule), count,
+        number, variable, source, start.samples, (*column_leg(count), *legs), tuple(sweep.schedule), count,
         made=start.carried or 1, noises=start.noises,
     )  # fmt: skip
 
@@ -228,7 +228,7 @@ def _from_loss(
     sweep.terms[root.value] = [tensor(variable, (*lead, *legs))]
     run(sweep, setting.bound)
     return Columns(
-        variable, root, samples, (*lead, *legs), tuple(sweep.schedule), width,
+        number, variable, root, samples, (*lead, *legs), tuple(sweep.schedule), width,
         until=sweep.until, per_sample=by_sample, joint=joint,
     )  # fmt: skip
 
@@ -261,7 +261,7 @@ def _from_basis(
     own = _start(sweep, found.value, found.legs, written_out=bool(arriving))
     run(sweep, setting.bound)
     schedule, legs = tuple(sweep.schedule), (*lead, *own)
-    return Columns(sweep.variable, start, 0, legs, schedule, width, until=sweep.until, per_sample=by_sample)
+    return Columns(number, sweep.variable, start, 0, legs, schedule, width, until=sweep.until, per_sample=by_sample)
 
 
 def _arriving(columns: Columns) -> Arriving:
@@ -301,7 +301,7 @@ def _from_pair(setting: Setting, quantities: Sequence[Quantity], found: Paired, 
             both.uses[name] = [*one.uses[name], *other.uses[name]]
             uses, g = all_uses(both, name)
             joint.append(extraction(both, name, uses, _split(g, len(one.uses[name]))))
-    return Columns(one.variable, start, 0, (*lead, *own), tuple(joint), width)
+    return Columns(number, one.variable, start, 0, (*lead, *own), tuple(joint), width)
 
 
 def _split(g: Cotangents, count: int) -> Cotangents:

@@ -103,6 +103,7 @@ class Columns:
     A single column has no leg of its own; several are the leg `lead`, in front of all others.
     """
 
+    number: int  # of the sweep
     variable: str
     start: LossRoot | Basis | Given | Formula
     samples: int  # 0: the exact columns
@@ -155,10 +156,6 @@ class Columns:
     def carried(self) -> tuple[Leg, ...]:
         """The leg of columns that the sweep's cotangents have."""
         return column_leg(self.made) if self.made else self.lead
-
-    @property
-    def number(self) -> str:
-        return self.variable.rsplit(":", 1)[-1]
 
     @property
     def noise(self) -> str:

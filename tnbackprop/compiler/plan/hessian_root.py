@@ -27,7 +27,7 @@ AT, TANGENT = (e.Value(name, None, (), hint=name) for name in ("o", "e"))
 """The variables of functions: an output, and a tangent."""
 
 
-def hessian_root(store: Store, graph: Graph, root: LossRoot, number: str) -> tuple[Expr, Expr]:
+def hessian_root(store: Store, graph: Graph, root: LossRoot, number: int) -> tuple[Expr, Expr]:
     """The root [D, N, *output], and its smallest eigenvalue relative to the largest of its sample.
 
     Of a signed one, the columns are roots of the magnitudes, and the second are their signs, [D, N].
@@ -53,7 +53,7 @@ def hessian_root(store: Store, graph: Graph, root: LossRoot, number: str) -> tup
     return made, found
 
 
-def _hessian(store: Store, graph: Graph, root: LossRoot, number: str, size: int) -> e.Value:
+def _hessian(store: Store, graph: Graph, root: LossRoot, number: int, size: int) -> e.Value:
     """The Hessian of every sample, a column for each element of its output."""
     output = root.output
     at = store.find(output.name)

@@ -63,7 +63,7 @@ def root_steps(
 
 
 def _curvature(
-    store: Store, root: LossRoot, number: str, checks: dict[str, Value]
+    store: Store, root: LossRoot, number: int, checks: dict[str, Value]
 ) -> Value:
     """A diagonal loss Hessian. Its entries are blocks of their own; in float64, so that their signs are right."""
     assert root.curvature is not None
