@@ -129,6 +129,32 @@ def attention(
     return (torch.dropout(weights, dropout_p, True) if dropout_p else weights) @ value
 
 
+@TABLE.composite(aten.embedding_bag.padding_idx)
+def embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Bags of one size: the sum, the mean or the maximum of their rows. The other outputs belong to torch's kernel."""
+    places = indices.view(offsets.shape[0], indices.shape[0] // offsets.shape[0])
+    rows = F.embedding(places, weight)
+    left = None if padding_idx is None else (places != padding_idx).unsqueeze(-1)
+    if mode == 2:
+        found = (rows if left is None else rows.masked_fill(~left, float("-inf"))).max(1)[0]
+    else:
+        rows = rows if per_sample_weights is None else rows * per_sample_weights.view(places.shape).unsqueeze(-1)
+        found = (rows if left is None else rows * left).sum(1)
+        count = places.shape[1] if left is None else left.sum(1).clamp(min=1)
+        found = found / count if mode == 1 else found
+    return found, offsets, offsets, offsets
+
+
 @TABLE.composite(aten.multilabel_margin_loss.default)
 def multilabel_margin(x: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
     """Σ_j Σ_i max(0, 1 - x[y_j] + x[i]) / C with the classes y_j of a sample before the first -1, and i all others."""

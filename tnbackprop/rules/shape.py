@@ -33,6 +33,14 @@ TABLE.row(
     aten.reshape_as.default,
 )
 
+TABLE.row(
+    Rule("output[...] = input[...]", vjp={"input": "{cotangents}.to({input})"}),
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+)
+
 
 def _permuted(call: Any, order: Sequence[int]) -> Rule:
     """Axis k of the output is axis order[k] of the input."""

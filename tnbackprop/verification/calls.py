@@ -80,6 +80,8 @@ def _concrete(value: Any, env: Env, size: int) -> Any:
     match value:
         case Value():
             return env[value.name]
+        case Call():
+            return operate(value, env, size)
         case sympy.Basic():
             return int(value.subs(N, size))
         case tuple():

@@ -43,7 +43,7 @@ REFUSED: list[tuple[str, Callable[..., Any], str]] = [
     ("length", lambda m, x: m.a(x) / len(x), r"not len\(x\)"),
     ("item", lambda m, x: m.a(x) * x.sum().item(), "depend on the data"),
     ("mask", lambda m, x: m.a(x)[x > 0], "depend"),
-    ("complex", lambda m, x: torch.fft.fft(m.a(x)), "complex"),
+    ("complex", lambda m, x: torch.fft.fft(m.a(x)), "returns a complex tensor"),
     ("counter", lambda m, x: m.a(x) + m.count.add_(1), "writes to 'count'"),
     ("batch norm", lambda m, x: m.bn(m.a(x)), r"model.eval\(\)"),
 ]

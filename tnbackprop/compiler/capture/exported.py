@@ -15,7 +15,7 @@ from ...errors import TnError, UnsupportedError
 from ...notation.rule import Composite, Rules
 from ..translate.failure import line_here, place
 from ..translate.foreign import MISTAKES
-from ..translate.inplace import copy_views, mutates_view
+from ..translate.inplace import copy_views, mutates_view, nodes_of
 from ..translate.opaque import Opaque, opaque_calls
 from ..translate.sizes import Condition, Sizes
 from ..translate.torch_internals import (
@@ -27,6 +27,7 @@ from ..translate.torch_internals import (
     traced_here,
     whole_einsums,
 )
+from .bags import refuse_ragged
 from .symbolic import symbolic_kernels
 
 
@@ -67,10 +68,11 @@ def exported(wrapped: nn.Module, example: tuple[Any, Any], rules: Rules, batch: 
         try:
             with Quiet():
                 program = torch.export.export(wrapped, example, dynamic_shapes=shapes, strict=False)
+                refuse_ragged(program.graph_module)
                 parts = _composites(program.graph_module, rules)
                 if parts and not mutates_view(program.graph_module):
                     copy_views(program.graph_module)
-                if parts or mutates_view(program.graph_module):
+                if parts or has_autocast(program.graph_module) or mutates_view(program.graph_module):
                     program = decomposed(program, parts)
             conditions = Sizes(program).conditions(asked) if batch is torch.export.Dim.DYNAMIC else ()
             return Exported(program, opaque, conditions)
@@ -89,11 +91,15 @@ def exported(wrapped: nn.Module, example: tuple[Any, Any], rules: Rules, batch: 
 def _composites(program: torch.fx.GraphModule, rules: Rules) -> dict[Any, Callable[..., Any]]:
     """What the operators that are made of others are made of. All of them, as one may be made of another."""
     rows = {target: row for target, row in rules.items() if isinstance(row, Composite)}
-    graphs = [part.graph for part in program.modules() if isinstance(part, torch.fx.GraphModule)]
-    if not any(node.target in rows for graph in graphs for node in graph.nodes):
+    if not any(node.target in rows for node in nodes_of(program)):
         return {}
     known = torch.export.default_decompositions()
     return {target: row.function or known[target] for target, row in rows.items()}
+
+
+def has_autocast(program: torch.fx.GraphModule) -> bool:
+    """Whether a part of it is in autocast: what torch casts there shows once its operators are made of their parts."""
+    return any(node.target is torch.ops.higher_order.wrap_with_autocast for node in nodes_of(program))
 
 
 ADDED = ("\n\nWhile executing", "While executing %", "\n\nThe error above occurred", "\nFor more information")

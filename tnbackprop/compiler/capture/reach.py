@@ -8,9 +8,22 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ...errors import InputError
+from ...errors import InputError, UnsupportedError
 from ..translate.axes import show
-from ..translate.graph import Call, Value
+from ..translate.graph import Value
+
+WRITTEN = frozenset({"BUFFER_MUTATION", "PARAMETER_MUTATION"})
+"""Kinds of outputs that are no outputs, by name: not every torch has all of them."""
+
+
+def refuse_written(exported: torch.export.ExportedProgram) -> None:
+    """Raises `UnsupportedError` where the model writes to a parameter or a buffer of its own."""
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind.name in WRITTEN:
+            raise UnsupportedError(
+                f"the model writes to {str(spec.target).removeprefix('model.')!r} during forward: a program changes no "
+                "parameter and no buffer. Call model.eval(), or remove the update"
+            )
 
 
 def check_loss(values: Mapping[str, Value], loss: Any) -> None:
@@ -33,15 +46,6 @@ def above(node: Any) -> set[Node]:
             found.add(last)
             todo += last.all_input_nodes
     return found
-
-
-def needed(calls: list[Call], wanted: set[str]) -> list[Call]:
-    kept: list[Call] = []
-    for call in reversed(calls):
-        if call.output.name in wanted:
-            kept.append(call)
-            wanted |= {value.name for value in call.tensors.values()}
-    return kept[::-1]
 
 
 def batch_in_train(node: Node) -> bool:

@@ -17,8 +17,9 @@ from ...diagram.core import N, Size
 from ...errors import UnsupportedError
 from ..translate.axes import batch_axis, show, value_axes
 from ..translate.canonical import alias_of, canonical, output_call
+from ..translate.complex import Complex
 from ..translate.failure import line_of
-from ..translate.graph import Call, Graph, Value
+from ..translate.graph import Call, Graph, Value, depends_on, needed, values_in
 from ..translate.inplace import functional, owner
 from ..translate.inputs import enter
 from ..translate.names import Names, module_of, op_name
@@ -26,15 +27,14 @@ from ..translate.opaque import NAMESPACE, Opaque
 from ..translate.operators import Same, row_of
 from ..translate.sizes import Sizes
 from ..translate.torch_internals import HigherOrderOperator, OpOverload, arguments_of, is_mutation, name_of
+from .casts import Casts
 from .copies import over_batch
 from .masks import Picked, picked_call, refuse_picked
 from .mixing import check_mixing
-from .reach import above, batch_in_train, check_loss, needed
+from .reach import above, batch_in_train, check_loss, refuse_written
 
 aten = torch.ops.aten
 no_grad_block = torch.ops.higher_order.wrap_with_set_grad_enabled
-WRITTEN = frozenset({"BUFFER_MUTATION", "PARAMETER_MUTATION"})
-"""Kinds of outputs that are no outputs, by name: not every torch has all of them."""
 
 
 def translate(
@@ -74,6 +74,8 @@ class _Translator:
         self.uniform: dict[str, Call] = {}  # tensors of equal entries, by name
         self.aggregates: set[str] = set()  # differentiable values in which the batch was summed
         self.ranges: set[str] = set()  # values that count the samples: arange(N)
+        self.complex = Complex()
+        self.casts = Casts()
         self.no_grad = False
         self.last_of_module: dict[str, Node] = {}
         self.loss_node: Node | None = None
@@ -166,10 +168,7 @@ class _Translator:
         self, node: Node, target: Any, arguments: dict[str, Any], val: Any, name: str = "", **facts: Any
     ) -> Value:
         """Append a call with the output `val` (or alias its input) and return the output. `facts`: of the `Call`."""
-        where = self._where(node)
-        shape = self.sizes.shape(val, where, line_of(node.meta.get("stack_trace") or ""))
-        if val.dtype.is_complex:
-            raise UnsupportedError(f"{where} makes a complex tensor {show(shape)}: complex tensors are not supported")
+        shape = self.sizes.shape(val, self._where(node), line_of(node.meta.get("stack_trace") or ""))
         return self._append(node, target, arguments, shape, val.dtype, name, **facts)
 
     def _append(
@@ -189,11 +188,14 @@ class _Translator:
         same = alias_of(target, arguments, shape, dtype)
         if same is not None and (same.depends_on == frozenset() or not self.no_grad):
             return same
-        target, arguments = over_batch(target, arguments, shape, partial(self._append, node, dtype=dtype))
+        append = partial(self._append, node)
+        if not self.no_grad:
+            arguments = self.casts.in_one_dtype(target, arguments, dtype, append)
+        target, arguments = over_batch(target, arguments, shape, partial(append, dtype=dtype))
         row = row_of(target)
-        inputs = [v for a in arguments.values() for v in (a if isinstance(a, tuple) else (a,)) if isinstance(v, Value)]
-        depends: frozenset[str] = frozenset().union(*(v.depends_on for v in inputs))
-        if self.no_grad or row.no_gradient or not dtype.is_floating_point:
+        inputs = values_in(arguments)
+        depends: frozenset[str] = depends_on(arguments)
+        if self.no_grad or row.no_gradient or not (dtype.is_floating_point or dtype.is_complex):
             depends = frozenset()
         axes = value_axes(target, arguments, shape, where)
         made = node.meta.get("val")
@@ -201,10 +203,9 @@ class _Translator:
         output = Value(self._name(node, target, name), axes, dtype, depends, device)
         check_mixing(target, arguments, output, self.ranges, where)
         self._follow_batch(target, arguments, inputs, output, where)
-        _, path, kind = module_of(node)
-        facts = {"path": path, "module_type": kind} | facts
-        self._made(Call(target, MappingProxyType(arguments), output, **facts))
-        return output
+        facts = dict(zip(("path", "module_type"), module_of(node)[1:], strict=True)) | facts
+        call = Call(target, MappingProxyType(self.complex.within(arguments, where, target)), output, **facts)
+        return self.complex.keep(call, self.no_grad, where) if dtype.is_complex else self._made(call)
 
     def _reordered(self, value: Any, arguments: dict[str, Any]) -> Any:
         """A tensor of equal entries, made anew with the order of an axis k·N that the other operands have."""
@@ -217,14 +218,14 @@ class _Translator:
         if wanted == value.axes:
             return value
         other = replace(value, name=self.names.fresh(value.name), axes=wanted)
-        self._made(replace(made, output=other))
-        return other
+        return self._made(replace(made, output=other))
 
-    def _made(self, call: Call) -> None:
+    def _made(self, call: Call) -> Value:
         self.values[call.output.name] = call.output
         self.calls.append(call)
         if row_of(call.target).uniform:
             self.uniform[call.output.name] = call
+        return call.output
 
     def _follow_batch(
         self, target: Any, arguments: dict[str, Any], inputs: list[Value], output: Value, where: str
@@ -318,7 +319,7 @@ class _Translator:
     # names and messages
 
     def _name(self, node: Node, target: Any, name: str) -> str:
-        if node is self.loss_node:
+        if node is self.loss_node and not name.endswith("_cast"):
             return self.names.fresh("loss")
         key, path, _ = module_of(node)
         if path and path != "loss" and self.last_of_module.get(key) is node and not name:
@@ -340,12 +341,7 @@ class _Translator:
                     f"{self._where(node)} is in train mode, so it mixes samples: there are no individual gradients. "
                     "Call model.eval(), or use GroupNorm or LayerNorm"
                 )
-        written = [s.target for s in self.exported.graph_signature.output_specs if s.kind.name in WRITTEN]
-        for name in written:
-            raise UnsupportedError(
-                f"the model writes to {str(name).removeprefix('model.')!r} during forward: a program changes no "
-                "parameter and no buffer. Call model.eval(), or remove the update"
-            )
+        refuse_written(self.exported)
 
     # outputs
 
@@ -375,6 +371,8 @@ class _Translator:
     def graph(self, example: tuple[Any, Any], batch: int) -> Graph:
         """The finished graph, without the calls that neither loss nor output needs."""
         results = [self._result(k, o) for k, o in enumerate(self._outputs())]
+        if any(isinstance(result, Value) and result.dtype.is_complex for result in results):
+            raise UnsupportedError("the model returns a complex tensor: return torch.view_as_real of it")
         names = [r.name if isinstance(r, Value) else r for r in results]
         out_spec = self.exported.call_spec.out_spec
         assert out_spec is not None

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from ...diagram.core import N
 from ...errors import UnsupportedError
 from ..translate.axes import batch_axis
-from ..translate.graph import Call, Graph, Value
+from ..translate.graph import Call, Graph, Value, needed
 from ..translate.opaque import named_tensors, signature_of
 from ..translate.torch_internals import arguments_of
 from .state import resized
@@ -63,13 +63,9 @@ class Trial:
 
     @torch.no_grad()
     def _compute(self, wanted: set[str]) -> None:
-        needed = []
-        for call in reversed(self.graph.calls):
-            if call.output.name in wanted - self.values.keys():
-                needed.append(call)
-                wanted |= {value.name for value in call.tensors.values()}
+        calls = needed([call for call in self.graph.calls if call.output.name not in self.values], wanted)
         with torch.random.fork_rng():
-            for call in reversed(needed):
+            for call in calls:
                 self.values[call.output.name] = run(call, self.values)
 
 
@@ -102,6 +98,8 @@ def run(call: Call, tensors: Mapping[str, Tensor]) -> Tensor:
     """The output of a call."""
 
     def value(argument: Any) -> Any:
+        if isinstance(argument, Call):
+            return run(argument, tensors)
         return tensors[argument.name] if isinstance(argument, Value) else _sized(argument, SAMPLES)
 
     filled = {name: pytree.tree_map(value, argument) for name, argument in call.arguments.items()}
@@ -119,6 +117,8 @@ def run(call: Call, tensors: Mapping[str, Tensor]) -> Tensor:
 
 def _sized(argument: Any, samples: int) -> Any:
     def sized(leaf: Any) -> Any:
+        if isinstance(leaf, Call):
+            return replace(leaf, arguments=MappingProxyType({k: _sized(a, samples) for k, a in leaf.arguments.items()}))
         return int(leaf.subs(N, samples)) if isinstance(leaf, sympy.Expr) else leaf
 
     return pytree.tree_map(sized, argument)

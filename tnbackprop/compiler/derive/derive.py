@@ -37,8 +37,8 @@ def needs_rule(call: Call) -> bool:
 
 
 def row_for(call: Call, rules: Rules) -> RuleFunction | None:
-    """The row of what is called; of several outputs it describes the first."""
-    return None if call.item else rules.get(call.target)
+    """The row of what is called; of several outputs it describes the first, and no complex numbers."""
+    return None if call.item or call.nested else rules.get(call.target)
 
 
 def _bind(call: Call, rules: Rules, trial: Trial) -> BoundRule:

@@ -10,6 +10,7 @@ from ...diagram.core import Diagram, Selection, leaves
 from ...diagram.jacobian import Jacobian
 from ...diagram.simplify import simplify
 from ...notation.bind import Equation
+from ..translate.graph import Call, Graph
 
 
 def jacobian_of(equation: Equation, operand: str) -> Jacobian | None:
@@ -50,3 +51,16 @@ def unchanged(along: Callable[[Jacobian], Jacobian], equation: Equation, operand
 def selects(diagram: Diagram) -> bool:
     """Whether some index selects in it."""
     return any(isinstance(op, Selection) for product in diagram.products for op in product.operands)
+
+
+def casts(graph: Graph, call: Call, name: str) -> bool:
+    """Whether a call changes the dtype of a floating operand: its cotangent is cast back, by native code."""
+    return graph.values[name].dtype != call.output.dtype
+
+
+def casts_alone(graph: Graph, call: Call, name: str) -> bool:
+    """Whether no other call reads a parameter that is cast, or nothing is cast: it has the uses of the result then."""
+    if not casts(graph, call, name):
+        return True
+    users = [other for other in graph.calls if name in {value.name for value in other.tensors.values()}]
+    return name in graph.parameters and len(users) == 1

@@ -25,7 +25,7 @@ from ..translate.foreign import foreign
 from ..translate.graph import Call, Graph
 from .condense import condensed, gathered
 from .derived import Backward, Extraction, Individual, Native, Result
-from .lines import elementwise, jacobian_of, lines_to, operands_of, selects, unchanged
+from .lines import casts, casts_alone, elementwise, jacobian_of, lines_to, operands_of, selects, unchanged
 
 
 @dataclass
@@ -120,8 +120,8 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
         return
     trainable = {v.name for v in call.tensors.values() if v.differentiable}
     for name in sorted(trainable & set(rule.vjp)):  # the same source every time
-        if rule.fallback and not sweep.samples[name]:
-            if sweep.reads[name]:
+        if (rule.fallback or not casts_alone(sweep.graph, call, name)) and not sweep.samples[name]:
+            if sweep.reads[name] and rule.fallback:
                 raise _no_sum(f"{call.where} reads a sum over them, and has no rule that says it is linear")
             _pull_individually(sweep, call, rule, name)
             trainable.discard(name)
@@ -132,7 +132,11 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
             raise UnsupportedError(f"{call.where} has no rule, and only its VJP is known.\n  Declare one: README.")
         native = {name for name in native if unchanged(sweep.along, rule.equations[-1], name)}
     # What does not depend on the columns, as an activation's derivative does not, is computed once for all of them.
-    native -= {name for name in native if sweep.several and elementwise(rule.equations[-1], name)}
+    native -= {
+        name
+        for name in native
+        if sweep.several and elementwise(rule.equations[-1], name) and not casts(sweep.graph, call, name)
+    }
     for name in sorted(native):
         cotangent = f"{sweep.prefix}:{call.output.name}"
         pulled = Native(rule.vjp[name], cotangent, call.output.name, _formula(sweep, rule, name, cotangent))

@@ -19,6 +19,11 @@ Groups = tuple[tuple[Leg, ...], ...]
 CACHED = 2**16
 
 
+def alike(store: Store, first: Expr, second: Expr) -> Expr:
+    """The second operand of a product, in the dtype of the first one, where a program has several."""
+    return Call(f.TO, (second, Call(f.DTYPE, (first,)))) if store.mixed else second
+
+
 def sizes_of(legs: tuple[Leg, ...]) -> tuple[Size, ...]:
     return tuple(leg.size for leg in legs)
 

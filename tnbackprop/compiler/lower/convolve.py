@@ -18,7 +18,7 @@ from ..program import functions as f
 from ..program.cost import Kernel, Work
 from ..program.expr import Call, Expr, Ref, Word
 from ..program.store import Store
-from .arrange import merged, placed
+from .arrange import alike, merged, placed
 from .candidate import Candidate
 from .contract import read
 from .windows import padded, reach
@@ -166,7 +166,7 @@ def _forward(store: Store, roles: Roles, legs: Legs) -> Ref:
     two = read(store, roles.of_two)
     weight = placed(store, two, ((*groups, *outer), inner, *_each(roles.twos)))
     numbers = roles.step(roles.ones), padding, roles.step(roles.twos), merged(groups)
-    expr = Call(f.CONV[roles.dims], (x, weight, None, *numbers))
+    expr = Call(f.CONV[roles.dims], (x, alike(store, x, weight), None, *numbers))
     order = (*batch, *groups, *outer, *roles.ones)
     axes = (batch, (*groups, *outer))
     return _entered(store, expr, order, legs, _kernel(roles, roles.twos), axes, _work(roles, order))
@@ -181,7 +181,7 @@ def _weight_vjp(store: Store, roles: Roles, legs: Legs) -> Ref:
     g = placed(store, two, (batch, (*groups, *outer), *_each(roles.twos)))
     size = (merged((*groups, *outer)), merged(inner), *(leg.size for leg in roles.ones))
     numbers = roles.step(roles.twos), padding, roles.step(roles.ones), merged(groups)
-    expr = Call(f.CONV_WEIGHT[roles.dims], (x, size, g, *numbers))
+    expr = Call(f.CONV_WEIGHT[roles.dims], (x, size, alike(store, x, g), *numbers))
     order = (*groups, *outer, *inner, *roles.ones)
     axes = ((*groups, *outer), inner)
     return _entered(store, expr, order, legs, _kernel(roles, roles.ones), axes, _work(roles, order))
@@ -199,7 +199,7 @@ def _input_vjp(store: Store, roles: Roles, legs: Legs) -> Ref:
     padding = tuple(-w.offset if fits else 0 for w in roles.windows)
     size = (merged(batch), merged((*groups, *inner)), *lengths)
     numbers = roles.step(roles.ones), padding, roles.step(roles.twos), merged(groups)
-    expr: Expr = Call(f.CONV_INPUT[roles.dims], (size, weight, g, *numbers))
+    expr: Expr = Call(f.CONV_INPUT[roles.dims], (size, weight, alike(store, weight, g), *numbers))
     if not fits:
         expr = _cut(expr, roles)
     order = (*batch, *groups, *inner, *roles.images)
@@ -233,7 +233,8 @@ def _flipped(store: Store, roles: Roles, legs: Legs) -> Ref:
     turned = Work(moved=((2 * TURNED, (*inner, *outer, *roles.twos)),))
     flipped = Call(f.TRANSPOSE, (Call(f.FLIP, (weight, (2, 3))), 0, 1))
     kernel = store.add(_channels_last(flipped), shape, Kernel.COPY, turned, strided=True)
-    expr: Expr = Call(f.CONV[2], (_channels_last(g), kernel, None, 1, _around(roles), roles.step(roles.twos)))
+    numbers = 1, _around(roles), roles.step(roles.twos)
+    expr: Expr = Call(f.CONV[2], (_channels_last(g), alike(store, g, kernel), None, *numbers))
     if not symmetric(roles, roles.ones, roles.twos):
         expr = _cut(expr, roles)
     order = (*batch, *inner, *roles.images)

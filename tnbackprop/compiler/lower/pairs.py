@@ -14,6 +14,7 @@ from ..program.expr import Call, Expr, Pointwise, Ref
 from ..program.store import Store
 from .arrange import (
     Groups,
+    alike,
     arranged,
     as_stored,
     copies,
@@ -247,11 +248,12 @@ class Product2:
         """mv, mm, or bmm with the missing axis put in and taken out again."""
         if not self.head and not self.left:
             vector = placed(store, self.first, (self.summed,))
-            return Call(f.MV, (matrix(store, self.second, (), self.right, self.summed), vector))
+            whole = matrix(store, self.second, (), self.right, self.summed)
+            return Call(f.MV, (whole, alike(store, whole, vector)))
         one = matrix(store, self.first, self.leading, self.left, self.summed)
         if not self.head and not self.right:
-            return Call(f.MV, (one, placed(store, self.second, (self.summed,))))
-        two = matrix(store, self.second, self.leading, self.summed, self.right)
+            return Call(f.MV, (one, alike(store, one, placed(store, self.second, (self.summed,)))))
+        two = alike(store, one, matrix(store, self.second, self.leading, self.summed, self.right))
         if not self.head:
             return Call(f.MM, (one, two))
         extra = self.filled(store)

@@ -84,7 +84,7 @@ def operator(call: Call) -> Function:
 
 
 def _same(value: Any, default: Any) -> bool:
-    if isinstance(value, Value):
+    if isinstance(value, Value | Call):
         return False
     one, two = (list(v) if isinstance(v, tuple) else v for v in (value, default))
     return bool(one == two)
@@ -94,6 +94,8 @@ def _argument(value: Any, read: Callable[[Value], Expr], like: Expr) -> Any:
     """An argument of a call in an expression."""
     if isinstance(value, Value):
         return read(value)
+    if isinstance(value, Call):
+        return output_expr(value, read, like)
     if isinstance(value, tuple | list):
         return [_argument(each, read, like) for each in value]
     return e.Call(f.DEVICE, (like,)) if isinstance(value, torch.device) else value

@@ -6,6 +6,8 @@ from dataclasses import replace
 from functools import partial
 from math import prod
 
+import torch
+
 from ...diagram.core import Leg, N, Size, hint_of, is_head
 from ...notation.bind import COTANGENT, COTANGENTS
 from ...notation.code import Code
@@ -141,8 +143,15 @@ def _extract(
         store.note = f"{quantity} of {dotted}"
         whole = quantity.factor is None
         shape = _result_shape(ref.order, graph.values[item.parameter].shape) if whole else sizes_of(ref.order)
-        values[quantity] = _final(store, ref, shape)
+        values[quantity] = _final(store, ref, shape, _cast_dtype(graph, item.parameter))
     return values, choice
+
+
+def _cast_dtype(graph: Graph, parameter: str) -> torch.dtype | None:
+    """The dtype of a parameter that is read in another one: so are its results computed."""
+    own = graph.values[parameter].dtype
+    reading = (call.output.dtype for call in graph.calls if parameter in {v.name for v in call.tensors.values()})
+    return own if any(dtype != own for dtype in reading if dtype.is_floating_point) else None
 
 
 def _result_shape(order: tuple[Leg, ...], shape: tuple[Size, ...]) -> tuple[Size, ...]:
@@ -165,9 +174,11 @@ def _copies(sizes: tuple[Size, ...], elements: int) -> int | None:
     return found if run == 1 else None
 
 
-def _final(store: Store, ref: Ref, shape: tuple[Size, ...]) -> Value:
+def _final(store: Store, ref: Ref, shape: tuple[Size, ...], dtype: torch.dtype | None) -> Value:
     """The result; one that is constant along some legs is written out, so that it can be written to."""
     expr = shaped(store, ref, shape)
+    if dtype is not None:
+        return store.add(Call(f.TO, (expr, dtype)), shape, Kernel.COPY)
     if isinstance(expr, Value):
         return expr
     if ref.value.spread is not None:

@@ -220,7 +220,7 @@ def _in_order(results: dict[Result, dict[str, Value]], graph: Graph) -> dict[Res
 
 def _inputs(store: Store, graph: Graph) -> None:
     dtypes = {value.dtype for value in graph.values.values() if value.dtype.is_floating_point}
-    store.one_dtype = len(dtypes) == 1
+    store.one_dtype, store.mixed = len(dtypes) == 1, len(dtypes) > 1
     for name in (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs):
         value = graph.values[name]
         store.given(name, value.shape, store.one_dtype and value.dtype in dtypes)

@@ -50,6 +50,7 @@ class Store:
         self._tried: dict[Any, Ref] = parent._tried if parent else {}  # what trials have built, until one is adopted
         self._count: Iterator[int] = parent._count if parent else iter(range(2**62))
         self.one_dtype: bool = parent.one_dtype if parent else False  # all floating values of the graph have one dtype
+        self.mixed: bool = parent.mixed if parent else False  # they have several
         self.like: Value = parent.like if parent else NOTHING
 
     @property
@@ -66,7 +67,7 @@ class Store:
     def separate(self, batch: int, one_sample: bool = False) -> Store:
         """An empty store for what a function computes of so many samples; keys of its values are no keys of these."""
         inner = Store(self.rates, batch, self.itemsize, one_sample)
-        inner.note, inner._count = self.note, self._count
+        inner.note, inner._count, inner.mixed = self.note, self._count, self.mixed
         inner.lowerings, inner.outermost = self.lowerings, self.outermost
         return inner
 

@@ -64,7 +64,8 @@ class Call:
     """One call of an operator's overload, or of a module or a primitive that has a rule.
 
     `arguments` follow the operator's schema, all defaults filled in; `self` is renamed `input`. Tensors are
-    `Value`s (lists of them stay tuples); everything else is a plain Python number, string, bool, tuple, None.
+    `Value`s (lists of them stay tuples) or, where they are complex, the calls that make them; everything else is a
+    plain Python number, string, bool, tuple, None.
     Sizes that contain the batch are sympy expressions in N. `call.stride` is short for the argument.
     """
 
@@ -90,14 +91,26 @@ class Call:
 
     @property
     def tensors(self) -> dict[str, Value]:
-        """Tensor arguments by name; element k of a list argument `tensors` is `tensors0`, `tensors1`, …"""
+        """Tensor arguments by name; element k of a list argument `tensors` is `tensors0`, `tensors1`, …
+
+        Of an argument that is a call itself, those of that: `input.other`.
+        """
         found: dict[str, Value] = {}
         for name, value in self.arguments.items():
             if isinstance(value, Value):
                 found[name] = value
-            elif isinstance(value, tuple):
-                found |= {f"{name}{k}": v for k, v in enumerate(value) if isinstance(v, Value)}
+            for key, each in [(name, value)] if isinstance(value, Call) else _items(name, value):
+                if isinstance(each, Call):
+                    found |= {f"{key}.{own}": inside for own, inside in each.tensors.items()}
+                else:
+                    found[key] = each
         return found
+
+    @property
+    def nested(self) -> tuple[Call, ...]:
+        """The arguments that are calls: they make complex numbers, of which the graph has no values."""
+        every = (each for a in self.arguments.values() for each in (a if isinstance(a, tuple) else (a,)))
+        return tuple(each for each in every if isinstance(each, Call))
 
     @property
     def where(self) -> str:
@@ -105,6 +118,11 @@ class Call:
         kind = f" ({self.module_type})" if self.module_type else ""
         shown = op_text(self.target)
         return f"{shown} in module {self.path!r}{kind}" if self.path else f"{shown} in the model"
+
+
+def _items(name: str, argument: Any) -> list[tuple[str, Value | Call]]:
+    every = enumerate(argument) if isinstance(argument, tuple) else ()
+    return [(f"{name}{k}", each) for k, each in every if isinstance(each, Value | Call)]
 
 
 @dataclass(frozen=True)
@@ -191,3 +209,24 @@ class Graph:
 def is_batch(size: Size) -> bool:
     """Whether a size contains the batch symbol."""
     return isinstance(size, sympy.Expr) and bool(size.free_symbols)
+
+
+def values_in(arguments: Mapping[str, Any]) -> list[Value]:
+    """The tensors in the arguments of a call, those in lists too."""
+    every = (each for a in arguments.values() for each in (a if isinstance(a, tuple) else (a,)))
+    return [each for each in every if isinstance(each, Value)]
+
+
+def depends_on(arguments: Mapping[str, Any]) -> frozenset[str]:
+    """The trainable parameters behind the arguments of a call."""
+    return frozenset().union(*(value.depends_on for value in values_in(arguments)))
+
+
+def needed(calls: list[Call], wanted: set[str]) -> list[Call]:
+    """The calls that some values are computed by."""
+    kept: list[Call] = []
+    for call in reversed(calls):
+        if call.output.name in wanted:
+            kept.append(call)
+            wanted |= {value.name for value in call.tensors.values()}
+    return kept[::-1]

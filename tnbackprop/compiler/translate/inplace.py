@@ -60,11 +60,15 @@ def owner(node: Node) -> Node:
     return node
 
 
+def nodes_of(program: GraphModule) -> list[Node]:
+    """The calls of functions, those in nested graphs too."""
+    graphs = (part.graph for part in program.modules() if isinstance(part, GraphModule))
+    return [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
+
+
 def mutates_view(program: GraphModule) -> bool:
     """Whether some in-place call writes to a tensor that has views (or is one): renaming is then not enough."""
-    nodes = [
-        n for g in program.modules() if isinstance(g, GraphModule) for n in g.graph.nodes if n.op == "call_function"
-    ]
+    nodes = nodes_of(program)
     for node in nodes:
         if row_of(node.target).refused:
             raise UnsupportedError(row_of(node.target).refused)

@@ -87,7 +87,6 @@ def _parameters(entered: Entered, model: nn.Module, names: Names) -> dict[int, V
 def _lifted(entered: Entered, model: nn.Module, target: str, tensor: Tensor, names: Names) -> Value:
     """A buffer of the model; everything else (the loss's tensors, literals) is a constant."""
     name = target.removeprefix("model.")
-    refuse_complex(name, tensor)
     check_plain(repr(name), tensor)
     own = target.startswith("model.") and dict(model.named_buffers(remove_duplicate=False)).get(name) is tensor
     value = entered.add(names.fresh(f"{'b' if own else 'c'}_{name}"), tuple(tensor.shape), tensor)

@@ -134,7 +134,8 @@ TABLE: Mapping[str, Operator] = {
     # the same values
     "alias lift_fresh": Operator(same=Same.ALWAYS, memory=Memory.ITSELF),
     "clone contiguous lift_fresh_copy positive": Operator(same=Same.ALWAYS),
-    "to.dtype to.dtype_layout to.device to.other _to_copy type_as": Operator(same=Same.CAST),
+    "to.dtype": Operator(same=Same.CAST),
+    "to.dtype_layout to.device to.other _to_copy type_as": Operator(same=Same.CAST, canonical=s.as_cast),
     "copy": Operator(same=Same.SHAPE, given="src"),
     "dropout feature_dropout alpha_dropout": Operator(memory=Memory.EITHER),
     "native_dropout": Operator(canonical=s.as_dropout),

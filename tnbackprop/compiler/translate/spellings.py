@@ -43,6 +43,20 @@ def as_transpose(arguments: Arguments, shape: Shape) -> Spelling:
     return aten.transpose.int, {"input": arguments["input"], "dim0": first, "dim1": second}
 
 
+def as_cast(arguments: Arguments, shape: Shape) -> Spelling | None:
+    """A change of the dtype alone."""
+    source, device, other = arguments["input"], arguments.get("device"), arguments.get("other")
+    dtype = other.dtype if isinstance(other, Value) else arguments.get("dtype")
+    moved = device is not None and torch.device(device).type != source.device
+    if moved or dtype is None or (isinstance(other, Value) and other.device != source.device):
+        return None
+    return cast_to(source, dtype)
+
+
+def cast_to(source: Any, dtype: torch.dtype) -> Spelling:
+    return call_of(aten.to.dtype, {"input": source, "dtype": dtype})
+
+
 def narrowed_as_slice(arguments: Arguments, shape: Shape) -> Spelling:
     start = arguments["start"]
     return _slice(arguments["input"], arguments["dim"], start, start + arguments["length"])

@@ -1,0 +1,52 @@
+"""Casts that torch makes inside of a call, as calls of their own before it: so a cotangent is cast back, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..translate.graph import Value, depends_on
+from ..translate.operators import Same, row_of
+from ..translate.spellings import cast_to
+from ..translate.torch_internals import OpOverload
+
+
+class Casts:
+    """Those that were made, each once."""
+
+    def __init__(self) -> None:
+        self.made: dict[tuple[str, torch.dtype], Value] = {}
+
+    def in_one_dtype(
+        self, target: Any, arguments: dict[str, Any], dtype: torch.dtype, append: Callable[..., Value]
+    ) -> dict[str, Any]:
+        """The arguments of a differentiable call with a result of `dtype`; `append` enters a call."""
+        plain = isinstance(target, OpOverload) and row_of(target).same is not Same.CAST and dtype.is_floating_point
+        if not plain or not depends_on(arguments):
+            return arguments
+        asked, source = arguments.get("dtype"), arguments.get("input")
+        if isinstance(asked, torch.dtype) and isinstance(source, Value):
+            arguments = {**arguments, "input": self._cast(source, asked, append), "dtype": None}
+
+        def cast(value: Any, name: str) -> Any:
+            if isinstance(value, tuple):
+                return tuple(cast(each, name) for each in value)
+            number = isinstance(value, Value) and (name == "other" or value.dtype.is_floating_point)
+            return self._cast(value, dtype, append) if number and _holds(dtype, value.dtype) else value
+
+        return {name: cast(value, name) for name, value in arguments.items()}
+
+    def _cast(self, value: Value, dtype: torch.dtype, append: Callable[..., Value]) -> Value:
+        if value.dtype == dtype:
+            return value
+        if (value.name, dtype) not in self.made:
+            target, arguments = cast_to(value, dtype)
+            self.made[value.name, dtype] = append(target, arguments, value.shape, dtype, f"{value.name}_cast")
+        return self.made[value.name, dtype]
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether it has every number of another one."""
+    return other not in (dtype, torch.bool) and torch.promote_types(dtype, other) == dtype
