@@ -113,6 +113,12 @@ def _refuse(file: LayerFile) -> None:
     if prepared.layer.graph.constants:
         raise UnsupportedError("the module makes tensors of its own: register them as its buffers.")
     for (quantity, dotted), block in prepared.blocks.items():
+        if any(block.factors.dropped):
+            why = "; ".join(filter(None, block.factors.dropped))
+            raise UnsupportedError(
+                f"{quantity} of {dotted!r} is no more than a diagonal, and BackPACK's factors are dense: {why}.\n"
+                "  Ask for DiagGGN, or generate for Target.TORCH."
+            )
         if block.order != block.factors.parameter:
             raise UnsupportedError(
                 f"{quantity} of {dotted!r}: its factors do not follow the parameter's axes, as those of BackPACK do.\n"

@@ -78,6 +78,7 @@ class Rates:
     narrow_factor: float = 1.0
     odd: int = 1  # a batched matmul with an odd number of columns is faster with this multiple of them
     tile: float = 1e15  # bytes of a value that stay in the cache while the next step reads them
+    symmetric: int = 0  # a product of a value with itself of at least so many rows is made in panels; 0: none is
     onednn: bool = False  # whether there is oneDNN's matmul for float32, and faster than torch.mm may be
 
     def seconds(self, kernel: Kernel, work: Work, batch: int, itemsize: int) -> float:
@@ -124,6 +125,7 @@ CPU = Rates(
     narrow_factor=2.5,
     odd=16,
     tile=4e6,
+    symmetric=512,
 )
 # One server GPU, float32 without tensor cores; measured on an H200 at the sizes of 3C3D.
 CUDA = Rates(
