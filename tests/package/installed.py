@@ -7,6 +7,7 @@ Each file is installed as a user would, `client.py` runs with it and is checked 
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -27,13 +28,14 @@ def main(constraints: str, *files: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python = str(Path(folder) / "bin" / "python")
+        client = shutil.copy(CLIENT, folder)  # beside the checkout mypy would read that
         for file in files:
             if file.endswith(".tar.gz"):
                 check_sdist(file)
             call(python, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", file)
             call(python, "-m", "pip", "install", "--quiet", "-c", constraints, "tnbackprop")
-            call(python, str(CLIENT), cwd=folder)
-            call(sys.executable, "-m", "mypy", "--strict", "--python-executable", python, str(CLIENT), cwd=folder)
+            call(python, client, cwd=folder)
+            call(sys.executable, "-m", "mypy", "--strict", "--python-executable", python, client, cwd=folder)
             print(f"{file}: installed, run and checked")
     return 0
 

@@ -50,7 +50,7 @@ def _check_blocks(graph: Graph, derived: Derived, itemsize: int, limit: int) -> 
     for name, quantity, found in ((i.parameter, q, f) for i in items for q, f in i.factors.items()):
         legs = [leg for leg in found.parameter if leg.size != 1]
         size = prod(int(leg.size) for leg in legs)
-        whole = len(found.legs) == 1 and len(legs) > 1 and not found.blocks and not found.diagonal[0]
+        whole = len(found.legs) == 1 and len(legs) > 1 and not found.blocks and not any(found.diagonal)
         if whole and size**2 * itemsize > limit:
             raise UnsupportedError(
                 f"parameter {graph.parameters[name][0]!r} has no Kronecker factors ({quantity}): its diagram stays in "

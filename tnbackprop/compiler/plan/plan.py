@@ -267,7 +267,10 @@ def _from_formula(store: Store, call: Call, rule: BoundRule | None) -> Expr:
     """A call whose forward is its rule's formula."""
     diagram = rule.equations[-1].diagram if rule is not None else None
     if diagram is None:
-        raise UnsupportedError(f"{call.where} has a rule without a formula: give the rule a forward.")
+        raise UnsupportedError(
+            f"{call.where} has a rule with Jacobians alone: nothing in it says what the output is.\n"
+            f'  Write it as torch code of {", ".join(f"{{{name}}}" for name in call.tensors)}: tn.Rule(…, forward="…").'
+        )
     return shaped(store, build(store, diagram), call.output.shape)
 
 
