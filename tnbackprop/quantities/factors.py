@@ -60,13 +60,18 @@ class Factors:
     dropped: tuple[str, ...] = ()  # why a factor is no more than its diagonal; "" where nothing else is lost
     sharing: Sharing = Sharing.EXPAND
 
+    def __post_init__(self) -> None:
+        """What is not said of the factors is said of each: none is a diagonal, nothing is dropped."""
+        each = len(self.diagrams)
+        object.__setattr__(self, "diagonal", self.diagonal or (False,) * each)
+        object.__setattr__(self, "dropped", self.dropped or ("",) * each)
+
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """[blocks, d, d] or [blocks, d] of each factor, its legs and the blocks as one axis each."""
         blocks = (prod(int(leg.size) for leg in self.blocks),) if self.blocks else ()
         sizes = [_rows(legs) for legs in self.legs]
-        kept = self.diagonal or (False,) * len(sizes)
-        return tuple((*blocks, d) if flat else (*blocks, d, d) for d, flat in zip(sizes, kept, strict=True))
+        return tuple((*blocks, d) if flat else (*blocks, d, d) for d, flat in zip(sizes, self.diagonal, strict=True))
 
     @property
     def relative(self) -> tuple[bool, ...]:
