@@ -8,6 +8,7 @@ from . import (
     arithmetic,
     composite,
     convolution,
+    ctc,
     declared,
     einsum,
     embedding,
@@ -22,7 +23,7 @@ from . import (
 
 TABLES = (
     linear, convolution, activation, pooling, shape, moves, resize, arithmetic, einsum, normalization, embedding, loss,
-    composite, declared,
+    composite, ctc, declared,
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import UnsupportedError
 from ..translate.torch_internals import composite_kernel, shapes_by, traced_as
 
 aten = torch.ops.aten
@@ -58,14 +59,37 @@ def _nll_loss(
     return loss
 
 
+def _ctc_loss(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int = 0,
+    reduction: int = MEAN,
+    zero_infinity: bool = False,
+) -> Tensor:
+    """It has no kernel for tensors without values: this has the shape."""
+    each = log_probs.sum((0, 2))
+    return each if reduction == NONE else each.sum()
+
+
+def _ctc_of_numbers(*operands: object) -> Tensor:
+    raise UnsupportedError(
+        "ctc_loss with lengths as numbers is for one batch size.\n"
+        "  Give them as tensors [N]: torch.full((x.shape[0],), steps)."
+    )
+
+
 KERNELS: dict[Any, Callable[..., Tensor]] = {
     aten.cross_entropy_loss.default: _cross_entropy_loss,
     aten.cdist.default: _cdist,
+    aten.ctc_loss.Tensor: _ctc_loss,
+    aten.ctc_loss.IntList: _ctc_of_numbers,
     aten.linalg_multi_dot.default: _chain,
     aten.chain_matmul.default: _chain,
     aten.nll_loss.default: _nll_loss,
 }
-"""The same values as the operator's own."""
+"""The same values as the operator's own; the shape alone of one that is replaced by others afterwards (CTC)."""
 
 
 def _divided(own: Callable[..., Any], mode: Any, *operands: Any) -> Any:
