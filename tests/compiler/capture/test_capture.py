@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tnbackprop.compiler.capture.export import capture
-from tnbackprop.compiler.capture.symbolic import KERNELS
+from tnbackprop.compiler.translate.symbolic import KERNELS
 from tnbackprop.diagram.core import N
 from tnbackprop.errors import InputError
 

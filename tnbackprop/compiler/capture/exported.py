@@ -18,6 +18,7 @@ from ..translate.foreign import MISTAKES
 from ..translate.inplace import copy_views, mutates_view, nodes_of
 from ..translate.opaque import Opaque, opaque_calls
 from ..translate.sizes import Condition, Sizes
+from ..translate.symbolic import symbolic_kernels
 from ..translate.torch_internals import (
     Quiet,
     any_target,
@@ -28,7 +29,6 @@ from ..translate.torch_internals import (
     whole_einsums,
 )
 from .bags import refuse_ragged
-from .symbolic import symbolic_kernels
 
 
 class OneSizeError(UnsupportedError):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedError
-from ..translate.torch_internals import composite_kernel, shapes_by, traced_as
+from .torch_internals import composite_kernel, shapes_by, traced_as
 
 aten = torch.ops.aten
 NONE, MEAN = 0, 1  # at::Reduction
