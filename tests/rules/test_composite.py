@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -99,7 +100,16 @@ def test_a_row_of_ones_own_comes_first() -> None:
     assert [call.target for call in program.compiled.graph.calls].count(target) == 1
 
 
-def test_proj_size_is_refused() -> None:
-    model = First(nn.LSTM(2, 3, proj_size=1, batch_first=True))
-    with pytest.raises(tn.UnsupportedError, match="proj_size has no rule"):
-        tn.compile(model, nn.MSELoss(), (torch.randn(3, 2, 2), torch.randn(3, 2, 1)), [tn.Grad()])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"num_layers": 2, "bidirectional": True}])
+def test_projected_states(options: dict[str, Any]) -> None:
+    """proj_size: h_t = W_hr (o tanh c)."""
+    torch.manual_seed(0)
+    model = First(nn.LSTM(2, 3, proj_size=1, batch_first=True, **options)).double()
+    x, y = torch.randn(3, 2, 2).double(), torch.randn(3, 2, 1 + options.get("bidirectional", False)).double()
+    result = tn.compile(model, nn.MSELoss(), (x, y), [tn.BatchGrad(), tn.DiagGGN()])(x, y)
+    for name, want in oracle.batch_grad(model, nn.MSELoss(), x, y).items():
+        assert error(result["batch_grad"][name], want) <= TOLERANCE, name
+    jacobian = torch.func.jacrev(lambda theta: torch.func.functional_call(model, theta, (x,)))(oracle.parameters(model))
+    for name, J in jacobian.items():
+        want = J.reshape(y.numel(), *result["diag_ggn"][name].shape).square().sum(0) * 2 / y.numel()
+        assert error(result["diag_ggn"][name], want) <= TOLERANCE, name

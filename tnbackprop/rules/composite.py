@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import UnsupportedError
 from ..notation.rule import Composite, Table
 
 TABLE = Table()
@@ -207,10 +206,9 @@ def _recurrent(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, ...]:
-    """The steps one after the other: (outputs, final states)."""
-    time, directions, each = int(batch_first), 1 + bidirectional, 4 if has_biases else 2
-    if len(params) != num_layers * directions * each:
-        raise UnsupportedError("a recurrent layer with proj_size has no rule.\n  Leave proj_size out.")
+    """The steps one after the other: (outputs, final states). The last weight of an LSTM's layer may project h_t."""
+    time, directions = int(batch_first), 1 + bidirectional
+    each = len(params) // (num_layers * directions)
     final: list[State] = []
     for layer in range(num_layers):
         if layer and dropout and train:
@@ -218,13 +216,15 @@ def _recurrent(
         outputs = []
         for back in range(directions):
             k = layer * directions + back
-            into, weight, *biases = params[k * each : (k + 1) * each]
-            own, bias = biases or (None, None)
+            into, weight, *rest = params[k * each : (k + 1) * each]
+            own, bias = rest[:2] if has_biases else (None, None)
             state = tuple(s[k] for s in start)
             steps = F.linear(x, into, own).unbind(time)
             hidden = []
             for gates in steps[::-1] if back else steps:
                 state = step(gates, state, weight, bias)
+                if each % 2:
+                    state = F.linear(state[0], rest[-1]), *state[1:]
                 hidden.append(state[0])
             outputs.append(torch.stack(hidden[::-1] if back else hidden, time))
             final.append(state)

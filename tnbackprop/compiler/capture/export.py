@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from ...errors import InputError, UnsupportedError
@@ -72,13 +72,7 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
     for name, given in (("model", model), ("loss", loss)):
         if isinstance(given, type):
             raise InputError(f"{name} is the class {given.__name__}: give an instance, {given.__name__}(…)")
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model is {type(model).__name__}, not a torch.nn.Module")
-    for name, parameter in model.named_parameters():
-        refuse_complex(name, parameter)
-    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
-    if lazy:
-        raise InputError(f"parameter {lazy[0]!r} has no shape yet: run the model on a batch once, model(x)")
+    _check_model(model)
     if loss is not None and not callable(loss):
         raise InputError(f"loss is {type(loss).__name__}: pass a function (output, y) -> scalar, a module, or None")
     if isinstance(loss, nn.Module):
@@ -98,11 +92,47 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
                 graph, found = _any_size(wrapped, (x, y), batch, rules, seen)
         except (InputError, ExportError) as error:  # it ran without torch.export: what it writes to may be why
             seen.refuse_writes(error)
+            if isinstance(error, ExportError):
+                seen.refuse_host(error)
             raise
         if first_broken(graph.conditions, SAMPLES) is not None:  # what was rehearsed is another branch
             seen = rehearse(wrapped, (x, y), batch, rules, whole=True)
         seen.check(graph)
         return _with_least(replace(graph, unchecked=answering.lines), wrapped, found, (x, y))
+
+
+def _check_model(model: nn.Module) -> None:
+    """A module whose tensors have shapes, and that has no backward pass of its own around it."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model is {type(model).__name__}, not a torch.nn.Module: quantities are of the parameters of a module.\n  "
+            "Call the function in the forward of a module that has them."
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"{f'module {path!r}' if path else 'the model'} is scripted or traced by torch.jit: nobody sees what it "
+                "calls.\n  Give the module as it was before."
+            )
+        kind = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in WRAPPERS), "")
+        if kind:
+            where = f"module {path!r}" if path else "the model"
+            raise InputError(
+                f"{where} is wrapped in {kind}, which {WRAPPERS[kind]}.\n  Give what it wraps: "
+                f"model{'.' * bool(path)}{path}.module. Each process has its own program, for its own batch."
+            )
+    for name, tensor in named_tensors(model).items():
+        if is_lazy(tensor):
+            raise InputError(f"{name!r} has no shape yet: run the model on a batch once, model(x)")
+        refuse_complex(name, tensor)
+
+
+WRAPPERS = {
+    "DataParallel": "runs copies of it on several devices",
+    "DistributedDataParallel": "averages gradients over processes while it goes backward",
+    "FullyShardedDataParallel": "has its parameters in pieces on several processes",
+}
+"""Classes by name: some of them are imported only where torch was built with them."""
 
 
 def _check_transforms(model: nn.Module, example: tuple[Any, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -112,7 +113,7 @@ def _said(error: Exception) -> str:
     text = str(error)
     for added in ADDED:
         text = text.partition(added)[0]
-    text = text.strip()
+    text = text.strip() if isinstance(error, TnError) else re.split(r"(?<=\w\w)\. ", text.strip(), maxsplit=1)[0]
     return text if isinstance(error, TnError) or len(text) <= LONGEST else text[:LONGEST].rsplit(" ", 1)[0] + " …"
 
 

@@ -40,7 +40,8 @@ def least_batch(wrapped: nn.Module, exported: Exported, example: tuple[Any, Any]
         return 1  # the two may draw in another order
     raise UnsupportedError(
         "the graph that torch.export makes does not give what the model gives on the example, or has other gradients: "
-        "forward may depend on more than its inputs and tensors, or have an autograd.Function without a gradient.\n"
+        "forward may depend on more than its inputs and tensors (random numbers that are not torch's, a counter), or "
+        "have an autograd.Function without a gradient.\n"
         "  Make the former an input or a buffer, and detach() what the latter returns."
     )
 

@@ -34,11 +34,13 @@ from ..translate.torch_internals import (
     forward_hooks,
     global_backward_hooks,
     leaf_of,
+    packs_sequences,
     peek_interpreter_stack,
     space_of,
     tensor_hooks,
 )
 from .assertions import ASKS, Place, place_of_check
+from .exported import ExportError
 from .state import Copies, copied, resized
 
 SAMPLES = 2
@@ -72,7 +74,7 @@ class Rehearsal(TorchFunctionMode):
         self.owners: dict[Any, Owner] = {}
         self.asked: list[tuple[str, Owner]] = []
         self.looking = self.ruled = False
-        self.transformed = ""
+        self.transformed = self.host = ""
         self.checks: dict[Place, bool] = {}
 
     def __torch_function__(
@@ -81,6 +83,14 @@ class Rehearsal(TorchFunctionMode):
         kwargs = kwargs or {}
         if not (self.looking or self.transformed or self.stack[-1].ruled):
             self.transformed = self.transform_of(func)
+        if func is packs_sequences and not self.stack[-1].ruled:
+            raise UnsupportedError(
+                f"packed sequences in {self.stack[-1].text}{line_here()}\n  How long each is is in the data. Give "
+                "the padded tensor to the layer, and leave out what is behind the end with torch.where(step < length, …, "
+                "0); or gather() the last step of each."
+            )
+        if not self.host and func in HOST and not (self.looking or self.stack[-1].ruled):
+            self.host = f"{HOST[func]} in {self.stack[-1].text}{line_here()}"
         if func in ASKED and not self.looking and not self.stack[-1].ruled:
             self.asked.append((ASKED[func], self.stack[-1]))
         if func is ASKS and (place := place_of_check()) is not None:
@@ -165,6 +175,19 @@ ASKED: dict[Any, str] = {
 """What a forward asks of autograd by hand."""
 
 
+HOST: dict[Any, str] = {
+    Tensor.numpy: ".numpy()",
+    Tensor.__array__: "numpy",
+    Tensor.tolist: ".tolist()",
+    Tensor.item: ".item()",
+    Tensor.__format__: "a formatted text",
+    Tensor.__deepcopy__: "a deep copy",
+    Tensor.__float__: "float()",
+    Tensor.__int__: "int()",
+    torch.equal: "torch.equal",
+    torch.allclose: "torch.allclose",
+}
+"""What hands values of a tensor to Python: a graph has none while it is made."""
 DERIVED: dict[Any, str] = {torch.autograd.grad: "torch.autograd.grad", Tensor.backward: "backward()"}
 """What asks for a derivative in a forward."""
 
@@ -230,6 +253,7 @@ class Seen:
     checks   what checks of values gave
     transformed  what forward differentiates or maps itself, with its line, or ""
     ruled    something in it has a rule of its own
+    host     what first hands values of a tensor to Python, with its line, or ""
     """
 
     written: tuple[str, ...]
@@ -238,6 +262,15 @@ class Seen:
     checks: dict[Place, bool] = field(default_factory=dict)
     transformed: str = ""
     ruled: bool = False
+    host: str = ""
+
+    def refuse_host(self, cause: ExportError) -> None:
+        if self.host:
+            raise UnsupportedError(
+                f"{self.host}\n  No tensor has values while the graph of the model is made, so it stops there. Compute "
+                "with torch's functions, or leave it out of forward (a print of the tensor itself may stay); or give "
+                "the module a rule (examples/add_a_layer.py)."
+            ) from cause
 
     def refuse_writes(self, cause: Exception | None = None) -> None:
         for name in self.written:
@@ -309,7 +342,7 @@ def _judged(rehearsal: Rehearsal, copies: Copies, results: Any) -> Seen:
     Seen(copies.written(registered=False)).refuse_writes()  # torch.export would write to those, too
     leaves = [{id(leaf_of(node)) for node in each} for each in (reached, nodes(rehearsal.roots(results[0])))]
     reached_by, by_loss = (frozenset(name for name, ids in copies.parameters.items() if ids & own) for own in leaves)
-    own = rehearsal.checks, rehearsal.transformed, rehearsal.ruled
+    own = rehearsal.checks, rehearsal.transformed, rehearsal.ruled, rehearsal.host
     return Seen(copies.written(registered=True), reached_by, by_loss, *own)
 
 

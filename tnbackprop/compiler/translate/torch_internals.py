@@ -59,6 +59,8 @@ PythonNode = torch.autograd.function.BackwardCFunction
 """A node of autograd's graph whose backward is Python: that of an `autograd.Function`."""
 READS_GRAPH: Any = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 """The function that a mode sees where the node of a tensor in autograd's graph is read."""
+packs_sequences = torch._VF._pack_padded_sequence
+"""What `torch.nn.utils.rnn.pack_padded_sequence` calls, as a mode sees it."""
 weight_norm = torch._weight_norm
 """The fused operator that `torch.nn.utils.weight_norm` calls."""
 
