@@ -99,9 +99,9 @@ def test_a_loss_that_depends_on_the_data(capfd: pytest.CaptureFixture[str], capl
 
     def loss(f: Tensor, y: Tensor) -> Tensor:
         print("mine", file=sys.stderr)
-        return nn.functional.gaussian_nll_loss(f, y, torch.full_like(y, 0.3))
+        return (f - y).square().mean() if f.sum() > 0 else (f - y).abs().mean()
 
-    words = r"the graph of the loss depends on the data: .*\n  .*options\.py, line \d+: return .*gaussian_nll_loss\("
+    words = r"the graph of the loss depends on the data: .*\n  .*options\.py, line \d+: return .* if f\.sum\(\)"
     with pytest.raises(tn.UnsupportedError, match=words):
         tn.compile(MODEL, loss, (X, Y), [tn.Grad()])
     printed = capfd.readouterr().err

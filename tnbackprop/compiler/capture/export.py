@@ -111,8 +111,8 @@ def _check_model(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise InputError(
-                f"{f'module {path!r}' if path else 'the model'} is scripted or traced by torch.jit: nobody sees what it "
-                "calls.\n  Give the module as it was before."
+                f"{f'module {path!r}' if path else 'the model'} is scripted or traced by torch.jit: nobody sees what "
+                "it calls.\n  Give the module as it was before."
             )
         kind = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in WRAPPERS), "")
         if kind:

@@ -86,8 +86,8 @@ class Rehearsal(TorchFunctionMode):
         if func is packs_sequences and not self.stack[-1].ruled:
             raise UnsupportedError(
                 f"packed sequences in {self.stack[-1].text}{line_here()}\n  How long each is is in the data. Give "
-                "the padded tensor to the layer, and leave out what is behind the end with torch.where(step < length, …, "
-                "0); or gather() the last step of each."
+                "the padded tensor to the layer, and leave out what is behind the end with torch.where(step < length, "
+                "…, 0); or gather() the last step of each."
             )
         if not self.host and func in HOST and not (self.looking or self.stack[-1].ruled):
             self.host = f"{HOST[func]} in {self.stack[-1].text}{line_here()}"
