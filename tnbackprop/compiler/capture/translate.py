@@ -18,19 +18,19 @@ from ...errors import UnsupportedError
 from ..translate.axes import batch_axis, show, value_axes
 from ..translate.canonical import alias_of, canonical, output_call
 from ..translate.complex import Complex
+from ..translate.copies import over_batch
 from ..translate.failure import line_of
 from ..translate.graph import Call, Graph, Value, depends_on, needed, values_in
 from ..translate.inplace import functional, owner
 from ..translate.inputs import enter
+from ..translate.mixing import check_mixing
 from ..translate.names import Names, module_of, op_name
 from ..translate.opaque import NAMESPACE, Opaque
 from ..translate.operators import Same, row_of
 from ..translate.sizes import Sizes
 from ..translate.torch_internals import HigherOrderOperator, OpOverload, arguments_of, is_mutation, name_of
 from .casts import Casts
-from .copies import over_batch
 from .masks import Picked, picked_call, refuse_picked
-from .mixing import check_mixing
 from .reach import above, batch_in_train, check_loss, refuse_written
 
 aten = torch.ops.aten
@@ -361,6 +361,8 @@ class _Translator:
         try:
             if isinstance(found := self._argument(node), Picked):
                 found.refuse(self._where(node))
+            if isinstance(found, Value) and found.dtype.is_complex:
+                raise UnsupportedError("the model returns a complex tensor: return torch.view_as_real of it")
         except UnsupportedError as error:
             if not place or self.wrapped.loss is None:
                 raise
@@ -371,8 +373,6 @@ class _Translator:
     def graph(self, example: tuple[Any, Any], batch: int) -> Graph:
         """The finished graph, without the calls that neither loss nor output needs."""
         results = [self._result(k, o) for k, o in enumerate(self._outputs())]
-        if any(isinstance(result, Value) and result.dtype.is_complex for result in results):
-            raise UnsupportedError("the model returns a complex tensor: return torch.view_as_real of it")
         names = [r.name if isinstance(r, Value) else r for r in results]
         out_spec = self.exported.call_spec.out_spec
         assert out_spec is not None
