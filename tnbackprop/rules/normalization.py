@@ -88,8 +88,7 @@ def instance_norm(call: Any) -> Rule:
 
 @TABLE.rule(
     aten.batch_norm.default, aten.native_batch_norm.default, aten._batch_norm_no_update.default,
-    aten._native_batch_norm_legit.default, aten._native_batch_norm_legit.no_stats,
-    aten._native_batch_norm_legit_no_training.default,
+    aten._native_batch_norm_legit.no_stats, aten._native_batch_norm_legit_no_training.default,
 )  # fmt: skip
 def batch_norm(call: Any) -> Rule:
     """Affine with the running statistics; the statistics of the batch mix samples, those of a weight do not."""
