@@ -64,6 +64,25 @@ def test_few_samples(samples: int) -> None:
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
+@torch.library.custom_op("tnbackprop_tests::normed", mutates_args=())
+def normed(x: Tensor) -> Tensor:
+    if (x.norm(dim=1) - 1).abs().max() > 1e-6:
+        raise RuntimeError("rows must have norm one")
+    return x.clone()
+
+
+@normed.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_a_domain_that_one_sample_leaves() -> None:
+    """Scaled, it is outside: whether it mixes samples cannot be seen, so it is refused."""
+    model = Tried("normed", lambda m, x: normed(nn.functional.normalize(m.l(x))), X, LINEAR).build()[0]
+    with pytest.raises(tn.UnsupportedError, match=r"on one that is scaled .rows must have norm one"):
+        tn.compile(model, nn.MSELoss(), (X[:1], randn(1, 4)), [tn.Grad()])
+
+
 class Twice(nn.Module):
     """A primitive and a module with a rule before an operator without one: the trial runs them, too."""
 

@@ -133,8 +133,11 @@ def refuse_mixing(call: Call, tensors: Mapping[str, Tensor], refused: Callable[[
             changed[value.name] = tensors[value.name].index_select(
                 place_of(value), SECOND.to(tensors[value.name].device)
             )
-        with torch.no_grad():
-            before, after = (_samples(call.output, run(call, each)) for each in (tensors, changed))
+        try:
+            with torch.no_grad():
+                before, after = (_samples(call.output, run(call, each)) for each in (tensors, changed))
+        except RuntimeError as error:
+            raise refused(f"it fails on samples of the example, or on one that is scaled ({error})") from error
         if not _close(after[1:], before[1:]) or not _close(after[0], before[1]):
             raise refused("its output for one sample depends on another (it mixes samples)")
     floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
