@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..compiler.capture.export import Wrapped
+from ..compiler.translate.foreign import MISTAKES
 from ..compiler.translate.graph import Graph
 from ..compiler.translate.torch_modes import twice_differentiable
 from ..diagram.core import N
@@ -259,8 +260,11 @@ class Cut:
         leaves, spec = pytree.tree_flatten(self.output)
         ends = {k: leaves[k].detach().requires_grad_() for k in self.places}
         handed = [ends[k].clone() if k in ends else leaf for k, leaf in enumerate(leaves)]  # a loss may write into it
-        with twice_differentiable():
-            return self.wrapped.loss_of(pytree.tree_unflatten(handed, spec), self.y), list(ends.values())
+        try:
+            with twice_differentiable():
+                return self.wrapped.loss_of(pytree.tree_unflatten(handed, spec), self.y), list(ends.values())
+        except MISTAKES as error:  # an object of the model's own is there by its attributes only, or not at all
+            raise NotComparedError("the loss reads an object of the model's own class") from error
 
     @property
     def loss(self) -> Tensor:

@@ -106,3 +106,27 @@ def test_two_that_the_loss_reads() -> None:
 
     with pytest.raises(tn.UnsupportedError, match=r"the loss reads 2: \[0\] \[N, 3\], \[1\] \[N, 3\]"):
         tn.compile(model, loss, (x, y), [tn.DiagGGN()])
+
+
+@pytest.mark.parametrize("kind", ["distribution", "method"])
+def test_an_object_whose_methods_the_loss_calls(kind: str) -> None:
+    """What is compared with autograd needs the output alone; where only the object knows the loss, that is told."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            h = self.a(x)
+            return torch.distributions.Normal(h, 1.0, validate_args=False) if kind == "distribution" else Returned(h)
+
+    def loss(out: Any, y: Tensor) -> Tensor:
+        if kind == "distribution":
+            return -out.log_prob(y).mean()
+        return (out.best() - y).square().mean()
+
+    model, (x, y) = Model().double(), batch()
+    program = tn.compile(model, loss, (x, y), [tn.Grad(), tn.BatchL2()])
+    want = torch.autograd.grad(loss(model(x), y), list(model.parameters()))
+    torch.testing.assert_close(tuple(program(x, y)["grad"].values()), want)
