@@ -173,6 +173,44 @@ def test_every_limit_keeps_the_trace(case: Case, kind: str) -> None:
             assert all(f.shape[-1] <= largest for f, k in zip(K.factors, K.kinds, strict=True) if k is Kind.FULL), name
 
 
+READS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
+    "first rows": (lambda p: p[:5], (1, 1, 1, 1, 1, 0, 0)),
+    "look-up": (lambda p: p[torch.tensor([0, 2, 2, 1, 6])], (1, 1, 2, 0, 0, 0, 1)),
+    "embedding": (lambda p: nn.functional.embedding(torch.arange(5), p), (1, 1, 1, 1, 1, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_positions_that_no_sample_chooses(read: str) -> None:
+    """A is the mean over the positions, (1/T) Σ_t, and no 1/N: there is no sum over samples in it."""
+    function, counts = READS[read]
+    model = lambda x, p: (x + function(p)).tanh().mean(1)  # noqa: E731
+    case = with_parameters("read", model, (7, 4), x=(5, 4))
+    problem = replace(case, y=classes(4), loss=nn.CrossEntropyLoss, batch=3).build()
+    for kind in ("KFLR", "KFRA"):
+        (K,) = run(problem, kind).values()
+        A = K.factors[0].diag() if K.factors[0].ndim == 1 else K.factors[0]
+        assert error(A.diagonal(), torch.tensor(counts).double() / 5) <= TOLERANCE
+    if max(counts) == 1:
+        (G,) = oracle_second.ggn(problem.model, problem.loss, problem.x, problem.y).values()
+        (exact,) = run(problem, "KFLR").values()
+        assert error(exact.trace(), G.trace()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in (*SOME, "lerp", "quotients")], ids=str)
+def test_a_batch_twice_has_the_factors_of_the_batch(case: Case) -> None:
+    """Of a loss that averages: every mean over the samples is divided by as many as are summed."""
+    problem = case.build()
+    if getattr(problem.loss, "reduction", "mean") != "mean":
+        pytest.skip("a sum")
+    twice = replace(problem, x=torch.cat([problem.x, problem.x]), y=torch.cat([problem.y, problem.y]))
+    for largest in (HUGE, 2):
+        one, two = run(problem, "KFLR", largest=largest), run(twice, "KFLR", largest=largest)
+        for name, K in one.items():
+            for k, (own, other) in enumerate(zip(K.factors, two[name].factors, strict=True)):
+                assert error(other, own) <= TOLERANCE, (name, k)
+
+
 def test_the_scale_is_in_the_first_axis() -> None:
     """A loss that is four times as large makes F_1 four times as large, and leaves the others."""
     problem = table(4, 3).build()

@@ -110,8 +110,9 @@ class _Rules:
         legs = (*(leg for leg in use.blocks if leg in every), *own, *((copy[leg] for leg in own) if dense else ()))
         averaged = self.cotangents.names if self.cotangents.averaged else frozenset()
         twin = tuple(op.rename(copy) for op in component.operands)
-        cut = sympy.Mul(*(leg.size for leg in use.cut)) ** (1 if expand else 2)
-        scale: sympy.Expr = use.scale**2 if component.loss else 1 / (BATCH.size * cut)
+        samples = BATCH.size if BATCH in every else sympy.Integer(1)
+        uses = sympy.Mul(*(leg.size for leg in use.cut if leg in every)) ** (1 if expand else 2)
+        scale: sympy.Expr = use.scale**2 if component.loss else 1 / (samples * uses)
         found: Diagram = _paired(component.operands, twin, legs, averaged) * scale
         return found
 
@@ -123,7 +124,8 @@ class _Rules:
         for use in self.each:
             component = use.components[k]
             half = Diagram((*use.blocks, *component.own), (Product(sympy.Integer(1), component.operands),))
-            halves.append(half / sympy.Mul(BATCH.size, *(leg.size for leg in use.cut)))
+            every = legs_of(component.operands)
+            halves.append(half / sympy.Mul(*(leg.size for leg in (BATCH, *use.cut) if leg in every)))
         return simplify(_total(halves) / len(halves))
 
 
