@@ -124,7 +124,8 @@ def _check_model(model: nn.Module) -> None:
     for name, tensor in named_tensors(model).items():
         if is_lazy(tensor):
             raise InputError(f"{name!r} has no shape yet: run the model on a batch once, model(x)")
-        refuse_complex(name, tensor)
+        if isinstance(tensor, nn.Parameter):  # a buffer is read as it is
+            refuse_complex(name, tensor)
 
 
 WRAPPERS = {
