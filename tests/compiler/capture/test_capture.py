@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tnbackprop.compiler.capture.export import capture
-from tnbackprop.compiler.translate.symbolic import KERNELS
+from tnbackprop.compiler.translate.symbolic import KERNELS, WHOLE
 from tnbackprop.diagram.core import N
 from tnbackprop.errors import InputError
 
@@ -258,6 +258,8 @@ def test_kernels_of_the_export_are_the_operators(shape: tuple[int, ...], soft: b
     for weight, smoothing in ((None, 0.0), (torch.rand(3), 0.3)):
         options = (torch.rand(shape) if soft else labels, weight, reduction, -100, smoothing)
         torch.testing.assert_close(kernel(output, *options), target(output, *options))
+        short = WHOLE[target](output.requires_grad_(), *options)
+        assert short.shape == target(output, *options).shape and short.requires_grad
     assert not target.py_kernels
 
 

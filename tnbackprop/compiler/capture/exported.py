@@ -19,7 +19,7 @@ from ..translate.foreign import MISTAKES
 from ..translate.inplace import copy_views, mutates_view, nodes_of
 from ..translate.opaque import Opaque, opaque_calls
 from ..translate.sizes import Condition, Sizes
-from ..translate.symbolic import symbolic_kernels
+from ..translate.symbolic import shapes_only, symbolic_kernels
 from ..translate.torch_internals import (
     Quiet,
     any_target,
@@ -68,7 +68,8 @@ def exported(wrapped: nn.Module, example: tuple[Any, Any], rules: Rules, batch: 
     ):
         try:
             with Quiet():
-                program = torch.export.export(wrapped, example, dynamic_shapes=shapes, strict=False)
+                with shapes_only():
+                    program = torch.export.export(wrapped, example, dynamic_shapes=shapes, strict=False)
                 refuse_ragged(program.graph_module)
                 parts = _composites(program.graph_module, rules)
                 if parts and not mutates_view(program.graph_module):

@@ -92,6 +92,19 @@ KERNELS: dict[Any, Callable[..., Tensor]] = {
 """The same values as the operator's own; the shape alone of one that is replaced by others afterwards (CTC)."""
 
 
+def _shape_of_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN, *rest: Any
+) -> Tensor:
+    """A loss of classes or probabilities has one value for each column of classes, or one in all."""
+    if target.ndim and input.shape[0] != target.shape[0]:
+        raise RuntimeError(f"{input.shape[0]} samples of the input, and {target.shape[0]} of the target")
+    return input.sum(min(1, input.ndim - 1)) if reduction == NONE else input.sum()
+
+
+WHOLE: dict[Any, Callable[..., Tensor]] = {aten.cross_entropy_loss.default: _shape_of_loss}
+"""The same shape and dtype: a third of the time of exporting a small model goes into shapes inside a cross-entropy."""
+
+
 def _divided(own: Callable[..., Any], mode: Any, *operands: Any) -> Any:
     """A quotient of integers is no integer: PyTorch 2.7 takes it for one where the batch size is symbolic."""
     if any(isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) for x in operands):
@@ -100,6 +113,13 @@ def _divided(own: Callable[..., Any], mode: Any, *operands: Any) -> Any:
 
 
 SHAPES: dict[Any, Callable[..., Any]] = {aten.div.Tensor: _divided}
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """While active, tracing computes no more of an operator that stays one node than the shape of its value."""
+    with traced_as(WHOLE):
+        yield
 
 
 @contextmanager
