@@ -23,6 +23,7 @@ from ..translate.axes import batch_axis
 from ..translate.graph import Call, Graph, Value, needed
 from ..translate.opaque import named_tensors, signature_of
 from ..translate.torch_internals import arguments_of
+from .export import plain
 from .state import resized
 
 SAMPLES = 3
@@ -41,10 +42,11 @@ class Trial:
     @classmethod
     def of(cls, graph: Graph, model: nn.Module, loss: Any, example: tuple[Any, Any]) -> Trial:
         """What the graph reads."""
-        own = named_tensors(model)
+        (x, y), own = example, named_tensors(model)
         values = {name: own[dotted[0]] for name, dotted in graph.parameters.items()}
         values |= {name: own[dotted] for name, dotted in graph.buffers.items()} | dict(graph.constants)
-        leaves = [leaf for leaf in pytree.tree_leaves(resized(example, SAMPLES)) if isinstance(leaf, Tensor)]
+        few = resized((plain(x), plain(y)), SAMPLES)
+        leaves = [leaf for leaf in pytree.tree_leaves(few) if isinstance(leaf, Tensor)]
         values |= dict(zip(graph.inputs, leaves, strict=True))
         return cls(graph, {name: value.detach() for name, value in values.items()})
 
