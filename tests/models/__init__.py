@@ -1,4 +1,4 @@
-"""Small models for the table of cases: what plain `nn.Sequential` cannot say."""
+"""Small models for the table of cases: what plain `nn.Sequential` cannot say. The zoo of whole models is in `rows`."""
 
 from __future__ import annotations
 

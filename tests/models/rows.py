@@ -1,0 +1,27 @@
+"""Every row of the zoo, and what is known not to run."""
+
+from __future__ import annotations
+
+from . import attention, functions, habits, sequences, vision
+
+FAMILIES = {
+    "Images": vision.ROWS,
+    "Attention": attention.ROWS,
+    "Sequences": sequences.ROWS,
+    "Functions, sets, graphs": functions.ROWS,
+    "As code is written": habits.ROWS,
+}
+ZOO = tuple(row for rows in FAMILIES.values() for row in rows)
+
+REFUSED = {
+    "gradient reversal": r"autograd.Function 'Reversal' .* has a backward of its own",
+    "binarised, straight-through": r"autograd.Function 'Sign' .* has a backward of its own",
+    "mixture of experts, routed": r"as many entries as the boolean mask .* picks",
+    "len(x)": r"Use x.shape\[0\] or -1 for the batch axis, not len\(x\)",
+}
+"""Models that do not compile at all, and what the refusal says."""
+
+KNOWN = {(name, check): says for name, says in REFUSED.items() for check in ("first order", "KFAC", "DiagGGN")} | {
+    ("two outputs in a dict", "KFAC"): "a model with one output tensor is needed for KFAC, and the loss reads 2",
+}
+"""(row, check) -> what the refusal says. A test notices when one of them runs."""

@@ -1,0 +1,98 @@
+"""The page of the guide on models: `python -m tests.models.table` runs the zoo and writes docs/models.md."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import tnbackprop as tn
+
+from .outcomes import CHECKS, asked
+from .rows import FAMILIES, ZOO
+from .zoo import Row
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+ORDER = ("first order", "vmap", "KFAC", "DiagGGN")
+
+HEAD = """# Models
+
+{count} tiny models, each of a kind that people have, written as they write it: nothing in them knows of this library.
+`python -m tests.models.table` runs them and writes this page; the models are in `tests/models`, and `make test-slow`
+asks the same of each. All in float64 and evaluation mode (a batch norm in training mode mixes the samples, and is
+refused).
+
+| column | what is asked |
+|---|---|
+| first order | `Grad`, `BatchGrad`, `BatchL2` are those of autograd, one sample at a time, to 1e-8 |
+| vmap | what `torch.func.vmap(torch.func.grad(…))` gives as individual gradients, by the same comparison |
+| KFAC | every parameter has factors, or a diagonal that says why; all finite, none larger than the limit |
+| DiagGGN | is that of the definition, row by row of the Jacobian, to 1e-8 |
+
+KFAC is that of its defaults, and the empirical one where the loss is not convex in the output; there, – stands for
+`DiagGGN`. A name of an error is what the call ends in; "refused" is an error of ours that says what to do instead.
+
+{summary}
+
+## One of them
+
+```python
+import tnbackprop as tn
+from tests.models.rows import ZOO
+
+gpt = next(row for row in ZOO if row.name == "GPT, tied").problem()
+blocks = tn.compute(gpt.model, gpt.loss, (gpt.x, gpt.y), [tn.KFAC()], seed=0)["kfac"]
+for name in ("words.weight", "positions.weight", "blocks.0.attention.q.weight", "blocks.0.norms.0.weight"):
+    print(name, [list(factor.shape) for factor in blocks[name].factors])
+```
+
+```text title="prints"
+words.weight [[28]]
+positions.weight [[4], [4, 4]]
+blocks.0.attention.q.weight [[4, 4], [4, 4]]
+blocks.0.norms.0.weight [[4, 4]]
+```
+"""
+
+
+def outcome(row: Row, check: str) -> str:
+    """One cell. A wrong number is said to be one; what else stops it has the name of its error."""
+    if not asked(row, check):
+        return "–"
+    try:
+        CHECKS[check](row)
+    except AssertionError:
+        return "**wrong**"
+    except tn.TnError:
+        return "refused"
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
+        return f"`{type(error).__name__}`"
+    return "right"
+
+
+def page(cells: Mapping[tuple[str, str], str]) -> str:
+    """The text, from the outcome of each (row, check)."""
+    counts = {check: sum(cells[row.name, check] == "right" for row in ZOO) for check in ORDER}
+    wanted = {check: sum(asked(row, check) for row in ZOO) for check in ORDER}
+    summary = "; ".join(f"{check}: {counts[check]} of {wanted[check]}" for check in ORDER)
+    lines = [HEAD.format(count=len(ZOO), summary=f"Right are, {summary}.")]
+    for family, rows in FAMILIES.items():
+        lines += [f"## {family}", "", f"| model | {' | '.join(ORDER)} |", "|---|" + "---|" * len(ORDER)]
+        lines += [f"| {row.name} | {' | '.join(cells[row.name, check] for check in ORDER)} |" for row in rows]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    cells = {}
+    for row in ZOO:
+        for check in ORDER:
+            cells[row.name, check] = outcome(row, check)
+        print(row.name, *(cells[row.name, check] for check in ORDER), sep=" | ", file=sys.stderr, flush=True)
+    PAGE.write_text(page(cells), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
