@@ -21,6 +21,7 @@ TITLES = {
     "new_quantities": "Three quantities more",
     "add_a_propagation": "Add a propagation",
     "add_a_lowering": "Add a lowering",
+    "mixture_of_experts": "Mixtures of experts",
     "second_order": "Second-order optimisers",
     "draw": "Pictures",
 }

@@ -217,6 +217,34 @@ def scatter_add(call: Any) -> Rule:
     )
 
 
+@TABLE.rule(aten.scatter.src, aten.scatter.value)
+def scatter(call: Any) -> Rule:
+    """output = input, but at the index; of several elements for one place, the one that torch takes is `live`."""
+    legs = leg_names(call.output, skip="k")
+    dim = axis(call.dim, len(legs))
+    _size(call, dim)
+    kept = f"output[{join(legs)}] = keep[{join(legs)}] * input[{join(legs)}]"
+    saved = {f"keep[{join(legs)}]": f"torch.ones_like({{input}}).scatter({dim}, {{index}}, 0)"}
+    if call.target == aten.scatter.value:
+        written = {f"there[{join(legs)}]": f"torch.zeros_like({{input}}).scatter({dim}, {{index}}, 1)"}
+        text = f"{kept} + value * there[{join(legs)}]"
+        return Rule(text, saved=saved | written, constants={"value": call.arguments["value"]})
+    if call.src.shape != call.index.shape:
+        refuse(call, f"src {call.src.shape} is larger than index {call.index.shape}", "Slice src first.")
+    index, inside = list(legs), ""
+    index[dim] = "k"
+    for k, (size, leg) in enumerate(zip(call.index.shape, legs, strict=True)):
+        if k != dim and size != call.input.shape[k]:
+            index[k] = leg * 2
+            inside += f" * delta[{leg}, 1*{index[k]} + 0]"
+    order = f"torch.arange({call.index.shape[dim]}, device={{index}}.device).view({[-1, *[1] * (len(legs) - 1 - dim)]})"
+    order = f"{order}.expand_as({{index}})"
+    last = f"torch.zeros_like({{input}}, dtype=torch.int64).scatter({dim}, {{index}}, {order})"
+    saved[f"live[{join(index)}]"] = f"({last}.gather({dim}, {{index}}) == {order}).to({{input}}.dtype)"
+    text = f"{kept} + select(index[{join(index)}], {legs[dim]}) * live[{join(index)}] * src[{join(index)}]{inside}"
+    return Rule(text, saved=saved)
+
+
 @TABLE.rule(aten.index.Tensor)
 def index(call: Any) -> Rule:
     """Integer tensors, broadcast with each other, for some axes. Where one is for the batch axis, it counts samples."""

@@ -26,11 +26,13 @@ class Picked:
     """source[:, …, mask], or what is computed of it entry by entry: `full` has it in its place, and anything elsewhere.
 
     mask   bool, over axes `place`, `place` + 1, … of the source
+    own    as `full`, but of what the source has elsewhere: what acts on rows reads it, as an expert on all tokens does
     """
 
     full: Value
     mask: Value
     place: int
+    own: Value
 
     def refuse(self, where: str) -> NoReturn:
         raise UnsupportedError(
@@ -42,7 +44,7 @@ class Picked:
 def picked_call(
     target: OpOverload,
     arguments: Mapping[str, Any],
-    dtype: torch.dtype,
+    made: torch.Tensor,
     every: Sequence[Call],
     append: Append,
     where: str,
@@ -69,13 +71,60 @@ def picked_call(
         return None
     first = given[0]
     if name in ("sum", "mean") and not _axes(arguments):
-        return _summed(first, name, dtype, append)
-    others = [a for a in arguments.values() if isinstance(a, Value) and len(a.shape) > _after(first)]
+        return _summed(first, name, made.dtype, append)
+    behind = made.shape[first.place + 1 :]
+    shape = (*first.full.shape[: first.place], *first.mask.shape, *behind)
+    others = [a for a in arguments.values() if isinstance(a, Value) and len(a.shape) > len(behind)]
     same = all(_equal(first.mask, each.mask, calls) and first.place == each.place for each in given)
     if torch.Tag.pointwise in target.tags and same and not others:
-        whole = {key: a.full if isinstance(a, Picked) else a for key, a in arguments.items()}
-        return Picked(append(target, whole, first.full.shape, dtype), first.mask, first.place)
-    first.refuse(where)
+        full = append(target, _each(arguments, "full"), shape, made.dtype)
+        whole = name in ANYWHERE and any(a.own is not a.full for a in given)
+        own = append(target, _each(arguments, "own"), shape, made.dtype) if whole else full
+        return Picked(full, first.mask, first.place, own)
+    rows = _by_rows(name, target, arguments) if len(given) == 1 else None
+    if rows is None or not all(isinstance(size, int) for size in behind):
+        first.refuse(where)
+    full = append(rows[0], _each(rows[1], "own"), shape, made.dtype)
+    return Picked(full, first.mask, first.place, full)
+
+
+ANYWHERE = frozenset("add sub mul neg relu gelu silu tanh sigmoid softplus elu leaky_relu".split())
+"""Functions that are finite, as their derivatives are, wherever their operands are."""
+ALONG = {
+    "softmax": "dim", "log_softmax": "dim", "_softmax": "dim", "glu": "dim", "sum": "dim", "mean": "dim", "amax": "dim",
+    "unsqueeze": "dim", "squeeze": "dim", "slice": "dim", "select": "dim", "cumsum": "dim",
+}  # fmt: skip
+"""Operators that act along axes, by the argument that says which."""
+ITSELF = frozenset("clone contiguous alias detach dropout to _to_copy type_as".split())
+
+
+def _each(arguments: Mapping[str, Any], part: str) -> dict[str, Any]:
+    return {key: getattr(a, part) if isinstance(a, Picked) else a for key, a in arguments.items()}
+
+
+def _by_rows(name: str, target: OpOverload, arguments: Mapping[str, Any]) -> tuple[OpOverload, dict[str, Any]] | None:
+    """The call on whole tensors, where what it does is the same for each row that is picked; None elsewhere."""
+    source, given = arguments.get("input"), dict(arguments)
+    if not isinstance(source, Picked):
+        return None
+    after = _after(source)
+    if name in ITSELF:
+        return target, given
+    if name == "linear" and after:
+        return target, given
+    if name in ("matmul", "mm") and after:
+        right = given["other" if name == "matmul" else "mat2"]
+        return (aten.matmul.default, {"input": source, "other": right}) if len(right.shape) <= 2 else None
+    if name in ("layer_norm", "rms_norm"):
+        return (target, given) if len(given["normalized_shape"]) <= after else None
+    if name not in ALONG:
+        return None
+    dims, rank = given[ALONG[name]], source.place + 1 + after + (name == "unsqueeze")
+    every = dims if isinstance(dims, tuple) else (dims,)
+    if not every or any(dim is None or dim % rank <= source.place for dim in every):
+        return None
+    moved = tuple(dim % rank + len(source.mask.shape) - 1 for dim in every)
+    return target, given | {ALONG[name]: moved if isinstance(dims, tuple) else moved[0]}
 
 
 def refuse_picked(arguments: Mapping[str, Any], made: Any, target: OpOverload, where: str) -> None:
@@ -124,15 +173,14 @@ def _filled(source: Value, mask: Value, value: float, append: Append) -> Value:
 def _read(source: Value, mask: Value, place: int, append: Append) -> Picked:
     aligned = _aligned(mask, len(source.shape) - place - len(mask.shape), append)
     whole = _filled(source, aligned, UNPICKED, append) if source.dtype.is_floating_point else source
-    return Picked(whole, mask, place)
+    return Picked(whole, mask, place, source)
 
 
 def _written(
     arguments: Mapping[str, Any], mask: Value, place: int, calls: Mapping[str, Call], append: Append, where: str
 ) -> Value:
     source, values = arguments["input"], arguments["values"]
-    own = Picked(source, mask, place)
-    after = _after(own)
+    after = _after(Picked(source, mask, place, source))
     if isinstance(values, Picked):
         if values.place != place or not _equal(mask, values.mask, calls) or values.full.shape != source.shape:
             raise UnsupportedError(

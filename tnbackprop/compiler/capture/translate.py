@@ -161,7 +161,7 @@ class _Translator:
             self.env[node] = _Several(node, target, arguments)
             return
         append, where = partial(self._append, node), self._where(node)
-        picked = picked_call(target, arguments, val.dtype, self.calls, append, where)
+        picked = picked_call(target, arguments, val, self.calls, append, where)
         self.env[owner(node)] = self._emit(node, target, arguments, val) if picked is None else picked
 
     def _emit(
@@ -285,8 +285,8 @@ class _Translator:
         if not isinstance(several, _Several):
             return several[index]
         vals = several.node.meta["val"]
-        where = self._where(several.node)
-        shapes = [() if v is None else self.sizes.shape(v, where) for v in vals]  # a gradient that nobody asked for
+        where, line = self._where(several.node), line_of(several.node.meta.get("stack_trace") or "")
+        shapes = [() if v is None else self.sizes.shape(v, where, line) for v in vals]  # or a gradient nobody asked for
         piece = output_call(several.target, several.arguments, shapes, index, where)
         target, arguments = piece or (several.target, several.arguments)
         name = f"{op_name(several.target)}_{index}" if len(vals) > 1 and (piece or index) else ""

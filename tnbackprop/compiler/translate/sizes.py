@@ -100,7 +100,8 @@ class Sizes:
         if not expr.free_symbols <= set(self._batch):
             raise UnsupportedError(
                 f"{where} reads a number from a tensor's values (.item(), nonzero, a boolean mask): the graph would "
-                f"depend on the data.{line}\n  Use torch.where or multiply by the mask."
+                f"depend on the data.{line}\n  Use torch.where or multiply by the mask. For experts: w[index], or "
+                "out[mask] = expert(x[mask])."
             )
         expr = sympy.simplify(_plain(expr.xreplace(self._batch)))
         if expr.free_symbols:
