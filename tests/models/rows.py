@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from . import attention, functions, habits, sequences, vision
+from . import attention, fields, functions, habits, sequences, vision
 
 FAMILIES = {
     "Images": vision.ROWS,
     "Attention": attention.ROWS,
     "Sequences": sequences.ROWS,
     "Functions, sets, graphs": functions.ROWS,
+    "Fields of work": fields.ROWS,
     "As code is written": habits.ROWS,
 }
 ZOO = tuple(row for rows in FAMILIES.values() for row in rows)
@@ -16,7 +17,6 @@ ZOO = tuple(row for rows in FAMILIES.values() for row in rows)
 REFUSED = {
     "gradient reversal": r"autograd.Function 'Reversal' .* has a backward of its own",
     "binarised, straight-through": r"autograd.Function 'Sign' .* has a backward of its own",
-    "mixture of experts, routed": r"as many entries as the boolean mask .* picks",
     "len(x)": r"Use x.shape\[0\] or -1 for the batch axis, not len\(x\)",
 }
 """Models that do not compile at all, and what the refusal says."""
