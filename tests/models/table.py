@@ -56,7 +56,7 @@ for name in ("words.weight", "positions.weight", "blocks.0.attention.q.weight", 
 words.weight [[28]]
 positions.weight [[4], [4, 4]]
 blocks.0.attention.q.weight [[4, 4], [4, 4]]
-blocks.0.norms.0.weight [[4, 4]]
+blocks.0.norms.0.weight [[4, 1, 1], [4, 1, 1]]
 ```
 """
 

@@ -10,7 +10,7 @@ import torch
 
 import tnbackprop as tn
 
-from . import outcomes
+from . import outcomes, table
 from .outcomes import CHECKS, asked, close
 from .rows import KNOWN, ZOO
 from .zoo import MSE, Row, normal
@@ -72,3 +72,23 @@ def test_a_loss_that_does_not_average_is_refused_as_a_row() -> None:
 def test_a_parameter_that_is_missing_is_seen() -> None:
     with pytest.raises(AssertionError, match="parameters"):
         close({}, {"weight": torch.ones(1)}, "grad")
+
+
+def test_the_page_is_of_this_zoo() -> None:
+    """`python -m tests.models.table` writes it; what it says of us is what is known here."""
+    text = table.PAGE.read_text(encoding="utf-8")
+    found = re.findall(r"^\| (.+?) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$", text, flags=re.MULTILINE)
+    cells = {(name, check): cell for name, *row in found for check, cell in zip(table.ORDER, row, strict=True)}
+    assert table.page(cells) == text
+    ours = {key: cell for key, cell in cells.items() if key[1] in OURS}
+    assert {key for key, cell in ours.items() if cell not in ("right", "–")} == set(KNOWN)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.parametrize("row", ZOO, ids=lambda row: row.name)
+def test_what_the_page_says_of_vmap(row: Row) -> None:
+    cell = re.search(
+        rf"^\| {re.escape(row.name)} \| \S+ \| (\S+) \|", table.PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert cell and cell[1] == table.outcome(row, "vmap"), "run python -m tests.models.table"
