@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import tnbackprop as tn
+from tnbackprop.linalg import Kind
 
 from .zoo import Problem, Row
 
@@ -101,8 +102,8 @@ def kfac(row: Row) -> None:
         block = result[name]
         assert isinstance(block, tn.KroneckerFactors) and block.shape == tuple(p.shape), f"kfac of {name}: {block}"
         assert all(bool(factor.isfinite().all()) for factor in block.factors), f"kfac of {name} is not finite"
-        largest = max(f.shape[-1] for f in block.factors if f.ndim > 1) if block.factors[0].ndim > 1 else 1
-        assert largest <= row.kfac.largest, f"kfac of {name}: a factor of {largest} rows"
+        dense = [f.shape[-1] for f, kind in zip(block.factors, block.kinds, strict=True) if kind is Kind.FULL]
+        assert max(dense, default=0) <= row.kfac.largest, f"kfac of {name}: dense factors of {dense} rows"
 
 
 def curvature(row: Row) -> None:
