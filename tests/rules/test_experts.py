@@ -142,17 +142,6 @@ def gathered_flat(m: Any, x: Tensor) -> Tensor:
     return (out.view(x.shape[0], CHOSEN, WIDTH) * values[..., None]).sum(1)
 
 
-def selected(m: Any, x: Tensor) -> Tensor:
-    """One choice after the other, by `index_select`."""
-    values, index = chosen(m, x)
-    out = torch.zeros_like(x)
-    for k in range(CHOSEN):
-        up, down = m.up.index_select(0, index[:, k]), m.down.index_select(0, index[:, k])
-        h = torch.bmm(x.unsqueeze(1), up).tanh()
-        out = out + values[:, k, None] * torch.bmm(h, down).squeeze(1)
-    return out
-
-
 def dispatched(m: Any, x: Tensor) -> Tensor:
     """All experts see all tokens, by `torch.bmm` over experts; the gates combine."""
     tokens = x.expand(EXPERTS, *x.shape)
@@ -255,7 +244,7 @@ def flat(function: Any) -> Any:
     return forward
 
 
-ANY, ROWS = [dense, gathered, gathered_matmul, broadcast_matmul], [three, gathered_flat, selected, dispatched]
+ANY, ROWS = [dense, gathered, gathered_matmul, broadcast_matmul], [three, gathered_flat, dispatched]
 ANY_LIST, ROWS_LIST = [weighted, stacked, where, masked, masked_input, masked_sum], [picked_of_stack]
 CASES = [
     *(tried(lambda m, x, g=gates: dense(m, x, g), BARE, TOKENS, gates.__name__) for gates in GATES),
@@ -332,6 +321,28 @@ def test_factors_of_one_parameter_are_those_of_each_expert() -> None:
         for e in range(EXPERTS):
             for a, b in zip(found[name].factors, want[f"{name}{e}"].factors, strict=True):
                 torch.testing.assert_close(a[e], b)
+
+
+def test_factors_of_gathered_experts() -> None:
+    """Which expert, its input and its output side: the frequencies, a mean of x xᵀ, a sum of S Sᵀ over the chosen."""
+    found = factors(gathered, BARE, X)["up"]
+    model, _ = tried(gathered, BARE, X).build()
+    with torch.no_grad():
+        weights, index = chosen(model, X)
+        slope = 1 - torch.einsum("nd,nkdh->nkh", X, model.up[index]).tanh() ** 2
+        S = torch.einsum("nk,nkh,nkhd->nkhd", weights, slope, model.down[index])
+    frequency = torch.bincount(index.flatten(), minlength=EXPERTS).double() / index.numel()
+    B = 2 / X.numel() * torch.einsum("nkhd,nkgd->hg", S, S)
+    for a, b in zip(found.factors, (frequency, X.T @ X / len(X), B), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_is_gathered_has_no_cotangent() -> None:
+    """[N, k, D, H] is made once, of the weights: its derivatives stay factors x and g."""
+    wide = BARE | {"up": randn(EXPERTS, WIDTH, 64), "down": randn(EXPERTS, 64, WIDTH)}
+    model, y = tried(gathered_matmul, wide, X).build()
+    program = tn.compile(model, MSE, (X, y), [tn.BatchL2()])
+    assert program.peak_bytes < 2 * len(X) * CHOSEN * WIDTH * 64 * X.element_size()
 
 
 def routed(code: str) -> Any:

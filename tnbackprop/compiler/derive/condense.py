@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import sympy
+
 from ...diagram.algebra import inline
 from ...diagram.core import Diagram, Leg, Map, Part, Product, Selection, Tensor, summed_legs
 from ...diagram.jacobian import Jacobian
@@ -32,6 +34,22 @@ def condensed(g: Diagram, terms: Terms) -> Diagram | None:
             return opened
         g = opened
     return None
+
+
+def outer_product(terms: Sequence[Diagram | Native], legs: Legs) -> Diagram | None:
+    """A cotangent whose only term is an outer product, x[n, d] g[n, h]: None with a tensor of all legs, or a sum.
+
+    What is gathered of a parameter, `w[index]`, has one as large as all that is gathered: it is left in its factors.
+    """
+    formula = _formula(terms)
+    if formula is None or len(formula.products) != 1 or [a.size for a in legs] != [a.size for a in formula.legs]:
+        return None
+    (product,) = formula.products
+    own = [set(op.legs) & set(formula.legs) for op in product.operands]
+    plain = all(isinstance(op, Tensor | Map) for op in product.operands) and not summed_legs(product, formula.legs)
+    if not plain or set(formula.legs) in own or set().union(*own) != set(formula.legs):
+        return None
+    return inline(Diagram(legs, (Product(sympy.Integer(1), (Part(formula, legs),)),)))
 
 
 def _opened(g: Diagram, terms: Terms) -> Diagram | None:

@@ -23,7 +23,7 @@ from ...quantities import Quantity
 from ...quantities.factors import Factors
 from ..translate.foreign import foreign
 from ..translate.graph import Call, Graph
-from .condense import condensed, gathered
+from .condense import condensed, gathered, outer_product
 from .derived import Backward, Extraction, Individual, Native, Result
 from .lines import casts, casts_alone, elementwise, jacobian_of, lines_to, operands_of, selects, unchanged
 
@@ -187,7 +187,11 @@ def _pull(sweep: Sweep, call: Call, rule: BoundRule, equation: Equation, operand
     whole = {leaf for leaf in leaves(jacobian.diagram) if not sweep.samples.get(leaf, True)}
     if in_samples and not out_samples and any(_varies(sweep, leaf) for leaf in whole):
         raise _no_sum(f"what {call.where} takes of one depends on the others")
-    jacobian, cotangent = cotangent_of(sweep, equation, jacobian)
+    gathers = out_samples and not sweep.reads[operand] and equation.name not in sweep.meetings
+    outer = None
+    if gathers and selects(jacobian.diagram):
+        outer = outer_product(sweep.terms.get(equation.name, ()), (*sweep.lead, *equation.legs))
+    jacobian, cotangent = (jacobian, outer) if outer is not None else cotangent_of(sweep, equation, jacobian)
     if out_samples and in_samples:
         _check_diagonal(call, operand, jacobian)
     if sweep.reads[operand] and not in_samples and out_samples:
