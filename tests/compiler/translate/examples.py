@@ -63,7 +63,8 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "index_fill.int_Scalar": (X, 1, INDEX[:2], 7.0),
     "index_fill.int_Tensor": (X, 1, INDEX[:2], torch.tensor(7.0, dtype=f64)),
     "unfold": (X, 1, 2, 1), "flip": (X, [1]), "roll": (X, [1], [1]),
-    "repeat": (X, [2, 1, 1]), "cat": ([X, X],), "concat": ([X, X],), "repeat_interleave.self_int": (X, 2, 0),
+    "repeat": (X, [2, 1, 1]), "tile": (X, [2, 1]),
+    "cat": ([X, X],), "concat": ([X, X],), "repeat_interleave.self_int": (X, 2, 0),
     **dict.fromkeys(
         "softmax.int log_softmax.int _safe_softmax cumsum cumprod logcumsumexp cummax cummin glu argsort sort".split(),
         (X, 1),
@@ -90,6 +91,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "full_like": (X, 2.0), "new_zeros": (X, [2]), "new_ones": (X, [2]), "new_full": (X, [2], 3.0),
     "new_empty": (X, [2]), "fill.Scalar": (X, 2.0), "fill.Tensor": (X, torch.tensor(2.0, dtype=f64)),
     "bernoulli": (X.abs(),), "bernoulli.p": (X, 0.5), "bernoulli_.float": (X, 0.5),
+    "zeros": ([2, 3],), "ones": ([2, 3],), "full": ([2, 3], 3.0), "empty.memory_format": ([2, 3],),
     "arange": (5,), "arange.start": (0, 5), "arange.start_step": (0, 5),
     "embedding_renorm_": (FLAT, INDEX[:2], 0.1, 2.0),
 }  # fmt: skip
