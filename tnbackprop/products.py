@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from .api import Loss, compile
 from .compiler.capture.export import batch_size, model_arguments, plain, takes_names
+from .compiler.translate.torch_internals import UNWARNED
 from .compiler.translate.torch_modes import Random, check_constant, own_dtypes, twice_differentiable
 from .errors import InputError, UnsupportedError, check_member
 from .quantities import BatchGrad, Fisher, Quantity, Scale, SqrtGGNMC
@@ -121,7 +122,8 @@ class CurvatureProduct:
         try:
             if lead:
                 stacked = {name: v.reshape(count, *self._theta[name].shape) for name, v in ordered.items()}
-                found = vmap(self._multiply)(stacked)
+                with UNWARNED:
+                    found = vmap(self._multiply)(stacked)
             else:
                 found = self._multiply(ordered)
         except RuntimeError as error:

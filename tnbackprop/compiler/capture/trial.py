@@ -22,7 +22,7 @@ from ...errors import UnsupportedError
 from ..translate.axes import batch_axis
 from ..translate.graph import Call, Graph, Value, needed
 from ..translate.opaque import named_tensors, signature_of
-from ..translate.torch_internals import arguments_of
+from ..translate.torch_internals import UNWARNED, arguments_of
 from .export import plain
 from .state import resized
 
@@ -167,7 +167,8 @@ def maps(call: Call, operand: Value, tensors: Mapping[str, Tensor]) -> bool:
     single = [torch.stack([vjp(*sample) for sample in zip(column, *rows, strict=True)]) for column in cotangents]
     try:
         over_samples = torch.func.vmap(vjp, (0, *(0 for _ in rows)))
-        mapped = torch.func.vmap(over_samples, (0, *(None for _ in rows)))(cotangents, *rows)
+        with UNWARNED:
+            mapped = torch.func.vmap(over_samples, (0, *(None for _ in rows)))(cotangents, *rows)
     except RuntimeError:  # an operator that vmap does not know, or that draws numbers
         return False
     return _close(mapped, torch.stack(single))

@@ -24,6 +24,7 @@ from ..program.lines import Block, Line, Lines, captured_by, lines_of
 from ..program.passes import Context, Program, passed
 from ..program.store import NOTHING
 from ..translate.graph import Graph
+from ..translate.torch_internals import UNWARNED
 from .layout import Group, Row
 from .naming import TAKEN, Scope, comment, docstring, string
 from .printer import ATOM, FOLLOWED, Printer
@@ -316,7 +317,8 @@ def load(source: str) -> Callable[[dict[str, torch.Tensor]], Any]:
 def running(source: str) -> Iterator[None]:
     """What torch or Python raises in the emitted function is told with the place in the source, and what it is for."""
     try:
-        yield
+        with UNWARNED:
+            yield
     except (ZeroDivisionError, IndexError, RuntimeError, ValueError, TypeError) as error:
         found = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(FILENAME)]
         if not found or isinstance(error, torch.OutOfMemoryError):

@@ -22,6 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import DispatchKey
+from torch._C._functorch import (  # type: ignore[attr-defined]
+    _set_vmap_fallback_warning_enabled as warn_of_loops,
+)
 from torch._C._functorch import (
     get_unwrapped as get_unwrapped,
 )
@@ -331,6 +334,32 @@ def evenly() -> Iterator[None]:
         yield
 
 
+class Unwarned:
+    """While it is entered, vmap does not warn of operators that it calls once for each element.
+
+    The switch is the process's and torch does not tell how it stands: it is on again when the last thread has left.
+    """
+
+    def __init__(self) -> None:
+        self.inside, self.lock = 0, threading.Lock()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.inside += 1
+            warn_of_loops(False)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                warn_of_loops(True)
+
+
+UNWARNED = Unwarned()
+
+
 class Quiet:
     """What torch logs, warns of and prints while it exports is said by the error, or concerns nobody."""
 
@@ -345,10 +374,12 @@ class Quiet:
         self.guards.addFilter(_is_news)
         self.silent.__enter__()
         self.redirected.__enter__()
+        UNWARNED.__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        UNWARNED.__exit__(kind, error, trace)
         self.redirected.__exit__(kind, error, trace)
         self.silent.__exit__(kind, error, trace)
         self.logger.disabled = self.before
