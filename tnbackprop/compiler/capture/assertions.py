@@ -98,5 +98,24 @@ def _gaussian_nll(
     return each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()
 
 
-FORMULAS: dict[Any, Callable[..., Any]] = {F.gaussian_nll_loss: _gaussian_nll}
-"""Functions that write with derivatives switched off, which no graph of formulas shows."""
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """With the running statistics it is batch norm, which writes to none; torch 2.7 writes back what it read."""
+    if use_input_stats:
+        own = (input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+        return F.instance_norm(*own)
+    return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+
+
+READING: dict[Any, Callable[..., Any]] = {F.instance_norm: _instance_norm}
+"""Functions that write where they should only read."""
+FORMULAS: dict[Any, Callable[..., Any]] = {**READING, F.gaussian_nll_loss: _gaussian_nll}
+"""And those that write with derivatives switched off, which no graph of formulas shows."""

@@ -24,12 +24,15 @@ from ..translate.torch_internals import (
     Quiet,
     any_target,
     decomposed,
+    evenly,
     export_refusals,
     guards_of_sizes,
     traced_here,
     whole_einsums,
 )
+from ..translate.torch_versions import least_of_sizes, refuse_valueless
 from .bags import refuse_ragged
+from .state import attributes_kept
 
 
 class OneSizeError(UnsupportedError):
@@ -63,6 +66,9 @@ def exported(wrapped: nn.Module, example: tuple[Any, Any], rules: Rules, batch: 
         whole_einsums(),
         any_target(),
         traced_here(),
+        evenly(),
+        least_of_sizes(),
+        attributes_kept(wrapped),
         torch.enable_grad(),
         guards_of_sizes(lambda condition: asked.append((condition, line_here()))),
     ):
@@ -70,6 +76,7 @@ def exported(wrapped: nn.Module, example: tuple[Any, Any], rules: Rules, batch: 
             with Quiet():
                 with shapes_only():
                     program = torch.export.export(wrapped, example, dynamic_shapes=shapes, strict=False)
+                refuse_valueless(program)
                 refuse_ragged(program.graph_module)
                 parts = _composites(program.graph_module, rules)
                 if parts and not mutates_view(program.graph_module):

@@ -39,7 +39,8 @@ from ..translate.torch_internals import (
     space_of,
     tensor_hooks,
 )
-from .assertions import ASKS, Place, place_of_check
+from ..translate.torch_versions import asked_by_checkpoint
+from .assertions import ASKS, READING, Place, place_of_check
 from .exported import ExportError
 from .state import Copies, copied, resized
 
@@ -80,7 +81,7 @@ class Rehearsal(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        func, kwargs = READING.get(func, func), kwargs or {}
         if not (self.looking or self.transformed or self.stack[-1].ruled):
             self.transformed = self.transform_of(func)
         if func is packs_sequences and not self.stack[-1].ruled:
@@ -91,7 +92,7 @@ class Rehearsal(TorchFunctionMode):
             )
         if not self.host and func in HOST and not (self.looking or self.stack[-1].ruled):
             self.host = f"{HOST[func]} in {self.stack[-1].text}{line_here()}"
-        if func in ASKED and not self.looking and not self.stack[-1].ruled:
+        if func in ASKED and not (self.looking or self.stack[-1].ruled or asked_by_checkpoint()):
             self.asked.append((ASKED[func], self.stack[-1]))
         if func is ASKS and (place := place_of_check()) is not None:
             return self.checks.setdefault(place, func(*args, **kwargs))

@@ -59,19 +59,26 @@ class Copies:
 def copied(wrapped: nn.Module) -> Iterator[Copies]:
     """While active, modules have copies of their tensors, and draws are for free; all is as it was afterwards."""
     parameters = dict(wrapped.get_submodule("model").named_parameters())
-    before = [(module, _attributes(module)) for module in wrapped.modules()]
-    copies, made = Copies(), dict[int, Tensor]()
-    for path, module in wrapped.named_modules():
-        for holder in (*own_tensors(module), vars(module)):
-            for key, tensor in list(holder.items()):
-                if isinstance(tensor, Tensor):
-                    name, registered = f"{path}.{key}".removeprefix("model."), holder is not vars(module)
-                    _copy(copies, made, name, holder, key, tensor, registered)
-    copies.parameters = {name: {id(p), id(made.get(id(p)))} for name, p in parameters.items()}
     devices = {p.device for p in wrapped.parameters() if p.device.type == "cuda"}
-    try:
+    copies, made = Copies(), dict[int, Tensor]()
+    with attributes_kept(wrapped):
+        for path, module in wrapped.named_modules():
+            for holder in (*own_tensors(module), vars(module)):
+                for key, tensor in list(holder.items()):
+                    if isinstance(tensor, Tensor):
+                        name, registered = f"{path}.{key}".removeprefix("model."), holder is not vars(module)
+                        _copy(copies, made, name, holder, key, tensor, registered)
+        copies.parameters = {name: {id(p), id(made.get(id(p)))} for name, p in parameters.items()}
         with torch.random.fork_rng(devices=list(devices)), torch.enable_grad(), evenly():
             yield copies
+
+
+@contextmanager
+def attributes_kept(wrapped: nn.Module) -> Iterator[None]:
+    """Afterwards modules have the attributes that they had."""
+    before = [(module, _attributes(module)) for module in wrapped.modules()]
+    try:
+        yield
     finally:
         for module, attributes in before:
             _restore(module, attributes)

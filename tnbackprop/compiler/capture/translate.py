@@ -127,7 +127,7 @@ class _Translator:
     def _number(self, node: Node, value: Any) -> Any:
         """A number; where it is in the data, what is raised once it is used."""
         try:
-            return self.sizes.number(value, self._where(node), line_of(node.meta.get("stack_trace") or ""))
+            return self.sizes.number(value, self._where(node), line_of(node))
         except UnsupportedError as error:
             return error
 
@@ -168,7 +168,7 @@ class _Translator:
         self, node: Node, target: Any, arguments: dict[str, Any], val: Any, name: str = "", **facts: Any
     ) -> Value:
         """Append a call with the output `val` (or alias its input) and return the output. `facts`: of the `Call`."""
-        shape = self.sizes.shape(val, self._where(node), line_of(node.meta.get("stack_trace") or ""))
+        shape = self.sizes.shape(val, self._where(node), line_of(node))
         return self._append(node, target, arguments, shape, val.dtype, name, **facts)
 
     def _append(
@@ -285,7 +285,7 @@ class _Translator:
         if not isinstance(several, _Several):
             return several[index]
         vals = several.node.meta["val"]
-        where, line = self._where(several.node), line_of(several.node.meta.get("stack_trace") or "")
+        where, line = self._where(several.node), line_of(several.node)
         shapes = [() if v is None else self.sizes.shape(v, where, line) for v in vals]  # or a gradient nobody asked for
         piece = output_call(several.target, several.arguments, shapes, index, where)
         target, arguments = piece or (several.target, several.arguments)

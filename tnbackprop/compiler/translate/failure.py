@@ -12,6 +12,7 @@ from types import TracebackType
 
 import torch
 from torch import nn
+from torch.fx import Node
 
 from .foreign import PACKAGE
 
@@ -74,14 +75,23 @@ def line_here() -> str:
     return ""
 
 
-def line_of(trace: str) -> str:
-    """The innermost line of the user's own code in a stack that torch writes down, on a line of its own, or ""."""
-    found = re.findall(r'File "(.+)", line (\d+), in', trace)
-    return next((_line(file, int(number)) for file, number in reversed(found) if _of_user(file)), "")
+def line_of(node: Node) -> str:
+    """The innermost line of the user's own code that a node of a graph is from, on a line of its own, or "".
+
+    It is that of an operand where torch made the node itself.
+    """
+    for each in (node, *node.all_input_nodes):
+        found = re.findall(r'File "(.+)", line (\d+), in', each.meta.get("stack_trace") or "")
+        for file, number in reversed(found):
+            if _of_user(file):
+                return _line(file, int(number))
+    return ""
 
 
 def _of_user(file: str) -> bool:
-    return not file.startswith((PACKAGE, TORCH, "<string>", "<eval_with_key>")) and Path(file).parent != STANDARD
+    """Not of torch, which signs what it makes with a path that begins with its own name."""
+    others = (PACKAGE, TORCH, "<string>", "<eval_with_key>", "torch/")
+    return not file.startswith(others) and Path(file).parent != STANDARD
 
 
 def _line(file: str, number: int) -> str:

@@ -329,8 +329,9 @@ def leaf_of(node: Any) -> Tensor | None:
 
 @contextmanager
 def evenly() -> Iterator[None]:
-    """While active, what torch.compile made runs as it was written."""
-    with alone(), torch.compiler.set_stance("force_eager"):
+    """While active, what torch.compile made runs as it was written, also where it is traced."""
+    inline = torch._dynamo.config.patch(error_on_nested_fx_trace=False)  # imports dynamo, slowly
+    with alone(), torch.compiler.set_stance("force_eager"), inline:
         yield
 
 

@@ -1,0 +1,60 @@
+"""What older versions of torch do otherwise, so that one compiler serves all that it is for: a fact each, in one place.
+
+Each is told by what the installed torch has, or holds for all; none goes by the number of a version.
+"""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental import sym_node
+from torch.utils import checkpoint
+
+from .torch_internals import alone
+
+COMPARED: dict[str, Any] | None = getattr(sym_node, "alternate_impl_if_hinted_methods", None)
+"""How `min` and `max` of sizes ask which is less in torch 2.7, so that a graph is of a range; None: they are sizes."""
+
+
+@contextmanager
+def least_of_sizes() -> Iterator[None]:
+    """While active, `min` and `max` of two numbers of which one is a size are sizes, in every version."""
+    if COMPARED is None:
+        yield
+        return
+    with alone():
+        least, most, compared = builtins.min, builtins.max, dict(COMPARED)
+        COMPARED.clear()
+        builtins.min, builtins.max = partial(_of_sizes, least, torch.sym_min), partial(_of_sizes, most, torch.sym_max)
+        try:
+            yield
+        finally:
+            builtins.min, builtins.max = least, most
+            COMPARED.update(compared)
+
+
+def _of_sizes(own: Callable[..., Any], symbolic: Callable[[Any, Any], Any], *args: Any, **options: Any) -> Any:
+    sizes = len(args) == 2 and not options and any(isinstance(value, torch.SymInt | torch.SymFloat) for value in args)
+    return symbolic(*args) if sizes else own(*args, **options)
+
+
+def asked_by_checkpoint() -> bool:
+    """Whether `torch.utils.checkpoint` has just called a mode: in torch 2.7 it reads `grad_fn`, for itself."""
+    frame = sys._getframe(1)
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code.co_filename == checkpoint.__file__
+
+
+def refuse_valueless(program: torch.export.ExportedProgram) -> None:
+    """A constant without values, as `.data` makes one, which newer versions refuse. Raises `RuntimeError`."""
+    if any(isinstance(constant, FakeTensor) for constant in program.constants.values() if isinstance(constant, Tensor)):
+        raise RuntimeError("a tensor is made past the operators that can be followed")
