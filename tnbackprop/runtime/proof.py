@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..compiler.capture.export import Wrapped, batch_size, plain, takes_names
+from ..compiler.capture.printing import SILENT
 from ..compiler.capture.state import copied, resized
 from ..compiler.emit.naming import comment
 from ..compiler.translate.foreign import MISTAKES
@@ -73,7 +74,7 @@ def prove(program: Program, example: Batch, rules: Rules, whole: bool = False) -
     device = next((p.device for p in program.model.parameters()), torch.device("cpu"))
     first = every if whole else min(SAMPLES, every)
     reason = ""
-    with alone(), own_dtypes(device), torch.inference_mode(False):
+    with alone(), own_dtypes(device), torch.inference_mode(False), SILENT:
         for size in dict.fromkeys((first, every)):  # it may take the whole batch only
             proof = Proof(program, wrapped, resized(batch, size), size, rules, size == every)
             try:

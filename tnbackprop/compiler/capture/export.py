@@ -26,6 +26,7 @@ from .assertions import Answering
 from .exported import Exported, ExportError, OneSizeError, exported
 from .one_sample import least_batch
 from .outputs import as_tree
+from .printing import SILENT
 from .rehearse import SAMPLES, Seen, rehearse
 from .state import resized
 from .transformed import cannot, transformed
@@ -86,19 +87,24 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
     with alone(), own_dtypes(device), torch.inference_mode(False):
         wrapped = Wrapped(model, loss, takes_names(model, example[0]))
         seen = rehearse(wrapped, (x, y), batch, rules)
-        answering = Answering(seen.checks)
-        try:
-            with answering:
-                graph, found = _any_size(wrapped, (x, y), batch, rules, seen)
-        except (InputError, ExportError) as error:  # it ran without torch.export: what it writes to may be why
-            seen.refuse_writes(error)
-            if isinstance(error, ExportError):
-                seen.refuse_host(error)
-            raise
-        if first_broken(graph.conditions, SAMPLES) is not None:  # what was rehearsed is another branch
-            seen = rehearse(wrapped, (x, y), batch, rules, whole=True)
-        seen.check(graph)
-        return _with_least(replace(graph, unchecked=answering.lines), wrapped, found, (x, y))
+        with SILENT:
+            return _captured(wrapped, (x, y), batch, rules, seen)
+
+
+def _captured(wrapped: Wrapped, example: tuple[Any, Any], batch: int, rules: Rules, seen: Seen) -> Graph:
+    answering = Answering(seen.checks)
+    try:
+        with answering:
+            graph, found = _any_size(wrapped, example, batch, rules, seen)
+    except (InputError, ExportError) as error:  # it ran without torch.export: what it writes to may be why
+        seen.refuse_writes(error)
+        if isinstance(error, ExportError):
+            seen.refuse_host(error)
+        raise
+    if first_broken(graph.conditions, SAMPLES) is not None:  # what was rehearsed is another branch
+        seen = rehearse(wrapped, example, batch, rules, whole=True)
+    seen.check(graph)
+    return _with_least(replace(graph, unchecked=answering.lines), wrapped, found, example)
 
 
 def _check_model(model: nn.Module) -> None:

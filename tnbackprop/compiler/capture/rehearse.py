@@ -7,7 +7,7 @@ The model and the loss run once on copies of their tensors, on samples of the ex
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
@@ -42,6 +42,7 @@ from ..translate.torch_internals import (
 from ..translate.torch_versions import asked_by_checkpoint
 from .assertions import ASKS, READING, Place, place_of_check
 from .exported import ExportError
+from .printing import SILENT
 from .state import Copies, copied, resized
 
 SAMPLES = 2
@@ -302,7 +303,8 @@ def rehearse(wrapped: nn.Module, example: tuple[Any, Any], batch: int, rules: Ru
     failed: BaseException | None = None
     for size in (batch,) if whole else dict.fromkeys((SAMPLES, batch)):  # it may take the whole batch only
         try:
-            return _rehearsed(wrapped, resized(example, size), rules)
+            with SILENT if failed else nullcontext():
+                return _rehearsed(wrapped, resized(example, size), rules)
         except _Failed as error:
             failed = error.__cause__
     assert failed is not None

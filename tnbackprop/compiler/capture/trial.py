@@ -24,6 +24,7 @@ from ..translate.graph import Call, Graph, Value, needed
 from ..translate.opaque import named_tensors, signature_of
 from ..translate.torch_internals import UNWARNED, arguments_of
 from .export import plain
+from .printing import SILENT
 from .state import resized
 
 SAMPLES = 3
@@ -108,7 +109,8 @@ def run(call: Call, tensors: Mapping[str, Tensor]) -> Tensor:
     if call.by_rule:
         signature = signature_of(call.module) if call.module is not None else inspect.signature(call.target.function)
         bound = inspect.BoundArguments(signature, {name: filled[name] for name in signature.parameters})
-        output: Tensor = (call.module or call.target.function)(*bound.args, **bound.kwargs)
+        with SILENT:
+            output: Tensor = (call.module or call.target.function)(*bound.args, **bound.kwargs)
         return output
     names = {a.name: "input" if a.name == "self" else a.name for a in arguments_of(call.target)}
     args = [filled[names[a.name]] for a in arguments_of(call.target) if not a.kwarg_only]
