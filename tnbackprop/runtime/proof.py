@@ -19,6 +19,7 @@ from ..compiler.capture.printing import SILENT
 from ..compiler.capture.state import copied, resized
 from ..compiler.emit.naming import comment
 from ..compiler.translate.foreign import MISTAKES
+from ..compiler.translate.graph import NotGiven
 from ..compiler.translate.torch_internals import alone, version
 from ..compiler.translate.torch_modes import InFloat64, own_dtypes
 from ..errors import InputError, VerificationError
@@ -160,7 +161,7 @@ class Proof:
         """What is compared; what is not, and why; whether the model draws what the program does not."""
         reference = self._reference(wrapped, batch)
         reference.clipped = self.program.indefinite is Indefinite.CLIP
-        pairs = list(_values(reference.loss, reference.output, result))
+        pairs = list(_values(reference, result))
         if self._wrong(pairs) and _draws(reference):
             return [], {}, True
         try:
@@ -227,10 +228,13 @@ class Proof:
         )
 
 
-def _values(loss: Any, output: Any, result: Result) -> Iterator[Pair]:
-    """The loss and the outputs, as two pairs or more."""
-    for of, ours, theirs in (("the output", result.output, output), ("the loss", result.loss, loss)):
-        for got, want in zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=False):
+def _values(reference: Reference, result: Result) -> Iterator[Pair]:
+    """The loss and the outputs that the program gives, as two pairs or more."""
+    both = zip(pytree.tree_leaves(reference.output), pytree.tree_leaves(reference.graph.output), strict=False)
+    given = [want for want, leaf in both if not isinstance(leaf, NotGiven)]
+    for of, ours, theirs in (("the output", result.output, given), ("the loss", result.loss, reference.loss)):
+        found, wanted = ([leaf for leaf in pytree.tree_leaves(tree) if leaf is not None] for tree in (ours, theirs))
+        for got, want in zip(found, wanted, strict=False):
             if isinstance(got, Tensor) and isinstance(want, Tensor):
                 yield Pair(of, "", got, want.detach(), kind=OUTPUT)
 

@@ -63,6 +63,9 @@ FORWARDS: dict[str, Callable[..., Any]] = {
         torch.cat([m.a(x), m.b(x)]) * m.p.repeat_interleave(x.shape[0], 0)
     ).view(2, -1, 3).sum(0),
     "expand": lambda m, x: torch.cat([m.q.expand(x.shape[0], -1, -1), m.a(x)[:, None]], 1).sum(1),
+    "expand to two": lambda m, x: (
+        m.w(x).view(-1, 3) * m.p[:1].tanh().expand(2 * x.shape[0], 3)
+    ).gather(1, torch.tensor([[2, 0]]).expand(2 * x.shape[0], 2)).view(-1, 4)[:, :3],
     "repeated input": lambda m, x: m.a(x.repeat(3, 1)).view(3, x.shape[0], 3).tanh().mean(0),
     "repeated samples": lambda m, x: m.a(x.repeat_interleave(3, 0)).view(-1, 3, 3).tanh().mean(1),
     "chunk": lambda m, x: m.a(x.repeat(2, 1)).tanh().chunk(2)[0] * m.b(x),

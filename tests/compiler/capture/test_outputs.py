@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import tnbackprop as tn
+from tnbackprop.runtime.proof import prove
 
 from ...capturing import Function
 from ...oracle_second import diag_ggn
@@ -72,6 +74,32 @@ def test_only_what_the_loss_reads(pack: Callable[..., Any], take: Callable[..., 
     torch.testing.assert_close(take(result.output), plain(x).detach())
     for got, value in zip(result["diag_ggn"].values(), diag_ggn(plain, nn.MSELoss(), x, y).values(), strict=True):
         torch.testing.assert_close(got, value)
+
+
+class Sparse(OrderedDict[str, Any]):
+    """Without the entries that are None, as the outputs of transformers."""
+
+    def __init__(self, **entries: Any) -> None:
+        super().__init__({key: value for key, value in entries.items() if value is not None})
+
+
+pytree.register_pytree_node(
+    Sparse,
+    lambda sparse: (list(sparse.values()), tuple(sparse)),
+    lambda values, keys: Sparse(**dict(zip(keys, values, strict=True))),
+    serialized_type_name="tests.Sparse",
+    flatten_with_keys_fn=lambda sparse: ([(pytree.MappingKey(k), v) for k, v in sparse.items()], tuple(sparse)),
+)
+
+
+def test_outputs_that_drop_what_is_left() -> None:
+    """The others keep their places, and are compared with their own."""
+    model, (x, y) = Function(lambda m, x: Sparse(pairs=m.b(x) @ m.b(x).T, own=m.a(x)), **layers()).double(), batch()
+    loss = lambda out, y: (out["own"] - y).square().mean()  # noqa: E731
+    program = tn.compile(model, loss, (x, y), [tn.BatchGrad()])
+    result = program(x, y)
+    assert list(result.output) == ["own"] and torch.equal(result.output["own"], model.a(x))
+    assert "checked on 2 samples" in prove(program, (x, y), tn.RULES)
 
 
 def test_what_is_left_is_told() -> None:

@@ -20,7 +20,7 @@ from ..translate.canonical import alias_of, canonical, output_call
 from ..translate.complex import Complex
 from ..translate.copies import over_batch
 from ..translate.failure import line_of
-from ..translate.graph import Call, Graph, Value, depends_on, needed, values_in
+from ..translate.graph import Call, Graph, NotGiven, Value, depends_on, needed, values_in
 from ..translate.inplace import functional, owner
 from ..translate.inputs import enter
 from ..translate.mixing import check_mixing
@@ -357,7 +357,7 @@ class _Translator:
         return node
 
     def _result(self, place: int, node: Any) -> Any:
-        """The loss, at place 0, or a leaf of what the model returns; None for one that no program gives."""
+        """The loss, at place 0, or a leaf of what the model returns."""
         try:
             if isinstance(found := self._argument(node), Picked):
                 found.refuse(self._where(node))
@@ -367,7 +367,7 @@ class _Translator:
             if not place or self.wrapped.loss is None:
                 raise
             self.left.append(str(error).partition("\n")[0])
-            return None
+            return NotGiven.NOT_GIVEN
         return found
 
     def graph(self, example: tuple[Any, Any], batch: int) -> Graph:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 from typing import Any
 
@@ -125,6 +126,15 @@ def _items(name: str, argument: Any) -> list[tuple[str, Value | Call]]:
     return [(f"{name}{k}", each) for k, each in every if isinstance(each, Value | Call)]
 
 
+class NotGiven(Enum):
+    """A place among the outputs: a program gives None there. A class of outputs may drop what is None, and its place."""
+
+    NOT_GIVEN = "None"
+
+    def __str__(self) -> str:
+        return self.value
+
+
 @dataclass(frozen=True)
 class Graph:
     """A model with its loss, captured once, with a symbolic batch size.
@@ -139,7 +149,7 @@ class Graph:
     buffers: Mapping[str, str]  # value name -> dotted name
     constants: Mapping[str, torch.Tensor]  # lifted tensor constants
     inputs: tuple[str, ...]
-    output: Any  # pytree of value names, as the model returned it
+    output: Any  # pytree of value names, as the model returned it; NOT_GIVEN for what no program gives
     loss: str | None
     example_batch: int
     in_spec: Any = None  # torch.utils._pytree spec of (x, y)

@@ -27,10 +27,11 @@ class Same(Enum):
 
 
 class Copies(Enum):
-    """How copies of the batch stand in an axis."""
+    """How copies stand in an axis with the batch."""
 
     OUTER = "one batch after the other"
     INNER = "those of a sample side by side"
+    ONE = "they are all one, so that it may be any order: a sample's side by side"
 
 
 class Memory(Enum):
@@ -147,7 +148,7 @@ TABLE: Mapping[str, Operator] = {
     "squeeze": Operator(reshapes=True, canonical=s.with_axes_of_one),
     "squeeze.dims flatten.using_ints": Operator(reshapes=True, same=Same.SHAPE),
     "squeeze.dim unsqueeze unflatten.int ravel": Operator(reshapes=True),
-    "expand": Operator(canonical=s.as_expand, same=Same.SHAPE),
+    "expand": Operator(canonical=s.as_expand, same=Same.SHAPE, copies=Copies.ONE),
     "expand_as broadcast_to": Operator(canonical=s.as_expand),
     "swapaxes swapdims": Operator(canonical=s.as_transpose),
     # parts and copies
