@@ -7,8 +7,10 @@ from zlib import crc32
 import pytest
 import torch
 
-from tnbackprop import api
+from tnbackprop import api, compiler
 from tnbackprop.compiler.plan import processor
+
+from .captured import Captures
 
 torch.manual_seed(0)  # what modules draw when they are imported
 
@@ -39,3 +41,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def proved(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not request.config.getoption("--prove") and request.path.stem not in PROVED:
         monkeypatch.setattr(api, "prove", lambda *_: "not checked: the test does that")
+
+
+DOWNSTREAM = ("derive", "emit", "linalg", "lower", "plan", "program", "quantities", "rules")
+"""Rooms of what comes after the capture, and changes nothing of it."""
+CAPTURES = Captures(compiler.capture)
+
+
+@pytest.fixture(autouse=True)
+def captured_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases are tables: most models are compiled by many tests."""
+    if request.path.parent.name in DOWNSTREAM:
+        monkeypatch.setattr(compiler, "capture", CAPTURES)

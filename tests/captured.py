@@ -1,0 +1,61 @@
+"""Capturing is a pure function: what is compiled again, unchanged to the last bit, need not be captured again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from tnbackprop.compiler.translate.graph import Graph
+from tnbackprop.rules import RULES
+from tnbackprop.runtime.fingerprint import Fingerprint, fingerprint
+
+Capture = Callable[[nn.Module, Any, Any, Any], Graph]
+KEPT = 512
+
+
+class Captures:
+    """The latest graphs, by what they were captured from.
+
+    hits  how often one was there
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture, self.hits = capture, 0
+        self._kept: OrderedDict[object, list[tuple[Fingerprint, Graph]]] = OrderedDict()
+
+    def __call__(self, model: nn.Module, loss: Any, example: Any, rules: Any) -> Graph:
+        built_in = all(RULES.get(target) is rule for target, rule in rules.items())
+        own = fingerprint(model, loss) if built_in and isinstance(model, nn.Module) else None
+        if own is None:
+            return self.capture(model, loss, example, rules)
+        kept = self._kept.setdefault(values := _values(model, example), [])
+        self._kept.move_to_end(values)
+        for other, graph in kept:
+            if other.matches(own):
+                self.hits += 1
+                return graph
+        graph = self.capture(model, loss, example, rules)
+        if all(call.module is None for call in graph.calls):
+            kept.append((own, graph))
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return graph
+
+
+def _values(model: nn.Module, example: Any) -> object:
+    """Everything that has numbers, to the last bit."""
+    leaves, spec = pytree.tree_flatten(example)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), **dict(enumerate(leaves))}
+    return str(spec), *((name, _written(value)) for name, value in tensors.items())
+
+
+def _written(value: Any) -> object:
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    numbers = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return value.dtype, tuple(value.shape), value.stride(), value.requires_grad, numbers
