@@ -329,7 +329,7 @@ def test_no_factors_is_the_diagonal(name: str, kind: str) -> None:
         assert error(K.inverse(0.1) @ v, v / (want.reshape(K.shape) + 0.1)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", [name for name in UNLIKE_USES if name != "lerp"])
+@pytest.mark.parametrize("name", UNLIKE_USES)
 def test_verified(name: str) -> None:
     """By the definitions of `tn.verify`, which are made of single lines, in a program with every kind of factors."""
     problem = next(case for case in CASES if case.name == name).build()

@@ -49,8 +49,8 @@ def _other_sharing(patch: Patch) -> None:
 
 def _twice_each_factor(patch: Patch) -> None:
     """As where a size is forgotten."""
-    right = approximate._Rules._of_use
-    patch.setattr(approximate._Rules, "_of_use", lambda *args: right(*args) * 2)
+    right = approximate._Rules._paired
+    patch.setattr(approximate._Rules, "_paired", lambda *args: right(*args) * 2)
 
 
 def _twice(kind: type[tn.Quantity]) -> Callable[[Patch], None]:

@@ -199,3 +199,22 @@ def test_the_oracle_against_the_other_one(name: str) -> None:
         assert list(got) == list(want)
         for key, value in want.items():
             torch.testing.assert_close(got[key], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("curved", [False, True])
+def test_operators_that_vmap_differentiates_wrongly(curved: bool) -> None:
+    """`cdist` and `solve`: torch.func.jacrev over all rows at once gives other numbers, and none of ours are wrong."""
+
+    class Near(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.p = nn.Linear(3, 3), nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, input: Tensor) -> Tensor:
+            h, p = self.a(input), self.p.exp() if curved else self.p
+            solved = torch.linalg.solve(p + 5 * torch.eye(3), h[..., None])[..., 0]
+            return torch.cdist(h[:, None], p[None])[:, 0] + solved
+
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    report = tn.verify(Near(), x, y, loss=nn.MSELoss(), quantities=[tn.KFLR(), tn.DiagGGN(), tn.BatchL2()])
+    assert report.ok and {"kflr", "diag_ggn"} <= {row.what for row in report.rows}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import sympy
 
 from ..diagram.algebra import Uses
-from ..diagram.core import BATCH, COLUMN, Leg, Operand, Product, operand_tensors
+from ..diagram.core import BATCH, COLUMN, Leg, Map, Operand, Product, Tensor, operand_tensors
 from ..diagram.jacobian import Unit
 
 Legs = tuple[Leg, ...]
@@ -26,6 +28,12 @@ class Component:
     def separate(self) -> bool:
         """Whether it has an axis of the parameter."""
         return bool(self.own or self.units)
+
+    @property
+    def constant(self) -> bool:
+        """Whether it is the same for every sample, made of parameters."""
+        values = all(isinstance(op, Tensor | Map) for op in self.operands)
+        return not self.loss and values and BATCH not in legs_of(self.operands)
 
 
 @dataclass(frozen=True)
@@ -73,20 +81,75 @@ class Separation:
         """What uses must have in common for their factors to add up."""
         return self.blocks, tuple((c.own, c.loss) for c in self.components)
 
+    def differing(self, other: Separation) -> list[int] | None:
+        """Which components differ from those of the other; None where nothing but those is compared."""
+        one, two = ((*each.structure, frozenset(each.cut), frozenset(each.positions)) for each in (self, other))
+        if one != two:
+            return None
+        pairs = zip(self.components, other.components, strict=True)
+        return [k for k, (c, d) in enumerate(pairs) if Counter(c.operands) != Counter(d.operands)]
+
+
+@dataclass(frozen=True)
+class Use:
+    """Products of Jᵀ S that are one use of the parameter: they differ in one component, whose sum is meant."""
+
+    terms: tuple[Separation, ...]
+    varying: int = 0
+
+    @property
+    def first(self) -> Separation:
+        return self.terms[0]
+
+    def pairs(self, k: int) -> list[tuple[Separation, Separation, sympy.Expr]]:
+        """The terms whose component k is multiplied, with their scales relative to that of the component with the loss.
+
+        That has its own scale twice.
+        """
+        loss = self.first.components[k].loss
+        if k != self.varying:
+            return [(self.first, self.first, self.first.scale**2 if loss else sympy.Integer(1))]
+        unit = sympy.Integer(1) if loss else self.first.scale**2
+        return [(one, other, one.scale * other.scale / unit) for one in self.terms for other in self.terms]
+
+    def halves(self, k: int) -> list[tuple[Separation, sympy.Expr]]:
+        """The same for one copy of a component without the cotangent."""
+        each = self.terms if k == self.varying else self.terms[:1]
+        return [(one, one.scale / self.first.scale) for one in each]
+
+
+def uses_of(products: Sequence[Product], parameter: Parameter) -> tuple[Use, ...]:
+    """The products of Jᵀ S by use: what has the same cotangent is one, where that keeps its components apart."""
+    groups: dict[Legs | tuple[Operand, ...], list[Product]] = {}
+    for product in products:
+        groups.setdefault(tuple(filter(parameter.is_cotangent, product.operands)), []).append(product)
+    return tuple(use for group in groups.values() for use in _one_use(group, parameter))
+
+
+def _one_use(products: Sequence[Product], parameter: Parameter) -> list[Use]:
+    """Values of parameters are with the cotangent where all that is multiplied is: nothing is left to separate."""
+    apart = [separate(product, parameter) for product in products]
+    constant = all(c.constant or c.loss for each in apart for c in each.components)
+    terms = [separate(product, parameter, constant) for product in products] if constant else apart
+    found = [terms[0].differing(term) for term in terms]
+    if any(differ is None for differ in found) or len({k for differ in found for k in differ or ()}) > 1:
+        return [Use((term,)) for term in terms]
+    return [Use(tuple(terms), next((k for differ in found for k in differ or ()), 0))]
+
 
 def parameter_of(J: Uses, names: frozenset[str]) -> Parameter:
     return Parameter(J.legs, J.jacobians[0].units if len({j.units for j in J.jacobians}) == 1 else (), names)
 
 
-def separate(product: Product, parameter: Parameter) -> Separation:
-    """The components of one product of Jᵀ S."""
+def separate(product: Product, parameter: Parameter, together: bool = False) -> Separation:
+    """The components of one product of Jᵀ S; `together`: what is constant is with the cotangent."""
     seeds = [op for op in product.operands if parameter.is_cotangent(op)]
     free = {leg for leg in product.legs if leg in parameter.legs or leg == BATCH or leg.name == COLUMN}
     summed = [leg for op in seeds for leg in op.legs if leg not in free]
     others = legs_of(tuple(op for op in product.operands if op not in seeds))
     candidates = [leg for leg in dict.fromkeys(summed) if leg in others]
-    cut = _minimal_cut(product, parameter, candidates)
-    components = _components(product, parameter, cut)
+    cut = () if together else _minimal_cut(product, parameter, candidates)
+    components = [parameter.of(product.operands)] if together else _components(product, parameter, cut)
     alone = [leg for leg in dict.fromkeys(summed) if leg not in candidates]
     blocks = tuple(leg for leg in parameter.legs if sum(leg in legs_of(c.operands) for c in components) > 1)
     owned = [replace(c, own=tuple(leg for leg in c.own if leg not in blocks)) for c in components]

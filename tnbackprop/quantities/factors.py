@@ -3,7 +3,8 @@
 The GGN block is (JᵀS)(JᵀS)ᵀ. Its legs n (and v) and the positions over which JᵀS is summed are cut; the parameter's
 legs then fall into components. *Expand* ties the positions of the two copies of a component, *reduce* sums each copy
 over them first (Eschenhagen et al. 2023, arXiv:2311.00636). Every cut leg contributes 1/size once, to each component
-but the one with the cotangent, which carries all scale of the loss.
+but the one with the cotangent, which carries all scale of the loss. Terms of one use, w·x + w·sin x, are one: the sum
+of what they have in a component is separated. What is the same for every sample is not: it is with the cotangent.
 
 A component M that is too large is cut further into its axes, all but one of them tied in each factor:
 
@@ -29,7 +30,7 @@ from ..diagram.core import BATCH, COLUMN, Diagram, Leg, Operand, Product, Tensor
 from ..diagram.jacobian import Jacobian
 from ..diagram.simplify import simplify
 from ..errors import UnsupportedError
-from .components import Legs, Parameter, Separation, legs_of, parameter_of, separate
+from .components import Legs, Parameter, Separation, Use, legs_of, parameter_of, uses_of
 
 LARGEST = 4096
 """Rows of the largest dense factor, unless a quantity says otherwise."""
@@ -93,26 +94,33 @@ class _Rules:
     scale: sympy.Expr
     largest: int
     axes: tuple[Legs, ...]
-    each: tuple[Separation, ...]  # of every product of the gradient; all of one structure
+    uses: tuple[Use, ...]  # all of one structure
+
+    @property
+    def each(self) -> list[Separation]:
+        """One of every use."""
+        return [use.first for use in self.uses]
 
     def factor(self, k: int, own: Legs, dense: bool = True) -> Diagram:
         """Two copies of component k with all but `own` tied: [blocks, own, own'], or its diagonal [blocks, own]."""
         loss = self.each[0].components[k].loss
-        total = _total([self._of_use(use, k, own, dense) for use in self.each])
-        return simplify(total * self.scale if loss else total / len(self.each))
+        pairs = [pair for use in self.uses for pair in use.pairs(k)]
+        total = _total([self._paired(one, other, k, own, dense) * scale for one, other, scale in pairs])
+        return simplify(total * self.scale if loss else total / len(self.uses))
 
-    def _of_use(self, use: Separation, k: int, own: Legs, dense: bool) -> Diagram:
-        component, expand = use.components[k], self.sharing is Sharing.EXPAND
-        every = legs_of(component.operands)
+    def _paired(self, use: Separation, other: Separation, k: int, own: Legs, dense: bool) -> Diagram:
+        """A component of one term with that of another one."""
+        component, second, expand = use.components[k], other.components[k], self.sharing is Sharing.EXPAND
+        every = legs_of((*component.operands, *second.operands))
         tied = {BATCH, *use.blocks, *(use.positions if expand else ()), *(leg for leg in every if leg.name == COLUMN)}
         tied |= set(component.own) - (set(own) if dense else set())
         copy = {leg: Leg(f"{leg.name}_copy", leg.size) for leg in every if leg not in tied}
         legs = (*(leg for leg in use.blocks if leg in every), *own, *((copy[leg] for leg in own) if dense else ()))
         averaged = self.cotangents.names if self.cotangents.averaged else frozenset()
-        twin = tuple(op.rename(copy) for op in component.operands)
+        twin = tuple(op.rename(copy) for op in second.operands)
         samples = BATCH.size if BATCH in every else sympy.Integer(1)
         uses = sympy.Mul(*(leg.size for leg in use.cut if leg in every)) ** (1 if expand else 2)
-        scale: sympy.Expr = use.scale**2 if component.loss else 1 / (samples * uses)
+        scale = sympy.Integer(1) if component.loss else 1 / (samples * uses)
         found: Diagram = _paired(component.operands, twin, legs, averaged) * scale
         return found
 
@@ -121,12 +129,12 @@ class _Rules:
         if self.each[0].components[k].loss:
             return None
         halves = []
-        for use in self.each:
-            component = use.components[k]
-            half = Diagram((*use.blocks, *component.own), (Product(sympy.Integer(1), component.operands),))
+        for term, scale in (half for use in self.uses for half in use.halves(k)):
+            component = term.components[k]
+            half = Diagram((*term.blocks, *component.own), (Product(scale, component.operands),))
             every = legs_of(component.operands)
-            halves.append(half / sympy.Mul(*(leg.size for leg in (BATCH, *use.cut) if leg in every)))
-        return simplify(_total(halves) / len(halves))
+            halves.append(half / sympy.Mul(*(leg.size for leg in (BATCH, *term.cut) if leg in every)))
+        return simplify(_total(halves) / len(self.uses))
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,8 @@ def kronecker(
     if not gradient.products:
         return _only_diagonal(J, Diagram(J.legs, ()), "the parameter has no use: zero", sharing)
     parameter = parameter_of(J, g.names)
-    each = tuple(separate(product, parameter) for product in gradient.products)
+    uses = uses_of(gradient.products, parameter)
+    each = tuple(use.first for use in uses)
     why, remedy = _inseparable(each, len(J.jacobians), sharing)
     if why and strict:
         raise UnsupportedError(f"{why}: {gradient}\n  {remedy}")
@@ -172,7 +181,7 @@ def kronecker(
         text = f"no Kronecker factors: {why}"
         assumption = f"the diagonal of the block, nothing of {dropped}: {text}"
         return _only_diagonal(J, simplify(found * scale), assumption, sharing, text)
-    rules = _Rules(g, sharing, scale, largest, J.axes or tuple((leg,) for leg in J.legs), each)
+    rules = _Rules(g, sharing, scale, largest, J.axes or tuple((leg,) for leg in J.legs), uses)
     built = [one for k in range(len(each[0].components)) for one in _of_component(rules, k, parameter, means)]
     built.sort(key=lambda one: one.place)
     leads = {one.component: k for k, one in enumerate(built) if not one.relative}
