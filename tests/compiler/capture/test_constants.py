@@ -68,6 +68,10 @@ FORWARDS: dict[str, Callable[..., Any]] = {
     ).gather(1, torch.tensor([[2, 0]]).expand(2 * x.shape[0], 2)).view(-1, 4)[:, :3],
     "repeated input": lambda m, x: m.a(x.repeat(3, 1)).view(3, x.shape[0], 3).tanh().mean(0),
     "repeated samples": lambda m, x: m.a(x.repeat_interleave(3, 0)).view(-1, 3, 3).tanh().mean(1),
+    "repeated positions": lambda m, x: m.a(
+        m.w(x).view(-1, 3).repeat_interleave(2, 0)
+    ).tanh().view(-1, 2, 2, 3).sum((1, 2)),
+    "positions in a row": lambda m, x: m.a(m.w(x).view(-1, 3).repeat(2, 1)).tanh().view(2, -1, 2, 3).sum((0, 2)),
     "chunk": lambda m, x: m.a(x.repeat(2, 1)).tanh().chunk(2)[0] * m.b(x),
     "split and cat": lambda m, x: torch.cat(torch.cat(m.w(x).split(3, 1)).tanh().split(x.shape[0]), 1)[:, 1:4],
     "attention, empty": attention(empty),

@@ -30,9 +30,18 @@ def other(m: nn.Module, x: Tensor) -> Tensor:
     return m.k(m.l(x).to(torch.zeros(1, dtype=SINGLE)).tanh().type_as(x))
 
 
+def written(m: nn.Module, x: Tensor) -> Tensor:
+    """Into a tensor of another dtype, and one column into two."""
+    h = torch.zeros(x.shape[0], 4, dtype=x.dtype)
+    h[:, 0] = m.l(x).float()[:, 1].tanh()
+    h[:, 1:3] = m.l(x)[:, :1]
+    return m.k(h)
+
+
 CASES = [
     tried("float", lambda m, x: m.k(m.l(x).float().tanh().double())),
     tried("to a tensor", other),
+    tried("written", written),
     tried("softmax", lambda m, x: m.k(F.softmax(m.l(x), -1, dtype=SINGLE).to(x.dtype))),
     tried("log_softmax", lambda m, x: m.k(F.log_softmax(m.l(x), -1, dtype=SINGLE).to(x.dtype))),
     tried("sum", lambda m, x: m.l(x) * m.l(x).sum(1, keepdim=True, dtype=SINGLE), bound=1e-4),

@@ -38,6 +38,15 @@ class Casts:
 
         return {name: cast(value, name) for name, value in arguments.items()}
 
+    def copied(
+        self, target: Any, arguments: dict[str, Any], dtype: torch.dtype, append: Callable[..., Value]
+    ) -> dict[str, Any]:
+        """The arguments of a copy into a tensor of `dtype`. The cast is made anew: it may be under no_grad."""
+        source = arguments.get("src")
+        if target is not torch.ops.aten.copy.default or not isinstance(source, Value) or source.dtype == dtype:
+            return arguments
+        return {**arguments, "src": append(*cast_to(source, dtype), source.shape, dtype, f"{source.name}_cast")}
+
     def _cast(self, value: Value, dtype: torch.dtype, append: Callable[..., Value]) -> Value:
         if value.dtype == dtype:
             return value

@@ -182,13 +182,14 @@ class _Translator:
         **facts: Any,
     ) -> Value:
         where, given = self._where(node), target
+        append = partial(self._append, node)
+        arguments = self.casts.copied(target, arguments, dtype, append)
         target, arguments = canonical(target, arguments, shape)
         facts = facts if target is given else {}
         arguments = {key: self._reordered(value, arguments) for key, value in arguments.items()}
         same = alias_of(target, arguments, shape, dtype)
         if same is not None and (same.depends_on == frozenset() or not self.no_grad):
             return same
-        append = partial(self._append, node)
         if not self.no_grad:
             arguments = self.casts.in_one_dtype(target, arguments, dtype, append)
         target, arguments = over_batch(target, arguments, shape, partial(append, dtype=dtype))

@@ -32,6 +32,15 @@ def over_batch(target: Any, arguments: dict[str, Any], shape: Shape, append: App
         stacked = (*shape[:along], len(tensors), *tensors[0].shape[along:])
         source = append(aten.stack.default, {"tensors": tensors, "dim": along}, stacked)
         return aten.reshape.default, {"input": source, "shape": shape}
+    beside = beside_batch(target, arguments)
+    if beside is not None:
+        place, count = beside
+        source = arguments["input"]
+        split = (*source.shape[:place], 1, *source.shape[place:])
+        wide = (*split[:place], count, *split[place + 1 :])
+        source = append(aten.reshape.default, {"input": source, "shape": split}, split)
+        source = append(aten.expand.default, {"input": source, "size": wide, "implicit": False}, wide)
+        return aten.reshape.default, {"input": source, "shape": shape}
     spread = spread_over_batch(target, arguments)
     if spread is None:
         return target, arguments
@@ -56,6 +65,24 @@ def copy_of_batch(target: Any, arguments: dict[str, Any], shape: tuple[Size, ...
     if source.axes[dim][1:] != (N,) or shape[dim] != N or not place.is_Integer or arguments["step"] != 1:
         return None
     return dim, int(place)
+
+
+def beside_batch(target: Any, arguments: dict[str, Any]) -> tuple[int, int] | None:
+    """Where a call copies an axis with the batch and other indices: the place of an axis for the copies, how many."""
+    source = arguments.get("input")
+    if not isinstance(source, Value):
+        return None
+    batch = batch_axis(source)
+    if batch is None or len(source.axes[batch]) == 1:
+        return None
+    if target is aten.repeat_interleave.self_int and arguments["dim"] is not None:
+        dim, count = arguments["dim"] % len(source.shape), arguments["repeats"]
+        return (dim + 1, count) if dim == batch and isinstance(count, int) else None
+    if target is not aten.repeat.default or len(arguments["repeats"]) != len(source.shape):
+        return None
+    count = arguments["repeats"][batch]
+    others = any(size != 1 for k, size in enumerate(arguments["repeats"]) if k != batch)
+    return (batch, count) if isinstance(count, int) and not others else None
 
 
 def spread_over_batch(target: Any, arguments: dict[str, Any]) -> tuple[tuple[Size, ...], int, tuple[Size, ...]] | None:

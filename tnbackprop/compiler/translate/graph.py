@@ -127,7 +127,7 @@ def _items(name: str, argument: Any) -> list[tuple[str, Value | Call]]:
 
 
 class NotGiven(Enum):
-    """A place among the outputs: a program gives None there. A class of outputs may drop what is None, and its place."""
+    """A place among the outputs where a program gives None, which a class of outputs may drop with its place."""
 
     NOT_GIVEN = "None"
 

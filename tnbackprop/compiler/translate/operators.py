@@ -137,7 +137,7 @@ TABLE: Mapping[str, Operator] = {
     "clone contiguous lift_fresh_copy positive": Operator(same=Same.ALWAYS),
     "to.dtype": Operator(same=Same.CAST),
     "to.dtype_layout to.device to.other _to_copy type_as": Operator(same=Same.CAST, canonical=s.as_cast),
-    "copy": Operator(same=Same.SHAPE, given="src"),
+    "copy": Operator(canonical=s.copied_as_expand, same=Same.SHAPE, given="src"),
     "dropout feature_dropout alpha_dropout": Operator(memory=Memory.EITHER),
     "native_dropout": Operator(canonical=s.as_dropout),
     # in another shape

@@ -30,6 +30,11 @@ def as_expand(arguments: Arguments, shape: Shape) -> Spelling:
     return _expanded(arguments["input"], shape)
 
 
+def copied_as_expand(arguments: Arguments, shape: Shape) -> Spelling:
+    """Of a source that has been cast."""
+    return _expanded(arguments["src"], shape)
+
+
 def filled_as_expand(arguments: Arguments, shape: Shape) -> Spelling:
     return _expanded(arguments["value"], shape)
 
