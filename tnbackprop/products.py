@@ -24,8 +24,8 @@ from torch.utils import _pytree as pytree
 
 from .api import Loss, compile
 from .compiler.capture.export import batch_size, model_arguments, plain, takes_names
-from .compiler.translate.torch_internals import UNWARNED
 from .compiler.translate.torch_modes import Random, check_constant, own_dtypes, twice_differentiable
+from .compiler.translate.torch_quiet import UNWARNED
 from .errors import InputError, UnsupportedError, check_member
 from .quantities import BatchGrad, Fisher, Quantity, Scale, SqrtGGNMC
 from .runtime.fingerprint import fingerprint

@@ -201,7 +201,7 @@ def fixed_length(x: Tensor) -> int:
 
 
 def len_of_batch() -> nn.Module:
-    """len(x) where x.shape[0] is meant: a number for torch.export."""
+    """len(x) where x.shape[0] is meant."""
 
     def forward(m: Net, x: Tensor) -> Tensor:
         return m.out(torch.cat([m.token.expand(fixed_length(x), -1, -1), x], 1).mean(1))

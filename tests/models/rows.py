@@ -17,7 +17,6 @@ ZOO = tuple(row for rows in FAMILIES.values() for row in rows)
 REFUSED = {
     "gradient reversal": r"autograd.Function 'Reversal' .* has a backward of its own",
     "binarised, straight-through": r"autograd.Function 'Sign' .* has a backward of its own",
-    "len(x)": r"Use x.shape\[0\] or -1 for the batch axis, not len\(x\)",
 }
 """Models that do not compile at all, and what the refusal says."""
 

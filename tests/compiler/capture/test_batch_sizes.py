@@ -83,8 +83,41 @@ def test_compute_for_each_branch() -> None:
         torch.testing.assert_close(tuple(tn.compute(model, LOSS, (x, y), [tn.Grad()])["grad"].values()), want)
 
 
+PARTS: list[Callable[..., Any]] = [
+    lambda m, x: torch.cat([m.a(part) for part in x.split(2)]),
+    lambda m, x: torch.cat([m.a(part) for part in x.chunk(2)]),
+    lambda m, x: torch.cat([m.a(x[:2]), m.b(x[2:])]),
+]
+
+
+@pytest.mark.parametrize("forward", PARTS)
+def test_parts_of_the_batch(forward: Callable[..., Any]) -> None:
+    """How many there are depends on the batch size: one sentence says so, and what to do."""
+    said = r"cuts the batch: a part of it has .*N.* of the N samples.*whole batch.*memory_limit"
+    with pytest.raises(UnsupportedError, match=f"(?s){said}"):
+        compiled(Function(forward, **layers()), 6)
+
+
+def test_one_part_is_the_batch() -> None:
+    model = Function(lambda m, x: torch.cat([m.a(part) for part in x.split(64)]), **layers())
+    program, (x, y) = compiled(model), batch(7)
+    want = torch.autograd.grad(LOSS(model(x), y), [*model.a.parameters()])
+    torch.testing.assert_close([*program(x, y)["grad"].values()][:2], [*want])
+    with pytest.raises(InputError, match="the program is for"):
+        compiled(model)(*batch(65))
+
+
+@pytest.mark.parametrize("size", [1, 2, 9])
+def test_len(size: int) -> None:
+    """Of a tensor it is a size, of what it is wherever it is called."""
+    model = Function(lambda m, x: m.a(x).reshape(len(x), 3) / len(x) * len([x, x]), a=nn.Linear(3, 3))
+    program, (x, y) = compiled(model, 6, loss=lambda f, y: (f - y).square().sum() / len(f)), batch(size)
+    want = torch.autograd.grad((model(x) - y).square().sum() / size, list(model.parameters()))
+    torch.testing.assert_close(tuple(program(x, y)["grad"].values()), want)
+
+
 SPECIAL: list[tuple[Callable[..., Any], str]] = [
-    (lambda m, x: m.a(x) / len(x), "line .* len"),
+    (lambda m, x: sum(m.a(x[n]) for n in range(len(x))), "line .* range"),
     (lambda m, x: m.a(x) if x.shape[0] == 5 else x, r"line .* x\.shape"),
     (lambda m, x: sum(m.a(row) for row in x), "line .* sum"),
     (lambda m, x: m.a(x).view(5, -1), "one batch size"),

@@ -37,7 +37,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "text": (lambda m, x: m.a(x) * len(f"{x.mean():.2f}"), "a formatted text in the model.*" + LINE),
     "copy": (lambda m, x: m.a(x) * copy.deepcopy(x), "a deep copy in the model.*" + LINE),
     "equal": (lambda m, x: m.a(x) * (2 if torch.equal(x, x) else 1), "torch.equal in the model.*" + LINE),
-    "unique": (lambda m, x: m.a(x) * len(x.unique()), "depends on the data.*" + LINE),
+    "unique": (lambda m, x: m.a(x) * len(x.unique()), "reads a number from a tensor's values.*\n  Use torch.where"),
     "rows": (lambda m, x: sum(m.a(row) for row in x), "one batch size.*" + LINE),
     "random": (lambda m, x: m.a(x) * random.random(), "random numbers that are not torch's"),
     "packed": (packed, "packed sequences in the model.*" + LINE + ".*padded tensor"),

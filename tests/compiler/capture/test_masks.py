@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tnbackprop as tn
@@ -95,6 +96,65 @@ def test_losses_of_what_is_picked(loss: Callable[[Tensor, Tensor], Tensor]) -> N
     torch.testing.assert_close(tuple(result.values()), want)
 
 
+def classes(*shape: int) -> tuple[Tensor, Tensor]:
+    """x [*shape, 3], and classes of which some are none."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(*shape, 3, generator=generator).double(), torch.randint(-1, 3, shape, generator=generator)
+
+
+WEIGHT = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+
+
+def picked(loss: Callable[..., Any], **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss of what one mask picks, as people write it for nodes, tokens and labels that are not there."""
+
+    def masked(f: Tensor, y: Tensor) -> Tensor:
+        mask = y >= 0
+        return loss(f[mask], y[mask], **options)  # type: ignore[no-any-return]
+
+    return masked
+
+
+def twice_masked(f: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(f[y >= 0], y[y >= 0])
+
+
+def entries(f: Tensor, y: Tensor) -> Tensor:
+    mask = (y >= 0)[..., None].expand(f.shape)
+    return F.mse_loss(f[mask], y[..., None].expand(f.shape).to(f)[mask])
+
+
+TARGETS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] = {
+    "nodes": (picked(F.cross_entropy), (6,)),
+    "two masks": (twice_masked, (6,)),
+    "tokens": (picked(F.cross_entropy), (6, 4)),
+    "sum": (picked(F.cross_entropy, reduction="sum"), (6, 4)),
+    "each": (lambda f, y: picked(F.cross_entropy, reduction="none")(f, y).mean(), (6, 4)),
+    "weight": (picked(F.cross_entropy, weight=WEIGHT), (6,)),
+    "ignored": (picked(F.cross_entropy, ignore_index=1), (6,)),
+    "smooth": (picked(F.cross_entropy, label_smoothing=0.1), (6, 4)),
+    "squares": (entries, (6,)),
+    "huber": (picked(lambda u, v: F.huber_loss(u[:, 0], v.to(u))), (6,)),
+    "binary": (picked(lambda u, v: F.binary_cross_entropy_with_logits(u[:, 0], v.clamp(max=1).to(u))), (6,)),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_losses_of_outputs_and_targets(name: str) -> None:
+    """The gradient of two batches, and the diagonal of the GGN by the loss's own Hessian."""
+    loss, shape = TARGETS[name]
+    model, (x, y) = Function(lambda m, x: m.b(m.a(x).tanh()), **layers()).double(), classes(*shape)
+    program = tn.compile(model, loss, (x, y), [tn.Grad(), tn.DiagGGN()])
+    for rows in (slice(None), slice(1, 5)):
+        want = torch.autograd.grad(loss(model(x[rows]), y[rows]), list(model.parameters()))
+        torch.testing.assert_close(tuple(program(x[rows], y[rows])["grad"].values()), want)
+    hessian = torch.autograd.functional.hessian(lambda f: loss(f, y), model(x)).reshape(2 * [x.numel()])
+    for p, value in zip(model.parameters(), program(x, y)["diag_ggn"].values(), strict=True):
+        rows_of = [torch.autograd.grad(each, p, retain_graph=True)[0].flatten() for each in model(x).flatten()]
+        J = torch.stack(rows_of)
+        torch.testing.assert_close(value.flatten(), (J.T @ hessian @ J).diagonal())
+
+
 REFUSED: list[tuple[str, str]] = [
     ("h = h * h[h > 0].median()", "as many entries as the boolean mask gt"),
     ("h = h * torch.cat([h[h > 0], h[h > 0]]).sum()", "as many entries as the boolean mask gt"),
@@ -108,6 +168,15 @@ REFUSED: list[tuple[str, str]] = [
     ("h = h * h[h > 0].shape[0]", r"depends? on the data.*\n  .*test_masks\.py, line \d+"),
     ("h = h * h[h > 0].sum()", "mixes samples"),
 ]
+WITH_TARGETS: list[tuple[Callable[[Tensor, Tensor], Tensor], str]] = [
+    (lambda f, y: F.mse_loss(f[y > 0], y[y > 0]), r"one mask for all that it picks \(mask = y > 0; f\[mask\]"),
+    (lambda f, y: F.mse_loss(*(h[y > 0].cumsum(0) for h in (f, y))), "as many entries as the boolean mask"),
+]
+
+
+@pytest.mark.parametrize("loss,message", WITH_TARGETS)
+def test_refused_losses(loss: Callable[[Tensor, Tensor], Tensor], message: str) -> None:
+    refused(Function(lambda m, x: m.a(x), **layers()), message, loss=loss)
 
 
 @pytest.mark.parametrize("code,message", REFUSED)

@@ -20,13 +20,14 @@ from torch.overrides import TorchFunctionMode
 
 import tnbackprop as tn
 from tnbackprop.compiler.translate import torch_internals as internals
+from tnbackprop.compiler.translate import torch_quiet as quiet
 from tnbackprop.compiler.translate.torch_modes import InFloat64
 
 from ... import oracle
 from ...capturing import Function
 
 aten = torch.ops.aten
-PLACES = ("torch_internals", "torch_versions")
+PLACES = ("torch_internals", "torch_quiet", "torch_versions")
 FILES = [path for path in Path(tn.__file__).parent.rglob("*.py") if path.stem not in PLACES]
 PRIVATE = re.compile(
     r"torch\._[a-zA-Z]|torch\.fx\.experimental|torch\.nn\.utils\.stateless|_op_dk|py_kernels|_dispatch_cache|_destroy\("
@@ -228,10 +229,13 @@ def test_python_nodes() -> None:
 
 @pytest.mark.parametrize(
     "message,forward",
-    [("data-dependent", lambda m, x: x if x.sum() > 0 else -x), ("Constraints", lambda m, x: x if len(x) > 3 else -x)],
+    [
+        ("data-dependent", lambda m, x: x if x.sum() > 0 else -x),
+        ("Constraints", lambda m, x: x if x.shape[0] > 3 else -x),
+    ],
 )
 def test_what_export_refuses(message: str, forward: Callable[..., Any]) -> None:
-    with pytest.raises(internals.export_refusals(), match=message), internals.Quiet():
+    with pytest.raises(internals.export_refusals(), match=message), quiet.Quiet():
         exported(Function(forward), torch.randn(4, 3))
 
 
@@ -246,6 +250,31 @@ def test_guards_of_sizes() -> None:
         )
     (symbol,) = program.range_constraints
     assert told == [symbol < 9]
+
+
+def test_dual_tensors_are_seen() -> None:
+    called = []
+
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Seen(), torch.autograd.forward_ad.dual_level():
+        torch.autograd.forward_ad.make_dual(torch.ones(2), torch.ones(2))
+    assert internals.makes_dual in called
+
+
+def test_sizes_in_data() -> None:
+    """Those that a mask decides; not that of a batch, and no number."""
+    asked = []
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        asked.extend(internals.is_in_data(size) for size in (x[x > 0].shape[0], x.shape[0], x.shape[1]))
+        return m.a(x)  # type: ignore[no-any-return]
+
+    exported(Function(forward, a=nn.Linear(3, 2)), torch.ones(4, 3))
+    assert asked == [True, False, False]
 
 
 def test_weight_norm_is_what_torch_calls() -> None:
@@ -264,12 +293,12 @@ def test_weight_norm_is_what_torch_calls() -> None:
 
 def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     """What is printed to stderr comes afterwards; loggers are as before."""
-    logger, guards = (logging.getLogger(name) for name in (internals._EXAMPLE, internals._GUARDS))
+    logger, guards = (logging.getLogger(name) for name in (quiet._EXAMPLE, quiet._GUARDS))
     before = logger.disabled, list(guards.filters)
-    with internals.Quiet():
+    with quiet.Quiet():
         print("said", file=sys.stderr)
         assert logger.disabled
-    failing(internals.Quiet())
+    failing(quiet.Quiet())
     assert (logger.disabled, guards.filters) == before and capsys.readouterr().err == "said\n"
 
 

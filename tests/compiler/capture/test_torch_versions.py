@@ -27,21 +27,25 @@ def exported(model: nn.Module, x: Tensor) -> Any:
     return torch.export.export(model, (x,), dynamic_shapes=(({0: batch},),), strict=False)
 
 
-def test_least_of_sizes() -> None:
+def test_sizes_by_builtins() -> None:
     """They stay sizes while a graph is made; of other things, and afterwards, they are Python's own."""
-    own, seen = (builtins.min, builtins.max), []
+    own, seen = (builtins.min, builtins.max, builtins.len), []
 
     def forward(m: Any, x: Tensor) -> Tensor:
-        seen.extend([min(x.shape[0], 4), max(4, x.shape[0])])
+        seen.extend([len(x), min(x.shape[0], 4), max(4, x.shape[0])])
+        assert len(x.T) == len([1, 2, 3]) == 3 and len(m.a.weight) == 2
+        with pytest.raises(TypeError, match="0-d"):
+            len(x.sum())
         assert min([3, 1, 2]) == min(1, 2) == 1 and max("ab", "c", key=len) == "ab"
         return m.a(x) * seen[-2] * seen[-1]  # type: ignore[no-any-return]
 
-    with versions.least_of_sizes():
+    with versions.sizes_by_builtins():
         exported(Function(forward, a=nn.Linear(3, 2)), torch.ones(6, 3))
     assert all(isinstance(size, torch.SymInt) for size in seen)
-    with pytest.raises(KeyError), versions.least_of_sizes():
+    with pytest.raises(KeyError), versions.sizes_by_builtins():
         raise KeyError
-    assert (builtins.min, builtins.max) == own and versions.COMPARED in (None, {"sym_min": own[0], "sym_max": own[1]})
+    assert (builtins.min, builtins.max, builtins.len) == own
+    assert versions.COMPARED in (None, {"sym_min": own[0], "sym_max": own[1]})
 
 
 def test_who_asks() -> None:

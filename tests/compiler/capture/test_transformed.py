@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import tnbackprop as tn
@@ -104,12 +105,18 @@ def test_a_derivative_in_the_loss() -> None:
     check(model, loss=lambda f, y: vmap(grad(lambda z: (z - z.tanh()).square().sum()))(f - y).square().mean())
 
 
+def dual(m: Any, x: Tensor) -> Any:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(field(m, forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
 @pytest.mark.parametrize(
     "forward",
     [
         lambda m, x: jvp(lambda z: field(m, z), (x,), (torch.ones_like(x),))[1],
         lambda m, x: vmap(jacfwd(lambda z: field(m, z)))(x).sum(1),
         lambda m, x: vmap(hessian(lambda z: field(m, z).sum()))(x).sum(1),
+        dual,
     ],
 )
 def test_forward_mode(forward: Callable[..., Any]) -> None:
@@ -118,7 +125,8 @@ def test_forward_mode(forward: Callable[..., Any]) -> None:
     try:
         check(model)
     except tn.UnsupportedError as error:
-        assert "a transform of torch.func" in str(error) and "test_transformed.py, line" in str(error)
+        what = "forward mode" if forward is dual else "a transform of torch.func"
+        assert what in str(error) and "test_transformed.py, line" in str(error)
         assert "reverse mode" in str(error)
 
 

@@ -21,7 +21,6 @@ from ..translate.opaque import Opaque, opaque_calls
 from ..translate.sizes import Condition, Sizes
 from ..translate.symbolic import shapes_only, symbolic_kernels
 from ..translate.torch_internals import (
-    Quiet,
     any_target,
     decomposed,
     evenly,
@@ -30,7 +29,8 @@ from ..translate.torch_internals import (
     traced_here,
     whole_einsums,
 )
-from ..translate.torch_versions import least_of_sizes, refuse_valueless
+from ..translate.torch_quiet import Quiet
+from ..translate.torch_versions import refuse_valueless, sizes_by_builtins
 from .bags import refuse_ragged
 from .state import attributes_kept
 
@@ -67,7 +67,7 @@ def exported(wrapped: nn.Module, example: tuple[Any, Any], rules: Rules, batch: 
         any_target(),
         traced_here(),
         evenly(),
-        least_of_sizes(),
+        sizes_by_builtins(),
         attributes_kept(wrapped),
         torch.enable_grad(),
         guards_of_sizes(lambda condition: asked.append((condition, line_here()))),
@@ -132,13 +132,14 @@ def _refuse(wrapped: nn.Module, error: Exception, asked: list[tuple[Any, str]]) 
     if sizes and "data-dependent" not in text:
         raise OneSizeError(
             f"the model or the loss is written for one batch size (or a range): the graph must hold for any."
-            f"{_place_of_size(asked)}\n  Use x.shape[0] or -1 for the batch axis, not len(x) and not a number, and do "
-            "not branch on it."
+            f"{_place_of_size(asked)}\n  Use x.shape[0] or -1 for the batch axis, not a number, and neither branch on "
+            "it nor loop over samples or parts of the batch: each sample goes through by itself."
         ) from error
     target = "the loss, as a module," if at.loss else "that module"
     raise UnsupportedError(
         f"the graph of the {at.whole} depends on the data{at.within}: an if, a loop or a shape is decided by the "
-        f"value of a tensor.{at.line}\n  Use torch.where or a mask, or give {target} a rule (examples/add_a_layer.py)."
+        f"value of a tensor.{at.line}\n  Use torch.where, or one mask for all that it picks (mask = y > 0; f[mask], "
+        f"y[mask]), or give {target} a rule (examples/add_a_layer.py)."
     ) from error
 
 

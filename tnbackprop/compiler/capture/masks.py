@@ -70,6 +70,10 @@ def picked_call(
     if not given:
         return None
     first = given[0]
+    if name == "cross_entropy_loss" and (loss := _of_classes(arguments, calls, made.dtype, append)) is not None:
+        return loss
+    if name in ELEMENTWISE and (loss := _of_entries(target, arguments, calls, made.dtype, append)) is not None:
+        return loss
     if name in ("sum", "mean") and not _axes(arguments):
         return _summed(first, name, made.dtype, append)
     behind = made.shape[first.place + 1 :]
@@ -127,13 +131,24 @@ def _by_rows(name: str, target: OpOverload, arguments: Mapping[str, Any]) -> tup
     return target, given | {ALONG[name]: moved if isinstance(dims, tuple) else moved[0]}
 
 
-def refuse_picked(arguments: Mapping[str, Any], made: Any, target: OpOverload, where: str) -> None:
-    """What a mask picks is no operand of a module with a rule, in a list, or of what has several outputs."""
+def lists_of_picked(
+    arguments: Mapping[str, Any], made: Any, target: OpOverload, calls: Sequence[Call], where: str
+) -> tuple[Picked, ...] | None:
+    """What a mask picks is no operand of a module with a rule, in a list, or of what has several outputs.
+
+    But broadcasting several that are picked alike gives them as they are.
+    """
+    tensors = arguments.get("tensors", ()) if name_of(target)[0] == "broadcast_tensors" else ()
+    if tensors and all(isinstance(each, Picked) for each in tensors):
+        first, known = tensors[0], {call.output.name: call for call in calls}
+        if all(each.full.shape == first.full.shape and _equal(first.mask, each.mask, known) for each in tensors):
+            return tuple(tensors)
     own = target.namespace == "aten" and not isinstance(made, list | tuple)
     for argument in arguments.values():
         for each in argument if isinstance(argument, tuple) else () if own else (argument,):
             if isinstance(each, Picked):
                 each.refuse(where)
+    return None
 
 
 def _mask(arguments: Mapping[str, Any]) -> tuple[Value, int] | None:
@@ -219,6 +234,50 @@ def _summed(picked: Picked, name: str, dtype: torch.dtype, append: Append) -> Va
     every = append(aten.expand.default, spread, chosen.shape, aligned.dtype)
     count = append(aten.sum.default, {"input": every, "dtype": None}, (), torch.int64)
     return append(aten.div.Tensor, {"input": total, "other": count}, (), dtype)
+
+
+ELEMENTWISE = frozenset(
+    "mse_loss l1_loss smooth_l1_loss huber_loss soft_margin_loss binary_cross_entropy "
+    "binary_cross_entropy_with_logits".split()
+)
+"""Losses of single entries."""
+NONE, MEAN = 0, 1  # at::Reduction
+
+
+def _of_classes(
+    arguments: Mapping[str, Any], calls: Mapping[str, Call], dtype: torch.dtype, append: Append
+) -> Value | Picked | None:
+    """A cross-entropy of rows and classes that one mask picks: the classes elsewhere are those that are ignored."""
+    source, target = arguments["input"], arguments["target"]
+    if not isinstance(source, Picked) or not isinstance(target, Picked) or source.place or target.place:
+        return None
+    if target.full.dtype.is_floating_point or not _equal(source.mask, target.mask, calls):
+        return None
+    rank, rows, chosen = len(source.mask.shape), source.full, target.own
+    if rank > 1:  # the classes are on axis 1
+        order = (0, rank, *range(1, rank), *range(rank + 1, len(rows.shape)))
+        moved = tuple(rows.shape[k] for k in order)
+        rows = append(aten.permute.default, {"input": rows, "dims": order}, moved, rows.dtype)
+    chosen = _filled(chosen, _aligned(source.mask, _after(target), append), arguments["ignore_index"], append)
+    each = arguments["reduction"] == NONE
+    given = {**arguments, "input": rows, "target": chosen}
+    found = append(aten.cross_entropy_loss.default, given, chosen.shape if each else (), dtype)
+    return Picked(found, source.mask, 0, found) if each else found
+
+
+def _of_entries(
+    target: OpOverload, arguments: Mapping[str, Any], calls: Mapping[str, Call], dtype: torch.dtype, append: Append
+) -> Value | Picked | None:
+    """A loss of entries that one mask picks."""
+    given = [a for a in arguments.values() if isinstance(a, Picked)]
+    first, reduction = given[0], arguments["reduction"]
+    others = [a for a in arguments.values() if isinstance(a, Value) and a.shape]
+    same = all(_equal(first.mask, a.mask, calls) and a.full.shape == first.full.shape for a in given)
+    if others or not same or any(a.place != first.place for a in given):
+        return None
+    found = append(target, _each(arguments, "full") | {"reduction": NONE}, first.full.shape, dtype)
+    each = Picked(found, first.mask, first.place, found)
+    return each if reduction == NONE else _summed(each, "mean" if reduction == MEAN else "sum", dtype, append)
 
 
 def _equal(a: Value, b: Value, calls: Mapping[str, Call]) -> bool:

@@ -34,6 +34,7 @@ from ..translate.torch_internals import (
     forward_hooks,
     global_backward_hooks,
     leaf_of,
+    makes_dual,
     packs_sequences,
     peek_interpreter_stack,
     space_of,
@@ -190,7 +191,11 @@ HOST: dict[Any, str] = {
     torch.allclose: "torch.allclose",
 }
 """What hands values of a tensor to Python: a graph has none while it is made."""
-DERIVED: dict[Any, str] = {torch.autograd.grad: "torch.autograd.grad", Tensor.backward: "backward()"}
+DERIVED: dict[Any, str] = {
+    torch.autograd.grad: "torch.autograd.grad",
+    Tensor.backward: "backward()",
+    makes_dual: "forward mode (torch.autograd.forward_ad)",
+}
 """What asks for a derivative in a forward."""
 
 

@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 from ...errors import UnsupportedError
 from ..translate.foreign import MISTAKES
 from ..translate.opaque import named_tensors
-from ..translate.torch_internals import Quiet, traced_below_autograd, with_tensors
+from ..translate.torch_internals import traced_below_autograd, with_tensors
+from ..translate.torch_quiet import Quiet
 
 aten = torch.ops.aten
 CUT = aten.alias_copy.default

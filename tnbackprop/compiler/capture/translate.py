@@ -30,7 +30,7 @@ from ..translate.operators import Same, row_of
 from ..translate.sizes import Sizes
 from ..translate.torch_internals import HigherOrderOperator, OpOverload, arguments_of, is_mutation, name_of
 from .casts import Casts
-from .masks import Picked, picked_call, refuse_picked
+from .masks import Picked, lists_of_picked, picked_call
 from .reach import above, batch_in_train, check_loss, refuse_written
 
 aten = torch.ops.aten
@@ -135,32 +135,29 @@ class _Translator:
         target = node.target
         assert isinstance(target, OpOverload)
         arguments = self._arguments(node)
-        refuse_picked(arguments, node.meta["val"], target, self._where(node))
+        where, val = self._where(node), node.meta["val"]
+        if (several := lists_of_picked(arguments, val, target, self.calls, where)) is not None:
+            self.env[node] = several
+            return
         if target.namespace == NAMESPACE:
             opaque = self.opaque[name_of(target)[0]]
             named = opaque.arguments(arguments["site"], arguments["inputs"], arguments["tensors"])
-            self.env[node] = self._emit(
-                node,
-                opaque.target,
-                {k: self.sizes.converted(v) for k, v in named.items()},
-                node.meta["val"],
-                **opaque.facts,
-            )
+            named = {k: self.sizes.converted(v) for k, v in named.items()}
+            self.env[node] = self._emit(node, opaque.target, named, val, **opaque.facts)
             return
         if is_mutation(target):
             base = owner(node)
             if base.op == "placeholder" and self.env[base].name not in self.entered.inputs:
                 name = self.entered.dotted(self.env[base].name)
                 raise UnsupportedError(
-                    f"{self._where(node)} writes to {name!r} during forward: a program changes no "
-                    "parameter and no buffer. Call model.eval(), or remove the update"
+                    f"{where} writes to {name!r} during forward: a program changes no parameter and no buffer. "
+                    "Call model.eval(), or remove the update"
                 )
-            target = functional(target, self._where(node))
-        val = node.meta["val"]
+            target = functional(target, where)
         if isinstance(val, list | tuple):
             self.env[node] = _Several(node, target, arguments)
             return
-        append, where = partial(self._append, node), self._where(node)
+        append = partial(self._append, node)
         picked = picked_call(target, arguments, val, self.calls, append, where)
         self.env[owner(node)] = self._emit(node, target, arguments, val) if picked is None else picked
 

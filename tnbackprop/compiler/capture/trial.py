@@ -22,7 +22,8 @@ from ...errors import UnsupportedError
 from ..translate.axes import batch_axis
 from ..translate.graph import Call, Graph, Value, needed
 from ..translate.opaque import named_tensors, signature_of
-from ..translate.torch_internals import UNWARNED, arguments_of
+from ..translate.torch_internals import arguments_of
+from ..translate.torch_quiet import UNWARNED
 from .export import plain
 from .printing import SILENT
 from .state import resized

@@ -24,7 +24,7 @@ from ..program.lines import Block, Line, Lines, captured_by, lines_of
 from ..program.passes import Context, Program, passed
 from ..program.store import NOTHING
 from ..translate.graph import Graph
-from ..translate.torch_internals import UNWARNED
+from ..translate.torch_quiet import UNWARNED
 from .layout import Group, Row
 from .naming import TAKEN, Scope, comment, docstring, string
 from .printer import ATOM, FOLLOWED, Printer

@@ -10,9 +10,12 @@ import sympy
 from ...diagram.core import N, Size
 from ...errors import UnsupportedError
 from .graph import Value
+from .names import op_name
 from .operators import Copies, row_of
 
 Axes = tuple[tuple[Size, ...], ...]
+PARTS = frozenset("split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk slice narrow".split())
+"""Operators that take parts of an axis."""
 
 ADVICE = "Derivatives are taken per sample, so no op may mix samples: "
 
@@ -21,7 +24,7 @@ def value_axes(target: Any, arguments: Mapping[str, Any], shape: tuple[Size, ...
     """The factors of each output axis, the batch last known from the inputs; refuses what mixes samples."""
     inputs = [v for v in _flat(arguments) if isinstance(v, Value)]
     _check_orders(inputs, where)
-    multiples = [_multiple(size, where, shape) for size in shape]
+    multiples = [_multiple(size, target, where, shape) for size in shape]
     if sum(k != 0 for k in multiples) > 1:
         raise UnsupportedError(
             f"{where} makes a tensor of shape {show(shape)} with two batch axes{_from(inputs)}: it compares samples "
@@ -71,8 +74,14 @@ def batch_multiple(size: Size) -> int | None:
     return int(quotient) if quotient.is_Integer else None
 
 
-def _multiple(size: Size, where: str, shape: tuple[Size, ...]) -> int:
+def _multiple(size: Size, target: Any, where: str, shape: tuple[Size, ...]) -> int:
     k = batch_multiple(size)
+    if k is None and op_name(target) in PARTS:
+        raise UnsupportedError(
+            f"{where} cuts the batch: a part of it has {size} of the N samples, so what parts there are depends on the "
+            "batch size.\n  Give the layers the whole batch: each sample goes through by itself. Where memory is "
+            "short, compile with memory_limit=."
+        )
     if k is None:
         raise UnsupportedError(
             f"{where} makes a tensor of shape {show(shape)}: the axis of size {size} is no multiple of the batch size "

@@ -170,7 +170,7 @@ TABLE: Mapping[str, Operator] = {
     "roll": Operator(along=_rolled),
     "repeat": Operator(copies=Copies.OUTER),
     "tile": Operator(canonical=s.as_repeat),
-    "cat concat": Operator(copies=Copies.OUTER),
+    "cat concat": Operator(copies=Copies.OUTER, canonical=s.as_its_only_part),
     "repeat_interleave.self_int": Operator(copies=Copies.INNER),
     # along an axis
     "softmax.int _softmax log_softmax.int _log_softmax _safe_softmax": Operator(along=DIM),

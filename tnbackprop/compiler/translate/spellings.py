@@ -26,6 +26,11 @@ def as_reshape(arguments: Arguments, shape: Shape) -> Spelling:
     return aten.reshape.default, {"input": arguments["input"], "shape": shape}
 
 
+def as_its_only_part(arguments: Arguments, shape: Shape) -> Spelling | None:
+    parts = arguments["tensors"]
+    return (aten.alias.default, {"input": parts[0]}) if len(parts) == 1 else None
+
+
 def as_expand(arguments: Arguments, shape: Shape) -> Spelling:
     return _expanded(arguments["input"], shape)
 

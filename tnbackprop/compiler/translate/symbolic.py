@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedError
-from .torch_internals import composite_kernel, shapes_by, traced_as
+from .torch_internals import composite_kernel, is_in_data, shapes_by, traced_as
 
 aten = torch.ops.aten
 NONE, MEAN = 0, 1  # at::Reduction
@@ -96,7 +96,8 @@ def _shape_of_loss(
     input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN, *rest: Any
 ) -> Tensor:
     """A loss of classes or probabilities has one value for each column of classes, or one in all."""
-    if target.ndim and input.shape[0] != target.shape[0]:
+    sizes = [tensor.shape[0] for tensor in (input, target) if tensor.ndim]
+    if target.ndim and not any(map(is_in_data, sizes)) and sizes[0] != sizes[1]:
         raise RuntimeError(f"{input.shape[0]} samples of the input, and {target.shape[0]} of the target")
     return input.sum(min(1, input.ndim - 1)) if reduction == NONE else input.sum()
 

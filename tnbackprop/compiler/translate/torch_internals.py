@@ -6,25 +6,16 @@ switches, loggers, the modules of the model): `alone` lets one thread at a time 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import keyword
-import logging
-import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C import DispatchKey
-from torch._C._functorch import (  # type: ignore[attr-defined]
-    _set_vmap_fallback_warning_enabled as warn_of_loops,
-)
 from torch._C._functorch import (
     get_unwrapped as get_unwrapped,
 )
@@ -51,6 +42,7 @@ from torch.fx.experimental.symbolic_shapes import (
     GuardOnDataDependentSymNode,
     ShapeEnv,
     StatelessSymbolicContext,
+    free_unbacked_symbols,
 )
 from torch.nn.modules import module as module_globals
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -64,6 +56,8 @@ READS_GRAPH: Any = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 """The function that a mode sees where the node of a tensor in autograd's graph is read."""
 packs_sequences = torch._VF._pack_padded_sequence
 """What `torch.nn.utils.rnn.pack_padded_sequence` calls, as a mode sees it."""
+makes_dual = torch._VF._make_dual
+"""What `torch.autograd.forward_ad.make_dual` calls, as a mode sees it."""
 weight_norm = torch._weight_norm
 """The fused operator that `torch.nn.utils.weight_norm` calls."""
 
@@ -317,6 +311,11 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def is_in_data(size: Any) -> bool:
+    """Whether a size is decided by values of a tensor, of which nothing can be asked."""
+    return bool(free_unbacked_symbols(size))
+
+
 def export_refusals() -> tuple[type[Exception], ...]:
     """What torch.export raises where the graph would depend on data or on one batch size."""
     return GuardOnDataDependentSymNode, torch._dynamo.exc.UserError, ConstraintViolationError  # imports dynamo, slowly
@@ -333,65 +332,3 @@ def evenly() -> Iterator[None]:
     inline = torch._dynamo.config.patch(error_on_nested_fx_trace=False)  # imports dynamo, slowly
     with alone(), torch.compiler.set_stance("force_eager"), inline:
         yield
-
-
-class Unwarned:
-    """While it is entered, vmap does not warn of operators that it calls once for each element.
-
-    The switch is the process's and torch does not tell how it stands: it is on again when the last thread has left.
-    """
-
-    def __init__(self) -> None:
-        self.inside, self.lock = 0, threading.Lock()
-
-    def __enter__(self) -> None:
-        with self.lock:
-            self.inside += 1
-            warn_of_loops(False)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self.lock:
-            self.inside -= 1
-            if not self.inside:
-                warn_of_loops(True)
-
-
-UNWARNED = Unwarned()
-
-
-class Quiet:
-    """What torch logs, warns of and prints while it exports is said by the error, or concerns nobody."""
-
-    def __init__(self) -> None:
-        self.logger, self.guards = logging.getLogger(_EXAMPLE), logging.getLogger(_GUARDS)
-        self.before, self.printed = self.logger.disabled, io.StringIO()
-        self.redirected = contextlib.redirect_stderr(self.printed)
-        self.silent = warnings.catch_warnings(action="ignore")
-
-    def __enter__(self) -> None:
-        self.logger.disabled = True
-        self.guards.addFilter(_is_news)
-        self.silent.__enter__()
-        self.redirected.__enter__()
-        UNWARNED.__enter__()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        UNWARNED.__exit__(kind, error, trace)
-        self.redirected.__exit__(kind, error, trace)
-        self.silent.__exit__(kind, error, trace)
-        self.logger.disabled = self.before
-        self.guards.removeFilter(_is_news)
-        graph = getattr(error, "partial_fx_graph", None)
-        printed = self.printed.getvalue()
-        sys.stderr.write(printed if graph is None else printed.replace(f"{graph}\n", ""))
-
-
-_EXAMPLE, _GUARDS = "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith("Unable to find user code")

@@ -24,21 +24,37 @@ COMPARED: dict[str, Any] | None = getattr(sym_node, "alternate_impl_if_hinted_me
 """How `min` and `max` of sizes ask which is less in torch 2.7, so that a graph is of a range; None: they are sizes."""
 
 
+BUILT_IN = frozenset({list, tuple, dict, set, str, frozenset, bytes, range})
+
+
 @contextmanager
-def least_of_sizes() -> Iterator[None]:
-    """While active, `min` and `max` of two numbers of which one is a size are sizes, in every version."""
-    if COMPARED is None:
-        yield
-        return
+def sizes_by_builtins() -> Iterator[None]:
+    """While active, `len` of a tensor is a size, as are `min` and `max` of two numbers of which one is.
+
+    Python itself takes no more than an int from `__len__`. For other threads they are what they were.
+    """
     with alone():
-        least, most, compared = builtins.min, builtins.max, dict(COMPARED)
-        COMPARED.clear()
-        builtins.min, builtins.max = partial(_of_sizes, least, torch.sym_min), partial(_of_sizes, most, torch.sym_max)
+        own = {name: getattr(builtins, name) for name in ("len", "min", "max")}
+        compared = dict(COMPARED or {})
+        builtins.len = _length(builtins.len)
+        if COMPARED is not None:
+            builtins.min, builtins.max = partial(_of_sizes, min, torch.sym_min), partial(_of_sizes, max, torch.sym_max)
+            COMPARED.clear()
         try:
             yield
         finally:
-            builtins.min, builtins.max = least, most
-            COMPARED.update(compared)
+            vars(builtins).update(own)
+            if COMPARED is not None:
+                COMPARED.update(compared)
+
+
+def _length(own: Callable[[Any], int]) -> Callable[[Any], int]:
+    """It is called ten thousand times while a small model is exported."""
+
+    def length(of: Any, /) -> int:
+        return of.shape[0] if type(of) not in BUILT_IN and isinstance(of, Tensor) and of.ndim else own(of)
+
+    return length
 
 
 def _of_sizes(own: Callable[..., Any], symbolic: Callable[[Any, Any], Any], *args: Any, **options: Any) -> Any:
