@@ -37,6 +37,18 @@ class Cache:
         self.tensors = tensors
 
 
+class Keyless(OrderedDict[str, Tensor]):
+    """As the outputs of diffusers: torch's pytree knows its values and not their keys."""
+
+
+pytree.register_pytree_node(
+    Keyless,
+    lambda keyless: (list(keyless.values()), tuple(keyless)),
+    lambda values, keys: Keyless(zip(keys, values, strict=True)),
+    serialized_type_name="tests.Keyless",
+)
+
+
 OUTPUTS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Tensor]]] = {
     "a dict": (lambda h, o: {"logits": o, "hidden": h}, lambda out: out["logits"]),
     "a tuple": (lambda h, o: (o, h), lambda out: out[0]),
@@ -45,6 +57,7 @@ OUTPUTS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Tensor
     "a dataclass": (lambda h, o: Returned(o, [h, Returned(2 * h)]), lambda out: out.logits),
     "a namespace": (lambda h, o: SimpleNamespace(logits=o, hidden=h), lambda out: out.logits),
     "a cache": (lambda h, o: {"logits": o, "cache": Cache(h)}, lambda out: out["logits"]),
+    "a class without keys": (lambda h, o: Keyless(hidden=h, sample=o), lambda out: out["sample"]),
     "None": (lambda h, o: {"loss": None, "logits": o}, lambda out: out["logits"]),
     "numbers and text": (lambda h, o: (o, 3, 0.5, "text", h.shape[1]), lambda out: out[0]),
     "a scalar": (lambda h, o: (h.square().mean(), o), lambda out: out[1]),

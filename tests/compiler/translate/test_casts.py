@@ -42,6 +42,7 @@ CASES = [
     tried("float", lambda m, x: m.k(m.l(x).float().tanh().double())),
     tried("to a tensor", other),
     tried("written", written),
+    tried("picked", lambda m, x: m.k(m.l(x).softmax(-1, dtype=SINGLE).sort(-1)[0].topk(4, -1)[0].double())),
     tried("softmax", lambda m, x: m.k(F.softmax(m.l(x), -1, dtype=SINGLE).to(x.dtype))),
     tried("log_softmax", lambda m, x: m.k(F.log_softmax(m.l(x), -1, dtype=SINGLE).to(x.dtype))),
     tried("sum", lambda m, x: m.l(x) * m.l(x).sum(1, keepdim=True, dtype=SINGLE), bound=1e-4),

@@ -184,7 +184,7 @@ def _added(
     source = placed(store, values, ((*leading, *own), *_axis(trailing)))
     out = (*leading, *op.choice, *trailing)
     shape = (count, *(merged(group) for group in _axis(trailing)))
-    zeros = Call(f.NEW_ZEROS, (store.like, count + 1, *shape[1:]))
+    zeros = Call(f.NEW_ZEROS, (values.value, count + 1, *shape[1:]))
     expr = Call(f.ITEM, (Call(f.INDEX_ADD, (zeros, 0, flat, source)), Slice(stop=count)))
     work = Work(moved=((3, (*leading, *own, *trailing)), (2, out)), fresh=((1, out),), launches=2)
     ref = Ref(store.add(expr, shape, Kernel.REDUCE, work), out, out)

@@ -126,6 +126,14 @@ def _items(name: str, argument: Any) -> list[tuple[str, Value | Call]]:
     return [(f"{name}{k}", each) for k, each in every if isinstance(each, Value | Call)]
 
 
+def _placed(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a tree, each with its place; that is a number where a class of it does not say its keys."""
+    try:
+        return [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
+    except ValueError:
+        return [(f"[{k}]", leaf) for k, leaf in enumerate(pytree.tree_leaves(tree))]
+
+
 class NotGiven(Enum):
     """A place among the outputs where a program gives None, which a class of outputs may drop with its place."""
 
@@ -164,9 +172,9 @@ class Graph:
     def returned(self) -> dict[str, Value]:
         """The tensors that the model returns, each once, by their place in what it returns: "['logits']"."""
         found: dict[str, Value] = {}
-        for path, leaf in pytree.tree_flatten_with_path(self.output)[0]:
+        for place, leaf in _placed(self.output):
             if isinstance(leaf, str) and self.values[leaf] not in found.values():
-                found[pytree.keystr(path)] = self.values[leaf]
+                found[place] = self.values[leaf]
         return found
 
     @property
