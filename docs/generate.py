@@ -112,7 +112,7 @@ def _convolution() -> tn.Program:
 def pictures() -> dict[str, str]:
     """File name -> SVG."""
     program = _convolution()
-    r, g = {"input_2": "r", "input_3": "c"}, {"g_layer_0": "g"}
+    r, g = {"input_h": "r", "input_w": "c"}, {"g_layer_0": "g"}
     drawn = {
         "formula": tn.draw(formulas(program, "0"), names={"p_0_weight": "W", "p_0_bias": "b", "layer_0": "z"} | r),
         "second_moment": tn.draw(quantity(program, "second_moment", "0.weight"), names=g | r),

@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
 
     model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(48, 2))
     convolution = tn.compile(model, loss, (torch.randn(4, 1, 8, 8), y), quantities)
-    r = {"input_2": "r", "input_3": "c"}
+    r = {"input_h": "r", "input_w": "c"}
     pictures |= {
         "conv": tn.draw(formulas(convolution, "0"), names=W | r),
         "conv_jacobian": tn.draw(jacobian(convolution, "0", "0.weight"), names=r),

@@ -102,7 +102,7 @@ def test_factors_stand_side_by_side_over_their_assumption() -> None:
     assert isinstance(factors, Factors)
     words = [w.text for w in tn.draw(factors).scene.words]
     assert words == ["[o, o']", "⊗", "1/(16·N)", "[i, k, l, i', k', l']", factors.assumption]
-    shown = tn.draw(factors, names={"input_2": "r", "input_3": "c"})
+    shown = tn.draw(factors, names={"input_h": "r", "input_w": "c"})
     assert "r' = 2h + k' − 1" in {node.text for node in read(shown.svg)[0].values()}
 
 

@@ -122,7 +122,7 @@ def test_conv1d_image_legs_and_windows() -> None:
     expected = convolution(x[:, :, None], w[:, :, None], np.zeros(2), [1, 2], [1, 1], [0, 1], 1)[:, :, 0]
     assert np.array_equal(run(rule, input=x, weight=w), expected)
     assert str(rule.equations[0].diagram) == (
-        "[n,o,h] = Σ_{i,k,input_2} weight_value[o,i,k] input_value[n,i,input_2] Π[input_2=2·h+k-1]"
+        "[n,o,h] = Σ_{i,k,input_h} weight_value[o,i,k] input_value[n,i,input_h] Π[input_h=2·h+k-1]"
     )
 
 

@@ -217,7 +217,9 @@ class Expander:
         terms, offset = self.affine(item)
         if offset == 0 and len(terms) == 1 and terms[0][0] == 1 and terms[0][1].size == size:
             return (terms[0][1],), ()
-        leg = self.image((node.tensor, axis, terms, offset), f"{node.tensor}_{axis}", size)
+        positions = [leg.name for _, leg in terms if leg in self.kept] or [leg.name for _, leg in terms]
+        word = positions[0] if positions else axis
+        leg = self.image((node.tensor, axis, terms, offset), f"{node.tensor}_{word}", size)
         return (leg,), (Window(leg, terms, offset),)
 
     def image(self, key: tuple[object, ...], name: str, size: Size) -> Leg:
