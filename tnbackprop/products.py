@@ -24,8 +24,8 @@ from torch.utils import _pytree as pytree
 
 from .api import Loss, compile
 from .compiler.capture.export import batch_size, model_arguments, plain, takes_names
+from .compiler.running.torch_quiet import UNWARNED
 from .compiler.translate.torch_modes import Random, check_constant, own_dtypes, twice_differentiable
-from .compiler.translate.torch_quiet import UNWARNED
 from .errors import InputError, UnsupportedError, check_member
 from .quantities import BatchGrad, Fisher, Quantity, Scale, SqrtGGNMC
 from .runtime.fingerprint import fingerprint
@@ -119,13 +119,10 @@ class CurvatureProduct:
         lead = self._leading_axes(vector)
         ordered = {name: vector[name].detach() for name in self._theta}
         count = math.prod(lead)
+        stacked = {name: v.reshape(count, *self._theta[name].shape) if lead else v for name, v in ordered.items()}
         try:
-            if lead:
-                stacked = {name: v.reshape(count, *self._theta[name].shape) for name, v in ordered.items()}
-                with UNWARNED:
-                    found = vmap(self._multiply)(stacked)
-            else:
-                found = self._multiply(ordered)
+            with UNWARNED:
+                found = (vmap(self._multiply) if lead else self._multiply)(stacked)
         except RuntimeError as error:
             if "is not implemented" not in str(error):
                 raise

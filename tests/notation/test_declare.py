@@ -318,12 +318,6 @@ def test_a_table_without_the_built_in_rules_is_told(rules: dict[Any, Any]) -> No
         assert "tn.RULES" not in str(caught.value)
 
 
-def test_a_rule_of_jacobians_alone_is_told_what_to_add() -> None:
-    rows = {"input": "3 * gain[i] * input[n, i]**2 * delta[i, k]", "gain": "input[n, i]**3 * delta[i, k]"}
-    alone = tn.Rule(jacobian=rows, legs={"input": "n, k", "gain": "k", "output": "n, i"})
-    message = r"Power in module '2' .* Jacobians alone.*\n.*torch code of {input}, {gain}: tn.Rule\(…, forward="
-    with pytest.raises(tn.UnsupportedError, match=message):
-        tn.compile(network(Power()), nn.MSELoss(), (X, Y), [tn.Grad()], rules=tn.RULES | {Power: alone})
 
 
 @pytest.mark.parametrize("returned", [None, 3, ("output[n] = input[n]",)], ids=str)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tnbackprop as tn
-from tnbackprop.compiler.translate.torch_quiet import UNWARNED
+from tnbackprop.compiler.running.torch_quiet import UNWARNED
 
 from ..capturing import Function
 

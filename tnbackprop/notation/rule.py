@@ -36,7 +36,7 @@ class Rule:
     """What one call of a layer computes, as formulas.
 
     formula    one or more lines ``name[legs] = expression``; the last line defines ``output``.
-               Empty when every Jacobian is declared in `jacobian`.
+               Empty when every Jacobian is declared in `jacobian`: the module or the primitive runs itself, then.
     jacobian   operand name -> expression in which the operand's own legs are those of `legs`:
                ``{"input": "output[n,c] * (delta[c,k] - output[n,k])"}`` (overrides the derived one).
     legs       declared legs, ``{"input": "n, k", "output": "n, c"}``; needed where no formula says them.

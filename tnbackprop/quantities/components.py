@@ -119,7 +119,7 @@ class Use:
 
 
 def uses_of(products: Sequence[Product], parameter: Parameter) -> tuple[Use, ...]:
-    """The products of Jᵀ S by use: what has the same cotangent is one, where that keeps its components apart."""
+    """The products of Jᵀ S by use: what has the same cotangent is one, where its components stay separate."""
     groups: dict[Legs | tuple[Operand, ...], list[Product]] = {}
     for product in products:
         groups.setdefault(tuple(filter(parameter.is_cotangent, product.operands)), []).append(product)
@@ -128,9 +128,9 @@ def uses_of(products: Sequence[Product], parameter: Parameter) -> tuple[Use, ...
 
 def _one_use(products: Sequence[Product], parameter: Parameter) -> list[Use]:
     """Values of parameters are with the cotangent where all that is multiplied is: nothing is left to separate."""
-    apart = [separate(product, parameter) for product in products]
-    constant = all(c.constant or c.loss for each in apart for c in each.components)
-    terms = [separate(product, parameter, constant) for product in products] if constant else apart
+    terms = [separate(product, parameter) for product in products]
+    constant = all(c.constant or c.loss for each in terms for c in each.components)
+    terms = [separate(product, parameter, constant) for product in products] if constant else terms
     found = [terms[0].differing(term) for term in terms]
     if any(differ is None for differ in found) or len({k for differ in found for k in differ or ()}) > 1:
         return [Use((term,)) for term in terms]

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..compiler.capture.export import Wrapped, batch_size, plain, takes_names
-from ..compiler.capture.printing import SILENT
 from ..compiler.capture.state import copied, resized
 from ..compiler.emit.naming import comment
+from ..compiler.running.printing import SILENT
 from ..compiler.translate.foreign import MISTAKES
 from ..compiler.translate.graph import NotGiven
 from ..compiler.translate.torch_internals import alone, version

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import tnbackprop as tn
-from tnbackprop.compiler.capture.printing import SILENT
+from tnbackprop.compiler.running.printing import SILENT
 
 from ...capturing import Function
 from ...rehearsing import LOSS, compiled, layers

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import tnbackprop as tn
+from tnbackprop.compiler.running import torch_quiet as quiet
 from tnbackprop.compiler.translate import torch_internals as internals
-from tnbackprop.compiler.translate import torch_quiet as quiet
 from tnbackprop.compiler.translate.torch_modes import InFloat64
 
 from ... import oracle

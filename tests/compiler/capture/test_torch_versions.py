@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tnbackprop as tn
 from tnbackprop.compiler.capture.assertions import READING
-from tnbackprop.compiler.translate import torch_versions as versions
+from tnbackprop.compiler.running import torch_versions as versions
 from tnbackprop.errors import UnsupportedError
 
 from ...capturing import Function

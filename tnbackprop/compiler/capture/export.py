@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ...errors import InputError, UnsupportedError
 from ...notation.rule import Rules
 from ...quantities import Quantity
+from ..running.printing import SILENT
 from ..translate.graph import Graph
 from ..translate.inputs import refuse_complex
 from ..translate.opaque import named_tensors
@@ -26,7 +27,6 @@ from .assertions import Answering
 from .exported import Exported, ExportError, OneSizeError, exported
 from .one_sample import least_batch
 from .outputs import as_tree
-from .printing import SILENT
 from .rehearse import SAMPLES, Seen, rehearse
 from .state import resized
 from .transformed import cannot, transformed

@@ -14,7 +14,9 @@ from torch.utils import _pytree as pytree
 
 from ...errors import TnError, UnsupportedError
 from ...notation.rule import Composite, Rules
-from ..translate.failure import line_here, place
+from ..running.failure import line_here, place
+from ..running.torch_quiet import Quiet
+from ..running.torch_versions import refuse_valueless, sizes_by_builtins
 from ..translate.foreign import MISTAKES
 from ..translate.inplace import copy_views, mutates_view, nodes_of
 from ..translate.opaque import Opaque, opaque_calls
@@ -29,8 +31,6 @@ from ..translate.torch_internals import (
     traced_here,
     whole_einsums,
 )
-from ..translate.torch_quiet import Quiet
-from ..translate.torch_versions import refuse_valueless, sizes_by_builtins
 from .bags import refuse_ragged
 from .state import attributes_kept
 

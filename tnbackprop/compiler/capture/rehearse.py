@@ -20,8 +20,10 @@ from torch.utils import _pytree as pytree
 
 from ...errors import InputError, UnsupportedError
 from ...notation.rule import Primitive, Rules
-from ..translate.failure import line_here
-from ..translate.failure import place as place_of
+from ..running.failure import line_here
+from ..running.failure import place as place_of
+from ..running.printing import SILENT
+from ..running.torch_versions import asked_by_checkpoint
 from ..translate.foreign import MISTAKES
 from ..translate.graph import Graph
 from ..translate.opaque import check_output, rule_class
@@ -40,10 +42,8 @@ from ..translate.torch_internals import (
     space_of,
     tensor_hooks,
 )
-from ..translate.torch_versions import asked_by_checkpoint
 from .assertions import ASKS, READING, Place, place_of_check
 from .exported import ExportError
-from .printing import SILENT
 from .state import Copies, copied, resized
 
 SAMPLES = 2

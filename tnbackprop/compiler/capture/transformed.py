@@ -18,10 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ...errors import UnsupportedError
+from ..running.torch_quiet import Quiet
 from ..translate.foreign import MISTAKES
 from ..translate.opaque import named_tensors
 from ..translate.torch_internals import traced_below_autograd, with_tensors
-from ..translate.torch_quiet import Quiet
 
 aten = torch.ops.aten
 CUT = aten.alias_copy.default

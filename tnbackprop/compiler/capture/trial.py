@@ -19,13 +19,13 @@ from torch.utils import _pytree as pytree
 
 from ...diagram.core import N
 from ...errors import UnsupportedError
+from ..running.printing import SILENT
+from ..running.torch_quiet import UNWARNED
 from ..translate.axes import batch_axis
 from ..translate.graph import Call, Graph, Value, needed
 from ..translate.opaque import named_tensors, signature_of
 from ..translate.torch_internals import arguments_of
-from ..translate.torch_quiet import UNWARNED
 from .export import plain
-from .printing import SILENT
 from .state import resized
 
 SAMPLES = 3

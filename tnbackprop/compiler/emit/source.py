@@ -23,8 +23,8 @@ from ..program.functions import Form, Function
 from ..program.lines import Block, Line, Lines, captured_by, lines_of
 from ..program.passes import Context, Program, passed
 from ..program.store import NOTHING
+from ..running.torch_quiet import UNWARNED
 from ..translate.graph import Graph
-from ..translate.torch_quiet import UNWARNED
 from .layout import Group, Row
 from .naming import TAKEN, Scope, comment, docstring, string
 from .printer import ATOM, FOLLOWED, Printer

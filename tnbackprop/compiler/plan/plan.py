@@ -29,6 +29,7 @@ from .items import named, scheduled, shaped
 from .joint import JointSweep
 from .loops import Results, added, over_columns
 from .memory import peak_of
+from .own_forward import own_forward
 from .relative import make_relative
 from .root_steps import root_steps
 from .samples import sample_by_sample
@@ -264,13 +265,10 @@ def _called(store: Store, call: Call, random: bool) -> Expr:
 
 
 def _from_formula(store: Store, call: Call, rule: BoundRule | None) -> Expr:
-    """A call whose forward is its rule's formula."""
+    """A call whose forward is its rule's formula, or where that has Jacobians alone what it runs itself."""
     diagram = rule.equations[-1].diagram if rule is not None else None
     if diagram is None:
-        raise UnsupportedError(
-            f"{call.where} has a rule with Jacobians alone: nothing in it says what the output is.\n"
-            f'  Write it as torch code of {", ".join(f"{{{name}}}" for name in call.tensors)}: tn.Rule(…, forward="…").'
-        )
+        return own_forward(store, call)
     return shaped(store, build(store, diagram), call.output.shape)
 
 

@@ -32,9 +32,9 @@ def over_batch(target: Any, arguments: dict[str, Any], shape: Shape, append: App
         stacked = (*shape[:along], len(tensors), *tensors[0].shape[along:])
         source = append(aten.stack.default, {"tensors": tensors, "dim": along}, stacked)
         return aten.reshape.default, {"input": source, "shape": shape}
-    beside = beside_batch(target, arguments)
-    if beside is not None:
-        place, count = beside
+    inner = copies_in_batch(target, arguments)
+    if inner is not None:
+        place, count = inner
         source = arguments["input"]
         split = (*source.shape[:place], 1, *source.shape[place:])
         wide = (*split[:place], count, *split[place + 1 :])
@@ -67,7 +67,7 @@ def copy_of_batch(target: Any, arguments: dict[str, Any], shape: tuple[Size, ...
     return dim, int(place)
 
 
-def beside_batch(target: Any, arguments: dict[str, Any]) -> tuple[int, int] | None:
+def copies_in_batch(target: Any, arguments: dict[str, Any]) -> tuple[int, int] | None:
     """Where a call copies an axis with the batch and other indices: the place of an axis for the copies, how many."""
     source = arguments.get("input")
     if not isinstance(source, Value):

@@ -69,7 +69,7 @@ class Opaque:
         bound.apply_defaults()
         named = {name: _tuples(value) for name, value in bound.arguments.items()}
         for name, value in zip(self.tensors, tensors, strict=True):
-            name = name.replace(".", "_")
+            name = operand_of(name)
             if name in named:
                 raise RuleError(f"{self}: {name!r} is both an argument of forward and a parameter")
             named[name] = value
@@ -125,6 +125,11 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by dotted name, one that is there twice under both names."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     return {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def operand_of(dotted: str) -> str:
+    """What a formula calls a parameter or a buffer of a module."""
+    return dotted.replace(".", "_")
 
 
 def rule_class(module: nn.Module, rules: Rules) -> type[nn.Module] | None:

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import sym_node
 from torch.utils import checkpoint
 
-from .torch_internals import alone
+from ..translate.torch_internals import alone
 
 COMPARED: dict[str, Any] | None = getattr(sym_node, "alternate_impl_if_hinted_methods", None)
 """How `min` and `max` of sizes ask which is less in torch 2.7, so that a graph is of a range; None: they are sizes."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from .foreign import PACKAGE
+from ..translate.foreign import PACKAGE
 
 TORCH = str(Path(torch.__file__).parent)
 STANDARD = Path(linecache.__file__).parent

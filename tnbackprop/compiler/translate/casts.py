@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ..translate.graph import Value, depends_on
-from ..translate.operators import Same, row_of
-from ..translate.spellings import cast_to
-from ..translate.torch_internals import OpOverload
+from .graph import Value, depends_on
+from .operators import Same, row_of
+from .spellings import cast_to
+from .torch_internals import OpOverload
 
 
 class Casts:
