@@ -208,13 +208,13 @@ def masked_input(m: Any, x: Tensor) -> Tensor:
 
 
 def masked_sum(m: Any, x: Tensor) -> Tensor:
-    """Top-k with masks: `out[mask] += weight * expert(x[mask])`."""
+    """Top-k with masks: `out[mask] += weight * expert(x[mask])`; torch 2.7 takes no `weight[mask, None]` of several axes."""
     values, index = chosen(m, x)
     out = torch.zeros_like(x)
     for e, expert in enumerate(m.experts):
         mask = (index == e).any(-1)
         weight = (values * (index == e)).sum(-1)
-        out[mask] += weight[mask, None] * expert(x[mask])
+        out[mask] += weight.unsqueeze(-1)[mask] * expert(x[mask])
     return out
 
 
