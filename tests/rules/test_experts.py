@@ -208,7 +208,7 @@ def masked_input(m: Any, x: Tensor) -> Tensor:
 
 
 def masked_sum(m: Any, x: Tensor) -> Tensor:
-    """Top-k with masks: `out[mask] += weight * expert(x[mask])`; torch 2.7 takes no `weight[mask, None]` of several axes."""
+    """Top-k with masks: `out[mask] += weight * expert(x[mask])`; torch 2.7 refuses `weight[mask, None]` by itself."""
     values, index = chosen(m, x)
     out = torch.zeros_like(x)
     for e, expert in enumerate(m.experts):
