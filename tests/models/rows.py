@@ -20,7 +20,5 @@ REFUSED = {
 }
 """Models that do not compile at all, and what the refusal says."""
 
-KNOWN = {(name, check): says for name, says in REFUSED.items() for check in ("first order", "KFAC", "DiagGGN")} | {
-    ("two outputs in a dict", "KFAC"): "a model with one output tensor is needed for KFAC, and the loss reads 2",
-}
+KNOWN = {(name, check): says for name, says in REFUSED.items() for check in ("first order", "KFAC", "DiagGGN")}
 """(row, check) -> what the refusal says. A test notices when one of them runs."""

@@ -61,17 +61,39 @@ def test_one_tensor(name: str, loss: str) -> None:
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("kinds", [("HessianDiag",), ("Jacobians",), ("DiagGGN", "KFLR"), ("KFRA",), ("BL89",)])
-def test_several_tensors(kinds: tuple[str, ...]) -> None:
-    """The message has what was asked for, the outputs and what to do; products take them."""
-    model = Shaped(lambda t: {"logits": t, "hidden": (t.tanh(),)})
+class Several(Shaped):
+    """Logits, and what is computed of them."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda t: {"logits": t, "hidden": (t.tanh(),)})
+
+    @staticmethod
+    def loss(o: Any, y: Tensor) -> Tensor:
+        return F.cross_entropy(o["logits"] + o["hidden"][0], y)
+
+
+@pytest.mark.parametrize("kind", ["HessianDiag", "DiagGGN", "KFLR", "KFRA", "BL89"])
+def test_several_tensors(kind: str) -> None:
+    """Those of a model that returns them side by side."""
+    beside = Shaped(lambda t: torch.cat([t, t.tanh()], 1))
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.arange(5) % 3
-    loss = lambda o, y: F.cross_entropy(o["logits"] + o["hidden"][0], y)  # noqa: E731
+    got = tn.compute(Several(), Several.loss, (x, y), [getattr(tn, kind)()])
+    want = tn.compute(beside, lambda o, y: F.cross_entropy(o[:, :3] + o[:, 3:], y), (x, y), [getattr(tn, kind)()])
+    for values, wanted in zip(got.values(), want.values(), strict=True):
+        for name, value in values.items():
+            pair = value, wanted[name]
+            torch.testing.assert_close(*(v.to_dense() if isinstance(v, tn.KroneckerFactors) else v for v in pair))
+
+
+def test_jacobians_of_several_tensors() -> None:
+    """The message has what was asked for, the outputs and what to do; products take them."""
+    model, loss = Several(), Several.loss
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.arange(5) % 3
     message = (
-        rf"is needed for {' and '.join(kinds)}, and the loss reads 2: \['logits'\] \[N, 3\], \['hidden'\]\[0\] "
+        r"is needed for Jacobians, and the loss reads 2: \['logits'\] \[N, 3\], \['hidden'\]\[0\] "
         r"\[N, 3\]\.\n  Wrap it in a module .* torch.cat .* tn.ggn_product"
     )
     with pytest.raises(tn.UnsupportedError, match=message):
-        tn.compile(model, loss, (x, y), [getattr(tn, kind)() for kind in kinds])
+        tn.compile(model, loss, (x, y), [tn.Jacobians()])
     assert tn.ggn_product(model, loss, (x, y)).shape == (31, 31)
     assert list(tn.compute(model, loss, (x, y), [tn.BatchL2()])) == ["batch_l2"]

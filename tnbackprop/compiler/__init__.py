@@ -17,6 +17,7 @@ from .emit.compiled import Compiled
 from .emit.source import Writer
 from .invariants.stage import Stage
 from .invariants.table import asked, check
+from .joined import with_one_output
 from .lower.candidate import Lowering
 from .search import Device, searched
 
@@ -34,7 +35,7 @@ def compile_program(
     lowerings: Sequence[Lowering] = (),
 ) -> Compiled:
     """Run the stages on an example batch; `here` where the source runs on this machine: by what this one has."""
-    graph = capture(model, loss, example, rules)
+    graph = with_one_output(capture(model, loss, example, rules), quantities)
     check(Stage.CAPTURE, graph, seen := asked(model, tuple(quantity.name for quantity in quantities)))
     trial = Trial.of(graph, model, loss, example)
     bound = check(Stage.BIND, bind_all(graph, rules, trial), seen := replace(seen, graph=graph))

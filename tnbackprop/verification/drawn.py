@@ -61,7 +61,11 @@ def check_mean(case: Defined, key: str, quantity: Any, text: str) -> Iterator[Fi
         want |= oracle.ggn_diagonal(case.problem, per_sample)
     else:
         exact = KFLR(sharing=quantity.sharing, bias=quantity.bias)
-        blocks = factors(case, key, exact, case.run(0)[key])
+        try:
+            blocks = factors(case, key, exact, case.run(0)[key])
+        except NotDefined as reason:
+            yield LeftOut(key, str(reason))
+            return
         want |= {name: own if isinstance(own, NotDefined) else own.diagonal() for name, own in blocks.items()}
     for name, wanted in want.items():
         if isinstance(wanted, NotDefined):

@@ -139,14 +139,48 @@ def test_a_loss_that_is_computed_in_the_model() -> None:
         torch.testing.assert_close(got, value)
 
 
-def test_two_that_the_loss_reads() -> None:
-    model, (x, y) = Function(lambda m, x: (m.a(x), m.b(x), x), **layers()).double(), batch()
+SEVERAL: dict[str, Callable[[Any, Tensor], Any]] = {
+    "side by side": lambda m, x: {"one": m.a(x), "other": m.b(x)[:, None].tanh()},
+    "one of the other": lambda m, x: (lambda h: {"one": h, "other": m.b(h)[:, None]})(m.a(x).tanh()),
+}
+
+
+@pytest.mark.parametrize("forward", SEVERAL.values(), ids=SEVERAL)
+def test_several_that_the_loss_reads(forward: Callable[[Any, Tensor], Any]) -> None:
+    """Curvature is taken at all of them side by side. Oracle: the model that returns them so, with one output."""
+
+    def loss(out: Any, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(out["other"][:, 0], y.softmax(1)) + (out["one"] - y).square().mean()
+
+    def joined(m: Any, x: Tensor) -> Tensor:
+        return torch.cat([part.flatten(1) for part in forward(m, x).values()], 1)
+
+    def of_joined(out: Tensor, y: Tensor) -> Tensor:
+        return loss({"one": out[:, :3], "other": out[:, None, 3:]}, y)
+
+    model, (x, y) = Function(forward, **layers()).double(), batch()
+    plain = Function(joined, a=model.a, b=model.b)
+    quantities = [tn.DiagGGN(), tn.HessianDiag(), tn.KFAC(), tn.BatchGrad()]
+    result = tn.compile(model, loss, (x, y), quantities)(x, y, seed=0)
+    want = tn.compile(plain, of_joined, (x, y), quantities)(x, y, seed=0)
+    for name, value in diag_ggn(plain, of_joined, x, y).items():
+        torch.testing.assert_close(result["diag_ggn"][name], value)
+        for key in ("hessian_diag", "batch_grad"):
+            torch.testing.assert_close(result[key][name], want[key][name])
+        torch.testing.assert_close(result["kfac"][name].to_dense(), want["kfac"][name].to_dense())
+    assert list(result.output) == ["one", "other"] and result.output["other"].shape == (5, 1, 3)
+
+
+def test_outputs_that_do_not_go_side_by_side() -> None:
+    """A Jacobian is of each; one that has the batch on another axis has no place among the others."""
+    model, (x, y) = Function(lambda m, x: (m.a(x), m.b(x).T), **layers()).double(), batch()
 
     def loss(out: Any, y: Tensor) -> Tensor:
         return (out[0] - y).square().mean() + out[1].square().mean()
 
-    with pytest.raises(tn.UnsupportedError, match=r"the loss reads 2: \[0\] \[N, 3\], \[1\] \[N, 3\]"):
-        tn.compile(model, loss, (x, y), [tn.DiagGGN()])
+    for quantity in (tn.Jacobians(), tn.DiagGGN()):
+        with pytest.raises(tn.UnsupportedError, match=r"the loss reads 2: \[0\] \[N, 3\], \[1\] \[3, N\]"):
+            tn.compile(model, loss, (x, y), [quantity])
 
 
 @pytest.mark.parametrize("kind", ["distribution", "method"])

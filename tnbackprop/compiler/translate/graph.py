@@ -166,6 +166,7 @@ class Graph:
     conditions: tuple[Condition, ...] = ()  # on N, for others it does something else, too
     unchecked: tuple[str, ...] = ()  # checks of values that the forward has and a program leaves out
     left: tuple[str, ...] = ()  # outputs that no program gives and the loss does not read, each with the reason
+    joint: str = ""  # the value of all outputs that the loss reads, where several were joined
     cotangent: str = ""  # of a layer on its own: the input that is the cotangent of its output
 
     @property
@@ -180,6 +181,8 @@ class Graph:
     @property
     def read_by_loss(self) -> dict[str, Value]:
         """Those of which the loss is computed, without what they are computed of themselves; all without a loss."""
+        if self.joint:
+            return {"outputs": self.values[self.joint]}
         outputs = {value.name: place for place, value in self.returned.items()}
         made = {call.output.name: call for call in self.calls}
         found, seen, todo = dict[str, Value](), set[str](), [self.loss] if self.loss else list(outputs)
