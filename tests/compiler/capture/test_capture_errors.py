@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tnbackprop.compiler.capture.export import capture
 from tnbackprop.errors import InputError, UnsupportedError
+from tnbackprop.rules import RULES
 
 from ...capturing import Function
 
@@ -84,3 +85,17 @@ def test_wrong_input(name: str, model: Any, loss: Any, example: Any, message: st
 def test_complex_input_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="complex"):
         capture(nn.Linear(3, 3), None, (torch.zeros(2, 3, dtype=torch.complex64), None), {})
+
+
+def test_a_cache_in_forward() -> None:
+    """What the first call computed is a constant of the others."""
+    kept = dict[str, Tensor]()
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if "weight" not in kept:
+            kept["weight"] = m.a.weight.tanh()
+        return m.b(x @ kept["weight"].T)
+
+    model = Function(forward, a=nn.Linear(3, 3), b=nn.Linear(3, 3))
+    with pytest.raises(UnsupportedError, match=r"parameter 'a.weight' has a gradient, but not .* \(a cache\)"):
+        capture(model, nn.MSELoss(), (torch.randn(4, 3), torch.randn(4, 3)), RULES)

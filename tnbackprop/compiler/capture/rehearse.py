@@ -293,9 +293,11 @@ class Seen:
         known = frozenset[str]().union(*(graph.values[name].depends_on for name in ends))
         for name in sorted((self.by_loss if graph.left else self.reached) - known):
             raise UnsupportedError(
-                f"parameter {name!r} has a gradient, but not in the graph that torch.export makes: what follows a "
-                "no_grad block inside an autograd.Function (torch.utils.checkpoint with use_reentrant=True is one) is "
-                "taken for part of it.\n  Leave the Function out, or give its module a rule (examples/add_a_layer.py)."
+                f"parameter {name!r} has a gradient, but not in the graph that torch.export makes: forward keeps what "
+                "it computed of it for the next call (a cache), or it comes after a no_grad block inside an "
+                "autograd.Function (torch.utils.checkpoint with use_reentrant=True is one) and is taken for part of it."
+                "\n  Compute it in each call; leave the Function out, or give its module a rule "
+                "(examples/add_a_layer.py)."
             )
 
 
