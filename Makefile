@@ -18,7 +18,7 @@ WORKERS := 2
 help:
 	@echo "make demo    install, then show the main job on handwritten digits"
 	@echo "make test    install, then run the tests"
-	@echo "make test-slow  the tests that take long: pictures, command lines, generated files inside BackPACK, torch.compile"
+	@echo "make test-slow  the tests that take long: pictures, command lines, generated files inside BackPACK, the zoo of models"
 	@echo "make test-cuda  the tests that need a CUDA device"
 	@echo "make check   ruff, mypy and the guide"
 	@echo "make docs    build the guide into site/"
@@ -33,7 +33,7 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/constraints.txt: constraints.txt | $(BIN)/pip
-	sed '/^torch==/d' constraints.txt > $@
+	sed '/^torch\(vision\)*==/d' constraints.txt > $@
 	$(if $(strip $(TORCH)),echo 'torch$(strip $(TORCH))' >> $@)
 
 # One stamp for each extra; older than pyproject.toml or the constraints, it is made again.
@@ -55,7 +55,7 @@ demo: $(VENV)/.installed-examples
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST)
 
-test-slow: $(VENV)/.installed-test $(VENV)/.installed-peers
+test-slow: $(VENV)/.installed-test $(VENV)/.installed-peers $(VENV)/.installed-zoo
 	$(MAKE) test PYTEST='-m slow'
 
 test-cuda: $(VENV)/.installed-test

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from . import attention, fields, functions, habits, sequences, vision
+from collections.abc import Sequence
+from dataclasses import replace
+
+from . import attention, fields, functions, habits, hub_images, hub_text, packages, sequences, vision
+from .zoo import Row
 
 FAMILIES = {
     "Images": vision.ROWS,
@@ -12,11 +16,33 @@ FAMILIES = {
     "Fields of work": fields.ROWS,
     "As code is written": habits.ROWS,
 }
-ZOO = tuple(row for rows in FAMILIES.values() for row in rows)
+
+
+def of(package: str, rows: Sequence[Row]) -> tuple[Row, ...]:
+    """With the package in their names."""
+    return tuple(replace(row, name=f"{row.name} ({package})") for row in rows)
+
+
+PACKAGES = {
+    "transformers: text": of("transformers", hub_text.ROWS),
+    "transformers: images, speech, sequences": of("transformers", hub_images.ROWS),
+    "timm": of("timm", packages.TIMM),
+    "torchvision": of("torchvision", packages.TORCHVISION),
+    "peft": of("peft", packages.PEFT),
+    "diffusers": of("diffusers", packages.DIFFUSERS),
+}
+OWN, OTHERS = (tuple(row for rows in families.values() for row in rows) for families in (FAMILIES, PACKAGES))
+ZOO = OWN + OTHERS
 
 REFUSED = {
     "gradient reversal": r"autograd.Function 'Reversal' .* has a backward of its own",
     "binarised, straight-through": r"autograd.Function 'Sign' .* has a backward of its own",
+    "BLOOM (transformers)": r"autograd.Function 'GeLUFunction' .* has a backward of its own",
+    "Mixtral, a loop over experts (transformers)": r"depends on the data, .*MixtralExperts(?s:.*)for expert_idx in",
+    "Switch (transformers)": r"the model writes to '.*router.classifier.weight' during forward",
+    "Longformer (transformers)": r"depends on the data, .*LongformerSelfAttention(?s:.*)if is_global_attn",
+    "LeViT (transformers)": r"parameter '.*attention_biases' has a gradient, but not in the graph .*\(a cache\)",
+    "ViLT (transformers)": r"depends on the data, .*ViltEmbeddings",
 }
 """Models that do not compile at all, and what the refusal says."""
 

@@ -46,6 +46,32 @@ def test_checks_of_a_linear_layer(check: str) -> None:
     CHECKS[check](LINEAR)
 
 
+class Named(torch.nn.Linear):
+    """An output with two entries; the loss reads one."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"squares": super().forward(x).square(), "output": super().forward(x)}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_checks_of_an_output_by_name(check: str) -> None:
+    CHECKS[check](replace(LINEAR, build=lambda: Named(3, 2), loss=lambda f, y: MSE(f["output"], y)))
+
+
+def test_the_oracle_takes_the_outputs_that_the_loss_reads() -> None:
+    row = replace(LINEAR, build=lambda: Named(3, 2), loss=lambda f, y: MSE(f["output"], y))
+    close(outcomes.diag_ggn(row.problem()), outcomes.diag_ggn(LINEAR.problem()), "diag_ggn")
+
+
+@pytest.mark.parametrize("dtype", outcomes.TOLERANCE)
+def test_tolerance(dtype: torch.dtype) -> None:
+    """Rounding of the dtype is let through, and ten times what is allowed is not."""
+    one, relative = torch.ones(3, dtype=torch.float64), outcomes.TOLERANCE[dtype][0]
+    close({"weight": one * (1 + torch.finfo(dtype).eps)}, {"weight": one}, "grad", dtype)
+    with pytest.raises(AssertionError, match="from autograd"):
+        close({"weight": one * (1 + 10 * relative)}, {"weight": one}, "grad", dtype)
+
+
 def test_a_row_is_the_same_each_time() -> None:
     one, other = LINEAR.problem(), LINEAR.problem()
     assert torch.equal(one.x, other.x) and torch.equal(one.model.weight, other.model.weight)

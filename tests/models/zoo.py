@@ -47,6 +47,7 @@ class Row:
 
     convex  the loss is convex in the output, so that it has a GGN; where not, KFAC is the empirical one
     exact   the model is small enough for the GGN's diagonal by its definition
+    inside  what the model computes in: a part of some is in float32, whatever they are given
     """
 
     name: str
@@ -56,6 +57,7 @@ class Row:
     loss: Callable[..., Tensor] = MSE
     convex: bool = True
     exact: bool = True
+    inside: torch.dtype = torch.float64
 
     @property
     def kfac(self) -> tn.KFAC:
