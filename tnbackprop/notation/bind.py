@@ -154,7 +154,8 @@ class _Binder:
         self.declared = {name: parse_legs(name, text) for name, text in rule.legs.items()}
         self.absent = frozenset(name for name, axes in operands.items() if axes is None)
         self.axes = {name: axes for name, axes in operands.items() if axes is not None}
-        own = [line.left.tensor for line in self.lines[:-1]] + list(self.saved)
+        lines = [line.left.tensor for line in self.lines[:-1]]
+        own = lines + [name for name in self.saved if name not in lines]  # a line may be saved by native code
         self.own = tuple(own)
         self.names = {name: names[name] for name, axes in operands.items() if axes is not None}
         self.names |= {name: f"{output}:{name}" for name in (*own, *self.opaque)} | {"output": output}

@@ -43,11 +43,12 @@ class Rule:
     constants  numbers that the formula names (eps, s0, …).
     saved      runtime tensors of the forward: ``{"mask[*s]": "torch code"}``. The torch code may use
                ``{input}`` and every other operand or earlier saved name, in braces. A key without legs is a value
-               that only other code reads (a tuple of outputs).
+               that only other code reads (a tuple of outputs); a key that is a line of the formula is where its
+               value comes from (the statistics that a native forward gives anyway).
     forward    torch code for the output, where the call itself will not do (a saved mask, say).
     vjp        operand name -> torch code of a native VJP; may use ``{cotangent}``, ``{output}``, operands, saved.
-               For several columns at once it runs under vmap; one that reads ``{cotangents}`` in place of
-               ``{cotangent}`` takes them itself, on an axis in front.
+               For one cotangent; several columns go by the formula. One that reads ``{cotangents}`` in place of
+               ``{cotangent}`` takes them all, on an axis in front.
                A lowering: checked against the formula, never the definition.
     root       for a loss: the square root of its Hessian; elementwise losses need none, it follows from the formula.
     draw       for an elementwise loss without a root: torch code for a draw of its residual in the model's own

@@ -145,14 +145,23 @@ def _normalized(call: Any) -> tuple[list[str], list[str], str]:
 def softmax(call: Any) -> Rule:
     out, into, pair = _normalized(call)
     jacobian = f"output[{join(out)}] * (delta[{pair}] - output[{join(into)}])"
-    return Rule(jacobian={"input": jacobian}, legs={"input": join(into), "output": join(out)})
+    vjp = _native(call, "torch.ops.aten._softmax_backward_data")
+    return Rule(jacobian={"input": jacobian}, legs={"input": join(into), "output": join(out)}, vjp=vjp)
 
 
 @TABLE.rule(aten.log_softmax.int, aten._log_softmax.default)
 def log_softmax(call: Any) -> Rule:
     out, into, pair = _normalized(call)
     jacobian = f"delta[{pair}] - exp(output[{join(into)}])"
-    return Rule(jacobian={"input": jacobian}, legs={"input": join(into), "output": join(out)})
+    vjp = _native(call, "torch.ops.aten._log_softmax_backward_data")
+    return Rule(jacobian={"input": jacobian}, legs={"input": join(into), "output": join(out)}, vjp=vjp)
+
+
+def _native(call: Any, kernel: str) -> dict[str, str]:
+    """The VJP along `dim`; none where the call casts, too."""
+    if call.input.dtype != call.output.dtype:
+        return {}
+    return {"input": f"{kernel}({{cotangent}}, {{output}}, {call.dim}, {call.output.dtype})"}
 
 
 @TABLE.rule(aten.logsumexp.default)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
+from ..diagram.core import N
 from ..notation.rule import Rule, Table
 from .text import join, leg_names, refuse, sizes
 
@@ -13,6 +15,8 @@ TABLE = Table()
 aten = torch.ops.aten
 _LEGS = "ijklm"
 _SPACE = "hwdxy"
+EXACT = (torch.float32, torch.float64)
+"""Where native statistics have the dtype of the input."""
 
 
 def _affine(call: Any, legs: str) -> tuple[str, str]:
@@ -24,15 +28,40 @@ def _affine(call: Any, legs: str) -> tuple[str, str]:
 @TABLE.rule(aten.layer_norm.default, aten.native_layer_norm.default)
 def layer_norm(call: Any) -> Rule:
     """Ba et al. 2016, arXiv:1607.06450."""
-    legs = list(_LEGS[: len(call.normalized_shape)])
+    shape = list(call.normalized_shape)
+    legs = list(_LEGS[: len(shape)])
     i = join(legs)
     weight, bias = _affine(call, i)
-    return Rule(
+    weights = f"{_given(call, 'weight')}, {_given(call, 'bias')}"
+    row = f"[..., {', '.join('0' * len(shape))}]"
+    return _with_kernel(
+        call,
         f"""mean[*s] = input[*s, {i}] / ({sizes(legs)})
             centred[*s, {i}] = input[*s, {i}] - mean[*s]
             variance[*s] = centred[*s, {i}]**2 / ({sizes(legs)})
-            output[*s, {i}] = centred[*s, {i}] * (variance[*s] + eps)**(-1/2){weight}{bias}""",
-        constants={"eps": call.eps},
+            scale[*s] = (variance[*s] + eps)**(-1/2)
+            output[*s, {i}] = centred[*s, {i}] * scale[*s]{weight}{bias}""",
+        {"eps": call.eps},
+        f"torch.ops.aten.native_layer_norm({{input}}, {shape}, {weights}, {call.eps!r})",
+        {"mean[*s]": f"{{both}}[1]{row}", "scale[*s]": f"{{both}}[2]{row}"},
+        f"torch.ops.aten.native_layer_norm_backward({{cotangent}}.contiguous(), {{input}}, {shape}, "
+        f"{{both}}[1], {{both}}[2], {weights}, [True, False, False])[0]",
+    )
+
+
+def _given(call: Any, name: str) -> str:
+    """An optional operand in torch code."""
+    return "None" if call.arguments.get(name) is None else f"{{{name}}}"
+
+
+def _with_kernel(
+    call: Any, formula: str, constants: dict[str, Any], forward: str, lines: dict[str, str], vjp: str
+) -> Rule:
+    """A formula whose statistics a native forward gives, and its native VJP; where they have the input's dtype."""
+    if call.input.dtype not in EXACT or call.output.dtype != call.input.dtype:
+        return Rule(formula, constants=constants)
+    return Rule(
+        formula, constants=constants, saved={"both": forward} | lines, forward="{both}[0]", vjp={"input": vjp}
     )
 
 
@@ -49,31 +78,43 @@ def rms_norm(call: Any) -> Rule:
     )
 
 
-def _channel_norm(call: Any, group: str, channel: str, constants: dict[str, Any]) -> Rule:
+def _channel_norm(call: Any, group: str, channel: str, groups: int) -> Rule:
     """Statistics per sample and group; `channel` is the axis of weight and bias."""
-    space = list(_SPACE[: len(call.input.axes) - 2])
-    return _normalized(call, ["n", channel, *space], ["n", group], channel, constants)
+    batch, channels, *space = call.input.shape
+    formula = _normalized(call, ["n", channel, *_SPACE[: len(space)]], ["n", group], channel)
+    constants = {"eps": call.eps} | ({"G": groups} if group == "g" else {})
+    if batch != N:
+        return Rule(formula, constants=constants)
+    shape = f"{{input}}.shape[0], {channels}, {math.prod(space)}, {groups}"
+    weight, bias = _given(call, "weight"), _given(call, "bias")
+    return _with_kernel(
+        call,
+        formula,
+        constants,
+        f"torch.ops.aten.native_group_norm({{input}}.contiguous(), {weight}, {bias}, {shape}, {call.eps!r})",
+        {f"mean[n, {group}]": "{both}[1]", f"scale[n, {group}]": "{both}[2]"},
+        "torch.ops.aten.native_group_norm_backward({cotangent}.contiguous(), {input}.contiguous(), "
+        f"{{both}}[1], {{both}}[2], {weight}, {shape}, [True, False, False])[0]",
+    )
 
 
-def _normalized(call: Any, legs: list[str], kept: list[str], channel: str, constants: dict[str, Any]) -> Rule:
+def _normalized(call: Any, legs: list[str], kept: list[str], channel: str) -> str:
     """Statistics over all legs but those that are kept."""
     full, rest = join(legs), join(kept)
     summed = [leg for part in legs for leg in part.split(".") if leg not in kept]
     weight, bias = _affine(call, channel)
-    return Rule(
-        f"""mean[{rest}] = input[{full}] / ({sizes(summed)})
+    return f"""mean[{rest}] = input[{full}] / ({sizes(summed)})
             centred[{full}] = input[{full}] - mean[{rest}]
             variance[{rest}] = centred[{full}]**2 / ({sizes(summed)})
-            output[{full}] = centred[{full}] * (variance[{rest}] + eps)**(-1/2){weight}{bias}""",
-        constants=constants | {"eps": call.eps},
-    )
+            scale[{rest}] = (variance[{rest}] + eps)**(-1/2)
+            output[{full}] = centred[{full}] * scale[{rest}]{weight}{bias}"""
 
 
 @TABLE.rule(aten.group_norm.default, aten.native_group_norm.default)
 def group_norm(call: Any) -> Rule:
     """Wu & He 2018, arXiv:1803.08494."""
     groups = call.arguments["num_groups" if "num_groups" in call.arguments else "group"]
-    return _channel_norm(call, "g", "g.c", {"G": groups})
+    return _channel_norm(call, "g", "g.c", groups)
 
 
 @TABLE.rule(aten.instance_norm.default)
@@ -83,7 +124,7 @@ def instance_norm(call: Any) -> Rule:
         return _running(call)
     if call.arguments.get("running_mean") is not None:
         refuse(call, "it updates running statistics", "Call model.eval(), or set track_running_stats=False.")
-    return _channel_norm(call, "c", "c", {})
+    return _channel_norm(call, "c", "c", call.input.shape[1])
 
 
 @TABLE.rule(
@@ -97,7 +138,7 @@ def batch_norm(call: Any) -> Rule:
         return _running(call)
     if not all(isinstance(size, int) for size in call.input.shape):
         refuse(call, "it mixes samples: it normalizes with the statistics of the batch", "Call model.eval() first.")
-    return _normalized(call, legs, [legs[1]], legs[1], {})
+    return Rule(_normalized(call, legs, [legs[1]], legs[1]), constants={"eps": call.eps})
 
 
 def _running(call: Any) -> Rule:

@@ -11,7 +11,7 @@ from ...diagram.core import Diagram, Product, leaves
 from ...errors import RuleError, UnsupportedError
 from ...notation.bind import BoundRule, bind
 from ...notation.rule import Rule, RuleFunction, Rules
-from ...quantities import Exact, Gradient, Propagation, Quantity
+from ...quantities import Exact, Gradient, Propagation, Quantity, Residual
 from ..capture.trial import Trial
 from ..translate.foreign import foreign
 from ..translate.graph import Call, Graph, Value, op_text
@@ -112,7 +112,8 @@ def derive(
         _check_read(bound)
     given = bool(graph.cotangent)
     wanted = dict.fromkeys(_propagation(q, given) for q in quantities)
-    sweep = Sweep(graph, [q for q in quantities if isinstance(q.propagates, Gradient)])
+    twice = any(propagation.residual is not Residual.NONE for propagation in wanted)
+    sweep = Sweep(graph, [q for q in quantities if isinstance(q.propagates, Gradient)], twice=twice)
     needing = [q.name for q in quantities if q.propagates.needs_loss]
     if graph.loss is None and needing and not given:
         names = ", ".join(needing)

@@ -9,7 +9,7 @@ from ...diagram.algebra import diagonal, differentiate
 from ...diagram.core import Diagram, Selection, leaves
 from ...diagram.jacobian import Jacobian
 from ...diagram.simplify import simplify
-from ...notation.bind import Equation
+from ...notation.bind import COTANGENTS, BoundRule, Equation
 from ..translate.graph import Call, Graph
 
 
@@ -40,6 +40,12 @@ def elementwise(equation: Equation, operand: str) -> bool:
     """Whether the Jacobian is diagonal."""
     jacobian = jacobian_of(equation, operand)
     return jacobian is not None and diagonal(jacobian) is not None
+
+
+def columns_by_formula(rule: BoundRule, operand: str) -> bool:
+    """Whether several columns go by the formula: what does not depend on them is computed once for all of them."""
+    alone = elementwise(rule.equations[-1], operand) or COTANGENTS not in rule.vjp[operand].holes
+    return alone and not rule.fallback
 
 
 def unchanged(along: Callable[[Jacobian], Jacobian], equation: Equation, operand: str) -> bool:

@@ -25,7 +25,7 @@ from ..translate.foreign import foreign
 from ..translate.graph import Call, Graph
 from .condense import condensed, gathered, outer_product
 from .derived import Backward, Extraction, Individual, Native, Result
-from .lines import casts, casts_alone, elementwise, jacobian_of, lines_to, operands_of, selects, unchanged
+from .lines import casts, casts_alone, columns_by_formula, jacobian_of, lines_to, operands_of, selects, unchanged
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Sweep:
     weight: Diagram | None = None  # of the columns
     along: Callable[[Jacobian], Jacobian] | None = None  # what is propagated with in the place of a Jacobian
     adds: Callable[[Call, BoundRule, Equation, str], Diagram | None] | None = None  # what a line adds to an operand
+    twice: bool = False  # second derivatives will read the cotangents of every line
     partial: bool = False  # it starts inside the model: what it does not reach has nothing to add
     since: str = ""  # the value where it goes on for an earlier sweep, too
     meetings: tuple[str, ...] = ()  # values where a later one may go on for it
@@ -127,15 +128,16 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
             trainable.discard(name)
     native = {name for name in trainable & set(rule.vjp) if sweep.samples[name] and sweep.samples[call.output.name]}
     native = native if sweep.reached(call.output.name) else set()
+    if sweep.twice and not rule.fallback and len(rule.equations) > 1:
+        native = set()
     if sweep.along is not None:  # native code is J, and may not be what is propagated with
         if rule.fallback:
             raise UnsupportedError(f"{call.where} has no rule, and only its VJP is known.\n  Declare one: README.")
         native = {name for name in native if unchanged(sweep.along, rule.equations[-1], name)}
-    # What does not depend on the columns, as an activation's derivative does not, is computed once for all of them.
     native -= {
         name
         for name in native
-        if sweep.several and elementwise(rule.equations[-1], name) and not casts(sweep.graph, call, name)
+        if sweep.several and not casts(sweep.graph, call, name) and columns_by_formula(rule, name)
     }
     for name in sorted(native):
         cotangent = f"{sweep.prefix}:{call.output.name}"

@@ -22,7 +22,7 @@ from .pairs import sum_of_squares
 from .receptive import OF_KERNELS, OF_ROWS, OF_VJP, OF_WIDE_VJP, receptive_fields
 from .selections import selected
 from .shifts import GRAM, shifts
-from .windows import unfolded
+from .windows import turned, unfolded
 
 Legs = tuple[Leg, ...]
 
@@ -49,7 +49,7 @@ def unfolding(store: Store, product: Product, legs: Legs) -> list[Candidate]:
 
 
 def _unfold_all(store: Store, product: Product, legs: Legs) -> Ref:
-    product = unfolded(store, product, legs)
+    product = unfolded(store, turned(product, legs), legs)
     operands = [op if isinstance(op, Tensor) else dense(store, op) for op in product.operands]
     return contracted(store, Product(product.scale, tuple(operands)), legs)
 

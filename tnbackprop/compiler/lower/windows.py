@@ -25,6 +25,22 @@ def unfolded(store: Store, product: Product, output: Legs) -> Product:
     return product
 
 
+def turned(product: Product, output: Legs) -> Product:
+    """Shifts read from their other side where only that is a view: image = leg + c is leg = image - c."""
+
+    def other(window: Window) -> Window:
+        match window.terms:
+            case ((1, leg),) if leg not in output and isinstance(leg.size, int):
+                holders = [op for op in product.operands if op is not window and leg in op.legs]
+                back = Window(leg, ((1, window.image),), -window.offset)
+                if len(holders) == 1 and isinstance(holders[0], Tensor) and window.image not in holders[0].legs:
+                    return back
+        return window
+
+    operands = (other(op) if isinstance(op, Window) else op for op in product.operands)
+    return Product(product.scale, tuple(operands))
+
+
 def slides_over(window: Window, tensor: Tensor, product: Product, output: Legs) -> bool:
     """Whether the window's image is a leg of this tensor only, and the pattern is one that a view can have."""
     image = window.image

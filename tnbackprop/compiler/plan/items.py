@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 
-from ...diagram.core import Leg, N, Size, hint_of, is_head
+from ...diagram.core import Diagram, Leg, N, Size, hint_of, is_head
 from ...notation.bind import COTANGENT, COTANGENTS
 from ...notation.code import Code
 from ..derive.derived import Backward, Extraction, Individual, Native, Result, Schedule
@@ -24,6 +24,7 @@ from ..translate.operators import Memory, row_of
 from ..translate.torch_internals import overload
 from .choose import Choice, choose
 from .forward import EACH, fill, operator_vjp
+from .placed import joined, side_by_side
 
 Results = dict[Result, dict[str, Value]]
 
@@ -68,13 +69,12 @@ def backward(
     what = f"cotangent of {hint_of(item.value)}" if item.value else "averaged matrix"
     store.note = what + (f", {item.note}" if item.note else "")
     shape = graph.values[item.value].shape if item.value in graph.values else None
-    refs = []
-    for term in item.terms:
-        if isinstance(term, Native):
-            refs.append(_native(store, term, shape, lead))
-        else:
-            ways = [term] if item.condensed is None else [term, item.condensed]
-            refs.append(store.cheapest([partial(build, diagram=way) for way in ways]))
+    refs = [_native(store, term, shape, lead) for term in item.terms if isinstance(term, Native)]
+    groups, others = side_by_side(term for term in item.terms if isinstance(term, Diagram))
+    refs += [joined(store, group, lambda block, sizes: shaped(store, build(store, block), sizes)) for group in groups]
+    for term in others:
+        ways = [term] if item.condensed is None else [term, item.condensed]
+        refs.append(store.cheapest([partial(build, diagram=way) for way in ways]))
     if len(refs) == 1:
         named(store, refs[0], item.name)
         return

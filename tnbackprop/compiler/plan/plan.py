@@ -235,8 +235,11 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule]) -> None
         store.note = _note(call)
         if rule is not None:
             _saved(store, rule)
+        native = {saved.name for saved in rule.saved} if rule is not None else set()
         for equation in rule.equations[:-1] if rule is not None else ():
             assert equation.diagram is not None
+            if equation.name in native:
+                continue
             store.suppliers[equation.name] = partial(_supply, name=equation.name, diagram=equation.diagram)
         random = torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ())
         own: bool | None = None

@@ -175,7 +175,7 @@ MM = function("torch.mm", linear=Linear.EACH, memory=Memory.OWN, into="torch.mm"
 BMM = function("torch.bmm", linear=Linear.EACH, memory=Memory.OWN, into="torch.bmm", adding="baddbmm_")
 MV = function("torch.mv", linear=Linear.EACH, memory=Memory.OWN)
 PAD = function("torch.nn.functional.pad")
-CAT = function("torch.cat")
+CAT = function("torch.cat", memory=Memory.OWN)
 CONV = {k: function(f"torch.nn.functional.conv{k}d", memory=Memory.OWN) for k in (1, 2, 3)}
 CONV_INPUT = {k: function(f"torch.nn.grad.conv{k}d_input", memory=Memory.OWN) for k in (1, 2, 3)}
 CONV_WEIGHT = {k: function(f"torch.nn.grad.conv{k}d_weight", memory=Memory.OWN) for k in (1, 2, 3)}
