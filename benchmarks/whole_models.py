@@ -10,47 +10,14 @@ import argparse
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 import tnbackprop as tn
 
+from .modern_models import ViT
 from .timing import Call, ratios, round_robin
 
 DENSE = 10**6
-
-
-class Block(nn.Module):
-    """Attention and two linear layers, norms first."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2, self.heads = nn.LayerNorm(width), nn.LayerNorm(width), heads
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, t, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, d))
-        return x + self.narrow(F.gelu(self.wide(self.norm2(x))))
-
-
-class ViT(nn.Module):
-    """Patches of 4 × 4 pixels, a class token, a table of positions."""
-
-    def __init__(self, blocks: int = 4, width: int = 192, heads: int = 3, classes: int = 10) -> None:
-        super().__init__()
-        self.patch = nn.Conv2d(3, width, 4, stride=4)
-        self.token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.positions = nn.Parameter(0.02 * torch.randn(1, 65, width))
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(blocks)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        patches = self.patch(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(x.shape[0], -1, -1), patches], 1) + self.positions
-        return self.head(self.norm(self.blocks(x))[:, 0])
 
 
 def calls(batch: int, dense: bool) -> dict[str, Call]:

@@ -18,7 +18,7 @@ COMMANDS = sorted(path.stem for path in FILES if "argparse" in path.read_text(en
 
 
 def test_all_are_known() -> None:
-    assert COMMANDS == ["first_order", "generated", "plan_choice", "profile_ops", "second_order", "whole_models"]
+    assert COMMANDS == ["first_order", "generated", "modern", "plan_choice", "profile_ops", "second_order", "whole_models"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
