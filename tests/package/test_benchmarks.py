@@ -18,7 +18,8 @@ COMMANDS = sorted(path.stem for path in FILES if "argparse" in path.read_text(en
 
 
 def test_all_are_known() -> None:
-    assert COMMANDS == ["first_order", "generated", "modern", "plan_choice", "profile_ops", "second_order", "whole_models"]
+    known = ["first_order", "generated", "modern", "plan_choice", "profile_ops", "second_order", "whole_models"]
+    assert COMMANDS == known
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -10,6 +10,7 @@ import torch
 
 from ..notation.rule import Rules
 from ..quantities import Quantity
+from .attention import with_attention
 from .capture.export import capture
 from .capture.trial import Trial
 from .derive.derive import bind_all
@@ -35,7 +36,7 @@ def compile_program(
     lowerings: Sequence[Lowering] = (),
 ) -> Compiled:
     """Run the stages on an example batch; `here` where the source runs on this machine: by what this one has."""
-    graph = with_one_output(capture(model, loss, example, rules), quantities)
+    graph = with_attention(with_one_output(capture(model, loss, example, rules), quantities), quantities)
     check(Stage.CAPTURE, graph, seen := asked(model, tuple(quantity.name for quantity in quantities)))
     trial = Trial.of(graph, model, loss, example)
     bound = check(Stage.BIND, bind_all(graph, rules, trial), seen := replace(seen, graph=graph))

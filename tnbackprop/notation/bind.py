@@ -13,7 +13,7 @@ from types import MappingProxyType
 from ..diagram.core import BATCH, Delta, Diagram, Leg, Map, Product, Size, Tensor, leaves, summed_legs
 from ..diagram.jacobian import Jacobian, Unit
 from ..errors import RuleError, UnsupportedError
-from .code import Code, Hole, Native, check, holes_of
+from .code import Code, Hole, Native, Nth, check, holes_of
 from .expand import Expander
 from .inside import check_inside
 from .parse import RESERVED, parse_access, parse_expression, parse_legs, parse_program
@@ -196,7 +196,7 @@ class _Binder:
                     raise access.place.error(f"unknown tensor '{access.tensor}'", nearest(access.tensor, allowed))
         for kind, names, allowed in (
             ("jacobian", self.jacobian, set(operands)),
-            ("vjp", self.rule.vjp, set(operands)),
+            ("vjp", [name for key in self.rule.vjp for name in _names(key)], set(operands)),
             ("legs", self.declared, known | {"output"}),
         ):
             for name in names:
@@ -331,10 +331,11 @@ class _Binder:
     def _vjp(self) -> Mapping[str, Native]:
         """Native VJPs by runtime value; none for a value that is two operands."""
         found: dict[str, Native] = {}
-        for name, code in self.rule.vjp.items():
-            bound = self._code(code, "cotangent", "cotangents")
-            if name not in self.absent and list(self.names.values()).count(self.names[name]) == 1:
-                found[self.names[name]] = bound
+        for key, code in self.rule.vjp.items():
+            bound, names = self._code(code, "cotangent", "cotangents"), _names(key)
+            for k, name in enumerate(names):
+                if name not in self.absent and list(self.names.values()).count(self.names[name]) == 1:
+                    found[self.names[name]] = Nth(bound, k) if len(names) > 1 else bound
         return MappingProxyType(found)
 
     def _root(self) -> BoundRoot | None:
@@ -355,6 +356,11 @@ class _Binder:
             own = Hole(f":{name}" if name in kept else self.names.get(name, name))
             to[name] = "None" if name in self.absent and name not in kept else own
         return Code.parsed(code).with_holes(to)
+
+
+def _names(key: str) -> list[str]:
+    """The operands that a native VJP is by."""
+    return [name.strip() for name in key.split(",")]
 
 
 def _slips(product: Product, kept: tuple[Leg, ...]) -> Iterator[tuple[Leg, Leg]]:

@@ -171,6 +171,25 @@ class Code:
         return self.filled(lambda name: name)
 
 
+@dataclass(frozen=True)
+class Nth:
+    """One result of code that gives several: a kernel with a cotangent for each operand."""
+
+    code: Code
+    place: int
+
+    @property
+    def holes(self) -> tuple[str, ...]:
+        return self.code.holes
+
+    @property
+    def call(self) -> Call:
+        return self.code.call
+
+    def filled(self, text: Callable[[str], str]) -> str:
+        return f"{self.code.filled(text)}[{self.place}]"
+
+
 def _name(position: int) -> str:
     """The k-th hole while it is parsed; it is as long in every code, and no one else's name."""
     return f"hole{position:04d}"

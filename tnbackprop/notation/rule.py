@@ -49,6 +49,7 @@ class Rule:
     vjp        operand name -> torch code of a native VJP; may use ``{cotangent}``, ``{output}``, operands, saved.
                For one cotangent; several columns go by the formula. One that reads ``{cotangents}`` in place of
                ``{cotangent}`` takes them all, on an axis in front.
+               One code for several operands, ``"query, key, value"``, gives a tuple of theirs.
                A lowering: checked against the formula, never the definition.
     root       for a loss: the square root of its Hessian; elementwise losses need none, it follows from the formula.
     draw       for an elementwise loss without a root: torch code for a draw of its residual in the model's own
@@ -108,21 +109,26 @@ class Primitive:
         return f"primitive {self.function.__name__}"
 
 
+RuleFunction = Callable[[Any], Rule | str]
+"""A row: from a `Call` (for a module target: from the module) to its rule."""
+
+
 @dataclass(frozen=True)
 class Composite:
     """A row for an operator that is others, all with rules: its calls are replaced by `function` while capturing.
 
-    None: by what PyTorch makes of it.
+    function  None: what PyTorch makes of it
+    whole     its rule where nothing looks inside, with a kernel for one column
     """
 
     function: Callable[..., Any] | None = None
+    whole: RuleFunction | None = None
 
-    def __call__(self, call: Any) -> Rule:
+    def __call__(self, call: Any) -> Rule | str:
+        if self.whole is not None:
+            return self.whole(call)
         raise RuleError(f"{call.where} is made of other operators, and was not replaced by them")
 
-
-RuleFunction = Callable[[Any], Rule | str]
-"""A row: from a `Call` (for a module target: from the module) to its rule."""
 
 Rules = Mapping[Any, RuleFunction]
 """From a target (an operator's overload, a primitive, or a module class) to its row."""
@@ -143,11 +149,13 @@ class Table(dict[Any, RuleFunction]):
 
         return enter
 
-    def composite(self, *targets: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def composite(
+        self, *targets: Any, whole: RuleFunction | None = None
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorator: a function of the operator's arguments, written in operators that have rules."""
 
         def enter(function: Callable[..., Any]) -> Callable[..., Any]:
-            self.rule(*targets)(Composite(function))
+            self.rule(*targets)(Composite(function, whole))
             return function
 
         return enter

@@ -155,6 +155,11 @@ class Propagation(ABC):
         return self
 
     @property
+    def single(self) -> bool:
+        """Whether it is one column: kernels that take no more of them may then stand for several operators."""
+        return False
+
+    @property
     def by_vjp(self) -> bool:
         """Whether it goes back as a gradient does."""
         return type(self).through is Propagation.through
@@ -191,6 +196,10 @@ class Gradient(Propagation):
     def start(self, output: Output) -> Diagram:
         return output.gradient
 
+    @property
+    def single(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
 class Exact(Propagation):
@@ -225,6 +234,10 @@ class Draws(Propagation):
 
     def start(self, output: Output) -> Diagram:
         return output.draws(self.samples)
+
+    @property
+    def single(self) -> bool:
+        return self.samples == 1
 
     @property
     def alone(self) -> Propagation:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..notation.rule import Composite, Table
+from ..notation.rule import Composite, Rule, Table
 
 TABLE = Table()
 aten = torch.ops.aten
@@ -103,7 +103,35 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g * v.square().sum(rest, keepdim=True).rsqrt())
 
 
-@TABLE.composite(aten.scaled_dot_product_attention.default)
+QKV = ("query", "key", "value")
+
+
+def _flash(call: Any) -> Rule:
+    """The kernel of PyTorch for processors (Dao et al. 2022, arXiv:2205.14135); the formula with numbers that fit."""
+    length, heads = call.key.shape[2], call.query.shape[1:]
+    kept = f"torch.ones({heads[1]}, {length}, dtype={{query}}.dtype, device={{query}}.device)"
+    kernel = "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"
+    dense = {f"dense_{name}": f"{{{name}}} if {{{name}}}.stride(-1) == 1 else {{{name}}}.contiguous()" for name in QKV}
+    operands = ", ".join(f"{{{name}}}" for name in dense)
+    options = f"0.0, {call.is_causal}"
+    backward = f"{kernel}_backward({{cotangent}}.contiguous(), {operands}, {{both}}[0], {{both}}[1], {options}"
+    return Rule(
+        """score[n, h, t, s] = c * query[n, h, t, d] * key[n, h, s, d]
+           weight[n, h, t, s] = exp(score[n, h, t, s]) * kept[t, s]
+           total[n, h, t] = weight[n, h, t, s]
+           output[n, h, t, d] = weight[n, h, t, s] * total[n, h, t]**(-1) * value[n, h, s, d]""",
+        constants={"c": call.scale},
+        saved={
+            "kept[t, s]": f"{kept}.tril()" if call.is_causal else kept,
+        }
+        | dense
+        | {"both": f"{kernel}({operands}, {options}, scale={call.scale!r})"},
+        forward="{both}[0]",
+        vjp={", ".join(QKV): f"{backward}, scale={call.scale!r})"},
+    )
+
+
+@TABLE.composite(aten.scaled_dot_product_attention.default, whole=_flash)
 def attention(
     query: Tensor,
     key: Tensor,

@@ -147,8 +147,8 @@ def test_what_has_no_samples() -> None:
     """A value that only code reads, a tuple say, cannot be cut: columns behind it go in a loop."""
     torch.manual_seed(0)
     rule = tn.Rule(
-        "output[n, i] = input[n, 3 - i]", saved={"both": "({input} + 2, 1)"}, forward="{input}.flip({both}[1])",
-        vjp={"input": "({cotangent} + 0 * {both}[0]).flip({both}[1])"},
+        "output[n, i] = input[n, 3 - i]", saved={"both": "({input} + 2, -1)"}, forward="{input}.flip({both}[1])",
+        vjp={"input": "({cotangents} + 0 * {both}[0]).flip({both}[1])"},
     )  # fmt: skip
     first, last = (nn.Linear(4, 5), nn.Sigmoid(), nn.Linear(5, 4)), (nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 3))
     model = seq(*first, Turned(), *last).double()

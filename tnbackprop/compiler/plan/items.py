@@ -10,7 +10,7 @@ import torch
 
 from ...diagram.core import Diagram, Leg, N, Size, hint_of, is_head
 from ...notation.bind import COTANGENT, COTANGENTS
-from ...notation.code import Code
+from ...notation.code import Code, Nth
 from ..derive.derived import Backward, Extraction, Individual, Native, Result, Schedule
 from ..derive.fallback import OperatorVjp
 from ..lower.arrange import in_order, reshaped, sizes_of
@@ -101,8 +101,13 @@ def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tu
         cotangent = store.add(cotangent, out, Kernel.VIEW)
     mapped = bool(lead) and not together
     given = {COTANGENT: EACH if mapped else cotangent, COTANGENTS: cotangent}
+    expr: Expr
     if isinstance(term.code, Code):
         expr = fill(store, term.code, given)
+    elif isinstance(term.code, Nth):  # the kernel is called once for all
+        every = fill(store, term.code.code, given)
+        every = every if mapped else store.add(every, out, Kernel.NATIVE, NO_WORK, own=False)
+        expr = Call(f.ITEM, (every, term.code.place))
     else:
         assert isinstance(term.code, OperatorVjp)
         expr = operator_vjp(store, term.code, given[COTANGENTS if together else COTANGENT])

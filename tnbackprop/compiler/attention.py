@@ -1,0 +1,133 @@
+"""Attention that the graph has in its parts, softmax(c · q kᵀ) v with or without a causal mask, as one call.
+
+Where one column goes back nothing looks inside: the kernel of the whole does, and its rule. Written out by hand or by
+`scaled_dot_product_attention`, it is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..diagram.core import N
+from ..quantities import Quantity
+from .translate.graph import Call, Graph, Value
+
+aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
+DTYPES = (torch.float32, torch.float64)
+
+
+def with_attention(graph: Graph, quantities: Sequence[Quantity]) -> Graph:
+    """The graph with calls of attention where a kernel of it will do; else as it is."""
+    if not all(quantity.propagates.single for quantity in quantities):
+        return graph
+    reader = _Reader(graph)
+    found = {call.output.name: made for call in graph.calls if (made := reader.attention(call)) is not None}
+    if not found:
+        return graph
+    calls = [found.get(call.output.name, call) for call in graph.calls]
+    parts = _unread(calls, reader.read) - _unread(graph.calls, reader.read)
+    values = {name: value for name, value in graph.values.items() if name not in parts}
+    kept = tuple(call for call in calls if call.output.name not in parts)
+    return replace(graph, calls=kept, values=MappingProxyType(values))
+
+
+class _Reader:
+    """Who makes and who reads every value."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.made = {call.output.name: call for call in graph.calls}
+        self.users: dict[str, int] = {}
+        for call in graph.calls:
+            for value in call.tensors.values():
+                self.users[value.name] = self.users.get(value.name, 0) + 1
+        leaves = (leaf for leaf in pytree.tree_leaves(graph.output) if isinstance(leaf, str))
+        self.read = frozenset({*leaves, *filter(None, [graph.loss])})
+
+    def attention(self, call: Call) -> Call | None:
+        """The call as attention, if its output is softmax(…) value."""
+        weights, value = self._matmul(call)
+        softmax = self._only(weights, SOFTMAX)
+        if softmax is None or len(softmax.output.shape) != 4 or softmax.dim % 4 != 3:
+            return None
+        scores, causal = self._mask(softmax.input)
+        product, scale = self._scale(scores)
+        query, transposed = self._matmul(self._only(product, (aten.matmul.default,)))
+        key = self._transposed(transposed)
+        if query is None or key is None or value is None or not _fits(query, key, value, call.output):
+            return None
+        arguments = {
+            "query": query, "key": key, "value": value, "attn_mask": None, "dropout_p": 0.0, "is_causal": causal,
+            "scale": scale, "enable_gqa": False,
+        }  # fmt: skip
+        return Call(ATTENTION, MappingProxyType(arguments), call.output, call.path, call.module_type)
+
+    def _only(self, value: Value | None, targets: tuple[Any, ...]) -> Call | None:
+        """The call that makes a value which nobody else reads."""
+        call = self.made.get(value.name) if value is not None else None
+        own = value is not None and self.users.get(value.name) == 1 and value.name not in self.read
+        return call if own and call is not None and call.target in targets else None
+
+    def _matmul(self, call: Call | None) -> tuple[Value | None, Value | None]:
+        if call is None or call.target is not aten.matmul.default:
+            return None, None
+        return call.input, call.other
+
+    def _mask(self, scores: Value) -> tuple[Value, bool]:
+        """What is masked, where the mask leaves each position those that are not after it."""
+        call = self._only(scores, (aten.masked_fill.Scalar,))
+        if call is None or call.value != float("-inf") or scores.shape[2] != scores.shape[3]:
+            return scores, False
+        hidden = self.made.get(call.mask.name)
+        kept = self.made.get(hidden.input.name) if hidden is not None and hidden.target in NOT else None
+        ones = self.made.get(kept.input.name) if kept is not None and kept.target is aten.tril.default else None
+        if kept is None or ones is None or ones.target is not aten.ones.default or kept.diagonal != 0:
+            return scores, False
+        return (call.input, True) if kept.output.shape == scores.shape[2:] else (scores, False)
+
+    def _scale(self, scores: Value) -> tuple[Value, float]:
+        for targets, number in SCALED:
+            call = self._only(scores, targets)
+            if call is not None and isinstance(call.other, int | float) and call.other:
+                return call.input, number(float(call.other))
+        return scores, 1.0
+
+    def _transposed(self, value: Value | None) -> Value | None:
+        """What the last two axes are exchanged of."""
+        call = self.made.get(value.name) if value is not None else None
+        if call is None or len(call.output.shape) != 4 or call.target not in (aten.mT.default, aten.transpose.int):
+            return None
+        own: Value = call.input
+        return own if call.target is aten.mT.default or {call.dim0 % 4, call.dim1 % 4} == {2, 3} else None
+
+
+NOT = (aten.bitwise_not.default, aten.logical_not.default)
+SCALED: tuple[tuple[tuple[Any, ...], Callable[[float], float]], ...] = (
+    ((aten.mul.Tensor, aten.mul.Scalar), lambda number: number),
+    ((aten.div.Tensor, aten.div.Scalar), lambda number: 1 / number),
+)
+
+
+def _fits(query: Value, key: Value, value: Value, output: Value) -> bool:
+    """Whether the kernel takes them: samples in front, equal numbers of heads and sizes of a head."""
+    every = (query, key, value)
+    alike = all(v.dtype == output.dtype and v.dtype in DTYPES and v.device == "cpu" for v in every)
+    sampled = all(len(v.axes) == 4 and v.axes[0] == (N,) and v.differentiable for v in every)
+    alike = alike and len({v.name for v in every}) == 3  # a value that is two operands has no VJP of one kernel
+    return alike and sampled and len({(v.shape[1], v.shape[3]) for v in every}) == 1 and key.shape == value.shape
+
+
+def _unread(calls: Iterable[Call], wanted: frozenset[str]) -> set[str]:
+    """The outputs that nothing reads, which is wanted itself or read in turn."""
+    every, needed = list(calls), set(wanted)
+    for call in reversed(every):
+        if call.output.name in needed:
+            needed |= {value.name for value in call.tensors.values()}
+    return {call.output.name for call in every} - needed
