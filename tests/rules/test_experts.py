@@ -14,6 +14,7 @@ import tnbackprop as tn
 from tnbackprop.errors import UnsupportedError
 
 from .. import oracle
+from ..thinned import thinned
 from ..tried import GGN, Part, Tried, randn
 
 EXPERTS, WIDTH, HIDDEN, CHOSEN = 4, 3, 5, 2
@@ -258,7 +259,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", thinned(CASES), ids=str)
 def test_experts(case: Tried) -> None:
     case.check()
 

@@ -36,7 +36,7 @@ def compile_program(
     lowerings: Sequence[Lowering] = (),
 ) -> Compiled:
     """Run the stages on an example batch; `here` where the source runs on this machine: by what this one has."""
-    graph = with_attention(with_one_output(capture(model, loss, example, rules), quantities), quantities)
+    graph = with_attention(with_one_output(capture(model, loss, example, rules), quantities), quantities, rules)
     check(Stage.CAPTURE, graph, seen := asked(model, tuple(quantity.name for quantity in quantities)))
     trial = Trial.of(graph, model, loss, example)
     bound = check(Stage.BIND, bind_all(graph, rules, trial), seen := replace(seen, graph=graph))

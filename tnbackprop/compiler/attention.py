@@ -15,18 +15,23 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..diagram.core import N
+from ..notation.rule import Rules
 from ..quantities import Quantity
+from ..rules import RULES
 from .translate.graph import Call, Graph, Value
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
+PARTS = (*SOFTMAX, aten.matmul.default, aten.masked_fill.Scalar, aten.mul.Tensor, aten.div.Tensor, aten.transpose.int)
 DTYPES = (torch.float32, torch.float64)
 
 
-def with_attention(graph: Graph, quantities: Sequence[Quantity]) -> Graph:
-    """The graph with calls of attention where a kernel of it will do; else as it is."""
+def with_attention(graph: Graph, quantities: Sequence[Quantity], rules: Rules) -> Graph:
+    """The graph with calls of attention where a kernel of it will do; else as it is, as with rules of one's own."""
     if not all(quantity.propagates.single for quantity in quantities):
+        return graph
+    if any(rules.get(target) is not RULES[target] for target in (ATTENTION, *PARTS)):
         return graph
     reader = _Reader(graph)
     found = {call.output.name: made for call in graph.calls if (made := reader.attention(call)) is not None}

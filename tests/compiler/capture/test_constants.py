@@ -15,6 +15,7 @@ import tnbackprop as tn
 from ...capturing import Function
 from ...oracle_second import diag_ggn
 from ...rehearsing import LOSS, batch, check, layers, refused
+from ...thinned import thinned
 
 
 def parts() -> dict[str, Any]:
@@ -155,7 +156,7 @@ LOSSES: list[Callable[..., Tensor]] = [
 ]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", thinned(LOSSES))
 @pytest.mark.parametrize("written", [False, True])
 def test_losses(loss: Callable[..., Tensor], written: bool) -> None:
     """Where forward writes to a view the graph is traced a second time."""

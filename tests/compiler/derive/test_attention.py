@@ -120,7 +120,7 @@ def test_fewer_queries() -> None:
 def test_the_rule(mix: Mix) -> None:
     """Formula, forward and native VJP are those of the operator."""
     problem = problem_of(mix)
-    graph = with_attention(capture(problem.model, problem.loss, (problem.x, problem.y), RULES), ())
+    graph = with_attention(capture(problem.model, problem.loss, (problem.x, problem.y), RULES), (), RULES)
     env = inputs_of(graph, problem.model, problem.x, problem.y)
     found = 0
     for call in graph.calls:
@@ -138,6 +138,19 @@ def test_several_columns_look_inside() -> None:
     program = tn.compile(*arguments[:2], arguments[2:], [tn.Grad(), tn.DiagGGN()])
     assert "flash" not in program.source
     assert_equal(program(problem.x, problem.y)["diag_ggn"], oracle_second.diag_ggn(*arguments), "diag_ggn")
+
+
+def test_rules_of_ones_own_are_used() -> None:
+    """Of a part, too: the kernel knows nothing of them."""
+    problem = problem_of(causal)
+    softmax = torch.ops.aten.softmax.int
+    jacobian = tn.Rule(
+        jacobian={"input": "2 * output[n, h, t, c] * (delta[c, k] - output[n, h, t, k])"},
+        legs={"input": "n, h, t, k", "output": "n, h, t, c"},
+    )
+    arguments = problem.model, problem.loss, (problem.x, problem.y), [tn.Grad()]
+    program = tn.compile(*arguments, rules=tn.RULES | {softmax: lambda call: jacobian}, check=False)
+    assert "flash" not in program.source
 
 
 def test_drawn_columns_do_not() -> None:

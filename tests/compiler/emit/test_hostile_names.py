@@ -24,6 +24,7 @@ from tnbackprop.compiler.invariants.stage import Stage
 from tnbackprop.quantities import Quantity
 
 from ...hostile import CANARY, NAMES, PLACES, Model, Scaled, class_named, fits
+from ...thinned import thinned
 
 KINDS: tuple[Any, ...] = (tn.BatchGrad, tn.BatchL2, tn.Variance, tn.DiagGGN, tn.SqrtGGNMC, tn.KFAC)
 TRIALS = range(int(os.environ.get("TNBACKPROP_NAMES", "4")))
@@ -163,7 +164,7 @@ WORDS = ("like", "each", "g_out", "values", "state", "print", "class", "one_by_o
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("name", WORDS)
+@pytest.mark.parametrize("name", thinned(WORDS))
 def test_files_of_layers_with_parts(name: str, last: bool) -> None:
     module, x = Inside(name, last).double(), torch.rand(4, 3, dtype=torch.float64)
     own = Scaled(name, "shift") if last else Scaled("scale", name)

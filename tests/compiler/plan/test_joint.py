@@ -19,6 +19,7 @@ from tnbackprop.compiler.program import cost
 
 from ...cases import CASES
 from ...second_order import assert_equal
+from ...thinned import thinned
 
 FIRST = (tn.Grad(), tn.BatchGrad(), tn.BatchL2(), tn.Variance())
 SECOND: Mapping[str, tuple[tn.Quantity, ...]] = {
@@ -60,7 +61,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 @pytest.mark.parametrize("second", SECOND)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", thinned(NAMES))
 def test_the_same_numbers(name: str, second: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = BY_NAME[name].build()
     batch, quantities = (problem.x, problem.y), [*FIRST, *SECOND[second]]
