@@ -33,7 +33,7 @@ def compile_layer(module: torch.nn.Module, x: Any, quantities: Sequence[Quantity
                 f"{call.where} has no rule, so there is no formula to generate code from.\n"
                 "  Declare one: rules=tn.RULES | {...} (examples/add_a_layer.py)."
             )
-    bound = bind_all(graph, rules, Trial(graph))
+    bound = tuple((call, rule.by_formula) for call, rule in bind_all(graph, rules, Trial(graph)))
     check(Stage.BIND, bound, seen := replace(seen, graph=graph))
     derived = derive(graph, bound, quantities)
     check(Stage.DERIVE, derived, seen)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from ..diagram.core import BATCH, Delta, Diagram, Leg, Map, Product, Size, Tensor, leaves, summed_legs
@@ -84,6 +84,16 @@ class BoundRule:
     draw: Code = Code()  # noqa: RUF009
     fallback: str = ""  # where there is no rule: the call, for the report
     looped: frozenset[str] = frozenset()  # operands to which vmap of its VJP would be wrong
+
+    @property
+    def by_formula(self) -> BoundRule:
+        """Without native code that gives values of lines: what reads them can be differentiated again."""
+        lines = {equation.name for equation in self.equations[:-1]}
+        if not any(saved.name in lines for saved in self.saved):
+            return self
+        read = {name for e in self.equations if e.diagram is not None for name in leaves(e.diagram)} - lines
+        saved = tuple(each for each in self.saved if each.name in read)
+        return replace(self, saved=saved, forward=Code(), vjp=MappingProxyType({}))
 
 
 def bind(

@@ -111,8 +111,11 @@ def _flash(call: Any) -> Rule:
     length, heads = call.key.shape[2], call.query.shape[1:]
     kept = f"torch.ones({heads[1]}, {length}, dtype={{query}}.dtype, device={{query}}.device)"
     kernel = "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"
-    dense = {f"dense_{name}": f"{{{name}}} if {{{name}}}.stride(-1) == 1 else {{{name}}}.contiguous()" for name in QKV}
-    operands = ", ".join(f"{{{name}}}" for name in dense)
+    dense = {
+        f"dense_{name}[n, h, {position}, d]": f"{{{name}}} if {{{name}}}.stride(-1) == 1 else {{{name}}}.contiguous()"
+        for name, position in zip(QKV, "tss", strict=True)
+    }
+    operands = ", ".join(f"{{dense_{name}}}" for name in QKV)
     options = f"0.0, {call.is_causal}"
     backward = f"{kernel}_backward({{cotangent}}.contiguous(), {operands}, {{both}}[0], {{both}}[1], {options}"
     return Rule(

@@ -106,7 +106,7 @@ def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tu
         expr = fill(store, term.code, given)
     elif isinstance(term.code, Nth):  # the kernel is called once for all
         every = fill(store, term.code.code, given)
-        every = every if mapped else store.add(every, out, Kernel.NATIVE, NO_WORK, own=False)
+        every = every if mapped else store.add(every, (), Kernel.NATIVE, NO_WORK, own=False)
         expr = Call(f.ITEM, (every, term.code.place))
     else:
         assert isinstance(term.code, OperatorVjp)
