@@ -19,6 +19,7 @@ from .. import oracle_second
 from ..cases import CASES, Case, Problem, classes, normal, seq
 from ..models import Apply, Written
 from ..second_order import DIFFERENT, IMPRECISE, assert_equal, error, run
+from ..thinned import thinned
 
 BY_NAME = {case.name: case for case in CASES}
 PER_SAMPLE = (
@@ -30,7 +31,7 @@ def want(problem: Problem) -> oracle_second.Values:
     return oracle_second.hessian_diag(problem.model, problem.loss, problem.x, problem.y)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name not in IMPRECISE], ids=str)
+@pytest.mark.parametrize("case", thinned(case for case in CASES if case.name not in IMPRECISE), ids=str)
 def test_diagonal(case: Case) -> None:
     """Second derivatives of activations, softmax, norms; products of values, branches, parameters used twice."""
     problem = case.build()

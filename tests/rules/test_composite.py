@@ -19,6 +19,7 @@ from ..cases import CASES, Case, seq
 from ..models import Apply, First, MultiHead
 from ..problems import function
 from ..second_order import TOLERANCE, error
+from ..thinned import thinned
 
 aten = torch.ops.aten
 
@@ -58,7 +59,7 @@ MADE_OF_OTHERS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", MADE_OF_OTHERS, ids=str)
+@pytest.mark.parametrize("case", thinned(MADE_OF_OTHERS), ids=str)
 def test_derivatives(case: Case) -> None:
     """Individual gradients, and the diagonal of the GGN of a squared error from the Jacobian."""
     problem = case.build()

@@ -21,6 +21,10 @@ class Kind(Enum):
     FULL = "full"
     DIAGONAL = "diagonal"
 
+    def __reduce_ex__(self, protocol: object) -> tuple[type[Kind], tuple[str]]:
+        """Pickled by its value, as newer versions of Python do it: torch.load takes no `getattr`."""
+        return Kind, (self.value,)
+
 
 class Damping(Enum):
     """What `inverse(damping)` inverts: every factor damped on its own, or the block plus damping · I exactly."""
