@@ -18,7 +18,7 @@ from .emit.compiled import Compiled
 from .emit.source import Writer
 from .invariants.stage import Stage
 from .invariants.table import asked, check
-from .joined import with_one_output
+from .joined import with_one_output, with_output_at_loss
 from .lower.candidate import Lowering
 from .search import Device, searched
 
@@ -40,6 +40,7 @@ def compile_program(
     check(Stage.CAPTURE, graph, seen := asked(model, tuple(quantity.name for quantity in quantities)))
     trial = Trial.of(graph, model, loss, example)
     bound = check(Stage.BIND, bind_all(graph, rules, trial), seen := replace(seen, graph=graph))
+    graph = with_output_at_loss(graph, bound, quantities)
     derived, planned = searched(graph, bound, quantities, Device.of(model, here), memory_limit, lowerings)
     check(Stage.DERIVE, derived, seen)
     check(Stage.PLAN, planned, seen)

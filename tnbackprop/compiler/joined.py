@@ -1,4 +1,4 @@
-"""Several outputs that the loss reads, as one: curvature is taken at it."""
+"""Where curvature is taken: at the output, at several joined in one, or at what the loss itself reads of it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 
 from ..diagram.core import N
 from ..quantities import Gradient, Quantity
+from .derive.output import Bound
+from .derive.roots import at_loss
 from .translate.graph import Call, Graph, Value, depends_on, needed
 from .translate.names import Names
 
@@ -26,9 +28,7 @@ def with_one_output(graph: Graph, quantities: Sequence[Quantity]) -> Graph:
     themselves (a Jacobian), which are several then.
     """
     read = list(graph.read_by_loss.values()) if graph.loss else []
-    propagated = [quantity.propagates for quantity in quantities]
-    later = [each for each in propagated if not isinstance(each, Gradient)]
-    if len(read) < 2 or not later or not all(each.needs_loss for each in later) or not _alike(read):
+    if len(read) < 2 or not _curved(quantities) or not _alike(read):
         return graph
     before = needed(list(graph.calls), {value.name for value in read})
     after = [call for call in graph.calls if call not in before]
@@ -38,6 +38,21 @@ def with_one_output(graph: Graph, quantities: Sequence[Quantity]) -> Graph:
     joint = calls[len(read)].output.name
     values = MappingProxyType({**graph.values, **made})
     return replace(graph, calls=(*before, *calls, *after), values=values, joint=joint)
+
+
+def with_output_at_loss(graph: Graph, bound: Bound, quantities: Sequence[Quantity]) -> Graph:
+    """The graph with what the loss itself reads as its output, where that is the output reshaped, cut or summed.
+
+    The root of torch's losses is known there: `F.cross_entropy(f.flatten(0, 1), y.flatten())`.
+    """
+    value = at_loss(graph, bound) if graph.loss and _curved(quantities) else None
+    return replace(graph, joint=value.name) if value else graph
+
+
+def _curved(quantities: Sequence[Quantity]) -> bool:
+    """Whether the loss's curvature is all that they propagate: none is of the outputs themselves, as a Jacobian."""
+    later = [each for each in (q.propagates for q in quantities) if not isinstance(each, Gradient)]
+    return bool(later) and all(each.needs_loss for each in later)
 
 
 def _alike(read: Sequence[Value]) -> bool:

@@ -85,6 +85,41 @@ def output_of(graph: Graph, what: str) -> Value:
     )
 
 
+def at_loss(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...]) -> Value | None:
+    """What the loss's own call reads of the only output, where that is the output moved, cut or summed alone.
+
+    The map is linear, so its curvature is that of the output: J^T A^T H A J. None for any other loss.
+    """
+    outputs = graph.read_by_loss
+    if len(outputs) != 1:
+        return None
+    (output,) = outputs.values()
+    value: Value | None = output
+    while value is not None:
+        reading = [(call, rule) for call, rule in bound if value in call.tensors.values()]
+        if len(reading) != 1:
+            return None
+        ((call, rule),) = reading
+        if call.output.name == graph.loss:
+            return value if value != output and (rule.root or _elementwise(rule, value)) else None
+        value = call.output if _linear(rule, call.output, value) else None
+    return None
+
+
+def _linear(rule: BoundRule, made: Value, read: Value) -> bool:
+    """Whether a value of a sample, with no more elements, is linear in another."""
+    first = _slope(rule, read.name)
+    batch = [size for axis in made.axes for size in axis].count(N) == 1
+    if first is None or leaves(first.diagram) or not batch or made.depends_on != read.depends_on:
+        return False
+    return _elements(made) <= _elements(read)
+
+
+def _elements(value: Value) -> int:
+    """Of one sample."""
+    return prod(int(size) for axis in value.axes for size in axis if size != N)
+
+
 def _from_hessian(graph: Graph, output: Value, signed: bool) -> LossRoot:
     """Any other loss: its Hessian by torch.func, one column of the output at a time, and an eigendecomposition."""
     if not output.axes or output.axes[0] != (N,):

@@ -166,7 +166,7 @@ class Graph:
     conditions: tuple[Condition, ...] = ()  # on N, for others it does something else, too
     unchecked: tuple[str, ...] = ()  # checks of values that the forward has and a program leaves out
     left: tuple[str, ...] = ()  # outputs that no program gives and the loss does not read, each with the reason
-    joint: str = ""  # the value of all outputs that the loss reads, where several were joined
+    joint: str = ""  # the value where curvature is taken, where that is not the output: several joined, one moved
     cotangent: str = ""  # of a layer on its own: the input that is the cotangent of its output
 
     @property
