@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -70,6 +71,8 @@ def picked_call(
     if not given:
         return None
     first = given[0]
+    if name == "slice" and _everything(arguments):
+        return first
     if name == "cross_entropy_loss" and (loss := _of_classes(arguments, calls, made.dtype, append)) is not None:
         return loss
     if name in ELEMENTWISE and (loss := _of_entries(target, arguments, calls, made.dtype, append)) is not None:
@@ -159,6 +162,12 @@ def _mask(arguments: Mapping[str, Any]) -> tuple[Value, int] | None:
         return None
     index, place = own[0]
     return (index, place) if isinstance(index, Value) and index.dtype is torch.bool and index.shape else None
+
+
+def _everything(arguments: Mapping[str, Any]) -> bool:
+    """Whether a slice takes a whole axis: `u[:, 0]` has one of the first in torch 2.7."""
+    start, end, step = (arguments.get(name) for name in ("start", "end", "step"))
+    return start in (None, 0) and end in (None, sys.maxsize) and step in (None, 1)
 
 
 def _after(picked: Picked) -> int:
