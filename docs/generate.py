@@ -94,7 +94,7 @@ def _formula(rule: Rule | str) -> str:
 
 
 def _code(text: str) -> str:
-    return f"<code>{_escaped(text.strip())}</code>"
+    return f'<code class="formula">{_escaped(text.strip())}</code>'
 
 
 def _escaped(text: str) -> str:

@@ -220,7 +220,7 @@ def table(runs: Mapping[str, Sequence[History]]) -> Table:
     built = Table(title=f"after the last step; median (smallest – largest) of {count} seed{'s' * (count > 1)}")
     for title in ("optimiser", "settings"):
         built.add_column(title)
-    for title in ("train loss", "test accuracy in %", "ms / step", "seconds", "to compile"):
+    for title in ("train loss", "test accuracy in %", "ms / step", "seconds", "compile"):
         built.add_column(title, justify="right")
     options = {method.name: shown(method.options) for method in METHODS}
     for name, histories in runs.items():

@@ -74,7 +74,7 @@ def test_operations() -> None:
     assert {name for name, _, _ in rows} == {str(target) for target in tn.RULES if target not in MODULES}
     by_name = {name: (formula, case) for name, formula, case in rows}
     assert by_name["aten.where.self"][1] == "`where`"
-    softmax = "<code>∂output/∂input = output[n, c] &#42; (delta[c, k] - output[n, k])</code>"
+    softmax = '<code class="formula">∂output/∂input = output[n, c] &#42; (delta[c, k] - output[n, k])</code>'
     assert by_name["aten.softmax.int"] == (softmax, "`softmax`")
     assert by_name["aten._softmax.default"] == ("as `aten.softmax.int`", "")
     assert by_name["aten.gelu.default"] == ("", "")
