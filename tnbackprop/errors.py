@@ -31,6 +31,10 @@ class UnsupportedError(TnError):
     """The model or the quantity needs something that has no rule, or that cannot be right."""
 
 
+class FormulaError(UnsupportedError):
+    """A quantity needs the formula of a call of which only VJPs are known."""
+
+
 class InputError(TnError):
     """The values handed to a program do not fit what it was compiled for."""
 

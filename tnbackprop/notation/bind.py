@@ -13,7 +13,7 @@ from types import MappingProxyType
 from ..diagram.core import BATCH, Delta, Diagram, Leg, Map, Product, Size, Tensor, leaves, summed_legs
 from ..diagram.jacobian import Jacobian, Unit
 from ..errors import RuleError, UnsupportedError
-from .code import Code, Hole, Native, Nth, check, holes_of
+from .code import Code, Helper, Hole, Native, Nth, check, holes_of
 from .expand import Expander
 from .inside import check_inside
 from .parse import RESERVED, parse_access, parse_expression, parse_legs, parse_program
@@ -82,7 +82,7 @@ class BoundRule:
     legs: Mapping[str, tuple[Leg, ...]]
     root: BoundRoot | None = None
     draw: Code = Code()  # noqa: RUF009
-    fallback: str = ""  # where there is no rule: the call, for the report
+    fallback: str = ""  # where only VJPs are known: the call, for the report
     looped: frozenset[str] = frozenset()  # operands to which vmap of its VJP would be wrong
 
     @property
@@ -155,8 +155,9 @@ class _Binder:
     ) -> None:
         self.rule, self.output, self.where = rule, output, where
         self.lines = parse_program(rule.formula) if rule.formula.strip() else ()
-        if not self.lines and not rule.jacobian:
+        if not self.lines and not rule.jacobian and not rule.forward:
             raise RuleError("the rule has neither formula nor jacobian", hint="give one of them")
+        self.helpers = tuple(map(Helper.of, rule.functions))
         named = [(parse_access(key), code) for key, code in rule.saved.items() if "[" in key]
         self.saved = {access.tensor: (access, code) for access, code in named}
         self.opaque = tuple(key for key in rule.saved if "[" not in key)
@@ -190,6 +191,7 @@ class _Binder:
             self._operand_legs(),
             self._root(),
             self._code(self.rule.draw, "noise"),
+            "" if self.lines or self.rule.jacobian else self.where,
         )
 
     def _check_names(self, operands: Mapping[str, Axes | None]) -> None:
@@ -357,7 +359,7 @@ class _Binder:
 
     def _code(self, code: str, *kept: str) -> Code:
         """Torch code with runtime values in its holes, and None for what is absent; those of `kept` are not merged."""
-        check(code, frozenset(self.names))
+        check(code, frozenset(self.names), frozenset(helper.name for helper in self.helpers))
         to: dict[str, Hole | str] = {}
         for name, place in holes_of(code):
             if name not in self.names and name not in (*kept, *self.absent):
@@ -365,7 +367,7 @@ class _Binder:
                 raise RuleError(f"unknown tensor '{name}' in the code", code, place, nearest(name, known))
             own = Hole(f":{name}" if name in kept else self.names.get(name, name))
             to[name] = "None" if name in self.absent and name not in kept else own
-        return Code.parsed(code).with_holes(to)
+        return Code.parsed(code).calling(self.helpers).with_holes(to)
 
 
 def _names(key: str) -> list[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import builtins
 import copy
+import inspect
 import re
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Protocol
@@ -21,6 +23,23 @@ class Hole:
     """The place of a tensor."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class Helper:
+    """A function that code calls, with its source."""
+
+    name: str
+    source: str
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> Helper:
+        """Of a Python function. Raises `RuleError` where its source is not to be had."""
+        try:
+            return cls(function.__name__, textwrap.dedent(inspect.getsource(function)))
+        except (OSError, TypeError) as error:
+            name = getattr(function, "__name__", function)
+            raise RuleError(f"the source of {name} is not to be had ({error})", hint="define it in a file") from None
 
 
 @dataclass(frozen=True)
@@ -89,12 +108,12 @@ class Native(Protocol):
 
 @dataclass(frozen=True)
 class Code:
-    """Pieces of text, and holes between them."""
+    """Pieces of text, holes between them, and functions that are called."""
 
-    parts: tuple[str | Hole, ...] = ()
+    parts: tuple[str | Hole | Helper, ...] = ()
 
     @classmethod
-    def of(cls, *parts: str | Hole | Code) -> Code:
+    def of(cls, *parts: str | Hole | Helper | Code) -> Code:
         """The parts one after the other."""
         flat = (piece for part in parts for piece in (part.parts if isinstance(part, Code) else (part,)))
         return cls(tuple(piece for piece in flat if piece != ""))
@@ -140,7 +159,22 @@ class Code:
 
     def filled(self, text: Callable[[str], str]) -> str:
         """The text, with that of each hole."""
-        return "".join(text(part.name) if isinstance(part, Hole) else part for part in self.parts)
+        return "".join(text(part.name) if isinstance(part, Hole) else _text(part) for part in self.parts)
+
+    @property
+    def helpers(self) -> tuple[Helper, ...]:
+        """The functions that it calls, each once."""
+        return tuple(dict.fromkeys(part for part in self.parts if isinstance(part, Helper)))
+
+    def calling(self, helpers: Iterable[Helper]) -> Code:
+        """With functions for the words that are their names."""
+        known = {helper.name: helper for helper in helpers}
+        if not known:
+            return self
+        names = re.compile(rf"\b({'|'.join(known)})\b")
+        pieces = (names.split(part) if isinstance(part, str) else [part] for part in self.parts)
+        every = (piece for each in pieces for piece in each)
+        return Code.of(*(known.get(piece, piece) if isinstance(piece, str) else piece for piece in every))
 
     def with_holes(self, to: Mapping[str, Hole | Code | str]) -> Code:
         """With other holes, code or text in some of the holes."""
@@ -169,6 +203,10 @@ class Code:
 
     def __str__(self) -> str:
         return self.filled(lambda name: name)
+
+
+def _text(part: str | Helper) -> str:
+    return part.name if isinstance(part, Helper) else part
 
 
 @dataclass(frozen=True)
@@ -320,8 +358,8 @@ def _words(function: ast.expr) -> list[str]:
 
 
 @lru_cache(maxsize=4096)
-def check(text: str, operands: frozenset[str]) -> None:
-    """Torch code is an expression of Python that reads torch and what stands in braces.
+def check(text: str, operands: frozenset[str], functions: frozenset[str] = frozenset()) -> None:
+    """Torch code is an expression of Python that reads torch and what stands in braces, and calls functions by name.
 
     Raises `RuleError` where it is anything else.
     """
@@ -336,7 +374,11 @@ def check(text: str, operands: frozenset[str]) -> None:
     own = {node.arg for node in nodes if isinstance(node, ast.arg)}
     own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     for node in nodes:
-        if isinstance(node, ast.Name) and node.id not in own | {"torch", "N"} and not hasattr(builtins, node.id):
+        if (
+            isinstance(node, ast.Name)
+            and node.id not in own | functions | {"torch", "N"}
+            and not hasattr(builtins, node.id)
+        ):
             hint = f"write {{{node.id}}}" if node.id in operands else "it reads torch, and operands in braces: {input}"
             line = text.split("\n")[node.lineno - 1]
             raise RuleError(f"unknown name '{node.id}' in the code", line, node.col_offset, hint)
@@ -351,4 +393,7 @@ def evaluated(code: Code, values: Mapping[str, Any], words: Mapping[str, Any]) -
     """What the code computes, with these values in its holes and these words outside of them."""
     names = {_name(k): values[name] for k, name in enumerate(code.holes)}
     compiled = compile(ast.Expression(_tree(code)), "<code>", "eval")
-    return eval(compiled, {**words, **names})
+    functions = dict(words)
+    for helper in code.helpers:
+        exec(helper.source, functions)
+    return eval(compiled, {**functions, **names})

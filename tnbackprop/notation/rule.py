@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import update_wrapper
 from types import MappingProxyType
 from typing import Any
@@ -36,7 +36,8 @@ class Rule:
     """What one call of a layer computes, as formulas.
 
     formula    one or more lines ``name[legs] = expression``; the last line defines ``output``.
-               Empty when every Jacobian is declared in `jacobian`: the module or the primitive runs itself, then.
+               Empty when every Jacobian is declared in `jacobian`: the module or the primitive runs itself, then;
+               or when only native VJPs are known: no second derivatives, no matrices go through it, then.
     jacobian   operand name -> expression in which the operand's own legs are those of `legs`:
                ``{"input": "output[n,c] * (delta[c,k] - output[n,k])"}`` (overrides the derived one).
     legs       declared legs, ``{"input": "n, k", "output": "n, c"}``; needed where no formula says them.
@@ -56,6 +57,8 @@ class Rule:
                distribution, over its deviation (mean 0, variance 1); ``{noise}`` is uniform on (0, 1), shaped as the
                input. Empty: normal, as for a squared error.
     kinks      what the derivative is where it does not exist; shown by `explain`.
+    functions  Python functions that the torch code calls by name. They read torch alone, and their source goes with
+               the program: a loop over positions, say.
     """
 
     formula: str = ""
@@ -68,6 +71,7 @@ class Rule:
     root: Root | None = None
     draw: str = ""
     kinks: str = ""
+    functions: tuple[Callable[..., Any], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("formula", "forward", "draw", "kinks"):
@@ -119,10 +123,16 @@ class Composite:
 
     function  None: what PyTorch makes of it
     whole     its rule where nothing looks inside, with a kernel for one column
+    inside    another function, where more than columns goes back: of operators that all have formulas
     """
 
     function: Callable[..., Any] | None = None
     whole: RuleFunction | None = None
+    inside: Callable[..., Any] | None = None
+
+    @property
+    def written_out(self) -> Composite:
+        return replace(self, function=self.inside, inside=None) if self.inside else self
 
     def __call__(self, call: Any) -> Rule | str:
         if self.whole is not None:
@@ -132,6 +142,11 @@ class Composite:
 
 Rules = Mapping[Any, RuleFunction]
 """From a target (an operator's overload, a primitive, or a module class) to its row."""
+
+
+def written_out(rules: Rules) -> Rules:
+    """The same with composites of operators that all have formulas."""
+    return {target: row.written_out if isinstance(row, Composite) else row for target, row in rules.items()}
 
 
 class Table(dict[Any, RuleFunction]):

@@ -17,13 +17,14 @@ from . import (
     moves,
     normalization,
     pooling,
+    recurrent,
     resize,
     shape,
 )
 
 TABLES = (
     linear, convolution, activation, pooling, shape, moves, resize, arithmetic, einsum, normalization, embedding, loss,
-    composite, ctc, declared,
+    composite, recurrent, ctc, declared,
 )  # fmt: skip
 
 

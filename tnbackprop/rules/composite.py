@@ -1,8 +1,8 @@
-"""Operators made of others, which are captured in their place: attention, recurrent layers, some losses and moves."""
+"""Operators made of others, which are captured in their place: attention, some losses and moves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -195,97 +195,3 @@ def multilabel_margin(x: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
     margin = (1 - x.gather(-1, place).unsqueeze(-1) + x.unsqueeze(-2)).relu()
     each = (margin * (named.unsqueeze(-1) & others.unsqueeze(-2))).sum((-1, -2)) / x.shape[-1]
     return each if reduction == 0 else each.mean() if reduction == 1 else each.sum()
-
-
-State = tuple[Tensor, ...]
-Step = Callable[[Tensor, State, Tensor, Tensor | None], State]
-"""(input's part of the gates, state, recurrent weight and bias) -> the next state, its output first."""
-
-
-def _lstm(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
-    """Hochreiter & Schmidhuber 1997."""
-    i, f, g, o = (gates + F.linear(state[0], weight, bias)).chunk(4, -1)
-    cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-    return o.sigmoid() * cell.tanh(), cell
-
-
-def _gru(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
-    """Cho et al. 2014, arXiv:1406.1078."""
-    (r, z, n), (hr, hz, hn) = gates.chunk(3, -1), F.linear(state[0], weight, bias).chunk(3, -1)
-    z, n = (z + hz).sigmoid(), torch.tanh(n + (r + hr).sigmoid() * hn)
-    return (n + z * (state[0] - n),)
-
-
-def _tanh(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
-    """Elman 1990."""
-    return (torch.tanh(gates + F.linear(state[0], weight, bias)),)
-
-
-def _relu(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
-    return (torch.relu(gates + F.linear(state[0], weight, bias)),)
-
-
-def _recurrent(
-    step: Step,
-    x: Tensor,
-    start: Sequence[Tensor],
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-) -> tuple[Tensor, ...]:
-    """The steps one after the other: (outputs, final states). The last weight of an LSTM's layer may project h_t."""
-    time, directions = int(batch_first), 1 + bidirectional
-    each = len(params) // (num_layers * directions)
-    final: list[State] = []
-    for layer in range(num_layers):
-        if layer and dropout and train:
-            x = torch.dropout(x, dropout, True)
-        outputs = []
-        for back in range(directions):
-            k = layer * directions + back
-            into, weight, *rest = params[k * each : (k + 1) * each]
-            own, bias = rest[:2] if has_biases else (None, None)
-            state = tuple(s[k] for s in start)
-            steps = F.linear(x, into, own).unbind(time)
-            hidden = []
-            for gates in steps[::-1] if back else steps:
-                state = step(gates, state, weight, bias)
-                if each % 2:
-                    state = F.linear(state[0], rest[-1]), *state[1:]
-                hidden.append(state[0])
-            outputs.append(torch.stack(hidden[::-1] if back else hidden, time))
-            final.append(state)
-        x = torch.cat(outputs, -1) if bidirectional else outputs[0]
-    return x, *(torch.stack(states) for states in zip(*final, strict=True))
-
-
-@TABLE.composite(aten.lstm.input)
-def lstm(x: Tensor, hx: Sequence[Tensor], *options: Any) -> tuple[Tensor, ...]:
-    return _recurrent(_lstm, x, hx, *options)
-
-
-def _one_state(step: Step) -> Callable[..., tuple[Tensor, ...]]:
-    return lambda x, hx, *options: _recurrent(step, x, (hx,), *options)
-
-
-def _cell(step: Step) -> Callable[..., Any]:
-    def cell(
-        x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
-    ) -> Any:
-        state = step(F.linear(x, w_ih, b_ih), (hx,) if isinstance(hx, Tensor) else tuple(hx), w_hh, b_hh)
-        return state if len(state) > 1 else state[0]
-
-    return cell
-
-
-TABLE.composite(aten.gru.input)(_one_state(_gru))
-TABLE.composite(aten.rnn_tanh.input)(_one_state(_tanh))
-TABLE.composite(aten.rnn_relu.input)(_one_state(_relu))
-TABLE.composite(aten.lstm_cell.default)(_cell(_lstm))
-TABLE.composite(aten.gru_cell.default)(_cell(_gru))
-TABLE.composite(aten.rnn_tanh_cell.default)(_cell(_tanh))
-TABLE.composite(aten.rnn_relu_cell.default)(_cell(_relu))

@@ -24,7 +24,7 @@ from ..running.torch_quiet import UNWARNED
 from ..translate.axes import batch_axis
 from ..translate.graph import Call, Graph, Value, needed
 from ..translate.opaque import named_tensors, signature_of
-from ..translate.torch_internals import arguments_of
+from ..translate.torch_internals import OpOverload, arguments_of
 from .export import plain
 from .state import resized
 
@@ -107,7 +107,7 @@ def run(call: Call, tensors: Mapping[str, Tensor]) -> Tensor:
         return tensors[argument.name] if isinstance(argument, Value) else _sized(argument, SAMPLES)
 
     filled = {name: pytree.tree_map(value, argument) for name, argument in call.arguments.items()}
-    if call.by_rule:
+    if not isinstance(call.target, OpOverload):
         signature = signature_of(call.module) if call.module is not None else inspect.signature(call.target.function)
         bound = inspect.BoundArguments(signature, {name: filled[name] for name in signature.parameters})
         with SILENT:

@@ -13,7 +13,7 @@ from ...diagram.algebra import pull_back, tensor
 from ...diagram.core import BATCH, Diagram, Leg, N, Product
 from ...diagram.jacobian import Jacobian
 from ...diagram.simplify import simplify
-from ...errors import UnsupportedError
+from ...errors import FormulaError
 from ...notation.bind import BoundRule, Equation
 from ..translate.graph import Call
 from .derived import Backward
@@ -87,7 +87,7 @@ def _through(averages: Averages, call: Call, rule: BoundRule, equation: Equation
     """Every block of one value back to its operands."""
     sweep, name = averages.sweep, equation.name
     if rule.fallback:
-        raise UnsupportedError(
+        raise FormulaError(
             f"{call.where} has no rule, and KFRA needs its Jacobian.\n  Declare one (README), or ask for KFLR."
         )
     moved: dict[str, Jacobian] = {}

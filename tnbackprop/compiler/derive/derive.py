@@ -71,7 +71,7 @@ def rules_text(derived: Derived, rules: Rules) -> Iterator[str]:
     for call, bound in derived.bound:
         target = op_text(call.target)
         if bound.fallback:
-            yield f"{target}: no rule, by torch.func"
+            yield f"{target}: {'no formula, native code' if bound.forward else 'no rule, by torch.func'}"
             continue
         rule = rule_of(call, rules[call.target])
         lines = [line.strip() for line in rule.formula.strip().splitlines()]
@@ -86,7 +86,7 @@ def _check_read(bound: tuple[tuple[Call, BoundRule], ...]) -> None:
         diagrams = [equation.diagram for equation in rule.equations if equation.diagram is not None]
         read = {name for diagram in diagrams for name in leaves(diagram)} | set(rule.vjp)
         read |= {name for equation in rule.equations for name in equation.jacobians}
-        for name, value in call.tensors.items() if call.by_rule and not rule.fallback else ():
+        for name, value in call.tensors.items() if call.by_rule else ():
             if value.differentiable and value.name not in read:
                 raise RuleError(
                     f"the rule of {call.where} never reads '{name}': its derivatives would be zero",

@@ -17,7 +17,7 @@ from ...diagram.core import BATCH, Diagram, Leg, N, Part, Product, Tensor, leave
 from ...diagram.jacobian import Jacobian
 from ...diagram.regroup import common, regroup
 from ...diagram.simplify import simplify
-from ...errors import UnsupportedError
+from ...errors import FormulaError, UnsupportedError
 from ...notation.bind import BoundRule, Equation
 from ..translate.graph import Call
 from .lines import jacobian_of, operands_of
@@ -71,7 +71,7 @@ def _added(one: Weighted, other: Weighted) -> Weighted:
 def _of_line(sweep: Sweep, call: Call, rule: BoundRule, equation: Equation) -> Iterator[Weighted | Paired]:
     depends = {name: found for name in operands_of(equation) if (found := sweep.depends.get(name))}
     if rule.fallback and call.output.differentiable:
-        raise UnsupportedError(
+        raise FormulaError(
             f"{call.where} has no rule, so its second derivative is not known, and the Hessian needs it.\n"
             "  Declare a rule (README, 'Add a layer'), or ask for the GGN: DiagGGN."
         )

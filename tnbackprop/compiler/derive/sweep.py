@@ -17,7 +17,7 @@ from ...diagram.core import BATCH, Delta, Diagram, Leg, N, Part, Product, fresh_
 from ...diagram.jacobian import Jacobian
 from ...diagram.regroup import common, grouped, regroup
 from ...diagram.simplify import simplify
-from ...errors import InputError, UnsupportedError
+from ...errors import FormulaError, InputError, UnsupportedError
 from ...notation.bind import BoundRule, Equation
 from ...quantities import Quantity
 from ...quantities.factors import Factors
@@ -132,7 +132,7 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
         native = set()
     if sweep.along is not None:  # native code is J, and may not be what is propagated with
         if rule.fallback:
-            raise UnsupportedError(f"{call.where} has no rule, and only its VJP is known.\n  Declare one: README.")
+            raise FormulaError(f"{call.where} has no rule, and only its VJP is known.\n  Declare one: README.")
         native = {name for name in native if unchanged(sweep.along, rule.equations[-1], name)}
     native -= {
         name

@@ -72,13 +72,15 @@ def jacobian_lines(equation: Equation, wanted: set[str]) -> Iterator[str]:
 
 
 def declaration_lines(rule: BoundRule, wanted: set[str]) -> Iterator[str]:
-    if rule.fallback:
+    if rule.fallback and not rule.forward:
         yield "    no rule: VJPs by torch.func, one sample at a time"
+    elif rule.fallback:
+        yield f"    no formula: {shortened(rule.forward.filled(hint_of), 2 * CODE_WIDTH)}"
     for name in sorted(rule.looped & wanted):
         yield f"    in a loop for {name}: torch.func.vmap gives other numbers, or knows no such derivative"
     for saved in rule.saved:
         yield f"    saved {hint_of(saved.name)} = {saved.code.filled(hint_of)}"
-    for name, code in rule.vjp.items() if not rule.fallback else ():
+    for name, code in rule.vjp.items() if rule.forward or not rule.fallback else ():
         if name in wanted:
             yield f"    native VJP to {name}: {shortened(code.filled(hint_of), 2 * CODE_WIDTH)}"
     if rule.kinks:

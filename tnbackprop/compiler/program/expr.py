@@ -12,7 +12,7 @@ import sympy
 from ...diagram.core import Leg, N, Size
 from ...notation.code import Code
 from .cost import Kernel, Work
-from .functions import Function
+from .functions import Function, helper_of
 from .numbers import Number
 
 NO_WORK = Work()
@@ -318,6 +318,8 @@ def helpers(expr: Any) -> Iterator[Function]:
     """The helpers that an expression calls."""
     if isinstance(expr, Call) and expr.fn.source:
         yield expr.fn
+    if isinstance(expr, Filled):
+        yield from (helper_of(each) for each in expr.code.helpers)
     for child in children(expr) if not isinstance(expr, Value) else ():
         yield from helpers(child)
 

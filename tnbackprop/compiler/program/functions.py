@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ...diagram.core import Size
+from ...notation.code import Helper
 from ..translate.torch_internals import OpOverload
 
 Shape = tuple[Size, ...]
@@ -106,6 +107,12 @@ def helper(name: str, source: str, **options: Any) -> Function:
     namespace: dict[str, Any] = {"torch": torch}
     exec(compile(source, f"<{name}>", "exec"), namespace)
     return Function(name, Form.FUNCTION, namespace[name], source=source, **options)
+
+
+@lru_cache
+def helper_of(called: Helper) -> Function:
+    """The same of a function that a rule's code calls."""
+    return helper(called.name, called.source)
 
 
 def _permuted(shape: Shape, *order: int) -> Shape:

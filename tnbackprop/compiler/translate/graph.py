@@ -87,8 +87,8 @@ class Call:
 
     @property
     def by_rule(self) -> bool:
-        """A module or a primitive: its forward is that of its rule, for there is no operator to call."""
-        return not isinstance(self.target, OpOverload)
+        """A module, a primitive or an operator of our own: its forward is that of its rule, nobody else has it."""
+        return not isinstance(self.target, OpOverload) or self.target.namespace == "tnbackprop"
 
     @property
     def tensors(self) -> dict[str, Value]:

@@ -1,0 +1,136 @@
+"""Recurrent layers as scans: every quantity against `torch.func`, and against the steps written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tnbackprop as tn
+from tnbackprop.notation.rule import written_out
+
+from .. import oracle, oracle_second
+from ..models import Apply, First
+from ..second_order import TOLERANCE, assert_equal, error
+
+N, T = 3, 4
+
+
+class Started(nn.Module):
+    """First states that are parameters; h and c are one of them."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.layer, self.shared = nn.LSTM(2, 2, batch_first=True), shared
+        self.hidden, self.cell = nn.Parameter(torch.randn(2)), nn.Parameter(torch.randn(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.hidden.expand(1, len(x), 2)
+        return self.layer(x, (hidden, hidden if self.shared else self.cell.expand(1, len(x), 2)))[0]
+
+
+class Translation(nn.Module):
+    """The last states of one layer are the first of another, which goes the other way."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.first, self.second = kind(2, 2, batch_first=True), kind(2, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, last = self.first(x)
+        return self.second(x.flip(1), last)[0] * output
+
+
+class Last(nn.Module):
+    """The last cell alone: what is not the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(2, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[1][1][0]
+
+
+def time_first(layer: nn.Module) -> nn.Module:
+    turn = Apply(lambda t: t.transpose(0, 1))
+    return nn.Sequential(turn, First(layer), turn)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "LSTM": lambda: First(nn.LSTM(2, 2, batch_first=True)),
+    "LSTM, two layers, both ways": lambda: First(nn.LSTM(2, 1, 2, batch_first=True, bidirectional=True)),
+    "LSTM, time first, no bias": lambda: time_first(nn.LSTM(2, 2, bias=False)),
+    "LSTM, learned states": lambda: Started(shared=False),
+    "LSTM, one learned state": lambda: Started(shared=True),
+    "LSTM, last cell": Last,
+    "LSTM to LSTM": lambda: Translation(nn.LSTM),
+    "GRU": lambda: First(nn.GRU(2, 2, batch_first=True)),
+    "GRU, two layers, both ways": lambda: First(nn.GRU(2, 1, 2, batch_first=True, bidirectional=True)),
+    "GRU, time first, no bias": lambda: time_first(nn.GRU(2, 2, bias=False)),
+    "GRU to GRU": lambda: Translation(nn.GRU),
+    "tanh, both ways": lambda: First(nn.RNN(2, 2, batch_first=True, bidirectional=True)),
+    "relu, time first": lambda: time_first(nn.RNN(2, 2, nonlinearity="relu")),
+    "tanh to tanh": lambda: Translation(nn.RNN),
+    "in a network": lambda: nn.Sequential(nn.Linear(2, 2), First(nn.LSTM(2, 2, batch_first=True)), nn.Linear(2, 1)),
+}
+
+
+def problem(name: str) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    model, x = MODELS[name]().double(), torch.randn(N, T, 2, dtype=torch.float64)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model, nn.MSELoss(), x, torch.randn_like(model(x))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_individual_gradients_and_curvature(name: str) -> None:
+    model, loss, x, y = problem(name)
+    program = tn.compile(model, loss, (x, y), [tn.BatchGrad(), tn.BatchL2(), tn.DiagGGN()])
+    result = program(x, y)
+    assert "_forward(" in program.source, "the steps are written out"
+    trained = [name for name, p in model.named_parameters() if name in result["batch_grad"]]
+    assert_equal(result["batch_grad"], oracle.batch_grad(model, loss, x, y), "individual gradient")
+    assert_equal(result["batch_l2"], oracle.batch_l2(model, loss, x, y), "norm")
+    want = oracle_second.diag_ggn(model, loss, x, y)
+    assert_equal(result["diag_ggn"], {name: want[name] for name in trained}, "diagonal of the GGN")
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU, time first, no bias", "tanh to tanh"])
+def test_second_derivatives_go_through_the_steps(name: str) -> None:
+    """The Hessian has what a scan does not know."""
+    model, loss, x, y = problem(name)
+    program = tn.compile(model, loss, (x, y), [tn.HessianDiag()])
+    assert_equal(program(x, y)["hessian_diag"], oracle_second.hessian_diag(model, loss, x, y), "Hessian")
+    assert "_forward(" not in program.source
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "relu, time first"])
+@pytest.mark.parametrize("kind", [tn.KFLR, tn.KFAC])
+def test_factors_are_those_of_the_steps(name: str, kind: type[tn.KFLR]) -> None:
+    """Positions of one use, or uses of one position each."""
+    model, loss, x, y = problem(name)
+    rules = written_out(tn.RULES)
+    found = tn.compile(model, loss, (x, y), [kind()])(x, y, seed=0)[kind().name]
+    want = tn.compile(model, loss, (x, y), [kind()], rules=rules)(x, y, seed=0)[kind().name]
+    for parameter, factors in found.items():
+        assert error(factors.to_dense(), want[parameter].to_dense()) <= TOLERANCE, parameter
+
+
+def test_the_source_does_not_grow_with_the_steps() -> None:
+    model, loss = First(nn.LSTM(2, 2, batch_first=True)), nn.MSELoss()
+    sources = []
+    for steps in (5, 80):
+        x, y = torch.randn(N, steps, 2), torch.randn(N, steps, 2)
+        sources.append(tn.compile(model, loss, (x, y), [tn.BatchL2(), tn.KFAC()]).source.count("\n"))
+    assert sources[0] == sources[1]
+
+
+def test_a_program_for_any_batch() -> None:
+    model, loss, x, y = problem("LSTM, two layers, both ways")
+    program = tn.compile(model, loss, (x, y), [tn.BatchGrad()])
+    for size in (1, 7):
+        x, y = torch.randn(size, T, 2, dtype=torch.float64), torch.randn(size, T, 2, dtype=torch.float64)
+        assert_equal(program(x, y)["batch_grad"], oracle.batch_grad(model, loss, x, y), f"batch of {size}")

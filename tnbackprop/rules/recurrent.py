@@ -1,0 +1,284 @@
+"""Recurrent layers: steps over positions that native code scans, between two linear layers of all positions.
+
+    gates[n, t] = w_ih x[n, t] + b_ih              a linear layer
+    recurrent[n, t] = w_hh h[n, t-1] + b_hh        another: h of the step before is known, and no derivative goes there
+    h[n, t] = cell(gates[n, t], recurrent[n, t])   a scan; its VJP is the whole of what comes back through later steps
+
+So quantities of the weights see positions, as those of any shared weight. Where second derivatives or matrices are
+propagated, and in a layer that projects h, the steps are written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..notation.rule import Composite, Rule, Table
+from . import scans
+
+TABLE = Table()
+aten = torch.ops.aten
+
+State = tuple[Tensor, ...]
+Step = Callable[[Tensor, State, Tensor, Tensor | None], State]
+"""(input's part of the gates, state, recurrent weight and bias) -> the next state, its output first."""
+
+
+def _lstm(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
+    """Hochreiter & Schmidhuber 1997."""
+    i, f, g, o = (gates + F.linear(state[0], weight, bias)).chunk(4, -1)
+    cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * cell.tanh(), cell
+
+
+def _gru(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
+    """Cho et al. 2014, arXiv:1406.1078."""
+    (r, z, n), (hr, hz, hn) = gates.chunk(3, -1), F.linear(state[0], weight, bias).chunk(3, -1)
+    z, n = (z + hz).sigmoid(), torch.tanh(n + (r + hr).sigmoid() * hn)
+    return (n + z * (state[0] - n),)
+
+
+def _tanh(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
+    """Elman 1990."""
+    return (torch.tanh(gates + F.linear(state[0], weight, bias)),)
+
+
+def _relu(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
+    return (torch.relu(gates + F.linear(state[0], weight, bias)),)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A layer's step, written out, and the code of a scan over all of them.
+
+    keeps     what the scan keeps of a step, in sizes of h, with the states at its end
+    forward   code for it; `PLACE` is where time and direction stand
+    backward  code for the cotangents of gates, recurrent and first states
+    """
+
+    step: Step
+    keeps: int
+    states: int
+    forward: str
+    backward: str
+
+
+PLACE = "time, back"
+CELLS = {
+    "lstm": Cell(
+        _lstm, 6, 2,
+        f"lstm_forward({{gates}}, {{weight}}, {{bias}}, {{hidden}}, {{state}}, {PLACE})",
+        f"lstm_backward({{cotangents}}, {{kept}}, {{weight}}, {{state}}, {PLACE})",
+    ),
+    "gru": Cell(
+        _gru, 5, 1,
+        f"gru_forward({{gates}}, {{weight}}, {{bias}}, {{hidden}}, {PLACE})",
+        f"gru_backward({{cotangents}}, {{kept}}, {{weight}}, {{hidden}}, {PLACE})",
+    ),
+    "tanh": Cell(
+        _tanh, 1, 1,
+        f"rnn_forward({{gates}}, {{weight}}, {{bias}}, {{hidden}}, False, {PLACE})",
+        f"rnn_backward({{cotangents}}, {{kept}}, {{weight}}, False, {PLACE})",
+    ),
+    "relu": Cell(
+        _relu, 1, 1,
+        f"rnn_forward({{gates}}, {{weight}}, {{bias}}, {{hidden}}, True, {PLACE})",
+        f"rnn_backward({{cotangents}}, {{kept}}, {{weight}}, True, {PLACE})",
+    ),
+}  # fmt: skip
+
+LIBRARY = torch.library.Library("tnbackprop", "DEF")  # type: ignore[no-untyped-call]
+FIRST = "str cell, Tensor gates, "
+LAST = "Tensor hidden, Tensor? state, int time, bool back) -> Tensor"
+LIBRARY.define(f"scan({FIRST}Tensor weight, Tensor? bias, {LAST}")  # type: ignore[no-untyped-call]
+LIBRARY.define(f"states({FIRST}Tensor recurrent, Tensor kept, Tensor weight, {LAST}")  # type: ignore[no-untyped-call]
+
+
+def _run(code: str, time: int, back: bool, **values: Any) -> Any:
+    """What a cell's code gives for these values."""
+    names = {name: name for name in values}
+    return eval(code.format(**names), {"time": time, "back": back, **vars(scans)}, values)
+
+
+def _scan(
+    cell: str, gates: Tensor, weight: Tensor, bias: Any, hidden: Tensor, state: Any, time: int, back: bool
+) -> Tensor:
+    values = {"gates": gates, "weight": weight, "bias": bias, "hidden": hidden, "state": state}
+    found: Tensor = _run(CELLS[cell].forward, time, back, **values)
+    return found
+
+
+def _kept(cell: str, gates: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return gates.new_empty(*gates.shape[:2], CELLS[cell].keeps * weight.shape[1])
+
+
+def _states(cell: str, gates: Tensor, recurrent: Tensor, kept: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return kept[..., -CELLS[cell].states * weight.shape[1] :].clone()
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    cell, _, _, kept, weight, hidden, state, ctx.time, ctx.back = inputs
+    ctx.cell = CELLS[cell]
+    ctx.save_for_backward(kept, weight, hidden, state)
+
+
+def _back(context: Any, cotangent: Tensor) -> tuple[Any, ...]:
+    values = dict(zip(("kept", "weight", "hidden", "state"), context.saved_tensors, strict=True))
+    gates, recurrent, *first = _run(context.cell.backward, context.time, context.back, cotangents=cotangent, **values)
+    return None, gates, recurrent, None, None, first[0], (*first, None)[1], None, None
+
+
+LIBRARY.impl("scan", _scan, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+LIBRARY.impl("states", _states, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("tnbackprop::scan", _kept, lib=LIBRARY)
+torch.library.register_fake("tnbackprop::states", _states, lib=LIBRARY)
+torch.library.register_autograd("tnbackprop::states", _back, setup_context=_remember, lib=LIBRARY)
+OPS = torch.ops.tnbackprop
+
+
+def _placed(code: str, call: Any) -> str:
+    return code.replace(PLACE, f"{call.time}, {call.back}")
+
+
+def _legs(call: Any, last: str) -> dict[str, str]:
+    return {"output": f"n, t, {last}" if call.time else f"t, n, {last}"}
+
+
+@TABLE.rule(OPS.scan.default)
+def scan(call: Any) -> Rule:
+    code = CELLS[call.cell].forward
+    return Rule(forward=_placed(code, call), legs=_legs(call, "k"), functions=(_called(code),))
+
+
+@TABLE.rule(OPS.states.default)
+def states(call: Any) -> Rule:
+    cell = CELLS[call.cell]
+    first = ("hidden", "state")[: 1 + (call.state is not None)]
+    return Rule(
+        forward=f"{{kept}}[..., -{cell.states * call.weight.shape[1]}:]",
+        vjp={", ".join(("gates", "recurrent", *first)): _placed(cell.backward, call)},
+        legs=_legs(call, "s"),
+        functions=(_called(cell.backward),),
+    )
+
+
+def _called(code: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(scans, code.partition("(")[0])
+    return function
+
+
+Layer = Callable[..., tuple[Tensor, State]]
+"""(cell, gates, weight, bias, projection, first states, axis of the steps, backwards) -> all h, last states."""
+
+
+def _written_out(
+    cell: str,
+    gates: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    projection: Tensor | None,
+    state: State,
+    time: int,
+    back: bool,
+) -> tuple[Tensor, State]:
+    steps, hidden = gates.unbind(time), []
+    for own in steps[::-1] if back else steps:
+        state = CELLS[cell].step(own, state, weight, bias)
+        if projection is not None:
+            state = F.linear(state[0], projection), *state[1:]
+        hidden.append(state[0])
+    return torch.stack(hidden[::-1] if back else hidden, time), state
+
+
+def _scanned(
+    cell: str,
+    gates: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    projection: Tensor | None,
+    state: State,
+    time: int,
+    back: bool,
+) -> tuple[Tensor, State]:
+    if projection is not None:
+        return _written_out(cell, gates, weight, bias, projection, state, time, back)
+    count, size = CELLS[cell].states, weight.shape[1]
+    known = weight.detach(), None if bias is None else bias.detach()
+    first = tuple(each.detach() for each in state)
+    last = first[1] if count > 1 else None
+    kept = OPS.scan(cell, gates.detach(), *known, first[0], last, time, back)
+    begin = -count * size
+    rest = kept[..., begin : begin + size if count > 1 else None].narrow(time, int(back), gates.shape[time] - 1)
+    own = first[0].unsqueeze(time)
+    recurrent = F.linear(torch.cat([rest, own] if back else [own, rest], time), weight, bias)
+    start = state[1] if count > 1 else None
+    found = OPS.states(cell, gates, recurrent, kept, known[0], state[0], start, time, back)
+    hidden = found[..., :size] if count > 1 else found
+    end = found.select(time, 0 if back else gates.shape[time] - 1)
+    return hidden, end.split(size, -1)
+
+
+def _layers(
+    one: Layer,
+    cell: str,
+    x: Tensor,
+    start: Sequence[Tensor],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, ...]:
+    """(outputs, final states). The last weight of an LSTM's layer may project h_t."""
+    time, directions = int(batch_first), 1 + bidirectional
+    each = len(params) // (num_layers * directions)
+    final: list[State] = []
+    for layer in range(num_layers):
+        if layer and dropout and train:
+            x = torch.dropout(x, dropout, True)
+        outputs = []
+        for back in range(directions):
+            k = layer * directions + back
+            into, weight, *rest = params[k * each : (k + 1) * each]
+            own, bias = rest[:2] if has_biases else (None, None)
+            projection = rest[-1] if each % 2 else None
+            state = tuple(s[k] for s in start)
+            hidden, state = one(cell, F.linear(x, into, own), weight, bias, projection, state, time, bool(back))
+            outputs.append(hidden)
+            final.append(state)
+        x = torch.cat(outputs, -1) if bidirectional else outputs[0]
+    return x, *(torch.stack(states) for states in zip(*final, strict=True))
+
+
+def _layer(cell: str) -> Composite:
+    def of(one: Layer) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda x, hx, *options: _layers(one, cell, x, (hx,) if isinstance(hx, Tensor) else hx, *options)
+
+    return Composite(of(_scanned), inside=of(_written_out))
+
+
+def _cell(step: Step) -> Composite:
+    def cell(
+        x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+    ) -> Any:
+        state = step(F.linear(x, w_ih, b_ih), (hx,) if isinstance(hx, Tensor) else tuple(hx), w_hh, b_hh)
+        return state if len(state) > 1 else state[0]
+
+    return Composite(cell)
+
+
+TABLE.rule(aten.lstm.input)(_layer("lstm"))
+TABLE.rule(aten.gru.input)(_layer("gru"))
+TABLE.rule(aten.rnn_tanh.input)(_layer("tanh"))
+TABLE.rule(aten.rnn_relu.input)(_layer("relu"))
+TABLE.rule(aten.lstm_cell.default)(_cell(_lstm))
+TABLE.rule(aten.gru_cell.default)(_cell(_gru))
+TABLE.rule(aten.rnn_tanh_cell.default)(_cell(_tanh))
+TABLE.rule(aten.rnn_relu_cell.default)(_cell(_relu))
