@@ -20,8 +20,9 @@ from tests.cases import EVERY, RANDOM_CASES, Case
 from tnbackprop.compiler.capture.export import capture
 from tnbackprop.compiler.translate.graph import op_text
 from tnbackprop.drawing import formulas, quantity
-from tnbackprop.notation.rule import Composite, Rule
+from tnbackprop.notation.rule import Rule
 from tnbackprop.rules import TABLES, declared
+from tnbackprop.table import Composite
 
 Uses = Mapping[Any, tuple[str, Rule | str]]
 """Target -> the first case that has it, and the rule of that call."""

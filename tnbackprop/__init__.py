@@ -10,7 +10,7 @@ from .generation import Generated, Target, generate
 from .kernels import ntk
 from .layer import EinsumLayer, einsum_layer
 from .linalg import Damping, KroneckerFactors
-from .notation.rule import Primitive, Root, Rule, Table
+from .notation.rule import Primitive, Root, Rule
 from .products import Blocks, CurvatureProduct, fisher_product, ggn_product, hessian_product
 from .quantities import (
     BL89,
@@ -54,6 +54,7 @@ from .quantities.factors import Factors, Sharing
 from .rules import RULES
 from .rules.declared import Declared
 from .runtime import Graphed, Indefinite, Program, Result
+from .table import Table
 from .verification import Verification, verify
 from .version import __version__ as __version__
 

@@ -26,8 +26,9 @@ import torch
 from .compiler.translate.torch_internals import OpOverload, OpOverloadPacket, overload_of
 from .errors import RuleError, UnsupportedError
 from .notation.parse import parse_access, parse_expression, parse_program
-from .notation.rule import Primitive, Rule, RuleFunction, Rules, Table
+from .notation.rule import Primitive, Rule
 from .rules import RULES
+from .table import RuleFunction, Rules, Table
 
 Declaration = RuleFunction | Rule | str
 """A row: a function of the module or the call, or what it would return for each."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 import tnbackprop as tn
-from tnbackprop.notation.rule import Composite
+from tnbackprop.table import Composite
 
 from .. import oracle
 from ..cases import CASES, Case, seq

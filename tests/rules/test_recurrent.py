@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tnbackprop as tn
-from tnbackprop.notation.rule import written_out
+from tnbackprop.table import written_out
 
 from .. import oracle, oracle_second
 from ..models import Apply, First

@@ -18,9 +18,10 @@ from tnbackprop.diagram.core import N
 from tnbackprop.errors import RuleError, TnError, UnsupportedError
 from tnbackprop.notation.bind import COTANGENT, BoundRule, bind
 from tnbackprop.notation.code import Code
-from tnbackprop.notation.rule import Rule, Table
+from tnbackprop.notation.rule import Rule
 from tnbackprop.rules import RULES
 from tnbackprop.rules.declared import Declared
+from tnbackprop.table import Table
 
 from ..models import Apply
 from .test_rules import code, reference

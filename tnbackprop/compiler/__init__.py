@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from ..errors import FormulaError
-from ..notation.rule import Rules, written_out
 from ..quantities import Quantity
+from ..table import Rules
 from .attention import with_attention
 from .capture.export import capture
 from .capture.trial import Trial
 from .derive.derive import bind_all
 from .emit.compiled import Compiled
 from .emit.source import Writer
+from .formulas import with_formulas
 from .invariants.stage import Stage
 from .invariants.table import asked, check
 from .joined import with_one_output, with_output_at_loss
@@ -26,6 +26,7 @@ from .search import Device, searched
 __all__ = ["Compiled", "compile_program"]
 
 
+@with_formulas
 def compile_program(
     model: torch.nn.Module,
     loss: Callable[..., torch.Tensor] | None,
@@ -36,27 +37,7 @@ def compile_program(
     here: bool = True,
     lowerings: Sequence[Lowering] = (),
 ) -> Compiled:
-    """Run the stages on an example batch; `here` where the source runs on this machine: by what this one has.
-
-    Where more than columns goes back, so that a VJP alone will not do, what native code scans is written out.
-    """
-    options = memory_limit, here, lowerings
-    try:
-        return _compiled(model, loss, example, quantities, rules, *options)
-    except FormulaError:
-        return _compiled(model, loss, example, quantities, written_out(rules), *options)
-
-
-def _compiled(
-    model: torch.nn.Module,
-    loss: Callable[..., torch.Tensor] | None,
-    example: tuple[Any, Any],
-    quantities: Sequence[Quantity],
-    rules: Rules,
-    memory_limit: int | None,
-    here: bool,
-    lowerings: Sequence[Lowering],
-) -> Compiled:
+    """Run the stages on an example batch; `here` where the source runs on this machine: by what this one has."""
     graph = with_attention(with_one_output(capture(model, loss, example, rules), quantities), quantities, rules)
     check(Stage.CAPTURE, graph, seen := asked(model, tuple(quantity.name for quantity in quantities)))
     trial = Trial.of(graph, model, loss, example)

@@ -15,9 +15,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..diagram.core import N
-from ..notation.rule import Rules
 from ..quantities import Quantity
 from ..rules import RULES
+from ..table import Rules
 from .translate.graph import Call, Graph, Value
 
 aten = torch.ops.aten

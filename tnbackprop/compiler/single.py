@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedError
-from ..notation.rule import Rules
 from ..quantities import Quantity
+from ..table import Rules, written_out
 from .capture.export import capture
 from .capture.trial import Trial
 from .derive.derive import bind_all, derive, needs_rule, row_for
@@ -23,6 +23,7 @@ from .search import Device
 
 def compile_layer(module: torch.nn.Module, x: Any, quantities: Sequence[Quantity], rules: Rules) -> Layer:
     """The same stages for a module on its own, up to the diagrams; what is computed of them is planned by `part`."""
+    rules = written_out(rules)
     graph = capture(module, None, (x, None), rules)
     seen = asked(module, tuple(q.name for q in quantities))
     graph = opened(check(Stage.CAPTURE, graph, seen))

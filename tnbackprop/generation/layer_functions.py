@@ -18,9 +18,9 @@ from ..compiler.program.lines import alive
 from ..compiler.single import compile_layer, part
 from ..diagram.core import Diagram, N, Size, V
 from ..errors import InputError, UnsupportedError
-from ..notation.rule import Rules
 from ..quantities import Handed, Quantity
 from ..quantities.propagation import COTANGENT
+from ..table import Rules
 from ..version import __version__
 from .function import Function, Inputs, Tree, extractions, flops, formulas, function, refuse_random
 from .kronecker import Block, absorbed, blocks_of, factors_of

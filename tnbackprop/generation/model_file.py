@@ -24,8 +24,8 @@ from ..compiler.translate.graph import Graph
 from ..compiler.translate.sizes import shown
 from ..diagram.core import N
 from ..errors import InputError, UnsupportedError
-from ..notation.rule import Rules
 from ..quantities import Quantity
+from ..table import Rules
 from ..version import __version__
 from .checking import Checks, Recorded, check_lines, lines_of_text, note, with_records
 from .domains import Domain, domains

@@ -11,9 +11,10 @@ import torch
 from ..diagram.core import N
 from ..errors import InputError
 from ..notation.parse import parse_program
-from ..notation.rule import Rule, Rules
+from ..notation.rule import Rule
 from ..notation.solve import Axes, solve
 from ..notation.syntax import Access, accesses
+from ..table import Rules
 
 BATCH = 4
 

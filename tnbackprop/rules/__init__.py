@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..notation.rule import Table
+from ..table import Table
 from . import (
     activation,
     arithmetic,

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..notation.rule import Rule, Table
+from ..notation.rule import Rule
+from ..table import Table
 from .kinks import slope
 from .text import access, broadcast_sizes, elementwise, join, leg_names, literal, refuse
 

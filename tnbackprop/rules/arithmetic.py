@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..notation.rule import Rule, Table
+from ..notation.rule import Rule
+from ..table import Table
 from .kinks import slope
 from .text import access, axis, broadcast, join, leg_names, literal, refuse, sizes
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..notation.rule import Rule, Table
+from ..notation.rule import Rule
+from ..table import Table
 from .text import IMAGE, KERNEL, SPACE, for_rank, join, per_axis, refuse
 
 TABLE = Table()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..notation.rule import Rule, Table
+from ..notation.rule import Rule
+from ..table import Table
 
 TABLE = Table()
 

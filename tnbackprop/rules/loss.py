@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..notation.rule import Root, Rule, Table
+from ..notation.rule import Root, Rule
+from ..table import Table
 from .text import access, join, leg_names, literal, refuse, sizes
 
 TABLE = Table()

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..notation.rule import Rule, Table
+from ..notation.rule import Rule
+from ..table import Table
 from .text import access, axis, join, leg_names, per_axis, refuse
 
 TABLE = Table()

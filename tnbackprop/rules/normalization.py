@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..diagram.core import N
-from ..notation.rule import Rule, Table
+from ..notation.rule import Rule
+from ..table import Table
 from .text import join, leg_names, refuse, sizes
 
 TABLE = Table()

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..notation.rule import Constant, Rule, Table
+from ..notation.rule import Constant, Rule
+from ..table import Table
 from .text import IMAGE, KERNEL, SPACE, axis, for_rank, join, leg_names, per_axis, refuse
 
 TABLE = Table()

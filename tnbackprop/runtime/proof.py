@@ -23,8 +23,8 @@ from ..compiler.translate.graph import NotGiven
 from ..compiler.translate.torch_internals import alone, version
 from ..compiler.translate.torch_modes import InFloat64, own_dtypes
 from ..errors import InputError, VerificationError
-from ..notation.rule import Rules
 from ..rules import RULES
+from ..table import Rules
 from .compared import FIRST, ROOT, SECOND, Pair, error, pairs_of
 from .program import Indefinite, Program
 from .reference import SEED, Batch, Reference

@@ -85,8 +85,8 @@ def check_rule(subject: Subject, values: bool = True) -> Iterator[Finding]:
     """Rows for one call, up to the first that is wrong. `values`: also formula and forward, not only derivatives."""
     call, rule = subject.call, subject.rule
     if rule.fallback:
-        why = "it has no formula: its VJP is native code" if rule.forward else "it has no rule: VJPs by torch.func itself"
-        yield LeftOut(call.where, why)
+        native = "it has no formula, its VJP is native code"
+        yield LeftOut(call.where, native if rule.forward else "it has no rule: VJPs by torch.func itself")
         return
     for finding in _findings(subject, values):
         yield finding

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..api import compile
 from ..compiler.translate.foreign import foreign
 from ..errors import InputError, RuleError
-from ..notation.rule import Rule, RuleFunction, Rules
+from ..notation.rule import Rule
 from ..quantities import Quantity
+from ..table import RuleFunction, Rules
 from .calls import BUILD_ERRORS, trace
 from .draws import Inputs, Made, Sizes, modules, unsettled
 from .models import compare_quantities, filled, programs_for

@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from ...errors import InputError, UnsupportedError
-from ...notation.rule import Rules
 from ...quantities import Quantity
+from ...table import Rules
 from ..running.printing import SILENT
 from ..translate.graph import Graph
 from ..translate.inputs import refuse_complex

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...errors import TnError, UnsupportedError
-from ...notation.rule import Composite, Rules
+from ...table import Composite, Rules
 from ..running.failure import line_here, place
 from ..running.torch_quiet import Quiet
 from ..running.torch_versions import refuse_valueless, sizes_by_builtins

@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ...errors import InputError, UnsupportedError
-from ...notation.rule import Primitive, Rules
+from ...notation.rule import Primitive
+from ...table import Rules
 from ..running.failure import line_here
 from ..running.failure import place as place_of
 from ..running.printing import SILENT

@@ -10,8 +10,9 @@ from ...diagram.algebra import tensor
 from ...diagram.core import Diagram, Product, leaves
 from ...errors import RuleError, UnsupportedError
 from ...notation.bind import BoundRule, bind
-from ...notation.rule import Rule, RuleFunction, Rules
+from ...notation.rule import Rule
 from ...quantities import Exact, Gradient, Propagation, Quantity, Residual
+from ...table import RuleFunction, Rules
 from ..capture.trial import Trial
 from ..translate.foreign import foreign
 from ..translate.graph import Call, Graph, Value, op_text

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...errors import RuleError, UnsupportedError
-from ...notation.rule import Primitive, Rules
+from ...notation.rule import Primitive
+from ...table import Rules
 from .torch_internals import operators, own_tensors, with_tensors
 
 NAMESPACE = "tnbackprop_capture"

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..notation.rule import Composite, Rule, Table
+from ...notation.rule import Rule
+from ...table import Composite, Table
 from . import scans
 
 TABLE = Table()
