@@ -11,11 +11,12 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from tnbackprop.compiler.translate.graph import Graph
+from tnbackprop.compiler.translate.torch_internals import peek_interpreter_stack
 from tnbackprop.rules import RULES
 from tnbackprop.runtime.fingerprint import Fingerprint, fingerprint
 
 Capture = Callable[[nn.Module, Any, Any, Any], Graph]
-KEPT = 512
+KEPT = 128
 
 
 class Captures:
@@ -29,11 +30,11 @@ class Captures:
         self._kept: OrderedDict[object, list[tuple[Fingerprint, Graph]]] = OrderedDict()
 
     def __call__(self, model: nn.Module, loss: Any, example: Any, rules: Any) -> Graph:
-        built_in = all(RULES.get(target) is rule for target, rule in rules.items())
-        own = fingerprint(model, loss) if built_in and isinstance(model, nn.Module) else None
+        added = [row for row in rules.items() if RULES.get(row[0]) is not row[1]]
+        own = fingerprint(model, loss, len(rules), added) if isinstance(model, nn.Module) else None
         if own is None:
             return self.capture(model, loss, example, rules)
-        kept = self._kept.setdefault(values := _values(model, example), [])
+        kept = self._kept.setdefault(values := (_around(), _values(model, example)), [])
         self._kept.move_to_end(values)
         for other, graph in kept:
             if other.matches(own):
@@ -45,6 +46,13 @@ class Captures:
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
         return graph
+
+
+def _around() -> object:
+    """What torch does around a compilation: it is captured anew in every other mode."""
+    modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack(), peek_interpreter_stack()
+    casts = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    return *modes, *casts, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
 def _values(model: nn.Module, example: Any) -> object:

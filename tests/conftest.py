@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 from zlib import crc32
 
 import pytest
@@ -11,19 +13,15 @@ from tnbackprop import api, compiler
 from tnbackprop.compiler.plan import processor
 
 from .captured import Captures
+from .cases import EVERY, RANDOM_CASES
 
 torch.manual_seed(0)  # what modules draw when they are imported
+SEED = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+"""`manual_seed` writes down the stack for every kind of device that is not there."""
 
-
-@pytest.fixture(autouse=True)
-def seeded(request: pytest.FixtureRequest) -> None:
-    torch.manual_seed(crc32(request.node.nodeid.encode()))
-
-
-@pytest.fixture(autouse=True)
-def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans are the same on every machine."""
-    monkeypatch.setattr(processor, "made", lambda: ("GenuineIntel", 6))
+for logger in [each for name, each in logging.Logger.manager.loggerDict.items() if name.split(".")[0] == "torch"]:
+    if isinstance(logger, logging.Logger):
+        logger.propagate = True  # else pytest listens to each of them, and torch writes down each step of an export
 
 
 PROVED = (
@@ -37,19 +35,45 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--prove", action="store_true", help="every program that a test compiles proves itself")
 
 
-@pytest.fixture(autouse=True)
-def proved(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not request.config.getoption("--prove") and request.path.stem not in PROVED:
-        monkeypatch.setattr(api, "prove", lambda *_: "not checked: the test does that")
+CASES = {case.name for case in EVERY + RANDOM_CASES}
 
 
-DOWNSTREAM = ("derive", "emit", "linalg", "lower", "plan", "program", "quantities", "rules")
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one case follow one another, whatever their file: so one process has them, and captures it once."""
+    order: dict[str, int] = {}
+    items.sort(key=lambda item: order.setdefault(_case_of(item) or str(item.path), len(order)))
+
+
+def _case_of(item: pytest.Item) -> str | None:
+    values = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+    return next((name for value in values if (name := str(value)) in CASES), None)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays; Python looks for cycles in what tests make, and less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 20)
+
+
+ONCE = (
+    "derive", "emit", "linalg", "lower", "notation", "plan", "program", "quantities", "rules", "runtime",
+    "verification",
+)  # fmt: skip
 """Rooms of what comes after the capture, and changes nothing of it."""
+ANEW = (
+    "test_captured", "test_check_faults", "test_differentiated", "test_errors", "test_errors_options", "test_warnings",
+)  # fmt: skip
+"""Files there that plant a fault in the capture, or are about what it says."""
 CAPTURES = Captures(compiler.capture)
 
 
 @pytest.fixture(autouse=True)
-def captured_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cases are tables: most models are compiled by many tests."""
-    if request.path.parent.name in DOWNSTREAM:
+def prepared(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers and the same processor for every test; what is proved, and what is captured once."""
+    SEED(crc32(request.node.nodeid.encode()))
+    monkeypatch.setattr(processor, "made", lambda: ("GenuineIntel", 6))
+    if not request.config.getoption("--prove") and request.path.stem not in PROVED:
+        monkeypatch.setattr(api, "prove", lambda *_: "not checked: the test does that")
+    if request.path.parent.name in ONCE and request.path.stem not in ANEW:
         monkeypatch.setattr(compiler, "capture", CAPTURES)

@@ -52,7 +52,7 @@ class Case:
 
     def build(self) -> Problem:
         """The same problem each time."""
-        torch.manual_seed(self.seed)
+        torch.default_generator.manual_seed(self.seed)
         model = self.model().double().train(self.train)
         loss = self.loss().double()
         with torch.no_grad():

@@ -60,18 +60,28 @@ def factors(model: nn.Module, x: Tensor, y: Tensor, quantity: tn.Quantity, rules
     return dict(tn.compile(model, LOSS, (x, y), [quantity], rules=rules)(x, y, seed=0)[quantity.name])
 
 
+def spelt(layer: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), layer()).double()
+
+
 @pytest.mark.parametrize("layer", SPELT)
 @pytest.mark.parametrize(
     "quantity", [tn.KFLR(), tn.KFAC(), tn.KFRA(), tn.KFLR(sharing=tn.Sharing.REDUCE), tn.KFLR(bias=tn.Bias.JOINED)]
 )
 def test_the_spelling_is_no_matter(layer: type[nn.Module], quantity: tn.Quantity) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), layer()).double()
+    model = spelt(layer)
     x, y = data(model)
     one, two = (factors(model, x, y, quantity, tn.RULES | {layer: tn.Rule(text)}) for text in SPELT[layer])
     for name, K in one.items():
         assert len(K.factors) == len(two[name].factors)
         assert error(two[name].to_dense(), K.to_dense()) <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("layer", SPELT)
+def test_their_sum_is_right(layer: type[nn.Module]) -> None:
+    model = spelt(layer)
+    x, y = data(model)
     rules = tn.RULES | {layer: tn.Rule(SPELT[layer][1])}
     tn.verify(model, x, y, loss=LOSS, quantities=[tn.KFLR(), tn.KFRA()], rules=rules)
 

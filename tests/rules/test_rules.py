@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from tnbackprop.compiler.capture.export import capture
+from tnbackprop import compiler
 from tnbackprop.compiler.translate.graph import Call, Graph, Value
 from tnbackprop.diagram.algebra import differentiate
 from tnbackprop.diagram.core import Diagram, N
@@ -38,7 +38,7 @@ class Step:
 def steps(case: Case) -> Iterator[Step]:
     """The calls of a case in order, each run with its own operator."""
     problem = case.build()
-    graph = capture(problem.model, problem.loss, (problem.x, problem.y), RULES)
+    graph = compiler.capture(problem.model, problem.loss, (problem.x, problem.y), RULES)
     env = inputs_of(graph, problem.model, problem.x, problem.y)
     for call in graph.calls:
         torch.manual_seed(0)  # a random row then draws what the operator drew
