@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,35 @@ def test_a_change_is_seen(change: Callable[[Problem], None], monkeypatch: pytest
     assert captures.hits == 1
     monkeypatch.setattr(compiler, "capture", capture)
     assert source(changed) == after and source(mlp().build()) == before
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)]
+)
+def test_a_mode_is_seen(mode: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """That a mode has no effect is for a test to see."""
+    captures = Captures(capture)
+    monkeypatch.setattr(compiler, "capture", captures)
+    problem = mlp().build()
+    before = source(problem)
+    with mode():
+        assert source(problem) == before and captures.hits == 0
+    assert source(problem) == before and captures.hits == 1
+
+
+def test_a_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One's own by what it says, and what it closes over."""
+    captures = Captures(capture)
+    monkeypatch.setattr(compiler, "capture", captures)
+    problem = mlp().build()
+
+    def compiled(factor: float) -> None:
+        rules = tn.RULES | {torch.ops.aten.tanh.default: lambda call: f"output[*s] = {factor} * input[*s]"}
+        tn.compile(problem.model, problem.loss, (problem.x, problem.y), [tn.Grad()], rules=rules, check=False)
+
+    for factor, hits in ((2, 0), (2, 1), (3, 1)):
+        compiled(factor)
+        assert captures.hits == hits
 
 
 @pytest.mark.slow
