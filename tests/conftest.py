@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tnbackprop import api, compiler
+from tnbackprop.compiler import single
 from tnbackprop.compiler.plan import processor
 
 from .captured import Captures
@@ -76,4 +77,5 @@ def prepared(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if not request.config.getoption("--prove") and request.path.stem not in PROVED:
         monkeypatch.setattr(api, "prove", lambda *_: "not checked: the test does that")
     if request.path.parent.name in ONCE and request.path.stem not in ANEW:
-        monkeypatch.setattr(compiler, "capture", CAPTURES)
+        for module in (compiler, single):
+            monkeypatch.setattr(module, "capture", CAPTURES)

@@ -23,12 +23,12 @@ def layers(**more: nn.Module) -> dict[str, nn.Module]:
     return {"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), **more}
 
 
-def compiled(model: nn.Module, size: int = 5, loss: Any = LOSS, **options: Any) -> tn.Program:
-    return tn.compile(model.double(), loss, batch(size), [tn.Grad(), tn.BatchL2()], **options)
+def compiled(model: nn.Module, size: int = 5, loss: Any = LOSS, more: Any = (), **options: Any) -> tn.Program:
+    return tn.compile(model.double(), loss, batch(size), [tn.Grad(), tn.BatchL2(), *more], **options)
 
 
-def check(model: nn.Module, size: int = 5, loss: Any = LOSS, **options: Any) -> None:
-    """The gradient, and the norms of those of single samples, as autograd gives them."""
+def check(model: nn.Module, size: int = 5, loss: Any = LOSS, **options: Any) -> tn.Result:
+    """The gradient, and the norms of those of single samples, as autograd gives them; the result, with what is more."""
     result, (x, y) = compiled(model, size, loss, **options)(*batch(size)), batch(size)
     parameters = dict(model.named_parameters())
 
@@ -42,6 +42,7 @@ def check(model: nn.Module, size: int = 5, loss: Any = LOSS, **options: Any) -> 
         torch.testing.assert_close(result["grad"][name], whole)
         norms = torch.stack([g[k].square().sum() for g in each]) / size**2
         torch.testing.assert_close(result["batch_l2"][name], norms)
+    return result
 
 
 def refused(model: nn.Module, message: str, **options: Any) -> None:

@@ -29,9 +29,9 @@ UNLIKE_USES = (
 @pytest.mark.parametrize("case", thinned((case for case in CASES if case.name not in UNLIKE_USES), 3), ids=str)
 def test_one_sample_is_kflr(case: Case) -> None:
     """Through convolution, pooling, norms, attention, residual branches, parameters used twice."""
-    problem = replace(case, batch=1).build()
-    quantities = [tn.KFRA(), tn.KFLR()]
-    result = tn.compile(problem.model, problem.loss, (problem.x, problem.y), quantities)(problem.x, problem.y)
+    problem = case.build()
+    program = tn.compile(problem.model, problem.loss, (problem.x, problem.y), [tn.KFRA(), tn.KFLR()])
+    result = program(problem.x[-1:], problem.y[-1:])
     assert list(result["kfra"]) == list(result["kflr"])
     for name, factors in result["kflr"].items():
         assert error(result["kfra"][name].to_dense(), factors.to_dense()) <= TOLERANCE, name

@@ -17,7 +17,7 @@ from .. import oracle
 from ..thinned import thinned
 from ..tried import GGN, Part, Tried, randn
 
-EXPERTS, WIDTH, HIDDEN, CHOSEN = 4, 3, 5, 2
+EXPERTS, WIDTH, HIDDEN, CHOSEN = 3, 4, 5, 2
 BARE: dict[str, Part] = {
     "router": lambda: nn.Linear(WIDTH, EXPERTS),
     "up": randn(EXPERTS, WIDTH, HIDDEN, seed=1),
@@ -360,7 +360,7 @@ def routed(code: str) -> Any:
 
 REFUSED: list[tuple[str, str]] = [
     (
-        "for e in range(4):\n top, k = torch.where(index == e)\n"
+        "for e in range(3):\n top, k = torch.where(index == e)\n"
         " out = out.index_add(0, top, m.experts[e](x[top]) * values[top, k, None])",
         r"aten\.where.*depend on the data.*w\[index\], or out\[mask\] = expert\(x\[mask\]\)",
     ),
@@ -383,7 +383,7 @@ def test_loops_over_what_is_routed(code: str, message: str) -> None:
 
 
 BY_ROWS: list[str] = [
-    "F.layer_norm(m.experts[0](x[mask]), (3,))",
+    "F.layer_norm(m.experts[0](x[mask]), (4,))",
     "m.experts[0](x[mask]).softmax(-1)",
     "m.experts[0](x[mask])[..., :1] * x[mask]",
     "m.experts[0](x[mask]).sum(-1, keepdim=True) + x[mask]",

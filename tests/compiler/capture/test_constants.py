@@ -167,9 +167,8 @@ def test_losses(loss: Callable[..., Tensor], written: bool) -> None:
             h[:, 0] *= 2
         return h
 
-    check(Function(forward, **layers()), loss=loss)
-    model, (x, y) = Function(forward, **layers()).double(), batch()
-    result = tn.compile(model, loss, (x, y), [tn.DiagGGN()])(x, y)["diag_ggn"]
+    model, (x, y) = Function(forward, **layers()), batch()
+    result = check(model, loss=loss, more=[tn.DiagGGN()])["diag_ggn"]
     for key, value in diag_ggn(model, loss, x, y).items():  # type: ignore[arg-type]
         torch.testing.assert_close(result[key], value)
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tnbackprop as tn
+from tnbackprop import compiler
 from tnbackprop.compiler.attention import ATTENTION, with_attention
-from tnbackprop.compiler.capture.export import capture
 from tnbackprop.rules import RULES
 
 from ... import oracle, oracle_second
@@ -120,7 +120,7 @@ def test_fewer_queries() -> None:
 def test_the_rule(mix: Mix) -> None:
     """Formula, forward and native VJP are those of the operator."""
     problem = problem_of(mix)
-    graph = with_attention(capture(problem.model, problem.loss, (problem.x, problem.y), RULES), (), RULES)
+    graph = with_attention(compiler.capture(problem.model, problem.loss, (problem.x, problem.y), RULES), (), RULES)
     env = inputs_of(graph, problem.model, problem.x, problem.y)
     found = 0
     for call in graph.calls:
