@@ -37,14 +37,16 @@ DOMAINS = [
     Tried("cholesky_ex", lambda m, x: torch.linalg.cholesky_ex(definite(m.l(x)))[0].flatten(1), X, LINEAR),
     Tried("cholesky_inverse", lambda m, x: torch.cholesky_inverse(torch.linalg.cholesky(definite(m.l(x)))).flatten(1),
           X, LINEAR, FIRST),
-    Tried("cholesky_solve", lambda m, x: torch.cholesky_solve(m.l(x)[..., None], positive(m.a).cholesky())[..., 0],
+    Tried("cholesky_solve",
+          lambda m, x: torch.cholesky_solve(m.l(x)[..., None], torch.linalg.cholesky(positive(m.a)))[..., 0],
           X, {**SQUARE, "a": MATRIX}, FIRST),
     Tried("logdet", lambda m, x: torch.logdet(definite(m.l(x)))[:, None], X, LINEAR),
     Tried("logdet of a parameter", lambda m, x: x * torch.logdet(positive(m.a)), X, {"a": MATRIX}),
     Tried("segment_reduce", segments, X, LINEAR, FIRST),
     Tried("erfinv", lambda m, x: torch.erfinv(m.l(x).tanh()), X, LINEAR),
     Tried("zeta", lambda m, x: torch.special.zeta(torch.full((4,), 2.0), m.l(x).exp() + 1), X, LINEAR, FIRST),
-    Tried("solve", lambda m, x: torch.linalg.solve(m.a, m.l(x)[..., None])[..., 0], X, {**SQUARE, "a": MATRIX}),
+    Tried("solve", lambda m, x: torch.linalg.solve(m.a, m.l(x)[..., None])[..., 0],
+          X, {**SQUARE, "a": MATRIX}),
 ]  # fmt: skip
 
 
