@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from ...errors import TnError, UnsupportedError
 from ...table import Composite, Rules
 from ..running.failure import line_here, place
+from ..running.parts import Parts
 from ..running.torch_quiet import Quiet
 from ..running.torch_versions import refuse_valueless, sizes_by_builtins
 from ..translate.foreign import MISTAKES
@@ -74,7 +75,7 @@ def exported(wrapped: nn.Module, example: tuple[Any, Any], rules: Rules, batch: 
     ):
         try:
             with Quiet():
-                with shapes_only():
+                with shapes_only(), Parts(rules):
                     program = torch.export.export(wrapped, example, dynamic_shapes=shapes, strict=False)
                 refuse_valueless(program)
                 refuse_ragged(program.graph_module)

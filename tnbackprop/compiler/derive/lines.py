@@ -68,5 +68,4 @@ def casts_alone(graph: Graph, call: Call, name: str) -> bool:
     """Whether no other call reads a parameter that is cast, or nothing is cast: it has the uses of the result then."""
     if not casts(graph, call, name):
         return True
-    users = [other for other in graph.calls if name in {value.name for value in other.tensors.values()}]
-    return name in graph.parameters and len(users) == 1
+    return name in graph.parameters and len(graph.readers.get(name, ())) == 1

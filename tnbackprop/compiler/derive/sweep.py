@@ -107,11 +107,11 @@ def classify(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
 
 def _first_call_of_each_parameter(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...]) -> dict[str, int | None]:
     """For each trainable parameter the first call that depends on it: after that call no use is left."""
-    found: dict[str, int | None] = {}
-    for name in graph.parameters:
-        if graph.values[name].depends_on:
-            users = [k for k, (call, _) in enumerate(bound) if name in {v.name for v in call.tensors.values()}]
-            found[name] = min(users, default=None)
+    found: dict[str, int | None] = {name: None for name in graph.parameters if graph.values[name].depends_on}
+    for k, (call, _) in enumerate(bound):
+        for value in call.tensors.values():
+            if found.get(value.name, k) is None:
+                found[value.name] = k
     return found
 
 

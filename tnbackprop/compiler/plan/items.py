@@ -155,7 +155,7 @@ def _extract(
 def _cast_dtype(graph: Graph, parameter: str) -> torch.dtype | None:
     """The dtype of a parameter that is read in another one: so are its results computed."""
     own = graph.values[parameter].dtype
-    reading = (call.output.dtype for call in graph.calls if parameter in {v.name for v in call.tensors.values()})
+    reading = (call.output.dtype for call in graph.readers.get(parameter, ()))
     return own if any(dtype != own for dtype in reading if dtype.is_floating_point) else None
 
 

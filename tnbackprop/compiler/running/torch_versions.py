@@ -74,3 +74,12 @@ def refuse_valueless(program: torch.export.ExportedProgram) -> None:
     """A constant without values, as `.data` makes one, which newer versions refuse. Raises `RuntimeError`."""
     if any(isinstance(constant, FakeTensor) for constant in program.constants.values() if isinstance(constant, Tensor)):
         raise RuntimeError("a tensor is made past the operators that can be followed")
+
+
+def overload_called(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The overload of one of torch's own operators that a call with these arguments is of; "" where there is none."""
+    try:
+        return str(torch._C._jit_resolve_packet(f"aten::{name}", *args, **kwargs))
+    except RuntimeError:  # what functions call input may be self in the schema
+        named = {"self" if key == "input" else key: value for key, value in kwargs.items()}
+        return overload_called(name, args, named) if named.keys() != kwargs.keys() else ""

@@ -90,7 +90,7 @@ class Call:
         """A module, a primitive or an operator of our own: its forward is that of its rule, nobody else has it."""
         return not isinstance(self.target, OpOverload) or self.target.namespace == "tnbackprop"
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, Value]:
         """Tensor arguments by name; element k of a list argument `tensors` is `tensors0`, `tensors1`, …
 
@@ -168,6 +168,14 @@ class Graph:
     left: tuple[str, ...] = ()  # outputs that no program gives and the loss does not read, each with the reason
     joint: str = ""  # the value where curvature is taken, where that is not the output: several joined, one moved
     cotangent: str = ""  # of a layer on its own: the input that is the cotangent of its output
+
+    @cached_property
+    def readers(self) -> Mapping[str, tuple[Call, ...]]:
+        """The calls that read a value, in order."""
+        found: dict[str, tuple[Call, ...]] = {}
+        for call in self.calls:
+            found |= {value.name: (*found.get(value.name, ()), call) for value in call.tensors.values()}
+        return found
 
     @property
     def returned(self) -> dict[str, Value]:
