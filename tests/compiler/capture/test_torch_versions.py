@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._decomp import decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -46,6 +47,19 @@ def test_sizes_by_builtins() -> None:
         raise KeyError
     assert (builtins.min, builtins.max, builtins.len) == own
     assert versions.COMPARED in (None, {"sym_min": own[0], "sym_max": own[1]})
+
+
+def test_last_states_of_an_lstm() -> None:
+    """[layers, N, H] while a graph is made, as when it runs; afterwards torch's decomposition is its own."""
+    own = decompositions.one_layer_lstm
+    model = Function(lambda m, x: m.a(x)[1][1], a=nn.LSTM(3, 2, batch_first=True)).double()
+    with versions.lstm_states():
+        program = exported(model, torch.ones(6, 4, 3, dtype=torch.float64))
+    shape = program.graph.output_node().args[0][0].meta["val"].shape
+    assert len(shape) == 3 and (shape[0], shape[2]) == (1, 2)
+    with pytest.raises(KeyError), versions.lstm_states():
+        raise KeyError
+    assert decompositions.one_layer_lstm is own
 
 
 def test_who_asks() -> None:

@@ -17,7 +17,7 @@ from ...table import Composite, Rules
 from ..running.failure import line_here, place
 from ..running.parts import Parts
 from ..running.torch_quiet import Quiet
-from ..running.torch_versions import refuse_valueless, sizes_by_builtins
+from ..running.torch_versions import lstm_states, refuse_valueless, sizes_by_builtins
 from ..translate.foreign import MISTAKES
 from ..translate.inplace import copy_views, mutates_view, nodes_of
 from ..translate.opaque import Opaque, opaque_calls
@@ -69,6 +69,7 @@ def exported(wrapped: nn.Module, example: tuple[Any, Any], rules: Rules, batch: 
         traced_here(),
         evenly(),
         sizes_by_builtins(),
+        lstm_states(),
         attributes_kept(wrapped),
         torch.enable_grad(),
         guards_of_sizes(lambda condition: asked.append((condition, line_here()))),

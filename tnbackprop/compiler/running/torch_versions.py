@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import decompositions
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import sym_node
 from torch.utils import checkpoint
@@ -60,6 +61,26 @@ def _length(own: Callable[[Any], int]) -> Callable[[Any], int]:
 def _of_sizes(own: Callable[..., Any], symbolic: Callable[[Any, Any], Any], *args: Any, **options: Any) -> Any:
     sizes = len(args) == 2 and not options and any(isinstance(value, torch.SymInt | torch.SymFloat) for value in args)
     return symbolic(*args) if sizes else own(*args, **options)
+
+
+@contextmanager
+def lstm_states() -> Iterator[None]:
+    """While active, the last states that an LSTM is traced with are [layers, N, H]; torch 2.7 has [layers, 1, N, H].
+
+    It then removes the wrong axis in its decomposition, from which the shapes are known.
+    """
+    with alone():
+        own = decompositions.one_layer_lstm
+        decompositions.one_layer_lstm = partial(_one_layer, own)
+        try:
+            yield
+        finally:
+            decompositions.one_layer_lstm = own
+
+
+def _one_layer(own: Callable[..., Any], inp: Tensor, hidden: tuple[Tensor, Tensor], *args: Any, **options: Any) -> Any:
+    output, last = own(inp, hidden, *args, **options)
+    return output, tuple(a[0] if a.ndim > first.ndim else a for a, first in zip(last, hidden, strict=True))
 
 
 def asked_by_checkpoint() -> bool:
