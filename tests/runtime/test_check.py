@@ -274,6 +274,27 @@ def test_derivatives_that_are_rounding() -> None:
         assert program.checked.startswith("checked on 2 samples")
 
 
+@pytest.mark.parametrize("seed", [0, 4, 12, 22])
+def test_rounding_of_small_denominators(seed: int) -> None:
+    """The same of outputs near zero: what is left of the second derivative is larger than the spacing of numbers."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    x, y = torch.randn(4, 3).double(), torch.randn(4, 1).double()
+    cosine = lambda f, y: (1 - nn.functional.cosine_similarity(f, y, dim=1)).mean()  # noqa: E731
+    assert checked(model, x, y, [tn.HessianDiag()], cosine).startswith("checked on 2 samples")
+
+
+@pytest.mark.parametrize("quantity", [tn.Grad(), tn.HessianDiag(), tn.DiagGGN()], ids=lambda quantity: quantity.name)
+def test_a_tiny_wrong_number_is_found(quantity: tn.Quantity) -> None:
+    """It is no rounding: autograd has it, too, of parameters that differ in their last digits."""
+    torch.manual_seed(0)
+    example, loss = batch(dtype=torch.float64), lambda f, y: 1e-12 * CE(f, y)
+    program = tn.compile(mlp().double(), loss, example, [quantity])
+    bent = type("Bent", (Bent,), {"key": quantity.name, "name": "2.bias"})
+    with pytest.raises(tn.VerificationError, match=rf"{quantity.name} of parameter '2.bias'"):
+        prove(bent(program.model, program.compiled, loss, [quantity]), example, tn.RULES)
+
+
 def cast(m: nn.Module, x: Tensor) -> Tensor:
     """A model of float64 whose output is what a cast on the way rounds off: so are its derivatives."""
     turned = m.gone.roll(1, 0)
