@@ -29,7 +29,8 @@ MANY = 2
 """A sample that has this many times the columns that the device likes may have them all at once."""
 WORTH = 1e-3
 """Seconds that a program must take for another way to be tried: planning takes longer."""
-
+SMALL = 2e-2
+"""Up to so many seconds the gradient may join the columns: what takes longer has matrices that are large anyway."""
 
 
 Made = tuple[Derived, Plan]
@@ -99,7 +100,7 @@ def _fastest(width: int, others: Sequence[int], per_sample: PerSample, attempt: 
     likes = best[1].seconds
     if likes < WORTH:
         return best
-    together = attempt(width, joint=True)
+    together = attempt(width, joint=True) if likes < SMALL else None
     best = together if together is not None and together[1].seconds < CLEARLY * likes else best
     if not best[1].loops:
         return best
