@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import tnbackprop as tn
 from tnbackprop.table import written_out
@@ -54,6 +55,19 @@ class Last(nn.Module):
         return self.layer(x)[1][1][0]
 
 
+class Tied(nn.Module):
+    """Two layers with one recurrent weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.GRU(2, 2, batch_first=True), nn.GRU(2, 2, batch_first=True)
+        self.second.weight_hh_l0 = self.first.weight_hh_l0
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.second(self.first(x)[0])[0]
+        return output
+
+
 def time_first(layer: nn.Module) -> nn.Module:
     turn = Apply(lambda t: t.transpose(0, 1))
     return nn.Sequential(turn, First(layer), turn)
@@ -74,6 +88,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "tanh, both ways": lambda: First(nn.RNN(2, 2, batch_first=True, bidirectional=True)),
     "relu, time first": lambda: time_first(nn.RNN(2, 2, nonlinearity="relu")),
     "tanh to tanh": lambda: Translation(nn.RNN),
+    "tied": Tied,
+    "weight norm": lambda: First(weight_norm(nn.LSTM(2, 2, batch_first=True), "weight_hh_l0")),
     "in a network": lambda: nn.Sequential(nn.Linear(2, 2), First(nn.LSTM(2, 2, batch_first=True)), nn.Linear(2, 1)),
 }
 
@@ -117,6 +133,19 @@ def test_factors_are_those_of_the_steps(name: str, kind: type[tn.KFLR]) -> None:
     want = tn.compile(model, loss, (x, y), [kind()], rules=rules)(x, y, seed=0)[kind().name]
     for parameter, factors in found.items():
         assert error(factors.to_dense(), want[parameter].to_dense()) <= TOLERANCE, parameter
+
+
+@pytest.mark.parametrize("frozen", ["weight_hh_l0", "ih"])
+def test_frozen_weights_and_one_step(frozen: str) -> None:
+    layer = nn.LSTM(2, 2, batch_first=True).double()
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    model, x = First(layer), torch.randn(N, 1, 2, dtype=torch.float64)
+    y = torch.randn_like(model(x))
+    found = tn.compile(model, nn.MSELoss(), (x, y), [tn.BatchGrad()])(x, y)["batch_grad"]
+    want = oracle.batch_grad(model, nn.MSELoss(), x, y)
+    assert found and not any(frozen in name for name in found)
+    assert_equal(found, {name: want[name] for name in found}, "individual gradient")
 
 
 def test_the_source_does_not_grow_with_the_steps() -> None:

@@ -39,6 +39,7 @@ class Sweep:
     depends: dict[str, frozenset[str]] = field(default_factory=dict)  # value -> the trainable parameters behind it
     owner: dict[str, Call] = field(default_factory=dict)
     schedule: list[Backward | Individual | Extraction] = field(default_factory=list)
+    scheduled: set[str] = field(default_factory=set)  # the values whose cotangents are entered there
     scales: set[sympy.Expr] = field(default_factory=set)
     prefix: str = "g"
     variable: str = ""  # the column at the model's output
@@ -157,7 +158,8 @@ def _pull_individually(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> 
     output = rule.equations[-1]
     if sweep.samples[output.name]:
         schedule(sweep, output.name)
-    elif not any(isinstance(item, Backward) and item.value == output.name for item in sweep.schedule):
+    elif output.name not in sweep.scheduled:
+        sweep.scheduled.add(output.name)
         uses, g = all_uses(sweep, output.name)
         sweep.schedule.append(Backward(f"{sweep.prefix}:{output.name}", output.name, (uses.T @ g,), call.where))
     own = f"{sweep.prefix}::{name}:{output.name}"
@@ -228,6 +230,7 @@ def add(sweep: Sweep, value: str, term: Diagram, sampled: bool) -> None:
         return
     name = f"{sweep.prefix}::{value}:{len(sweep.schedule)}"
     sweep.schedule.append(Backward(name, value, (term,), "of its own"))
+    sweep.scheduled.add(value)
     own = tuple(leg for leg in term.legs if leg not in sweep.lead and leg != BATCH)
     sweep.uses.setdefault(value, []).append((identity(own), tensor(name, term.legs)))
 
@@ -300,7 +303,8 @@ def _composed(sweep: Sweep, name: str, jacobian: Jacobian) -> tuple[Jacobian, Di
 
 def schedule(sweep: Sweep, name: str) -> None:
     """Enter the computation of a cotangent, once."""
-    if not any(isinstance(item, Backward) and item.value == name for item in sweep.schedule):
+    if name not in sweep.scheduled:
+        sweep.scheduled.add(name)
         call = sweep.owner.get(name)
         where = call.where if call else ""
         terms = tuple(sweep.terms[name])
