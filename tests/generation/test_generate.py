@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import tnbackprop as tn
 
+from ..models import First
+
 ROOT = Path(__file__).parents[2]
 FILE = "generated.py"
 BLOCKED = """
@@ -339,6 +341,14 @@ def test_a_model(name: str, tmp_path: Path) -> None:
         for quantity in want:
             for parameter in want[quantity]:
                 close(results[quantity][parameter], want[quantity][parameter])
+
+
+def test_a_recurrent_model(tmp_path: Path) -> None:
+    """The functions that its code calls come with it; first states of float32 are of the dtype that is given."""
+    model, x = First(nn.LSTM(2, 3, batch_first=True)), torch.randn(4, 5, 2)
+    source = tn.generate(model, "batch_l2,kfac", loss=nn.MSELoss(), example=(x, torch.randn(4, 5, 3))).source
+    assert "def lstm_backward(" in source and "dtype=torch.float32" not in source
+    passes(source, tmp_path)
 
 
 def test_a_wrong_model_fails_its_check(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -257,7 +257,13 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule]) -> None
 
 
 def _called(store: Store, call: Call, random: bool) -> Expr:
-    """The call of an operator; one with several outputs is called once for all of them."""
+    """The call of an operator; one with several outputs is called once for all of them.
+
+    Where all floating values are of one dtype, it is not written: the program is one for any such dtype.
+    """
+    if store.one_dtype:
+        named = {k for k, v in call.arguments.items() if isinstance(v, torch.dtype) and v.is_floating_point}
+        call = replace(call, arguments={**call.arguments, **dict.fromkeys(named, Item(f.DTYPE, (store.like,)))})
     if call.item is None or call.outputs not in store:
         expr = call_expr(call, lambda v: store.find(v.name), store.like)
         if call.item is None:
