@@ -51,7 +51,7 @@ def lstm_backward(
     torch.ops.aten.tanh_backward.grad_input(o, bent, grad_input=through)
     by_cell, by_hidden, into, left = (each.unbind(time) for each in (slopes[:, :, :3], by_o, through, f))
     found = cotangents.new_empty(*cotangents.shape[:-1], 4, size)
-    every, parts, outs = (
+    every, parts, of_output = (
         found.flatten(-2).unbind(axis),
         found[..., :3, :].unbind(axis - 1),
         found[..., 3, :].unbind(axis),
@@ -66,7 +66,7 @@ def lstm_backward(
             total = torch.addcmul(total, carried, left[later])
         carried = torch.addcmul(total, hidden, into[t])
         torch.mul(carried.unsqueeze(-2), by_cell[t], out=parts[t])
-        torch.mul(hidden, by_hidden[t], out=outs[t])
+        torch.mul(hidden, by_hidden[t], out=of_output[t])
         later = t
     found = found.flatten(-2)
     return found, found, every[later] @ weight, carried * left[later]
