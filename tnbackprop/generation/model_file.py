@@ -25,7 +25,7 @@ from ..compiler.translate.sizes import shown
 from ..diagram.core import N
 from ..errors import InputError, UnsupportedError
 from ..quantities import Quantity
-from ..table import Rules
+from ..table import Rules, written_out
 from ..version import __version__
 from .checking import Checks, Recorded, check_lines, lines_of_text, note, with_records
 from .domains import Domain, domains
@@ -65,7 +65,7 @@ def model_source(
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"cannot generate from {type(model).__name__}: give a torch.nn.Module")
     check_trainable(model, quantities)
-    compiled = compile_program(model, loss, (example[0], example[1]), quantities, rules, here=False)
+    compiled = compile_program(model, loss, (example[0], example[1]), quantities, written_out(rules), here=False)
     refuse_random(compiled.graph)
     rest = shown(compiled.graph.conditions)
     if compiled.graph.least > 1 or rest:
