@@ -15,21 +15,19 @@ def lstm_forward(
     time: int,
     back: bool,
 ) -> torch.Tensor:
-    """[..., (i, f, g, o, h, c)] of every step."""
+    """[..., (i, f, g, o, h, c)] of every step. Steps work in memory of their own: kernels are slower across rows."""
     size, steps = hidden.shape[-1], range(gates.shape[time])
-    gates = gates if bias is None else gates + bias
-    kept = gates.new_empty(*gates.shape[:2], 6 * size)
-    every, ifo = kept[..., : 4 * size].unbind(time), kept[..., : 4 * size].view(*kept.shape[:2], 4, size).unbind(time)
-    hs, cs = kept[..., 4 * size : 5 * size].unbind(time), kept[..., 5 * size :].unbind(time)
-    for t, own in zip(steps[::-1] if back else steps, gates.unbind(time)[:: -1 if back else 1], strict=True):
-        torch.addmm(own, hidden, weight.t(), out=every[t])
-        i, f, g, o = ifo[t].unbind(1)
-        ifo[t][:, :2].sigmoid_()
-        g.tanh_()
-        o.sigmoid_()
-        torch.mul(f, cell, out=cs[t]).addcmul_(i, g)
-        torch.tanh(cs[t], out=hs[t]).mul_(o)
-        hidden, cell = hs[t], cs[t]
+    sums = gates.movedim(time, 0).contiguous() if bias is None else (gates + bias).movedim(time, 0).contiguous()
+    news, hiddens, cells = sums.new_empty(3, *sums.shape[:2], size).unbind(0)
+    for t in steps[::-1] if back else steps:
+        own, new = sums[t].addmm_(hidden, weight.t()), news[t]
+        torch.tanh(own[:, 2 * size : 3 * size].contiguous(), out=new)
+        i, f, _, o = own.sigmoid_().chunk(4, 1)
+        cell = torch.mul(f, cell, out=cells[t]).addcmul_(i, new)
+        hidden = torch.tanh(cell, out=hiddens[t]).mul_(o)
+    kept = sums.new_empty(*gates.shape[:2], 6 * size)
+    for place, part in ((0, sums), (2, news), (4, hiddens), (5, cells)):
+        kept[..., place * size : place * size + part.shape[-1]] = part.movedim(0, time)
     return kept
 
 
