@@ -11,6 +11,7 @@ import tnbackprop as tn
 
 from .. import oracle
 from ..cases import EVERY, Case
+from ..thinned import thinned
 
 QUANTITIES = (tn.Grad(), tn.BatchGrad(), tn.BatchL2(), tn.BatchDot(), tn.SecondMoment(), tn.Variance())
 TOLERANCE = 1e-10
@@ -25,7 +26,7 @@ def assert_equal(got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tenso
         assert error <= TOLERANCE, f"{what} of {name}: relative error {error:.3g}"
 
 
-@pytest.mark.parametrize("case", EVERY, ids=str)
+@pytest.mark.parametrize("case", thinned(EVERY), ids=str)
 def test_all_together(case: Case) -> None:
     """One program with all quantities, which share what they can."""
     problem = case.build()

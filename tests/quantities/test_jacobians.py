@@ -22,7 +22,7 @@ from ..thinned import thinned
 BY_NAME = {case.name: case for case in CASES}
 
 
-@pytest.mark.parametrize("case", thinned(case for case in CASES if case.name not in IMPRECISE), ids=str)
+@pytest.mark.parametrize("case", thinned((case for case in CASES if case.name not in IMPRECISE), 3), ids=str)
 def test_definition(case: Case) -> None:
     """Without a loss."""
     problem = case.build()

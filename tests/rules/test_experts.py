@@ -259,7 +259,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", thinned(CASES), ids=str)
+@pytest.mark.parametrize("case", thinned(CASES, 3), ids=str)
 def test_experts(case: Tried) -> None:
     case.check()
 

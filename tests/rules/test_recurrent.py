@@ -94,8 +94,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def problem(name: str) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
-    model, x = MODELS[name]().double(), torch.randn(N, T, 2, dtype=torch.float64)
+def problem(name: str, steps: int = T) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    model, x = MODELS[name]().double(), torch.randn(N, steps, 2, dtype=torch.float64)
     for parameter in model.parameters():
         nn.init.normal_(parameter)
     return model, nn.MSELoss(), x, torch.randn_like(model(x))
@@ -117,7 +117,7 @@ def test_individual_gradients_and_curvature(name: str) -> None:
 @pytest.mark.parametrize("name", ["LSTM", "GRU, time first, no bias", "tanh to tanh"])
 def test_second_derivatives_go_through_the_steps(name: str) -> None:
     """The Hessian has what a scan does not know."""
-    model, loss, x, y = problem(name)
+    model, loss, x, y = problem(name, steps=2)
     program = tn.compile(model, loss, (x, y), [tn.HessianDiag()])
     assert_equal(program(x, y)["hessian_diag"], oracle_second.hessian_diag(model, loss, x, y), "Hessian")
     assert "_forward(" not in program.source

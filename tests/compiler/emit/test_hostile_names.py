@@ -164,7 +164,7 @@ WORDS = ("like", "each", "g_out", "values", "state", "print", "class", "one_by_o
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("name", thinned(WORDS))
+@pytest.mark.parametrize("name", thinned(WORDS, 3))
 def test_files_of_layers_with_parts(name: str, last: bool) -> None:
     module, x = Inside(name, last).double(), torch.rand(4, 3, dtype=torch.float64)
     own = Scaled(name, "shift") if last else Scaled("scale", name)
