@@ -59,6 +59,15 @@ def test_others_by_a_trace(function: Callable[[Tensor], Tensor]) -> None:
     _compare(Called(function))
 
 
+def test_inside_of_torchs_own_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`multi_head_attention_forward` calls attention where no mode sees it; afterwards torch is as it was."""
+    monkeypatch.setattr(exported, "decomposed", None)
+    before = dict(vars(F))
+    model, x = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), torch.randn(2, 3, 4)
+    tn.compile(model, nn.MSELoss(), (x, x), [tn.Grad()])
+    assert vars(F) == before
+
+
 def test_layers_keep_their_places() -> None:
     """What is made of a recurrent layer stands in that module."""
     model, x = nn.Sequential(First(nn.LSTM(4, 4, batch_first=True)), Apply(torch.tanh)), torch.randn(2, 6, 4)

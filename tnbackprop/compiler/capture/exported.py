@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ...errors import TnError, UnsupportedError
 from ...table import Composite, Rules
 from ..running.failure import line_here, place
-from ..running.parts import Parts
+from ..running.parts import in_parts
 from ..running.torch_quiet import Quiet
 from ..running.torch_versions import lstm_states, refuse_valueless, sizes_by_builtins
 from ..translate.foreign import MISTAKES
@@ -76,7 +76,7 @@ def exported(wrapped: nn.Module, example: tuple[Any, Any], rules: Rules, batch: 
     ):
         try:
             with Quiet():
-                with shapes_only(), Parts(rules):
+                with shapes_only(), in_parts(rules):
                     program = torch.export.export(wrapped, example, dynamic_shapes=shapes, strict=False)
                 refuse_valueless(program)
                 refuse_ragged(program.graph_module)

@@ -5,18 +5,48 @@ What torch.export finds afterwards it takes apart, too, but has to trace the who
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from threading import get_ident
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ...table import Composite, Rules
-from ..translate.torch_internals import arguments_of, name_of
+from ..translate.torch_internals import alone, arguments_of, name_of
 from .torch_versions import overload_called
 
-FUNCTIONS = (torch, torch.nn.functional, torch.Tensor)
+FUNCTIONS = (torch, F, torch.Tensor)
 """Where torch has functions that are operators."""
+
+
+@contextmanager
+def in_parts(rules: Rules) -> Iterator[None]:
+    """While active, this thread's calls of such operators are calls of what their rows have in their place.
+
+    A mode sees those that a model makes, and not those inside of functions of `torch.nn.functional`.
+    """
+    mode, thread = Parts(rules), get_ident()
+    own = {name: function for name, function in vars(F).items() if _known(function, mode)}
+
+    def called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        made_of = mode.parts(function, args, kwargs) if get_ident() == thread else None
+        return function(*args, **kwargs) if made_of is None else made_of()
+
+    with alone(), mode:
+        try:
+            vars(F).update({name: partial(called, function) for name, function in own.items()})
+            yield
+        finally:
+            vars(F).update(own)
+
+
+def _known(function: Any, mode: Parts) -> bool:
+    return isinstance(function, BuiltinFunctionType) and function in mode.known
 
 
 class Parts(TorchFunctionMode):
@@ -29,21 +59,26 @@ class Parts(TorchFunctionMode):
             if isinstance(row, Composite) and row.function is not None:
                 name, overload = name_of(target)
                 for function in {getattr(place, name, None) for place in FUNCTIONS} - {None}:
-                    self.known.setdefault(function, (name, {}))[1][overload] = target, row.function
+                    if not isinstance(function, FunctionType):  # in Python: another signature
+                        self.known.setdefault(function, (name, {}))[1][overload] = target, row.function
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        known, kwargs = self.known.get(func), kwargs or {}
-        if known is None:
-            return func(*args, **kwargs)
-        name, rows = known
-        found = rows.get(overload_called(name, args, kwargs))
+        made_of = self.parts(func, args, kwargs or {})
+        return func(*args, **(kwargs or {})) if made_of is None else made_of()
+
+    def parts(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[[], Any] | None:
+        """What a call of a function is, by its row; None where it has none."""
+        name, rows = self.known.get(func, ("", {}))
+        found = rows.get(overload_called(name, args, kwargs)) if rows else None
         if found is None:
-            return func(*args, **kwargs)
+            return None
         target, function = found
         positional, named = _ordered(target, args, kwargs)
-        return function(*positional, **named)
+        return partial(function, *positional, **named)
 
 
 def _ordered(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
