@@ -27,6 +27,7 @@ from .. import oracle_second
 from ..cases import Case, Problem, normal, seq
 from ..models import Apply
 from ..second_order import DIFFERENT, TOLERANCE, dense, error, make, run
+from ..thinned import thinned
 
 SHARING = ("EXPAND", "REDUCE")
 KINDS: dict[str, tuple[str, dict[str, object]]] = {
@@ -247,7 +248,7 @@ EXACT = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name, batch, positions, exact", EXACT)
+@pytest.mark.parametrize("name, batch, positions, exact", thinned(EXACT))
 def test_exact(name: str, batch: int, positions: int, exact: bool, kind: str) -> None:
     layer, parameter = name.split("-")
     problem, (quantity, options) = problem_of(layer, batch, positions), KINDS[kind]

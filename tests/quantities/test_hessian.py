@@ -31,7 +31,7 @@ def want(problem: Problem) -> oracle_second.Values:
     return oracle_second.hessian_diag(problem.model, problem.loss, problem.x, problem.y)
 
 
-@pytest.mark.parametrize("case", thinned(case for case in CASES if case.name not in IMPRECISE), ids=str)
+@pytest.mark.parametrize("case", thinned((case for case in CASES if case.name not in IMPRECISE), 3), ids=str)
 def test_diagonal(case: Case) -> None:
     """Second derivatives of activations, softmax, norms; products of values, branches, parameters used twice."""
     problem = case.build()

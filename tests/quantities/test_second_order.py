@@ -45,7 +45,7 @@ def check(key: str, got: Mapping[str, Tensor], problem: Problem) -> None:
     assert_equal(products(got), oracle_second.ggn_blocks(*arguments), key)
 
 
-@pytest.mark.parametrize("case", thinned((c for c in CASES if c.name not in IMPRECISE), start=1), ids=str)
+@pytest.mark.parametrize("case", thinned((c for c in CASES if c.name not in IMPRECISE), 3, 1), ids=str)
 def test_all_together(case: Case) -> None:
     """One program with all quantities, which share what they can."""
     problem = case.build()

@@ -395,6 +395,6 @@ BY_ROWS: list[str] = [
 
 
 @pytest.mark.parametrize("x", [X, TOKENS], ids=["tokens", "sequences"])
-@pytest.mark.parametrize("code", BY_ROWS)
+@pytest.mark.parametrize("code", thinned(BY_ROWS))
 def test_functions_of_rows_that_a_mask_picks(code: str, x: Tensor) -> None:
     tried(routed(f"mask = index[..., 0] == 0; out = x + values[..., :1]; out[mask] = {code}"), LISTED, x, code).check()

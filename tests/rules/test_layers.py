@@ -16,6 +16,7 @@ import tnbackprop as tn
 from .. import oracle, oracle_second
 from ..cases import Case, Problem, classes, normal, seq
 from ..second_order import DIFFERENT, TOLERANCE, assert_equal, error, products
+from ..thinned import thinned
 
 SOURCE = Path(__file__).parent.parent.parent / "examples" / "layers.py"
 EXAMPLE = runpy.run_path(str(SOURCE))
@@ -39,7 +40,7 @@ def problem_of(name: str, batch: int = 3, outputs: int = 3, classify: bool = Tru
 
 
 @pytest.mark.parametrize("classify", [True, False], ids=["cross_entropy", "mse"])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", thinned(LAYERS))
 def test_quantities(name: str, classify: bool) -> None:
     """One program with all of them, first and second order, at the compiled batch size and at another one."""
     problem = problem_of(name, classify=classify)

@@ -15,6 +15,7 @@ import tnbackprop as tn
 from tnbackprop.verification.draws import modules
 from tnbackprop.verification.report import message
 
+from ..thinned import thinned
 from ..verified import (
     AFFINE,
     DAMPED,
@@ -59,7 +60,7 @@ RIGHT: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("name", thinned(RIGHT))
 def test_right_rules(name: str) -> None:
     rule, module = RIGHT[name]
     report = tn.verify(rule, module=module, quantities=FIRST)

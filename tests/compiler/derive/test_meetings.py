@@ -20,6 +20,7 @@ from ... import oracle_second
 from ...cases import seq
 from ...programs import code_of
 from ...second_order import assert_equal
+from ...thinned import thinned
 
 Model = Callable[[], nn.Module]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -160,7 +161,7 @@ def all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 4])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thinned(CASES))
 def test_where_columns_meet(name: str, size: int) -> None:
     """They meet where every path goes through, and nowhere else; the Hessian is what it was."""
     model, x, y = problem(name, size)
