@@ -15,6 +15,7 @@ from benchmarks import overview
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+LONG = ("mixture_of_experts.py", "second_order.py", "layers.py")
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.name != "tour.py")
 """But for the tour, which has a test of its own."""
 ARGUMENTS = {"draw.py": ("{folder}",), "second_order.py": ("--quick", "--output", "{folder}/plot.png")}
@@ -64,7 +65,7 @@ def test_readme_links() -> None:
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in EXAMPLES])
 def test_example(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

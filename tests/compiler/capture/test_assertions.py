@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import tnbackprop as tn
 
+from ...thinned import thinned
 from ...tried import FIRST, MSE, TWICE, Tried, randn
 
 X, LABELS = randn(4, 3), torch.arange(4)
@@ -47,7 +48,7 @@ DISTRIBUTIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("tried", DISTRIBUTIONS, ids=str)
+@pytest.mark.parametrize("tried", thinned(DISTRIBUTIONS), ids=str)
 def test_distributions(tried: Tried) -> None:
     text = tried.check().explain("capture")
     assert "not checked" in text and "distribution.py" in text

@@ -178,7 +178,7 @@ WORDS_OF_MODELS = ("like", "loss_of", "output", "N", "values", "results", "tenso
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("name", WORDS_OF_MODELS)
+@pytest.mark.parametrize("name", thinned(WORDS_OF_MODELS))
 def test_files_of_models_with_parts(name: str, last: bool) -> None:
     """The file of a whole model, with the roots of its loss's Hessian, agrees with autograd."""
     x, y = torch.rand(4, 3, dtype=torch.float64), torch.randint(2, (4,))

@@ -18,6 +18,7 @@ from tnbackprop.compiler.program.expr import Call, Value
 from tnbackprop.compiler.program.functions import Function
 
 from ...programs import writer
+from ...thinned import thinned
 
 
 class Named(nn.Module):
@@ -36,8 +37,8 @@ class Named(nn.Module):
 
 @pytest.mark.parametrize(
     "name",
-    ["memory", "progress", "like", "tensors", "results", "added", "slice_0", "column_0", "root_0", "total_0_0",
-     "weight_0", "slot_0_0", "noise_1", "draw_1", "both_1", "t5", "t28", "u3"],
+    thinned(["memory", "progress", "like", "tensors", "results", "added", "slice_0", "column_0", "root_0", "total_0_0",
+             "weight_0", "slot_0_0", "noise_1", "draw_1", "both_1", "t5", "t28", "u3"]),
 )  # fmt: skip
 def test_any_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers as under another name, with loops, drawn columns and large values."""
