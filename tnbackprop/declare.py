@@ -164,7 +164,7 @@ def _check_mapping(rules: object) -> None:
 
 
 def _check_text(constant: Rule) -> None:
-    if constant.formula.strip() or not constant.jacobian:
+    if constant.formula.strip() or not (constant.jacobian or (constant.forward and constant.vjp)):
         parse_program(constant.formula)
     for expression in constant.jacobian.values():
         parse_expression(expression)

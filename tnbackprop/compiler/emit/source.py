@@ -16,7 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ...diagram.core import N
-from ...errors import InputError
+from ...errors import InputError, RuleError
 from ..plan.plan import Plan
 from ..program.expr import Body, Call, Expr, Filled, Rounds, Value, bodies, children, helpers, reads, sizes_in
 from ..program.functions import Form, Function
@@ -63,6 +63,9 @@ class Writer:
         self.graph, self.plan, self.functional, self.width = graph, plan, functional, width
         self.steps = tuple(step for step, _ in plan.timed)
         self.helpers = {fn.name: fn.source for step in self.steps for fn in _every(helpers, step)}
+        for fn in (fn for step in self.steps for fn in _every(helpers, step)):
+            if fn.source != self.helpers[fn.name]:
+                raise RuleError(f"two functions of rules are called {fn.name}, and are not the same", hint="rename one")
         inside = [each for step in self.steps for each in _inside(step.expr)]
         if any(isinstance(each, Rounds) and each.body.several for each in inside):
             self.helpers["added"] = ADDED
