@@ -57,3 +57,15 @@ def test_two_of_one_name(other: Callable[[], Callable[..., torch.Tensor]]) -> No
         found = tn.compile(model, nn.MSELoss(), (x, y), [tn.BatchGrad()], rules=rules)(x, y)["batch_grad"]
         for name, want in oracle.batch_grad(model, nn.MSELoss(), x, y).items():
             torch.testing.assert_close(found[name], want)
+
+
+def test_what_has_no_source_of_its_own() -> None:
+    scale = 2.0
+
+    def pulled(g: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return g * scale
+
+    model, batch = nn.Sequential(nn.Linear(2, 2), One()), (torch.randn(3, 2), torch.randn(3, 2))
+    for function, wrong in ((pulled, "reads scale from around it"), (lambda g, y: g, "has no name")):
+        with pytest.raises(tn.RuleError, match=wrong):
+            tn.compile(model, nn.MSELoss(), batch, [tn.Grad()], rules=tn.RULES | {One: rule(function)})

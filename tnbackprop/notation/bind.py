@@ -13,8 +13,9 @@ from types import MappingProxyType
 from ..diagram.core import BATCH, Delta, Diagram, Leg, Map, Product, Size, Tensor, leaves, summed_legs
 from ..diagram.jacobian import Jacobian, Unit
 from ..errors import RuleError, UnsupportedError
-from .code import Code, Helper, Hole, Native, Nth, check, holes_of
+from .code import Code, Hole, Native, Nth, check, holes_of
 from .expand import Expander
+from .helper import Helper
 from .inside import check_inside
 from .parse import RESERVED, parse_access, parse_expression, parse_legs, parse_program
 from .rule import Rule

@@ -5,15 +5,14 @@ from __future__ import annotations
 import ast
 import builtins
 import copy
-import inspect
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
 from ..errors import RuleError
+from .helper import Helper
 
 _HOLE = re.compile(r"\{([A-Za-z_]\w*)\}")
 
@@ -23,23 +22,6 @@ class Hole:
     """The place of a tensor."""
 
     name: str
-
-
-@dataclass(frozen=True)
-class Helper:
-    """A function that code calls, with its source."""
-
-    name: str
-    source: str
-
-    @classmethod
-    def of(cls, function: Callable[..., Any]) -> Helper:
-        """Of a Python function. Raises `RuleError` where its source is not to be had."""
-        try:
-            return cls(function.__name__, textwrap.dedent(inspect.getsource(function)))
-        except (OSError, TypeError) as error:
-            name = getattr(function, "__name__", function)
-            raise RuleError(f"the source of {name} is not to be had ({error})", hint="define it in a file") from None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...diagram.core import Size
-from ...notation.code import Helper
+from ...notation.helper import Helper
 from ..translate.torch_internals import OpOverload
 
 Shape = tuple[Size, ...]

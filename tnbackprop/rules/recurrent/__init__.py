@@ -173,41 +173,27 @@ def _called(code: str) -> Callable[..., Any]:
     return function
 
 
-Layer = Callable[..., tuple[Tensor, State]]
-"""(cell, gates, weight, bias, projection, first states, axis of the steps, backwards) -> all h, last states."""
+Weights = tuple[Tensor, Tensor | None, Tensor | None]
+"""The recurrent weight, its bias, and what projects h."""
+Layer = Callable[[str, Tensor, Weights, State, int, bool], tuple[Tensor, State]]
+"""(cell, gates, weights, first states, axis of the steps, backwards) -> all h, last states."""
 
 
-def _written_out(
-    cell: str,
-    gates: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    projection: Tensor | None,
-    state: State,
-    time: int,
-    back: bool,
-) -> tuple[Tensor, State]:
+def _written_out(cell: str, gates: Tensor, own: Weights, state: State, time: int, back: bool) -> tuple[Tensor, State]:
     steps, hidden = gates.unbind(time), []
-    for own in steps[::-1] if back else steps:
-        state = CELLS[cell].step(own, state, weight, bias)
+    weight, bias, projection = own
+    for each in steps[::-1] if back else steps:
+        state = CELLS[cell].step(each, state, weight, bias)
         if projection is not None:
             state = F.linear(state[0], projection), *state[1:]
         hidden.append(state[0])
     return torch.stack(hidden[::-1] if back else hidden, time), state
 
 
-def _scanned(
-    cell: str,
-    gates: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    projection: Tensor | None,
-    state: State,
-    time: int,
-    back: bool,
-) -> tuple[Tensor, State]:
+def _scanned(cell: str, gates: Tensor, own: Weights, state: State, time: int, back: bool) -> tuple[Tensor, State]:
+    weight, bias, projection = own
     if projection is not None:
-        return _written_out(cell, gates, weight, bias, projection, state, time, back)
+        return _written_out(cell, gates, own, state, time, back)
     count, size = CELLS[cell].states, weight.shape[1]
     known = weight.detach(), None if bias is None else bias.detach()
     first = tuple(each.detach() for each in state)
@@ -215,8 +201,8 @@ def _scanned(
     kept = OPS.scan(cell, gates.detach(), *known, first[0], last, time, back)
     begin = -count * size
     rest = kept[..., begin : begin + size if count > 1 else None].narrow(time, int(back), gates.shape[time] - 1)
-    own = first[0].unsqueeze(time)
-    recurrent = F.linear(torch.cat([rest, own] if back else [own, rest], time), weight, bias)
+    before = first[0].unsqueeze(time)
+    recurrent = F.linear(torch.cat([rest, before] if back else [before, rest], time), weight, bias)
     start = state[1] if count > 1 else None
     found = OPS.states(cell, gates, recurrent, kept, known[0], state[0], start, time, back)
     hidden = found[..., :size] if count > 1 else found
@@ -251,7 +237,7 @@ def _layers(
             own, bias = rest[:2] if has_biases else (None, None)
             projection = rest[-1] if each % 2 else None
             state = tuple(s[k] for s in start)
-            hidden, state = one(cell, F.linear(x, into, own), weight, bias, projection, state, time, bool(back))
+            hidden, state = one(cell, F.linear(x, into, own), (weight, bias, projection), state, time, bool(back))
             outputs.append(hidden)
             final.append(state)
         x = torch.cat(outputs, -1) if bidirectional else outputs[0]
