@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from ...diagram.core import Selection, Tensor, Window
+from ...diagram.core import Selection, Size, Tensor, Window
 from ...notation.bind import BoundRule
 from ...notation.code import Code
 from ..derive.fallback import OperatorVjp
 from ..program import expr as e
 from ..program import functions as f
 from ..program.cost import Kernel, Work
-from ..program.expr import Expr, Filled
+from ..program.expr import NO_WORK, Expr, Filled
 from ..program.functions import Function
 from ..program.store import Store
 from ..translate.graph import Call, Value
-from ..translate.inplace import in_place
-from ..translate.operators import Memory, row_of
+from ..translate.inplace import in_place, may_view
+from ..translate.operators import Memory, Same, row_of
 from ..translate.torch_internals import arguments_of
 
 EACH = e.Value("each", None, (), hint="each")
@@ -99,6 +99,35 @@ def _argument(value: Any, read: Callable[[Value], Expr], like: Expr) -> Any:
     if isinstance(value, tuple | list):
         return [_argument(each, read, like) for each in value]
     return e.Call(f.DEVICE, (like,)) if isinstance(value, torch.device) else value
+
+
+def seen_in(store: Store, call: Call, own: tuple[Kernel, Work]) -> tuple[Kernel, Work, bool]:
+    """Kernel and work of a forward, `own` unless it only views its operand, and whether its memory is not row-major.
+
+    A reshape views what is row-major, and what it only splits; all else it copies.
+    """
+    row, value = row_of(call.target), call.tensors.get("input")
+    drawn = row.memory is Memory.EITHER and call.arguments.get("train")
+    if call.by_rule or value is None or not may_view(call.target) or row.same is Same.CAST or drawn:
+        return *own, False
+    strided = store.find(value.name).strided
+    if not row.reshapes:
+        return Kernel.VIEW, NO_WORK, strided or row.memory is not Memory.EITHER
+    if strided and not _splits(value.shape, call.output.shape):
+        return Kernel.COPY, own[1], False
+    return Kernel.VIEW, NO_WORK, strided
+
+
+def _splits(shape: tuple[Size, ...], wanted: tuple[Size, ...]) -> bool:
+    """Whether each axis becomes axes of its own."""
+    rest = list(wanted)
+    for size in shape:
+        found: Size = 1
+        while found != size and rest:
+            found = found * rest.pop(0)
+        if found != size:
+            return False
+    return True
 
 
 def fill(store: Store, code: Code, given: Mapping[str, Expr]) -> Expr:

@@ -24,7 +24,7 @@ from ..program.lines import alive
 from ..program.store import LIKE, Store
 from ..translate.graph import Call, Graph, op_text
 from .choose import Choice
-from .forward import call_expr, fill, forward_work
+from .forward import call_expr, fill, forward_work, seen_in
 from .items import named, scheduled, shaped
 from .joint import JointSweep
 from .loops import Results, added, over_columns
@@ -252,7 +252,10 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule]) -> None
         name, (kernel, work) = call.output.name, forward_work(rule)
         store.works[name] = kernel, work
         floating = store.one_dtype and call.output.dtype.is_floating_point
-        made = store.add(expr, call.output.shape, kernel, work, hint=name, alone=random, own=own, floating=floating)
+        kernel, work, strided = seen_in(store, call, (kernel, work))
+        made = store.add(
+            expr, call.output.shape, kernel, work, hint=name, alone=random, own=own, floating=floating, strided=strided
+        )
         store.name(name, made)
 
 

@@ -78,6 +78,13 @@ def mutates_view(program: GraphModule) -> bool:
     return inner or any(n in written or owner(n.all_input_nodes[0]) in written for n in views)
 
 
+def may_view(target: Any) -> bool:
+    """Whether what an operator gives may be in the memory of its operand."""
+    if not isinstance(target, OpOverload) or is_mutation(target):
+        return False
+    return row_of(target).memory is Memory.EITHER or shares_memory(target)
+
+
 def copy_views(program: GraphModule) -> None:
     """Let each view copy where it must, in a program that writes to no view: what replaces an operator may have other
     strides than the operator, after which `contiguous` was a no-op and left out.
@@ -89,7 +96,4 @@ def copy_views(program: GraphModule) -> None:
 
 
 def _is_view(node: Node) -> bool:
-    if not isinstance(node.target, OpOverload) or is_mutation(node.target):
-        return False
-    memory = row_of(node.target).memory
-    return memory is Memory.EITHER or (memory is not Memory.ITSELF and shares_memory(node.target))
+    return may_view(node.target) and row_of(node.target).memory is not Memory.ITSELF
