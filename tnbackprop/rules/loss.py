@@ -119,26 +119,37 @@ def binary_cross_entropy(call: Any) -> Rule:
 
 
 # Cross-entropy. With t the weighted target distribution (0 for an ignored position), w = sum_c t and
-# p = softmax(input), both derivatives read off the same saved values:
-#   gradient (w p - t) / divisor,  Hessian w (diag p - p p^T) / divisor,  divisor = N * average.
+# p = softmax(input): gradient (w p - t) / divisor, Hessian w (diag p - p p^T) / divisor, divisor = N * average.
+# Of class indices t has few entries or a constant: it is in the gradient without being written out.
 
 
 def _hard_target(call: Any, smoothing: float) -> dict[str, str]:
-    """t and the divisor per sample, for class indices."""
+    """t, w, the gradient over w p, and the divisor per sample, for class indices."""
     weighted = call.arguments.get("weight") is not None
     t = "torch.zeros_like({input}).scatter(1, {label}.unsqueeze(1), {label_weight}.unsqueeze(1))"
+    w, less, by, spread = "{label_weight}", "{label_weight}", _over_average(call), ""
     if smoothing:
-        uniform = f"{smoothing / call.input.shape[1]!r} * {{kept}}.unsqueeze(1).to({{input}}.dtype)"
-        t = f"{t} * {1 - smoothing!r} + {uniform}{' * ' + _class_weight(call) if weighted else ''}"
+        share, kept = repr(smoothing / call.input.shape[1]), "{kept}.to({input}.dtype)"
+        t = f"{t} * {1 - smoothing!r} + {share} * {kept}.unsqueeze(1){' * ' + _class_weight(call) if weighted else ''}"
+        less = f"{{label_weight}} * {1 - smoothing!r}"
+        w = f"{less} + {kept} * {share + ' * {weight}.sum()' if weighted else repr(smoothing)}"
+        own = f"({kept}{by}).unsqueeze(1)"
+        spread = f".addcmul_({own}, {_class_weight(call)}, value=-{share})" if weighted else f".sub_({share} * {own})"
     saved = {
         "kept[n, *s]": f"{{target}} != {call.ignore_index}",
         "label[n, *s]": "{target}.masked_fill(~{kept}, 0)",
         "label_weight[n, *s]": "{weight}[{label}] * {kept}" if weighted else "{kept}.to({input}.dtype)",
+        "w[n, *s]": w,
         "t[n, c, *s]": t,
+        "less": f".scatter_add_(1, {{label}}.unsqueeze(1), (-{less}{by}).unsqueeze(1)){spread}",
     }
     # all ignored: the loss is 0/0 but torch's gradient is 0, as it is with any divisor but 0
     average = "({label_weight}.sum() + (~{kept}).all()) / {input}.shape[0]"
     return saved | ({"average[]": average} if call.reduction == MEAN else {})
+
+
+def _over_average(call: Any) -> str:
+    return " / {average}" if call.reduction == MEAN else ""
 
 
 def _class_weight(call: Any) -> str:
@@ -146,14 +157,13 @@ def _class_weight(call: Any) -> str:
 
 
 def _soft_target(call: Any, smoothing: float) -> dict[str, str]:
-    """t and the divisor per sample, for probabilities."""
-    classes, saved = call.input.shape[1], {}
-    t = "{target}"
+    """The same for probabilities."""
+    classes, t = call.input.shape[1], "{target}"
     if smoothing:
         t = f"({t} * {1 - smoothing!r} + {smoothing / classes!r})"
     if call.arguments.get("weight") is not None:
         t = f"{t} * {_class_weight(call)}"
-    saved["t[n, c, *s]"] = t
+    saved = {"t[n, c, *s]": t, "w[n, *s]": "{t}.sum(1)", "less": f".sub_({{t}}{_over_average(call)})"}
     if call.reduction == MEAN:
         saved["average[]"] = f"{{input}}.new_full((), {{input}}.numel() // ({classes} * {{input}}.shape[0]))"
     return saved
@@ -170,10 +180,11 @@ def cross_entropy_loss(call: Any) -> Rule:
     if soft and call.tensors["target"].differentiable:
         refuse(call, "the target depends on parameters", "Detach it.")
     saved = (_soft_target if soft else _hard_target)(call, call.label_smoothing)
-    saved |= {"w[n, *s]": "{t}.sum(1)", "p[n, c, *s]": "torch.softmax({input}, 1)"}
-    by = " / (N * average[])" if call.reduction == MEAN else ""
+    less, by = saved.pop("less"), _over_average(call)
+    slope = f"torch.ops.aten.softmax.int({{input}}, 1).mul_(({{w}}{by}).unsqueeze(1)){less}"
+    saved |= {"p[n, c, *s]": "torch.softmax({input}, 1)", "slope[n, c, *s]": slope}
     return Rule(
-        jacobian={"input": f"(w[n, *s] * p[n, c, *s] - t[n, c, *s]){by}"},
+        jacobian={"input": f"slope[n, c, *s]{' / N' if by else ''}"},
         legs={"input": "n, c, *s", "output": "n, *s" if call.reduction == NONE else ""},
         saved=saved | _softmax_root(call),
         root=_columns(call) if call.reduction != NONE else None,
@@ -220,4 +231,6 @@ def nll_loss(call: Any) -> Rule:
         refuse(call, "the input has no batch axis", "Give the model's output a batch axis.")
     by = " / (N * average[])" if call.reduction == MEAN else ""
     left = "n, *s" if call.reduction == NONE else ""
-    return Rule(f"output[{left}] = -t[n, c, *s] * input[n, c, *s]{by}", saved=_hard_target(call, 0.0))
+    saved = _hard_target(call, 0.0)
+    del saved["less"]
+    return Rule(f"output[{left}] = -t[n, c, *s] * input[n, c, *s]{by}", saved=saved)

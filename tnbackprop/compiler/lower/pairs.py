@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 
 import sympy
 
@@ -64,8 +65,7 @@ def sum_of_squares(store: Store, ref: Ref, gone: Legs) -> Ref:
     expr, dims = _with_dims(store, ref, gone)
     innermost = ref.stored[len(ref.stored) - len(gone) :] == tuple(leg for leg in ref.stored if leg in gone)
     if innermost and not ref.value.strided:
-        norm = Call(f.NORM, (expr,), (("dim", dims[0] if dims else None),))
-        squares = Call(f.SQUARE, (norm,))
+        squares = Call(f.SQUARE, (_norm(store, ref, gone, expr, dims),))
         work = Work(flops=((2, ref.stored),), moved=((1, ref.stored),), fresh=((1, kept),))
     else:
         work = Work(flops=((2, ref.stored),), moved=((3, ref.stored),), fresh=((1, ref.stored),))
@@ -74,6 +74,23 @@ def sum_of_squares(store: Store, ref: Ref, gone: Legs) -> Ref:
         squares = Call(f.SUM, (Call(f.SQUARE, (expr,)), *dims))
     value = store.add(squares, sizes_of(kept), Kernel.REDUCE, work)
     return Ref(value, kept, tuple(leg for leg in ref.order if leg not in gone))
+
+
+LONG = 2**16
+"""torch's norm adds so many float32 squares one after the other to four digits; of more it is taken in two steps."""
+
+
+def _norm(store: Store, ref: Ref, gone: Legs, expr: Expr, dims: Dims) -> Expr:
+    """The norm along the innermost legs, which are `gone`; of a long row that of the norms of its parts."""
+    legs = ref.stored[len(ref.stored) - len(gone) :]
+    sizes = [size_at(leg.size, store.batch) for leg in legs]
+    if len(legs) > 1 and prod(sizes) > LONG:
+        first = min(range(1, len(legs)), key=lambda k: max(prod(sizes[:k]), prod(sizes[k:])))
+        kept = ref.stored[: len(ref.stored) - len(gone)]
+        parts = arranged(store, ref.reordered(ref.stored), (*((leg,) for leg in kept), legs[:first], legs[first:]))
+        inner = Call(f.NORM, (parts,), (("dim", len(kept) + 1),))
+        return Call(f.NORM, (inner,), (("dim", len(kept)),))
+    return Call(f.NORM, (expr,), (("dim", dims[0] if dims else None),))
 
 
 def _squares_by_rows(store: Store, ref: Ref, gone: Legs, kept: Legs, expr: Expr, whole: Work) -> Ref | None:

@@ -23,6 +23,8 @@ from ..program.expr import Expr, Rounds, Value
 from ..program.lines import alive
 from ..program.store import LIKE, Store
 from ..translate.graph import Call, Graph, op_text
+from ..translate.operators import Memory, row_of
+from ..translate.torch_internals import overload
 from .choose import Choice
 from .forward import call_expr, fill, forward_work, seen_in
 from .items import named, scheduled, shaped
@@ -233,7 +235,8 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule]) -> None
     for call in graph.calls:
         rule = bound.get(call.output.name)
         store.note = _note(call)
-        if rule is not None:
+        ahead = rule is not None and (bool(rule.forward) or call.by_rule)  # what the call itself may read
+        if rule is not None and ahead:
             _saved(store, rule)
         native = {saved.name for saved in rule.saved} if rule is not None else set()
         for equation in rule.equations[:-1] if rule is not None else ():
@@ -257,6 +260,8 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule]) -> None
             expr, call.output.shape, kernel, work, hint=name, alone=random, own=own, floating=floating, strided=strided
         )
         store.name(name, made)
+        if rule is not None and not ahead:
+            _saved(store, rule)
 
 
 def _called(store: Store, call: Call, random: bool) -> Expr:
@@ -286,8 +291,9 @@ def _from_formula(store: Store, call: Call, rule: BoundRule | None) -> Expr:
 
 def _saved(store: Store, rule: BoundRule) -> None:
     for saved in rule.saved:
-        expr, work = fill(store, saved.code, {}), Work(moved=((2, saved.legs),))
-        made = store.add(expr, saved.shape, Kernel.NATIVE, work, hint=hint_of(saved.name), alone=True)
+        expr, work, call = fill(store, saved.code, {}), Work(moved=((2, saved.legs),)), saved.code.call
+        own = (bool(call.aten) and row_of(overload(call.aten)).memory is Memory.OWN) or None
+        made = store.add(expr, saved.shape, Kernel.NATIVE, work, hint=hint_of(saved.name), alone=True, own=own)
         store.name(saved.name, made)
 
 

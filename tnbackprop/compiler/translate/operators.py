@@ -173,7 +173,7 @@ TABLE: Mapping[str, Operator] = {
     "cat concat": Operator(copies=Copies.OUTER, canonical=s.as_its_only_part),
     "repeat_interleave.self_int": Operator(copies=Copies.INNER),
     # along an axis
-    "softmax.int _softmax log_softmax.int _log_softmax _safe_softmax": Operator(along=DIM),
+    "softmax.int _softmax log_softmax.int _log_softmax _safe_softmax": Operator(memory=Memory.OWN, along=DIM),
     "cumsum cumprod logcumsumexp cummax cummin diff glu fft_fft fft_ifft": Operator(along=DIM),
     "topk sort sort.stable argsort argsort.stable": Operator(along=DIM),
     "renorm": Operator(along=but("dim")),

@@ -1,0 +1,100 @@
+"""Heads over many classes: what has as many elements as the logits is stored seldom, and is not made of one-hot rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tnbackprop as tn
+
+SAMPLES, POSITIONS, FEATURES = 4, 32, 4
+
+
+class Language(nn.Module):
+    """A table, a layer and a head, which may be the table again."""
+
+    def __init__(self, classes: int, features: int = FEATURES, tied: bool = False) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Embedding(classes, features), nn.Linear(features, features)
+        self.head = nn.Linear(features, classes, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(self.table(x))))
+
+
+def by_position(output: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(output.flatten(0, 1), y.flatten())
+
+
+def compiled(
+    quantity: tn.Quantity, classes: int, tied: bool = False, **options: Any
+) -> tuple[tn.Program, Tensor, Tensor, Language]:
+    torch.manual_seed(0)
+    model = Language(classes, tied=tied)
+    x, y = (torch.randint(classes, (SAMPLES, POSITIONS)) for _ in range(2))
+    return tn.compile(model, by_position, (x, y), [quantity], **options), x, y, model
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("quantity", [tn.Grad(), tn.BatchL2()], ids=lambda q: q.name)
+def test_there_are_two_values_as_large_as_the_logits(quantity: tn.Quantity, tied: bool) -> None:
+    """The logits, which are given back, and what the loss sends back to them; individual gradients are an eighth."""
+    classes = 2000
+    program = compiled(quantity, classes, tied)[0]
+    logits = SAMPLES * POSITIONS * classes * 4
+    assert program.peak_bytes <= 2.3 * logits, program.source
+
+
+def weighted(**options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross-entropy with these options; an output [n, t, c] is taken position by position."""
+
+    def loss(f: Tensor, y: Tensor) -> Tensor:
+        if f.ndim == y.ndim + 1 == 3:
+            f, y = f.flatten(0, 1), y.flatten()
+        found = F.cross_entropy(f, y, **{**options, "weight": weight if options["weight"] else None})
+        return found if found.ndim == 0 else found.sum()
+
+    weight = torch.tensor([0.3, 1.7, 0.4, 1.1, 0.8]).double()
+    return loss
+
+
+OPTIONS = product(("mean", "sum", "none"), (-100, 1), (0.0, 0.1), (False, True))
+NAMES = ("reduction", "ignore_index", "label_smoothing", "weight")
+
+
+@pytest.mark.parametrize("options", [dict(zip(NAMES, each, strict=True)) for each in OPTIONS], ids=str)
+def test_individual_gradients_with_all_options(options: dict[str, Any]) -> None:
+    """Σ_n of the individual gradients is the loss's own gradient, for class indices at positions and for probabilities."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 5).double()
+    x, y = torch.randn(6, 4, 3).double(), torch.randint(5, (6, 4))
+    y[0] = 1
+    batches = [(x, y)] + ([(x[:, 0], torch.rand(6, 5).double())] if options["ignore_index"] < 0 else [])
+    for batch in batches:
+        loss = weighted(**options)
+        found = tn.compile(model, loss, batch, [tn.Grad(), tn.BatchGrad()])(*batch)
+        want = torch.autograd.grad(loss(model(batch[0]), batch[1]), list(model.parameters()))
+        for (name, parameter), right in zip(model.named_parameters(), want, strict=True):
+            for own in (found["grad"][name], found["batch_grad"][name].sum(0)):
+                assert (own - right).abs().max() <= 1e-10 * right.abs().max(), (name, parameter.shape)
+
+
+def test_norms_of_long_rows_have_the_digits_of_float32() -> None:
+    """640 000 squares for each sample: torch's norm adds them one after the other, with an error of 3e-4."""
+    torch.manual_seed(0)
+    classes, features = 10000, 64
+    model = Language(classes, features)
+    x, y = (torch.randint(classes, (2, 128)) for _ in range(2))
+    norms = [
+        tn.compile(model.to(dtype), by_position, (x, y), [tn.BatchL2()], check=False)(x, y)["batch_l2"]["head.weight"]
+        for dtype in (torch.float32, torch.float64)
+    ]
+    assert ((norms[0] - norms[1]) / norms[1]).abs().max() <= 5e-6
