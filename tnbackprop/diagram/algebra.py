@@ -6,7 +6,7 @@ quantities see of a parameter: ``J.T @ g``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -221,6 +221,26 @@ def all_parts(diagram: Diagram) -> tuple[Part, ...]:
 def tensor(name: str, legs: tuple[Leg, ...]) -> Diagram:
     """The diagram of one runtime value."""
     return Diagram(legs, (Product(sympy.Integer(1), (Tensor(name, legs),)),))
+
+
+def of_tensors(diagram: Diagram, to: Mapping[str, str]) -> Diagram:
+    """The same diagram of other runtime tensors: those in `to` by their other name."""
+    products = (Product(p.scale, tuple(_of_tensors(op, to) for op in p.operands)) for p in diagram.products)
+    return Diagram(diagram.legs, tuple(products))
+
+
+def _of_tensors(operand: Operand, to: Mapping[str, str]) -> Operand:
+    match operand:
+        case Tensor(name=name, legs=legs):
+            return Tensor(to.get(name, name), legs)
+        case Map(expr=expr, args=args):
+            return Map(expr, tuple(Tensor(to.get(each.name, each.name), each.legs) for each in args))
+        case Selection(index=index):
+            return replace(operand, index=Tensor(to.get(index.name, index.name), index.legs))
+        case Part(diagram=inner):
+            return replace(operand, diagram=of_tensors(inner, to))
+        case _:
+            return operand
 
 
 def _taken_out(operand: Operand, name: str) -> Iterable[tuple[Tensor, tuple[Operand, ...]]]:

@@ -19,12 +19,12 @@ from tnbackprop.compiler.derive.derived import Derived, PerSample
 from tnbackprop.compiler.lower.arrange import copies
 from tnbackprop.compiler.lower.contract import build
 from tnbackprop.compiler.lower.table import LOWERINGS
-from tnbackprop.compiler.plan.memory import peak_of
 from tnbackprop.compiler.plan.plan import Plan
 from tnbackprop.compiler.plan.samples import _without_samples
 from tnbackprop.compiler.program import functions as f
 from tnbackprop.compiler.program.cost import Kernel
 from tnbackprop.compiler.program.expr import Call, Ref
+from tnbackprop.compiler.program.memory import peak_of
 from tnbackprop.compiler.program.numbers import Number
 from tnbackprop.diagram.core import BATCH, COLUMN, Diagram, Leg, N, Product, Tensor
 

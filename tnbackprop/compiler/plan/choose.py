@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from itertools import combinations
 
-from ...diagram.algebra import all_parts, inline, parts
+from ...diagram.algebra import all_parts, inline, of_tensors, parts
 from ...diagram.core import Diagram, Tensor
 from ..derive.derived import Extraction, Result
 from ..lower.contract import build
 from ..program.cost import number
 from ..program.expr import Ref, Value
 from ..program.hoist import epilogues, saved
+from ..program.repeat import again, asked, keep
 from ..program.store import Store
 from .rows import in_rows
 from .slices import build_sliced
@@ -40,19 +41,63 @@ class Option:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was decided for one parameter: which of its parts are built."""
+    """What was decided for one parameter: which of its parts are built.
+
+    tried  what was tried, for this one or for an equal one that came before
+    best   the number of what was chosen
+    names  the tensors here, by their names there
+    """
 
     parameter: str
-    found: tuple[Diagram, ...]
-    options: tuple[Option, ...]
-    chosen: Option
     item: Extraction
+    tried: tuple[Option, ...]
+    best: int
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def found(self) -> tuple[Diagram, ...]:
+        """The parts that may be built."""
+        return tuple(dict.fromkeys((*_parts_of(self.item.diagrams), *_parts_of(self.item.condensed))))
+
+    @cached_property
+    def options(self) -> tuple[Option, ...]:
+        """All that was tried; for an equal parameter, with what that one costs."""
+        return tuple(_of_tensors(option, self.names) for option in self.tried) if self.names else self.tried
+
+    @property
+    def chosen(self) -> Option:
+        return self.options[self.best]
+
+
+def _of_tensors(option: Option, to: Mapping[str, str]) -> Option:
+    forms = {quantity: of_tensors(form, to) for quantity, form in option.forms.items()}
+    return replace(option, kept=frozenset(of_tensors(part, to) for part in option.kept), forms=forms)
 
 
 def choose(
     store: Store, item: Extraction, dotted: str, chunk: int | None
 ) -> tuple[Choice, dict[Result, Ref]]:
-    """The fastest option, built; when the batch is sliced to save memory, the fastest with small allocations."""
+    """The fastest option, built; what was chosen for an equal parameter is chosen again.
+
+    When the batch is sliced to save memory, it is the fastest with small allocations.
+    """
+    diagrams = {(q, way): d for way, by in enumerate((item.diagrams, item.condensed)) for q, d in by.items()}
+    what = asked(store, diagrams) if chunk is None else None
+    notes = (dotted, f"individual gradients of {dotted}", *(f"{quantity} of {dotted}" for quantity in item.diagrams))
+    if what is not None and (known := again(store, what, notes)) is not None:
+        first, made = known[0].made, known[1]
+        names = dict(zip(known[0].names, what.names, strict=True))
+        return Choice(dotted, item, first.tried, first.best, names), dict(zip(item.diagrams, made, strict=True))
+    choice, refs, trial = _chosen(store, item, dotted, chunk)
+    if what is not None:
+        keep(store, what, trial, tuple(refs[quantity] for quantity in item.diagrams), notes, choice)
+    return choice, refs
+
+
+def _chosen(
+    store: Store, item: Extraction, dotted: str, chunk: int | None
+) -> tuple[Choice, dict[Result, Ref], Store]:
+    """The fastest option, and the trial that has built it."""
     found, before = (_parts_of(diagrams) for diagrams in (item.diagrams, item.condensed))
     allowed = [(subset, free) for subset in _subsets(item.diagrams, found) for free in (True, False) if subset or free]
     allowed += [(subset, True) for subset in _subsets(item.condensed, before) if subset]
@@ -67,7 +112,7 @@ def choose(
     chosen = min(candidates, key=lambda option: option.seconds)
     trial, refs = tried[chosen]
     store.adopt(trial)
-    return Choice(dotted, tuple(dict.fromkeys((*found, *before))), options, chosen, item), refs
+    return Choice(dotted, item, options, options.index(chosen)), refs, trial
 
 
 def _parts_of(diagrams: Mapping[Result, Diagram]) -> tuple[Diagram, ...]:

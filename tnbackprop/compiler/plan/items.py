@@ -18,6 +18,7 @@ from ..lower.contract import build
 from ..program import functions as f
 from ..program.cost import Kernel, Terms, Work
 from ..program.expr import NO_WORK, Call, Expr, Lambda, Ref, Value
+from ..program.repeat import again, asked, keep
 from ..program.store import Store
 from ..translate.graph import Graph
 from ..translate.operators import Memory, row_of
@@ -73,8 +74,7 @@ def backward(
     groups, others = side_by_side(term for term in item.terms if isinstance(term, Diagram))
     refs += [joined(store, group, lambda block, sizes: shaped(store, build(store, block), sizes)) for group in groups]
     for term in others:
-        ways = [term] if item.condensed is None else [term, item.condensed]
-        refs.append(store.cheapest([partial(build, diagram=way) for way in ways]))
+        refs.append(_cheapest(store, [term] if item.condensed is None else [term, item.condensed]))
     if len(refs) == 1:
         named(store, refs[0], item.name)
         return
@@ -84,6 +84,18 @@ def backward(
     work = Work(flops=((len(refs) - 1, legs),), moved=((len(refs) + 1, legs),), fresh=((1, legs),))
     total = store.add(Call(f.ADD, terms), shape, Kernel.ELEMENTWISE, work, hint=hint_of(item.name))
     store.name(item.name, total)
+
+
+def _cheapest(store: Store, ways: list[Diagram]) -> Ref:
+    """The fastest of several diagrams, built; what was fastest for equal ones is so again."""
+    what, notes = asked(store, dict(enumerate(ways))), (store.note,)
+    if (known := again(store, what, notes)) is not None:
+        return known[1][0]
+    trial = store.fork()
+    ref = trial.cheapest([partial(build, diagram=way) for way in ways])
+    store.adopt(trial)
+    keep(store, what, trial, (ref,), notes)
+    return ref
 
 
 def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tuple[Leg, ...]) -> Ref:

@@ -14,8 +14,8 @@ from ..program.cost import Kernel, Terms, Work
 from ..program.expr import Body, Call, Expr, Join, Rounds, Value
 from ..program.hoist import hoisted, moved
 from ..program.lines import alive
+from ..program.memory import peak_of
 from ..program.store import Store
-from .memory import peak_of
 
 Results = Mapping[Result, Mapping[str, Value]]
 Pairs = tuple[tuple[Value, Value], ...]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
@@ -21,7 +20,8 @@ from ..program.cost import Kernel, Rates, Work, bytes_of
 from ..program.expr import Call as Item
 from ..program.expr import Expr, Rounds, Value
 from ..program.lines import alive
-from ..program.store import LIKE, Store
+from ..program.memory import peak_of
+from ..program.store import LIKE, Store, Supplier
 from ..translate.graph import Call, Graph, op_text
 from ..translate.operators import Memory, row_of
 from ..translate.torch_internals import overload
@@ -30,7 +30,6 @@ from .forward import call_expr, fill, forward_work, seen_in
 from .items import named, scheduled, shaped
 from .joint import JointSweep
 from .loops import Results, added, over_columns
-from .memory import peak_of
 from .own_forward import own_forward
 from .relative import make_relative
 from .root_steps import root_steps
@@ -243,7 +242,7 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule]) -> None
             assert equation.diagram is not None
             if equation.name in native:
                 continue
-            store.suppliers[equation.name] = partial(_supply, name=equation.name, diagram=equation.diagram)
+            store.suppliers[equation.name] = Supplier(equation.diagram, _supply)
         random = torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ())
         own: bool | None = None
         if rule is not None and rule.forward:

@@ -15,13 +15,13 @@ from ..program import functions as f
 from ..program.cost import Kernel, Work
 from ..program.expr import Body, Call, Expr, Join, Rounds, Value, replaced, sizes_in
 from ..program.lines import alive
+from ..program.memory import peak_of
 from ..program.numbers import TOTAL
 from ..program.store import Store
 from ..translate.graph import Graph
 from .choose import Choice
 from .items import scheduled
 from .loops import legs_of
-from .memory import peak_of
 from .slices import pairs_samples
 
 Results = dict[Result, dict[str, Value]]

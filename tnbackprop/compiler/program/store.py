@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import sympy
 
 from ...diagram.canonical import Key
-from ...diagram.core import Leg, N, Size, hint_of
+from ...diagram.core import Diagram, Leg, N, Size, hint_of
 from ...errors import InvariantError
 from .cost import Kernel, Rates, Work
 from .expr import NO_WORK, Body, Expr, Ref, Value, reads
@@ -22,6 +23,14 @@ Saved = Callable[["Store", Ref], float]
 LIKE = ":like"
 """How diagrams and code call a tensor of the program's dtype, on its device."""
 NOTHING = Value(LIKE, None, (), hint="like")
+
+
+@dataclass(frozen=True)
+class Supplier:
+    """The diagram of a value that is built when something reads it, and what builds it by its name."""
+
+    diagram: Diagram
+    build: Callable[[Store, str, Diagram], None]
 
 
 class Store:
@@ -40,7 +49,7 @@ class Store:
         self._named: dict[str, Value] = {}
         self._built: dict[Key, Ref] = {}
         self._varying: set[Value] = set()  # what is another value in each round
-        self.suppliers: dict[str, Callable[[Store], None]] = parent.suppliers if parent else {}  # built when first read
+        self.suppliers: dict[str, Supplier] = parent.suppliers if parent else {}  # of what is built when first read
         self.works: dict[str, tuple[Kernel, Work]] = parent.works if parent else {}  # of the calls of the forward
         self.lowerings: tuple[Any, ...] = parent.lowerings if parent else ()  # rows that offer candidates for a product
         self.outermost: tuple[Any, ...] = parent.outermost if parent else ()  # the same, for whole products only
@@ -49,6 +58,8 @@ class Store:
         self._entered: dict[Any, Value] = parent._entered if parent else {}  # (expression, note), in whatever trial
         self._tried: dict[Any, Ref] = parent._tried if parent else {}  # what trials have built, until one is adopted
         self._count: Iterator[int] = parent._count if parent else iter(range(2**62))
+        self.planned: dict[Any, list[Any]] = parent.planned if parent else {}  # what may be done again, by form
+        self.fixed: set[Value] = parent.fixed if parent else set()  # what has a name, and is made once
         self.one_dtype: bool = parent.one_dtype if parent else False  # all floating values of the graph have one dtype
         self.mixed: bool = parent.mixed if parent else False  # they have several
         self.like: Value = parent.like if parent else NOTHING
@@ -95,6 +106,7 @@ class Store:
     def name(self, name: str, value: Value) -> None:
         """Let diagrams call a value so."""
         self._named[name] = value
+        self.fixed.add(value)
 
     def __contains__(self, name: str) -> bool:
         return any(name in layer._named for layer in self._layers)
@@ -106,7 +118,8 @@ class Store:
                 return layer._named[name]
         if name not in self.suppliers:
             raise InvariantError(f"no value is called {name!r}")
-        self.suppliers[name](self)
+        supplier = self.suppliers[name]
+        supplier.build(self, name, supplier.diagram)
         return self.find(name)
 
     @property

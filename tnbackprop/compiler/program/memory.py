@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..program.cost import Kernel, bytes_of, number
-from ..program.expr import Rounds, Value
-from ..program.lines import in_place, lines_of
+from .cost import Kernel, bytes_of, number
+from .expr import Rounds, Value
+from .lines import in_place, lines_of
 
 
 def peak_of(
