@@ -1,4 +1,4 @@
-"""Heads over many classes: what has as many elements as the logits is stored seldom, and is not made of one-hot rows."""
+"""Heads over many classes: what has as many elements as the logits is stored seldom, and never one-hot."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tnbackprop as tn
+from tnbackprop.rules.loss import softmax_draw
 
 SAMPLES, POSITIONS, FEATURES = 4, 32, 4
 
@@ -72,7 +73,7 @@ NAMES = ("reduction", "ignore_index", "label_smoothing", "weight")
 
 @pytest.mark.parametrize("options", [dict(zip(NAMES, each, strict=True)) for each in OPTIONS], ids=str)
 def test_individual_gradients_with_all_options(options: dict[str, Any]) -> None:
-    """Σ_n of the individual gradients is the loss's own gradient, for class indices at positions and for probabilities."""
+    """Σ_n of the individual gradients is the loss's own gradient, for class indices and for probabilities."""
     torch.manual_seed(0)
     model = nn.Linear(3, 5).double()
     x, y = torch.randn(6, 4, 3).double(), torch.randint(5, (6, 4))
@@ -98,3 +99,31 @@ def test_norms_of_long_rows_have_the_digits_of_float32() -> None:
         for dtype in (torch.float32, torch.float64)
     ]
     assert ((norms[0] - norms[1]) / norms[1]).abs().max() <= 5e-6
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_labels_are_drawn_from_one_number_for_each_position(samples: int) -> None:
+    """A draw has no noise and no one-hot matrix as large as the logits: they and the columns are all there is."""
+    classes = 2000
+    program = compiled(tn.KFAC(mc_samples=samples, largest=64), classes)[0]
+    logits = SAMPLES * POSITIONS * classes * 4
+    assert program.peak_bytes <= (1.2 + samples) * logits, program.source
+    (noise,) = program.compiled.plan.noises.values()
+    assert len(noise.shape) == 2 and classes not in noise.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5,), (5, 2, 3)], ids=str)
+def test_drawn_columns_are_a_softmax_less_a_label(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """In every dtype, at every position, in batches of any size; classes without a chance are never drawn."""
+    for size in (0, 1, 4):
+        logits = torch.randn(size, *shape)
+        logits[:, 0] = -2000
+        noise = torch.rand(size, *shape[1:], dtype=torch.float32 if dtype == torch.bfloat16 else dtype)
+        noise[:1] = 0
+        columns = softmax_draw(logits.to(dtype), noise, torch.full_like(noise, 2).unsqueeze(1))
+        labels = torch.softmax(logits.to(dtype).to(noise.dtype), 1) - columns.to(noise.dtype) / 2
+        assert columns.dtype == dtype and columns.is_contiguous()
+        one = F.one_hot(labels.argmax(1), shape[0]).movedim(-1, 1) if size else labels
+        assert (labels - one).abs().le(0.01 if dtype == torch.bfloat16 else 1e-6).all()
+        assert not size or labels.argmax(1).min() > 0

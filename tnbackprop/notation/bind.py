@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import TypeVar
 
 from ..diagram.core import BATCH, Delta, Diagram, Leg, Map, Product, Size, Tensor, leaves, summed_legs
 from ..diagram.jacobian import Jacobian, Unit
@@ -24,6 +25,7 @@ from .syntax import Access, Factors, Index, Line, Node, accesses, mixing, neares
 
 __all__ = ["Axes", "BoundRule", "Equation", "Saved", "bind", "output_axes"]
 
+T = TypeVar("T")
 COTANGENT, COTANGENTS, NOISE, CURVATURE, HESSIAN_ROOT = ":cotangent :cotangents :noise :curvature :hessian_root".split()
 """Holes of bound code that no runtime value has the name of."""
 
@@ -65,6 +67,11 @@ class BoundRoot:
     sample: Code
     mixes: tuple[int, ...] = ()
     elementwise: Code = Code()  # noqa: RUF009
+    by_position: bool = False
+
+    def noise_shape(self, output: tuple[T, ...]) -> tuple[T, ...]:
+        """That of the noise of one column, at an output of this shape."""
+        return tuple(size for k, size in enumerate(output) if not self.by_position or k not in self.mixes)
 
 
 @dataclass(frozen=True)
@@ -356,7 +363,7 @@ class _Binder:
         if root is None:
             return None
         code, sample = self._code(root.code), self._code(root.sample, "noise")
-        return BoundRoot(root.columns, code, sample, root.mixes, self._code(root.elementwise))
+        return BoundRoot(root.columns, code, sample, root.mixes, self._code(root.elementwise), root.by_position)
 
     def _code(self, code: str, *kept: str) -> Code:
         """Torch code with runtime values in its holes, and None for what is absent; those of `kept` are not merged."""

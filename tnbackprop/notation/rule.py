@@ -22,6 +22,7 @@ class Root:
     mixes    the axes of the input that the Hessian mixes (the classes); positions along the others are separate
     elementwise  torch code for its diagonal, [*input], as it is where outputs are taken not to mix ("": the exact one)
     sample   torch code for one random column s with E[s sᵀ] = H; ``{noise}`` is uniform on (0, 1), shaped as the input
+    by_position  ``{noise}`` is one number for each position: it has no axes of `mixes`
     """
 
     columns: int
@@ -29,6 +30,7 @@ class Root:
     sample: str
     mixes: tuple[int, ...] = (1,)
     elementwise: str = ""
+    by_position: bool = False
 
 
 @dataclass(frozen=True)

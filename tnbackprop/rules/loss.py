@@ -188,7 +188,24 @@ def cross_entropy_loss(call: Any) -> Rule:
         legs={"input": "n, c, *s", "output": "n, *s" if call.reduction == NONE else ""},
         saved=saved | _softmax_root(call),
         root=_columns(call) if call.reduction != NONE else None,
+        functions=(softmax_draw,),
     )
+
+
+def softmax_draw(input: torch.Tensor, noise: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """scale (softmax(input) - onehot(y)) along axis 1, where y has its sum of probabilities at the noise.
+
+    A few samples at a time: all else that is made is small.
+    """
+    found = input.new_empty(input.shape)
+    size = max(1, 2 ** (18 if input.device.type == "cpu" else 24) // max(1, input[:1].numel()))
+    for logits, own, at, by in zip(*(torch.split(each, size) for each in (input, found, noise, scale)), strict=True):
+        p = torch.softmax(logits, 1, dtype=noise.dtype)
+        sums = p.movedim(1, -1).cumsum(-1).contiguous()
+        at = (at.unsqueeze(-1) * sums[..., -1:]).contiguous()
+        y = torch.searchsorted(sums, at, right=True).clamp_(max=p.shape[1] - 1).movedim(-1, 1)
+        own.copy_(p.scatter_add_(1, y, -torch.ones_like(y, dtype=p.dtype)).mul_(by))
+    return found
 
 
 def _softmax_root(call: Any) -> dict[str, str]:
@@ -214,14 +231,13 @@ def _softmax_root(call: Any) -> dict[str, str]:
 
 
 def _columns(call: Any) -> Root:
-    """A sample is sqrt(w / divisor) (p - onehot(y)), with y drawn from p by Gumbel's maximum."""
+    """A sample is sqrt(w / divisor) (p - onehot(y)), with y drawn from p by its sums of probabilities."""
     classes = call.input.shape[1]
     code = "{factor}.movedim(2, 0) * {root_scale}" if classes > 1 else "torch.zeros_like({p}).unsqueeze(0)"
-    drawn = "({p}.log() - (-{noise}.log()).log()).argmax(1)"
-    one_hot = f"torch.nn.functional.one_hot({drawn}, {classes}).movedim(-1, 1)"
     divisor = " / ({input}.shape[0] * {average})" if call.reduction == MEAN else ""
     elementwise = f"{{t}} * {{p}} * (1 - {{p}}){divisor}"  # of -t log p, with p a function of its own logit only
-    return Root(max(classes - 1, 1), code, f"({{p}} - {one_hot}) * {{root_scale}}", elementwise=elementwise)
+    sample = "softmax_draw({input}, {noise}, {root_scale})"
+    return Root(max(classes - 1, 1), code, sample, elementwise=elementwise, by_position=True)
 
 
 @TABLE.rule(aten.nll_loss.default, aten.nll_loss_nd.default, aten.nll_loss2d.default)

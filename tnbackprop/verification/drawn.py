@@ -46,9 +46,9 @@ def check_law(case: Defined, text: str) -> Iterator[Finding]:
         H = oracle.loss_hessians(case.problem, output=output)
         w = torch.cat([torch.eye(H.shape[1]), torch.randn(H.shape[1], H.shape[1])]).to(H.dtype)
         draw, generator = case.draw(root, output), torch.Generator().manual_seed(SEED)
-        noise = (torch.rand(output.shape, dtype=H.dtype, generator=generator) for _ in range(DRAWS))
-        each = torch.stack([(draw(own) @ w.T).square() for own in noise])
-        found = _mean(each, torch.einsum("wf,nfg,wg->nw", w, H, w))
+        shape = (DRAWS, *root.root.noise_shape(output.shape))
+        each = [(draw(own) @ w.T).square() for own in torch.rand(shape, dtype=H.dtype, generator=generator)]
+        found = _mean(torch.stack(each), torch.einsum("wf,nfg,wg->nw", w, H, w))
         how = f"the Hessian of the loss: their second moments over {DRAWS} draws, within {SIGMAS:g} standard errors"
         yield _row("drawn columns", "", text, found, how)
 

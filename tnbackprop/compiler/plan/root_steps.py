@@ -58,7 +58,7 @@ def root_steps(
             assert isinstance(extra, Value)
             checks[f"indefinite_{number}"] = extra
     if columns.samples:
-        return _drawn(store, columns, lambda noise: fill(store, code, {**given, NOISE: noise}), shape)
+        return _drawn(store, columns, root, lambda noise: fill(store, code, {**given, NOISE: noise}))
     return _rows(store, columns, columns.variable, fill(store, code, given), shape) | rows
 
 
@@ -140,17 +140,33 @@ def _noise(store: Store, graph: Graph, columns: Columns, noise: Noise) -> None:
     store.name(noise.name, store.add(Call(f.TO, (drawn, dtype)), shape, Kernel.NATIVE))
 
 
-def _drawn(store: Store, columns: Columns, fill: Filling, shape: tuple[Size, ...]) -> dict[str, Value]:
+ROW_BY_ROW = """\
+def row_by_row(function, rows):
+    # What the function gives for each row: one value at a time next to all of them.
+    first = function(rows[0])
+    found = first.new_empty(len(rows), *first.shape)
+    found[0] = first
+    del first
+    for own, row in zip(found[1:], rows[1:], strict=True):
+        own.copy_(function(row))
+    return found"""
+BY_ROWS = f.helper("row_by_row", ROW_BY_ROW)
+
+
+def _drawn(store: Store, columns: Columns, root: LossRoot, fill: Filling) -> dict[str, Value]:
     """A column for each row of noise, which has more bits than a column of 16: those draw too few different numbers."""
-    noise = store.noise(columns.noise, (columns.samples, *shape))
+    shape, own = root.output.shape, root.root.noise_shape(root.output.shape)
+    noise = store.noise(columns.noise, (columns.samples, *own))
     draw = columns.draw
-    _entered(store, columns, draw, noise, shape)
+    _entered(store, columns, draw, noise, own)
     expr: Expr = fill(EACH if columns.lead else store.find(draw))
-    if columns.lead:
+    if columns.lead and root.root.by_position:
+        expr = Call(BY_ROWS, (Lambda((EACH,), expr), store.find(draw)))
+    elif columns.lead:
         expr = Call(f.APPLY, (Call(f.VMAP, (Lambda((EACH,), expr),)), store.find(draw)))
     expr = Call(f.MUL, (expr, columns.samples**-0.5)) if columns.samples > 1 else expr
-    if isinstance(columns.start, LossRoot) and columns.start.output.dtype.itemsize == 2:
-        expr = Call(f.TO, (expr, columns.start.output.dtype))
+    if root.output.dtype.itemsize == 2:
+        expr = Call(f.TO, (expr, root.output.dtype))
     whole = (*sizes_of(columns.lead), *shape)
     drawn = store.add(
         expr, whole, Kernel.NATIVE, hint=hint_of(columns.variable), alone=True, own=False
