@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import keyword
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ..program.expr import Value
 
@@ -23,10 +23,10 @@ class Scope:
         self._plain, self._count = plain, 0
         self._names: dict[Value, str] = dict(names or {})
 
-    def __call__(self, value: Value) -> str:
-        """The name of a value; a new one for a value that has none yet."""
+    def __call__(self, value: Value, hint: str | None = None) -> str:
+        """The name of a value; a new one for a value that has none yet, like its hint or another one."""
         if value not in self._names:
-            self._names[value] = self.fresh(value.hint)
+            self._names[value] = self.fresh(value.hint if hint is None else hint)
         return self._names[value]
 
     def __contains__(self, value: Value) -> bool:
@@ -52,6 +52,15 @@ def identifier(hint: str) -> str:
     """A hint as an identifier of ASCII letters."""
     name = re.sub(r"\W", "_", hint, flags=re.ASCII).strip("_")[:LONGEST] or "value"
     return f"value_{name}" if name[0].isdigit() else name
+
+
+def common(texts: Sequence[str], other: str) -> str:
+    """What texts have in common, piece by piece, with `other` for what differs; "" where they are made otherwise."""
+    pieces = [re.split(r"(\W|_)", text) for text in texts]
+    if len({len(each) for each in pieces}) > 1:
+        return ""
+    found = "".join(column[0] if len(set(column)) == 1 else other for column in zip(*pieces, strict=True))
+    return found if other else re.sub("__+", "_", found).strip("_")
 
 
 def string(text: str) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import linecache
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
+from itertools import count, groupby
 from typing import Any
 from weakref import finalize
 
@@ -20,7 +20,7 @@ from ...errors import InputError, RuleError
 from ..plan.plan import Plan
 from ..program.expr import Body, Call, Expr, Filled, Rounds, Value, bodies, children, helpers, reads, sizes_in
 from ..program.functions import Form, Function
-from ..program.lines import Block, Line, Lines, captured_by, lines_of
+from ..program.lines import Block, Line, captured_by, lines_of
 from ..program.passes import Context, Program, passed
 from ..program.store import NOTHING
 from ..running.torch_quiet import UNWARNED
@@ -28,6 +28,7 @@ from ..translate.graph import Graph
 from .layout import Group, Row
 from .naming import TAKEN, Scope, comment, docstring, string
 from .printer import ATOM, FOLLOWED, Printer
+from .shared import Shared, Use, shared
 
 _serial = count(1)
 WIDTH = 120
@@ -37,7 +38,9 @@ MEMORY = "memory"
 """The argument of a program that says where a large value goes: (like, shape) -> a tensor, or None: torch decides."""
 PROGRESS, HANDED = f"{FOLLOWED}=iter", f"{MEMORY}=lambda like, shape: None"
 """Arguments of a program that has rounds, and of one that has large values."""
-OWN = frozenset({MEMORY, FOLLOWED, "tensors", "results", "program", "added"})
+HANDOVER = "handed"
+"""The list of what a function lets go of."""
+OWN = frozenset({MEMORY, FOLLOWED, HANDOVER, "tensors", "results", "program", "added"})
 """Names that an emitted source has for itself."""
 GIVE_MEMORY = Function(MEMORY, Form.FUNCTION, lambda like, shape: None)
 ADDED = """\
@@ -94,8 +97,51 @@ class Writer:
         """The functions that are not helpers."""
         large = any(call.fn is GIVE_MEMORY for expr in self._exprs for call in _inside(expr) if isinstance(call, Call))
         arguments = ("tensors", *[PROGRESS] * followed(self.plan), *[HANDED] * large)
-        body = [*self._inputs(), *written(self.program.lines, self.printer), *self._return()]
-        return [*map(self._function, self.bodies), Definition("program", arguments, body)]
+        calls, functions = self._straight()
+        body = [*self._inputs(), *calls, *self._return()]
+        return [*map(self._function, self.bodies), *functions, Definition("program", arguments, body)]
+
+    def _straight(self) -> tuple[list[str], list[Definition]]:
+        """The straight part, and the functions for what stands there several times."""
+        lines, plain = self.program.lines, self.functional or self.width is not None
+        rows = list(lines) if plain else shared(lines, self.program.kept, self.functions)
+        inside = captured_by(lines)
+        called = dict.fromkeys(row.shared for row in rows if isinstance(row, Use))
+        names = {each: self.names.fresh("block") for each in called}
+        shown: list[str] = []
+        for calls, some in groupby(rows, lambda row: isinstance(row, Use)):
+            if calls:
+                shown += [line for use in some if isinstance(use, Use) for line in self._use(use, names[use.shared])]
+            else:
+                shown += written([row for row in some if isinstance(row, Line)], self.printer, inside=inside)
+        return shown, [self._shared(each, name, inside) for each, name in names.items()]
+
+    def _use(self, use: Use, name: str) -> list[str]:
+        """The lines of a call."""
+        handed = ", ".join(map(self.names, use.handed))
+        args = [*["N"] * use.shared.counted, *[HANDOVER] * bool(handed), *map(self.names, use.params)]
+        results = [self.names(value) for value in use.results]
+        unread = ", ".join(map(self.names, use.unread))
+        return [
+            Comment(f"    # {comment(use.note)} …"),
+            *[f"    {HANDOVER} = [{handed}]", f"    del {handed}"] * bool(handed),
+            f"    {', '.join(results)}{',' * (len(results) == 1)} = {name}({', '.join(args)})",
+            *[f"    del {unread}"] * bool(unread),
+        ]
+
+    def _shared(self, called: Shared, name: str, inside: set[Value]) -> Definition:
+        """The function of what stands there several times."""
+        names = Scope(self.taken | set(self.functions.values()) | {name}, "u")
+        for value, hint in called.hints.items():
+            if hint:
+                names(value, hint)
+        printer = self._printer(names)
+        handed = ", ".join(map(names, called.handed))
+        head = [f"    {handed}{',' * (len(called.handed) == 1)} = {HANDOVER}", f"    {HANDOVER}.clear()"] * bool(handed)
+        args = [*["N"] * called.counted, *[HANDOVER] * bool(handed), *map(names, called.params)]
+        results = ", ".join(map(names, called.results))
+        body = [*head, *written(called.lines, printer, inside=inside), f"    return ({results},)"]
+        return Definition(name, tuple(args), body)
 
     @cached_property
     def _exprs(self) -> list[Expr]:
@@ -259,9 +305,11 @@ def _written(line: Line) -> Iterator[Expr]:
     yield from (expr for each in line.block.every for expr in _written(each))
 
 
-def written(lines: Lines, printer: Printer, indent: str = "    ") -> list[str]:
-    """One statement per value, and a comment where the subject changes."""
-    inside = captured_by(lines)
+def written(
+    lines: Sequence[Line], printer: Printer, indent: str = "    ", inside: set[Value] | None = None
+) -> list[str]:
+    """One statement per value, and a comment where the subject changes; `inside`: what functions inside read."""
+    inside = captured_by(lines) if inside is None else inside
     blocks = {line.value: line.block for line in lines if line.block is not None}
     shown: list[str] = []
     note = ""
@@ -316,6 +364,12 @@ def load(source: str) -> Callable[[dict[str, torch.Tensor]], Any]:
     return function
 
 
+def _about(source: str, number: int) -> str:
+    """What a line of a source is for: the comment before it."""
+    before = reversed(source.splitlines()[:number])
+    return next((line.strip(" #") for line in before if line.strip().startswith("# ")), "")
+
+
 @contextmanager
 def running(source: str) -> Iterator[None]:
     """What torch or Python raises in the emitted function is told with the place in the source, and what it is for."""
@@ -327,7 +381,7 @@ def running(source: str) -> Iterator[None]:
         if not found or isinstance(error, torch.OutOfMemoryError):
             raise
         lines = source.splitlines()[: found[-1].lineno]
-        about = next((line.strip(" #") for line in reversed(lines) if line.strip().startswith("# ")), "")
+        about = " > ".join(dict.fromkeys(_about(source, frame.lineno or 0) for frame in found))
         zero = "a scale divides by zero at this batch size, as 1/(N - 1) does at N = 1: give more samples"
         what = zero if isinstance(error, ZeroDivisionError) else error
         raise InputError(
