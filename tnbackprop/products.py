@@ -29,6 +29,7 @@ from .compiler.translate.torch_modes import Random, check_constant, own_dtypes, 
 from .errors import InputError, UnsupportedError, check_member
 from .quantities import BatchGrad, Fisher, Quantity, Scale, SqrtGGNMC
 from .runtime.fingerprint import fingerprint
+from .runtime.second_derivatives import ClosedForm, hessian_at
 
 Vector = Mapping[str, Tensor]
 Multiply = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -232,7 +233,7 @@ def _product(
         else:
             output, push, pull = problem.linearise()
             columns = draw and draw(problem, output)
-            curve = _vjp(grad(problem.loss), output)[1] if columns is None else partial(_outer, columns, problem.size)
+            curve = hessian_at(problem.loss, output) if columns is None else partial(_outer, columns, problem.size)
             multiply = lambda v: pull(curve(push(v)))  # noqa: E731
     chosen = multiply if blocks is Blocks.FULL else _blockwise(multiply, problem.theta)
 
@@ -345,7 +346,7 @@ class _Problem:
         return own_dtypes(next(iter(self.theta.values())).device)
 
     def loss(self, output: Any) -> Tensor:
-        with twice_differentiable():
+        with twice_differentiable(), ClosedForm():
             value = self.given_loss(output, self.y)
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
             shown = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -357,7 +358,8 @@ class _Problem:
     def linearise(self) -> tuple[Any, Linear, Linear]:
         """The output, v -> Jv, u -> Jᵀu."""
         output, pull = _vjp(self.output, self.theta)
-        _, push = _vjp(pull, pytree.tree_map(torch.ones_like, output))  # any point: some kernels have none at zero
+        ones = pytree.tree_map(lambda leaf: leaf.new_ones(()).expand_as(leaf), output)
+        _, push = _vjp(pull, ones)  # any point: some kernels have none at zero
         return output, push, pull
 
     def recipe(self, label: str) -> tuple[Any, ...]:
