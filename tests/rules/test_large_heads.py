@@ -127,3 +127,15 @@ def test_drawn_columns_are_a_softmax_less_a_label(dtype: torch.dtype, shape: tup
         one = F.one_hot(labels.argmax(1), shape[0]).movedim(-1, 1) if size else labels
         assert (labels - one).abs().le(0.01 if dtype == torch.bfloat16 else 1e-6).all()
         assert not size or labels.argmax(1).min() > 0
+
+
+def test_no_factor_is_classes_by_classes() -> None:
+    """B of a head over more classes than `largest` is a diagonal, said in `explain`; an embedding's A is one anyway."""
+    classes = 5000
+    program, x, y, _ = compiled(tn.KFAC(), classes)
+    factors = program(x, y, seed=0)["kfac"]
+    assert [tuple(F.shape) for F in factors["head.weight"].factors] == [(classes,), (FEATURES, FEATURES)]
+    assert [tuple(F.shape) for F in factors["table.weight"].factors] == [(classes,), (FEATURES, FEATURES)]
+    assert "5000 rows are more than largest=4096" in program.explain("derive")
+    values = [step for step, _ in program.compiled.plan.timed]
+    assert all(tuple(value.shape).count(classes) < 2 for value in values)
