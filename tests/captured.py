@@ -1,4 +1,8 @@
-"""Capturing is a pure function: what is compiled again, unchanged to the last bit, need not be captured again."""
+"""Capturing is a pure function of what a model is, not of its numbers: what is compiled again is not captured again.
+
+As for `tn.compute`, values of parameters, buffers and the example are free: a graph reads none of them. Tensors that a
+model or a loss holds without registering them are known by identity.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from tnbackprop.rules import RULES
 from tnbackprop.runtime.fingerprint import Fingerprint, fingerprint
 
 Capture = Callable[[nn.Module, Any, Any, Any], Graph]
-KEPT = 128
+KEPT = 256
 
 
 class Captures:
@@ -34,8 +38,8 @@ class Captures:
         own = fingerprint(model, loss, len(rules), added) if isinstance(model, nn.Module) else None
         if own is None:
             return self.capture(model, loss, example, rules)
-        kept = self._kept.setdefault(values := (_around(), _values(model, example)), [])
-        self._kept.move_to_end(values)
+        kept = self._kept.setdefault(tensors := (_around(), _tensors(model, example)), [])
+        self._kept.move_to_end(tensors)
         for other, graph in kept:
             if other.matches(own):
                 self.hits += 1
@@ -55,15 +59,14 @@ def _around() -> object:
     return *modes, *casts, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
-def _values(model: nn.Module, example: Any) -> object:
-    """Everything that has numbers, to the last bit."""
+def _tensors(model: nn.Module, example: Any) -> object:
+    """What every tensor is, but for its numbers."""
     leaves, spec = pytree.tree_flatten(example)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), **dict(enumerate(leaves))}
-    return str(spec), *((name, _written(value)) for name, value in tensors.items())
+    return str(spec), *((name, _kind(value)) for name, value in tensors.items())
 
 
-def _written(value: Any) -> object:
+def _kind(value: Any) -> object:
     if not isinstance(value, torch.Tensor):
         return repr(value)
-    numbers = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return value.dtype, tuple(value.shape), value.stride(), value.requires_grad, numbers
+    return value.dtype, value.device, tuple(value.shape), value.stride(), value.requires_grad
