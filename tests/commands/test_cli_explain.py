@@ -13,13 +13,14 @@ import pytest
 
 from tnbackprop.commands.cli import main
 
-from .test_cli_files import NET, run
+from .test_cli_files import NET, PROGRAM, run
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("files") / "net.py"
     path.write_text(NET, encoding="utf-8")
+    path.with_name("compiled.py").write_text(PROGRAM, encoding="utf-8")
     return path
 
 
@@ -73,13 +74,13 @@ def test_explain_on_a_terminal(file: Path, capsys: pytest.CaptureFixture[str], m
     """With rich, where that is installed; brackets are text, not markup."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "250")
-    status, out, _ = run(capsys, "explain", f"{file}:program")
+    status, out, _ = run(capsys, "explain", f"{file.with_name('compiled.py')}:program")
     assert status == 0
     assert "batch_l2 of 3.weight [3, 32]" in out and "[N, 32]" in out and "┃" not in out
 
 
 def test_explain_to_the_terminal_is_the_same_text(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run(capsys, "explain", f"{file}:program")
+    status, out, _ = run(capsys, "explain", f"{file.with_name('compiled.py')}:program")
     assert status == 0
     assert "batch_l2 at N = 4" in out and "Gram" in out
 
@@ -88,7 +89,7 @@ def test_explain_without_greek_letters(file: Path, monkeypatch: pytest.MonkeyPat
     """A terminal that cannot show Σ shows a question mark, not a traceback."""
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    assert main(["explain", f"{file}:program"]) == 0
+    assert main(["explain", f"{file.with_name('compiled.py')}:program"]) == 0
     sys.stdout.flush()
     assert b"batch_l2[n] = ?_{o,i} G[n,o,i]?" in written.getvalue()
 

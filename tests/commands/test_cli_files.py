@@ -63,7 +63,8 @@ class Doubled(tn.Quantity):
     name: str = "doubled"
     def extract(self, J, g):
         return (J.T @ g).sum("n") * 2
-
+"""
+PROGRAM = NET + """
 program = tn.compile(net, nn.MSELoss(), (torch.randn(4, 1, 4, 4), torch.randn(4, 3)), [tn.BatchL2()])
 """
 
@@ -72,6 +73,7 @@ program = tn.compile(net, nn.MSELoss(), (torch.randn(4, 1, 4, 4), torch.randn(4,
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("files") / "net.py"
     path.write_text(NET, encoding="utf-8")
+    path.with_name("compiled.py").write_text(PROGRAM, encoding="utf-8")
     return path
 
 
@@ -102,6 +104,7 @@ def test_verify(
     file: Path, capsys: pytest.CaptureFixture[str], name: str, options: tuple[str, ...], status: int, shown: str
 ) -> None:
     quantity = ("--quantity", "batch_grad") if name != "program" else ()
+    file = file if name != "program" else file.with_name("compiled.py")
     found, out, err = run(capsys, "verify", f"{file}:{name}", *quantity, *options)
     assert (found, err) == (status, "")
     assert re.search(shown, out)
@@ -213,7 +216,7 @@ def misuse() -> Iterator[tuple[str, str, str]]:
     yield "verify {file}:broken", r"net\.py:broken, line \d+ raises ValueError: no luck", "a function that raises"
     yield "explain {file}:Sized", r"Sized needs in_features, out_features\n  Name an instance", "a class with arguments"
     yield "verify {file}:Net --quantity grda", r"no quantity 'grda'\n  did you mean 'grad'\? known: .*kfac", "quantity"
-    yield "verify {file}:program --quantity grad", "a program has its own quantities", "quantities of a program"
+    yield "verify {compiled}:program --quantity grad", "a program has its own quantities", "quantities of a program"
     yield "verify {file}:text", r"nothing says which module .*\n  Name its class .*--module", "a rule without a module"
     yield "verify {file}:text --module Nope", "has no 'Nope'", "no such module"
     yield "explain {file}:Net --quantity zzz", r"no quantity 'zzz'\n  known: batch_dot", "unknown quantity"
@@ -284,13 +287,14 @@ def test_misuse(
     """Status 2, nothing on stdout, one message that says what, where and what to do; no file is touched."""
     for own, text in FILES.items():
         (tmp_path / own).write_text(text, encoding="utf-8")
-    before = {path.name: path.read_text(encoding="utf-8") for path in (*tmp_path.iterdir(), file)}
-    status, out, err = run(capsys, *(word.format(file=file, dir=tmp_path) for word in line.split()))
+    places = {"file": file, "compiled": file.with_name("compiled.py"), "dir": tmp_path}
+    before = {path.name: path.read_text(encoding="utf-8") for path in (*tmp_path.iterdir(), *file.parent.glob("*.py"))}
+    status, out, err = run(capsys, *(word.format(**places) for word in line.split()))
     assert (status, out) == (2, ""), err
     assert re.search(message, err), err
     assert "cross_ntk" not in err
     assert err.startswith("tnbackprop ") and len(err.splitlines()) <= 5 and "Traceback" not in err
-    after = {path.name: path.read_text(encoding="utf-8") for path in (*tmp_path.glob("*.*"), file)}
+    after = {path.name: path.read_text(encoding="utf-8") for path in (*tmp_path.glob("*.*"), *file.parent.glob("*.py"))}
     assert after == before
 
 
