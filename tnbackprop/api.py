@@ -62,7 +62,7 @@ def compile(
     with told_of_replaced(rules):
         compiled = compile_program(model, loss, example, list(quantities), table, limit, lowerings=tuple(lowerings))
     program = Program(model, compiled, loss, quantities, indefinite)
-    program.checked = prove(program, example, table) if check else "not checked: check=False"
+    program.checked = prove(program, example, table, limit is not None) if check else "not checked: check=False"
     return program
 
 

@@ -68,16 +68,16 @@ NEXT = """\
   with the model. Until then torch.func gives what you need of this model."""
 
 
-def prove(program: Program, example: Batch, rules: Rules) -> str:
+def prove(program: Program, example: Batch, rules: Rules, whole: bool = False) -> str:
     """Compare; what was compared, as a line. Raises `VerificationError` at a difference.
 
-    On the first samples of the example: one more than a slice has, where the program takes the batch in slices.
+    whole   with all samples of the example, not with the first ones
     """
     wrapped = Wrapped(program.model, program.loss, takes_names(program.model, example[0]))
     batch = (plain(example[0]), plain(example[1]))
     every = batch_size(batch)
     device = next((p.device for p in program.model.parameters()), torch.device("cpu"))
-    first = min(max(SAMPLES, program.compiled.plan.slice + 1), every)
+    first = every if whole else min(SAMPLES, every)
     reason = ""
     with alone(), own_dtypes(device), torch.inference_mode(False), SILENT:
         for size in dict.fromkeys((first, every)):  # it may take the whole batch only

@@ -16,7 +16,7 @@ from ...errors import TnError, UnsupportedError
 from ...table import Composite, Rules
 from ..running.failure import line_here, place
 from ..running.parts import in_parts
-from ..running.torch_quiet import Quiet
+from ..running.torch_quiet import Quiet, noting_forwards
 from ..running.torch_versions import lstm_states, refuse_valueless, sizes_by_builtins
 from ..translate.foreign import MISTAKES
 from ..translate.inplace import copy_views, mutates_view, nodes_of
@@ -68,6 +68,7 @@ def exported(wrapped: nn.Module, example: tuple[Any, Any], rules: Rules, batch: 
         any_target(),
         traced_here(),
         evenly(),
+        noting_forwards(),
         sizes_by_builtins(),
         lstm_states(),
         attributes_kept(wrapped),

@@ -72,12 +72,6 @@ class Plan:
         return tuple(rounds for rounds in every if rounds.of_columns)
 
     @property
-    def slice(self) -> int:
-        """How many samples are in the largest slice of the batch; 0: it is taken as a whole."""
-        every = (step.expr for step in self.steps if step.kernel is Kernel.SLICED)
-        return max((rounds.width for rounds in every if isinstance(rounds, Rounds)), default=0)
-
-    @property
     def kept(self) -> set[Value]:
         """The values that it is for."""
         found = {*self.output.values(), *self.checks.values()}

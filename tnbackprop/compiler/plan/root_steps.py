@@ -143,11 +143,12 @@ def _noise(store: Store, graph: Graph, columns: Columns, noise: Noise) -> None:
 ROW_BY_ROW = """\
 def row_by_row(function, rows):
     # What the function gives for each row: one value at a time next to all of them.
-    found = None
-    for k, row in enumerate(rows):
-        own = function(row)
-        found = own.new_empty(len(rows), *own.shape) if found is None else found
-        found[k] = own
+    first = function(rows[0])
+    found = first.new_empty(len(rows), *first.shape)
+    found[0] = first
+    del first
+    for own, row in zip(found[1:], rows[1:], strict=True):
+        own.copy_(function(row))
     return found"""
 BY_ROWS = f.helper("row_by_row", ROW_BY_ROW)
 
@@ -167,7 +168,9 @@ def _drawn(store: Store, columns: Columns, root: LossRoot, fill: Filling) -> dic
     if root.output.dtype.itemsize == 2:
         expr = Call(f.TO, (expr, root.output.dtype))
     whole = (*sizes_of(columns.lead), *shape)
-    drawn = store.add(expr, whole, Kernel.NATIVE, hint=hint_of(columns.variable), alone=True, own=False)
+    drawn = store.add(
+        expr, whole, Kernel.NATIVE, hint=hint_of(columns.variable), alone=True, own=False
+    )
     store.name(columns.variable, drawn)
     return {draw: noise}
 

@@ -7,12 +7,19 @@ import io
 import logging
 import sys
 import threading
+import traceback
 import warnings
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace, TracebackType
+from typing import Any
 
 from torch._C._functorch import (  # type: ignore[attr-defined]
     _set_vmap_fallback_warning_enabled as warn_of_loops,
 )
+from torch.fx import proxy
+
+from ..translate.torch_internals import alone
 
 
 class Unwarned:
@@ -75,3 +82,33 @@ _EXAMPLE, _GUARDS = "torch._subclasses.fake_tensor", "torch.fx.experimental.symb
 
 def _is_news(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("Unable to find user code")
+
+
+@contextmanager
+def noting_forwards() -> Iterator[None]:
+    """While active, torch notes of each node which forwards it is from, without reading the text of the whole stack.
+
+    It keeps those frames alone; versions that keep them all are left as they are.
+    """
+    if not hasattr(proxy.TracerBase, "_filter_traceback_frames"):
+        yield
+        return
+    with alone():
+        names, thread = vars(proxy), threading.get_ident()
+        own = names["CapturedTraceback"]
+
+        def extract(**options: Any) -> Any:
+            here = threading.get_ident() == thread
+            return SimpleNamespace(summary=_forwards) if here else own.extract(**options)
+
+        try:
+            names["CapturedTraceback"] = SimpleNamespace(extract=extract)
+            yield
+        finally:
+            names["CapturedTraceback"] = own
+
+
+def _forwards() -> traceback.StackSummary:
+    """The frames of functions of that name, the innermost last."""
+    stack = [frame for frame in traceback.walk_stack(None) if frame[0].f_code.co_name == "forward"]
+    return traceback.StackSummary.from_list([(f.f_code.co_filename, line, "forward", None) for f, line in stack[::-1]])
