@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 import tnbackprop as tn
 
 from ..second_order import error
+from ..thinned import thinned
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 HALVES = [torch.float16, torch.bfloat16]
@@ -67,8 +69,7 @@ CURVATURES = [(1e6, -1.0), (1e6, -1e-3), (1e-6, -1e-8), (0.0, -1.0), (-1.0, -1e6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("rule", [True, False], ids=["by rule", "by torch.func"])
-@pytest.mark.parametrize("curvatures", CURVATURES)
+@pytest.mark.parametrize("curvatures, rule", thinned(product(CURVATURES, (True, False)), 3))
 def test_one_sample_with_negative_curvature(curvatures: tuple[float, float], rule: bool, dtype: torch.dtype) -> None:
     """It is refused, however large that of another sample is; without a root it is right."""
     torch.manual_seed(0)

@@ -248,7 +248,7 @@ EXACT = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name, batch, positions, exact", thinned(EXACT))
+@pytest.mark.parametrize("name, batch, positions, exact", thinned(EXACT, 4))
 def test_exact(name: str, batch: int, positions: int, exact: bool, kind: str) -> None:
     layer, parameter = name.split("-")
     problem, (quantity, options) = problem_of(layer, batch, positions), KINDS[kind]

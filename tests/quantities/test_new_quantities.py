@@ -15,6 +15,7 @@ import tnbackprop as tn
 from .. import oracle
 from ..cases import CASES, Problem
 from ..second_order import assert_equal
+from ..thinned import thinned
 
 EXAMPLE = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "new_quantities.py"), run_name="example")
 BY_NAME = {case.name: case for case in CASES}
@@ -43,7 +44,7 @@ def pairs(G: Tensor) -> Tensor:
     return torch.stack([G[n] * G[m] for n in range(count) for m in range(count) if n != m]).mean(0)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", thinned(LAYERS))
 def test_definitions(name: str) -> None:
     problem = BY_NAME[name].build()
     quantities = [EXAMPLE[name]() for name in ("Signal", "TowardsOthers", "OthersL2", "FisherBlock")]

@@ -161,7 +161,13 @@ WHOLE = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("whole", WHOLE, ids=str)
+TWINS = ("vit", "bert")
+"""Layers that `gpt2` has, too."""
+
+
+@pytest.mark.parametrize(
+    "whole", [w if str(w) not in TWINS else pytest.param(w, marks=pytest.mark.slow) for w in WHOLE], ids=str
+)
 def test_every_parameter_has_its_factors(whole: Whole) -> None:
     """KFLR and KFAC; what has no factors has the diagonal of the GGN of the same columns, and `explain` says why."""
     model, x, y = whole.build()

@@ -259,7 +259,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", thinned(CASES, 3), ids=str)
+@pytest.mark.parametrize("case", thinned(CASES, 6), ids=str)
 def test_experts(case: Tried) -> None:
     case.check()
 
@@ -270,7 +270,7 @@ FIRST = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("x", [X, TOKENS], ids=["tokens", "sequences"])
+@pytest.mark.parametrize("x", thinned([X, TOKENS], 2, 1), ids=["tokens", "sequences"])
 @pytest.mark.parametrize("function,parts", [(dense, BARE), (gathered, BARE), (masked_sum, LISTED)])
 def test_first_order(function: Any, parts: dict[str, Part], x: Tensor) -> None:
     model, y = tried(function, parts, x).build()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import runpy
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,7 @@ def problem_of(name: str, batch: int = 3, outputs: int = 3, classify: bool = Tru
     return Case(name, model, shape, normal, nn.MSELoss, batch).build()
 
 
-@pytest.mark.parametrize("classify", [True, False], ids=["cross_entropy", "mse"])
-@pytest.mark.parametrize("name", thinned(LAYERS))
+@pytest.mark.parametrize("name, classify", thinned(product(LAYERS, (True, False)), 3))
 def test_quantities(name: str, classify: bool) -> None:
     """One program with all of them, first and second order, at the compiled batch size and at another one."""
     problem = problem_of(name, classify=classify)

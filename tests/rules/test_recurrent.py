@@ -15,6 +15,7 @@ from tnbackprop.table import written_out
 from .. import oracle, oracle_second
 from ..models import Apply, First
 from ..second_order import TOLERANCE, assert_equal, error
+from ..thinned import thinned
 
 N, T = 3, 4
 
@@ -101,7 +102,14 @@ def problem(name: str, steps: int = T) -> tuple[nn.Module, nn.Module, Tensor, Te
     return model, nn.MSELoss(), x, torch.randn_like(model(x))
 
 
-@pytest.mark.parametrize("name", MODELS)
+TWINS = (
+    "LSTM, two layers, both ways", "LSTM, learned states", "GRU", "GRU, time first, no bias", "GRU to GRU",
+    "tanh, both ways", "tanh to tanh",
+)  # fmt: skip
+"""What others here differ from in their cell alone, or that stand in another test below."""
+
+
+@pytest.mark.parametrize("name", [n if n not in TWINS else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 def test_individual_gradients_and_curvature(name: str) -> None:
     model, loss, x, y = problem(name)
     program = tn.compile(model, loss, (x, y), [tn.BatchGrad(), tn.BatchL2(), tn.DiagGGN()])
@@ -123,8 +131,13 @@ def test_second_derivatives_go_through_the_steps(name: str) -> None:
     assert "_forward(" not in program.source
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "relu, time first"])
-@pytest.mark.parametrize("kind", [tn.KFLR, tn.KFAC])
+FACTORS = [
+    ("LSTM", tn.KFLR), ("LSTM", tn.KFAC), ("GRU", tn.KFAC), ("GRU", tn.KFLR), ("relu, time first", tn.KFLR),
+    ("relu, time first", tn.KFAC),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, kind", thinned(FACTORS))
 def test_factors_are_those_of_the_steps(name: str, kind: type[tn.KFLR]) -> None:
     """Positions of one use, or uses of one position each."""
     model, loss, x, y = problem(name)

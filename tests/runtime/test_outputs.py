@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tnbackprop as tn
+
+from ..thinned import thinned
 
 QUANTITIES = [
     tn.DiagGGN(), tn.GGNTrace(), tn.DiagGGNMC(), tn.HessianDiag(), tn.HesScale(), tn.BL89(), tn.GGNGram(), tn.NTK(),
@@ -44,8 +47,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name, loss", thinned(product(SHAPES, LOSSES), 3))
 def test_one_tensor(name: str, loss: str) -> None:
     """The numbers of the model that returns the tensor itself; the result's output is what the model returns."""
     shape, take = SHAPES[name]

@@ -94,7 +94,7 @@ def assert_lines(text: str) -> None:
     assert not [line for line in text.split("\n") if not line.isprintable()]
 
 
-@pytest.mark.parametrize("trial", TRIALS)
+@pytest.mark.parametrize("trial", thinned(TRIALS))
 def test_results_and_texts(plain: Problem, trial: int) -> None:
     hostile = Problem(arranged(trial))
     assert all(map(torch.equal, plain.numbers(), hostile.numbers()))
@@ -164,7 +164,7 @@ WORDS = ("like", "each", "g_out", "values", "state", "print", "class", "one_by_o
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("name", thinned(WORDS, 3))
+@pytest.mark.parametrize("name", thinned(WORDS, 5))
 def test_files_of_layers_with_parts(name: str, last: bool) -> None:
     module, x = Inside(name, last).double(), torch.rand(4, 3, dtype=torch.float64)
     own = Scaled(name, "shift") if last else Scaled("scale", name)
@@ -178,7 +178,7 @@ WORDS_OF_MODELS = ("like", "loss_of", "output", "N", "values", "results", "tenso
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("name", thinned(WORDS_OF_MODELS))
+@pytest.mark.parametrize("name", thinned(WORDS_OF_MODELS, 4))
 def test_files_of_models_with_parts(name: str, last: bool) -> None:
     """The file of a whole model, with the roots of its loss's Hessian, agrees with autograd."""
     x, y = torch.rand(4, 3, dtype=torch.float64), torch.randint(2, (4,))

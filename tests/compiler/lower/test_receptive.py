@@ -259,7 +259,7 @@ def models() -> dict[str, tuple[nn.Module, tuple[int, ...], int]]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", thinned(models()))
+@pytest.mark.parametrize("name", thinned(models(), 3))
 def test_in_a_program(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Hessian's diagonal and the GGN's are what they are, for other batches, too."""
     monkeypatch.setitem(cost.RATES, "cpu", EAGER)

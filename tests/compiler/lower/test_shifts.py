@@ -105,7 +105,7 @@ OFFERED = {"two_strided_over_the_kernel": 1, "two_one_of_kernel_one": 1, "two_st
 
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("slides", thinned(SLIDES))
+@pytest.mark.parametrize("slides", thinned(SLIDES, 4))
 def test_several_axes(slides: str, groups: int, batch: int) -> None:
     """One plan for every axis that can be shifted."""
     assert check(gram(SLIDES[slides], groups), batch) == OFFERED.get(slides, 2)

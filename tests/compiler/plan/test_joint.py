@@ -61,7 +61,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 @pytest.mark.parametrize("second", SECOND)
-@pytest.mark.parametrize("name", thinned(NAMES, 3))
+@pytest.mark.parametrize("name", thinned(NAMES, 6))
 def test_the_same_numbers(name: str, second: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = BY_NAME[name].build()
     batch, quantities = (problem.x, problem.y), [*FIRST, *SECOND[second]]

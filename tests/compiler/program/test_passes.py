@@ -66,7 +66,7 @@ TOGETHER, IN_ROUNDS = 10**6, 1
 TRIED = [(case, TOGETHER) for case in GUARDED[::2]] + [(case, IN_ROUNDS) for case in GUARDED[1::2]]
 
 
-@pytest.mark.parametrize(("case", "rows"), thinned(TRIED, 3), ids=str)
+@pytest.mark.parametrize(("case", "rows"), thinned(TRIED, 5), ids=str)
 def test_every_pass_keeps_the_values(case: Case, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=rows))
     monkeypatch.setattr(search, "WIDER", ())

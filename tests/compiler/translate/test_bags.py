@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 import tnbackprop as tn
 
+from ...thinned import thinned
 from ...tried import FIRST, MSE, TWICE, Tried, expected, randn
 
 BAGS = torch.tensor([[0, 3, 4], [1, 1, 5], [2, 0, 0], [5, 4, 3]])
@@ -38,8 +40,11 @@ def offsets(i: Tensor) -> Tensor:
 FORMS = {"matrix": lambda m, i: m.e(i) ** 2, "flat": lambda m, i: m.e(i.flatten(), offsets(i)) ** 2}
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "_".join(map(str, kind.values())))
+@pytest.mark.parametrize(
+    "kind, form",
+    thinned(product(KINDS, FORMS), 3),
+    ids=lambda value: value if isinstance(value, str) else "_".join(map(str, value.values())),
+)
 def test_bags(form: str, kind: dict[str, Any]) -> None:
     parts = {"e": partial(nn.EmbeddingBag, 6, 3, **kind)}
     program = Tried("bags", FORMS[form], BAGS, parts, TWICE).program()
