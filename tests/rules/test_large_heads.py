@@ -139,3 +139,50 @@ def test_no_factor_is_classes_by_classes() -> None:
     assert "5000 rows are more than largest=4096" in program.explain("derive")
     values = [step for step, _ in program.compiled.plan.timed]
     assert all(tuple(value.shape).count(classes) < 2 for value in values)
+
+
+def in_parts(f: Tensor, y: Tensor) -> Tensor:
+    return F.nll_loss(F.log_softmax(f, 1), y, ignore_index=1)
+
+
+@pytest.mark.parametrize("quantity", [tn.DiagGGN(), tn.KFLR(), tn.BatchGrad(), tn.HessianDiag()], ids=lambda q: q.name)
+@pytest.mark.parametrize("spatial", [False, True])
+def test_cross_entropy_in_its_parts(quantity: tn.Quantity, spatial: bool) -> None:
+    """nll_loss(log_softmax(f)) is one call, with the columns of a softmax: the same numbers as of `F.cross_entropy`."""
+    torch.manual_seed(0)
+    model = (nn.Conv1d(3, 5, 2) if spatial else nn.Linear(3, 5)).double()
+    x = (torch.randn(6, 3, 3) if spatial else torch.randn(6, 3)).double()
+    y = torch.randint(5, (6, 2) if spatial else (6,))
+    whole = lambda f, y: F.cross_entropy(f, y, ignore_index=1)  # noqa: E731
+    one, two = (tn.compile(model, loss, (x, y), [quantity]) for loss in (in_parts, whole))
+    assert "log_softmax" not in one.source and "cross_entropy_loss" in one.source
+    for name, _ in model.named_parameters():
+        got, want = (program(x, y)[quantity.name][name] for program in (one, two))
+        if isinstance(got, tn.KroneckerFactors):
+            got, want = got.to_dense(), want.to_dense()
+        assert (got - want).abs().max() <= 1e-12 * want.abs().max()
+
+
+class Logarithms(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.log_softmax(super().forward(x), 1)
+
+
+@pytest.mark.parametrize(
+    "model, loss",
+    [
+        (Logarithms(3, 5), F.nll_loss),
+        (nn.Linear(3, 5), lambda f, y: F.nll_loss(log := F.log_softmax(f, 1), y) + log.square().mean()),
+        (nn.Linear(3, 5), lambda f, y: F.nll_loss(F.log_softmax(f[:, None], 1)[:, 0], y)),
+    ],
+    ids=["of the model", "read twice", "of a part"],
+)
+def test_what_stays_in_parts(model: nn.Module, loss: Any) -> None:
+    """What somebody else reads, or is moved in between; it is right as well."""
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3), torch.randint(5, (6,))
+    program = tn.compile(model, loss, (x, y), [tn.Grad()])
+    assert "cross_entropy" not in program.source
+    want = torch.autograd.grad(loss(model(x), y), list(model.parameters()))
+    for (name, _), right in zip(model.named_parameters(), want, strict=True):
+        torch.testing.assert_close(program(x, y)["grad"][name], right)

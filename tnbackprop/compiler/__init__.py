@@ -22,6 +22,7 @@ from .invariants.table import asked, check
 from .joined import with_one_output, with_output_at_loss
 from .lower.candidate import Lowering
 from .search import Device, searched
+from .softmax_heads import with_cross_entropy
 
 __all__ = ["Compiled", "compile_program"]
 
@@ -38,7 +39,8 @@ def compile_program(
     lowerings: Sequence[Lowering] = (),
 ) -> Compiled:
     """Run the stages on an example batch; `here` where the source runs on this machine: by what this one has."""
-    graph = with_attention(with_one_output(capture(model, loss, example, rules), quantities), quantities, rules)
+    graph = with_cross_entropy(with_one_output(capture(model, loss, example, rules), quantities), rules)
+    graph = with_attention(graph, quantities, rules)
     check(Stage.CAPTURE, graph, seen := asked(model, tuple(quantity.name for quantity in quantities)))
     trial = Trial.of(graph, model, loss, example)
     bound = check(Stage.BIND, bind_all(graph, rules, trial), seen := replace(seen, graph=graph))

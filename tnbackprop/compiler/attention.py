@@ -6,7 +6,7 @@ Where one column goes back nothing looks inside: the kernel of the whole does, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -33,18 +33,24 @@ def with_attention(graph: Graph, quantities: Sequence[Quantity], rules: Rules) -
         return graph
     if any(rules.get(target) is not RULES[target] for target in (ATTENTION, *PARTS)):
         return graph
-    reader = _Reader(graph)
+    reader = Reader(graph)
     found = {call.output.name: made for call in graph.calls if (made := reader.attention(call)) is not None}
+    return without_unread(graph, found)
+
+
+def without_unread(graph: Graph, found: Mapping[str, Call]) -> Graph:
+    """With other calls for the values of these names, and without what nothing reads then."""
     if not found:
         return graph
+    read = Reader(graph).read
     calls = [found.get(call.output.name, call) for call in graph.calls]
-    parts = _unread(calls, reader.read) - _unread(graph.calls, reader.read)
+    parts = _unread(calls, read) - _unread(graph.calls, read)
     values = {name: value for name, value in graph.values.items() if name not in parts}
     kept = tuple(call for call in calls if call.output.name not in parts)
     return replace(graph, calls=kept, values=MappingProxyType(values))
 
 
-class _Reader:
+class Reader:
     """Who makes and who reads every value."""
 
     def __init__(self, graph: Graph) -> None:
@@ -59,12 +65,12 @@ class _Reader:
     def attention(self, call: Call) -> Call | None:
         """The call as attention, if its output is softmax(…) value."""
         weights, value = self._matmul(call)
-        softmax = self._only(weights, SOFTMAX)
+        softmax = self.only(weights, SOFTMAX)
         if softmax is None or len(softmax.output.shape) != 4 or softmax.dim % 4 != 3:
             return None
         scores, causal = self._mask(softmax.input)
         product, scale = self._scale(scores)
-        query, transposed = self._matmul(self._only(product, (aten.matmul.default,)))
+        query, transposed = self._matmul(self.only(product, (aten.matmul.default,)))
         key = self._transposed(transposed)
         if query is None or key is None or value is None or not _fits(query, key, value, call.output):
             return None
@@ -74,7 +80,7 @@ class _Reader:
         }  # fmt: skip
         return Call(ATTENTION, MappingProxyType(arguments), call.output, call.path, call.module_type)
 
-    def _only(self, value: Value | None, targets: tuple[Any, ...]) -> Call | None:
+    def only(self, value: Value | None, targets: tuple[Any, ...]) -> Call | None:
         """The call that makes a value which nobody else reads."""
         call = self.made.get(value.name) if value is not None else None
         own = value is not None and self.users.get(value.name) == 1 and value.name not in self.read
@@ -87,7 +93,7 @@ class _Reader:
 
     def _mask(self, scores: Value) -> tuple[Value, bool]:
         """What is masked, where the mask leaves each position those that are not after it."""
-        call = self._only(scores, (aten.masked_fill.Scalar,))
+        call = self.only(scores, (aten.masked_fill.Scalar,))
         if call is None or call.value != float("-inf") or scores.shape[2] != scores.shape[3]:
             return scores, False
         hidden = self.made.get(call.mask.name)
@@ -99,7 +105,7 @@ class _Reader:
 
     def _scale(self, scores: Value) -> tuple[Value, float]:
         for targets, number in SCALED:
-            call = self._only(scores, targets)
+            call = self.only(scores, targets)
             if call is not None and isinstance(call.other, int | float) and call.other:
                 return call.input, number(float(call.other))
         return scores, 1.0
