@@ -48,7 +48,12 @@ def target(problem: Problem) -> None:
     problem.y[0] = (problem.y[0] + 1) % 3
 
 
-@pytest.mark.parametrize("change", [frozen, value, attribute, mode, loss, target])
+def samples(problem: Problem) -> None:
+    problem.x.resize_(2, *problem.x.shape[1:])
+    problem.y.resize_(2)
+
+
+@pytest.mark.parametrize("change", [frozen, value, attribute, mode, loss, target, samples])
 def test_a_change_is_seen(change: Callable[[Problem], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """But for numbers, which no graph has."""
     captures = Captures(capture)
@@ -62,6 +67,15 @@ def test_a_change_is_seen(change: Callable[[Problem], None], monkeypatch: pytest
     assert captures.hits == (2 if change in (value, target) else 1)
     monkeypatch.setattr(compiler, "capture", capture)
     assert source(changed) == after and source(mlp().build()) == before
+
+
+def test_a_dtype_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    captures = Captures(capture)
+    monkeypatch.setattr(compiler, "capture", captures)
+    model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2)
+    for target in (y, y.double()):
+        tn.compile(model, nn.MSELoss(), (x, target), [tn.Grad()], check=False)
+        assert captures.hits == 0
 
 
 @pytest.mark.parametrize(
