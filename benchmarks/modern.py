@@ -1,16 +1,20 @@
 """Models of today: each quantity with its gradient, as multiples of autograd's gradient, in turns in one process.
 
-    python -m benchmarks.modern [--model GPT] [--only 'kfac|grad'] [--rounds 20] [--device cuda]
+    python -m benchmarks.modern [--large] [--model GPT] [--only 'kfac|grad'] [--rounds 20] [--device cuda]
 
 Every entry computes the loss, the gradient and its quantity. `vmap` is `torch.func.vmap(grad_and_value(…))`; where it
-fails its row is empty. A whole run writes benchmarks/results/modern_<device>.json.
+fails its row is empty. Peak memory is measured with `--large` alone, on a CPU in a process for each entry: it is what
+an entry holds beyond the model and the batch, its results included. A whole run writes
+benchmarks/results/modern_<device>.json, or large_<device>.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -25,9 +29,9 @@ from torch.func import functional_call, grad_and_value, vmap
 import tnbackprop as tn
 
 from .first_order import RESULTS, machine
-from .modern_models import MODERN, Modern
+from .modern_models import LARGE, MODERN, Modern
 from .report import tables
-from .timing import Call, ratios, round_robin
+from .timing import MALLOC_ENVIRONMENT, Call, peak_bytes, ratios, round_robin
 
 BASE = "autograd/grad"
 QUANTITIES: Mapping[str, Callable[[], tn.Quantity]] = {
@@ -101,33 +105,53 @@ def calls(row: Modern, device: torch.device, only: re.Pattern[str]) -> tuple[dic
 def measured(row: Modern, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     entries, compiled = calls(row, device, options.only)
     seconds = round_robin(entries, options.rounds, 3, device)
+    peaks = {}
+    if row.name in LARGE:
+        on_gpu = device.type == "cuda"
+        peaks = {name: peak_bytes(call, device) if on_gpu else _peak(row, name) for name, call in entries.items()}
     rows = {
-        name: {**asdict(found), "peak_bytes": None, "compile_seconds": compiled.get(name)}
+        name: {**asdict(found), "peak_bytes": peaks.get(name), "compile_seconds": compiled.get(name)}
         for name, found in ratios(seconds, BASE).items()
     }
     return {"batch": row.batch, "rounds": options.rounds, "entries": rows}
 
 
+def _peak(row: Modern, entry: str) -> int | None:
+    command = [sys.executable, "-m", "benchmarks.modern", "--model", row.name, "--peak-of", entry]
+    run = subprocess.run(command, env=os.environ | MALLOC_ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True)
+    peak: int | None = json.loads(run.stdout.splitlines()[-1])
+    return peak
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.modern", description="Time models of today.")
-    parser.add_argument("--model", action="append", choices=tuple(MODERN), help="repeat for several; default all")
+    every = MODERN | LARGE
+    parser.add_argument("--large", action="store_true", help="models of real size, without vmap")
+    parser.add_argument("--model", action="append", choices=tuple(every), help="repeat for several; default all")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--only", default="", help="regular expression on entry names (contender/quantity)")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--output", type=Path, help="another place for the JSON")
     options = parser.parse_args(argv)
-    options.only = re.compile(options.only)
+    part = bool(options.only or options.model)
+    only = options.peak_of or options.only or ("tnbackprop/(batch_l2|diag_ggn_mc|kfac)" if options.large else "")
+    options.only = re.compile(only)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    if options.peak_of:
+        (name,) = options.model
+        print(json.dumps(peak_bytes(calls(every[name], device, options.only)[0][options.peak_of], device)))
+        return 0
     results: dict[str, Any] = {**machine(device, options), "problems": {}}
-    for name in options.model or list(MODERN):
-        results["problems"][name] = measured(MODERN[name], device, options)
+    for name in options.model or list(LARGE if options.large else MODERN):
+        results["problems"][name] = measured(every[name], device, options)
         print(tables({name: results["problems"][name]}), flush=True)
-    if (options.only.pattern or options.model) and not options.output:
+    if part and not options.output:
         print("a part of the benchmark: nothing written (give --output)")
         return 0
-    output = options.output or RESULTS / f"modern_{device.type}.json"
+    output = options.output or RESULTS / f"{'large' if options.large else 'modern'}_{device.type}.json"
     output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {output}")
     return 0

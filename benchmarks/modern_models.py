@@ -42,13 +42,15 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches of 4 × 4 pixels, a class token, a table of positions."""
+    """Patches of `patch` × `patch` pixels of an image of `side` × `side`, a class token, a table of positions."""
 
-    def __init__(self, blocks: int = 4, width: int = 192, heads: int = 3, classes: int = 10) -> None:
+    def __init__(
+        self, blocks: int = 4, width: int = 192, heads: int = 3, classes: int = 10, patch: int = 4, side: int = 32
+    ) -> None:
         super().__init__()
-        self.patch = nn.Conv2d(3, width, 4, stride=4)
+        self.patch = nn.Conv2d(3, width, patch, stride=patch)
         self.token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.positions = nn.Parameter(0.02 * torch.randn(1, 65, width))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, 1 + (side // patch) ** 2, width))
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(blocks)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 
@@ -110,6 +112,44 @@ def resnet18() -> nn.Module:
         layers += [Residual(inputs, outputs, stride), Residual(outputs, outputs, 1)]
         inputs = outputs
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+
+class Bottleneck(nn.Module):
+    """Three convolutions with batch norms, the middle one 3 × 3, and what goes past them."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i, o, kernel, step in ((inputs, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1)):
+            layers += [nn.Conv2d(i, o, kernel, step, kernel // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
+        self.inner = nn.Sequential(*layers[:-1])
+        past = nn.Sequential(nn.Conv2d(inputs, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+        self.past = past if stride > 1 or inputs != 4 * width else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.past(x) + self.inner(x))
+
+
+def resnet50() -> nn.Module:
+    """For images of 224 × 224."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    layers.append(nn.MaxPool2d(3, 2, 1))
+    inputs = 64
+    for width, count, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for k in range(count):
+            layers.append(Bottleneck(inputs, width, 1 if k else stride))
+            inputs = 4 * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
+
+
+def gpt2() -> nn.Module:
+    """124 million parameters, its head its table of words."""
+    return GPT(blocks=12, width=768, heads=12, words=50257, length=128)
+
+
+def vit_b16() -> nn.Module:
+    """86 million parameters, for images of 224 × 224."""
+    return ViT(blocks=12, width=768, heads=12, classes=1000, patch=16, side=224)
 
 
 class UNet(nn.Module):
@@ -205,3 +245,13 @@ MODERN = {
         Modern("experts", Experts, F.cross_entropy, _labels(16, 32), 16),
     )
 }
+
+LARGE = {
+    row.name: row
+    for row in (
+        Modern("GPT-2", gpt2, positions_loss, _tokens(50257, 128), 2),
+        Modern("ViT-B/16", vit_b16, F.cross_entropy, _labels(3, 224, 224, classes=1000), 2),
+        Modern("ResNet-50", resnet50, F.cross_entropy, _labels(3, 224, 224, classes=1000), 4),
+    )
+}
+"""Of real size, with random weights."""
