@@ -44,6 +44,13 @@ def normed(blocks: int) -> nn.Module:
     return nn.Sequential(nn.Unflatten(1, (2, 4)), *linears, nn.Flatten(), nn.Linear(8, 3))
 
 
+def other_epsilons(blocks: int) -> nn.Module:
+    """Layers that differ in a number alone, in lines that are only built when a cotangent reads them."""
+    norms = (nn.GroupNorm(2, 8, eps=10.0**-k) for k in range(blocks))
+    layers = [layer for norm in norms for layer in (nn.Linear(8, 8), norm)]
+    return nn.Sequential(*layers, nn.Linear(8, 3))
+
+
 def compiled(model: nn.Module) -> tn.Program:
     x, y = torch.randn(5, 8), torch.randint(3, (5,))
     return tn.compile(model, nn.CrossEntropyLoss(), (x, y), QUANTITIES)
@@ -55,7 +62,7 @@ def anew(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "again", lambda *_: None)
 
 
-@pytest.mark.parametrize("net", [mlp, tied, residual, normed], ids=lambda net: net.__name__)
+@pytest.mark.parametrize("net", [mlp, tied, residual, normed, other_epsilons], ids=lambda net: net.__name__)
 def test_the_same_program(net: Callable[[int], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = net(3)

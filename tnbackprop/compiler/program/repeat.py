@@ -58,8 +58,8 @@ def asked(store: Store, diagrams: Mapping[Any, Diagram]) -> Asked:
     while rest:
         for name in leaves(rest.pop(0)):
             if name not in names and name not in store:
-                every[len(names)] = store.suppliers[name].diagram
-                rest.append(every[len(names)])
+                every["supplied", len(names)] = store.suppliers[name].diagram
+                rest.append(every["supplied", len(names)])
             names[name] = None
     to = {name: f"{k}" for k, name in enumerate(names)}
     form = tuple((what, of_tensors(diagram, to)) for what, diagram in every.items())
