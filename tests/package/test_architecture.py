@@ -267,7 +267,7 @@ AFTER_BIND = ("compiler.derive", "compiler.program", "compiler.lower", "compiler
               "compiler.invariants", "compiler.explain", "compiler", "generation")  # fmt: skip
 MAY = {
     "compiler.emit.naming": "any text becomes an identifier, a comment or a docstring here, and nowhere else",
-    "compiler.emit.source": "the place in a source that a traceback of Python tells",
+    "compiler.emit.loaded": "the place in a source that a traceback of Python tells",
     "compiler.emit.printing": "names of functions in a table; `replace` of sympy",
     "compiler.explain.text": "texts for people",
     "compiler.explain.stages": "texts for people; and which steps are of the backward pass is still told by their note",

@@ -12,7 +12,8 @@ from ..notation.bind import Axes, bind, output_axes
 from ..notation.rule import Rule
 from .derive.derived import Derived
 from .derive.units import without_units
-from .emit.source import emit, load, running
+from .emit.loaded import load, running
+from .emit.source import emit
 from .plan.plan import plan
 from .program.cost import RATES
 from .translate.graph import Call, Graph, Value

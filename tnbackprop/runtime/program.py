@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 
 from ..compiler import Compiled
 from ..compiler.capture.export import plain
+from ..compiler.emit.loaded import load, running
 from ..compiler.emit.naming import comment
-from ..compiler.emit.source import MEMORY, load, running
+from ..compiler.emit.source import MEMORY
 from ..compiler.explain.stages import explain
 from ..compiler.invariants.stage import Stage
 from ..compiler.plan.definite import TOLERATED

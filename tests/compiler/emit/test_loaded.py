@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tnbackprop as tn
-from tnbackprop.compiler.emit.source import FILENAME, load
+from tnbackprop.compiler.emit.loaded import FILENAME, load
 
 
 def known() -> set[str]:

@@ -101,6 +101,24 @@ def test_the_same_memory() -> None:
     assert abs(program.peak_bytes / held.peak - 1) < CLOSE, (program.peak_bytes, held.peak)
 
 
+def test_large_values_and_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function is given what its lines read that is no value: where large values go, and what follows a loop."""
+    torch.manual_seed(0)
+    model, x, y = residual(6), torch.randn(16, 8), torch.randint(3, (16,))
+    loss, quantities = nn.CrossEntropyLoss(), [tn.Grad(), tn.BatchL2(), tn.Variance(centred=True)]
+    plain = tn.compile(model, loss, (x, y), quantities)
+    monkeypatch.setattr("tnbackprop.compiler.plan.plan.Plan.is_large", lambda self, value: True)
+    for limit in (None, int(0.8 * plain.peak_bytes)):
+        program = tn.compile(model, loss, (x, y), quantities, memory_limit=limit)
+        for function in program.source.split("\ndef ")[1:]:
+            head, _, body = function.partition("\n")
+            for free in ("memory", "progress"):
+                assert (free in head) == (f"{free}(" in body)
+        assert "\ndef block" in program.source and "memory(" in program.source
+        for name, value in plain(x, y)["variance"].items():
+            torch.testing.assert_close(program(x, y, progress=limit is not None)["variance"][name], value)
+
+
 class Named(nn.Module):
     """Layers that are called as functions and values of a source are."""
 

@@ -35,7 +35,6 @@ class Shared:
     params   the other values from outside
     results  its own values that are read later
     hints    what its values may be called: what their names at all places have in common
-    counted  it reads N
     """
 
     handed: tuple[Value, ...]
@@ -43,7 +42,6 @@ class Shared:
     results: tuple[Value, ...]
     lines: tuple[Line, ...]
     hints: Mapping[Value, str]
-    counted: bool
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,6 @@ class _Finder:
             tuple(every[0][k].value for k in results),
             tuple(replace(line, note=note) for line, note in zip(every[0], notes, strict=True)),
             hints,
-            any(N in sizes_in(line.expr) for line in every[0]),
         )
         for k, lines in enumerate(every):
             yield Use(

@@ -1,39 +1,30 @@
-"""Emit: a program as the source of one function, registered with linecache so that tracebacks show it."""
+"""Emit: a program as the source of one function, and of those that it calls."""
 
 from __future__ import annotations
 
-import linecache
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count, groupby
+from itertools import groupby
 from typing import Any
-from weakref import finalize
 
-import torch
 from torch.utils import _pytree as pytree
 
 from ...diagram.core import N
-from ...errors import InputError, RuleError
+from ...errors import RuleError
 from ..plan.plan import Plan
 from ..program.expr import Body, Call, Expr, Filled, Rounds, Value, bodies, children, helpers, reads, sizes_in
 from ..program.functions import Form, Function
 from ..program.lines import Block, Line, captured_by, lines_of
 from ..program.passes import Context, Program, passed
 from ..program.store import NOTHING
-from ..running.torch_quiet import UNWARNED
 from ..translate.graph import Graph
 from .layout import Group, Row
 from .naming import TAKEN, Scope, comment, docstring, string
 from .printer import ATOM, FOLLOWED, Printer
 from .shared import Shared, Use, shared
 
-_serial = count(1)
 WIDTH = 120
-FILENAME = "<tnbackprop program"
-"""How the name begins under which a source is known to linecache."""
 MEMORY = "memory"
 """The argument of a program that says where a large value goes: (like, shape) -> a tensor, or None: torch decides."""
 PROGRESS, HANDED = f"{FOLLOWED}=iter", f"{MEMORY}=lambda like, shape: None"
@@ -95,8 +86,7 @@ class Writer:
 
     def definitions(self) -> list[Definition]:
         """The functions that are not helpers."""
-        large = any(call.fn is GIVE_MEMORY for expr in self._exprs for call in _inside(expr) if isinstance(call, Call))
-        arguments = ("tensors", *[PROGRESS] * followed(self.plan), *[HANDED] * large)
+        arguments = ("tensors", *[PROGRESS] * followed(self.plan), *[HANDED] * _given_memory(self._exprs))
         calls, functions = self._straight()
         body = [*self._inputs(), *calls, *self._return()]
         return [*map(self._function, self.bodies), *functions, Definition("program", arguments, body)]
@@ -119,7 +109,7 @@ class Writer:
     def _use(self, use: Use, name: str) -> list[str]:
         """The lines of a call."""
         handed = ", ".join(map(self.names, use.handed))
-        args = [*["N"] * use.shared.counted, *[HANDOVER] * bool(handed), *map(self.names, use.params)]
+        args = [*_free(use.shared.lines), *[HANDOVER] * bool(handed), *map(self.names, use.params)]
         results = [self.names(value) for value in use.results]
         unread = ", ".join(map(self.names, use.unread))
         return [
@@ -138,7 +128,7 @@ class Writer:
         printer = self._printer(names)
         handed = ", ".join(map(names, called.handed))
         head = [f"    {handed}{',' * (len(called.handed) == 1)} = {HANDOVER}", f"    {HANDOVER}.clear()"] * bool(handed)
-        args = [*["N"] * called.counted, *[HANDOVER] * bool(handed), *map(names, called.params)]
+        args = [*_free(called.lines), *[HANDOVER] * bool(handed), *map(names, called.params)]
         results = ", ".join(map(names, called.results))
         body = [*head, *written(called.lines, printer, inside=inside), f"    return ({results},)"]
         return Definition(name, tuple(args), body)
@@ -349,41 +339,24 @@ def freed(values: Iterable[Value], inside: set[Value], printer: Printer, indent:
 
 def followed(plan: Plan) -> bool:
     """Whether the program has rounds that a bar can follow."""
-    every = (each for step, _ in plan.timed for each in _inside(step.expr))
-    return bool(plan.loops) or any(isinstance(each, Rounds) and each.followed for each in every)
+    return bool(plan.loops) or _rounds_followed(step.expr for step, _ in plan.timed)
 
 
-def load(source: str) -> Callable[[dict[str, torch.Tensor]], Any]:
-    """The function that the source defines. While it lives, linecache knows its lines."""
-    filename = f"{FILENAME} {next(_serial)}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    namespace: dict[str, Any] = {}
-    exec(compile(source, filename, "exec"), namespace)
-    function: Callable[[dict[str, torch.Tensor]], Any] = namespace["program"]
-    finalize(function, linecache.cache.pop, filename, None).atexit = False
-    return function
+def _rounds_followed(exprs: Iterable[Expr | None]) -> bool:
+    return any(isinstance(each, Rounds) and each.followed for expr in exprs for each in _inside(expr))
 
 
-def _about(source: str, number: int) -> str:
-    """What a line of a source is for: the comment before it."""
-    before = reversed(source.splitlines()[:number])
-    return next((line.strip(" #") for line in before if line.strip().startswith("# ")), "")
+def _given_memory(exprs: Iterable[Expr]) -> bool:
+    """Whether something goes where memory is given."""
+    return any(isinstance(each, Call) and each.fn is GIVE_MEMORY for expr in exprs for each in _inside(expr))
 
 
-@contextmanager
-def running(source: str) -> Iterator[None]:
-    """What torch or Python raises in the emitted function is told with the place in the source, and what it is for."""
-    try:
-        with UNWARNED:
-            yield
-    except (ZeroDivisionError, IndexError, RuntimeError, ValueError, TypeError) as error:
-        found = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(FILENAME)]
-        if not found or isinstance(error, torch.OutOfMemoryError):
-            raise
-        lines = source.splitlines()[: found[-1].lineno]
-        about = " > ".join(dict.fromkeys(_about(source, frame.lineno or 0) for frame in found))
-        zero = "a scale divides by zero at this batch size, as 1/(N - 1) does at N = 1: give more samples"
-        what = zero if isinstance(error, ZeroDivisionError) else error
-        raise InputError(
-            f"the batch fails in {about}: {what}\n  line {len(lines)} of program.source: {lines[-1].strip()}"
-        ) from error
+def _free(lines: Sequence[Line]) -> list[str]:
+    """What lines of the program read that is no value: a function that has them is given it."""
+    exprs = [line.expr for line in lines]
+    read = {
+        "N": any(N in sizes_in(expr) for expr in exprs),
+        FOLLOWED: _rounds_followed(exprs),
+        MEMORY: _given_memory(exprs),
+    }
+    return [name for name, is_read in read.items() if is_read]
