@@ -171,3 +171,20 @@ def test_an_error_in_a_function_says_what_it_is_for(monkeypatch: pytest.MonkeyPa
 )
 def test_what_names_have_in_common(texts: list[str], other: str, expected: str) -> None:
     assert common(texts, other) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("net", [residual, normed], ids=lambda net: net.__name__)
+def test_torch_compile_takes_it_as_one_graph(net: Callable[[int], nn.Module]) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 8), torch.randint(3, (5,))
+    program = tn.compile(net(6), nn.CrossEntropyLoss(), (x, y), [tn.Grad(), tn.BatchL2()])
+    assert "handed.clear()" in program.source
+    namespace: dict[str, Callable[..., tuple[Tensor, object, dict[str, dict[str, Tensor]]]]] = {}
+    exec(program.source, namespace)
+    torch._dynamo.reset()
+    traced = torch.compile(namespace["program"], fullgraph=True, backend="aot_eager")
+    want, got = (function(program.tensors(x, y))[2] for function in (namespace["program"], traced))
+    for quantity, by in want.items():
+        for name, value in by.items():
+            torch.testing.assert_close(got[quantity][name], value)
