@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import tnbackprop as tn
 
@@ -187,3 +188,29 @@ def test_the_same_op_twice() -> None:
     x, y = torch.randn(4, 3).double(), torch.randn(4, 2).double()
     found = tn.compute(model, loss, (x, y), [tn.BatchGrad()])["batch_grad"]
     assert_equal(found, oracle.batch_grad(model, loss, x, y), "batch_grad")
+
+
+class CastTwice(nn.Module):
+    """A product of values that are made of one parameter, of which one goes through another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        return x @ ((weight @ weight.T @ weight) * weight.cumsum(0).to(torch.float32).to(torch.float64))
+
+
+def test_second_derivatives_through_a_cast_of_a_parameter() -> None:
+    """What a product sends to a value made of parameters on its own has a name of its own."""
+    torch.manual_seed(0)
+    model, loss = CastTwice(), nn.MSELoss()
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64)
+
+    def of(weight: Tensor) -> Tensor:
+        return loss(functional_call(model, {"weight": weight}, (x,)), y)
+
+    whole = torch.func.hessian(of)(model.weight.detach()).reshape(3, 3)
+    found = tn.compile(model, loss, (x, y), [tn.HessianDiag()], check=False)(x, y)["hessian_diag"]["weight"]
+    torch.testing.assert_close(found.flatten(), whole.diagonal(), rtol=1e-5, atol=1e-7)

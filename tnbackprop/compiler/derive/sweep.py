@@ -156,14 +156,15 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
 def _pull_individually(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> None:
     """Native code for a parameter gives its individual VJPs as a value; the use is then the identity."""
     output = rule.equations[-1]
+    cotangent = f"{sweep.prefix}:{output.name}"  # what was propagated to it on its own has another name
     if sweep.samples[output.name]:
         schedule(sweep, output.name)
-    elif output.name not in sweep.scheduled:
+    elif all(item.name != cotangent for item in sweep.schedule if isinstance(item, Backward)):
         sweep.scheduled.add(output.name)
         uses, g = all_uses(sweep, output.name)
-        sweep.schedule.append(Backward(f"{sweep.prefix}:{output.name}", output.name, (uses.T @ g,), call.where))
+        sweep.schedule.append(Backward(cotangent, output.name, (uses.T @ g,), call.where))
     own = f"{sweep.prefix}::{name}:{output.name}"
-    sweep.schedule.append(Individual(own, name, Native(rule.vjp[name], f"{sweep.prefix}:{output.name}", output.name)))
+    sweep.schedule.append(Individual(own, name, Native(rule.vjp[name], cotangent, output.name)))
     sizes = [size for size in sweep.graph.values[name].shape if size != 1]
     out = tuple(Leg(f"a{k}", size) for k, size in enumerate(sizes))
     sweep.uses.setdefault(name, []).append((identity(out), tensor(own, (*sweep.lead, BATCH, *out))))
