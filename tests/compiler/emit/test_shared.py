@@ -119,6 +119,30 @@ def test_large_values_and_slices(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(program(x, y, progress=limit is not None)["variance"][name], value)
 
 
+class Fallback(nn.Module):
+    """A layer with an operator that has no rule: its VJP is a function inside an expression."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.special.i0(self.linear(x)).sin()
+
+
+def test_variables_of_functions_inside() -> None:
+    """They are no values that a function of lines is given."""
+    torch.manual_seed(0)
+    model, loss = nn.Sequential(*(Fallback() for _ in range(6)), nn.Linear(8, 3)), nn.CrossEntropyLoss()
+    x, y = torch.randn(5, 8), torch.randint(3, (5,))
+    program = tn.compile(model, loss, (x, y), [tn.Grad(), tn.DiagGGN()])
+    functions, _, _ = program.source.partition("def program(")
+    assert "def block" in functions and "lambda" in functions
+    loss(model(x), y).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(program(x, y)["grad"][name], parameter.grad)
+
+
 class Named(nn.Module):
     """Layers that are called as functions and values of a source are."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ...diagram.core import N
-from ..program.expr import Body, Value, sizes_in
+from ..program.expr import Body, Value, reads, sizes_in
 from ..program.lines import Line
 from .naming import common
 from .printer import Printer
@@ -85,7 +85,9 @@ def _form(line: Line, functions: Mapping[Body, str]) -> _Form:
     text = Printer(lambda value: places.setdefault(value, f"\0{len(places)}"), functions).text(line.expr)
     frees = [places.setdefault(value, f"\0{len(places)}") for value in line.frees]
     plain = line.block is None and sizes_in(line.expr) <= {N}
-    return _Form((text, tuple(frees)) if plain else object(), tuple(places), frozenset(line.frees))
+    known = {*reads(line.expr), *line.frees}  # the variables of functions inside are none
+    values = tuple(value for value in places if value in known)
+    return _Form((text, tuple(frees)) if plain else object(), values, frozenset(line.frees))
 
 
 @dataclass(frozen=True)
