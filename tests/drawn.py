@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tnbackprop as tn
-from tnbackprop.compiler.derive.derived import Backward
+from tnbackprop.compiler.sweep.derived import Backward
 from tnbackprop.diagram.algebra import inline
 from tnbackprop.diagram.core import (
     BATCH,

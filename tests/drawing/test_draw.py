@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import tnbackprop as tn
-from tnbackprop.compiler.derive.derived import Extraction, Result
+from tnbackprop.compiler.sweep.derived import Extraction, Result
 from tnbackprop.diagram.algebra import inline
 from tnbackprop.diagram.core import BATCH, Diagram, Leg, N, Part, Tensor
 from tnbackprop.drawing import formulas, jacobian, paper, quantity

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tnbackprop as tn
-from tnbackprop.compiler.derive.derived import Extraction
+from tnbackprop.compiler.sweep.derived import Extraction
 
 from .test_generate import loaded
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import tnbackprop as tn
-from tnbackprop.compiler.derive.derived import Result
+from tnbackprop.compiler.sweep.derived import Result
 
 from .. import oracle_second
 from ..cases import CASES, Case, Problem, classes, normal, seq

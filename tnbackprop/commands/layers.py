@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import tnbackprop as tn
 
 from ..compiler import Compiled
-from ..compiler.derive.derived import Extraction, Result
 from ..compiler.emit.naming import comment
 from ..compiler.explain.polynomials import Symbols
 from ..compiler.explain.stages import (
@@ -27,6 +26,7 @@ from ..compiler.explain.stages import (
 )
 from ..compiler.explain.text import diagram_text
 from ..compiler.program.expr import Value
+from ..compiler.sweep.derived import Extraction, Result
 from ..compiler.translate.graph import Call, op_text
 from ..diagram.algebra import inline
 from ..diagram.core import Diagram

@@ -10,12 +10,12 @@ import torch
 
 from ..notation.bind import Axes, bind, output_axes
 from ..notation.rule import Rule
-from .derive.derived import Derived
-from .derive.units import without_units
 from .emit.loaded import load, running
 from .emit.source import emit
 from .plan.plan import plan
 from .program.cost import RATES
+from .sweep.derived import Derived
+from .sweep.units import without_units
 from .translate.graph import Call, Graph, Value
 from .translate.names import Names
 

@@ -13,7 +13,7 @@ import torch
 from ..diagram.core import N
 from ..quantities import Gradient, Quantity
 from .derive.output import Bound
-from .derive.roots import at_loss
+from .sweep.roots import at_loss
 from .translate.graph import Call, Graph, Value, depends_on, needed
 from .translate.names import Names
 

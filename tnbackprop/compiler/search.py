@@ -10,14 +10,14 @@ import torch
 from ..notation.bind import BoundRule
 from ..quantities import Quantity
 from .derive.derive import derive
-from .derive.derived import Derived, PerSample
+from .limits import check_memory, machine_bytes
 from .lower.candidate import Lowering
 from .lower.table import LOWERINGS
-from .plan.limits import check_memory, machine_bytes
 from .plan.plan import Plan, plan
 from .plan.processor import of_processor
 from .plan.samples import separable
 from .program.cost import RATES, Rates
+from .sweep.derived import Derived, PerSample
 from .translate.graph import Call, Graph
 
 WIDER = (4, 8)

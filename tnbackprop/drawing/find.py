@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..compiler.derive.derived import Extraction
+from ..compiler.sweep.derived import Extraction
 from ..compiler.translate.graph import Call
 from ..diagram.algebra import differentiate
 from ..diagram.core import Diagram

@@ -10,7 +10,6 @@ from types import MappingProxyType
 import sympy
 import torch
 
-from ..compiler.derive.derived import Backward, Derived, Extraction, Given, Native
 from ..compiler.emit.layout import Doc, Group, laid
 from ..compiler.emit.naming import TAKEN, Scope
 from ..compiler.emit.printer import Printer, data
@@ -21,6 +20,7 @@ from ..compiler.plan.plan import Plan
 from ..compiler.program.expr import Body, Expr, Value, helpers, reads, sizes_in
 from ..compiler.program.lines import lines_of
 from ..compiler.program.passes import passed
+from ..compiler.sweep.derived import Backward, Derived, Extraction, Given, Native
 from ..compiler.translate.graph import Graph
 from ..diagram.core import Diagram, N, Size, Tensor, V, hint_of, leaves
 from ..errors import UnsupportedError

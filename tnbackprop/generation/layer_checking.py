@@ -7,9 +7,9 @@ from string import Template
 
 import torch
 
-from ..compiler.derive.derived import Backward, Given
 from ..compiler.derive.output import output_legs
 from ..compiler.emit import printer
+from ..compiler.sweep.derived import Backward, Given
 from ..diagram.core import N
 from ..quantities import Average, Exact, HesScale, Quantity
 from ..quantities.propagation import COTANGENT

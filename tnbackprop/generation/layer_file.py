@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..compiler.derive.derived import Result
 from ..compiler.emit.naming import string
 from ..compiler.lower.arrange import reshaped
 from ..compiler.program.expr import Expr
 from ..compiler.program.lines import alive
 from ..compiler.single import part
+from ..compiler.sweep.derived import Result
 from ..diagram.core import hint_of
 from ..quantities.propagation import COTANGENT
 from ..version import __version__

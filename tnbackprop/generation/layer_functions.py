@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from ..compiler.derive.derive import rules_text
-from ..compiler.derive.derived import Result
 from ..compiler.derive.layer import Layer
 from ..compiler.emit.naming import identifier
 from ..compiler.lower.arrange import reshaped
 from ..compiler.program.lines import alive
 from ..compiler.single import compile_layer, part
+from ..compiler.sweep.derived import Result
 from ..diagram.core import Diagram, N, Size, V
 from ..errors import InputError, UnsupportedError
 from ..quantities import Handed, Quantity

@@ -9,14 +9,14 @@ from typing import Any
 import sympy
 
 from ..compiler import Compiled
-from ..compiler.derive.derived import Columns, Extraction
-from ..compiler.derive.roots import LossRoot, elementwise_root
 from ..compiler.emit.naming import TAKEN, Scope, string
 from ..compiler.emit.source import Writer
 from ..compiler.plan.plan import Plan
 from ..compiler.program import functions as f
 from ..compiler.program.expr import Call, Expr, Slice, Value
 from ..compiler.program.lines import alive
+from ..compiler.sweep.derived import Columns, Extraction
+from ..compiler.sweep.roots import LossRoot, elementwise_root
 from ..diagram.core import N, hint_of
 from ..quantities import Gradient, Quantity
 from .checking import SAMPLES, Checks, Key

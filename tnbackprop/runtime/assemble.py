@@ -10,7 +10,7 @@ from math import prod
 import torch
 
 from ..compiler import Compiled
-from ..compiler.derive.derived import Extraction, joined_with
+from ..compiler.sweep.derived import Extraction, joined_with
 from ..linalg import Kind, KroneckerFactors, Layout
 from ..quantities.factors import Factors
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils import _pytree as pytree
 
-from ..compiler.derive.derived import Columns, Extraction
-from ..compiler.derive.roots import LossRoot
+from ..compiler.sweep.derived import Columns, Extraction
+from ..compiler.sweep.roots import LossRoot
 from ..diagram.core import leaves
 from ..diagram.reference import size_of
 from ..linalg import KroneckerFactors

@@ -12,8 +12,8 @@ from torch import nn
 
 import tnbackprop as tn
 from tnbackprop.compiler import search
-from tnbackprop.compiler.derive.derived import Derived, Extraction, Result
 from tnbackprop.compiler.program import cost
+from tnbackprop.compiler.sweep.derived import Derived, Extraction, Result
 from tnbackprop.diagram.algebra import inline
 from tnbackprop.diagram.core import Selection, Tensor
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import tnbackprop as tn
 from tnbackprop.compiler import search
 from tnbackprop.compiler.derive import columns
-from tnbackprop.compiler.derive.derived import Basis, Result
 from tnbackprop.compiler.program import cost
+from tnbackprop.compiler.sweep.derived import Basis, Result
 
 from ... import oracle_second
 from ...cases import seq

@@ -11,9 +11,9 @@ from torch.utils import _pytree as pytree
 
 import tnbackprop as tn
 from tnbackprop.compiler import search
-from tnbackprop.compiler.derive.derived import PerSample
 from tnbackprop.compiler.plan.plan import Plan
 from tnbackprop.compiler.program import cost
+from tnbackprop.compiler.sweep.derived import PerSample
 
 QUANTITIES = {
     "kfac": tn.KFAC(mc_samples=2), "kflr": tn.KFLR(), "kfra": tn.KFRA(), "diag_ggn": tn.DiagGGN(),

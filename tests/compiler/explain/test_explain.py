@@ -12,13 +12,13 @@ from torch import nn
 
 import tnbackprop as tn
 from benchmarks.models import PROBLEMS
-from tnbackprop.compiler.derive.derived import Extraction, Result
 from tnbackprop.compiler.explain.alternatives import Way, alternatives
 from tnbackprop.compiler.explain.polynomials import Symbols, in_batch, in_batch_text, without_common_factor
 from tnbackprop.compiler.explain.stages import pulled_back
 from tnbackprop.compiler.explain.text import body_text
 from tnbackprop.compiler.invariants.stage import Stage
 from tnbackprop.compiler.program.cost import number
+from tnbackprop.compiler.sweep.derived import Extraction, Result
 from tnbackprop.diagram.canonical import same
 from tnbackprop.diagram.core import BATCH, Leg, N, Part
 from tnbackprop.diagram.simplify import simplify

@@ -13,8 +13,8 @@ from torch import nn
 
 import tnbackprop as tn
 from tnbackprop.compiler import search
-from tnbackprop.compiler.derive.derived import PerSample
 from tnbackprop.compiler.program import cost
+from tnbackprop.compiler.sweep.derived import PerSample
 from tnbackprop.runtime import Program
 
 

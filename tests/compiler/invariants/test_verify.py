@@ -15,7 +15,6 @@ from torch import nn
 
 import tnbackprop as tn
 from tnbackprop.compiler import Compiled
-from tnbackprop.compiler.derive.derived import Backward, Extraction, Native
 from tnbackprop.compiler.invariants.stage import Stage
 from tnbackprop.compiler.invariants.table import INVARIANTS, Context, asked, check
 from tnbackprop.compiler.invariants.wellformed import flaws
@@ -23,6 +22,7 @@ from tnbackprop.compiler.program import functions as f
 from tnbackprop.compiler.program.cost import Work
 from tnbackprop.compiler.program.expr import Body, Call, Expr, Filled, Value, reads
 from tnbackprop.compiler.program.lines import Block, Line
+from tnbackprop.compiler.sweep.derived import Backward, Extraction, Native
 from tnbackprop.diagram.core import BATCH, Delta, Diagram, Leg, Map, N, Part, Product, Tensor, Window, argument
 from tnbackprop.errors import InvariantError
 from tnbackprop.notation.bind import Equation

@@ -13,9 +13,9 @@ from torch import nn
 
 import tnbackprop as tn
 from tnbackprop.compiler import search
-from tnbackprop.compiler.derive.derived import Backward, Extraction, PerSample
 from tnbackprop.compiler.plan.joint import in_turns
 from tnbackprop.compiler.program import cost
+from tnbackprop.compiler.sweep.derived import Backward, Extraction, PerSample
 
 from ...cases import CASES
 from ...second_order import assert_equal

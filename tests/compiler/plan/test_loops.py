@@ -15,7 +15,6 @@ from torch import nn
 import tnbackprop as tn
 from tnbackprop.compiler import Compiled, search
 from tnbackprop.compiler.derive import columns
-from tnbackprop.compiler.derive.derived import PerSample
 from tnbackprop.compiler.emit.source import written
 from tnbackprop.compiler.plan.loops import over_columns
 from tnbackprop.compiler.program import cost
@@ -29,6 +28,7 @@ from tnbackprop.compiler.program.lines import alive, lines_of
 from tnbackprop.compiler.program.numbers import Number
 from tnbackprop.compiler.program.passes import passed
 from tnbackprop.compiler.program.store import LIKE, Store
+from tnbackprop.compiler.sweep.derived import PerSample
 from tnbackprop.diagram.core import COLUMN, Leg, N, Product, Size
 from tnbackprop.notation.code import Code
 

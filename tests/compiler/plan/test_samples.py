@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 import tnbackprop as tn
 from tnbackprop.compiler import search
-from tnbackprop.compiler.derive.derived import Derived, PerSample
 from tnbackprop.compiler.lower.arrange import copies
 from tnbackprop.compiler.lower.contract import build
 from tnbackprop.compiler.lower.table import LOWERINGS
@@ -26,6 +25,7 @@ from tnbackprop.compiler.program.cost import Kernel
 from tnbackprop.compiler.program.expr import Call, Ref
 from tnbackprop.compiler.program.memory import peak_of
 from tnbackprop.compiler.program.numbers import Number
+from tnbackprop.compiler.sweep.derived import Derived, PerSample
 from tnbackprop.diagram.core import BATCH, COLUMN, Diagram, Leg, N, Product, Tensor
 
 from ... import oracle_second

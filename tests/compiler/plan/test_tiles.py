@@ -12,11 +12,11 @@ from torch import nn
 
 import tnbackprop as tn
 from tnbackprop.compiler import search
-from tnbackprop.compiler.derive.derived import Result
 from tnbackprop.compiler.program import cost
 from tnbackprop.compiler.program.cost import CPU, Kernel
 from tnbackprop.compiler.program.expr import Ref
 from tnbackprop.compiler.program.store import Store
+from tnbackprop.compiler.sweep.derived import Result
 
 from ... import oracle_second
 from ...programs import code_of

@@ -15,10 +15,10 @@ from ...diagram.jacobian import Jacobian
 from ...diagram.simplify import simplify
 from ...errors import FormulaError
 from ...notation.bind import BoundRule, Equation
+from ..sweep.derived import Backward
+from ..sweep.lines import jacobian_of, operands_of
+from ..sweep.sweep import Sweep, all_uses, classify, cotangent_of, extraction
 from ..translate.graph import Call
-from .derived import Backward
-from .lines import jacobian_of, operands_of
-from .sweep import Sweep, all_uses, classify, cotangent_of, extraction
 
 Legs = tuple[Leg, ...]
 Bound = tuple[tuple[Call, BoundRule], ...]

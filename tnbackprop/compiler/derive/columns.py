@@ -14,13 +14,13 @@ from ...diagram.core import BATCH, COLUMN, Diagram, Leg, N, Product, Size, Tenso
 from ...errors import UnsupportedError
 from ...notation.bind import BoundRule
 from ...quantities import Handed, Propagation, Quantity, Residual
+from ..sweep.derived import Arriving, Backward, Basis, Columns, Extraction, Formula, Given, PerSample, column_leg
+from ..sweep.roots import LossRoot, output_of
+from ..sweep.sweep import Sweep, add, all_uses, extraction, run, schedule
 from ..translate.graph import Call, Graph
 from .averaged import copied, run_averaged
-from .derived import Arriving, Backward, Basis, Columns, Extraction, Formula, Given, PerSample, column_leg
 from .output import AtOutput, Start, along, output_legs, start_of
 from .residual import Paired, Weighted, residual_diagonal, residuals
-from .roots import LossRoot, output_of
-from .sweep import Sweep, add, all_uses, extraction, run, schedule
 
 Bound = tuple[tuple[Call, BoundRule], ...]
 ONE = sympy.Integer(1)

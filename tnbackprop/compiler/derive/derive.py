@@ -14,15 +14,15 @@ from ...notation.rule import Rule
 from ...quantities import Exact, Gradient, Propagation, Quantity, Residual
 from ...table import RuleFunction, Rules
 from ..capture.trial import Trial
+from ..sweep.derived import Columns, Derived, PerSample
+from ..sweep.sweep import Sweep, run, scale_of, schedule
+from ..sweep.units import without_units
 from ..translate.foreign import foreign
 from ..translate.graph import Call, Graph, Value, op_text
 from ..translate.torch_internals import of_aten
 from .columns import Setting, columns_of
-from .derived import Columns, Derived, PerSample
 from .fallback import fallback
 from .output import output_legs
-from .sweep import Sweep, run, scale_of, schedule
-from .units import without_units
 
 ONE = Diagram((), (Product(sympy.Integer(1), ()),))
 

@@ -15,8 +15,8 @@ from ...errors import UnsupportedError
 from ...quantities import Handed
 from ...quantities.propagation import COTANGENT, HANDED
 from ..program.cost import Rates
+from ..sweep.derived import Backward, Derived, Extraction, Given, Individual, Schedule
 from ..translate.graph import Graph, Value
-from .derived import Backward, Derived, Extraction, Given, Individual, Schedule
 
 
 def opened(graph: Graph) -> Graph:

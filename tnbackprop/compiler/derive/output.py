@@ -13,13 +13,13 @@ from ...diagram.jacobian import Jacobian
 from ...errors import InputError, UnsupportedError
 from ...notation.bind import BoundRule
 from ...quantities import Output, Propagation, Residual
+from ..sweep.derived import Noise, column_leg
+from ..sweep.roots import LossRoot, elementwise_root, loss_root, output_of
+from ..sweep.sweep import Sweep, cotangent
 from ..translate.foreign import foreign
 from ..translate.graph import Call, Graph, Value
 from .averaged import copied
-from .derived import Noise, column_leg
 from .residual import Weighted
-from .roots import LossRoot, elementwise_root, loss_root, output_of
-from .sweep import Sweep, cotangent
 
 Bound = tuple[tuple[Call, BoundRule], ...]
 ONE = sympy.Integer(1)

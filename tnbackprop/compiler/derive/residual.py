@@ -19,9 +19,9 @@ from ...diagram.regroup import common, regroup
 from ...diagram.simplify import simplify
 from ...errors import FormulaError, UnsupportedError
 from ...notation.bind import BoundRule, Equation
+from ..sweep.lines import jacobian_of, operands_of
+from ..sweep.sweep import Sweep, cotangent_of
 from ..translate.graph import Call
-from .lines import jacobian_of, operands_of
-from .sweep import Sweep, cotangent_of
 
 Legs = tuple[Leg, ...]
 

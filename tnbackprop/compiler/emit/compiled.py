@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..derive.derived import Derived
 from ..plan.plan import Plan
 from ..program.expr import Value
+from ..sweep.derived import Derived
 from ..translate.graph import Graph
 from .source import Writer
 

@@ -10,12 +10,12 @@ import sympy
 
 from ...diagram.algebra import all_parts, inline
 from ...diagram.core import Diagram, Part
-from ..derive.derived import Result
 from ..plan.choose import Choice
 from ..plan.plan import Plan
 from ..program.cost import Rates, Terms, number
 from ..program.expr import Value
 from ..program.lines import alive
+from ..sweep.derived import Result
 from .polynomials import Symbols, number_text, without_common_factor
 
 BATCHES = 4096

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from math import prod
 
 from ...quantities.factors import Factors
-from ..derive.derived import Extraction
 from ..emit.compiled import Compiled
+from ..sweep.derived import Extraction
 from .text import legs_text, table
 
 HEADER = ("parameter", "shape", "factors", "positions", "a diagonal, because")

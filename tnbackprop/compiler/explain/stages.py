@@ -11,7 +11,6 @@ from ...diagram.algebra import differentiate
 from ...diagram.core import BATCH, COLUMN, Diagram, Leg, Part, Product, Tensor, hint_of
 from ...diagram.simplify import simplify
 from ...notation.bind import COTANGENT, BoundRule, Equation
-from ..derive.derived import Backward, Extraction, Formula, Individual, Native, Result, Schedule
 from ..emit.compiled import Compiled
 from ..emit.naming import comment
 from ..invariants.stage import Stage
@@ -20,6 +19,7 @@ from ..plan.plan import Plan
 from ..program.cost import Kernel, bytes_of, number
 from ..program.expr import Rounds, Value
 from ..program.passes import PASSES
+from ..sweep.derived import Backward, Extraction, Formula, Individual, Native, Result, Schedule
 from .alternatives import Alternative, Way, alternatives, conditions, part_names, seconds, work_numbers
 from .factors import factor_lines
 from .polynomials import Symbols, in_batch_text, number_text

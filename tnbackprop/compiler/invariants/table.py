@@ -15,13 +15,13 @@ import torch
 from ...diagram.core import BATCH, Diagram, N, V, is_head
 from ...errors import InvariantError
 from ...notation.bind import BoundRule
-from ..derive.derived import Backward, Derived, Extraction, Individual, Native, Schedule
 from ..plan.plan import Plan, names_in
 from ..program.expr import Call as Call_
 from ..program.expr import Rounds
 from ..program.expr import Value as Step
 from ..program.passes import Program
 from ..program.store import LIKE
+from ..sweep.derived import Backward, Derived, Extraction, Individual, Native, Schedule
 from ..translate.graph import Call, Graph, is_batch
 from .program import living, synchronous
 from .stage import Stage

@@ -9,13 +9,13 @@ from itertools import combinations
 
 from ...diagram.algebra import all_parts, inline, of_tensors, parts
 from ...diagram.core import Diagram, Tensor
-from ..derive.derived import Extraction, Result
 from ..lower.contract import build
 from ..program.cost import number
 from ..program.expr import Ref, Value
 from ..program.hoist import epilogues, saved
 from ..program.repeat import again, asked, keep
 from ..program.store import Store
+from ..sweep.derived import Extraction, Result
 from .rows import in_rows
 from .slices import build_sliced
 

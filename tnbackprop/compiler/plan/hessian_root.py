@@ -12,12 +12,12 @@ from math import prod
 import torch
 
 from ...diagram.core import BATCH, Leg
-from ..derive.roots import LossRoot
 from ..program import expr as e
 from ..program import functions as f
 from ..program.cost import Kernel, Work
 from ..program.expr import Body, Expr, Lambda, Of, Slice, reads
 from ..program.store import Store
+from ..sweep.roots import LossRoot
 from ..translate.graph import Call, Graph, Value
 from ..translate.torch_internals import of_aten
 from .definite import smallest_eigenvalue

@@ -11,7 +11,6 @@ import torch
 from ...diagram.core import Diagram, Leg, N, Size, hint_of, is_head
 from ...notation.bind import COTANGENT, COTANGENTS
 from ...notation.code import Code, Nth
-from ..derive.derived import Backward, Extraction, Individual, Native, Result, Schedule
 from ..derive.fallback import OperatorVjp
 from ..lower.arrange import in_order, reshaped, sizes_of
 from ..lower.contract import build
@@ -20,6 +19,7 @@ from ..program.cost import Kernel, Terms, Work
 from ..program.expr import NO_WORK, Call, Expr, Lambda, Ref, Value
 from ..program.repeat import again, asked, keep
 from ..program.store import Store
+from ..sweep.derived import Backward, Extraction, Individual, Native, Result, Schedule
 from ..translate.graph import Graph
 from ..translate.operators import Memory, row_of
 from ..translate.torch_internals import overload

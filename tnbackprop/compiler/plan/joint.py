@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 
 from ...diagram.core import COLUMN, Diagram, Leg, N, Operand, Product, Size, Tensor, hint_of, operand_tensors
 from ...notation.bind import COTANGENTS
-from ..derive.derived import Backward, Columns, Extraction, Individual, Native, Schedule
 from ..lower.arrange import copy_work, reshaped, sizes_of
 from ..program import functions as f
 from ..program.cost import Kernel
 from ..program.expr import Call, Expr
 from ..program.store import Store
+from ..sweep.derived import Backward, Columns, Extraction, Individual, Native, Schedule
 from ..translate.graph import Graph
 from .choose import Choice
 from .items import backward, scheduled

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ...diagram.core import Leg
-from ..derive.derived import Columns, Result
 from ..program import functions as f
 from ..program.cost import Kernel, Terms, Work
 from ..program.expr import Body, Call, Expr, Join, Rounds, Value
@@ -16,6 +15,7 @@ from ..program.hoist import hoisted, moved
 from ..program.lines import alive
 from ..program.memory import peak_of
 from ..program.store import Store
+from ..sweep.derived import Columns, Result
 
 Results = Mapping[Result, Mapping[str, Value]]
 Pairs = tuple[tuple[Value, Value], ...]

@@ -11,7 +11,6 @@ import torch
 from ...diagram.core import COLUMN, Diagram, hint_of
 from ...errors import UnsupportedError
 from ...notation.bind import BoundRule
-from ..derive.derived import Columns, Derived, Extraction, Result
 from ..lower.candidate import Lowering
 from ..lower.contract import build
 from ..lower.table import LOWERINGS
@@ -22,6 +21,7 @@ from ..program.expr import Expr, Rounds, Value
 from ..program.lines import alive
 from ..program.memory import peak_of
 from ..program.store import LIKE, Store, Supplier
+from ..sweep.derived import Columns, Derived, Extraction, Result
 from ..translate.graph import Call, Graph, op_text
 from ..translate.operators import Memory, row_of
 from ..translate.torch_internals import overload

@@ -5,12 +5,12 @@ from __future__ import annotations
 from math import prod
 
 from ...diagram.core import Leg
-from ..derive.derived import Derived, Extraction, Result
 from ..lower.arrange import reshaped
 from ..program.cost import Kernel, Work
 from ..program.expr import Call, Value
 from ..program.functions import Memory, helper
 from ..program.store import Store
+from ..sweep.derived import Derived, Extraction, Result
 from ..translate.graph import Graph
 
 FULL = """\

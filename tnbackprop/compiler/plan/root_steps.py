@@ -9,14 +9,14 @@ import torch
 
 from ...diagram.core import BATCH, N, Size, hint_of
 from ...notation.bind import CURVATURE, HESSIAN_ROOT, NOISE
-from ..derive.derived import Arriving, Basis, Columns, Formula, Given, Noise
-from ..derive.roots import LossRoot
 from ..lower.arrange import arranged, in_order, sizes_of
 from ..lower.contract import build
 from ..program import functions as f
 from ..program.cost import Kernel
 from ..program.expr import Call, Expr, Lambda, Ref, Value
 from ..program.store import Store
+from ..sweep.derived import Arriving, Basis, Columns, Formula, Given, Noise
+from ..sweep.roots import LossRoot
 from ..translate.graph import Graph
 from .definite import in_double, smallest_eigenvalue
 from .forward import EACH, fill

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ...diagram.core import BATCH, Diagram, N, Part, Product, is_head
-from ..derive.derived import Backward, Columns, Derived, Extraction, Individual, Native, Result, Schedule
 from ..program import functions as f
 from ..program.cost import Kernel, Work
 from ..program.expr import Body, Call, Expr, Join, Rounds, Value, replaced, sizes_in
@@ -18,6 +17,7 @@ from ..program.lines import alive
 from ..program.memory import peak_of
 from ..program.numbers import TOTAL
 from ..program.store import Store
+from ..sweep.derived import Backward, Columns, Derived, Extraction, Individual, Native, Result, Schedule
 from ..translate.graph import Graph
 from .choose import Choice
 from .items import scheduled

@@ -8,10 +8,10 @@ from math import isqrt, prod
 
 import torch
 
-from ...diagram.core import Diagram
-from ...errors import UnsupportedError
-from ..derive.derived import Backward, Derived, Extraction, Native
-from ..translate.graph import Graph
+from ..diagram.core import Diagram
+from ..errors import UnsupportedError
+from .sweep.derived import Backward, Derived, Extraction, Native
+from .translate.graph import Graph
 
 
 def machine_bytes(device: torch.device) -> int:
