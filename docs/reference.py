@@ -19,7 +19,10 @@ the quantities in [Quantities](quantities.md).
 GROUPS = {
     "Compile and run": ("compile", "compute", "Program", "Result", "Graphed", "Indefinite"),
     "Products and kernels": ("ggn_product", "hessian_product", "fisher_product", "CurvatureProduct", "Blocks", "ntk"),
-    "Kronecker factors": ("KroneckerFactors", "Damping", "Fisher", "Sharing", "Bias", "Factors"),
+    "Kronecker factors": (
+        "KroneckerFactors", "Role", "Kind", "Damping", "Eigen", "Spectral", "Template", "Fisher", "Sharing", "Bias",
+        "Factors",
+    ),
     "Declare layers": (
         "einsum_layer", "EinsumLayer", "rule", "registered", "primitive", "Rule", "Root", "Table", "Primitive",
         "Declared", "RULES", "REGISTRY",

@@ -9,7 +9,7 @@ from .errors import InputError, InvariantError, RuleError, TnError, UnsupportedE
 from .generation import Generated, Target, generate
 from .kernels import ntk
 from .layer import EinsumLayer, einsum_layer
-from .linalg import Damping, KroneckerFactors
+from .linalg import Damping, Eigen, Kind, KroneckerFactors, Role, Spectral, Template
 from .notation.rule import Primitive, Root, Rule
 from .products import Blocks, CurvatureProduct, fisher_product, ggn_product, hessian_product
 from .quantities import (
@@ -82,6 +82,7 @@ __all__ = [
     "Diagram",
     "Drawing",
     "Draws",
+    "Eigen",
     "EinsumLayer",
     "Elementwise",
     "Exact",
@@ -102,6 +103,7 @@ __all__ = [
     "InputError",
     "InvariantError",
     "Jacobians",
+    "Kind",
     "KroneckerFactors",
     "N",
     "Output",
@@ -111,16 +113,19 @@ __all__ = [
     "Quantity",
     "Residual",
     "Result",
+    "Role",
     "Root",
     "Rule",
     "RuleError",
     "Scale",
     "SecondMoment",
     "Sharing",
+    "Spectral",
     "SqrtGGN",
     "SqrtGGNMC",
     "Table",
     "Target",
+    "Template",
     "TnError",
     "UnsupportedError",
     "Uses",

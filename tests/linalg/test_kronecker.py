@@ -321,8 +321,15 @@ def test_linear_is_a_1x1_convolution(kind: str, sharing: str) -> None:
     assert all(error(right[key], value) <= TOLERANCE for key, value in left.items())
 
 
-@pytest.mark.parametrize("layer, shape", [(nn.Linear(1, 3), (4, 1)), (nn.Linear(3, 1), (4, 2, 3)),
-                                          (nn.Conv2d(1, 2, 1), (3, 1, 2, 2)), (nn.Conv2d(2, 1, 2), (3, 2, 3, 3))])
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (nn.Linear(1, 3), (4, 1)),
+        (nn.Linear(3, 1), (4, 2, 3)),
+        (nn.Conv2d(1, 2, 1), (3, 1, 2, 2)),
+        (nn.Conv2d(2, 1, 2), (3, 2, 3, 3)),
+    ],
+)
 def test_axes_of_one_element(layer: nn.Module, shape: tuple[int, ...]) -> None:
     """(B, A) with the sizes of out and in, and one block with the bias, [out, in + 1], where it is joined."""
     x = torch.randn(shape)

@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+
+
+class ByValue(Enum):
+    """Members are pickled by their value, as newer versions of Python do it: torch.load takes no `getattr`."""
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, tuple[str]]:
+        return type(self), (self.value,)
 
 
 @dataclass(frozen=True)
@@ -50,22 +60,76 @@ class Layout:
         return tuple(math.prod(self.legs[position] for position in positions) for positions in self.factors)
 
     @property
-    def _order(self) -> tuple[int, ...]:
+    def order(self) -> tuple[int, ...]:
+        """The positions of all legs, those of the blocks first, then one factor's after the other's."""
+        return (*self.block_positions, *(position for positions in self.factors for position in positions))
+
+    @property
+    def _axes(self) -> tuple[int, ...]:
         """The axes of [b, *legs] in the order of parts."""
-        inner = (1 + position for positions in self.factors for position in positions)
-        return (*(1 + position for position in self.block_positions), 0, *inner)
+        outer = len(self.block_positions)
+        return (*(1 + position for position in self.order[:outer]), 0, *(1 + p for p in self.order[outer:]))
 
     def split(self, vectors: Tensor) -> Tensor:
         """[b, P] -> parts [g, b, d_1, ..., d_k]."""
         batch = len(vectors)
-        return vectors.reshape(batch, *self.legs).permute(self._order).reshape(self.blocks, batch, *self.sizes)
+        return vectors.reshape(batch, *self.legs).permute(self._axes).reshape(self.blocks, batch, *self.sizes)
 
     def join(self, parts: Tensor) -> Tensor:
         """The inverse of `split`: parts -> [b, P]."""
-        batch, order = parts.shape[1], self._order
+        batch, order = parts.shape[1], self._axes
         axes = (batch, *self.legs)
         back = sorted(range(len(order)), key=order.__getitem__)
         return parts.reshape([axes[axis] for axis in order]).permute(back).reshape(batch, math.prod(self.legs))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A weight and its bias as one matrix [out, in + 1], the bias the last column.
+
+    weight, bias         their names
+    shape, bias_shape    their own shapes
+    layout               which legs of the weight are `out`, and which `in`
+    """
+
+    weight: str
+    bias: str
+    shape: tuple[int, ...]
+    bias_shape: tuple[int, ...]
+    layout: Layout
+
+    def join(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """[..., *shape] and [..., *bias_shape] -> [..., out, in + 1]."""
+        lead = weight.shape[: weight.ndim - len(self.shape)]
+        batch = math.prod(lead)
+        (matrices,) = self.layout.split(weight.reshape(batch, math.prod(self.shape)))
+        found = torch.cat([matrices, bias.reshape(batch, -1, 1)], 2)
+        return found.reshape(*lead, *found.shape[1:])
+
+    def split(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `join`."""
+        lead = matrix.shape[:-2]
+        batch = math.prod(lead)
+        rows = matrix.reshape(batch, *matrix.shape[-2:])
+        weight = self.layout.join(rows[:, :, :-1].unsqueeze(0))
+        return weight.reshape(*lead, *self.shape), rows[:, :, -1].reshape(*lead, *self.bias_shape)
+
+
+@dataclass(frozen=True)
+class Space:
+    """What an operator acts on: the elements of one parameter, or those of a weight and its bias."""
+
+    shape: tuple[int, ...]
+    layout: Layout
+    name: str = ""
+    joined: Joined | None = None
+
+    def __str__(self) -> str:
+        return f"parameter {repr(self.name) + ' ' if self.name else ''}{list(self.shape)}"
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 class LinearOperator(ABC):
@@ -73,8 +137,8 @@ class LinearOperator(ABC):
 
     @property
     @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """The parameter's shape (the matrix is [P, P], P its number of elements)."""
+    def space(self) -> Space:
+        """What it acts on."""
 
     @property
     @abstractmethod
@@ -87,6 +151,11 @@ class LinearOperator(ABC):
         """Any tensor with the operator's dtype and device."""
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The parameter's shape (the matrix is [P, P], P its number of elements)."""
+        return self.space.shape
+
+    @property
     def dtype(self) -> torch.dtype:
         return self._example.dtype
 
@@ -94,43 +163,96 @@ class LinearOperator(ABC):
     def device(self) -> torch.device:
         return self._example.device
 
+    @property
+    def T(self) -> Self:
+        """Itself: it is symmetric."""
+        return self
+
     @abstractmethod
     def _product(self, vectors: Tensor) -> Tensor:
         """[b, P] -> [b, P]."""
 
     def matvec(self, vector: Tensor) -> Tensor:
         """The product with a vector in the parameter's shape, or with a batch of them: [..., *shape] -> the same."""
-        axes = vector.ndim - len(self.shape)
-        if axes < 0 or tuple(vector.shape[axes:]) != self.shape:
-            raise InputError(
-                f"{self.label}: the vector has shape {list(vector.shape)}; give one of shape {list(self.shape)}, "
-                "or several along leading axes"
-            )
+        axes = self._leading(vector)
         if (vector.dtype, vector.device) != (self.dtype, self.device):
             raise InputError(
                 f"{self.label}: the vector is {vector.dtype} on {vector.device}, the factors are {self.dtype} "
                 f"on {self.device}; convert one of them with .to(...)"
             )
         batch = math.prod(vector.shape[:axes])
-        return self._product(vector.reshape(batch, math.prod(self.shape))).reshape(vector.shape)
+        return self._product(vector.reshape(batch, self.space.size)).reshape(vector.shape)
 
-    def __matmul__(self, vector: Tensor) -> Tensor:
+    def __matmul__(self, vector: Tensor | LinearOperator) -> Tensor:
+        if isinstance(vector, LinearOperator):
+            raise InputError(
+                f"{self.label}: a product of two matrices is not symmetric, and none of this kind; "
+                "apply one after the other, K @ (L @ v)"
+            )
         return self.matvec(vector)
+
+    def _leading(self, vector: Tensor) -> int:
+        """How many axes are in front of the parameter's own."""
+        axes = vector.ndim - len(self.shape)
+        if axes < 0 or tuple(vector.shape[axes:]) != self.shape:
+            raise InputError(
+                f"{self.label}: the vector has shape {list(vector.shape)}; give one of shape {list(self.shape)}, "
+                "or several along leading axes"
+            )
+        return axes
 
     def to_dense(self) -> Tensor:
         """The matrix for the row-major parameter, [P, P]."""
-        size = math.prod(self.shape)
-        return self._product(torch.eye(size, dtype=self.dtype, device=self.device)).mT
+        return self._product(torch.eye(self.space.size, dtype=self.dtype, device=self.device)).mT
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The name of the parameter, or those of a weight and the bias that is joined to it."""
+        joined = self.space.joined
+        return (self.space.name,) if joined is None else (joined.weight, joined.bias)
+
+    def join(self, values: Mapping[str, Tensor]) -> Tensor:
+        """{name: [..., *its shape]} -> the vector that the operator multiplies, [..., *shape].
+
+        Of one parameter its value; of a weight and a bias the matrix [..., out, in + 1]. Names of others may be there.
+        """
+        for name in self.parameters:
+            if name not in values:
+                raise InputError(f"{self.label}: there is no value of {name!r} to join; give {list(self.parameters)}")
+        joined, (first, *rest) = self.space.joined, (values[name] for name in self.parameters)
+        if joined is None:
+            return first
+        (bias,) = rest
+        lead = first.shape[: first.ndim - len(joined.shape)]
+        if first.shape != (*lead, *joined.shape) or bias.shape != (*lead, *joined.bias_shape):
+            raise InputError(
+                f"{self.label}: {joined.weight!r} {list(first.shape)} and {joined.bias!r} {list(bias.shape)} do not "
+                f"join; give {list(joined.shape)} and {list(joined.bias_shape)}, or as many of both along leading axes"
+            )
+        return joined.join(first, bias)
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """The inverse of `join`: [..., *shape] -> {name: [..., *its shape]}."""
+        self._leading(vector)
+        joined = self.space.joined
+        parts = (vector,) if joined is None else joined.split(vector)
+        return dict(zip(self.parameters, parts, strict=True))
+
+    def _draw(self, generator: torch.Generator | None, lead: tuple[int, ...]) -> Tensor:
+        """Standard normal numbers, [*lead, *shape]."""
+        if generator is not None and generator.device.type != self.device.type:
+            raise InputError(
+                f"{self.label} is on {self.device}, the generator on {generator.device}; "
+                f"give torch.Generator({self.device.type!r})"
+            )
+        return torch.randn((*lead, *self.shape), dtype=self.dtype, device=self.device, generator=generator)
 
 
-def along(matrices: Tensor, parts: Tensor, i: int) -> Tensor:
-    """Multiply the leg d_i of parts [g, b, d_1, ..., d_k] by matrices [g, d_i, d_i], or by diagonals [g, d_i]."""
+def along(function: Callable[[Tensor], Tensor], parts: Tensor, i: int) -> Tensor:
+    """Apply [g, m, d_i] -> [g, m, d] to the leg d_i of parts [g, b, d_1, ..., d_k]."""
     moved = parts.movedim(2 + i, -1)
-    if matrices.ndim == 2:
-        product = moved * matrices.reshape(len(matrices), *[1] * (moved.ndim - 2), -1)
-    else:  # the blocks lead, so that all vectors of a block are one matrix product
-        product = (moved.flatten(1, -2) @ matrices.mT).reshape(moved.shape)
-    return product.movedim(-1, 2 + i)
+    found = function(moved.flatten(1, -2))  # the blocks lead, so that all vectors of a block are one matrix product
+    return found.reshape(*moved.shape[:-1], found.shape[-1]).movedim(-1, 2 + i)
 
 
 def check_damping(damping: float, label: str) -> None:

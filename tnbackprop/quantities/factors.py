@@ -60,6 +60,7 @@ class Factors:
     leads: tuple[int, ...] = ()  # of each factor, the one with the scale of its component; itself if it is empty
     dropped: tuple[str, ...] = ()  # why a factor is no more than its diagonal; "" where nothing else is lost
     sharing: Sharing = Sharing.EXPAND
+    loss: tuple[bool, ...] = ()  # which factors are of the component with the cotangent; not said if it is empty
 
     def __post_init__(self) -> None:
         """What is not said of the factors is said of each: none is a diagonal, nothing is dropped."""
@@ -196,6 +197,7 @@ def kronecker(
         leads=tuple(leads[one.component] for one in built),
         dropped=tuple(one.dropped for one in built),
         sharing=sharing,
+        loss=tuple(each[0].components[one.component].loss for one in built),
     )
 
 
@@ -217,7 +219,7 @@ def _inseparable(each: Sequence[Separation], uses: int, sharing: Sharing) -> tup
 def _only_diagonal(J: Uses, diagram: Diagram, assumption: str, sharing: Sharing, why: str = "") -> Factors:
     """One factor on all axes, kept as its diagonal."""
     return Factors(
-        (diagram,), (), (J.legs,), J.legs, assumption, diagonal=(True,), dropped=(why,), sharing=sharing
+        (diagram,), (), (J.legs,), J.legs, assumption, diagonal=(True,), dropped=(why,), sharing=sharing, loss=(True,)
     )  # fmt: skip
 
 

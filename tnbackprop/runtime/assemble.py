@@ -11,7 +11,7 @@ import torch
 
 from ..compiler import Compiled
 from ..compiler.sweep.derived import Extraction, joined_with
-from ..linalg import Kind, KroneckerFactors, Layout
+from ..linalg import Joined, Kind, KroneckerFactors, Layout, Role
 from ..quantities.factors import Factors
 
 Values = Mapping[str, Mapping[str, torch.Tensor | tuple[torch.Tensor, ...]]]
@@ -45,9 +45,9 @@ def assemble(blocks: Blocks, values: Values, quantity: str) -> Mapping[str, obje
         if dotted in blocks.joined:
             (k,) = (k for k, mean in enumerate(factors.means) if mean is not None)
             tensors[k] = _with_one(tensors[k], tensors[-1])
-            found[dotted] = _with_bias(factors, tensors, f"{dotted}, {blocks.joined[dotted]}")
+            found[dotted] = _with_bias(blocks, tensors, dotted, blocks.joined[dotted])
         elif dotted not in blocks.joined.values():
-            found[dotted] = _kronecker(factors, tensors[: len(factors.diagrams)], blocks.shapes[dotted], dotted)
+            found[dotted] = _kronecker(blocks, tensors[: len(factors.diagrams)], dotted)
     return found
 
 
@@ -59,19 +59,49 @@ def _with_one(A: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     return torch.cat([top, torch.cat([column.T, torch.ones_like(column[:1])], 1)])
 
 
-def _with_bias(factors: Factors, tensors: list[torch.Tensor], name: str) -> KroneckerFactors:
+def _with_bias(blocks: Blocks, tensors: list[torch.Tensor], weight: str, bias: str) -> KroneckerFactors:
     """The block of [weight, bias] as a matrix [out, in + 1]."""
+    factors = blocks.factors[weight]
     first = factors.means.index(None)
     B, A = tensors[first], tensors[1 - first]
     d = math.isqrt(B.numel())
-    return KroneckerFactors((B.reshape(d, d), A), (d, len(A)), assumption=factors.assumption, name=name)
+    own = _layout(factors)
+    layout = Layout(own.legs, (own.factors[first], own.factors[1 - first]))
+    return KroneckerFactors(
+        (B.reshape(d, d), A),
+        (d, len(A)),
+        assumption=factors.assumption,
+        name=f"{weight}, {bias}",
+        roles=(Role.LOSS, Role.INPUT),
+        joined=Joined(weight, bias, blocks.shapes[weight], blocks.shapes[bias], layout),
+    )
 
 
-def _kronecker(factors: Factors, tensors: list[torch.Tensor], shape: tuple[int, ...], name: str) -> KroneckerFactors:
+def _kronecker(blocks: Blocks, tensors: list[torch.Tensor], name: str) -> KroneckerFactors:
+    factors = blocks.factors[name]
     shapes = zip(tensors, factors.shapes, strict=True)
     sized = tuple(t.reshape(size) if t.numel() == prod(size) else t.expand(size).contiguous() for t, size in shapes)
     kinds = tuple(Kind.DIAGONAL if flat else Kind.FULL for flat in factors.diagonal)
+    assumption = f"{factors.assumption}{_not_joined(factors)}"
+    return KroneckerFactors(sized, blocks.shapes[name], kinds, assumption, _layout(factors), name, _roles(factors))
+
+
+def _layout(factors: Factors) -> Layout:
     place = {leg: k for k, leg in enumerate(factors.parameter)}
     sizes = tuple(int(leg.size) for leg in factors.parameter)
-    layout = Layout(sizes, tuple(tuple(place[leg] for leg in legs) for legs in factors.legs))
-    return KroneckerFactors(sized, shape, kinds, factors.assumption, layout, name)
+    return Layout(sizes, tuple(tuple(place[leg] for leg in legs) for legs in factors.legs))
+
+
+def _roles(factors: Factors) -> tuple[Role, ...]:
+    """Of each factor; none where a quantity does not say which has the loss."""
+    rows = zip(factors.loss, factors.relative, strict=False)
+    return tuple(Role.RELATIVE if cut else Role.LOSS if loss else Role.INPUT for loss, cut in rows)
+
+
+def _not_joined(factors: Factors) -> str:
+    """What is to be said of a weight or a bias that was to be joined (`Bias.JOINED`), and is not."""
+    if factors.means == (None,):
+        return "; a block of its own: no weight has its factor B"
+    if len(factors.means) == 2:
+        return "; no bias is joined: none has its factor B"
+    return ""

@@ -1,0 +1,159 @@
+"""What the factors of a program stand for, and a weight and its bias as one vector and apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tnbackprop as tn
+from tnbackprop.linalg import Role
+
+from ..cases import seq
+from ..kronecker import close, identity
+from ..models import Apply
+
+X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+TOKENS = torch.arange(10).reshape(5, 2) % 6
+
+
+class Table(nn.Module):
+    """Positions that are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Parameter(torch.randn(4, 3)), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(x.unsqueeze(2) + self.table).flatten(1))
+
+
+class Turned(nn.Module):
+    """A weight [in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+TURNED = "output[n, o] = weight[i, o] * x[n, i] + bias[o]"
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.form = nn.Bilinear(2, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.form(x[:, :2], x[:, 2:])
+
+
+IMAGE = Apply(lambda x: x.reshape(-1, 1, 2, 2))
+MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str], set[str]]] = {
+    "linear": (lambda: seq(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), X,
+               {"0.weight": "B A", "0.bias": "B"}, {"0.weight", "0.bias", "2.weight", "2.bias"}),
+    "convolution": (lambda: seq(IMAGE, nn.Conv2d(1, 3, 2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(27, 2)), X,
+                    {"1.weight": "B A"}, {"1.weight", "1.bias", "4.weight", "4.bias"}),
+    "transposed": (lambda: seq(IMAGE, nn.ConvTranspose2d(1, 3, 2, stride=2), nn.Tanh(), nn.Flatten(),
+                               nn.Linear(48, 2)), X, {"1.bias": "B"}, {"1.bias", "4.weight", "4.bias"}),
+    "embedding": (lambda: seq(nn.Embedding(6, 3), nn.Flatten(), nn.Linear(6, 2)), TOKENS,
+                  {"0.weight": "A B"}, {"2.weight", "2.bias"}),
+    "norm": (lambda: seq(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2)), X, {}, {"0.weight", "0.bias", "1.bias",
+                                                                                 "2.weight", "2.bias"}),
+    "two inputs": (TwoInputs, X, {"form.weight": "B A1 A2", "form.bias": "B"}, {"form.bias"}),
+    "turned": (Turned, X, {"weight": "A B", "bias": "B"}, {"bias"}),
+    "table": (Table, X, {"table": "B C"}, {"head.weight", "head.bias"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_roles(name: str) -> None:
+    """Three times the loss is three times what has its scale, B, and leaves A and C as they are."""
+    make, x, names, matrices = MODELS[name]
+    torch.manual_seed(1)
+    model = make().double()
+    with tn.registered({Turned: TURNED}):
+        output = model(x)
+        y = torch.randn_like(output)
+        once, thrice = (
+            tn.compute(model, lambda f, y, c=c: c * nn.functional.mse_loss(f, y), (x, y), [tn.KFLR(largest=64)])["kflr"]
+            for c in (1.0, 3.0)
+        )
+    for key, K in once.items():
+        assert " ".join(K.names) == names.get(key, " ".join(K.names)), key
+        assert K.roles.count(Role.LOSS) == 1 and Role.UNKNOWN not in K.roles
+        for role, factor, scaled in zip(K.roles, K.factors, thrice[key].factors, strict=True):
+            close(scaled, 3 * factor if role is Role.LOSS else factor)
+    assert {key for key, K in once.items() if K.as_matrix_factors() is not None} == matrices
+    for key in matrices:
+        B, A = once[key].as_matrix_factors()
+        close(torch.kron(B, A), once[key].to_dense())
+
+
+def test_roles_that_are_not_said() -> None:
+    """A quantity of one's own may leave it open; there are names all the same."""
+    K = tn.KroneckerFactors((torch.eye(2), torch.eye(3)), (2, 3))
+    assert K.names == ("F1", "F2") and K.as_matrix_factors() is None
+
+
+def joined(model: nn.Module, *quantities: tn.Quantity) -> tn.Result:
+    y = torch.tensor([0, 1, 1, 0, 1])
+    with tn.registered({Turned: TURNED}):
+        return tn.compute(model, nn.CrossEntropyLoss(), (X, y), [tn.Grad(), tn.KFLR(bias=tn.Bias.JOINED), *quantities])
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution", "turned"])
+def test_join_and_split(kind: str) -> None:
+    """A step through [weight, bias] as a matrix, and the values back where they were."""
+    torch.manual_seed(2)
+    model = MODELS[kind][0]().double()
+    result = joined(model, tn.BatchGrad())
+    (weight, K), *_ = result["kflr"].items()
+    bias = weight.replace("weight", "bias")
+    assert K.parameters == (weight, bias) and K.joined is not None
+    B, A = K.as_matrix_factors()
+    gradient = result["grad"]
+    W = gradient[weight].mT if kind == "turned" else gradient[weight].flatten(1)
+    matrix = torch.cat([W, gradient[bias].unsqueeze(1)], 1)
+    assert torch.equal(K.join(gradient), matrix)
+    dense = torch.kron(B, A) + 0.1 * identity(K.space.size)
+    want = torch.linalg.solve(dense, matrix.flatten()).reshape(matrix.shape)
+    inverse = K.inverse(0.1, tn.Damping.EXACT)
+    step = inverse.split(inverse @ inverse.join(gradient))
+    assert {name: value.shape for name, value in step.items()} == {n: gradient[n].shape for n in (weight, bias)}
+    close(step[bias], want[:, -1])
+    close(step[weight], want[:, :-1].mT if kind == "turned" else want[:, :-1].reshape(gradient[weight].shape))
+    each = K.join(result["batch_grad"])
+    close(each.sum(0), matrix)
+    assert all(torch.equal(v, result["batch_grad"][n]) for n, v in K.split(each).items())
+    alone = {name: M for name, M in result["kflr"].items() if M.joined is None}
+    assert all(M.join(gradient) is gradient[n] and M.split(gradient[n]) == {n: gradient[n]} for n, M in alone.items())
+    with pytest.raises(tn.InputError, match=rf"'{weight}' \[7\] and '{bias}' .* do not join; give "):
+        K.join(gradient | {weight: torch.ones(7)})
+
+
+class Tied(nn.Module):
+    """One weight in two layers, with a bias each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2, bias=False)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.two(torch.tanh(self.one(x)))))
+
+
+def test_a_tied_weight_joins_no_bias_and_says_so() -> None:
+    """Which of them would it be: each has the factor B of its own layer."""
+    result = joined(Tied().double(), tn.KFLR("own"))
+    assert set(result["kflr"]) == set(result["own"])
+    for name, K in result["kflr"].items():
+        close(K.to_dense(), result["own"][name].to_dense())
+        said = "a block of its own: no weight has its factor B" if "bias" in name else "no bias is joined: none has its"
+        assert K.assumption.startswith(result["own"][name].assumption + "; " + said), name
