@@ -3,7 +3,7 @@
 from .api import compile, compute
 from .declare import REGISTRY, primitive, registered, rule
 from .diagram.algebra import Cotangents, Uses
-from .diagram.core import Diagram, N
+from .diagram.core import Diagram, Leg, N
 from .drawing import Drawing, draw
 from .errors import InputError, InvariantError, RuleError, TnError, UnsupportedError, VerificationError
 from .generation import Generated, Target, generate
@@ -48,6 +48,7 @@ from .quantities import (
     SecondMoment,
     SqrtGGN,
     SqrtGGNMC,
+    Total,
     Variance,
 )
 from .quantities.factors import Factors, Sharing
@@ -105,6 +106,7 @@ __all__ = [
     "Jacobians",
     "Kind",
     "KroneckerFactors",
+    "Leg",
     "N",
     "Output",
     "Primitive",
@@ -127,6 +129,7 @@ __all__ = [
     "Target",
     "Template",
     "TnError",
+    "Total",
     "UnsupportedError",
     "Uses",
     "Variance",

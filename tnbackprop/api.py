@@ -20,6 +20,7 @@ from .quantities import Quantity, check_quantities
 from .rules import RULES
 from .runtime import Indefinite, Program, Result
 from .runtime.fingerprint import Fingerprint, fingerprint
+from .runtime.operands import Given
 from .runtime.proof import prove
 
 Loss = Callable[..., torch.Tensor]
@@ -79,8 +80,9 @@ def compute(
     check: bool = True,
     seed: int | None = None,
     generator: torch.Generator | None = None,
+    operands: Given | None = None,
 ) -> Result:
-    """Compile and run: the options of `compile`, and `seed` and `generator` as for a `Program`.
+    """Compile and run: the options of `compile`, and `seed`, `generator` and `operands` as for a `Program`.
 
     What was compiled is kept, the last `KEPT` programs of a model for as long as it lives. Everything that a program
     depends on is looked at in each call: layers, modes, attributes, hooks and ties of the model, options of the loss,
@@ -96,11 +98,11 @@ def compute(
     for k, (key, program) in enumerate(kept):
         if state is not None and key.matches(state) and program.fits(batch_size((plain(batch[0]), plain(batch[1])))):
             _PROGRAMS[model] = [kept[k], *kept[:k], *kept[k + 1 :]] if k else kept
-            return program.attached(model, loss)(*batch, seed=seed, generator=generator)
+            return program.attached(model, loss)(*batch, seed=seed, generator=generator, operands=operands)
     program = compile(model, loss, batch, quantities, **options)
     if state is not None:
         _PROGRAMS[model] = [(state, program.detached()), *kept][:KEPT]
-    return program(*batch, seed=seed, generator=generator)
+    return program(*batch, seed=seed, generator=generator, operands=operands)
 
 
 KEPT = 16

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 import tnbackprop as tn
 from tnbackprop.compiler.capture import export, rehearse
-from tnbackprop.compiler.derive import fallback, sweep
+from tnbackprop.compiler.derive import fallback
 from tnbackprop.compiler.emit import naming
+from tnbackprop.compiler.sweep import sweep
 from tnbackprop.compiler.translate.graph import Graph
 from tnbackprop.diagram import regroup
 from tnbackprop.rules import moves

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..quantities import Quantity
+from ..quantities.total import with_needs
 from ..table import Rules
 from .attention import with_attention
 from .capture.export import capture
@@ -39,17 +40,17 @@ def compile_program(
     lowerings: Sequence[Lowering] = (),
 ) -> Compiled:
     """Run the stages on an example batch; `here` where the source runs on this machine: by what this one has."""
+    quantities = with_needs(quantities)
     graph = with_cross_entropy(with_one_output(capture(model, loss, example, rules), quantities), rules)
     graph = with_attention(graph, quantities, rules)
-    check(Stage.CAPTURE, graph, seen := asked(model, tuple(quantity.name for quantity in quantities)))
+    check(Stage.CAPTURE, graph, seen := asked(model, quantities))
     trial = Trial.of(graph, model, loss, example)
     bound = check(Stage.BIND, bind_all(graph, rules, trial), seen := replace(seen, graph=graph))
     graph = with_output_at_loss(graph, bound, quantities)
     derived, planned = searched(graph, bound, quantities, Device.of(model, here), memory_limit, lowerings)
     check(Stage.DERIVE, derived, seen)
     check(Stage.PLAN, planned, seen)
-    writer = Writer(graph, planned)
-    check(Stage.PROGRAM, writer.program, seen)
+    check(Stage.PROGRAM, (writer := Writer(graph, planned)).program, seen)
     source = writer.source(f"{type(model).__name__}: {', '.join(quantity.name for quantity in quantities)}")
     check(Stage.EMIT, source, seen)
     return Compiled(graph, derived, planned, source)

@@ -9,6 +9,7 @@ import torch
 
 from ..notation.bind import BoundRule
 from ..quantities import Quantity
+from .between import with_phases
 from .derive.derive import derive
 from .limits import check_memory, machine_bytes
 from .lower.candidate import Lowering
@@ -70,18 +71,22 @@ def searched(
     """
     rates, itemsize, every = device.rates, device.itemsize, (*LOWERINGS, *lowerings)
     width, *others = _widths(rates, graph.example_batch)
-    derived = derive(graph, bound, quantities, width)
+    derived = with_phases(graph, derive(graph, bound, quantities, width), quantities)
     check_memory(graph, derived, itemsize, memory_limit or device.machine)
+
+    def derived_for(columns: int, per_sample: PerSample | None = None, joint: bool = False) -> Derived:
+        other = derive(graph, bound, quantities, columns, per_sample, joint and not derived.last)
+        return with_phases(graph, other, quantities, derived)
 
     def attempt(columns: int, per_sample: PerSample | None = None, joint: bool = False) -> Made | None:
         plain = columns == width and per_sample is None and not joint
-        again = derived if plain else derive(graph, bound, quantities, columns, per_sample, joint)
+        again = derived if plain else derived_for(columns, per_sample, joint)
         possible = separable(again) and joint == any(each.joint for each in again.columns)
         return (again, plan(graph, again, rates, itemsize, lowerings=every)) if possible else None
 
     derived, planned = _fastest(width, others, PerSample(MANY * rates.rows, rates.odd), attempt)
     if memory_limit is not None and planned.peak_bytes > memory_limit:
-        derived = derive(graph, bound, quantities)
+        derived = derived_for(1)
         planned = plan(graph, derived, rates, itemsize, memory_limit, every)
     return derived, planned
 

@@ -25,7 +25,7 @@ def compile_layer(module: torch.nn.Module, x: Any, quantities: Sequence[Quantity
     """The same stages for a module on its own, up to the diagrams; what is computed of them is planned by `part`."""
     rules = written_out(rules)
     graph = capture(module, None, (x, None), rules)
-    seen = asked(module, tuple(q.name for q in quantities))
+    seen = asked(module, quantities)
     graph = opened(check(Stage.CAPTURE, graph, seen))
     check(Stage.CAPTURE, graph, seen)
     for call in graph.calls:

@@ -6,8 +6,8 @@ quantities see of a parameter: ``J.T @ g``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import sympy
@@ -31,20 +31,62 @@ from .core import (
     summed_legs,
 )
 from .jacobian import Jacobian
+from .reading import Axes, Readings
 from .simplify import simplify
 
 
 @dataclass(frozen=True)
+class Side:
+    """One of the sides into which a parameter's Kronecker factors fall.
+
+    legs      the parameter's that are here: a factor of this side is [*blocks, *legs, *legs']
+    loss      whether the cotangent is on this side: B, else A
+    diagonal  whether its factor is kept as its diagonal (a one-hot input, what is too large)
+    blocks    legs of the parameter that all sides have: its block is block-diagonal along them
+    """
+
+    legs: tuple[Leg, ...]
+    loss: bool
+    diagonal: bool
+    blocks: tuple[Leg, ...] = ()
+
+
+@dataclass(frozen=True)
 class Uses:
-    """All uses of one parameter: the Jacobian of each use. ``J.T @ g`` sums over them before anything is squared."""
+    """All uses of one parameter: the Jacobian of each use. ``J.T @ g`` sums over them before anything is squared.
+
+    name  the parameter's dotted name
+    legs  the parameter's, row-major
+    """
 
     jacobians: tuple[Jacobian, ...]
     legs: tuple[Leg, ...]
     axes: tuple[tuple[Leg, ...], ...] = ()  # the legs of each axis of the parameter; one each if it is empty
+    name: str = ""
+    readings: Readings = field(default_factory=Readings, compare=False, repr=False)
+    separated: Callable[..., tuple[Side, ...]] | None = field(default=None, compare=False, repr=False)
 
     @property
     def T(self) -> Transposed:
         return Transposed(self)
+
+    def operand(self, key: str, legs: Axes | None = None) -> Diagram:
+        """A tensor of this parameter that is handed in when the program is called, ``operands={key: {name: tensor}}``.
+
+        legs  of its axes: `J.legs` (the default: it has the shape of the parameter), ``"n"``, ``tn.Leg(name, size)``,
+              or a tuple of legs that are one axis together
+        Raises `InputError` for a leg that nobody knows.
+        """
+        return self.readings.read(key, self.legs if legs is None else tuple(legs), self.name, self.legs)
+
+    def sides(self, sharing: object = None) -> tuple[Side, ...]:
+        """The sides of its Kronecker factors, in the order of its axes, as `KFLR` has them with the same `sharing`.
+
+        They are the same legs at every call of `extract`. One side with all legs where it has no factors.
+        """
+        if self.separated is None:
+            raise InvariantError("the sides of a parameter are known in a sweep only")
+        return self.separated() if sharing is None else self.separated(sharing)
 
 
 @dataclass(frozen=True)
@@ -79,6 +121,15 @@ class Cotangents:
     averaged: bool = False  # each stands for one side of a matrix for the whole batch, which has its name
     weight: Diagram | None = None  # of each column: the matrix that is propagated is Σ_v weight_v g_v g_vᵀ
     partner: tuple[Diagram, ...] = ()  # the other side of columns that come in pairs: Σ_v g_v partner_vᵀ
+    readings: Readings = field(default_factory=Readings, compare=False, repr=False)
+
+    def operand(self, key: str, legs: Axes = ("n",)) -> Diagram:
+        """A tensor that is handed in when the program is called, one for all parameters: ``operands={key: tensor}``.
+
+        legs  of its axes: ``"n"`` for one number of each sample (the default), ``tn.Leg(name, size)``
+        Raises `InputError` for a leg that nobody knows.
+        """
+        return self.readings.read(key, tuple(legs))
 
     def dual(self, J: Uses) -> Diagram:
         """W with Σ_v V_v W_vᵀ = Jᵀ M J for V = Jᵀ g and the matrix M that is propagated; V itself for a root."""

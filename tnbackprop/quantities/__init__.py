@@ -20,10 +20,11 @@ from .propagation import (
     Propagation,
     Residual,
 )
+from .total import Total
 
 __all__ = [
     "BL89", "KFAC", "KFLR", "KFRA", "NTK", "Average", "BatchDot", "BatchGrad", "BatchL2", "Bias", "DiagGGN",
     "DiagGGNMC", "Diagonal", "Draws", "Elementwise", "Exact", "Fisher", "GGNGram", "GGNTrace", "Grad", "Gradient",
     "Handed", "HesScale", "Hessian", "HessianDiag", "Identity", "Jacobians", "Output", "Propagation", "Quantity",
-    "Residual", "Scale", "SecondMoment", "SqrtGGN", "SqrtGGNMC", "Variance", "check_quantities",
+    "Residual", "Scale", "SecondMoment", "SqrtGGN", "SqrtGGNMC", "Total", "Variance", "check_quantities",
 ]  # fmt: skip

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, fields
 from enum import Enum
+from typing import Any
 
 from ..diagram.algebra import Cotangents, Uses
 from ..diagram.core import Diagram
 from ..errors import InputError, check_member
 from .factors import Factors
 from .propagation import Gradient, Propagation, check_propagation
+
+Totals = Mapping[str, Any]
+"""Sums over all parameters by the name of a needed quantity, [N], [N, N], …; of a `Total` with groups {group: sum}."""
+Outcome = Mapping[str, Any]
+"""Tensors by the key of the operand that they are, or {parameter: tensor} where each parameter has one."""
 
 
 class Scale(Enum):
@@ -39,6 +45,22 @@ class Quantity(ABC):
     def propagates(self) -> Propagation:
         """What is propagated: the gradient, unless a quantity says otherwise."""
         return Gradient()
+
+    @property
+    def needs(self) -> tuple[Quantity, ...]:
+        """Quantities whose sums over all parameters `between` makes operands of, which `extract` reads; default none.
+
+        They are extracted first, in the same sweep, and are no results.
+        """
+        return ()
+
+    def between(self, totals: Totals) -> Outcome:
+        """Torch code between two phases: from the sums of what it `needs` to operands by key.
+
+        It is traced once, for any number of samples; `g.operand(key)` and `J.operand(key)` read what it returns.
+        """
+        needed = ", ".join(need.name for need in self.needs)
+        raise InputError(f"{type(self).__name__} needs {needed} and has no method between(totals) that uses it")
 
     @abstractmethod
     def extract(self, J: Uses, g: Cotangents) -> Diagram | Factors:
@@ -71,6 +93,8 @@ def check_quantities(quantities: object) -> None:
         if not isinstance(quantity, Quantity):
             raise InputError(f"{_shown(quantity)} is no tn.Quantity: give instances, [tn.Grad(), tn.KFAC()]")
         check_propagation(quantity.propagates, repr(quantity.name))
+        if quantity.needs:
+            check_quantities(quantity.needs)
     names = [quantity.name for quantity in quantities]
     for name in names:
         if names.count(name) > 1:

@@ -25,8 +25,8 @@ from math import prod
 
 import sympy
 
-from ..diagram.algebra import Cotangents, Uses, diagonal, inline
-from ..diagram.core import BATCH, COLUMN, Diagram, Leg, Operand, Product, Tensor
+from ..diagram.algebra import Cotangents, Side, Uses, diagonal, inline
+from ..diagram.core import BATCH, COLUMN, Diagram, Leg, Operand, Product, Tensor, leaves
 from ..diagram.jacobian import Jacobian
 from ..diagram.simplify import simplify
 from ..errors import UnsupportedError
@@ -199,6 +199,14 @@ def kronecker(
         sharing=sharing,
         loss=tuple(each[0].components[one.component].loss for one in built),
     )
+
+
+def sides(J: Uses, g: Cotangents, sharing: Sharing = Sharing.EXPAND) -> tuple[Side, ...]:
+    """The sides of the factors of (Jᵀg)(Jᵀg)ᵀ, in the order of the parameter's axes."""
+    found = kronecker(J, g, sharing, sympy.Integer(1))
+    with_loss = (bool(g.names & set(leaves(diagram))) for diagram in found.diagrams)
+    each = zip(found.legs, with_loss, found.diagonal, strict=True)
+    return tuple(Side(legs, loss, flat, found.blocks) for legs, loss, flat in each)
 
 
 def _inseparable(each: Sequence[Separation], uses: int, sharing: Sharing) -> tuple[str, str]:

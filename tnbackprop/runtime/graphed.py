@@ -52,10 +52,16 @@ class Graphed:
 
     @torch.no_grad()
     def __call__(
-        self, x: Any, y: Any = None, *, seed: int | None = None, generator: torch.Generator | None = None
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        operands: Mapping[str, Any] | None = None,
     ) -> Result:
-        """Copy the batch in, replay, and give the result; `seed` and `generator` as for the program."""
-        for name, value in self._tensors(x, y, seed, generator).items():
+        """Copy the batch in, replay, and give the result; `seed`, `generator` and `operands` as for the program."""
+        for name, value in self._tensors(x, y, seed, generator, operands).items():
             static = self._static[name]
             if name not in self._inputs and static.data_ptr() != value.data_ptr():
                 raise InputError(f"{name!r} is another tensor than when the graph was recorded: record it again")

@@ -22,14 +22,15 @@ from ..compiler.explain.stages import explain
 from ..compiler.invariants.stage import Stage
 from ..compiler.plan.definite import TOLERATED
 from ..compiler.program.cost import number, size_at
-from ..compiler.translate.graph import Graph, Value
 from ..compiler.translate.sizes import first_broken
 from ..compiler.translate.torch_modes import check_plain, own_dtypes
 from ..diagram.core import N
 from ..errors import InputError
 from ..quantities import Quantity
 from .assemble import Values, assemble, blocks
+from .given import check_batch, check_parameters, named_tensors, own, structure
 from .graphed import Graphed
+from .operands import Given, Operands, Shape
 from .owned import Owner
 from .pages import Blocks, keep_freed_pages
 from .progress import bars
@@ -76,6 +77,9 @@ class Program:
         self._function = load(compiled.source)
         self._takes = frozenset(signature(self._function).parameters)
         self._fixed = dict(compiled.graph.constants)
+        for phase in compiled.derived.phases:
+            self._fixed |= phase.constants
+        self._operands = Operands(compiled)
         self._blocks = {name: blocks(compiled, name) for name in self.quantities}
         self._output_spec = pytree.tree_structure(compiled.graph.output)
 
@@ -87,6 +91,11 @@ class Program:
     def compiled(self) -> Compiled:
         """What every stage produced, for those who look inside."""
         return self._compiled
+
+    @property
+    def operands(self) -> Mapping[str, Shape | Mapping[str, Shape]]:
+        """What quantities are handed at a call: key -> shape, or {parameter: shape}; `N` is the number of samples."""
+        return self._operands.shapes
 
     @property
     def flops(self) -> float:
@@ -125,8 +134,8 @@ class Program:
         leaves, spec = pytree.tree_flatten((plain(x), plain(y)))
         if spec != graph.in_spec:
             raise InputError(
-                f"the batch (x, y) has the structure {_structure(spec)}, but the program was compiled for "
-                f"{_structure(graph.in_spec)}"
+                f"the batch (x, y) has the structure {structure(spec)}, but the program was compiled for "
+                f"{structure(graph.in_spec)}"
             )
         if any(leaves[k] is not None for k in graph.absent):
             raise InputError("the batch has a tensor where the program was compiled for None: compile again with it")
@@ -135,13 +144,13 @@ class Program:
             if isinstance(leaf, torch.Tensor):
                 check_plain(f"input {name!r}", leaf)
         values = dict(self._fixed)
-        _check_parameters(self.model, graph)
-        own = _named_tensors(self.model, self.loss)
+        check_parameters(self.model, graph)
+        found = named_tensors(self.model, self.loss)
         for name, (dotted, *_) in graph.parameters.items():
-            values[name] = _own("parameter", dotted, own, graph.values[name])
+            values[name] = own("parameter", dotted, found, graph.values[name])
         for name, dotted in graph.buffers.items():
-            values[name] = _own("buffer", dotted, own, graph.values[name])
-        batch = _check_batch(dict(zip(graph.inputs, flat, strict=True)), graph)
+            values[name] = own("buffer", dotted, found, graph.values[name])
+        batch = check_batch(dict(zip(graph.inputs, flat, strict=True)), graph)
         return values | batch
 
     @torch.no_grad()
@@ -152,28 +161,37 @@ class Program:
         *,
         seed: int | None = None,
         generator: torch.Generator | None = None,
+        operands: Given | None = None,
         progress: bool = False,
     ) -> Result:
         """Run on a batch. Monte-Carlo quantities draw from `generator`, or one seeded with `seed`, or torch's own.
 
+        operands  what quantities read besides, {key: tensor} or {key: {parameter: tensor}}: see `Program.operands`
         progress  a bar for loops over columns (exact curvature with many classes) and slices (`memory_limit`)
 
-        Raises `InputError` where the batch does not fit what the program was compiled for.
+        Raises `InputError` where the batch or an operand does not fit what the program was compiled for.
         """
-        tensors = self._with_noise(x, y, seed, generator)
+        tensors = self._with_noise(x, y, seed, generator, operands)
         extra = {"progress": bars() if progress else iter, MEMORY: self._memory.out}
         extra = {name: value for name, value in extra.items() if name in self._takes}
         with running(self._compiled.source), own_dtypes(_device(tensors)), self._memory.call():
             found = self._function(tensors, **extra)
         return self._result(tensors, *found)
 
-    def graphed(self, x: Any, y: Any = None) -> Graphed:
+    def some_operands(self, x: Any, y: Any = None) -> dict[str, Any]:
+        """Operands for a batch, random numbers that are the same every time: to try the program with."""
+        if not self.operands:
+            return {}
+        tensors = self.tensors(x, y)
+        return self._operands.examples(self._batch(tensors), _floating(tensors))
+
+    def graphed(self, x: Any, y: Any = None, operands: Given | None = None) -> Graphed:
         """The program for batches of this size as a CUDA graph: see `Graphed`.
 
         Raises `InputError` where the model is not on a CUDA device, or an operation cannot be recorded.
         """
-        inputs = frozenset({*self._compiled.graph.inputs, *self._compiled.plan.noises})
-        example = self._with_noise(x, y, None, None)
+        inputs = frozenset({*self._compiled.graph.inputs, *self._compiled.plan.noises, *self._compiled.plan.operands})
+        example = self._with_noise(x, y, None, None, operands)
         with running(self._compiled.source), own_dtypes(_device(example)):
             return Graphed(self._function, self._with_noise, partial(self._result, example), inputs, example)
 
@@ -200,17 +218,29 @@ class Program:
         return Result(None if loss is None else own(loss), pytree.tree_unflatten(leaves, self._output_spec), made)
 
     def _with_noise(
-        self, x: Any, y: Any, seed: int | None, generator: torch.Generator | None
+        self,
+        x: Any,
+        y: Any,
+        seed: int | None,
+        generator: torch.Generator | None,
+        operands: Given | None = None,
     ) -> dict[str, torch.Tensor]:
         """All that the emitted function reads."""
         tensors = self.tensors(x, y)
+        tensors |= self._operands.tensors(operands, self._batch(tensors), _floating(tensors))
         return tensors | self._noise(tensors, seed, generator)
+
+    def _batch(self, tensors: Mapping[str, torch.Tensor]) -> int:
+        """How many samples there are."""
+        graph = self._compiled.graph
+        sizes = ((name, k) for name in graph.inputs for k, size in enumerate(graph.values[name].shape) if size == N)
+        return next(tensors[name].shape[k] for name, k in sizes)
 
     def _noise(
         self, tensors: Mapping[str, torch.Tensor], seed: int | None, generator: torch.Generator | None
     ) -> dict[str, torch.Tensor]:
         """Uniform noise for every sampled root, drawn outside the emitted function."""
-        graph, plan = self._compiled.graph, self._compiled.plan
+        plan = self._compiled.plan
         whole = seed is None or (isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**64)
         if not (whole and isinstance(generator, torch.Generator | None)) or None not in (seed, generator):
             raise InputError(
@@ -218,13 +248,7 @@ class Program:
             )
         if not plan.noises:
             return {}
-        batch = next(
-            tensors[name].shape[k]
-            for name in graph.inputs
-            for k, size in enumerate(graph.values[name].shape)
-            if size == N
-        )
-        like = _floating(tensors)
+        batch, like = self._batch(tensors), _floating(tensors)
         dtype = torch.float32 if like.dtype.itemsize == 2 else like.dtype
         if seed is not None:
             generator = torch.Generator(like.device).manual_seed(seed)
@@ -281,109 +305,3 @@ def _floating(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def _device(tensors: Mapping[str, torch.Tensor]) -> torch.device:
     return _floating(tensors).device
-
-
-def _own(kind: str, dotted: str, own: Mapping[str, torch.Tensor], value: Value) -> torch.Tensor:
-    """A tensor of the model, which is still what the program was compiled for."""
-    tensor = own.get(dotted)
-    if tensor is None:
-        raise InputError(f"the model has no {kind} {dotted!r} any more: compile again")
-    for what, now, then in (
-        ("dtype", tensor.dtype, value.dtype),
-        ("shape", list(tensor.shape), [size_at(size, 1) for size in value.shape]),
-    ):
-        if now != then:
-            raise InputError(
-                f"{kind} {dotted!r} has {what} {now} now, but the program was compiled for {then}: compile again"
-            )
-    return tensor
-
-
-def _check_parameters(model: torch.nn.Module, graph: Graph) -> None:
-    """The model has the parameters that the program was compiled for: the same are tied, and the same trainable."""
-    names: dict[int, list[str]] = {}
-    trainable: dict[str, bool] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-        trainable[name] = parameter.requires_grad
-    now = {name: frozenset(tied) for tied in names.values() for name in tied}
-    then = {name: frozenset(tied) for tied in graph.parameters.values() for name in tied}
-    for name in (*then, *now):
-        if name not in now:
-            raise InputError(f"the model has no parameter {name!r} any more: compile again")
-        if name not in then:
-            _changed(name, "was not there")
-        for other in sorted(then[name] - now[name]):
-            _changed(name, f"is no longer the same as {other!r} (tied)")
-        for other in sorted(now[name] - then[name]):
-            _changed(name, f"is the same as {other!r} now (tied)")
-    for value, (first, *_) in graph.parameters.items():
-        if trainable[first] != graph.values[value].differentiable:
-            _changed(first, f"has requires_grad={trainable[first]} now")
-
-
-def _changed(name: str, what: str) -> NoReturn:
-    raise InputError(
-        f"parameter {name!r} {what}: the model is not the one that the program was compiled for.\n  Compile again."
-    )
-
-
-def _structure(spec: pytree.TreeSpec) -> str:
-    return str(pytree.tree_unflatten(["tensor"] * spec.num_leaves, spec)).replace("'tensor'", "tensor")
-
-
-def _named_tensors(model: torch.nn.Module, loss: Callable[..., Any] | None) -> dict[str, torch.Tensor]:
-    modules = {"": model} | ({"loss.": loss} if isinstance(loss, torch.nn.Module) else {})
-    found: dict[str, torch.Tensor] = {}
-    for prefix, module in modules.items():
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            check_plain(f"{prefix + name!r} of the model", tensor)
-            found.setdefault(prefix + name, tensor.detach())
-    return found
-
-
-def _check_batch(batch: Mapping[str, torch.Tensor], graph: Graph) -> dict[str, torch.Tensor]:
-    """Every input has the dtype, rank and sizes that the program was compiled for, and one batch size."""
-    size: int | None = None
-    first = ""
-    for name, tensor in batch.items():
-        value = graph.values.get(name)
-        if value is None:
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise InputError(f"input {name!r} is {type(tensor).__name__}, not a tensor")
-        if tensor.dtype != value.dtype:
-            raise InputError(
-                f"input {name!r} has dtype {tensor.dtype}, but the program was compiled for {value.dtype}: "
-                "convert it, or compile again"
-            )
-        fits = tensor.ndim == len(value.shape)
-        for axis, expected in enumerate(value.shape if fits else ()):
-            if isinstance(expected, int):
-                fits = fits and tensor.shape[axis] == expected
-            elif size is None:
-                size, first = tensor.shape[axis], name
-            elif size_at(expected, size) != tensor.shape[axis]:
-                raise InputError(f"input {name!r} has {tensor.shape[axis]} samples, but {first!r} has {size}")
-        if not fits:
-            wanted = "[" + ", ".join(str(s) for s in value.shape) + "]"
-            raise InputError(
-                f"input {name!r} has shape {list(tensor.shape)}, but the program was compiled for {wanted}: "
-                "compile again for this shape"
-            )
-    if size == 0:
-        raise InputError("the batch is empty: give at least one sample")
-    if size is not None and size < graph.least:
-        raise InputError(
-            "the batch has one sample, for which the model does something else (it branches on the batch size): the "
-            f"program is for {graph.least} or more.\n  Give more samples, or do not branch on x.shape[0] and compile "
-            "again."
-        )
-    broken = None if size is None else first_broken(graph.conditions, size)
-    if broken is not None:
-        raise InputError(
-            f"the batch has {size} samples, for which the model does something else (it branches on the batch size): "
-            f"the program is for {broken}.{broken.line}\n  Compile another one with an example of {size} samples, or "
-            "do not branch on x.shape[0]."
-        )
-    return dict(batch)

@@ -36,7 +36,7 @@ def made() -> tuple[Compiled, Context]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2))
     compiled = tn.compile(model, nn.MSELoss(), (torch.randn(4, 1, 5, 5), torch.randn(4, 2)), QUANTITIES).compiled
-    context = asked(model, tuple(q.name for q in QUANTITIES))
+    context = asked(model, QUANTITIES)
     return compiled, replace(context, graph=compiled.graph)
 
 

@@ -16,8 +16,10 @@ from ...diagram.simplify import simplify
 from ...errors import FormulaError
 from ...notation.bind import BoundRule, Equation
 from ..sweep.derived import Backward
+from ..sweep.extract import extraction
 from ..sweep.lines import jacobian_of, operands_of
-from ..sweep.sweep import Sweep, all_uses, classify, cotangent_of, extraction
+from ..sweep.state import Sweep, all_uses
+from ..sweep.sweep import classify, cotangent_of
 from ..translate.graph import Call
 
 Legs = tuple[Leg, ...]

@@ -15,8 +15,10 @@ from ...errors import UnsupportedError
 from ...notation.bind import BoundRule
 from ...quantities import Handed, Propagation, Quantity, Residual
 from ..sweep.derived import Arriving, Backward, Basis, Columns, Extraction, Formula, Given, PerSample, column_leg
+from ..sweep.extract import extraction
 from ..sweep.roots import LossRoot, output_of
-from ..sweep.sweep import Sweep, add, all_uses, extraction, run, schedule
+from ..sweep.state import Sweep, all_uses
+from ..sweep.sweep import add, run, schedule
 from ..translate.graph import Call, Graph
 from .averaged import copied, run_averaged
 from .output import AtOutput, Start, along, output_legs, start_of
@@ -323,7 +325,7 @@ def _sweep(
     sweep = Sweep(
         setting.graph, quantities, scales={setting.scale}, prefix=f"{prefix or propagation.letter}{number}",
         variable=f"column:{number}", several=True, lead=column_leg(width), kept=kept, weight=weight, partial=inside,
-        along=along(propagation),
+        along=along(propagation), readings=setting.gradient.readings,
     )  # fmt: skip
     if propagation.residual is Residual.DIAGONAL:
         sweep.adds = partial(residual_diagonal, setting.gradient)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import sympy
 
@@ -12,10 +13,12 @@ from ...errors import RuleError, UnsupportedError
 from ...notation.bind import BoundRule, bind
 from ...notation.rule import Rule
 from ...quantities import Exact, Gradient, Propagation, Quantity, Residual
+from ...quantities.total import level_of
 from ...table import RuleFunction, Rules
 from ..capture.trial import Trial
-from ..sweep.derived import Columns, Derived, PerSample
-from ..sweep.sweep import Sweep, run, scale_of, schedule
+from ..sweep.derived import Columns, Derived, PerSample, by_level
+from ..sweep.state import Sweep, scale_of
+from ..sweep.sweep import run, schedule
 from ..sweep.units import without_units
 from ..translate.foreign import foreign
 from ..translate.graph import Call, Graph, Value, op_text
@@ -136,7 +139,10 @@ def derive(
         free = joint and not any(each.joint for each in columns)
         setting = Setting(graph, bound, scale, width, sweep, propagation, roots, per_sample, free)
         columns += columns_of(setting, mine, len(columns))
-    return Derived(bound, tuple(sweep.schedule), scale, tuple(columns))
+    levels = {q.name: level for q in quantities if (level := level_of(q))}
+    columns = [replace(each, schedule=by_level(each.schedule, levels)) for each in columns]
+    own = by_level(tuple(sweep.schedule), levels)
+    return Derived(bound, own, scale, tuple(columns), dict(sweep.readings.found))
 
 
 def _propagation(quantity: Quantity, given: bool) -> Propagation:

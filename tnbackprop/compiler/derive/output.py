@@ -15,7 +15,8 @@ from ...notation.bind import BoundRule
 from ...quantities import Output, Propagation, Residual
 from ..sweep.derived import Noise, column_leg
 from ..sweep.roots import LossRoot, elementwise_root, loss_root, output_of
-from ..sweep.sweep import Sweep, cotangent
+from ..sweep.state import Sweep
+from ..sweep.sweep import cotangent
 from ..translate.foreign import foreign
 from ..translate.graph import Call, Graph, Value
 from .averaged import copied

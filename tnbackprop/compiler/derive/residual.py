@@ -20,7 +20,8 @@ from ...diagram.simplify import simplify
 from ...errors import FormulaError, UnsupportedError
 from ...notation.bind import BoundRule, Equation
 from ..sweep.lines import jacobian_of, operands_of
-from ..sweep.sweep import Sweep, cotangent_of
+from ..sweep.state import Sweep
+from ..sweep.sweep import cotangent_of
 from ..translate.graph import Call
 
 Legs = tuple[Leg, ...]

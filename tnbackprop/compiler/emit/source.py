@@ -161,10 +161,17 @@ class Writer:
         plan = self.plan
         lines = passed(lines_of(plan.steps, self.functional), self.context(plan.kept))
         functions = {body: passed(lines_of(body.steps), small(set(reads(body.results)))) for body in self.bodies}
-        graph = self.graph
-        tensors = (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs, *plan.noises)
+        tensors = (*self._tensors, *plan.noises)
         given = frozenset({*(plan.given[name] for name in tensors), plan.like})
-        return Program(lines, given, frozenset(plan.kept), functions, frozenset(plan.noises))
+        return Program(
+            lines, given, frozenset(plan.kept), functions, frozenset(plan.noises), frozenset(plan.operands)
+        )
+
+    @property
+    def _tensors(self) -> tuple[str, ...]:
+        """What is read from outside and not random, by the names of diagrams."""
+        graph = self.graph
+        return (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs, *self.plan.operands)
 
     def _floating(self) -> str:
         graph = self.graph
@@ -172,8 +179,7 @@ class Writer:
 
     def _inputs(self) -> list[str]:
         """The lines that take the tensors that are read."""
-        graph, plan = self.graph, self.plan
-        inputs = (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs)
+        plan = self.plan
         read = {value for expr in self._exprs for value in reads(expr)} | plan.kept
         floating = plan.given[self._floating()]
         end = [f"    {self.names(plan.like)} = {self.names(floating)}"] if plan.like in read else []
@@ -183,7 +189,7 @@ class Writer:
             read.add(plan.given[name])
             end.insert(0, f"    N = {self.names(plan.given[name])}.shape[{axis}]")
         lines = []
-        for name in inputs:
+        for name in self._tensors:
             value = plan.given[name]
             if value in read:
                 shape = ", ".join(map(str, value.shape))

@@ -6,7 +6,7 @@ A row is ``(what holds, check)``; a check yields ``(item, what is wrong)``. It s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +15,8 @@ import torch
 from ...diagram.core import BATCH, Diagram, N, V, is_head
 from ...errors import InvariantError
 from ...notation.bind import BoundRule
+from ...quantities import Quantity, Total
+from ...quantities.total import Needed
 from ..plan.plan import Plan, names_in
 from ..program.expr import Call as Call_
 from ..program.expr import Rounds
@@ -37,11 +39,15 @@ class Context:
 
     trainable   dotted names of the model's parameters that require a gradient
     quantities  names of the quantities
+    totals      those that are summed over parameters: their values are by group
+    hidden      those that others need: they are no results
     """
 
     trainable: frozenset[str]
     quantities: tuple[str, ...]
     graph: Graph | None = None
+    totals: frozenset[str] = frozenset()
+    hidden: frozenset[str] = frozenset()
 
 
 Check = Callable[[Any, Context], Flaws]
@@ -57,10 +63,11 @@ def check(stage: Stage, data: T, context: Context) -> T:
     return data
 
 
-def asked(model: torch.nn.Module, quantities: tuple[str, ...]) -> Context:
+def asked(model: torch.nn.Module, quantities: Sequence[Quantity]) -> Context:
     """The context before the first stage."""
     trainable = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    return Context(frozenset(trainable), quantities)
+    totals, hidden = (frozenset(q.name for q in quantities if isinstance(q, kind)) for kind in (Total, Needed))
+    return Context(frozenset(trainable), tuple(q.name for q in quantities), totals=totals, hidden=hidden)
 
 
 def _read(graph: Graph) -> tuple[str, ...]:
@@ -182,6 +189,7 @@ def _formulas(bound: Bound, context: Context) -> Flaws:
 def _schedules(derived: Derived, context: Context) -> Iterator[tuple[Schedule, dict[str, Count | None], int]]:
     """Every sweep, with the elements of what its diagrams may read before anything is swept, and its columns."""
     known = _elements(_graph(context), derived.bound)
+    known |= {name: count_legs(reading.legs) for name, reading in derived.readings.items()}
     yield derived.schedule, dict(known), 1
     gradient = {name for item in derived.schedule for name in _made(item, known)}
     for columns in derived.columns:
@@ -301,8 +309,9 @@ def _in_order(steps: tuple[Step, ...], defined: set[Step]) -> Flaws:
 def _all_planned(plan: Plan, context: Context) -> Flaws:
     graph, defined = _graph(context), {*plan.given.values(), *plan.steps}
     parameters = [names[0] for name, names in graph.parameters.items() if graph.values[name].differentiable]
-    for quantity in context.quantities:
-        for dotted in parameters:
+    for quantity in (q for q in context.quantities if q not in context.hidden):
+        groups = dict.fromkeys(group for key, by in plan.results.items() if key.quantity == quantity for group in by)
+        for dotted in groups if quantity in context.totals else parameters:
             found = [by.get(dotted) for key, by in plan.results.items() if key.quantity == quantity]
             if not any(found) or any(value is not None and value not in defined for value in found):
                 yield f"{quantity} of {dotted}", f"its value {found} is not computed"
@@ -337,7 +346,7 @@ def _work_counted(plan: Plan, context: Context) -> Flaws:
 
 
 def _given(program: Program, context: Context) -> Flaws:
-    known = {*_read(_graph(context)), LIKE, *program.noises}
+    known = {*_read(_graph(context)), LIKE, *program.noises, *program.operands}
     for value in program.given:
         if value.key not in known:
             yield str(value), "the model has no such tensor"

@@ -11,7 +11,7 @@ import sympy
 from ...diagram.core import Leg, Size
 from ..program import functions as f
 from ..program.cost import Kernel, Work, size_at
-from ..program.expr import Call, Expr, Ref
+from ..program.expr import Call, Expr, Ref, Value
 from ..program.functions import Function
 from ..program.store import Store
 
@@ -56,6 +56,18 @@ def in_order(store: Store, ref: Ref) -> Expr:
 def as_stored(store: Store, ref: Ref) -> Expr:
     """`ref` with an axis for each leg, in the order of its memory."""
     return arranged(store, ref, tuple((leg,) for leg in ref.stored))
+
+
+def added(store: Store, one: Value, other: Value) -> Value:
+    """The sum of two values of one shape."""
+    legs = legs_of(other)
+    work = Work(flops=((1, legs),), moved=((3, legs),), fresh=((1, legs),))
+    return store.add(Call(f.ADD, (one, other)), other.shape, Kernel.ELEMENTWISE, work)
+
+
+def legs_of(value: Value) -> tuple[Leg, ...]:
+    """A leg for each axis."""
+    return tuple(Leg(f"a{k}", size) for k, size in enumerate(value.shape))
 
 
 def reshaped(expr: Expr, shape: tuple[Size, ...], wanted: tuple[Size, ...]) -> Expr:

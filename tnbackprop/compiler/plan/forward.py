@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ...diagram.core import Selection, Size, Tensor, Window
+from ...diagram.core import Selection, Size, Tensor, Window, hint_of
 from ...notation.bind import BoundRule
 from ...notation.code import Code
 from ..derive.fallback import OperatorVjp
@@ -46,6 +47,23 @@ def call_expr(call: Call, read: Callable[[Value], Expr], like: Expr) -> Expr:
         else:
             shown.append(_argument(value, read, like))
     return e.Call(operator(call), tuple(shown), tuple(named))
+
+
+def called(store: Store, call: Call, random: bool) -> Expr:
+    """The call of an operator; one with several outputs is called once for all of them.
+
+    Where all floating values are of one dtype, it is not written: the program is one for any such dtype.
+    """
+    if store.one_dtype:
+        named = {k for k, v in call.arguments.items() if isinstance(v, torch.dtype) and v.is_floating_point}
+        call = replace(call, arguments={**call.arguments, **dict.fromkeys(named, e.Call(f.DTYPE, (store.like,)))})
+    if call.item is None or call.outputs not in store:
+        expr = call_expr(call, lambda v: store.find(v.name), store.like)
+        if call.item is None:
+            return expr
+        every = store.add(expr, call.output.shape, Kernel.NATIVE, hint=hint_of(call.outputs), alone=random, own=False)
+        store.name(call.outputs, every)
+    return e.Call(f.ITEM, (store.find(call.outputs), call.item))
 
 
 def operator_vjp(store: Store, vjp: OperatorVjp, cotangent: Expr) -> Expr:

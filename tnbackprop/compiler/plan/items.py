@@ -12,7 +12,7 @@ from ...diagram.core import Diagram, Leg, N, Size, hint_of, is_head
 from ...notation.bind import COTANGENT, COTANGENTS
 from ...notation.code import Code, Nth
 from ..derive.fallback import OperatorVjp
-from ..lower.arrange import in_order, reshaped, sizes_of
+from ..lower.arrange import added, in_order, reshaped, sizes_of
 from ..lower.contract import build
 from ..program import functions as f
 from ..program.cost import Kernel, Terms, Work
@@ -44,13 +44,19 @@ def scheduled(
         if isinstance(item, Backward):
             backward(store, graph, item, lead)
         elif isinstance(item, Individual):
+            if item.name in store:
+                continue
             ref = _native(store, item.native, (N, *graph.values[item.of].shape), lead)
             named(store, ref, item.name)
         else:
             values, choice = _extract(store, graph, item, chunk)
             choices.append(choice)
             for quantity, value in values.items():
-                results.setdefault(quantity, {})[graph.parameters[item.parameter][0]] = value
+                group = item.groups.get(quantity.quantity)
+                own, name = results.setdefault(quantity, {}), graph.parameters[item.parameter][0]
+                if group is not None and group in own:
+                    value = added(store, own[group], value)
+                own[name if group is None else group] = value
     return results
 
 
@@ -67,6 +73,8 @@ def backward(
     store: Store, graph: Graph, item: Backward, lead: tuple[Leg, ...]
 ) -> None:
     """One cotangent: the sum of what its users send, each by native code or by its diagram."""
+    if item.name in store:  # an earlier phase has it
+        return
     what = f"cotangent of {hint_of(item.value)}" if item.value else "averaged matrix"
     store.note = what + (f", {item.note}" if item.note else "")
     shape = graph.values[item.value].shape if item.value in graph.values else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ...diagram.core import Leg
+from ..lower.arrange import added, legs_of
 from ..program import functions as f
 from ..program.cost import Kernel, Terms, Work
 from ..program.expr import Body, Call, Expr, Join, Rounds, Value
@@ -98,18 +99,6 @@ def _total(value: Value, columns: Columns, number: int, stacked: bool) -> Value:
     shape = (int(columns.count), *value.shape[1:]) if stacked else value.shape
     hint = f"total_{columns.number}_{number}"
     return Value(hint.replace("_", ":"), None, shape, hint=hint, floating=value.floating)
-
-
-def added(store: Store, one: Value, other: Value) -> Value:
-    """The sum of two values of one shape."""
-    legs = legs_of(other)
-    work = Work(flops=((1, legs),), moved=((3, legs),), fresh=((1, legs),))
-    return store.add(Call(f.ADD, (one, other)), other.shape, Kernel.ELEMENTWISE, work)
-
-
-def legs_of(value: Value) -> tuple[Leg, ...]:
-    """A leg for each axis."""
-    return tuple(Leg(f"a{k}", size) for k, size in enumerate(value.shape))
 
 
 def _work(store: Store, rounds: Rounds, totals: list[Value]) -> Work:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from ...diagram.core import COLUMN, Diagram, hint_of
 from ...errors import UnsupportedError
 from ...notation.bind import BoundRule
+from ..lower.arrange import added
 from ..lower.candidate import Lowering
 from ..lower.contract import build
 from ..lower.table import LOWERINGS
-from ..program import functions as f
 from ..program.cost import Kernel, Rates, Work, bytes_of
-from ..program.expr import Call as Item
 from ..program.expr import Expr, Rounds, Value
 from ..program.lines import alive
 from ..program.memory import peak_of
@@ -26,11 +25,12 @@ from ..translate.graph import Call, Graph, op_text
 from ..translate.operators import Memory, row_of
 from ..translate.torch_internals import overload
 from .choose import Choice
-from .forward import call_expr, fill, forward_work, seen_in
+from .forward import called, fill, forward_work, seen_in
 from .items import named, scheduled, shaped
 from .joint import JointSweep
-from .loops import Results, added, over_columns
+from .loops import Results, over_columns
 from .own_forward import own_forward
+from .phases import enter_phases
 from .relative import make_relative
 from .root_steps import root_steps
 from .samples import sample_by_sample
@@ -55,6 +55,7 @@ class Plan:
     like: Value
     columns: Mapping[str, Value]  # variable of a sweep -> all its columns, or those that are drawn in a round
     forward: Mapping[str, Value]  # what the calls of the model give, and what rules save of them
+    operands: tuple[str, ...] = ()  # what of it is handed in for quantities
 
     @property
     def timed(self) -> Iterator[tuple[Value, int]]:
@@ -129,14 +130,20 @@ def _plan(
     store = Store(rates, graph.example_batch, itemsize)
     store.lowerings, store.outermost = lowerings, (columns_first,)
     _inputs(store, graph)
+    operands = _operands(store, derived)
     _forward(store, graph, {call.output.name: rule for call, rule in derived.bound})
     choices: list[Choice] = []
-    ahead = next((columns.joint for columns in derived.columns if columns.joint), len(derived.schedule))
-    results = scheduled(store, graph, derived.schedule[:ahead], chunk, choices)
+    results: dict[Result, dict[str, Value]] = {}
     checks: dict[str, Value] = {}
-    starts: dict[str, Value] = {}
-    _sweeps(store, graph, derived, chunk, choices, results, checks, starts)
+    begun: dict[int, Mapping[str, Value]] = {}
+    for level in range(derived.last + 1):
+        enter_phases(store, derived, level, results)
+        now = derived.at(level) if derived.last else derived
+        ahead = next((columns.joint for columns in now.columns if columns.joint), len(now.schedule))
+        _gather(results, scheduled(store, graph, now.schedule[:ahead], chunk, choices))
+        _sweeps(store, graph, now, chunk, choices, results, checks, begun)
     make_relative(store, graph, derived, results)
+    results = {q: by for q, by in results.items() if q.quantity not in derived.hidden}
     output = {name: store.find(name) for name in names_in(graph.output)}
     loss = store.find(graph.loss) if graph.loss else None
     wanted = {*output.values(), *(value for by in results.values() for value in by.values()), *checks.values()}
@@ -145,8 +152,24 @@ def _plan(
     given = {name: value for name, value in store.names.items() if value.expr is None and name != LIKE}
     return Plan(
         steps, _in_order(results, graph), checks, loss, output, tuple(choices), graph.example_batch, itemsize, rates,
-        given, store.noises, store.like, starts, _forward_values(store, graph, derived),
+        given, store.noises, store.like, {c.variable: _start(store, c, begun[c.number]) for c in derived.columns},
+        _forward_values(store, graph, derived), operands,
     )  # fmt: skip
+
+
+def _start(store: Store, columns: Columns, rows: Mapping[str, Value]) -> Value:
+    return rows.get(columns.variable) or store.find(columns.variable)
+
+
+def _operands(store: Store, derived: Derived) -> tuple[str, ...]:
+    """What is read beside the model's tensors: what quantities are handed, and what they have computed reads."""
+    handed = {name: reading for name, reading in derived.readings.items() if not reading.of}
+    for name, reading in handed.items():
+        store.given(name, reading.sizes, store.one_dtype)
+    constants = {name: tensor for phase in derived.phases for name, tensor in phase.constants.items()}
+    for name, tensor in constants.items():
+        store.given(name, tuple(tensor.shape), store.one_dtype and tensor.is_floating_point())
+    return (*handed, *constants)
 
 
 def _forward_values(store: Store, graph: Graph, derived: Derived) -> dict[str, Value]:
@@ -162,13 +185,14 @@ def _sweeps(
     choices: list[Choice],
     results: dict[Result, dict[str, Value]],
     checks: dict[str, Value],
-    starts: dict[str, Value],
+    begun: dict[int, Mapping[str, Value]],
 ) -> None:
     """All sweeps of columns. Those in a loop come last: what it sums may go on from results of the others."""
     looped: list[tuple[Columns, Mapping[str, Value]]] = []
     for columns in sorted(derived.columns, key=lambda each: not each.joint):  # what is left of the gradient first
-        rows: Mapping[str, Value] = root_steps(store, graph, columns, checks)
-        starts[columns.variable] = rows.get(columns.variable) or store.find(columns.variable)
+        if columns.number not in begun:
+            begun[columns.number] = root_steps(store, graph, columns, checks)
+        rows = begun[columns.number]
         swept = sample_by_sample(store, graph, columns, rows) if columns.per_sample else None
         if swept is not None:
             choices += swept.choices
@@ -250,7 +274,7 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule]) -> None
         elif call.by_rule:
             expr, own = _from_formula(store, call, rule), False
         else:
-            expr, own = _called(store, call, random), False if random else None
+            expr, own = called(store, call, random), False if random else None
         name, (kernel, work) = call.output.name, forward_work(rule)
         store.works[name] = kernel, work
         floating = store.one_dtype and call.output.dtype.is_floating_point
@@ -261,23 +285,6 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule]) -> None
         store.name(name, made)
         if rule is not None and not ahead:
             _saved(store, rule)
-
-
-def _called(store: Store, call: Call, random: bool) -> Expr:
-    """The call of an operator; one with several outputs is called once for all of them.
-
-    Where all floating values are of one dtype, it is not written: the program is one for any such dtype.
-    """
-    if store.one_dtype:
-        named = {k for k, v in call.arguments.items() if isinstance(v, torch.dtype) and v.is_floating_point}
-        call = replace(call, arguments={**call.arguments, **dict.fromkeys(named, Item(f.DTYPE, (store.like,)))})
-    if call.item is None or call.outputs not in store:
-        expr = call_expr(call, lambda v: store.find(v.name), store.like)
-        if call.item is None:
-            return expr
-        every = store.add(expr, call.output.shape, Kernel.NATIVE, hint=hint_of(call.outputs), alone=random, own=False)
-        store.name(call.outputs, every)
-    return Item(f.ITEM, (store.find(call.outputs), call.item))
 
 
 def _from_formula(store: Store, call: Call, rule: BoundRule | None) -> Expr:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ...diagram.core import BATCH, Diagram, N, Part, Product, is_head
+from ..lower.arrange import legs_of
 from ..program import functions as f
 from ..program.cost import Kernel, Work
 from ..program.expr import Body, Call, Expr, Join, Rounds, Value, replaced, sizes_in
@@ -21,7 +22,6 @@ from ..sweep.derived import Backward, Columns, Derived, Extraction, Individual, 
 from ..translate.graph import Graph
 from .choose import Choice
 from .items import scheduled
-from .loops import legs_of
 from .slices import pairs_samples
 
 Results = dict[Result, dict[str, Value]]

@@ -18,7 +18,8 @@ from .rounds import block_of
 class Program:
     """What the emitted function does.
 
-    given      what the lines read from outside; `noises` are the names of what of it is random
+    given      what the lines read from outside; `noises` are the names of what of it is random, `operands` of what
+               quantities are handed
     kept       what is read later
     functions  the lines of the functions that they call
     """
@@ -28,6 +29,7 @@ class Program:
     kept: frozenset[Value]
     functions: Mapping[Body, Lines]
     noises: frozenset[str] = frozenset()
+    operands: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

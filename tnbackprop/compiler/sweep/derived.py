@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import prod
 
 import sympy
+from torch import Tensor
 
 from ...diagram.canonical import key
 from ...diagram.core import COLUMN, Diagram, Leg, Size, hint_of
+from ...diagram.reading import Reading
 from ...notation.bind import BoundRule
 from ...notation.code import Native as Vjp
 from ...quantities import Handed
@@ -70,6 +72,8 @@ class Extraction:
     diagrams: Mapping[Result, Diagram]
     factors: Mapping[str, Factors] = field(default_factory=dict)  # quantities whose values have several factors
     condensed: Mapping[Result, Diagram] = field(default_factory=dict)  # the same from cotangents before a selection
+    groups: Mapping[str, str] = field(default_factory=dict)  # of quantities that are summed over parameters, its group
+    level: int = 0  # the phase in which it is extracted
 
     @property
     def quantities(self) -> tuple[str, ...]:
@@ -78,6 +82,25 @@ class Extraction:
 
 
 Schedule = tuple[Backward | Individual | Extraction, ...]
+
+
+def by_level(schedule: Schedule, levels: Mapping[str, int]) -> Schedule:
+    """The schedule, with what is extracted in other phases (by quantity) as extractions of their own."""
+    found: list[Backward | Individual | Extraction] = []
+    for item in schedule:
+        if isinstance(item, Extraction) and any(levels.get(q, 0) for q in item.quantities):
+            found += [_of_level(item, level, levels) for level in sorted({levels.get(q, 0) for q in item.quantities})]
+        else:
+            found.append(item)
+    return tuple(found)
+
+
+def _of_level(item: Extraction, level: int, levels: Mapping[str, int]) -> Extraction:
+    def mine(by: Mapping[Result, Diagram]) -> dict[Result, Diagram]:
+        return {q: diagram for q, diagram in by.items() if levels.get(q.quantity, 0) == level}
+
+    factors = {q: each for q, each in item.factors.items() if levels.get(q, 0) == level}
+    return replace(item, diagrams=mine(item.diagrams), factors=factors, condensed=mine(item.condensed), level=level)
 
 
 @dataclass(frozen=True)
@@ -240,6 +263,23 @@ def column_leg(width: Size) -> tuple[Leg, ...]:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """What a quantity has computed between two phases: calls on values of their own.
+
+    totals     value -> what it is the sum of, and the group of parameters
+    outcome    the operands that it makes: by their name in diagrams, the value
+    constants  tensors that the calls read
+    """
+
+    quantity: str
+    totals: Mapping[str, tuple[Result, str]]
+    calls: tuple[Call, ...]
+    outcome: Mapping[str, str]
+    constants: Mapping[str, Tensor]
+    level: int = 1
+
+
+@dataclass(frozen=True)
 class Derived:
     """Everything to compute, in an order in which it can be computed."""
 
@@ -247,6 +287,27 @@ class Derived:
     schedule: Schedule
     scale: sympy.Expr
     columns: tuple[Columns, ...] = ()
+    readings: Mapping[str, Reading] = field(default_factory=dict)  # what quantities read besides, by value
+    phases: tuple[Phase, ...] = ()  # what is computed in between, in order
+
+    @property
+    def hidden(self) -> frozenset[str]:
+        """The quantities that others need, and nobody asked for."""
+        return frozenset(result.quantity for phase in self.phases for result, _ in phase.totals.values())
+
+    @property
+    def last(self) -> int:
+        """The last phase."""
+        return max((item.level for item in self.items if isinstance(item, Extraction)), default=0)
+
+    def at(self, level: int) -> Derived:
+        """What is extracted in one phase; in a later one without the sweeps that nothing of it is extracted from."""
+        def kept(schedule: Schedule) -> Schedule:
+            return tuple(item for item in schedule if not isinstance(item, Extraction) or item.level == level)
+
+        columns = (replace(each, schedule=kept(each.schedule)) for each in self.columns)
+        wanted = (each for each in columns if not level or any(isinstance(i, Extraction) for i in each.schedule))
+        return replace(self, schedule=kept(self.schedule), columns=tuple(wanted))
 
     @property
     def sweeps(self) -> tuple[Schedule, ...]:

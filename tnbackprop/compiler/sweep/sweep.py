@@ -7,67 +7,21 @@ the loss, and its cotangent is a constant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-
 import sympy
 
-from ...diagram.algebra import Cotangents, Uses, identity, inline, pull_back, tensor
+from ...diagram.algebra import Uses, identity, inline, pull_back, tensor
 from ...diagram.core import BATCH, Delta, Diagram, Leg, N, Part, Product, fresh_names, leaves
 from ...diagram.jacobian import Jacobian
-from ...diagram.regroup import common, grouped, regroup
+from ...diagram.regroup import common, regroup
 from ...diagram.simplify import simplify
-from ...errors import FormulaError, InputError, UnsupportedError
+from ...errors import FormulaError, UnsupportedError
 from ...notation.bind import BoundRule, Equation
-from ...quantities import Quantity
-from ...quantities.factors import Factors
-from ..translate.foreign import foreign
 from ..translate.graph import Call, Graph
-from .condense import condensed, gathered, outer_product
-from .derived import Backward, Extraction, Individual, Native, Result
+from .condense import gathered, outer_product
+from .derived import Backward, Individual, Native
+from .extract import extract, propagated
 from .lines import casts, casts_alone, columns_by_formula, jacobian_of, lines_to, operands_of, selects, unchanged
-
-
-@dataclass
-class Sweep:
-    graph: Graph
-    quantities: Sequence[Quantity]
-    terms: dict[str, list[Diagram | Native]] = field(default_factory=dict)
-    uses: dict[str, list[tuple[Jacobian, Diagram]]] = field(default_factory=dict)
-    samples: dict[str, bool] = field(default_factory=dict)  # value -> has the batch leg
-    reads: dict[str, bool] = field(default_factory=dict)  # value -> depends on the samples at all
-    depends: dict[str, frozenset[str]] = field(default_factory=dict)  # value -> the trainable parameters behind it
-    owner: dict[str, Call] = field(default_factory=dict)
-    schedule: list[Backward | Individual | Extraction] = field(default_factory=list)
-    scheduled: set[str] = field(default_factory=set)  # the values whose cotangents are entered there
-    scales: set[sympy.Expr] = field(default_factory=set)
-    prefix: str = "g"
-    variable: str = ""  # the column at the model's output
-    several: bool = False  # more than one column
-    lead: tuple[Leg, ...] = ()  # the leg of columns that are propagated together
-    kept: tuple[Leg, ...] = (BATCH,)
-    weight: Diagram | None = None  # of the columns
-    along: Callable[[Jacobian], Jacobian] | None = None  # what is propagated with in the place of a Jacobian
-    adds: Callable[[Call, BoundRule, Equation, str], Diagram | None] | None = None  # what a line adds to an operand
-    twice: bool = False  # second derivatives will read the cotangents of every line
-    partial: bool = False  # it starts inside the model: what it does not reach has nothing to add
-    since: str = ""  # the value where it goes on for an earlier sweep, too
-    meetings: tuple[str, ...] = ()  # values where a later one may go on for it
-    until: str = ""  # the first of them that it reaches: there it stops
-
-    def reached(self, name: str) -> bool:
-        """Whether something is propagated to the value."""
-        return bool(self.terms.get(name)) or bool(self.uses.get(name))
-
-    def pending(self, parameter: str) -> bool:
-        """Whether it gives results for a parameter even if it does not reach it."""
-        if self.until and self._behind(self.until, parameter):
-            return False
-        return not self.partial or bool(self.since and self._behind(self.since, parameter))
-
-    def _behind(self, value: str, parameter: str) -> bool:
-        values = self.graph.values
-        return values[parameter].depends_on <= values[value].depends_on
+from .state import Sweep, all_uses
 
 
 def run(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
@@ -75,7 +29,7 @@ def run(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
     graph = sweep.graph
     classify(sweep, bound)
     last_use = _first_call_of_each_parameter(graph, bound)
-    _extract(sweep, [p for p in last_use if last_use[p] is None])
+    extract(sweep, [p for p in last_use if last_use[p] is None])
     for position in reversed(range(len(bound))):
         call, rule = bound[position]
         if not sweep.until and call.output.name in sweep.meetings and sweep.reached(call.output.name):
@@ -83,7 +37,7 @@ def run(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
             schedule(sweep, sweep.until)
         if not sweep.until:
             _sweep_call(sweep, call, rule)
-        _extract(sweep, [p for p, first in last_use.items() if first == position])
+        extract(sweep, [p for p, first in last_use.items() if first == position])
 
 
 def classify(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
@@ -242,14 +196,6 @@ def _batch_power(scale: sympy.Expr) -> sympy.Expr:
     return N ** sympy.Integer(power)
 
 
-def scale_of(sweep: Sweep) -> sympy.Expr:
-    if len(sweep.scales) > 1:
-        raise UnsupportedError(
-            f"the loss both averages and sums over samples ({sweep.scales}): split it in two losses."
-        )
-    return next(iter(sweep.scales), sympy.Integer(1))
-
-
 def _check_diagonal(call: Call, operand: str, jacobian: Jacobian) -> None:
     """Each product of a Jacobian between two values with a batch must have δ[n, n']."""
     before = next(leg for leg in jacobian.into if leg.size == N)
@@ -309,92 +255,5 @@ def schedule(sweep: Sweep, name: str) -> None:
         call = sweep.owner.get(name)
         where = call.where if call else ""
         terms = tuple(sweep.terms[name])
-        before = gathered(terms[0], _terms(sweep)) if sweep.several and len(terms) == 1 else None
+        before = gathered(terms[0], propagated(sweep)) if sweep.several and len(terms) == 1 else None
         sweep.schedule.append(Backward(f"{sweep.prefix}:{name}", name, terms, where, before))
-
-
-def all_uses(sweep: Sweep, name: str) -> tuple[Uses, Cotangents]:
-    """Every use of a value that is made of parameters, with the legs that all of them can read it with."""
-    pairs = sweep.uses.get(name, [])
-    shape = sweep.graph.values[name].shape if name in sweep.graph.values else ()
-    sizes = tuple(size for size in shape if size != 1)
-    if pairs:
-        sizes = common(*(tuple(leg.size for leg in jacobian.into) for jacobian, _ in pairs))
-    jacobians = [regroup(jacobian, into=sizes) for jacobian, _ in pairs]
-    named = jacobians[0].into if jacobians else tuple(Leg(f"p{k}", size) for k, size in enumerate(sizes))
-    legs = _distinct(tuple(Leg(leg.name.rstrip("'") or "p", leg.size) for leg in named)) or (Leg("p", 1),)
-    uses = Uses(tuple(_with_legs(jacobian, legs) for jacobian in jacobians), legs, grouped(legs, shape))
-    cotangents = tuple(g for _, g in pairs)
-    names = _cotangent_names(sweep)
-    return uses, Cotangents(cotangents, scale_of(sweep), sweep.kept, names, weight=sweep.weight)
-
-
-def _cotangent_names(sweep: Sweep) -> frozenset[str]:
-    """The values that carry what is propagated."""
-    return frozenset({item.name for item in sweep.schedule if not isinstance(item, Extraction)} | {sweep.variable})
-
-
-def _distinct(legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
-    seen: list[Leg] = []
-    for leg in legs:
-        name = "p_n" if leg.name == BATCH.name else leg.name
-        while any(other.name == name for other in seen):
-            name += "_"
-        seen.append(Leg(name, leg.size))
-    return tuple(seen)
-
-
-def _with_legs(jacobian: Jacobian, legs: tuple[Leg, ...]) -> Jacobian:
-    """A parameter of one element has one leg of size 1, so that its results differ from sums over it."""
-    if jacobian.into:
-        return jacobian
-    diagram = Diagram((*jacobian.diagram.legs, *legs), jacobian.diagram.products)
-    return Jacobian(diagram, jacobian.out, legs, jacobian.units)
-
-
-def _extract(sweep: Sweep, parameters: list[str]) -> None:
-    for name in parameters if sweep.quantities else ():
-        if not sweep.uses.get(name) and not sweep.pending(name):
-            continue
-        uses, g = all_uses(sweep, name)
-        found = extraction(sweep, name, uses, g)
-        sweep.schedule.append(replace(found, condensed=_condensed(sweep, found, uses, g)))
-
-
-def _terms(sweep: Sweep) -> dict[str, list[Diagram | Native]]:
-    """What the cotangents so far are sums of, by their names."""
-    return {f"{sweep.prefix}:{value}": each for value, each in sweep.terms.items()}
-
-
-def _condensed(sweep: Sweep, found: Extraction, uses: Uses, g: Cotangents) -> dict[Result, Diagram]:
-    """The same quantities from the cotangents of several columns as they were before a selection scattered them."""
-    terms = _terms(sweep) if sweep.several else {}
-    before = [condensed(each, terms) for each in g.each]
-    if not any(before):
-        return {}
-    g = replace(g, each=tuple(one or other for one, other in zip(before, g.each, strict=True)))
-    alike = {Result(q.name): q.extract(uses, g) for q in sweep.quantities if Result(q.name) in found.diagrams}
-    return {name: diagram for name, diagram in alike.items() if isinstance(diagram, Diagram)}
-
-
-def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction:
-    """All quantities of one parameter."""
-    diagrams: dict[Result, Diagram] = {}
-    factors: dict[str, Factors] = {}
-    for quantity in sweep.quantities:
-        try:
-            with foreign(f"quantity {quantity.name!r}", InputError):
-                found: object = quantity.extract(uses, g)
-        except UnsupportedError as error:
-            dotted = sweep.graph.parameters[name][0]
-            raise UnsupportedError(f"parameter {dotted!r}, quantity {quantity.name!r}: {error}") from None
-        if isinstance(found, Factors):
-            factors[quantity.name] = found
-            diagrams |= {Result(quantity.name, k): diagram for k, diagram in enumerate(found.diagrams)}
-            diagrams |= {Result(quantity.name, k, mean=True): m for k, m in enumerate(found.means) if m is not None}
-        elif isinstance(found, Diagram):
-            diagrams[Result(quantity.name)] = found
-        else:
-            what = f"quantity {quantity.name!r}: extract returns {type(found).__name__}"
-            raise InputError(f"{what}: return a tn.Diagram, as (J.T @ g).sum('n') is, or tn.Factors")
-    return Extraction(name, diagrams, factors)

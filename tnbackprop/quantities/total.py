@@ -1,0 +1,112 @@
+"""Totals: the sum of a quantity over all parameters, or over named groups of them; and the sums that phases need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from ..diagram.algebra import Cotangents, Uses
+from ..diagram.core import Diagram, is_head
+from ..errors import InputError
+from .base import Outcome, Quantity, Totals
+from .propagation import Propagation
+
+ALL = "all"
+"""The group of all parameters."""
+Groups = Callable[[str], str] | Mapping[str, str | Sequence[str]]
+
+
+@dataclass(frozen=True, init=False)
+class Total(Quantity):
+    """Σ over parameters of a quantity: {"all": sum}, or {group: sum}. For what has no legs of the parameter.
+
+    The squared norms of whole individual gradients are ``tn.Total(tn.BatchL2())``, [N]; the Gram matrix of them
+    ``tn.Total(tn.BatchDot())``, [N, N], of which only the sum is ever held, not one for each parameter.
+
+    quantity  what is summed: values without the parameter's axes, [N], [N, N], numbers
+    groups    None: all parameters together. A function from a parameter's name to its group (`str`: each is its own),
+              or group -> names or patterns ("encoder.*"), of which the first that fits counts
+    name      its key in the result; by default that of the quantity with "_total"
+
+    Raises `InputError` for a value that has axes of the parameter, and for a parameter that is in no group.
+    """
+
+    name: str
+    quantity: Quantity
+    groups: Groups | None
+
+    def __init__(self, quantity: Quantity, groups: Groups | None = None, name: str = "") -> None:
+        if not isinstance(quantity, Quantity):
+            raise InputError(f"tn.Total: quantity={quantity!r} is no tn.Quantity: give an instance, tn.BatchL2()")
+        if isinstance(quantity, Total):
+            raise InputError("tn.Total: a total is summed over parameters already; give the quantity itself")
+        if not (groups is None or callable(groups) or isinstance(groups, Mapping)):
+            raise InputError(f"tn.Total: groups={groups!r}: give a function of a parameter's name, or {{group: names}}")
+        object.__setattr__(self, "name", name or f"{quantity.name}_total")
+        object.__setattr__(self, "quantity", quantity)
+        object.__setattr__(self, "groups", groups)
+
+    @property
+    def propagates(self) -> Propagation:
+        return self.quantity.propagates
+
+    @property
+    def needs(self) -> tuple[Quantity, ...]:
+        return self.quantity.needs
+
+    def between(self, totals: Totals) -> Outcome:
+        return self.quantity.between(totals)
+
+    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+        found = self.quantity.extract(J, g)
+        if not isinstance(found, Diagram) or not all(map(is_head, found.legs)):
+            what = ", ".join(map(str, found.legs)) if isinstance(found, Diagram) else "Kronecker factors"
+            raise InputError(
+                f"{self.quantity.name!r} of parameter {J.name!r} is [{what}], which has axes of the parameter: values "
+                "of different parameters do not add up. Sum over them first, .sum_parameter()"
+            )
+        return found
+
+    def group_of(self, parameter: str) -> str:
+        """The group of a parameter."""
+        if self.groups is None:
+            return ALL
+        if not isinstance(self.groups, Mapping):
+            return str(self.groups(parameter))
+        for group, names in self.groups.items():
+            patterns = [names] if isinstance(names, str) else names
+            if any(fnmatchcase(parameter, pattern) for pattern in patterns):
+                return group
+        raise InputError(f"tn.Total {self.name!r}: parameter {parameter!r} is in no group of {list(self.groups)}")
+
+
+@dataclass(frozen=True, init=False)
+class Needed(Total):
+    """A total that another quantity needs, which is no result.
+
+    of   the name of that quantity
+    key  what it calls the total
+    """
+
+    of: str
+    key: str
+
+    def __init__(self, need: Quantity, of: str) -> None:
+        total = need if isinstance(need, Total) else Total(need)
+        super().__init__(total.quantity, total.groups, f"{of}: {need.name}")
+        object.__setattr__(self, "of", of)
+        object.__setattr__(self, "key", need.name)
+
+
+def with_needs(quantities: Iterable[Quantity]) -> list[Quantity]:
+    """The quantities, and the totals that they need, which may need others."""
+    found: list[Quantity] = []
+    for quantity in quantities:
+        found += [quantity, *with_needs(Needed(need, quantity.name) for need in quantity.needs)]
+    return found
+
+
+def level_of(quantity: Quantity) -> int:
+    """In which phase it is extracted: after all that it needs."""
+    return max((1 + level_of(need) for need in quantity.needs), default=0)

@@ -1,0 +1,121 @@
+"""Given: the tensors that a program reads, checked against what it was compiled for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..compiler.program.cost import size_at
+from ..compiler.translate.graph import Graph, Value
+from ..compiler.translate.sizes import first_broken
+from ..compiler.translate.torch_modes import check_plain
+from ..errors import InputError
+
+
+def own(kind: str, dotted: str, own: Mapping[str, torch.Tensor], value: Value) -> torch.Tensor:
+    """A tensor of the model, which is still what the program was compiled for."""
+    tensor = own.get(dotted)
+    if tensor is None:
+        raise InputError(f"the model has no {kind} {dotted!r} any more: compile again")
+    for what, now, then in (
+        ("dtype", tensor.dtype, value.dtype),
+        ("shape", list(tensor.shape), [size_at(size, 1) for size in value.shape]),
+    ):
+        if now != then:
+            raise InputError(
+                f"{kind} {dotted!r} has {what} {now} now, but the program was compiled for {then}: compile again"
+            )
+    return tensor
+
+
+def check_parameters(model: torch.nn.Module, graph: Graph) -> None:
+    """The model has the parameters that the program was compiled for: the same are tied, and the same trainable."""
+    names: dict[int, list[str]] = {}
+    trainable: dict[str, bool] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+        trainable[name] = parameter.requires_grad
+    now = {name: frozenset(tied) for tied in names.values() for name in tied}
+    then = {name: frozenset(tied) for tied in graph.parameters.values() for name in tied}
+    for name in (*then, *now):
+        if name not in now:
+            raise InputError(f"the model has no parameter {name!r} any more: compile again")
+        if name not in then:
+            _changed(name, "was not there")
+        for other in sorted(then[name] - now[name]):
+            _changed(name, f"is no longer the same as {other!r} (tied)")
+        for other in sorted(now[name] - then[name]):
+            _changed(name, f"is the same as {other!r} now (tied)")
+    for value, (first, *_) in graph.parameters.items():
+        if trainable[first] != graph.values[value].differentiable:
+            _changed(first, f"has requires_grad={trainable[first]} now")
+
+
+def _changed(name: str, what: str) -> NoReturn:
+    raise InputError(
+        f"parameter {name!r} {what}: the model is not the one that the program was compiled for.\n  Compile again."
+    )
+
+
+def structure(spec: pytree.TreeSpec) -> str:
+    return str(pytree.tree_unflatten(["tensor"] * spec.num_leaves, spec)).replace("'tensor'", "tensor")
+
+
+def named_tensors(model: torch.nn.Module, loss: Callable[..., Any] | None) -> dict[str, torch.Tensor]:
+    modules = {"": model} | ({"loss.": loss} if isinstance(loss, torch.nn.Module) else {})
+    found: dict[str, torch.Tensor] = {}
+    for prefix, module in modules.items():
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            check_plain(f"{prefix + name!r} of the model", tensor)
+            found.setdefault(prefix + name, tensor.detach())
+    return found
+
+
+def check_batch(batch: Mapping[str, torch.Tensor], graph: Graph) -> dict[str, torch.Tensor]:
+    """Every input has the dtype, rank and sizes that the program was compiled for, and one batch size."""
+    size: int | None = None
+    first = ""
+    for name, tensor in batch.items():
+        value = graph.values.get(name)
+        if value is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(f"input {name!r} is {type(tensor).__name__}, not a tensor")
+        if tensor.dtype != value.dtype:
+            raise InputError(
+                f"input {name!r} has dtype {tensor.dtype}, but the program was compiled for {value.dtype}: "
+                "convert it, or compile again"
+            )
+        fits = tensor.ndim == len(value.shape)
+        for axis, expected in enumerate(value.shape if fits else ()):
+            if isinstance(expected, int):
+                fits = fits and tensor.shape[axis] == expected
+            elif size is None:
+                size, first = tensor.shape[axis], name
+            elif size_at(expected, size) != tensor.shape[axis]:
+                raise InputError(f"input {name!r} has {tensor.shape[axis]} samples, but {first!r} has {size}")
+        if not fits:
+            wanted = "[" + ", ".join(str(s) for s in value.shape) + "]"
+            raise InputError(
+                f"input {name!r} has shape {list(tensor.shape)}, but the program was compiled for {wanted}: "
+                "compile again for this shape"
+            )
+    if size == 0:
+        raise InputError("the batch is empty: give at least one sample")
+    if size is not None and size < graph.least:
+        raise InputError(
+            "the batch has one sample, for which the model does something else (it branches on the batch size): the "
+            f"program is for {graph.least} or more.\n  Give more samples, or do not branch on x.shape[0] and compile "
+            "again."
+        )
+    broken = None if size is None else first_broken(graph.conditions, size)
+    if broken is not None:
+        raise InputError(
+            f"the batch has {size} samples, for which the model does something else (it branches on the batch size): "
+            f"the program is for {broken}.{broken.line}\n  Compile another one with an example of {size} samples, or "
+            "do not branch on x.shape[0]."
+        )
+    return dict(batch)
