@@ -23,7 +23,7 @@ ORDER = (
     "errors", "version", "diagram", "notation", "table", "rules.recurrent", "rules", "quantities",
     "compiler.translate", "compiler.running", "compiler.capture", "compiler.program", "compiler.sweep",
     "compiler.derive", "compiler.lower", "compiler.plan", "compiler.emit", "compiler.invariants",
-    "compiler.explain", "compiler", "linalg", "runtime", "declare", "layer", "api", "kernels", "products",
+    "compiler.explain", "compiler", "linalg", "results", "runtime", "declare", "layer", "api", "kernels", "products",
     "drawing", "generation", "verification", "__init__", "commands", "__main__",
 )  # fmt: skip
 # What some of them must not know, though it comes before them.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .result import Result
+from ..results import Result
 
 WARM_UP = 2
 """Runs before the recording: handles are made and algorithms are chosen."""

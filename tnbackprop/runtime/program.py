@@ -27,14 +27,13 @@ from ..compiler.translate.torch_modes import check_plain, own_dtypes
 from ..diagram.core import N
 from ..errors import InputError
 from ..quantities import Quantity
-from .assemble import Values, assemble, blocks
+from ..results import Result, Values, assemble, blocks, parameter_shapes
 from .given import check_batch, check_parameters, named_tensors, own, structure
 from .graphed import Graphed
 from .operands import Given, Operands, Shape
 from .owned import Owner
 from .pages import Blocks, keep_freed_pages
 from .progress import bars
-from .result import Result
 
 
 class Indefinite(Enum):
@@ -81,6 +80,7 @@ class Program:
             self._fixed |= phase.constants
         self._operands = Operands(compiled)
         self._blocks = {name: blocks(compiled, name) for name in self.quantities}
+        self._shapes = parameter_shapes(compiled)
         self._output_spec = pytree.tree_structure(compiled.graph.output)
 
     @property
@@ -215,7 +215,8 @@ class Program:
         values = pytree.tree_map(own, dict(values))
         made: dict[str, Any] = {name: assemble(blocks, values, name) for name, blocks in self._blocks.items()}
         leaves = [own(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in output]
-        return Result(None if loss is None else own(loss), pytree.tree_unflatten(leaves, self._output_spec), made)
+        loss, axes = None if loss is None else own(loss), {name: blocks.axes for name, blocks in self._blocks.items()}
+        return Result(loss, pytree.tree_unflatten(leaves, self._output_spec), made, axes, self._shapes)
 
     def _with_noise(
         self,

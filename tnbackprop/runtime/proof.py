@@ -23,12 +23,12 @@ from ..compiler.translate.graph import NotGiven
 from ..compiler.translate.torch_internals import alone, version
 from ..compiler.translate.torch_modes import InFloat64, own_dtypes
 from ..errors import InputError, VerificationError
+from ..results import Result
 from ..rules import RULES
 from ..table import Rules
 from .compared import FIRST, ROOT, SECOND, Pair, error, pairs_of
 from .program import Indefinite, Program
 from .reference import SEED, Batch, Reference
-from .result import Result
 
 SAMPLES = 2
 OUTPUT = "a value"

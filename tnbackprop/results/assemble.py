@@ -11,8 +11,11 @@ import torch
 
 from ..compiler import Compiled
 from ..compiler.sweep.derived import Extraction, joined_with
+from ..compiler.sweep.derived import Result as Name
+from ..diagram.core import is_head
 from ..linalg import Joined, Kind, KroneckerFactors, Layout, Role
 from ..quantities.factors import Factors
+from .result import Axes
 
 Values = Mapping[str, Mapping[str, torch.Tensor | tuple[torch.Tensor, ...]]]
 
@@ -24,6 +27,7 @@ class Blocks:
     factors: Mapping[str, Factors]
     shapes: Mapping[str, tuple[int, ...]]
     joined: Mapping[str, str]  # weight -> the bias in its block
+    axes: Axes | None  # of its values, where they are tensors and all alike
 
 
 def blocks(compiled: Compiled, quantity: str) -> Blocks:
@@ -34,7 +38,27 @@ def blocks(compiled: Compiled, quantity: str) -> Blocks:
     names = {parameter: dotted[0] for parameter, dotted in graph.parameters.items() if parameter in found}
     shapes = {name: tuple(int(size) for size in graph.values[p].shape) for p, name in names.items()}
     joined = joined_with({names[item.parameter]: item.factors[quantity] for item in items})
-    return Blocks({name: found[p] for p, name in names.items()}, shapes, joined)
+    return Blocks({name: found[p] for p, name in names.items()}, shapes, joined, _axes(compiled, quantity))
+
+
+def parameter_shapes(compiled: Compiled) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter, in the order of `named_parameters`."""
+    graph = compiled.graph
+    return {dotted: tuple(map(int, graph.values[p].shape)) for p, (dotted, *_) in graph.parameters.items()}
+
+
+def _axes(compiled: Compiled, quantity: str) -> Axes | None:
+    """The samples and columns of its values, and whether the parameter's own axes come after them."""
+    found = set()
+    for item in compiled.derived.items:
+        if isinstance(item, Extraction) and quantity in item.quantities:
+            diagram = item.diagrams.get(Name(quantity))
+            own = [] if diagram is None else [leg for leg in diagram.legs if not is_head(leg)]
+            whole = prod(int(leg.size) for leg in own) == prod(map(int, compiled.graph.values[item.parameter].shape))
+            if diagram is None or (own and not whole):
+                return None
+            found.add(Axes(len(diagram.legs) - len(own), bool(own)))
+    return found.pop() if len(found) == 1 else None
 
 
 def assemble(blocks: Blocks, values: Values, quantity: str) -> Mapping[str, object]:
