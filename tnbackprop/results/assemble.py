@@ -54,8 +54,8 @@ def _axes(compiled: Compiled, quantity: str) -> Axes | None:
         if isinstance(item, Extraction) and quantity in item.quantities:
             diagram = item.diagrams.get(Name(quantity))
             own = [] if diagram is None else [leg for leg in diagram.legs if not is_head(leg)]
-            whole = prod(int(leg.size) for leg in own) == prod(map(int, compiled.graph.values[item.parameter].shape))
-            if diagram is None or (own and not whole):
+            elements = prod(map(int, compiled.graph.values[item.parameter].shape))
+            if diagram is None or (own and prod(leg.size for leg in own) != elements):
                 return None
             found.add(Axes(len(diagram.legs) - len(own), bool(own)))
     return found.pop() if len(found) == 1 else None
