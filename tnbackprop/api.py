@@ -37,6 +37,7 @@ def compile(
     indefinite: Indefinite = Indefinite.REFUSE,
     lowerings: Sequence[Lowering] = (),
     check: bool = True,
+    replan: bool = True,
 ) -> Program:
     """Compile a model with its loss and quantities to a program.
 
@@ -53,6 +54,9 @@ def compile(
                   ``examples/add_a_lowering.py``
     check         the program and PyTorch's own autograd run once on two samples of the example and must agree: the last
                   lines of `explain()` say on what. False: not
+    replan        batches of four times the example's samples or more, or of a quarter or less, get a plan of their own
+                  once that pays, and `memory_limit` holds for every batch. False: the example's plan runs all of them,
+                  and the limit holds for its size
 
     Raises `InputError`, `UnsupportedError`, `RuleError`, and `VerificationError` where the two differ.
     """
@@ -62,8 +66,9 @@ def compile(
     limit, table = _bytes(memory_limit), resolve(rules)
     with told_of_replaced(rules):
         compiled = compile_program(model, loss, example, list(quantities), table, limit, lowerings=tuple(lowerings))
-    program = Program(model, compiled, loss, quantities, indefinite)
+    program = Program(model, compiled, loss, quantities, indefinite, check)
     program.checked = prove(program, example, table, limit is not None) if check else "not checked: check=False"
+    program.replan = replan
     return program
 
 
@@ -78,6 +83,7 @@ def compute(
     indefinite: Indefinite = Indefinite.REFUSE,
     lowerings: Sequence[Lowering] = (),
     check: bool = True,
+    replan: bool = True,
     seed: int | None = None,
     generator: torch.Generator | None = None,
     operands: Given | None = None,
@@ -87,19 +93,22 @@ def compute(
     What was compiled is kept, the last `KEPT` programs of a model for as long as it lives. Everything that a program
     depends on is looked at in each call: layers, modes, attributes, hooks and ties of the model, options of the loss,
     what functions read (defaults, closures, globals), rules and shapes; the values of parameters and the batch size are
-    free. Where something changed, or hides what it holds (an iterator, a scripted module), it is compiled anew. A
-    `Program` looks at none of that, so it is faster.
+    free. Where something changed, or hides what it holds (an iterator, a scripted module), it is compiled anew. So are
+    batches far from the sizes that were compiled for, once that pays (`replan`), and those of every size where memory
+    is limited. A `Program` looks at none of that, so it is faster.
     """
     options: dict[str, Any] = {
         "rules": rules, "memory_limit": memory_limit, "indefinite": indefinite, "lowerings": lowerings, "check": check
     }  # fmt: skip
     state = _state(model, loss, batch, quantities, options) if isinstance(model, torch.nn.Module) else None
     kept = [] if state is None else _PROGRAMS.get(model, [])
-    for k, (key, program) in enumerate(kept):
-        if state is not None and key.matches(state) and program.fits(batch_size((plain(batch[0]), plain(batch[1])))):
-            _PROGRAMS[model] = [kept[k], *kept[:k], *kept[k + 1 :]] if k else kept
-            return program.attached(model, loss)(*batch, seed=seed, generator=generator, operands=operands)
-    program = compile(model, loss, batch, quantities, **options)
+    size = batch_size((plain(batch[0]), plain(batch[1]))) if kept else 0
+    found = [each for each in kept if state is not None and each[0].matches(state) and each[1].fits(size)]
+    nearest = min(found, key=lambda each: abs(math.log(size / each[1].compiled.plan.batch)), default=None)
+    if nearest is not None and (not replan or nearest[1].suits(size)):
+        _PROGRAMS[model] = [nearest, *(each for each in kept if each is not nearest)]
+        return nearest[1].attached(model, loss)(*batch, seed=seed, generator=generator, operands=operands)
+    program = compile(model, loss, batch, quantities, **options, replan=replan)
     if state is not None:
         _PROGRAMS[model] = [(state, program.detached()), *kept][:KEPT]
     return program(*batch, seed=seed, generator=generator, operands=operands)

@@ -52,7 +52,7 @@ def test_a_program_in_its_own_dtype() -> None:
 @contextmanager
 def multiplied(program: tn.Program, quantity: str, factor: int) -> Iterator[None]:
     """Programs that are compiled here give a multiple of a quantity."""
-    right = program._function
+    right = program._sizes.example.loaded.function
 
     def wrong(tensors: dict[str, Tensor]) -> Any:
         loss, output, values = right(tensors)

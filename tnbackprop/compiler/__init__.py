@@ -1,4 +1,4 @@
-"""The compiler, in order: capture, bind, derive and plan (a search), the program, emit. Nothing else is here."""
+"""The compiler, in order: capture, bind, then for a batch size (`Front.planned`) derive, plan, the program, emit."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .capture.export import capture
 from .capture.trial import Trial
 from .derive.derive import bind_all
 from .emit.compiled import Compiled
-from .emit.source import Writer
 from .formulas import with_formulas
 from .invariants.stage import Stage
 from .invariants.table import asked, check
 from .joined import with_one_output, with_output_at_loss
 from .lower.candidate import Lowering
-from .search import Device, searched
+from .search import Device
+from .sizes import Front
 from .softmax_heads import with_cross_entropy
 
 __all__ = ["Compiled", "compile_program"]
@@ -47,10 +47,7 @@ def compile_program(
     trial = Trial.of(graph, model, loss, example)
     bound = check(Stage.BIND, bind_all(graph, rules, trial), seen := replace(seen, graph=graph))
     graph = with_output_at_loss(graph, bound, quantities)
-    derived, planned = searched(graph, bound, quantities, Device.of(model, here), memory_limit, lowerings)
-    check(Stage.DERIVE, derived, seen)
-    check(Stage.PLAN, planned, seen)
-    check(Stage.PROGRAM, (writer := Writer(graph, planned)).program, seen)
-    source = writer.source(f"{type(model).__name__}: {', '.join(quantity.name for quantity in quantities)}")
-    check(Stage.EMIT, source, seen)
-    return Compiled(graph, derived, planned, source)
+    title = f"{type(model).__name__}: {', '.join(quantity.name for quantity in quantities)}"
+    device = Device.of(model, here)
+    front = Front(graph, bound, quantities, device, memory_limit, lowerings, title, seen)
+    return front.planned(graph.example_batch)

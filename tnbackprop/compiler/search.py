@@ -64,14 +64,17 @@ def searched(
     device: Device,
     memory_limit: int | None,
     lowerings: Sequence[Lowering] = (),
+    known: Derived | None = None,
 ) -> Made:
     """What is derived and planned for these quantities; `lowerings` are tried with those of the table.
+
+    known   the same for another batch size: what comes between phases is not captured again
 
     Raises `UnsupportedError` where not even one sample at a time fits the memory.
     """
     rates, itemsize, every = device.rates, device.itemsize, (*LOWERINGS, *lowerings)
     width, *others = _widths(rates, graph.example_batch)
-    derived = with_phases(graph, derive(graph, bound, quantities, width), quantities)
+    derived = with_phases(graph, derive(graph, bound, quantities, width), quantities, known)
     check_memory(graph, derived, itemsize, memory_limit or device.machine)
 
     def derived_for(columns: int, per_sample: PerSample | None = None, joint: bool = False) -> Derived:

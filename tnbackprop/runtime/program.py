@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy, deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from inspect import signature
@@ -14,6 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..compiler import Compiled
+from ..compiler.agreement import SAMPLES, agree, first_samples
 from ..compiler.capture.export import plain
 from ..compiler.emit.loaded import load, running
 from ..compiler.emit.naming import comment
@@ -22,17 +23,19 @@ from ..compiler.explain.stages import explain
 from ..compiler.invariants.stage import Stage
 from ..compiler.plan.definite import TOLERATED
 from ..compiler.program.cost import number, size_at
+from ..compiler.sizes import Sized, Sizes
 from ..compiler.translate.sizes import first_broken
 from ..compiler.translate.torch_modes import check_plain, own_dtypes
 from ..diagram.core import N
 from ..errors import InputError
 from ..quantities import Quantity
-from ..results import Result, Values, assemble, blocks, parameter_shapes
+from ..results import Blocks, Result, Values, assemble, blocks, parameter_shapes
 from .given import check_batch, check_parameters, named_tensors, own, structure
 from .graphed import Graphed
 from .operands import Given, Operands, Shape
 from .owned import Owner
-from .pages import Blocks, keep_freed_pages
+from .pages import Blocks as Pages
+from .pages import keep_freed_pages
 from .progress import bars
 
 
@@ -41,6 +44,21 @@ class Indefinite(Enum):
 
     REFUSE = "refuse"
     CLIP = "clip"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What runs one plan: its function, the names of what that takes, and what each quantity's blocks are made of."""
+
+    function: Callable[..., Any]
+    takes: frozenset[str]
+    blocks: Mapping[str, Blocks]
+
+    @classmethod
+    def of(cls, quantities: Iterable[str], compiled: Compiled) -> Loaded:
+        function = load(compiled.source)
+        found = {name: blocks(compiled, name) for name in quantities}
+        return cls(function, frozenset(signature(function).parameters), found)
 
 
 class Program:
@@ -58,6 +76,11 @@ class Program:
     bytes       planned bytes read and written for the example batch
     peak_bytes  planned peak of what the program holds, results included, parameters and inputs not
     checked     what was compared with autograd when it was compiled, and what not
+    replan      whether other batch sizes get plans of their own
+
+    Batches of at least four times or at most a quarter of the example's samples get a plan of their own, once they take
+    long enough for that: `explain()` says which have one. Until it has given the same results as the example's plan it
+    is not used.
     """
 
     def __init__(
@@ -67,25 +90,29 @@ class Program:
         loss: Callable[..., Any] | None,
         quantities: Sequence[Quantity],
         indefinite: Indefinite = Indefinite.REFUSE,
+        check: bool = False,
     ) -> None:
         self.model, self.loss, self.indefinite, self._compiled = model, loss, indefinite, compiled
         self.quantities = {quantity.name: quantity for quantity in quantities}
-        self.checked = "not checked"
+        self.checked, self.replan = "not checked", False
         keep_freed_pages()
-        self._memory = Blocks()
-        self._function = load(compiled.source)
-        self._takes = frozenset(signature(self._function).parameters)
+        self._memory = Pages()
+        self._sizes = Sizes(compiled, partial(Loaded.of, tuple(self.quantities)), check)
         self._fixed = dict(compiled.graph.constants)
         for phase in compiled.derived.phases:
             self._fixed |= phase.constants
         self._operands = Operands(compiled)
-        self._blocks = {name: blocks(compiled, name) for name in self.quantities}
         self._shapes = parameter_shapes(compiled)
         self._output_spec = pytree.tree_structure(compiled.graph.output)
 
     @property
     def source(self) -> str:
+        """That for batches of the example's size."""
         return self._compiled.source
+
+    def source_for(self, batch: int) -> str:
+        """The source that runs batches of so many samples. It is planned now where none was, and kept."""
+        return self._at(batch, now=True).compiled.source
 
     @property
     def compiled(self) -> Compiled:
@@ -120,13 +147,19 @@ class Program:
         if stage is not None and stage not in tuple(Stage):
             raise InputError(f"no stage {str(stage)!r}: there are {', '.join(Stage)}")
         text = explain(self._compiled, None if stage is None else Stage(stage))
-        checked = "\n".join(map(comment, self.checked.split("\n")))
-        return f"{text}\n\nCheck\n=====\n{checked}" if stage is None else text
+        if stage is not None:
+            return text
+        sizes, checked = "\n".join(self._sizes.lines(self.replan)), "\n".join(map(comment, self.checked.split("\n")))
+        return f"{text}\n\nBatch sizes\n===========\n{sizes}\n\nCheck\n=====\n{checked}"
 
     def fits(self, size: int) -> bool:
         """Whether it is for so many samples: a model may branch on that."""
         graph = self._compiled.graph
         return size >= graph.least and first_broken(graph.conditions, size) is None
+
+    def suits(self, size: int) -> bool:
+        """Whether another program would not soon pay for batches of so many samples. Counts this one."""
+        return self._sizes.suits(size)
 
     def tensors(self, x: Any, y: Any) -> dict[str, torch.Tensor]:
         """The inputs of the emitted function: parameters, buffers, constants and the batch, by value name."""
@@ -172,11 +205,34 @@ class Program:
         Raises `InputError` where the batch or an operand does not fit what the program was compiled for.
         """
         tensors = self._with_noise(x, y, seed, generator, operands)
-        extra = {"progress": bars() if progress else iter, MEMORY: self._memory.out}
-        extra = {name: value for name, value in extra.items() if name in self._takes}
-        with running(self._compiled.source), own_dtypes(_device(tensors)), self._memory.call():
-            found = self._function(tensors, **extra)
-        return self._result(tensors, *found)
+        sized = self._for(tensors)
+        found = self._run(sized, tensors, bars() if progress else iter)
+        return self._result(sized, tensors, *found)
+
+    def _run(
+        self, sized: Sized[Loaded], tensors: Mapping[str, torch.Tensor], progress: Callable[..., Any] = iter
+    ) -> Any:
+        """What the emitted function of a plan returns."""
+        given = {"progress": progress, MEMORY: self._memory.out}
+        extra = {name: value for name, value in given.items() if name in sized.loaded.takes}
+        called = "program.source" if sized.compiled is self._compiled else f"program.source_for({sized.batch})"
+        with running(sized.compiled.source, called), own_dtypes(_device(tensors)), self._memory.call():
+            return sized.loaded.function(tensors, **extra)
+
+    def _at(self, batch: int, now: bool = False) -> Sized[Loaded]:
+        """The plan for a batch size."""
+        return self._sizes.at(batch, now) if self.replan else self._sizes.example
+
+    def _for(self, tensors: Mapping[str, torch.Tensor], now: bool = False) -> Sized[Loaded]:
+        """The plan for a batch; one that was made only now gives what the example's gives, or that is taken."""
+        sized = self._at(size := self._batch(tensors), now)
+        if sized.proved:
+            return sized
+        most, plan = min(size, max(self._sizes.example.batch, SAMPLES)), self._compiled.plan
+        axes = {name: value.shape for name, value in (*plan.given.items(), *plan.noises.items())}
+        some = {name: first_samples(tensor, axes.get(name, ()), most) for name, tensor in tensors.items()}
+        first, other = (partial(self._run, each, some) for each in (self._sizes.example, sized))
+        return self._sizes.settle(sized, agree(first, other, _device(tensors)))
 
     def some_operands(self, x: Any, y: Any = None) -> dict[str, Any]:
         """Operands for a batch, random numbers that are the same every time: to try the program with."""
@@ -192,11 +248,14 @@ class Program:
         """
         inputs = frozenset({*self._compiled.graph.inputs, *self._compiled.plan.noises, *self._compiled.plan.operands})
         example = self._with_noise(x, y, None, None, operands)
-        with running(self._compiled.source), own_dtypes(_device(example)):
-            return Graphed(self._function, self._with_noise, partial(self._result, example), inputs, example)
+        sized = self._for(example, now=True)
+        with running(sized.compiled.source), own_dtypes(_device(example)):
+            result = partial(self._result, sized, example)
+            return Graphed(sized.loaded.function, self._with_noise, result, inputs, example)
 
     def _result(
         self,
+        sized: Sized[Loaded],
         read: Mapping[str, torch.Tensor],
         loss: torch.Tensor | None,
         output: Any,
@@ -213,9 +272,10 @@ class Program:
                 )
         own = Owner(read.values()).own
         values = pytree.tree_map(own, dict(values))
-        made: dict[str, Any] = {name: assemble(blocks, values, name) for name, blocks in self._blocks.items()}
+        every = sized.loaded.blocks
+        made: dict[str, Any] = {name: assemble(each, values, name) for name, each in every.items()}
         leaves = [own(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in output]
-        loss, axes = None if loss is None else own(loss), {name: blocks.axes for name, blocks in self._blocks.items()}
+        loss, axes = None if loss is None else own(loss), {name: each.axes for name, each in every.items()}
         return Result(loss, pytree.tree_unflatten(leaves, self._output_spec), made, axes, self._shapes)
 
     def _with_noise(
@@ -263,11 +323,9 @@ class Program:
         """The program without its model and loss, and without what was read of them but is not needed to run."""
         other = copy(self)
         graph, derived = replace(self._compiled.graph, calls=()), replace(self._compiled.derived, bound=())
-        other.__dict__ |= {
-            "model": None,
-            "loss": None,
-            "_compiled": replace(self._compiled, graph=graph, derived=derived),
-        }
+        compiled = replace(self._compiled, graph=graph, derived=derived, again=None)
+        sizes = self._sizes.detached(compiled)
+        other.__dict__ |= {"model": None, "loss": None, "_compiled": compiled, "_sizes": sizes}
         return other
 
     def attached(self, model: torch.nn.Module, loss: Callable[..., Any] | None) -> Program:

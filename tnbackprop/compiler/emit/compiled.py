@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +21,8 @@ class Compiled:
     derived: Derived
     plan: Plan
     source: str
+    again: Callable[[int], Compiled] | None = None  # the same for another batch size
+    memory_limit: int | None = None
 
     @cached_property
     def texts(self) -> dict[Value, tuple[str, str]]:

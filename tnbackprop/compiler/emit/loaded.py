@@ -38,7 +38,7 @@ def _about(source: str, number: int) -> str:
 
 
 @contextmanager
-def running(source: str) -> Iterator[None]:
+def running(source: str, called: str = "program.source") -> Iterator[None]:
     """What torch or Python raises in the emitted function is told with the place in the source, and what it is for."""
     try:
         with UNWARNED:
@@ -52,5 +52,5 @@ def running(source: str) -> Iterator[None]:
         zero = "a scale divides by zero at this batch size, as 1/(N - 1) does at N = 1: give more samples"
         what = zero if isinstance(error, ZeroDivisionError) else error
         raise InputError(
-            f"the batch fails in {about}: {what}\n  line {len(lines)} of program.source: {lines[-1].strip()}"
+            f"the batch fails in {about}: {what}\n  line {len(lines)} of {called}: {lines[-1].strip()}"
         ) from error
