@@ -11,7 +11,15 @@ from .kernels import ntk
 from .layer import EinsumLayer, einsum_layer
 from .linalg import Damping, Eigen, Kind, KroneckerFactors, Role, Spectral, Template
 from .notation.rule import Primitive, Root, Rule
-from .products import Blocks, CurvatureProduct, fisher_product, ggn_product, hessian_product
+from .products import (
+    Blocks,
+    CurvatureProduct,
+    OverData,
+    Reduction,
+    fisher_product,
+    ggn_product,
+    hessian_product,
+)
 from .quantities import (
     BL89,
     KFAC,
@@ -109,10 +117,12 @@ __all__ = [
     "Leg",
     "N",
     "Output",
+    "OverData",
     "Primitive",
     "Program",
     "Propagation",
     "Quantity",
+    "Reduction",
     "Residual",
     "Result",
     "Role",

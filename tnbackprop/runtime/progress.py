@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 from ..errors import InputError
@@ -11,6 +11,17 @@ try:
     from rich.progress import track
 except ImportError:  # an extra
     track = None  # type: ignore[assignment]
+
+
+def counted(rows: Iterable[Any], what: str) -> Iterator[Any]:
+    """Rows one by one, with a bar; none is read ahead. Raises `InputError` where rich is not installed."""
+    if track is None:
+        raise InputError("progress=True draws its bar with rich: pip install rich, or leave it out")
+    try:
+        total = len(rows) if isinstance(rows, Sized) else None
+    except TypeError:  # a DataLoader of an iterable data set
+        total = None
+    return iter(track(rows, description=what, total=total, transient=True))
 
 
 def bars() -> Callable[[Iterable[Any]], Iterator[Any]]:

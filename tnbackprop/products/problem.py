@@ -1,0 +1,136 @@
+"""Output and loss of a model as functions of its trainable parameters, on one batch."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from enum import Enum
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp
+from torch.utils import _pytree as pytree
+
+from ..api import Loss
+from ..compiler.capture.export import batch_size, model_arguments, plain, takes_names
+from ..compiler.translate.torch_modes import Random, own_dtypes, twice_differentiable
+from ..errors import InputError, UnsupportedError
+from ..runtime.fingerprint import fingerprint
+from ..runtime.second_derivatives import ClosedForm
+
+Linear = Callable[[Any], Any]
+
+
+class Reduction(Enum):
+    """What a loss is of those of its samples."""
+
+    MEAN = "mean"
+    SUM = "sum"
+
+
+class Problem:
+    """Output and loss as functions of the trainable parameters, on one batch of `size` samples."""
+
+    def __init__(self, model: nn.Module, loss: Loss, batch: tuple[Any, Any], named: bool | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model is {type(model).__name__}, not a torch.nn.Module")
+        if not callable(loss):
+            raise InputError(f"loss is {type(loss).__name__}: pass a function (output, y) -> scalar, or a module")
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise InputError("the batch must be the pair (x, y)")
+        self.batch = pytree.tree_map_only(Tensor, Tensor.detach, (plain(batch[0]), plain(batch[1])))
+        x, self.y = self.batch
+        self.model, self.given_loss, self.size = model, loss, batch_size((x, self.y))
+        self.named = takes_names(model, batch[0]) if named is None else named
+        self.args, self.kwargs = model_arguments(model, x, self.named)
+        self.theta = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        self.seen = partial(fingerprint, model, loss, pytree.tree_leaves(self.batch))
+        self.state = self.seen()
+        if not self.theta:
+            raise InputError("the model has no trainable parameter: requires_grad_(True) on those of the matrix")
+        for name, p in self.theta.items():
+            if p.is_complex():
+                raise UnsupportedError(f"{name!r} is complex: complex tensors are not supported")
+        self.random = Random.of(next(iter(self.theta.values())).device)
+
+    def output(self, theta: dict[str, Tensor]) -> Any:
+        """The model's output. Buffers are copies; kernels are used that have second derivatives."""
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        with twice_differentiable():
+            output = functional_call(self.model, theta | buffers, self.args, self.kwargs)
+        for leaf in pytree.tree_leaves(output):
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise UnsupportedError(f"the model's output has a {kind} in it: return floating point tensors only")
+        return output
+
+    def own_dtypes(self) -> AbstractContextManager[object]:
+        """Whatever autocast says, as a program."""
+        return own_dtypes(next(iter(self.theta.values())).device)
+
+    def loss(self, output: Any) -> Tensor:
+        return self._loss_of(output, self.y)
+
+    def _loss_of(self, output: Any, y: Any) -> Tensor:
+        with twice_differentiable(), ClosedForm():
+            value = self.given_loss(output, y)
+        if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+            shown = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(
+                f"the loss returns {shown}: it must be a floating point scalar. Take the mean or the sum over the batch"
+            )
+        return value
+
+    def linearise(self) -> tuple[Any, Linear, Linear]:
+        """The output, v -> Jv, u -> Jᵀu."""
+        output, pull = vjp_of(self.output, self.theta)
+        ones = pytree.tree_map(lambda leaf: leaf.new_ones(()).expand_as(leaf), output)
+        _, push = vjp_of(pull, ones)  # any point: some kernels have none at zero
+        return output, push, pull
+
+    def reduction(self) -> Reduction | None:
+        """Whether the loss is the mean or the sum of those of its samples, told by that of two parts of the batch.
+
+        None where it is neither (class weights, `ignore_index`), where both would do, and where there are no two parts.
+        """
+        first = self.size // 3 or 1
+        with self.random.again(), self.own_dtypes(), torch.no_grad():
+            output = self.output(self.theta)
+            leaves = pytree.tree_leaves((output, self.y))
+            if self.size < 2 or not all(isinstance(t, Tensor) and t.shape[:1] == (self.size,) for t in leaves):
+                return None
+            parts = (slice(None), slice(first), slice(first, None))
+            whole, *halves = (
+                self._loss_of(*pytree.tree_map(lambda t, part=part: t[part], (output, self.y))) for part in parts
+            )
+        mean = (first * halves[0] + (self.size - first) * halves[1]) / self.size
+        slack = 100 * torch.finfo(whole.dtype).eps * sum(abs(float(value)) for value in (whole, *halves))
+        same = [abs(float(whole - value)) <= slack for value in (mean, halves[0] + halves[1])]
+        return None if same[0] == same[1] else Reduction.MEAN if same[0] else Reduction.SUM
+
+    def recipe(self, label: str) -> tuple[Any, ...]:
+        """What the product is made from, for pickle. Raises `TypeError` where that is gone, or cannot be pickled."""
+        now = self.seen()
+        if self.state is None or now is None or not self.state.matches(now):
+            raise TypeError(
+                f"{label}: model, loss or batch changed since the product was made, or hide what they hold:\n"
+                "  pickle the product before they change, or model, loss and batch instead"
+            )
+        try:
+            functions = pickle.dumps((self.model, self.given_loss))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise TypeError(
+                f"{label}: a product is pickled as its model and loss, and one of them is not: {error}.\n"
+                "  Define functions and classes in a module, not inside a function; no lambda"
+            ) from error
+        return functions, self.batch, self.named, self.theta, self.buffers, self.random
+
+
+def vjp_of(function: Callable[[Any], Any], primal: Any) -> tuple[Any, Linear]:
+    """The value and u -> Jᵀu, for a function of one tree of tensors."""
+    value, pull = vjp(function, primal)[:2]
+    return value, lambda u: pull(u)[0]
