@@ -19,7 +19,8 @@ the quantities in [Quantities](quantities.md).
 GROUPS = {
     "Compile and run": ("compile", "compute", "Program", "Result", "Graphed", "Indefinite"),
     "Products and kernels": (
-        "ggn_product", "hessian_product", "fisher_product", "CurvatureProduct", "Blocks", "OverData", "Reduction", "ntk",
+        "ggn_product", "hessian_product", "fisher_product", "CurvatureProduct", "Blocks", "OverData", "Reduction",
+        "ntk",
     ),
     "Kronecker factors": (
         "KroneckerFactors", "Role", "Kind", "Damping", "Eigen", "Spectral", "Template", "Fisher", "Sharing", "Bias",
