@@ -199,6 +199,15 @@ def test_nothing_that_is_made_shares_memory() -> None:
     assert K.to(torch.float64) is K and K.to(torch.float32) is not K
 
 
+def test_moved(K: KroneckerFactors) -> None:
+    """Decomposed in float64, multiplied in float32."""
+    for made in (K.power(-0.5, 0.1), K.inverse(0.1)):
+        single = made.to(torch.float32)
+        assert single.dtype == torch.float32 and made.dtype == torch.float64
+        close((single @ vectors(K).float()).double(), made @ vectors(K), 1e-5)
+    close(K.eigh().to(torch.float32).inverse(0.1).to_dense().double(), K.inverse(0.1, Damping.EXACT).to_dense(), 1e-4)
+
+
 # What is left without the tensors, and saving.
 
 

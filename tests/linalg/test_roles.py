@@ -101,10 +101,13 @@ def test_roles_that_are_not_said() -> None:
     assert K.names == ("F1", "F2") and K.as_matrix_factors() is None
 
 
+Y = torch.tensor([0, 1, 1, 0, 1])
+
+
 def joined(model: nn.Module, *quantities: tn.Quantity) -> tn.Result:
-    y = torch.tensor([0, 1, 1, 0, 1])
+
     with tn.registered({Turned: TURNED}):
-        return tn.compute(model, nn.CrossEntropyLoss(), (X, y), [tn.Grad(), tn.KFLR(bias=tn.Bias.JOINED), *quantities])
+        return tn.compute(model, nn.CrossEntropyLoss(), (X, Y), [tn.Grad(), tn.KFLR(bias=tn.Bias.JOINED), *quantities])
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution", "turned"])
@@ -157,3 +160,15 @@ def test_a_tied_weight_joins_no_bias_and_says_so() -> None:
         close(K.to_dense(), result["own"][name].to_dense())
         said = "a block of its own: no weight has its factor B" if "bias" in name else "no bias is joined: none has its"
         assert K.assumption.startswith(result["own"][name].assumption + "; " + said), name
+
+
+def test_explain_says_what_is_joined() -> None:
+    quantities = [tn.KFLR(bias=tn.Bias.JOINED), tn.KFLR("own")]
+    text = {
+        kind: tn.compile(model.double(), nn.CrossEntropyLoss(), (X, Y), quantities, check=False).explain("derive")
+        for kind, model in (("linear", MODELS["linear"][0]()), ("tied", Tied()))
+    }
+    assert "  joined: 0.weight with 0.bias, 2.weight with 2.bias\n" in text["linear"]
+    own = "  not joined, for no other has the same factor B: "
+    assert own not in text["linear"] and text["tied"].count("joined") == 1
+    assert own + "one.weight, one.bias, two.bias, head.weight" in text["tied"]

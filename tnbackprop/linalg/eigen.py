@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from .kinds import ROWS, Kind
-from .operator import LinearOperator, Space, along, check_damping
+from .operator import LinearOperator, Space, along, check_damping, moved
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +106,15 @@ class Eigen:
     def from_eigenbasis(self, vector: Tensor) -> Tensor:
         """Q v, the inverse of `to_eigenbasis`."""
         return self._turned(vector, back=True)
+
+    def to(
+        self, target: torch.dtype | torch.device | str | None = None, *, device: torch.device | str | None = None
+    ) -> Eigen:
+        """In a dtype or on a device, as `KroneckerFactors.to`: decompose in float64, multiply in float32."""
+        values = tuple(moved(value, target, device) for value in self.values)
+        return replace(
+            self, values=values, vectors=tuple(q if q is None else moved(q, target, device) for q in self.vectors)
+        )
 
     def _turned(self, vector: Tensor, back: bool) -> Tensor:
         self._check_whole("turn")
@@ -205,6 +214,14 @@ class Spectral(LinearOperator):
     def sample(self, generator: torch.Generator | None = None, lead: Sequence[int] = ()) -> Tensor:
         """Draws from N(0, M), [*lead, *p]: M^(1/2) z. Of an inverse it draws from N(0, (K + damping · I)^-1)."""
         return self.sqrt() @ self._draw(generator, tuple(lead))
+
+    def to(
+        self, target: torch.dtype | torch.device | str | None = None, *, device: torch.device | str | None = None
+    ) -> Spectral:
+        """In a dtype or on a device, as `KroneckerFactors.to`."""
+        return replace(
+            self, eigenvalues=moved(self.eigenvalues, target, device), eigen=self.eigen.to(target, device=device)
+        )
 
     def trace(self) -> Tensor:
         """A scalar."""

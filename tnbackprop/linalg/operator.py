@@ -255,6 +255,12 @@ def along(function: Callable[[Tensor], Tensor], parts: Tensor, i: int) -> Tensor
     return found.reshape(*moved.shape[:-1], found.shape[-1]).movedim(-1, 2 + i)
 
 
+def moved(tensor: Tensor, target: torch.dtype | torch.device | str | None, device: torch.device | str | None) -> Tensor:
+    """A tensor on a device, in a dtype: itself where it is there already."""
+    there = tensor if device is None else tensor.to(device)
+    return there if target is None else there.to(target)
+
+
 def check_damping(damping: float, label: str) -> None:
     if not 0 <= damping < math.inf:
         raise InputError(f"{label}: the damping {damping} is not a finite number ≥ 0")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .kinds import ROWS, Kind, Role
-from .operator import Joined, Layout, LinearOperator, Space
+from .operator import Joined, Layout, LinearOperator, Space, moved
 from .state import from_plain, to_plain
 
 
@@ -166,8 +166,7 @@ class Stored(LinearOperator):
 
         Itself where it is there already.
         """
-        moved = (f if device is None else f.to(device) for f in self.factors)
-        found = tuple(f if target is None else f.to(target) for f in moved)
+        found = tuple(moved(factor, target, device) for factor in self.factors)
         return self if all(a is b for a, b in zip(found, self.factors, strict=True)) else replace(self, factors=found)
 
     def state_dict(self) -> dict[str, Any]:

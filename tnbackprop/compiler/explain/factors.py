@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 
 from ...quantities.factors import Factors
 from ..emit.compiled import Compiled
-from ..sweep.derived import Extraction
+from ..sweep.derived import Extraction, joined_with
 from .text import legs_text, table
 
 HEADER = ("parameter", "shape", "factors", "positions", "a diagonal, because")
@@ -27,6 +27,19 @@ def factor_lines(compiled: Compiled) -> Iterator[str]:
             rows.append((compiled.graph.parameters[value][0], shape, *_row(factors)))
         yield f"{quantity}:"
         yield from table(rows, "  ")
+        named = {dotted: by[value] for value, (dotted, *_) in compiled.graph.parameters.items() if value in by}
+        yield from _joined(named)
+
+
+def _joined(factors: Mapping[str, Factors]) -> Iterator[str]:
+    """Which weights have a bias in their block, and what has a block of its own, where they were to be joined."""
+    joined = joined_with(factors)
+    asked = [name for name, each in factors.items() if each.means]
+    alone = [name for name in asked if name not in joined and name not in joined.values()]
+    if joined:
+        yield "  joined: " + ", ".join(f"{weight} with {bias}" for weight, bias in joined.items())
+    if alone:
+        yield "  not joined, for no other has the same factor B: " + ", ".join(alone)
 
 
 def _row(factors: Factors) -> tuple[str, str, str]:
