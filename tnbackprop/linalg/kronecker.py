@@ -226,7 +226,7 @@ class KroneckerFactors(Stored):
             )
         check_alike(self, other)
         for mine, theirs in zip(self.factors, other.factors, strict=True):
-            mine.mul_(decay).add_(theirs, alpha=1 - decay)
+            mine.lerp_(theirs, 1 - decay)
         return self
 
     def _check_decay(self, decay: float) -> None:

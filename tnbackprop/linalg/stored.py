@@ -181,8 +181,8 @@ class Stored(LinearOperator):
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy the factors of a state into self. Raises `InputError` where it is the state of another block."""
-        other = type(self).from_state_dict(state)
+        """Copy the factors of a state, of any dtype and device, into self. Raises `InputError` for another block's."""
+        other = type(self).from_state_dict(state).to(self.dtype, device=self.device)
         check_alike(self, other)
         for mine, theirs in zip(self.factors, other.factors, strict=True):
             if mine.shape != theirs.shape:
