@@ -334,7 +334,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: KroneckerFactors.from_state_dict(PAIR.state_dict() | {"kinds": ["full", "half"]}),
         "kinds has 'half', which is none of",
     ),
-    "state of another": (lambda: PAIR.load_state_dict(replace(PAIR, parameter=(3, 2)).state_dict()), r"parameter \(2, 3\) and"),
+    "state of another": (
+        lambda: PAIR.load_state_dict(replace(PAIR, parameter=(3, 2)).state_dict()),
+        r"parameter \(2, 3\) and \(3, 2\) differ",
+    ),
     "nothing to join": (lambda: PAIR.join({"v": identity(2)}), "no value of 'w' to join"),
     "split": (lambda: PAIR.split(identity(2)), r"shape \[2, 2\]; give one of shape \[2, 3\]"),
 }  # fmt: skip
