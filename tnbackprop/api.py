@@ -16,12 +16,12 @@ from .compiler.capture.export import batch_size, check_trainable, plain
 from .compiler.lower.candidate import Lowering
 from .declare import REGISTRY, Declaration, resolve, told_of_replaced
 from .errors import InputError, check_member
+from .proof.proof import prove
 from .quantities import Quantity, check_quantities
 from .rules import RULES
 from .runtime import Indefinite, Program, Result
 from .runtime.fingerprint import Fingerprint, fingerprint
 from .runtime.operands import Given
-from .runtime.proof import prove
 
 Loss = Callable[..., torch.Tensor]
 

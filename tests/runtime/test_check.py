@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import tnbackprop as tn
 from tnbackprop import api
-from tnbackprop.runtime.proof import prove
+from tnbackprop.proof.proof import prove
 
 CE = nn.CrossEntropyLoss()
 FIRST = (tn.Grad, tn.BatchGrad, tn.BatchL2, tn.BatchDot, tn.SecondMoment, tn.Variance)

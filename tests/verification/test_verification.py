@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import tnbackprop as tn
+from tnbackprop.definitions.report import message
 from tnbackprop.verification.draws import modules
-from tnbackprop.verification.report import message
 
 from ..thinned import thinned
 from ..verified import (

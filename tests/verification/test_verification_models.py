@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import tnbackprop as tn
-from tnbackprop.verification import oracle
+from tnbackprop.definitions import oracle
+from tnbackprop.definitions.oracle import Problem
 from tnbackprop.verification.models import in_float64
-from tnbackprop.verification.oracle import Problem
 
 from .. import oracle as first_order
 from .. import oracle_second

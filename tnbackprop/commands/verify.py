@@ -75,7 +75,7 @@ def _verify_rule(
 def _without_loss(loaded: Loaded, wanted: list[tn.Quantity] | None) -> list[tn.Quantity]:
     """The quantities of a model without a loss: derivatives of its output. Raises `InputError` for others."""
     own: list[tn.Quantity] = [tn.Jacobians(), tn.NTK()]
-    need = [q.name for q in wanted or () if q.propagates.needs_loss]
+    need = [q.name for q in wanted or () if any(each.needs_loss for each in q.propagations)]
     if need:
         raise tn.InputError(
             f"{', '.join(need)} of {loaded.place} need{'s' * (len(need) == 1)} a loss, and it has none\n"

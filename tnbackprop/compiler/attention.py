@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.float64)
 
 def with_attention(graph: Graph, quantities: Sequence[Quantity], rules: Rules) -> Graph:
     """The graph with calls of attention where a kernel of it will do; else as it is, as with rules of one's own."""
-    if not all(quantity.propagates.single for quantity in quantities):
+    if not all(each.single for quantity in quantities for each in quantity.propagations):
         return graph
     if any(rules.get(target) is not RULES[target] for target in (ATTENTION, *PARTS)):
         return graph

@@ -51,7 +51,7 @@ def with_output_at_loss(graph: Graph, bound: Bound, quantities: Sequence[Quantit
 
 def _curved(quantities: Sequence[Quantity]) -> bool:
     """Whether the loss's curvature is all that they propagate: none is of the outputs themselves, as a Jacobian."""
-    later = [each for each in (q.propagates for q in quantities) if not isinstance(each, Gradient)]
+    later = [each for each in (p for q in quantities for p in q.propagations) if not isinstance(each, Gradient)]
     return bool(later) and all(each.needs_loss for each in later)
 
 

@@ -100,9 +100,10 @@ class Transposed:
         if not isinstance(cotangents, Cotangents):
             return NotImplemented
         nothing = Diagram((*cotangents.kept, *self.uses.legs), ())
+        jacobians = self.uses.jacobians if cotangents.jacobians is None else cotangents.jacobians
         terms = [
             pull_back(jacobian, g, keep=cotangents.kept, into=self.uses.legs)
-            for jacobian, g in zip(self.uses.jacobians, cotangents.each, strict=True)
+            for jacobian, g in zip(jacobians, cotangents.each, strict=True)
         ]
         return simplify(reduce(lambda a, b: a + b, terms, nothing)).part()
 
@@ -122,6 +123,7 @@ class Cotangents:
     weight: Diagram | None = None  # of each column: the matrix that is propagated is Σ_v weight_v g_v g_vᵀ
     partner: tuple[Diagram, ...] = ()  # the other side of columns that come in pairs: Σ_v g_v partner_vᵀ
     readings: Readings = field(default_factory=Readings, compare=False, repr=False)
+    jacobians: tuple[Jacobian, ...] | None = None  # of the uses, where another sweep than the parameter's is meant
 
     def operand(self, key: str, legs: Axes = ("n",)) -> Diagram:
         """A tensor that is handed in when the program is called, one for all parameters: ``operands={key: tensor}``.

@@ -81,7 +81,7 @@ def _pulled(checks: Checks, prepared: Prepared, word: str, own: str) -> None:
 def _factors(checks: Checks, prepared: Prepared, quantity: Quantity, key: Key) -> bool:
     """Enter which columns make the factors exact, if some do."""
     block = prepared.blocks[key]
-    handed = quantity.propagates.alone.handed
+    handed = quantity.host.alone.handed
     name = handed.value if handed is not None else ""
     gradient = name == COTANGENT
     if name not in (COTANGENT, COLUMNS, AVERAGE):

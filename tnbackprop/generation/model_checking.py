@@ -85,7 +85,7 @@ def model_checks(
 
 def _pull(quantity: Quantity, roots: Sequence[Root]) -> str:
     """The function that pulls the quantity's columns back."""
-    if isinstance(quantity.propagates, Gradient):
+    if isinstance(quantity.host, Gradient):
         return "gradients_as_columns"
     mine = [root for root in roots if quantity.name in root.quantities]
     return f"pulled_{mine[0].function.name}" if mine else ""

@@ -6,6 +6,18 @@ from .first_order import BatchDot, BatchGrad, BatchL2, Grad, SecondMoment, Varia
 from .hessian import BL89, HesScale, HessianDiag
 from .jacobian import NTK, Jacobians
 from .kronecker import KFAC, KFLR, KFRA, Bias, Fisher
+from .operands import (
+    AxisMoments,
+    DirectionalCurvature,
+    DirectionalGrad,
+    DirectionalRoot,
+    ProjectedFactors,
+    RotatedSecondMoment,
+    Sketch,
+    Structure,
+    WeightedGrad,
+)
+from .phases import ClippedGrad, Clipping, NaturalGradientSMW
 from .propagation import (
     Average,
     Diagonal,
@@ -23,8 +35,10 @@ from .propagation import (
 from .total import Total
 
 __all__ = [
-    "BL89", "KFAC", "KFLR", "KFRA", "NTK", "Average", "BatchDot", "BatchGrad", "BatchL2", "Bias", "DiagGGN",
-    "DiagGGNMC", "Diagonal", "Draws", "Elementwise", "Exact", "Fisher", "GGNGram", "GGNTrace", "Grad", "Gradient",
-    "Handed", "HesScale", "Hessian", "HessianDiag", "Identity", "Jacobians", "Output", "Propagation", "Quantity",
-    "Residual", "Scale", "SecondMoment", "SqrtGGN", "SqrtGGNMC", "Total", "Variance", "check_quantities",
+    "BL89", "KFAC", "KFLR", "KFRA", "NTK", "Average", "AxisMoments", "BatchDot", "BatchGrad", "BatchL2", "Bias",
+    "ClippedGrad", "Clipping", "DiagGGN", "DiagGGNMC", "Diagonal", "DirectionalCurvature", "DirectionalGrad",
+    "DirectionalRoot", "Draws", "Elementwise", "Exact", "Fisher", "GGNGram", "GGNTrace", "Grad", "Gradient", "Handed",
+    "HesScale", "Hessian", "HessianDiag", "Identity", "Jacobians", "NaturalGradientSMW", "Output", "ProjectedFactors",
+    "Propagation", "Quantity", "Residual", "RotatedSecondMoment", "Scale", "SecondMoment", "Sketch", "SqrtGGN",
+    "SqrtGGNMC", "Structure", "Total", "Variance", "WeightedGrad", "check_quantities",
 ]  # fmt: skip

@@ -42,9 +42,24 @@ class Quantity(ABC):
             _check_option(option, getattr(self, option.name), type(self).__name__)
 
     @property
-    def propagates(self) -> Propagation:
-        """What is propagated: the gradient, unless a quantity says otherwise."""
+    def propagates(self) -> Propagation | tuple[Propagation, ...]:
+        """What is propagated: the gradient, unless a quantity says otherwise.
+
+        Several, ``(tn.Exact(), tn.Gradient())``, are the arguments of `extract` in that order: ``extract(J, S, g)``.
+        Of two with columns those of the second have the leg ``μ`` in the place of ``ν``, and are all there at once.
+        """
         return Gradient()
+
+    @property
+    def propagations(self) -> tuple[Propagation, ...]:
+        """All that it propagates."""
+        found = self.propagates
+        return found if isinstance(found, tuple) else (found,)
+
+    @property
+    def host(self) -> Propagation:
+        """The one whose sweep it is extracted in: the first with columns, else the gradient."""
+        return next((each for each in self.propagations if not isinstance(each, Gradient)), self.propagations[0])
 
     @property
     def needs(self) -> tuple[Quantity, ...]:
@@ -65,6 +80,12 @@ class Quantity(ABC):
     @abstractmethod
     def extract(self, J: Uses, g: Cotangents) -> Diagram | Factors:
         """The quantity of one parameter: `J.T @ g` has legs [n, *parameter]; every other leg comes from algebra."""
+
+
+def individual(J: Uses, g: Cotangents) -> Diagram:
+    """∇ℓ_n with legs [n, *p], without the factor that the loss puts on ℓ_n."""
+    found: Diagram = (J.T @ g) / g.scale
+    return found
 
 
 def _check_option(option: Field[object], value: object, owner: str) -> None:
@@ -92,13 +113,25 @@ def check_quantities(quantities: object) -> None:
             raise InputError(f"{quantity.__name__} is a class: give an instance, {quantity.__name__}()")
         if not isinstance(quantity, Quantity):
             raise InputError(f"{_shown(quantity)} is no tn.Quantity: give instances, [tn.Grad(), tn.KFAC()]")
-        check_propagation(quantity.propagates, repr(quantity.name))
+        _check_propagations(quantity)
         if quantity.needs:
             check_quantities(quantity.needs)
     names = [quantity.name for quantity in quantities]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"two quantities are called {name!r}: give one another name=, its key in the result")
+
+
+def _check_propagations(quantity: Quantity) -> None:
+    owner, found = repr(quantity.name), quantity.propagations
+    for each in found:
+        check_propagation(each, owner)
+    columns = [each for each in found if not isinstance(each, Gradient)]
+    if not found or len(set(found)) < len(found) or len(columns) > 2:
+        raise InputError(
+            f"{owner}: propagates {', '.join(type(each).__name__ for each in found) or 'nothing'}: give one, "
+            "or several that differ, of which two have columns at most"
+        )
 
 
 def _shown(value: object) -> str:

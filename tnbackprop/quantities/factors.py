@@ -26,7 +26,7 @@ from math import prod
 import sympy
 
 from ..diagram.algebra import Cotangents, Side, Uses, diagonal, inline
-from ..diagram.core import BATCH, COLUMN, Diagram, Leg, Operand, Product, Tensor, leaves
+from ..diagram.core import BATCH, COLUMN, Diagram, Leg, Operand, Product, Tensor
 from ..diagram.jacobian import Jacobian
 from ..diagram.simplify import simplify
 from ..errors import UnsupportedError
@@ -96,6 +96,7 @@ class _Rules:
     largest: int
     axes: tuple[Legs, ...]
     uses: tuple[Use, ...]  # all of one structure
+    flat: bool = False
 
     @property
     def each(self) -> list[Separation]:
@@ -160,12 +161,14 @@ def kronecker(
     means: bool = False,
     largest: int = LARGEST,
     strict: bool = False,
+    flat: bool = False,
 ) -> Factors:
     """Factors of (Jᵀg)(Jᵀg)ᵀ·scale; the diagonal of it where the cut does not separate.
 
     means    also the means of the factors' halves, which join a weight with the bias behind it
     largest  rows of the largest dense factor: a larger one is cut into its axes, a larger axis has its diagonal
     strict   raises `UnsupportedError`, with the reason, in place of the diagonal of a parameter without factors
+    flat     of each factor the diagonal alone, which is computed without the factor
     """
     gradient = inline(J.T @ g)
     if not gradient.products:
@@ -182,7 +185,7 @@ def kronecker(
         text = f"no Kronecker factors: {why}"
         assumption = f"the diagonal of the block, nothing of {dropped}: {text}"
         return _only_diagonal(J, simplify(found * scale), assumption, sharing, text)
-    rules = _Rules(g, sharing, scale, largest, J.axes or tuple((leg,) for leg in J.legs), uses)
+    rules = _Rules(g, sharing, scale, largest, J.axes or tuple((leg,) for leg in J.legs), uses, flat)
     built = [one for k in range(len(each[0].components)) for one in _of_component(rules, k, parameter, means)]
     built.sort(key=lambda one: one.place)
     leads = {one.component: k for k, one in enumerate(built) if not one.relative}
@@ -204,8 +207,7 @@ def kronecker(
 def sides(J: Uses, g: Cotangents, sharing: Sharing = Sharing.EXPAND) -> tuple[Side, ...]:
     """The sides of the factors of (Jᵀg)(Jᵀg)ᵀ, in the order of the parameter's axes."""
     found = kronecker(J, g, sharing, sympy.Integer(1))
-    with_loss = (bool(g.names & set(leaves(diagram))) for diagram in found.diagrams)
-    each = zip(found.legs, with_loss, found.diagonal, strict=True)
+    each = zip(found.legs, found.loss, found.diagonal, strict=True)
     return tuple(Side(legs, loss, flat, found.blocks) for legs, loss, flat in each)
 
 
@@ -258,7 +260,10 @@ def _averaged_diagonal(gradient: Diagram, parameter: Parameter) -> Diagram:
 def _of_component(rules: _Rules, k: int, parameter: Parameter, means: bool) -> list[_Factor]:
     """The factor of a component, or one for each of its axes."""
     component = rules.each[0].components[k]
-    place, full = parameter.place(component), rules.factor(k, component.own)
+    place = parameter.place(component)
+    if rules.flat:
+        return [_Factor(rules.factor(k, component.own, dense=False), component.own, k, place, diagonal=True)]
+    full = rules.factor(k, component.own)
     short = _diagonal(full, component.own)
     mean = rules.mean(k) if means else None
     if short is not None:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ..diagram.algebra import Cotangents, Uses
-from ..diagram.core import Diagram, is_head
+from ..diagram.core import Diagram
 from ..errors import InputError
 from .base import Outcome, Quantity, Totals
+from .first_order import BatchL2
 from .propagation import Propagation
 
+SQUARES = BatchL2()
 ALL = "all"
 """The group of all parameters."""
 Groups = Callable[[str], str] | Mapping[str, str | Sequence[str]]
@@ -24,7 +26,7 @@ class Total(Quantity):
     The squared norms of whole individual gradients are ``tn.Total(tn.BatchL2())``, [N]; the Gram matrix of them
     ``tn.Total(tn.BatchDot())``, [N, N], of which only the sum is ever held, not one for each parameter.
 
-    quantity  what is summed: values without the parameter's axes, [N], [N, N], numbers
+    quantity  what is summed: values without the parameter's axes, [N], [N, N], numbers; `BatchL2` if nothing is said
     groups    None: all parameters together. A function from a parameter's name to its group (`str`: each is its own),
               or group -> names or patterns ("encoder.*"), of which the first that fits counts
     name      its key in the result; by default that of the quantity with "_total"
@@ -36,7 +38,7 @@ class Total(Quantity):
     quantity: Quantity
     groups: Groups | None
 
-    def __init__(self, quantity: Quantity, groups: Groups | None = None, name: str = "") -> None:
+    def __init__(self, quantity: Quantity = SQUARES, groups: Groups | None = None, name: str = "") -> None:
         if not isinstance(quantity, Quantity):
             raise InputError(f"tn.Total: quantity={quantity!r} is no tn.Quantity: give an instance, tn.BatchL2()")
         if isinstance(quantity, Total):
@@ -48,7 +50,7 @@ class Total(Quantity):
         object.__setattr__(self, "groups", groups)
 
     @property
-    def propagates(self) -> Propagation:
+    def propagates(self) -> Propagation | tuple[Propagation, ...]:
         return self.quantity.propagates
 
     @property
@@ -58,9 +60,9 @@ class Total(Quantity):
     def between(self, totals: Totals) -> Outcome:
         return self.quantity.between(totals)
 
-    def extract(self, J: Uses, g: Cotangents) -> Diagram:
-        found = self.quantity.extract(J, g)
-        if not isinstance(found, Diagram) or not all(map(is_head, found.legs)):
+    def extract(self, J: Uses, *g: Cotangents) -> Diagram:
+        found = self.quantity.extract(J, *g)
+        if not isinstance(found, Diagram) or any(leg in J.legs for leg in found.legs):
             what = ", ".join(map(str, found.legs)) if isinstance(found, Diagram) else "Kronecker factors"
             raise InputError(
                 f"{self.quantity.name!r} of parameter {J.name!r} is [{what}], which has axes of the parameter: values "

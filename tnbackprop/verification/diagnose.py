@@ -11,7 +11,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from .report import wrong_entries
+from ..definitions.report import wrong_entries
 
 Numbers = Mapping[str, float]
 Look = Callable[[Tensor, Tensor, Sequence[str], Numbers], str]

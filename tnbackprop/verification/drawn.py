@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..definitions import oracle
+from ..definitions.defined import SEED, Defined, factors
+from ..definitions.report import LeftOut, NotDefined, Row
 from ..linalg import KroneckerFactors
 from ..quantities import KFLR, DiagGGNMC, Draws, Quantity, SqrtGGNMC
-from . import oracle
-from .defined import SEED, Defined, factors
-from .report import LeftOut, NotDefined, Row
 from .rules import Finding
 
 DRAWS, RUNS, SIGMAS = 1000, 200, 6.0
@@ -82,7 +82,7 @@ def check_mean(case: Defined, key: str, quantity: Any, text: str) -> Iterator[Fi
 
 def is_drawn(quantity: Quantity) -> bool:
     """Whether the loss draws its columns."""
-    return type(quantity.propagates) is Draws
+    return type(quantity.host) is Draws
 
 
 def _diagonal(value: Any) -> Tensor:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..compiler.translate.torch_internals import own_tensors
+from ..definitions.calls import BUILD_ERRORS
+from ..definitions.report import LeftOut
 from ..errors import InputError
 from ..notation.parse import parse_access, parse_expression, parse_legs, parse_program
 from ..notation.rule import Rule
 from ..notation.syntax import Access, Factors, Node, Rest, Star, accesses, nearest, selects
-from .calls import BUILD_ERRORS
-from .report import LeftOut
 
 NUMBERS = ((3, 4, 5, 3, 4, 5), (2, 4, 2, 4, 2, 4), (2,) * 6, (4,) * 6)
 """For the required arguments of a constructor, in turn: the first that it takes."""

@@ -8,6 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..definitions import oracle
+from ..definitions.defined import EXPECTED as LINE_BY_LINE
+from ..definitions.defined import Defined, explained
+from ..definitions.handed import HANDED, expected
+from ..definitions.oracle import Problem, Values
+from ..definitions.report import LeftOut, NotDefined, Row, deviation, wrong_entries
 from ..linalg import KroneckerFactors
 from ..quantities import (
     BL89,
@@ -20,6 +26,7 @@ from ..quantities import (
     BatchL2,
     DiagGGN,
     DiagGGNMC,
+    DirectionalRoot,
     Fisher,
     GGNGram,
     GGNTrace,
@@ -27,22 +34,21 @@ from ..quantities import (
     HesScale,
     HessianDiag,
     Jacobians,
+    ProjectedFactors,
     Quantity,
+    RotatedSecondMoment,
     Scale,
     SecondMoment,
+    Sketch,
     SqrtGGN,
     SqrtGGNMC,
+    Total,
     Variance,
 )
 from ..quantities.factors import Sharing
 from ..runtime import Program
-from . import oracle
-from .defined import EXPECTED as LINE_BY_LINE
-from .defined import Defined, explained
 from .diagnose import likely
 from .drawn import check_law, check_mean, is_drawn
-from .oracle import Problem, Values
-from .report import LeftOut, NotDefined, Row, deviation, wrong_entries
 from .rules import LIMIT, Finding, first_entry
 
 Expected = Callable[[Problem, Any], Values]
@@ -145,12 +151,16 @@ def _expected(
 ) -> Mapping[str, Tensor | NotDefined]:
     if type(quantity) in EXPECTED:
         return EXPECTED[type(quantity)](defined.problem, quantity)
+    if isinstance(quantity, HANDED):
+        return expected(defined.program, defined.problem, quantity, got)
     return LINE_BY_LINE[type(quantity)](defined, key, quantity, got)
 
 
 def _left_out(problem: Problem, quantity: Quantity) -> str:
     """Why a quantity is not compared; "" where it is."""
-    if type(quantity) not in EXPECTED and type(quantity) not in LINE_BY_LINE:
+    if isinstance(quantity, Total | RotatedSecondMoment | ProjectedFactors | Sketch | DirectionalRoot):
+        return f"{type(quantity).__name__}: what it sums, turns or projects is compared on its own"
+    if type(quantity) not in EXPECTED and type(quantity) not in LINE_BY_LINE and not isinstance(quantity, HANDED):
         return f"{type(quantity).__name__} is not one of tnbackprop's: nothing says what it must be"
     outputs = problem.output.numel()
     largest = max((p.numel() for p in problem.theta.values()), default=0)

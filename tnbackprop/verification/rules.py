@@ -10,13 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from ..compiler.translate.graph import Call, Value, op_text
+from ..definitions import oracle
+from ..definitions.calls import (
+    CODE_ERRORS,
+    Env,
+    Trace,
+    formula_value,
+    leg_sizes,
+    operate,
+    run_code,
+    total_jacobian,
+    with_lines,
+)
+from ..definitions.report import LeftOut, Row, deviation, wrong_entries
 from ..diagram.core import BATCH, Leg, Window, leaves
 from ..notation.bind import COTANGENT, COTANGENTS, BoundRule
 from ..notation.code import Code
-from . import oracle
-from .calls import CODE_ERRORS, Env, Trace, formula_value, leg_sizes, operate, run_code, total_jacobian, with_lines
 from .diagnose import exchanged_operands, likely, moved_operands, same
-from .report import LeftOut, Row, deviation, wrong_entries
 
 LIMIT = 2_000_000
 """Entries of the largest Jacobian that is written out."""

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from ..api import compile
 from ..compiler.translate.foreign import foreign
+from ..definitions.calls import BUILD_ERRORS, trace
+from ..definitions.report import LeftOut, Row, wrong_entries
 from ..errors import InputError, RuleError
 from ..notation.rule import Rule
 from ..quantities import Quantity
 from ..table import RuleFunction, Rules
-from .calls import BUILD_ERRORS, trace
 from .draws import Inputs, Made, Sizes, modules, unsettled
 from .models import compare_quantities, filled, programs_for
 from .quantities import ALL, FEW
-from .report import LeftOut, Row, wrong_entries
 from .rules import Finding, check_rule, first_entry, subjects
 
 

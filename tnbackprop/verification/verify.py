@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..declare import Declaration, resolve, row_of
+from ..definitions.report import LeftOut, Row, Verification, message
 from ..errors import InputError, VerificationError
 from ..notation.rule import Rule
 from ..quantities import Quantity, check_quantities
 from ..runtime import Program
 from .models import Batch, try_model, try_program
-from .report import LeftOut, Row, Verification, message
 from .rules import Finding
 from .trials import tried_with, try_rule
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import tnbackprop as tn
-from tnbackprop.runtime.proof import prove
+from tnbackprop.proof.proof import prove
 
 from ...capturing import Function
 from ...oracle_second import diag_ggn

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 
@@ -15,7 +15,7 @@ from ...errors import UnsupportedError
 from ...notation.bind import BoundRule
 from ...quantities import Handed, Propagation, Quantity, Residual
 from ..sweep.derived import Arriving, Backward, Basis, Columns, Extraction, Formula, Given, PerSample, column_leg
-from ..sweep.extract import extraction
+from ..sweep.extract import extraction, key_of
 from ..sweep.roots import LossRoot, output_of
 from ..sweep.state import Sweep, all_uses
 from ..sweep.sweep import add, run, schedule
@@ -48,6 +48,7 @@ class Setting:
     roots: bool  # whether the columns of the root go through all layers anyway, for other quantities
     per_sample: PerSample | None = None
     joint: bool = False
+    done: dict[Propagation, list[Sweep]] = field(default_factory=dict)  # the sweeps of each propagation so far
 
     def by_sample(self, count: int) -> bool:
         """Whether so many columns go sample by sample."""
@@ -327,6 +328,8 @@ def _sweep(
         variable=f"column:{number}", several=True, lead=column_leg(width), kept=kept, weight=weight, partial=inside,
         along=along(propagation), readings=setting.gradient.readings,
     )  # fmt: skip
+    sweep.others = setting.done
+    setting.done.setdefault(key_of(propagation), []).append(sweep)
     if propagation.residual is Residual.DIAGONAL:
         sweep.adds = partial(residual_diagonal, setting.gradient)
     return sweep

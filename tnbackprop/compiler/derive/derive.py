@@ -17,6 +17,7 @@ from ...quantities.total import level_of
 from ...table import RuleFunction, Rules
 from ..capture.trial import Trial
 from ..sweep.derived import Columns, Derived, PerSample, by_level
+from ..sweep.extract import key_of
 from ..sweep.state import Sweep, scale_of
 from ..sweep.sweep import run, schedule
 from ..sweep.units import without_units
@@ -115,10 +116,10 @@ def derive(
     if quantities:
         _check_read(bound)
     given = bool(graph.cotangent)
-    wanted = dict.fromkeys(_propagation(q, given) for q in quantities)
+    wanted = _wanted(quantities, given)
     twice = any(propagation.residual is not Residual.NONE for propagation in wanted)
-    sweep = Sweep(graph, [q for q in quantities if isinstance(q.propagates, Gradient)], twice=twice)
-    needing = [q.name for q in quantities if q.propagates.needs_loss]
+    sweep = Sweep(graph, [q for q in quantities if isinstance(q.host, Gradient)], twice=twice)
+    needing = [q.name for q in quantities if any(each.needs_loss for each in q.propagations)]
     if graph.loss is None and needing and not given:
         names = ", ".join(needing)
         raise UnsupportedError(f"{names} need a loss, and this program has none: pass loss= to compile.")
@@ -134,10 +135,12 @@ def derive(
     columns: list[Columns] = []
     roots = any(isinstance(propagation, Exact) for propagation in wanted)
     trainable = any(graph.values[name].depends_on for name in graph.parameters)
+    several = any(len(q.propagations) > 1 for q in quantities)
+    done: dict[Propagation, list[Sweep]] = {key_of(Gradient()): [sweep]}
     for propagation in (p for p in wanted if not isinstance(p, Gradient) and trainable):
-        mine = [q for q in quantities if _propagation(q, given) == propagation]
-        free = joint and not any(each.joint for each in columns)
-        setting = Setting(graph, bound, scale, width, sweep, propagation, roots, per_sample, free)
+        mine = [q for q in quantities if key_of(_host(q, given)) == key_of(propagation)]
+        free = joint and not several and not any(each.joint for each in columns)
+        setting = Setting(graph, bound, scale, width, sweep, propagation, roots, per_sample, free, done)
         columns += columns_of(setting, mine, len(columns))
     levels = {q.name: level for q in quantities if (level := level_of(q))}
     columns = [replace(each, schedule=by_level(each.schedule, levels)) for each in columns]
@@ -145,5 +148,15 @@ def derive(
     return Derived(bound, own, scale, tuple(columns), dict(sweep.readings.found))
 
 
-def _propagation(quantity: Quantity, given: bool) -> Propagation:
-    return quantity.propagates.alone if given else quantity.propagates
+def _wanted(quantities: Sequence[Quantity], given: bool) -> list[Propagation]:
+    """What is propagated, each once; what another needs as well comes before it, and all of it is there at once."""
+    guests = [replace(each, together=True) for q in quantities for each in q.propagations if each != q.host]
+    found: dict[Propagation, Propagation] = {}
+    for each in (*guests, *(_host(q, given) for q in quantities)):
+        before = found.get(key_of(each), each)
+        found[key_of(each)] = replace(each, together=each.together or before.together)
+    return list(found.values())
+
+
+def _host(quantity: Quantity, given: bool) -> Propagation:
+    return quantity.host.alone if given else quantity.host

@@ -22,6 +22,7 @@ from ..program.passes import PASSES
 from ..sweep.derived import Backward, Extraction, Formula, Individual, Native, Result, Schedule
 from .alternatives import Alternative, Way, alternatives, conditions, part_names, seconds, work_numbers
 from .factors import factor_lines
+from .phases import operand_lines, phase_lines
 from .polynomials import Symbols, in_batch_text, number_text
 from .program import opaque, pass_lines, program_lines
 from .text import body_text, diagram_text, legs_text, milliseconds, shortened, size_text, table
@@ -102,6 +103,7 @@ def choice_of(compiled: Compiled, item: Extraction) -> Choice:
 
 def _diagrams(compiled: Compiled) -> Iterator[str]:
     """The cotangents in the order of the sweep, and each quantity as its algebra gave it."""
+    yield from operand_lines(compiled)
     for title, schedule in _schedules(compiled):
         yield from (title,) if title else ()
         for item in schedule:
@@ -115,6 +117,7 @@ def _diagrams(compiled: Compiled) -> Iterator[str]:
                     yield f"{dotted} {compiled.graph.values[item.parameter].axes_text}"
                     yield from (f"  {line}" for line in algebra_lines(compiled, item))
                     yield from (f"  Assumption of {name}: {f.assumption}" for name, f in item.factors.items())
+    yield from phase_lines(compiled)
 
 
 def cotangent_lines(compiled: Compiled, values: set[str]) -> Iterator[str]:

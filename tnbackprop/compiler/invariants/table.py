@@ -191,13 +191,16 @@ def _schedules(derived: Derived, context: Context) -> Iterator[tuple[Schedule, d
     known = _elements(_graph(context), derived.bound)
     known |= {name: count_legs(reading.legs) for name, reading in derived.readings.items()}
     yield derived.schedule, dict(known), 1
-    gradient = {name for item in derived.schedule for name in _made(item, known)}
+    earlier = {name for item in derived.schedule for name in _made(item, known)}
     for columns in derived.columns:
         own = {columns.variable: count_legs(columns.legs)}
         own |= {columns.weight: count_legs((*columns.lead, BATCH))} if columns.weight else {}
         own |= {noise.name: count_legs(noise.legs) for noise in columns.noises}
         width, _ = count_legs(columns.carried)
-        yield columns.schedule, {**known, **dict.fromkeys(gradient), **own}, width
+        yield columns.schedule, {**known, **dict.fromkeys(earlier), **own}, width
+        if not columns.looped:  # others may read what it propagates
+            earlier |= {name for item in columns.schedule for name in _made(item, dict.fromkeys(known))}
+            earlier |= {columns.variable}
 
 
 def _all_extracted(derived: Derived, context: Context) -> Flaws:

@@ -167,6 +167,7 @@ def _extract(
     for quantity, ref in refs.items():
         store.note = f"{quantity} of {dotted}"
         whole = quantity.factor is None
+        whole = whole and not item.own & set(ref.order)
         shape = _result_shape(ref.order, graph.values[item.parameter].shape) if whole else sizes_of(ref.order)
         values[quantity] = _final(store, ref, shape, _cast_dtype(graph, item.parameter))
     return values, choice

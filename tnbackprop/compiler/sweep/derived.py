@@ -74,6 +74,7 @@ class Extraction:
     condensed: Mapping[Result, Diagram] = field(default_factory=dict)  # the same from cotangents before a selection
     groups: Mapping[str, str] = field(default_factory=dict)  # of quantities that are summed over parameters, its group
     level: int = 0  # the phase in which it is extracted
+    own: frozenset[Leg] = frozenset()  # legs of operands that are no axes of the parameter
 
     @property
     def quantities(self) -> tuple[str, ...]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from ...diagram.algebra import Cotangents, Uses
-from ...diagram.core import Diagram
+from ...diagram.core import COLUMN, COLUMN_COPY, Diagram, Leg, is_head
 from ...errors import InputError, UnsupportedError
-from ...quantities import Quantity, Total
+from ...quantities import Propagation, Quantity, Total
 from ...quantities.factors import Factors
 from ..translate.foreign import foreign
 from .condense import condensed
@@ -37,14 +38,39 @@ def _condensed(sweep: Sweep, found: Extraction, uses: Uses, g: Cotangents) -> di
         return {}
     g = replace(g, each=tuple(one or other for one, other in zip(before, g.each, strict=True)))
     mine = [q for q in sweep.quantities if Result(q.name) in found.diagrams]
-    alike = {Result(q.name): _asked(sweep, q, uses, g) for q in mine}
+    alike = {Result(q.name): _asked(sweep, found.parameter, q, uses, g) for q in mine}
     return {name: diagram for name, diagram in alike.items() if isinstance(diagram, Diagram)}
 
 
-def _asked(sweep: Sweep, quantity: Quantity, uses: Uses, g: Cotangents) -> object:
+def _asked(sweep: Sweep, name: str, quantity: Quantity, uses: Uses, g: Cotangents) -> object:
     """What a quantity says of a parameter; what it reads besides is noted."""
     readings = sweep.readings.within(quantity.name if quantity.needs else "")
-    return quantity.extract(replace(uses, readings=readings), replace(g, readings=readings))
+    each = (g if p == quantity.host else _of_other(sweep, name, quantity, p, uses) for p in quantity.propagations)
+    extract: Callable[..., object] = quantity.extract
+    return extract(replace(uses, readings=readings), *(replace(one, readings=readings) for one in each))
+
+
+def key_of(propagation: Propagation) -> Propagation:
+    """What is equal for propagations that are one sweep, whether or not all columns must be there at once."""
+    return replace(propagation, together=False)
+
+
+def _of_other(sweep: Sweep, name: str, quantity: Quantity, propagation: Propagation, uses: Uses) -> Cotangents:
+    """What another sweep propagates to the uses of a parameter. Its columns have the leg of the second ones."""
+    sweeps = sweep.others.get(key_of(propagation), [])
+    kind = type(propagation).__name__
+    if len(sweeps) != 1:
+        raise UnsupportedError(
+            f"{kind} next to {type(quantity.host).__name__}: {kind} is {len(sweeps) or 'no'} sweeps here, and one is "
+            "needed.\n  Put it first in propagates, or ask for two quantities."
+        )
+    own, g = all_uses(sweeps[0], name)
+    if [leg.size for leg in own.legs] != [leg.size for leg in uses.legs]:
+        here = type(quantity.host).__name__
+        raise UnsupportedError(f"{kind} reads {name!r} with the legs {own.legs}, and {here} with {uses.legs}")
+    second = {leg: Leg(COLUMN_COPY, leg.size) for leg in g.kept if leg.name == COLUMN}
+    kept = tuple(second.get(leg, leg) for leg in g.kept)
+    return replace(g, each=tuple(each.rename(second) for each in g.each), kept=kept, jacobians=own.jacobians)
 
 
 def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction:
@@ -54,7 +80,7 @@ def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction
     for quantity in sweep.quantities:
         try:
             with foreign(f"quantity {quantity.name!r}", InputError):
-                found: object = _asked(sweep, quantity, uses, g)
+                found: object = _asked(sweep, name, quantity, uses, g)
         except UnsupportedError as error:
             dotted = sweep.graph.parameters[name][0]
             raise UnsupportedError(f"parameter {dotted!r}, quantity {quantity.name!r}: {error}") from None
@@ -69,4 +95,6 @@ def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction
             raise InputError(f"{what}: return a tn.Diagram, as (J.T @ g).sum('n') is, or tn.Factors")
     dotted = sweep.graph.parameters.get(name, (name,))[0]
     groups = {q.name: q.group_of(dotted) for q in sweep.quantities if isinstance(q, Total)}
-    return Extraction(name, diagrams, factors, groups=groups)
+    read = (leg for reading in sweep.readings.found.values() for leg in reading.legs if leg not in reading.own)
+    own = frozenset(leg for leg in read if leg not in uses.legs and not is_head(leg))
+    return Extraction(name, diagrams, factors, groups=groups, own=own)

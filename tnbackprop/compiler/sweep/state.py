@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -15,7 +15,7 @@ from ...diagram.reading import Readings
 from ...diagram.regroup import common, grouped, regroup
 from ...errors import UnsupportedError
 from ...notation.bind import BoundRule, Equation
-from ...quantities import Quantity
+from ...quantities import Propagation, Quantity
 from ...quantities.factors import sides
 from ..translate.graph import Call, Graph
 from .derived import Backward, Extraction, Individual, Native
@@ -47,6 +47,7 @@ class Sweep:
     since: str = ""  # the value where it goes on for an earlier sweep, too
     meetings: tuple[str, ...] = ()  # values where a later one may go on for it
     until: str = ""  # the first of them that it reaches: there it stops
+    others: Mapping[Propagation, list[Sweep]] = field(default_factory=dict)  # by what each propagates
     readings: Readings = field(default_factory=Readings)  # what quantities read beside it
 
     def reached(self, name: str) -> bool:

@@ -25,9 +25,10 @@ from ..compiler.translate.torch_modes import InFloat64, own_dtypes
 from ..errors import InputError, VerificationError
 from ..results import Result
 from ..rules import RULES
+from ..runtime.program import Indefinite, Program
+from ..runtime.result import Result
 from ..table import Rules
 from .compared import FIRST, ROOT, SECOND, Pair, error, pairs_of
-from .program import Indefinite, Program
 from .reference import SEED, Batch, Reference
 
 SAMPLES = 2

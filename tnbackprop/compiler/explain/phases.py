@@ -1,0 +1,33 @@
+"""What quantities read besides the sweeps, and what is computed between phases, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...diagram.core import hint_of
+from ..emit.compiled import Compiled
+from ..translate.graph import op_text
+
+
+def operand_lines(compiled: Compiled) -> Iterator[str]:
+    """The operands that are handed in at the call, each with its axes."""
+    parameters = {dotted[0]: compiled.graph.values[name].shape for name, dotted in compiled.graph.parameters.items()}
+    for name, reading in compiled.derived.readings.items():
+        if not reading.of:
+            shape = ", ".join(map(str, reading.shape(parameters.get(reading.parameter, ()))))
+            whose = f" of {reading.parameter}" if reading.parameter else ""
+            yield f"{hint_of(name)}: operands[{reading.key!r}]{whose}, [{shape}]"
+
+
+def phase_lines(compiled: Compiled) -> Iterator[str]:
+    """What is computed of totals before the next quantities are extracted."""
+    derived = compiled.derived
+    for phase in derived.phases:
+        yield f"then, for {phase.quantity}:"
+        for name, (result, group) in phase.totals.items():
+            yield f"  {hint_of(name)} = sum over parameters ({group}) of {result.quantity}"
+        for call in phase.calls:
+            operands = ", ".join(hint_of(value.name) for value in call.tensors.values())
+            yield f"  {hint_of(call.output.name)} = {op_text(call.target)}({operands})"
+        for name, value in phase.outcome.items():
+            yield f"  {hint_of(name)} = {hint_of(value)}"

@@ -1,0 +1,1 @@
+"""Proof: a compiled program against PyTorch's own autograd."""
