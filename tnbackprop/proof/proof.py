@@ -26,7 +26,6 @@ from ..errors import InputError, VerificationError
 from ..results import Result
 from ..rules import RULES
 from ..runtime.program import Indefinite, Program
-from ..runtime.result import Result
 from ..table import Rules
 from .compared import FIRST, ROOT, SECOND, Pair, error, pairs_of
 from .reference import SEED, Batch, Reference

@@ -21,11 +21,15 @@ from ..quantities import (
     KFLR,
     KFRA,
     NTK,
+    AxisMoments,
     BatchDot,
     BatchGrad,
     BatchL2,
+    ClippedGrad,
     DiagGGN,
     DiagGGNMC,
+    DirectionalCurvature,
+    DirectionalGrad,
     DirectionalRoot,
     Fisher,
     GGNGram,
@@ -34,6 +38,7 @@ from ..quantities import (
     HesScale,
     HessianDiag,
     Jacobians,
+    NaturalGradientSMW,
     ProjectedFactors,
     Quantity,
     RotatedSecondMoment,
@@ -44,6 +49,7 @@ from ..quantities import (
     SqrtGGNMC,
     Total,
     Variance,
+    WeightedGrad,
 )
 from ..quantities.factors import Sharing
 from ..runtime import Program
@@ -59,7 +65,9 @@ ALL: tuple[Quantity, ...] = (
     DiagGGN("diag_ggn_per_sample", per_sample=True), GGNTrace(), GGNGram(), HessianDiag(),
     HessianDiag("hessian_diag_per_sample", per_sample=True), Jacobians(), NTK(),
     SqrtGGNMC(), DiagGGNMC(), KFLR(), KFLR("kflr_reduce", sharing=Sharing.REDUCE), KFAC(),
-    KFAC("kfac_empirical", fisher=Fisher.EMPIRICAL), KFRA(), HesScale(), BL89(),
+    KFAC("kfac_empirical", fisher=Fisher.EMPIRICAL), KFRA(), HesScale(), BL89(), ClippedGrad(), NaturalGradientSMW(),
+    DirectionalGrad(), DirectionalRoot(), DirectionalCurvature(), WeightedGrad(), AxisMoments(), Total(), Sketch(),
+    RotatedSecondMoment(), ProjectedFactors(),
 )  # fmt: skip
 """What is compared where nobody says which."""
 FEW: tuple[Quantity, ...] = (BatchGrad(),)
