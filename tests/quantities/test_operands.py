@@ -142,7 +142,7 @@ def test_sketch(name: str) -> None:
         front = [k for k in range(len(sizes)) if k not in {k for group in groups for k in group}]
         args: list[Any] = [G[n].reshape(-1, *sizes), [20, *range(len(sizes))]]
         for k, group in enumerate(groups):
-            P = operands[f"projection_{k}"][n].reshape(*(sizes[leg] for leg in (*front, *group)), 3)
+            P = operands[f"sketch_{k}"][n].reshape(*(sizes[leg] for leg in (*front, *group)), 3)
             args += [P, [*front, *group, 21]]
         torch.testing.assert_close(result["sketch"][n], torch.einsum(*args, [20, 21]))
     total = sum(result["sketch"].values())

@@ -98,6 +98,8 @@ def test_every_quantity_of_a_rule_and_of_its_input() -> None:
         "grad", "batch_grad", "batch_l2", "batch_dot", "second_moment", "variance", "sqrt_ggn", "diag_ggn", "ntk",
         "diag_ggn_per_sample", "ggn_trace", "ggn_gram", "hessian_diag", "hessian_diag_per_sample", "jacobians",
         "sqrt_ggn_mc", "diag_ggn_mc", "kflr", "kflr_reduce", "kfac", "kfac_empirical", "kfra", "hesscale", "bl89",
+        "clipped_grad", "natural_gradient", "directional_grad", "directional_curvature", "weighted_grad",
+        "axis_moments", "directional_root", "rotated_second_moment", "projected_factors", "sketch",
     }  # fmt: skip
     assert report.ok and not report.left_out
     text = str(report)

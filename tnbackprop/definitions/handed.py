@@ -8,27 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..diagram.reading import Reading
 from ..linalg import KroneckerFactors
 from ..quantities import (
+    KFAC,
     AxisMoments,
     ClippedGrad,
     Clipping,
     DirectionalCurvature,
     DirectionalGrad,
+    DirectionalRoot,
+    Fisher,
+    Gradient,
     NaturalGradientSMW,
+    ProjectedFactors,
     Quantity,
+    RotatedSecondMoment,
+    Sketch,
+    Structure,
     WeightedGrad,
 )
 from ..runtime import Program
 from . import oracle
-from .oracle import Problem
+from .defined import Defined, factors, half
 from .report import NotDefined
 
 Values = dict[str, Tensor | NotDefined]
 
 
-def expected(program: Program, problem: Problem, quantity: Any, got: Mapping[str, Any]) -> Values:
+def expected(case: Defined, key: str, quantity: Any, got: Mapping[str, Any]) -> Values:
     """What the quantity must be, with the operands that `Program.some_operands` gives."""
+    program, problem = case.program, case.problem
     operands = program.some_operands(problem.x, problem.y)
     G = {name: g / problem.scale for name, g in oracle.individual(problem).items()}
     match quantity:
@@ -44,11 +54,70 @@ def expected(program: Program, problem: Problem, quantity: Any, got: Mapping[str
             return _natural(G, quantity.damping)
         case AxisMoments():
             return {name: _dense(got[name], g, quantity.individual) for name, g in G.items()}
+        case Sketch():
+            return {name: _sketch(program, name, g, operands) for name, g in G.items()}
+        case ProjectedFactors():
+            return _projected(case, key, quantity, got, operands)
     blocks = oracle.ggn_blocks(problem)
-    if isinstance(quantity, DirectionalCurvature):
-        d = {name: operands["direction"][name].flatten() for name in blocks}
-        return {name: torch.einsum("npq,p,q->n", block, d[name], d[name]) for name, block in blocks.items()}
-    raise NotDefined(f"{type(quantity).__name__} has a definition with the factors of another program only")
+    if isinstance(quantity, RotatedSecondMoment):
+        rows = {name: half(block.sum(0)).reshape(-1, *problem.theta[name].shape) for name, block in blocks.items()}
+        return {name: _turned(program, name, V, operands).square().sum(0) for name, V in rows.items()}
+    d = {name: operands["direction"][name].flatten() for name in blocks}
+    return {name: torch.einsum("npq,p,q->n", block, d[name], d[name]) for name, block in blocks.items()}
+
+
+def _read(program: Program, key: str, name: str) -> list[Reading]:
+    """The operands of a parameter that belong to the sides of its factors, in their order."""
+    found = program.compiled.derived.readings.values()
+    return [each for each in found if each.parameter == name and each.key.rpartition("_")[0] == key]
+
+
+def _contracted(readings: list[Reading], rows: Tensor, operands: Any, keep: bool) -> Tensor:
+    """Rows [n, *p] times an operand for each side: its last axis in the place of the side, or for all the same."""
+    if not readings:
+        return rows
+    own = readings[0].own
+    letters = {leg.name: k for k, leg in enumerate(own)}
+    args: list[Any] = [rows.reshape(len(rows), *(int(leg.size) for leg in own)), [50, *range(len(own))]]
+    out = dict.fromkeys(range(len(own)))
+    for reading in readings:
+        *sides, last = reading.axes
+        legs = [leg for axis in sides for leg in axis]
+        new = [letters.setdefault(leg.name, len(letters)) for leg in last]
+        tensor = operands[reading.key][reading.parameter]
+        args += [tensor.reshape(*(int(leg.size) for leg in reading.legs)), [*(letters[leg.name] for leg in legs), *new]]
+        if keep:
+            out = {(new[sides[-1].index(own[k])] if k < len(own) and own[k] in sides[-1] else k): None for k in out}
+    shown = [*out] if keep else [letters[leg.name] for leg in readings[0].axes[-1]]
+    return torch.einsum(*args, [50, *shown])
+
+
+def _sketch(program: Program, name: str, g: Tensor, operands: Any) -> Tensor:
+    return _contracted(_read(program, "sketch", name), g, operands, keep=False)
+
+
+def _turned(program: Program, name: str, V: Tensor, operands: Any) -> Tensor:
+    return _contracted(_read(program, "basis", name), V, operands, keep=True).reshape(V.shape)
+
+
+def _projected(case: Defined, key: str, quantity: ProjectedFactors, got: Mapping[str, Any], operands: Any) -> Values:
+    """The diagonal of the block, times the squares of the projections."""
+    if quantity.structure is not Structure.DIAGONAL or not isinstance(quantity.root, Gradient):
+        raise NotDefined("compared is what diagonal matrices project, of the gradients of the labels")
+    blocks = factors(case, key, KFAC(fisher=Fisher.EMPIRICAL, sharing=quantity.sharing), got)
+    found: Values = {}
+    for name, block in blocks.items():
+        weights = torch.ones_like(case.problem.theta[name])[None]
+        for reading in _read(case.program, "projection", name):
+            sizes = [int(leg.size) if leg in reading.legs else 1 for leg in reading.own]
+            own = [int(leg.size) for leg in reading.own]
+            order = [leg for leg in reading.legs if leg in reading.own]
+            tensor = operands[reading.key][name].reshape([int(leg.size) for leg in order])
+            tensor = tensor.permute([order.index(leg) for leg in reading.own if leg in order])
+            weights = (weights.reshape(1, *own) * tensor.reshape(sizes)).reshape(weights.shape)
+        diagonal = weights.flatten().square()
+        found[name] = block if isinstance(block, NotDefined) else (block.diagonal() * diagonal).diag()
+    return found
 
 
 def _norms(G: Mapping[str, Tensor]) -> Tensor:
@@ -81,5 +150,6 @@ def _dense(got: KroneckerFactors, g: Tensor, individual: bool) -> Tensor | NotDe
 
 
 HANDED: tuple[type[Quantity], ...] = (
-    AxisMoments, ClippedGrad, DirectionalCurvature, DirectionalGrad, NaturalGradientSMW, WeightedGrad,
+    AxisMoments, ClippedGrad, DirectionalCurvature, DirectionalGrad, DirectionalRoot, NaturalGradientSMW,
+    ProjectedFactors, RotatedSecondMoment, Sketch, WeightedGrad,
 )  # fmt: skip

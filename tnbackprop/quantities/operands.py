@@ -223,7 +223,7 @@ class Sketch(Quantity):
     factors (for a weight [out, in]: of out and of in), and no individual gradient is built. TRAK: Park et al. 2023,
     arXiv:2303.14186; projected by factors: Choe et al. 2024, arXiv:2405.13954.
 
-    Operands: ``"projection_k"`` of each side k, [d, size], with blocks [g, d, size].
+    Operands: ``"sketch_k"`` of each side k, [d, size], with blocks [g, d, size].
     """
 
     name: str = "sketch"
@@ -233,5 +233,5 @@ class Sketch(Quantity):
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
         sketch, G = Leg("sketch", self.size), individual(J, g)
         for k, side in enumerate(J.sides(self.sharing)):
-            G = G * J.operand(f"projection_{k}", (*filter(None, [side.blocks]), side.legs, sketch))
+            G = G * J.operand(f"sketch_{k}", (*filter(None, [side.blocks]), side.legs, sketch))
         return G.sum(*(leg.name for leg in J.legs))

@@ -35,6 +35,7 @@ from ..quantities import (
     GGNGram,
     GGNTrace,
     Grad,
+    Gradient,
     HesScale,
     HessianDiag,
     Jacobians,
@@ -67,7 +68,7 @@ ALL: tuple[Quantity, ...] = (
     SqrtGGNMC(), DiagGGNMC(), KFLR(), KFLR("kflr_reduce", sharing=Sharing.REDUCE), KFAC(),
     KFAC("kfac_empirical", fisher=Fisher.EMPIRICAL), KFRA(), HesScale(), BL89(), ClippedGrad(), NaturalGradientSMW(),
     DirectionalGrad(), DirectionalRoot(), DirectionalCurvature(), WeightedGrad(), AxisMoments(), Total(), Sketch(),
-    RotatedSecondMoment(), ProjectedFactors(),
+    RotatedSecondMoment(), ProjectedFactors(root=Gradient()),
 )  # fmt: skip
 """What is compared where nobody says which."""
 FEW: tuple[Quantity, ...] = (BatchGrad(),)
@@ -160,14 +161,26 @@ def _expected(
     if type(quantity) in EXPECTED:
         return EXPECTED[type(quantity)](defined.problem, quantity)
     if isinstance(quantity, HANDED):
-        return expected(defined.program, defined.problem, quantity, got)
+        return expected(defined, key, quantity, got)
+    if isinstance(quantity, Total):
+        return _summed(quantity, _expected(defined, key, quantity.quantity, got))
     return LINE_BY_LINE[type(quantity)](defined, key, quantity, got)
+
+
+def _summed(total: Total, each: Mapping[str, Tensor | NotDefined]) -> Mapping[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, value in each.items():
+        if isinstance(value, NotDefined):
+            raise value
+        group = total.group_of(name)
+        found[group] = found[group] + value if group in found else value
+    return found
 
 
 def _left_out(problem: Problem, quantity: Quantity) -> str:
     """Why a quantity is not compared; "" where it is."""
-    if isinstance(quantity, Total | RotatedSecondMoment | ProjectedFactors | Sketch | DirectionalRoot):
-        return f"{type(quantity).__name__}: what it sums, turns or projects is compared on its own"
+    if isinstance(quantity, Total):
+        return _left_out(problem, quantity.quantity)
     if type(quantity) not in EXPECTED and type(quantity) not in LINE_BY_LINE and not isinstance(quantity, HANDED):
         return f"{type(quantity).__name__} is not one of tnbackprop's: nothing says what it must be"
     outputs = problem.output.numel()
@@ -185,6 +198,8 @@ def _compare(key: str, name: str, quantity: Quantity, got: Any, want: Tensor, ca
     if isinstance(quantity, SqrtGGN):  # a root is only fixed up to a rotation of its columns: Σ_v V_v V_vᵀ is compared
         V = got.reshape(*got.shape[:2], -1)
         got = torch.einsum("vnp,vnq->npq", V, V)
+    if isinstance(quantity, DirectionalRoot):
+        got = got.square().sum(0)
     if isinstance(quantity, GGNGram):  # so is its Gram matrix: the spectrum is compared
         columns = got.shape[0] * got.shape[1]
         got = torch.linalg.eigvalsh(got.reshape(columns, columns)).flip(0)
