@@ -158,8 +158,8 @@ def test_a_tied_weight_joins_no_bias_and_says_so() -> None:
     assert set(result["kflr"]) == set(result["own"])
     for name, K in result["kflr"].items():
         close(K.to_dense(), result["own"][name].to_dense())
-        said = "a block of its own: no weight has its factor B" if "bias" in name else "no bias is joined: none has its"
-        assert K.assumption.startswith(result["own"][name].assumption + "; " + said), name
+        why = f"no {'weight' if 'bias' in name else 'bias'} has its factor B"
+        assert K.assumption == f"{result['own'][name].assumption}; a block of its own: {why}", name
 
 
 def test_explain_says_what_is_joined() -> None:
@@ -169,6 +169,19 @@ def test_explain_says_what_is_joined() -> None:
         for kind, model in (("linear", MODELS["linear"][0]()), ("tied", Tied()))
     }
     assert "  joined: 0.weight with 0.bias, 2.weight with 2.bias\n" in text["linear"]
-    own = "  not joined, for no other has the same factor B: "
-    assert own not in text["linear"] and text["tied"].count("joined") == 1
-    assert own + "one.weight, one.bias, two.bias, head.weight" in text["tied"]
+    assert "not joined" not in text["linear"] and text["tied"].count("joined") == 4
+    for name in ("one.bias", "two.bias"):
+        assert f"  not joined: {name}, no weight has its factor B\n" in text["tied"]
+    for name in ("one.weight", "head.weight"):
+        assert f"  not joined: {name}, no bias has its factor B\n" in text["tied"]
+
+
+def test_other_reasons_not_to_join() -> None:
+    """Groups, and an input factor that is cut into its axes."""
+    image = Apply(lambda x: x.reshape(-1, 2, 2, 2))
+    model = seq(image, nn.Conv2d(2, 4, 1, groups=2), nn.Flatten(), nn.Linear(16, 2)).double()
+    x = torch.randn(5, 8, dtype=torch.float64)
+    found = tn.compute(model, nn.CrossEntropyLoss(), (x, Y), [tn.KFLR(bias=tn.Bias.JOINED, largest=8)])["kflr"]
+    assert found["1.weight"].assumption.endswith("; a block of its own: it has a block for each group")
+    assert found["3.weight"].kinds[1] is tn.Kind.DIAGONAL
+    assert found["3.weight"].assumption.endswith("; a block of its own: its factors are not B and A, both whole")

@@ -36,6 +36,11 @@ def main() -> None:
     assert_type(result["kfac"], Mapping[str, tn.KroneckerFactors])
     steps = {name: K.inverse(damping=1e-2) @ result["grad"][name] for name, K in result["kfac"].items()}
     assert_type(steps, dict[str, torch.Tensor])
+    assert_type(result.flat("grad"), torch.Tensor)
+    for K in result["kfac"].values():
+        assert_type(K.power(-0.5, 1e-2), tn.Spectral)
+        assert_type(K.split(K.inverse(1e-2) @ K.join(result["grad"])), dict[str, torch.Tensor])
+        assert_type(K.clone().ema_(K, 0.9).template.of(K.tensors()), tn.KroneckerFactors)
     product = tn.ggn_product(model, torch.nn.CrossEntropyLoss(), (x, y))
     assert_type(product, tn.CurvatureProduct)
     assert_type(tn.ntk(model, x, x), torch.Tensor)

@@ -10,6 +10,7 @@ from math import prod
 import torch
 
 from ..compiler import Compiled
+from ..compiler.explain.factors import not_joined
 from ..compiler.sweep.derived import Extraction, joined_with
 from ..compiler.sweep.derived import Result as Name
 from ..diagram.core import is_head
@@ -106,7 +107,8 @@ def _kronecker(blocks: Blocks, tensors: list[torch.Tensor], name: str) -> Kronec
     shapes = zip(tensors, factors.shapes, strict=True)
     sized = tuple(t.reshape(size) if t.numel() == prod(size) else t.expand(size).contiguous() for t, size in shapes)
     kinds = tuple(Kind.DIAGONAL if flat else Kind.FULL for flat in factors.diagonal)
-    assumption = f"{factors.assumption}{_not_joined(factors)}"
+    alone = f"; a block of its own: {not_joined(factors)}" if factors.means else ""
+    assumption = f"{factors.assumption}{alone}"
     return KroneckerFactors(sized, blocks.shapes[name], kinds, assumption, _layout(factors), name, _roles(factors))
 
 
@@ -120,12 +122,3 @@ def _roles(factors: Factors) -> tuple[Role, ...]:
     """Of each factor; none where a quantity does not say which has the loss."""
     rows = zip(factors.loss, factors.relative, strict=False)
     return tuple(Role.RELATIVE if cut else Role.LOSS if loss else Role.INPUT for loss, cut in rows)
-
-
-def _not_joined(factors: Factors) -> str:
-    """What is to be said of a weight or a bias that was to be joined (`Bias.JOINED`), and is not."""
-    if factors.means == (None,):
-        return "; a block of its own: no weight has its factor B"
-    if len(factors.means) == 2:
-        return "; no bias is joined: none has its factor B"
-    return ""

@@ -38,8 +38,18 @@ def _joined(factors: Mapping[str, Factors]) -> Iterator[str]:
     alone = [name for name in asked if name not in joined and name not in joined.values()]
     if joined:
         yield "  joined: " + ", ".join(f"{weight} with {bias}" for weight, bias in joined.items())
-    if alone:
-        yield "  not joined, for no other has the same factor B: " + ", ".join(alone)
+    yield from (f"  not joined: {name}, {not_joined(factors[name])}" for name in alone)
+
+
+def not_joined(factors: Factors) -> str:
+    """Why no bias is in a weight's block, or a bias in none of a weight, where they were to be joined."""
+    if factors.means == (None,):
+        return "no weight has its factor B"
+    if factors.blocks:
+        return "it has a block for each group"
+    if len(factors.means) != 2 or any(factors.diagonal):
+        return "its factors are not B and A, both whole"
+    return "no bias has its factor B"
 
 
 def _row(factors: Factors) -> tuple[str, str, str]:
