@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from ...errors import InputError, UnsupportedError
+from ...errors import InputError, TnError, UnsupportedError
 from ...quantities import Quantity
 from ...table import Rules
 from ..running.printing import SILENT
+from ..running.repeated import Repeats
 from ..translate.graph import Graph
 from ..translate.inputs import refuse_complex
 from ..translate.opaque import named_tensors
@@ -92,10 +93,28 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
 
 
 def _captured(wrapped: Wrapped, example: tuple[Any, Any], batch: int, rules: Rules, seen: Seen) -> Graph:
+    """With equal modules traced once; each by itself where that graph is not what the model does, or there is none."""
+    repeated: list[Repeats] = []
+    try:
+        return _compared(wrapped, example, batch, rules, seen, repeated)
+    except TnError:
+        if not any(each.count or each.inside for each in repeated):
+            raise
+    return _compared(wrapped, example, batch, rules, seen)
+
+
+def _compared(
+    wrapped: Wrapped,
+    example: tuple[Any, Any],
+    batch: int,
+    rules: Rules,
+    seen: Seen,
+    repeated: list[Repeats] | None = None,
+) -> Graph:
     answering = Answering(seen.checks)
     try:
         with answering:
-            graph, found = _any_size(wrapped, example, batch, rules, seen)
+            graph, found = _any_size(wrapped, example, batch, rules, seen, repeated)
     except (InputError, ExportError) as error:  # it ran without torch.export: what it writes to may be why
         seen.refuse_writes(error)
         if isinstance(error, ExportError):
@@ -247,9 +266,17 @@ def batch_size(example: tuple[Any, Any]) -> int:
 
 
 def _any_size(
-    wrapped: Wrapped, example: tuple[Any, Any], batch: int, rules: Rules, seen: Seen
+    wrapped: Wrapped,
+    example: tuple[Any, Any],
+    batch: int,
+    rules: Rules,
+    seen: Seen,
+    repeated: list[Repeats] | None,
 ) -> tuple[Graph, Exported]:
-    """Export for any size; else for the sizes that do what the example's does; else with one that nothing else has."""
+    """Export for any size; else for the sizes that do what the example's does; else with one that nothing else has.
+
+    repeated  what was found of equal modules is put there; None: every module is traced
+    """
     taken = {size for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) for size in leaf.shape[1:]}
     taken |= {size for parameter in wrapped.parameters() for size in parameter.shape}
     other = next((size for size in EXPORT_SIZES if size not in taken | {batch}), 29)
@@ -258,8 +285,11 @@ def _any_size(
     any_size, some = _batch_dimension(batch), torch.export.Dim.DYNAMIC
     refused: OneSizeError | ExportError | None = None
     for used, dimension in ((own, any_size), (own, some), (others, any_size), (others, some)):
+        repeats = None if repeated is None else Repeats()
+        if repeated is not None and repeats is not None:
+            repeated.append(repeats)
         try:
-            found = exported(source, used, rules, dimension)
+            found = exported(source, used, rules, dimension, repeats)
         except (OneSizeError, ExportError, InputError) as error:
             if isinstance(error, InputError) and refused is None:
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -14,9 +15,12 @@ from torch.utils import _pytree as pytree
 
 from ...errors import TnError, UnsupportedError
 from ...table import Composite, Rules
+from ..running.bags import refuse_ragged
 from ..running.failure import line_here, place
 from ..running.parts import in_parts
+from ..running.repeated import Repeats
 from ..running.torch_quiet import Quiet, noting_forwards
+from ..running.torch_tracer import module_calls
 from ..running.torch_versions import lstm_states, refuse_valueless, sizes_by_builtins
 from ..translate.foreign import MISTAKES
 from ..translate.inplace import copy_views, mutates_view, nodes_of
@@ -32,7 +36,6 @@ from ..translate.torch_internals import (
     traced_here,
     whole_einsums,
 )
-from .bags import refuse_ragged
 from .state import attributes_kept
 
 
@@ -50,15 +53,22 @@ class Exported:
 
     opaque      modules and primitives that stay one operator, by its name
     conditions  on the batch size, under which it is what they do
+    repeated    how many modules have the operators of one that is equal
     """
 
     program: torch.export.ExportedProgram
     opaque: dict[str, Opaque]
     conditions: tuple[Condition, ...]
+    repeated: int = 0
 
 
-def exported(wrapped: nn.Module, example: tuple[Any, Any], rules: Rules, batch: Any) -> Exported:
-    """Export with axis 0 of every input as `batch`. Raises `OneSizeError`, `ExportError` and `UnsupportedError`."""
+def exported(
+    wrapped: nn.Module, example: tuple[Any, Any], rules: Rules, batch: Any, repeats: Repeats | None = None
+) -> Exported:
+    """Export with axis 0 of every input as `batch`; `repeats`: modules that are equal are traced once.
+
+    Raises `OneSizeError`, `ExportError` and `UnsupportedError`.
+    """
     shapes = pytree.tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.ndim else None, example)
     asked: list[tuple[Any, str]] = []
     with (
@@ -67,6 +77,7 @@ def exported(wrapped: nn.Module, example: tuple[Any, Any], rules: Rules, batch: 
         whole_einsums(),
         any_target(),
         traced_here(),
+        nullcontext() if repeats is None else module_calls(repeats),
         evenly(),
         noting_forwards(),
         sizes_by_builtins(),
@@ -87,7 +98,7 @@ def exported(wrapped: nn.Module, example: tuple[Any, Any], rules: Rules, batch: 
                 if parts or has_autocast(program.graph_module) or mutates_view(program.graph_module):
                     program = decomposed(program, parts)
             conditions = Sizes(program).conditions(asked) if batch is torch.export.Dim.DYNAMIC else ()
-            return Exported(program, opaque, conditions)
+            return Exported(program, opaque, conditions, 0 if repeats is None else repeats.count)
         except TnError as error:  # torch adds what it was executing
             raise type(error)(_said(error)) from error
         except export_refusals() as error:

@@ -28,15 +28,18 @@ def least_batch(wrapped: nn.Module, exported: Exported, example: tuple[Any, Any]
     """1 where the graph gives for one sample what the model gives, and 2 where not.
 
     Where the model takes no single sample, there is nothing to compare. Raises `UnsupportedError` where the graph
-    differs from the model for other batches, too.
+    differs from the model for other batches, too, or has parts that were not traced and is not compared.
     """
     sizes = [size for size in TRIED if first_broken(exported.conditions, size) is None]
-    if 1 in sizes and _agree(wrapped, exported, example, 1):
+    nothing = not exported.repeated  # what is to be said where nothing can be compared
+    one = _agree(wrapped, exported, example, 1) if 1 in sizes else False
+    if one or (one is None and nothing):
         return 1
-    if _agree(wrapped, exported, example, next(size for size in sizes if size > 1)):
-        return 2
+    several = _agree(wrapped, exported, example, next(size for size in sizes if size > 1))
+    if several or (several is None and nothing):
+        return 1 if one is None else 2
     nodes = exported.program.graph.nodes
-    if any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in nodes):
+    if nothing and any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in nodes):
         return 1  # the two may draw in another order
     raise UnsupportedError(
         "the graph that torch.export makes does not give what the model gives on the example, or has other gradients: "
@@ -46,12 +49,15 @@ def least_batch(wrapped: nn.Module, exported: Exported, example: tuple[Any, Any]
     )
 
 
-def _agree(wrapped: nn.Module, exported: Exported, example: tuple[Any, Any], size: int) -> bool:
-    """Whether the graph gives what the model gives on some samples, and its gradients; both draw from one seed."""
+def _agree(wrapped: nn.Module, exported: Exported, example: tuple[Any, Any], size: int) -> bool | None:
+    """Whether the graph gives what the model gives on some samples, and its gradients; both draw from one seed.
+
+    None where the model does not take so many.
+    """
     try:
         want = _values(wrapped, wrapped, resized(example, size))
     except FAILURES:
-        return True
+        return None
     try:
         got = _values(wrapped, _Replay(wrapped, exported).results, resized(example, size))
     except FAILURES:  # a guard on the batch size is one such failure
