@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .compiler import compile_program
 from .compiler.capture.export import batch_size, check_trainable, plain
 from .compiler.lower.candidate import Lowering
+from .compiler.running.collector import UNCOLLECTED
 from .declare import REGISTRY, Declaration, resolve, told_of_replaced
 from .errors import InputError, check_member
 from .proof.proof import prove
@@ -64,10 +65,11 @@ def compile(
     check_member("indefinite", indefinite, Indefinite)
     check_trainable(model, quantities)
     limit, table = _bytes(memory_limit), resolve(rules)
-    with told_of_replaced(rules):
-        compiled = compile_program(model, loss, example, list(quantities), table, limit, lowerings=tuple(lowerings))
-    program = Program(model, compiled, loss, quantities, indefinite, check)
-    program.checked = prove(program, example, table, limit is not None) if check else "not checked: check=False"
+    with UNCOLLECTED:
+        with told_of_replaced(rules):
+            compiled = compile_program(model, loss, example, list(quantities), table, limit, lowerings=tuple(lowerings))
+        program = Program(model, compiled, loss, quantities, indefinite, check)
+        program.checked = prove(program, example, table, limit is not None) if check else "not checked: check=False"
     program.replan = replan
     return program
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,7 +67,8 @@ class Pair:
     @cached_property
     def largest(self) -> float:
         """The largest finite value of autograd's."""
-        return float(self.want.abs().nan_to_num(nan=0.0, posinf=0.0).max()) if self.want.numel() else 0.0
+        largest = _largest(self.want)
+        return largest if math.isfinite(largest) else float(self.want.abs().nan_to_num(nan=0.0, posinf=0.0).max())
 
     @cached_property
     def error(self) -> float:
@@ -77,10 +79,20 @@ def error(got: Tensor, want: Tensor) -> float:
     """The largest difference where autograd has a number."""
     if got.shape != want.shape and got.numel() != want.numel():
         return float("inf")
-    difference = (got.reshape(-1) - want.reshape(-1)).abs()
+    difference = got.reshape(-1) - want.reshape(-1)
+    if math.isfinite(largest := _largest(difference)):
+        return largest
+    difference = difference.abs()
     known = want.reshape(-1).isfinite()
     difference = difference if bool(known.all()) else difference[known]
     return float(difference.nan_to_num(nan=float("inf")).max()) if difference.numel() else 0.0
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest magnitude, in one pass; NaN where one is."""
+    if not tensor.is_floating_point():
+        return float(tensor.abs().max()) if tensor.numel() else 0.0
+    return float(torch.linalg.vector_norm(tensor, torch.inf)) if tensor.numel() else 0.0
 
 
 Found = tuple[str, str, Tensor, Tensor, float]

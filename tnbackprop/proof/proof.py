@@ -187,12 +187,13 @@ class Proof:
         """A root of a Hessian that autograd has as zero (a softmax that is sure) has rounding that nothing measures."""
         some = {pair.quantity for pair in pairs if pair.largest}
         known = [pair for pair in pairs if pair.kind != ROOT or pair.quantity in some]
-        return [pair for pair in known if pair.error > self._tolerance(pair, pairs)]
+        largest = _largest(pairs)
+        return [pair for pair in known if pair.error > self._tolerance(pair, largest)]
 
-    def _tolerance(self, pair: Pair, pairs: Sequence[Pair]) -> float:
+    def _tolerance(self, pair: Pair, by_quantity: Mapping[str, float]) -> float:
         twice = pair.kind in (ROOT, SECOND) and self.dtype == torch.float64
         relative = CLOSE.get(self.dtype, SHORT) * (TWICE if twice else 1)
-        largest = max(other.largest for other in pairs if other.quantity == pair.quantity)
+        largest = by_quantity[pair.quantity]
         rounding = ROUNDING.get(self.dtype, FEW) * torch.finfo(self.dtype).eps * largest
         # where autograd has zero, what cancels leaves its rounding
         least = 0.0 if pair.largest >= NOTHING else NOTHING if largest else FEW * torch.finfo(self.dtype).eps
@@ -206,15 +207,16 @@ class Proof:
             with copied(wrapped), InFloat64():  # type: ignore[no-untyped-call]
                 exact, _, _ = self._pairs(wrapped, batch, result)
         except (_NotRunError, *FAILURES):  # it has numbers of this dtype inside, or is not copied
-            return [pair for pair in wrong if pair.error > LOST * self._tolerance(pair, pairs)]
+            return [pair for pair in wrong if pair.error > LOST * self._tolerance(pair, _largest(pairs))]
         by_key = {pair.key: pair.want for pair in exact}
-        return [pair for pair in wrong if self._is_worse(pair, by_key.get(pair.key, pair.want), pairs)]
+        largest = _largest(pairs)
+        return [pair for pair in wrong if self._is_worse(pair, by_key.get(pair.key, pair.want), largest)]
 
-    def _is_worse(self, pair: Pair, exact: Tensor, pairs: Sequence[Pair]) -> bool:
+    def _is_worse(self, pair: Pair, exact: Tensor, largest: Mapping[str, float]) -> bool:
         """Whether the program is further from what is exact than autograd's rounding, and what that says of ours."""
         off = error(pair.want, exact)
         nothing = FEW * torch.finfo(self.dtype).eps if off > pair.largest / 2 else 0.0  # it is rounding itself
-        return error(pair.got, exact) > max(WORSE * off + self._tolerance(pair, pairs), nothing)
+        return error(pair.got, exact) > max(WORSE * off + self._tolerance(pair, largest), nothing)
 
     def _certain(self, wrong: list[Pair], result: Result) -> list[Pair]:
         """Without tiny values that are rounding: autograd has others where the parameters' last digits are others."""
@@ -255,6 +257,14 @@ class Proof:
             f"{_counted(self.size, 'sample')} of the example:\n  {what} differs by up to {difference:.3g}, where "
             f"autograd has values up to {size:.3g}{relative}.{rest}\n  Likely: {CAUSES[first.kind]}{rule}\n{NEXT}"
         )
+
+
+def _largest(pairs: Sequence[Pair]) -> dict[str, float]:
+    """The largest value that autograd has of each quantity."""
+    found: dict[str, float] = {}
+    for pair in pairs:
+        found[pair.quantity] = max(pair.largest, found.get(pair.quantity, 0.0))
+    return found
 
 
 def _values(reference: Reference, result: Result) -> Iterator[Pair]:
