@@ -17,7 +17,9 @@ Made of the docstrings at build time: every name in `tnbackprop.__all__`. Errors
 the quantities in [Quantities](quantities.md).
 """
 GROUPS = {
-    "Compile and run": ("compile", "compute", "Program", "Result", "Graphed", "Indefinite"),
+    "Compile and run": (
+        "compile", "compute", "Program", "Result", "Graphed", "Indefinite", "attach", "Attached", "HANDED", "Halves", "Saved",
+    ),
     "Products and kernels": (
         "ggn_product", "hessian_product", "fisher_product", "CurvatureProduct", "Blocks", "OverData", "Reduction",
         "ntk",

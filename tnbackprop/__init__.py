@@ -53,6 +53,7 @@ from .quantities import (
     Hessian,
     HessianDiag,
     Identity,
+    InputGrad,
     Jacobians,
     NaturalGradientSMW,
     Output,
@@ -74,19 +75,21 @@ from .quantities import (
 from .quantities.factors import Factors, Sharing
 from .rules import RULES
 from .rules.declared import Declared
-from .runtime import Graphed, Indefinite, Program, Result
+from .runtime import HANDED, Attached, Graphed, Halves, Indefinite, Program, Result, Saved, attach
 from .table import Table
 from .verification import Verification, verify
 from .version import __version__ as __version__
 
 __all__ = [
     "BL89",
+    "HANDED",
     "KFAC",
     "KFLR",
     "KFRA",
     "NTK",
     "REGISTRY",
     "RULES",
+    "Attached",
     "Average",
     "AxisMoments",
     "BatchDot",
@@ -121,6 +124,7 @@ __all__ = [
     "Grad",
     "Gradient",
     "Graphed",
+    "Halves",
     "Handed",
     "HesScale",
     "Hessian",
@@ -128,6 +132,7 @@ __all__ = [
     "Identity",
     "Indefinite",
     "InputError",
+    "InputGrad",
     "InvariantError",
     "Jacobians",
     "Kind",
@@ -150,6 +155,7 @@ __all__ = [
     "RotatedSecondMoment",
     "Rule",
     "RuleError",
+    "Saved",
     "Scale",
     "SecondMoment",
     "Sharing",
@@ -169,6 +175,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "WeightedGrad",
+    "attach",
     "compile",
     "compute",
     "draw",

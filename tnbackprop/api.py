@@ -22,6 +22,7 @@ from .quantities import Quantity, check_quantities
 from .rules import RULES
 from .runtime import Indefinite, Program, Result
 from .runtime.fingerprint import Fingerprint, fingerprint
+from .runtime.handed import HANDED, with_cotangent
 from .runtime.operands import Given
 
 Loss = Callable[..., torch.Tensor]
@@ -44,7 +45,8 @@ def compile(
 
     model         any module that torch.export can capture; it is not changed. Its parameters' dtypes are those of the
                   program: torch.autocast has no effect on it
-    loss          ``loss(output, y)`` -> scalar, a sum or mean over samples
+    loss          ``loss(output, y)`` -> scalar, a sum or mean over samples; None: the output alone; `tn.HANDED`: y is
+                  the cotangent of the output, ∂L/∂output of any L (the example is x alone)
     example       a batch ``(x, y)``; shapes other than the batch size are fixed by it
     quantities    what to compute: ``[tn.BatchL2(), tn.Variance()]``
     rules         from target to rule: ``tn.RULES | {MyLayer: my_rule}`` adds your own; None: the built-in rules and
@@ -64,6 +66,7 @@ def compile(
     check_quantities(quantities)
     check_member("indefinite", indefinite, Indefinite)
     check_trainable(model, quantities)
+    example = with_cotangent(model, example, quantities) if loss is HANDED else example
     limit, table = _bytes(memory_limit), resolve(rules)
     with UNCOLLECTED:
         with told_of_replaced(rules):

@@ -15,6 +15,7 @@ from .attention import with_attention
 from .capture.export import capture
 from .capture.trial import Trial
 from .derive.derive import bind_all
+from .derive.layer import with_inputs
 from .emit.compiled import Compiled
 from .formulas import with_formulas
 from .invariants.stage import Stage
@@ -42,7 +43,7 @@ def compile_program(
     """Run the stages on an example batch; `here` where the source runs on this machine: by what this one has."""
     quantities = with_needs(quantities)
     graph = with_cross_entropy(with_one_output(capture(model, loss, example, rules), quantities), rules)
-    graph = with_attention(graph, quantities, rules)
+    graph = with_attention(with_inputs(graph, quantities), quantities, rules)
     check(Stage.CAPTURE, graph, seen := asked(model, quantities))
     trial = Trial.of(graph, model, loss, example)
     bound = check(Stage.BIND, bind_all(graph, rules, trial), seen := replace(seen, graph=graph))

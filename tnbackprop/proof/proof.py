@@ -83,7 +83,9 @@ def prove(program: Program, example: Batch, rules: Rules, whole: bool = False) -
         for size in dict.fromkeys((first, every)):  # it may take the whole batch only
             proof = Proof(program, wrapped, resized(batch, size), size, rules, size == every)
             try:
-                return proof.said()
+                said = proof.said()
+                program.saved_by_autograd = proof.saved() / size * program.compiled.plan.batch
+                return said
             except _NotRunError as error:
                 reason = str(error)
     return f"not checked: {reason}"
@@ -123,6 +125,23 @@ class Proof:
         zero = {pair.quantity for pair in pairs if pair.kind == ROOT} - some
         left |= dict.fromkeys(sorted(zero), "which autograd has as zero everywhere")
         return _line(self.size, [pair for pair in pairs if pair.quantity not in zero], left)
+
+    def saved(self) -> int:
+        """Bytes of the memory that autograd keeps for the loss, without parameters, buffers and inputs."""
+        inputs = [leaf for leaf in pytree.tree_leaves(self.batch) if isinstance(leaf, Tensor)]
+        found: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with copied(self.wrapped), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outside = [*self.wrapped.parameters(), *self.wrapped.buffers(), *inputs]
+            kept = self.wrapped(*self.batch)
+            for each in outside:
+                found.pop(each.untyped_storage().data_ptr(), None)
+            del kept
+        return sum(found.values())
 
     def _run(self) -> Result:
         """The program's results."""

@@ -2,7 +2,7 @@
 
 from .base import Quantity, Scale, check_quantities
 from .curvature import DiagGGN, DiagGGNMC, GGNGram, GGNTrace, SqrtGGN, SqrtGGNMC
-from .first_order import BatchDot, BatchGrad, BatchL2, Grad, SecondMoment, Variance
+from .first_order import BatchDot, BatchGrad, BatchL2, Grad, InputGrad, SecondMoment, Variance
 from .hessian import BL89, HesScale, HessianDiag
 from .jacobian import NTK, Jacobians
 from .kronecker import KFAC, KFLR, KFRA, Bias, Fisher
@@ -38,7 +38,7 @@ __all__ = [
     "BL89", "KFAC", "KFLR", "KFRA", "NTK", "Average", "AxisMoments", "BatchDot", "BatchGrad", "BatchL2", "Bias",
     "ClippedGrad", "Clipping", "DiagGGN", "DiagGGNMC", "Diagonal", "DirectionalCurvature", "DirectionalGrad",
     "DirectionalRoot", "Draws", "Elementwise", "Exact", "Fisher", "GGNGram", "GGNTrace", "Grad", "Gradient", "Handed",
-    "HesScale", "Hessian", "HessianDiag", "Identity", "Jacobians", "NaturalGradientSMW", "Output", "ProjectedFactors",
-    "Propagation", "Quantity", "Residual", "RotatedSecondMoment", "Scale", "SecondMoment", "Sketch", "SqrtGGN",
-    "SqrtGGNMC", "Structure", "Total", "Variance", "WeightedGrad", "check_quantities",
+    "HesScale", "Hessian", "HessianDiag", "Identity", "InputGrad", "Jacobians", "NaturalGradientSMW", "Output",
+    "ProjectedFactors", "Propagation", "Quantity", "Residual", "RotatedSecondMoment", "Scale", "SecondMoment",
+    "Sketch", "SqrtGGN", "SqrtGGNMC", "Structure", "Total", "Variance", "WeightedGrad", "check_quantities",
 ]  # fmt: skip

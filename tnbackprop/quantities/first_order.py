@@ -13,6 +13,7 @@ import sympy
 
 from ..diagram.algebra import Cotangents, Uses
 from ..diagram.core import Diagram, N, Scalar
+from ..errors import InputError
 from .base import Quantity, Scale
 
 
@@ -24,6 +25,19 @@ class Grad(Quantity):
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
         return (J.T @ g).sum("n")
+
+
+@dataclass(frozen=True)
+class InputGrad(Quantity):
+    """Gradient of the loss by the inputs, {input: ∂L/∂x, shape of x}: "x", or "x_0", "x_name" of a tuple or a dict.
+
+    Those that are floating numbers and that the loss depends on. It is of no parameter.
+    """
+
+    name: str = "input_grad"
+
+    def extract(self, J: Uses, g: Cotangents) -> Diagram:
+        raise InputError(f"{self.name!r} is of no parameter")
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,9 @@ def layer_norm(call: Any) -> Rule:
             output[*s, {i}] = centred[*s, {i}] * scale[*s]{weight}{bias}""",
         {"eps": call.eps},
         f"torch.ops.aten.native_layer_norm({{input}}, {shape}, {weights}, {call.eps!r})",
-        {"mean[*s]": f"{{both}}[1]{row}", "scale[*s]": f"{{both}}[2]{row}"},
+        {"mean[*s]": f"{{means}}{row}", "scale[*s]": f"{{scales}}{row}"},
         f"torch.ops.aten.native_layer_norm_backward({{cotangent}}.contiguous(), {{input}}, {shape}, "
-        f"{{both}}[1], {{both}}[2], {weights}, [True, False, False])[0]",
+        f"{{means}}, {{scales}}, {weights}, [True, False, False])[0]",
     )
 
 
@@ -61,9 +61,8 @@ def _with_kernel(
     """A formula whose statistics a native forward gives, and its native VJP; where they have the input's dtype."""
     if call.input.dtype not in EXACT or call.output.dtype != call.input.dtype:
         return Rule(formula, constants=constants)
-    return Rule(
-        formula, constants=constants, saved={"both": forward} | lines, forward="{both}[0]", vjp={"input": vjp}
-    )
+    saved = {"every": forward, "means": "{every}[1]", "scales": "{every}[2]"} | lines
+    return Rule(formula, constants=constants, saved=saved, forward="{every}[0]", vjp={"input": vjp})
 
 
 @TABLE.rule(aten.rms_norm.default)
@@ -93,9 +92,9 @@ def _channel_norm(call: Any, group: str, channel: str, groups: int) -> Rule:
         formula,
         constants,
         f"torch.ops.aten.native_group_norm({{input}}.contiguous(), {weight}, {bias}, {shape}, {call.eps!r})",
-        {f"mean[n, {group}]": "{both}[1]", f"scale[n, {group}]": "{both}[2]"},
+        {f"mean[n, {group}]": "{means}", f"scale[n, {group}]": "{scales}"},
         "torch.ops.aten.native_group_norm_backward({cotangent}.contiguous(), {input}.contiguous(), "
-        f"{{both}}[1], {{both}}[2], {weight}, {shape}, [True, False, False])[0]",
+        f"{{means}}, {{scales}}, {weight}, {shape}, [True, False, False])[0]",
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch.utils import _pytree as pytree
 
+from ..compiler.capture.export import plain
 from ..compiler.program.cost import size_at
 from ..compiler.translate.graph import Graph, Value
 from ..compiler.translate.sizes import first_broken
@@ -58,6 +59,31 @@ def _changed(name: str, what: str) -> NoReturn:
     raise InputError(
         f"parameter {name!r} {what}: the model is not the one that the program was compiled for.\n  Compile again."
     )
+
+
+def flattened(parts: tuple[Any, ...], graph: Graph) -> dict[str, Any]:
+    """The tensors of a batch by the names of inputs: of (x, y), of (x,) alone, or of (None, y) for y alone."""
+    found: dict[str, Any] = {}
+    names, place = iter(graph.inputs), 0
+    for k, spec in enumerate(graph.in_specs):
+        own = [next(names) for at in range(place, place + spec.num_leaves) if at not in graph.absent]
+        absent = [at - place for at in graph.absent if place <= at < place + spec.num_leaves]
+        place += spec.num_leaves
+        if k >= len(parts) or (k == 0 and parts[0] is None and len(parts) == 2 and own):
+            continue
+        leaves, mine = pytree.tree_flatten(plain(parts[k]))
+        if mine != spec:
+            raise InputError(
+                f"the batch (x, y) has the structure {structure(mine)} as its {'xy'[k]}, but the program was compiled "
+                f"for {structure(spec)}"
+            )
+        if any(leaves[at] is not None for at in absent):
+            raise InputError("the batch has a tensor where the program was compiled for None: compile again with it")
+        found |= dict(zip(own, (leaf for at, leaf in enumerate(leaves) if at not in absent), strict=True))
+    for name, leaf in found.items():
+        if isinstance(leaf, torch.Tensor):
+            check_plain(f"input {name!r}", leaf)
+    return found
 
 
 def structure(spec: pytree.TreeSpec) -> str:

@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 
 from ..compiler import Compiled
 from ..compiler.agreement import SAMPLES, agree, first_samples
-from ..compiler.capture.export import plain
 from ..compiler.emit.loaded import load, running
 from ..compiler.emit.naming import comment
 from ..compiler.emit.source import MEMORY
@@ -25,13 +24,14 @@ from ..compiler.plan.definite import TOLERATED
 from ..compiler.program.cost import number, size_at
 from ..compiler.sizes import Sized, Sizes
 from ..compiler.translate.sizes import first_broken
-from ..compiler.translate.torch_modes import check_plain, own_dtypes
+from ..compiler.translate.torch_modes import own_dtypes
 from ..diagram.core import N
 from ..errors import InputError
 from ..quantities import Quantity
 from ..results import Blocks, Result, Values, assemble, blocks, parameter_shapes
-from .given import check_batch, check_parameters, named_tensors, own, structure
+from .given import check_batch, check_parameters, flattened, named_tensors, own
 from .graphed import Graphed
+from .halves import Halves, Saved
 from .operands import Given, Operands, Shape
 from .owned import Owner
 from .pages import Blocks as Pages
@@ -76,6 +76,7 @@ class Program:
     bytes       planned bytes read and written for the example batch
     peak_bytes  planned peak of what the program holds, results included, parameters and inputs not
     checked     what was compared with autograd when it was compiled, and what not
+    saved_by_autograd  bytes that autograd keeps for the loss of the example's batch, where that was measured
     replan      whether other batch sizes get plans of their own
 
     Batches of at least four times or at most a quarter of the example's samples get a plan of their own, once they take
@@ -95,6 +96,7 @@ class Program:
         self.model, self.loss, self.indefinite, self._compiled = model, loss, indefinite, compiled
         self.quantities = {quantity.name: quantity for quantity in quantities}
         self.checked, self.replan = "not checked", False
+        self.saved_by_autograd: float | None = None
         keep_freed_pages()
         self._memory = Pages()
         self._sizes = Sizes(compiled, partial(Loaded.of, tuple(self.quantities)), check)
@@ -104,6 +106,7 @@ class Program:
         self._operands = Operands(compiled)
         self._shapes = parameter_shapes(compiled)
         self._output_spec = pytree.tree_structure(compiled.graph.output)
+        self._halves = Halves(compiled, f"{type(model).__name__}: {', '.join(self.quantities)}")
 
     @property
     def source(self) -> str:
@@ -118,6 +121,11 @@ class Program:
     def compiled(self) -> Compiled:
         """What every stage produced, for those who look inside."""
         return self._compiled
+
+    @property
+    def halves(self) -> Halves:
+        """The program cut at the model's output: ``program.halves.cut`` has both sources, and what is saved."""
+        return self._halves
 
     @property
     def operands(self) -> Mapping[str, Shape | Mapping[str, Shape]]:
@@ -150,7 +158,9 @@ class Program:
         if stage is not None:
             return text
         sizes, checked = "\n".join(self._sizes.lines(self.replan)), "\n".join(map(comment, self.checked.split("\n")))
-        return f"{text}\n\nBatch sizes\n===========\n{sizes}\n\nCheck\n=====\n{checked}"
+        saved = "\n".join(map(comment, self._halves.lines(self.saved_by_autograd)))
+        sections = {"Batch sizes": sizes, "Saved between the halves": saved, "Check": checked}
+        return "\n\n".join([text, *(f"{title}\n{'=' * len(title)}\n{each}" for title, each in sections.items())])
 
     def fits(self, size: int) -> bool:
         """Whether it is for so many samples: a model may branch on that."""
@@ -163,28 +173,61 @@ class Program:
 
     def tensors(self, x: Any, y: Any) -> dict[str, torch.Tensor]:
         """The inputs of the emitted function: parameters, buffers, constants and the batch, by value name."""
-        graph = self._compiled.graph
-        leaves, spec = pytree.tree_flatten((plain(x), plain(y)))
-        if spec != graph.in_spec:
-            raise InputError(
-                f"the batch (x, y) has the structure {structure(spec)}, but the program was compiled for "
-                f"{structure(graph.in_spec)}"
-            )
-        if any(leaves[k] is not None for k in graph.absent):
-            raise InputError("the batch has a tensor where the program was compiled for None: compile again with it")
-        flat = [leaf for k, leaf in enumerate(leaves) if k not in graph.absent]
-        for name, leaf in zip(graph.inputs, flat, strict=True):
-            if isinstance(leaf, torch.Tensor):
-                check_plain(f"input {name!r}", leaf)
-        values = dict(self._fixed)
+        own = self._own_tensors()
+        return own | check_batch(flattened((x, y), self._compiled.graph), self._compiled.graph)
+
+    def _own_tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters, buffers and constants by value name."""
+        graph, values = self._compiled.graph, dict(self._fixed)
         check_parameters(self.model, graph)
         found = named_tensors(self.model, self.loss)
         for name, (dotted, *_) in graph.parameters.items():
             values[name] = own("parameter", dotted, found, graph.values[name])
         for name, dotted in graph.buffers.items():
             values[name] = own("buffer", dotted, found, graph.values[name])
-        batch = check_batch(dict(zip(graph.inputs, flat, strict=True)), graph)
-        return values | batch
+        return values
+
+    @torch.no_grad()
+    def forward(self, x: Any) -> tuple[Any, Saved]:
+        """The first half: (the model's output, what the second half reads of it).
+
+        ``output, saved = program.forward(x)`` and ``program.backward(saved, y)`` give what ``program(x, y)`` gives. The
+        output is not copied: written over, it is missed by `backward`, which then says so. Layers that draw (dropout)
+        draw here.
+        """
+        own, graph = self._own_tensors(), self._compiled.graph
+        inputs = check_batch(flattened((x,), graph), graph)
+        output, saved = self._halves.forward(own, inputs, self._batch(inputs))
+        return pytree.tree_unflatten(list(output), self._output_spec), saved
+
+    @torch.no_grad()
+    def backward(
+        self,
+        saved: Saved,
+        y: Any = None,
+        *,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        operands: Given | None = None,
+    ) -> Result:
+        """The second half: all results, with the loss and without the output, of what `forward` saved.
+
+        y   what the loss reads; of a program with ``loss=tn.HANDED`` the cotangent of the output
+        Options are those of a call. Raises `InputError` where `saved` is of another program or was written over.
+        """
+        saved.check(self._halves)
+        own, graph = self._own_tensors(), self._compiled.graph
+        rest = check_batch(flattened((None, y), graph), graph)
+        sizes = (t.shape[k] for n, t in rest.items() for k, s in enumerate(graph.values[n].shape) if s == N)
+        if (size := next(sizes, saved.batch)) != saved.batch:
+            raise InputError(f"y has {size} samples, and forward had {saved.batch}")
+        floating = _floating(own)
+        rest |= self._operands.tensors(operands, saved.batch, floating)
+        rest |= self._noise(saved.batch, floating, seed, generator)
+        loss, _, values, *checks = self._halves.backward(saved, own, rest)
+        read: dict[Any, torch.Tensor] = {**own, **saved.inputs, **rest}
+        read |= dict(enumerate(pytree.tree_leaves(dict(saved.tensors))))
+        return self._result(self._sizes.example, read, loss, None, values, *checks)
 
     @torch.no_grad()
     def __call__(
@@ -256,7 +299,7 @@ class Program:
     def _result(
         self,
         sized: Sized[Loaded],
-        read: Mapping[str, torch.Tensor],
+        read: Mapping[Any, torch.Tensor],
         loss: torch.Tensor | None,
         output: Any,
         values: Values,
@@ -274,9 +317,12 @@ class Program:
         values = pytree.tree_map(own, dict(values))
         every = sized.loaded.blocks
         made: dict[str, Any] = {name: assemble(each, values, name) for name, each in every.items()}
-        leaves = [own(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in output]
         loss, axes = None if loss is None else own(loss), {name: each.axes for name, each in every.items()}
-        return Result(loss, pytree.tree_unflatten(leaves, self._output_spec), made, axes, self._shapes)
+        whole = None
+        if output is not None:
+            leaves = [own(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in output]
+            whole = pytree.tree_unflatten(leaves, self._output_spec)
+        return Result(loss, whole, made, axes, self._shapes)
 
     def _with_noise(
         self,
@@ -288,8 +334,8 @@ class Program:
     ) -> dict[str, torch.Tensor]:
         """All that the emitted function reads."""
         tensors = self.tensors(x, y)
-        tensors |= self._operands.tensors(operands, self._batch(tensors), _floating(tensors))
-        return tensors | self._noise(tensors, seed, generator)
+        batch, like = self._batch(tensors), _floating(tensors)
+        return tensors | self._operands.tensors(operands, batch, like) | self._noise(batch, like, seed, generator)
 
     def _batch(self, tensors: Mapping[str, torch.Tensor]) -> int:
         """How many samples there are."""
@@ -298,7 +344,7 @@ class Program:
         return next(tensors[name].shape[k] for name, k in sizes)
 
     def _noise(
-        self, tensors: Mapping[str, torch.Tensor], seed: int | None, generator: torch.Generator | None
+        self, batch: int, like: torch.Tensor, seed: int | None, generator: torch.Generator | None
     ) -> dict[str, torch.Tensor]:
         """Uniform noise for every sampled root, drawn outside the emitted function."""
         plan = self._compiled.plan
@@ -309,7 +355,6 @@ class Program:
             )
         if not plan.noises:
             return {}
-        batch, like = self._batch(tensors), _floating(tensors)
         dtype = torch.float32 if like.dtype.itemsize == 2 else like.dtype
         if seed is not None:
             generator = torch.Generator(like.device).manual_seed(seed)

@@ -12,7 +12,7 @@ from ...diagram.core import Diagram, Product, leaves
 from ...errors import RuleError, UnsupportedError
 from ...notation.bind import BoundRule, bind
 from ...notation.rule import Rule
-from ...quantities import Exact, Gradient, Propagation, Quantity, Residual
+from ...quantities import Exact, Gradient, InputGrad, Propagation, Quantity, Residual
 from ...quantities.total import level_of
 from ...table import RuleFunction, Rules
 from ..capture.trial import Trial
@@ -118,7 +118,8 @@ def derive(
     given = bool(graph.cotangent)
     wanted = _wanted(quantities, given)
     twice = any(propagation.residual is not Residual.NONE for propagation in wanted)
-    sweep = Sweep(graph, [q for q in quantities if isinstance(q.host, Gradient)], twice=twice)
+    first = [q for q in quantities if isinstance(q.host, Gradient) and not isinstance(q, InputGrad)]
+    sweep = Sweep(graph, first, twice=twice)
     needing = [q.name for q in quantities if any(each.needs_loss for each in q.propagations)]
     if graph.loss is None and needing and not given:
         names = ", ".join(needing)
@@ -128,9 +129,10 @@ def derive(
     elif graph.loss is not None:
         sweep.terms[graph.loss] = [ONE]
     run(sweep, bound)
-    for name in graph.inputs if given else ():
-        if sweep.terms.get(name):
-            schedule(sweep, name)
+    pulled = [q.name for q in quantities if isinstance(q, InputGrad)]
+    reached = [name for name in graph.inputs if sweep.terms.get(name)] if given or pulled else []
+    for name in reached:
+        schedule(sweep, name)
     scale = scale_of(sweep)
     columns: list[Columns] = []
     roots = any(isinstance(propagation, Exact) for propagation in wanted)
@@ -145,7 +147,8 @@ def derive(
     levels = {q.name: level for q in quantities if (level := level_of(q))}
     columns = [replace(each, schedule=by_level(each.schedule, levels)) for each in columns]
     own = by_level(tuple(sweep.schedule), levels)
-    return Derived(bound, own, scale, tuple(columns), dict(sweep.readings.found))
+    by = {name: f"{sweep.prefix}:{name}" for name in reached}
+    return Derived(bound, own, scale, tuple(columns), dict(sweep.readings.found), dict.fromkeys(pulled, by))
 
 
 def _wanted(quantities: Sequence[Quantity], given: bool) -> list[Propagation]:

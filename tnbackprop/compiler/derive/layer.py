@@ -6,13 +6,13 @@ result as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ...diagram.core import N
 from ...errors import UnsupportedError
-from ...quantities import Handed
+from ...quantities import Handed, InputGrad, Quantity
 from ...quantities.propagation import COTANGENT, HANDED
 from ..program.cost import Rates
 from ..sweep.derived import Backward, Derived, Extraction, Given, Individual, Schedule
@@ -29,8 +29,30 @@ def opened(graph: Graph) -> Graph:
     output = graph.values[graph.output]
     if not any(N in axis for axis in output.axes):
         raise UnsupportedError(f"the layer's output {output} does not depend on the samples.")
+    graph = by_inputs(graph, graph.inputs)
     values = dict(graph.values)
-    for name in graph.inputs:
+    values[COTANGENT] = replace(values[graph.output], name=COTANGENT, depends_on=frozenset())
+    return replace(graph, values=values, inputs=(*graph.inputs, COTANGENT), cotangent=COTANGENT)
+
+
+def with_inputs(graph: Graph, quantities: Sequence[Quantity]) -> Graph:
+    """The graph with inputs that are differentiable, where a quantity is of them.
+
+    Raises `UnsupportedError` where none is of floating numbers.
+    """
+    if not any(isinstance(quantity, InputGrad) for quantity in quantities):
+        return graph
+    given = [name for name in graph.inputs if name not in graph.of_loss]
+    if not any(graph.values[name].dtype.is_floating_point for name in given):
+        shown = ", ".join(f"{name} {graph.values[name].dtype}" for name in given)
+        raise UnsupportedError(f"InputGrad: no input is of floating numbers ({shown}): there is no gradient by them.")
+    return by_inputs(graph, given)
+
+
+def by_inputs(graph: Graph, names: Iterable[str]) -> Graph:
+    """The graph with inputs of these names that are differentiable, if they are floating numbers."""
+    values = dict(graph.values)
+    for name in names:
         if values[name].dtype.is_floating_point:
             values[name] = replace(values[name], depends_on=values[name].depends_on | {name})
     calls = []
@@ -40,8 +62,7 @@ def opened(graph: Graph) -> Graph:
         own = behind if call.output.dtype.is_floating_point else frozenset()
         values[call.output.name] = replace(call.output, depends_on=own)
         calls.append(replace(call, arguments=arguments, output=values[call.output.name]))
-    values[COTANGENT] = replace(values[graph.output], name=COTANGENT, depends_on=frozenset())
-    return replace(graph, calls=tuple(calls), values=values, inputs=(*graph.inputs, COTANGENT), cotangent=COTANGENT)
+    return replace(graph, calls=tuple(calls), values=values)
 
 
 def _known(argument: Any, values: dict[str, Value]) -> Any:

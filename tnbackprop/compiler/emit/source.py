@@ -240,7 +240,8 @@ class Writer:
             lines.append("        },")
         loss = self.names(plan.loss) if plan.loss is not None else "None"
         checks = f", [{', '.join(map(self.names, plan.checks.values()))}]" if plan.checks else ""
-        return ["\n".join([*lines, "    }"]), f"    return {loss}, ({shown},), results{checks}"]
+        output = f"({shown},)" if leaves else "()"
+        return ["\n".join([*lines, "    }"]), f"    return {loss}, {output}, results{checks}"]
 
     def _values(self) -> dict[str, dict[str, Value | tuple[Value, ...]]]:
         """Quantity -> parameter -> a value, or its factors and then their means."""

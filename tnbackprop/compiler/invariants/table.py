@@ -15,7 +15,7 @@ import torch
 from ...diagram.core import BATCH, Diagram, N, V, is_head
 from ...errors import InvariantError
 from ...notation.bind import BoundRule
-from ...quantities import Quantity, Total
+from ...quantities import InputGrad, Quantity, Total
 from ...quantities.total import Needed
 from ..plan.plan import Plan, names_in
 from ..program.expr import Call as Call_
@@ -66,6 +66,7 @@ def check(stage: Stage, data: T, context: Context) -> T:
 def asked(model: torch.nn.Module, quantities: Sequence[Quantity]) -> Context:
     """The context before the first stage."""
     trainable = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    quantities = [q for q in quantities if not isinstance(q, InputGrad)]
     totals, hidden = (frozenset(q.name for q in quantities if isinstance(q, kind)) for kind in (Total, Needed))
     return Context(frozenset(trainable), tuple(q.name for q in quantities), totals=totals, hidden=hidden)
 

@@ -143,6 +143,7 @@ def _plan(
         _gather(results, scheduled(store, graph, now.schedule[:ahead], chunk, choices))
         _sweeps(store, graph, now, chunk, choices, results, checks, begun)
     make_relative(store, graph, derived, results)
+    results |= {Result(q): {name: store.find(g) for name, g in by.items()} for q, by in derived.inputs.items()}
     results = {q: by for q, by in results.items() if q.quantity not in derived.hidden}
     output = {name: store.find(name) for name in names_in(graph.output)}
     loss = store.find(graph.loss) if graph.loss else None

@@ -289,6 +289,7 @@ class Derived:
     scale: sympy.Expr
     columns: tuple[Columns, ...] = ()
     readings: Mapping[str, Reading] = field(default_factory=dict)  # what quantities read besides, by value
+    inputs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # quantity -> input -> its cotangent
     phases: tuple[Phase, ...] = ()  # what is computed in between, in order
 
     @property

@@ -1,0 +1,291 @@
+"""The halves of a program: together they are the whole, and what is between them is small."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tnbackprop as tn
+
+from ..cases import CASES
+from ..second_order import assert_equal
+from ..thinned import thinned
+
+BY_NAME = {case.name: case for case in CASES}
+FIRST = (tn.Grad(), tn.BatchGrad(), tn.BatchL2(), tn.Variance(), tn.ClippedGrad())
+SECOND = (tn.DiagGGN(), tn.DiagGGNMC(), tn.KFAC())
+
+
+def both(program: tn.Program, x: Any, y: Any, **options: Any) -> tuple[tn.Result, tn.Result, Any]:
+    torch.manual_seed(0)
+    whole = program(x, y, **options)
+    torch.manual_seed(0)
+    output, saved = program.forward(x)
+    return whole, program.backward(saved, y, **options), output
+
+
+@pytest.mark.parametrize("name", thinned(tuple(BY_NAME)))
+def test_halves_are_the_whole(name: str) -> None:
+    problem = BY_NAME[name].build()
+    program = tn.compile(problem.model, problem.loss, (problem.x, problem.y), list(FIRST), check=False)
+    whole, later, output = both(program, problem.x, problem.y)
+    torch.testing.assert_close(output, whole.output)
+    torch.testing.assert_close(later.loss, whole.loss)
+    for key in whole:
+        assert_equal(later[key], whole[key], key)
+
+
+@pytest.mark.parametrize("name", thinned(("mlp_sum", "conv2d_stride_padding", "cross_entropy_image", "layer_norm")))
+def test_halves_of_curvature(name: str) -> None:
+    problem = BY_NAME[name].build()
+    program = tn.compile(problem.model, problem.loss, (problem.x, problem.y), list(SECOND), check=False)
+    whole, later, _ = both(program, problem.x, problem.y, seed=3)
+    for key in ("diag_ggn", "diag_ggn_mc"):
+        assert_equal(later[key], whole[key], key)
+    for n, K in whole["kfac"].items():
+        torch.testing.assert_close(later["kfac"][n].to_dense(), K.to_dense())
+
+
+def convolutions() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 3, 3), nn.Hardtanh(), nn.Flatten(),
+        nn.Dropout(0.5), nn.Linear(75, 4),
+    ).double()  # fmt: skip
+
+
+X, Y = torch.randn(6, 1, 16, 16, dtype=torch.float64), torch.randint(4, (6,))
+
+
+def test_other_batches_draws_and_operands() -> None:
+    """Layers that draw do so in forward; seeds and operands are for backward, which may run twice."""
+    model, loss = convolutions(), nn.CrossEntropyLoss()
+    quantities = [tn.Grad(), tn.DiagGGNMC(mc_samples=2), tn.WeightedGrad(), tn.InputGrad()]
+    program = tn.compile(model, loss, (X, Y), quantities)
+    for size in (6, 1, 4):
+        x, y, operands = X[:size], Y[:size], {"weights": torch.randn(size, dtype=torch.float64)}
+        whole, later, _ = both(program, x, y, seed=1, operands=operands)
+        for key in whole:
+            assert_equal(later[key], whole[key], key)
+    _, saved = program.forward(X)
+    one, two = (program.backward(saved, Y, seed=1, operands=program.some_operands(X, Y)) for _ in range(2))
+    assert_equal(one["grad"], two["grad"], "grad")
+    plain = torch.autograd.grad(loss(model.eval()(X), Y), list(model.parameters()))  # drawn otherwise: other numbers
+    assert not torch.allclose(one["grad"]["0.weight"], plain[0])
+
+
+def saved_by_autograd(model: nn.Module, x: Tensor) -> int:
+    """Bytes of the memory that autograd keeps for the output, without parameters, buffers and inputs."""
+    outside = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+    found: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x)
+    return sum(size for at, size in found.items() if at not in outside)
+
+
+def only(model: nn.Module, kept: Any) -> nn.Module:
+    for name, p in model.named_parameters():
+        p.requires_grad_(kept(name))
+    return model
+
+
+CASES_OF_TUNING = {
+    "all": (lambda name: True, 1.0),
+    "head": (lambda name: name.startswith("7"), 1.0),
+    "biases": (lambda name: name.endswith("bias"), 0.5),
+    "first layer": (lambda name: name.startswith("0"), 0.5),
+}
+
+
+@pytest.mark.parametrize("name", CASES_OF_TUNING)
+def test_saved_bytes(name: str) -> None:
+    """No more than autograd's; half where only gates and places are read."""
+    kept, most = CASES_OF_TUNING[name]
+    model = only(convolutions().eval(), kept)
+    program = tn.compile(model, nn.CrossEntropyLoss(), (X, Y), [tn.Grad()])
+    output, saved = program.forward(X)
+    assert saved.nbytes - output.nbytes <= most * saved_by_autograd(model, X)
+    planned = program.halves.cut.bytes(len(X), 8)
+    assert planned == pytest.approx(saved.nbytes, rel=0.05)
+
+
+def test_what_is_saved_is_shown() -> None:
+    model = only(convolutions().eval(), lambda name: name.startswith("0"))
+    program = tn.compile(model, nn.CrossEntropyLoss(), (X, Y), [tn.Grad()])
+    kinds = {str(saving.value): saving.what for saving in program.halves.cut.saved.values()}
+    assert kinds["layer_1_gate"] == "8 bits" and kinds["layer_2_index_small"] == "8 bits"
+    text = program.explain()
+    assert "Saved between the halves" in text and "layer_1_gate" in text and "8 bits" in text
+    assert repr(program.forward(X)[1]).startswith("Saved(")
+
+
+# -- handed in
+
+
+def test_a_cotangent_is_handed_in() -> None:
+    """Any gradient of the output: quantities are those of Σ ⟨cotangent, output⟩."""
+    model = convolutions().eval()
+    program = tn.compile(model, tn.HANDED, X, [tn.Grad(), tn.BatchGrad(), tn.BatchL2(), tn.InputGrad()])
+    x = X.clone().requires_grad_()
+    output = model(x)
+    cotangent = torch.randn_like(output)
+    wanted = torch.autograd.grad(output, [x, *model.parameters()], cotangent)
+    mine, saved = program.forward(X)
+    result = program.backward(saved, cotangent)
+    torch.testing.assert_close(mine, output.detach())
+    for n, want in zip(dict(model.named_parameters()), wanted[1:], strict=True):
+        torch.testing.assert_close(result["grad"][n], want)
+        torch.testing.assert_close(result["batch_grad"][n].sum(0), want)
+    torch.testing.assert_close(result["input_grad"]["x"], wanted[0])
+    with pytest.raises(tn.UnsupportedError, match="'kfac' propagates Draws, which needs the curvature of a loss"):
+        tn.compile(model, tn.HANDED, X, [tn.KFAC()])
+
+
+class Several(nn.Module):
+    """Two outputs in a dictionary, one of them of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        h = torch.tanh(self.one(a) * b)
+        return {"hidden": h, "output": self.two(h), "best": h.argmax(1)}
+
+
+def test_trees_of_inputs_and_outputs() -> None:
+    torch.manual_seed(0)
+    model = Several().double()
+    x = {"a": torch.randn(5, 3).double(), "b": torch.rand(5, 4).double()}
+    program = tn.compile(model, tn.HANDED, x, [tn.Grad(), tn.InputGrad()])
+    x["b"].requires_grad_()
+    with tn.attach(program) as attached:
+        found = model(**x)
+        (found["hidden"].square().sum() + found["output"].sin().sum()).backward()
+    got, mine = x["b"].grad, {n: p.grad for n, p in model.named_parameters()}
+    x["b"].grad = None
+    model.zero_grad()
+    found = model(**x)
+    (found["hidden"].square().sum() + found["output"].sin().sum()).backward()
+    torch.testing.assert_close(got, x["b"].grad)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(mine[n], p.grad)
+    assert_equal(attached.result["grad"], {n: p.grad for n, p in model.named_parameters()}, "grad")
+
+
+# -- attached to one's own backward
+
+
+def test_attached_to_any_loss() -> None:
+    """Terms, a factor, accumulation, a gradient in front of the model: as autograd has it; nothing is left behind."""
+    model, target = convolutions().eval(), torch.randn(6, 4, dtype=torch.float64)
+    program = tn.compile(model, tn.HANDED, X, [tn.Grad(), tn.BatchGrad(), tn.InputGrad()])
+    shift = torch.zeros_like(X, requires_grad=True)
+
+    def step() -> None:
+        for part in (slice(0, 4), slice(4, 6)):
+            output = model(X[part] + shift[part])
+            term = nn.functional.cross_entropy(output, Y[part]) / 3
+            (term + 0.1 * (output - target[part]).abs().sum()).backward()
+
+    with tn.attach(program) as attached:
+        step()
+    got = [p.grad for p in (shift, *model.parameters())]
+    assert len(attached.results) == 2 and "forward" not in vars(model)
+    for p in (shift, *model.parameters()):
+        p.grad = None
+    step()
+    for mine, p in zip(got, (shift, *model.parameters()), strict=True):
+        torch.testing.assert_close(mine, p.grad)
+    rows = torch.cat([r["batch_grad"]["0.weight"] for r in attached.results])
+    torch.testing.assert_close(rows.sum(0), got[1])
+
+
+@pytest.mark.parametrize("module", [True, False], ids=["module", "function"])
+def test_attached_to_its_loss(module: bool) -> None:
+    """Curvature of the loss as written, and .grad with the factor behind it."""
+    model = convolutions().eval()
+    loss: Any = nn.CrossEntropyLoss() if module else nn.functional.cross_entropy
+    program = tn.compile(model, loss, (X, Y), [tn.Grad(), tn.DiagGGN(), tn.KFAC()])
+    with tn.attach(program) as attached:
+        with torch.no_grad():
+            torch.testing.assert_close(model(X), program(X, Y).output)
+        found = (loss if module else attached.loss)(model(X), Y)
+        (found / 2).backward()
+    wanted = torch.autograd.grad(loss(model(X), Y) / 2, list(model.parameters()))
+    for p, want in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, want)
+    assert_equal(attached.result["diag_ggn"], program(X, Y)["diag_ggn"], "diag_ggn")
+
+
+def test_bits_of_autograd() -> None:
+    """Where the kernels are the same, so are the bits of the loss and of .grad."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, y, loss = torch.randn(5, 6), torch.randint(3, (5,)), nn.CrossEntropyLoss()
+    program = tn.compile(model, tn.HANDED, x, [tn.Grad(), tn.BatchL2()])
+    with tn.attach(program):
+        mine = loss(model(x), y)
+        mine.backward()
+    got = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    want = loss(model(x), y)
+    want.backward()
+    assert torch.equal(mine, want)
+    for one, p in zip(got, model.parameters(), strict=True):
+        torch.testing.assert_close(one, p.grad, rtol=1e-6, atol=1e-7)
+
+
+# -- what is refused
+
+
+def test_saved_values_are_checked() -> None:
+    model, loss = convolutions().eval(), nn.CrossEntropyLoss()
+    program, other = (tn.compile(model, loss, (X, Y), [tn.Grad()], check=False) for _ in range(2))
+    output, saved = program.forward(X)
+    with pytest.raises(tn.InputError, match="of another program"):
+        other.backward(saved, Y)
+    with pytest.raises(tn.InputError, match="y has 3 samples, and forward had 6"):
+        program.backward(saved, Y[:3])
+    with pytest.raises(tn.InputError, match="the structure"):
+        program.backward(saved, (Y, Y))
+    with pytest.raises(TypeError, match="not pickled"):
+        torch.save(saved, "nowhere")
+    with torch.no_grad():
+        model[3].weight.add_(1)
+    with pytest.raises(tn.InputError, match="p_3_weight was written over in place after forward"):
+        program.backward(saved, Y)
+    output, saved = program.forward(X)
+    output.add_(1)
+    with pytest.raises(tn.InputError, match="was written over in place after forward"):
+        program.backward(saved, Y)
+
+
+def test_what_cannot_be_attached() -> None:
+    model, loss = convolutions().eval(), nn.CrossEntropyLoss()
+    with pytest.raises(tn.InputError, match=r"has no tn.Grad\(\)"):
+        tn.attach(tn.compile(model, loss, (X, Y), [tn.BatchL2()], check=False))
+    program = tn.compile(model, loss, (X, Y), [tn.Grad()], check=False)
+    with tn.attach(program) as attached:
+        with pytest.raises(tn.InputError, match="no backward pass has run"):
+            _ = attached.result
+        output = model(X)
+        with pytest.raises(tn.UnsupportedError, match="a loss of its own, and something else was made"):
+            (loss(output, Y) + output.sum()).backward()
+        with pytest.raises(tn.InputError, match="forward of the model is replaced"):
+            tn.attach(program).__enter__()
+        with pytest.raises(tn.InputError, match=r"compile with tn\.InputGrad"):
+            model(X.clone().requires_grad_())
+        found = torch.autograd.grad(loss(model(X), Y), model[0].weight, create_graph=True)[0]
+        with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+            found.sum().backward()
+    with pytest.raises(tn.UnsupportedError, match="InputGrad: no input is of floating numbers"):
+        tn.compile(nn.Embedding(3, 2), tn.HANDED, torch.tensor([[0, 1]]), [tn.Grad(), tn.InputGrad()])

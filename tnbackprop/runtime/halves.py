@@ -1,0 +1,115 @@
+"""The halves of a program: forward to the model's output, and from what that saves to the results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..compiler import Compiled
+from ..compiler.emit.loaded import load, running
+from ..compiler.halved import SAVED, Halved, halved
+from ..compiler.translate.torch_internals import version
+from ..compiler.translate.torch_modes import own_dtypes
+from ..errors import InputError
+
+
+class Saved:
+    """What the first half of a program leaves for the second: `program.backward(saved, y)`. It may be used again.
+
+    batch    the number of samples
+    nbytes   bytes of memory that it keeps, without parameters, buffers and inputs
+    """
+
+    def __init__(
+        self,
+        owner: object,
+        tensors: Mapping[str, Any],
+        inputs: Mapping[str, Tensor],
+        model: Mapping[str, Tensor],
+        batch: int,
+    ) -> None:
+        self.owner, self.tensors, self.inputs, self.batch = owner, tensors, inputs, batch
+        outside = {**inputs, **model}
+        self._versions = [(name, t, version(t)) for name, t in _named({**tensors, **outside})]
+        self._outside = {t.untyped_storage().data_ptr() for _, t in _named(outside)}
+
+    @property
+    def nbytes(self) -> int:
+        own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in _named(self.tensors)}
+        return sum(size for at, size in own.items() if at not in self._outside)
+
+    def check(self, owner: object) -> None:
+        """Raises `InputError` where it is of another program, or something that it keeps was written over since."""
+        if self.owner is not owner:
+            raise InputError("these saved values are of another program: backward takes what its own forward gave")
+        for name, tensor, then in self._versions:
+            if version(tensor) != then:
+                raise InputError(
+                    f"{name} was written over in place after forward, and backward needs it as it was.\n"
+                    "  Clone before you change it, or step the optimiser after backward."
+                )
+
+    def __repr__(self) -> str:
+        return f"Saved({len(self.tensors)} values, {self.nbytes / 1e6:.3g} MB for {self.batch} samples)"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("saved values are not pickled: they belong to a program of this process")
+
+
+def _named(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, each in tensors.items():
+        yield from ((name, leaf) for leaf in pytree.tree_leaves(each) if isinstance(leaf, Tensor))
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Both functions, made when they are first asked for."""
+
+    compiled: Compiled
+    title: str
+
+    @cached_property
+    def cut(self) -> Halved:
+        """The sources, and what is saved between them."""
+        return halved(self.compiled.graph, self.compiled.derived, self.compiled.plan, self.title)
+
+    def lines(self, autograd: float | None) -> Iterator[str]:
+        """What is saved at the example's batch size, next to what autograd saves (bytes), for people."""
+        cut, plan = self.cut, self.compiled.plan
+        total = cut.bytes(plan.batch, plan.itemsize)
+        for saving in cut.saved.values():
+            shape = ", ".join(map(str, saving.value.shape))
+            yield f"{saving.value} [{shape}]" + (f", {saving.what}" if saving.what else "")
+        theirs = "" if autograd is None else f"; autograd saves {autograd / 1e6:.3g} MB for the loss"
+        yield f"{total / 1e6:.3g} MB for {plan.batch} samples{theirs}"
+
+    @cached_property
+    def _forward(self) -> Any:
+        return load(self.cut.forward)
+
+    @cached_property
+    def _backward(self) -> Any:
+        return load(self.cut.backward)
+
+    def forward(self, model: Mapping[str, Tensor], inputs: Mapping[str, Tensor], batch: int) -> tuple[Any, Saved]:
+        """The leaves of the output, and what is saved."""
+        with running(self.cut.forward, "program.halves.forward"), own_dtypes(_device(model)):
+            _, output, results = self._forward({**model, **inputs})
+        own = {name: tensor for name, tensor in model.items() if name in self.cut.own}
+        given = {name: tensor for name, tensor in inputs.items() if name in self.cut.given}
+        return output, Saved(self, results[SAVED], given, own, batch)
+
+    def backward(self, saved: Saved, model: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> Any:
+        """(loss, (), results, …), of what was saved and what the loss reads."""
+        with running(self.cut.backward, "program.halves.backward"), own_dtypes(_device(model)):
+            return self._backward({**model, **saved.inputs, **saved.tensors, **rest})
+
+
+def _device(tensors: Mapping[str, Tensor]) -> torch.device:
+    return next(t for t in tensors.values() if t.is_floating_point()).device
