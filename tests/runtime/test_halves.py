@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -258,7 +259,7 @@ def test_saved_values_are_checked() -> None:
     with pytest.raises(tn.InputError, match="the structure"):
         program.backward(saved, (Y, Y))
     with pytest.raises(TypeError, match="not pickled"):
-        torch.save(saved, "nowhere")
+        pickle.dumps(saved)
     with torch.no_grad():
         model[3].weight.add_(1)
     with pytest.raises(tn.InputError, match="p_3_weight was written over in place after forward"):
@@ -285,7 +286,7 @@ def test_what_cannot_be_attached() -> None:
         with pytest.raises(tn.InputError, match=r"compile with tn\.InputGrad"):
             model(X.clone().requires_grad_())
         found = torch.autograd.grad(loss(model(X), Y), model[0].weight, create_graph=True)[0]
-        with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
             found.sum().backward()
     with pytest.raises(tn.UnsupportedError, match="InputGrad: no input is of floating numbers"):
         tn.compile(nn.Embedding(3, 2), tn.HANDED, torch.tensor([[0, 1]]), [tn.Grad(), tn.InputGrad()])

@@ -19,6 +19,7 @@ from .plan.plan import Plan
 from .program import functions as f
 from .program.cost import Kernel
 from .program.expr import Call, Expr, Filled, Rounds, Value, reads, replaced
+from .program.inputs import of_loss
 from .program.lines import alive
 from .sweep.derived import Derived, Result
 from .translate.graph import Graph
@@ -104,7 +105,7 @@ def halved(graph: Graph, derived: Derived, plan: Plan, header: str) -> Halved:
         checks={name: other(v) for name, v in plan.checks.items()},
         given={**plan.given, **{name: to[saved[name].value] for name in names}}, operands=(*plan.operands, *names),
     )  # fmt: skip
-    inputs = graph.of_loss
+    inputs = of_loss(graph)
     later = replace(graph, inputs=(*inputs, *(name for name in graph.inputs if name not in inputs)), output=())
     read = _read(backward)
     return Halved(
@@ -117,7 +118,7 @@ def halved(graph: Graph, derived: Derived, plan: Plan, header: str) -> Halved:
 def _cut(graph: Graph, plan: Plan) -> tuple[tuple[Value, ...], tuple[Value, ...]]:
     """The steps that the output needs, with those that take one of several outputs of a kernel; and all others."""
     made = set(alive(plan.steps, set(plan.output.values())))
-    inputs = graph.of_loss
+    inputs = of_loss(graph)
     there = {plan.given[name] for name in (*_own(graph), *graph.inputs) if name not in inputs}
     for step in plan.steps:
         several = any(v in made and v.shape == () and not v.floating for v in step.inputs)

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import grad
+from torch.utils import _pytree as pytree
 
+from ..compiler.program.inputs import of_loss
 from ..diagram.reading import Reading
 from ..linalg import KroneckerFactors
 from ..quantities import (
@@ -20,6 +23,7 @@ from ..quantities import (
     DirectionalRoot,
     Fisher,
     Gradient,
+    InputGrad,
     NaturalGradientSMW,
     ProjectedFactors,
     Quantity,
@@ -39,6 +43,8 @@ Values = dict[str, Tensor | NotDefined]
 def expected(case: Defined, key: str, quantity: Any, got: Mapping[str, Any]) -> Values:
     """What the quantity must be, with the operands that `Program.some_operands` gives."""
     program, problem = case.program, case.problem
+    if isinstance(quantity, InputGrad):
+        return _by_inputs(case, got)
     operands = program.some_operands(problem.x, problem.y)
     G = {name: g / problem.scale for name, g in oracle.individual(problem).items()}
     match quantity:
@@ -120,6 +126,26 @@ def _projected(case: Defined, key: str, quantity: ProjectedFactors, got: Mapping
     return found
 
 
+def _by_inputs(case: Defined, got: Mapping[str, Any]) -> Values:
+    problem = case.problem
+    leaves, spec = pytree.tree_flatten(problem.x)
+    moving = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+    def loss(some: list[Tensor]) -> Tensor:
+        whole = list(leaves)
+        for k, leaf in zip(moving, some, strict=True):
+            whole[k] = leaf
+        assert problem.loss is not None
+        found: Tensor = problem.loss(problem.forward(problem.theta, pytree.tree_unflatten(whole, spec)), problem.y)
+        return found
+
+    graph = case.program.compiled.graph
+    x = [name for name in graph.inputs if name not in of_loss(graph)]
+    names = [name for name in x if graph.values[name].dtype.is_floating_point]
+    found = zip(names, grad(loss)([leaves[k] for k in moving]), strict=True)
+    return {name: each for name, each in found if name in got}
+
+
 def _norms(G: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([g.reshape(len(g), -1).square().sum(1) for g in G.values()]).sum(0).sqrt()
 
@@ -150,6 +176,6 @@ def _dense(got: KroneckerFactors, g: Tensor, individual: bool) -> Tensor | NotDe
 
 
 HANDED: tuple[type[Quantity], ...] = (
-    AxisMoments, ClippedGrad, DirectionalCurvature, DirectionalGrad, DirectionalRoot, NaturalGradientSMW,
+    AxisMoments, ClippedGrad, DirectionalCurvature, DirectionalGrad, DirectionalRoot, InputGrad, NaturalGradientSMW,
     ProjectedFactors, RotatedSecondMoment, Sketch, WeightedGrad,
 )  # fmt: skip

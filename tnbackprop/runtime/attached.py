@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..compiler.program.inputs import of_loss
 from ..errors import InputError, UnsupportedError
 from ..quantities import Grad, InputGrad
 from ..results import Result
@@ -120,7 +121,7 @@ class Attached:
             return [None] * leaves
         graph, by = self.program.compiled.graph, self.result[self._inputs]
         absent = {at for at in graph.absent if at < leaves}
-        names = iter(name for name in graph.inputs if name not in graph.of_loss)
+        names = iter(name for name in graph.inputs if name not in of_loss(graph))
         return [None if at in absent else by.get(next(names)) for at in range(leaves)]
 
     def __repr__(self) -> str:

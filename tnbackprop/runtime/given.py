@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..compiler.capture.export import plain
 from ..compiler.program.cost import size_at
+from ..compiler.program.inputs import specs_of
 from ..compiler.translate.graph import Graph, Value
 from ..compiler.translate.sizes import first_broken
 from ..compiler.translate.torch_modes import check_plain
@@ -65,7 +66,7 @@ def flattened(parts: tuple[Any, ...], graph: Graph) -> dict[str, Any]:
     """The tensors of a batch by the names of inputs: of (x, y), of (x,) alone, or of (None, y) for y alone."""
     found: dict[str, Any] = {}
     names, place = iter(graph.inputs), 0
-    for k, spec in enumerate(graph.in_specs):
+    for k, spec in enumerate(specs_of(graph)):
         own = [next(names) for at in range(place, place + spec.num_leaves) if at not in graph.absent]
         absent = [at - place for at in graph.absent if place <= at < place + spec.num_leaves]
         place += spec.num_leaves

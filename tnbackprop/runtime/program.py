@@ -21,7 +21,7 @@ from ..compiler.emit.source import MEMORY
 from ..compiler.explain.stages import explain
 from ..compiler.invariants.stage import Stage
 from ..compiler.plan.definite import TOLERATED
-from ..compiler.program.cost import number, size_at
+from ..compiler.program.cost import number
 from ..compiler.sizes import Sized, Sizes
 from ..compiler.translate.sizes import first_broken
 from ..compiler.translate.torch_modes import own_dtypes
@@ -32,6 +32,7 @@ from ..results import Blocks, Result, Values, assemble, blocks, parameter_shapes
 from .given import check_batch, check_parameters, flattened, named_tensors, own
 from .graphed import Graphed
 from .halves import Halves, Saved
+from .noise import drawn
 from .operands import Given, Operands, Shape
 from .owned import Owner
 from .pages import Blocks as Pages
@@ -223,7 +224,7 @@ class Program:
             raise InputError(f"y has {size} samples, and forward had {saved.batch}")
         floating = _floating(own)
         rest |= self._operands.tensors(operands, saved.batch, floating)
-        rest |= self._noise(saved.batch, floating, seed, generator)
+        rest |= drawn(self._compiled.plan.noises, saved.batch, floating, seed, generator)
         loss, _, values, *checks = self._halves.backward(saved, own, rest)
         read: dict[Any, torch.Tensor] = {**own, **saved.inputs, **rest}
         read |= dict(enumerate(pytree.tree_leaves(dict(saved.tensors))))
@@ -335,34 +336,14 @@ class Program:
         """All that the emitted function reads."""
         tensors = self.tensors(x, y)
         batch, like = self._batch(tensors), _floating(tensors)
-        return tensors | self._operands.tensors(operands, batch, like) | self._noise(batch, like, seed, generator)
+        tensors |= self._operands.tensors(operands, batch, like)
+        return tensors | drawn(self._compiled.plan.noises, batch, like, seed, generator)
 
     def _batch(self, tensors: Mapping[str, torch.Tensor]) -> int:
         """How many samples there are."""
         graph = self._compiled.graph
         sizes = ((name, k) for name in graph.inputs for k, size in enumerate(graph.values[name].shape) if size == N)
         return next(tensors[name].shape[k] for name, k in sizes)
-
-    def _noise(
-        self, batch: int, like: torch.Tensor, seed: int | None, generator: torch.Generator | None
-    ) -> dict[str, torch.Tensor]:
-        """Uniform noise for every sampled root, drawn outside the emitted function."""
-        plan = self._compiled.plan
-        whole = seed is None or (isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**64)
-        if not (whole and isinstance(generator, torch.Generator | None)) or None not in (seed, generator):
-            raise InputError(
-                f"seed={seed!r}, generator={generator!r}: give a whole number of 64 bits, or a torch.Generator"
-            )
-        if not plan.noises:
-            return {}
-        dtype = torch.float32 if like.dtype.itemsize == 2 else like.dtype
-        if seed is not None:
-            generator = torch.Generator(like.device).manual_seed(seed)
-        shapes = {name: [size_at(s, batch) for s in value.shape] for name, value in plan.noises.items()}
-        return {
-            name: torch.rand(shape, dtype=dtype, device=like.device, generator=generator)
-            for name, shape in shapes.items()
-        }
 
     def detached(self) -> Program:
         """The program without its model and loss, and without what was read of them but is not needed to run."""

@@ -38,6 +38,7 @@ from ..quantities import (
     Gradient,
     HesScale,
     HessianDiag,
+    InputGrad,
     Jacobians,
     NaturalGradientSMW,
     ProjectedFactors,
@@ -62,7 +63,7 @@ Expected = Callable[[Problem, Any], Values]
 """What torch.func finds, for a problem and a quantity with its options."""
 
 ALL: tuple[Quantity, ...] = (
-    Grad(), BatchGrad(), BatchL2(), BatchDot(), SecondMoment(), Variance(), SqrtGGN(), DiagGGN(),
+    Grad(), InputGrad(), BatchGrad(), BatchL2(), BatchDot(), SecondMoment(), Variance(), SqrtGGN(), DiagGGN(),
     DiagGGN("diag_ggn_per_sample", per_sample=True), GGNTrace(), GGNGram(), HessianDiag(),
     HessianDiag("hessian_diag_per_sample", per_sample=True), Jacobians(), NTK(),
     SqrtGGNMC(), DiagGGNMC(), KFLR(), KFLR("kflr_reduce", sharing=Sharing.REDUCE), KFAC(),

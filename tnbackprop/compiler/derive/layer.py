@@ -15,6 +15,7 @@ from ...errors import UnsupportedError
 from ...quantities import Handed, InputGrad, Quantity
 from ...quantities.propagation import COTANGENT, HANDED
 from ..program.cost import Rates
+from ..program.inputs import of_loss
 from ..sweep.derived import Backward, Derived, Extraction, Given, Individual, Schedule
 from ..translate.graph import Graph, Value
 
@@ -42,7 +43,7 @@ def with_inputs(graph: Graph, quantities: Sequence[Quantity]) -> Graph:
     """
     if not any(isinstance(quantity, InputGrad) for quantity in quantities):
         return graph
-    given = [name for name in graph.inputs if name not in graph.of_loss]
+    given = [name for name in graph.inputs if name not in of_loss(graph)]
     if not any(graph.values[name].dtype.is_floating_point for name in given):
         shown = ", ".join(f"{name} {graph.values[name].dtype}" for name in given)
         raise UnsupportedError(f"InputGrad: no input is of floating numbers ({shown}): there is no gradient by them.")

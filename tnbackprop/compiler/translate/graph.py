@@ -169,20 +169,6 @@ class Graph:
     joint: str = ""  # the value where curvature is taken, where that is not the output: several joined, one moved
     cotangent: str = ""  # of a layer on its own: the input that is the cotangent of its output
 
-    @property
-    def of_loss(self) -> tuple[str, ...]:
-        """The inputs that are of y."""
-        kept = (k for k in range(self.in_spec.num_leaves) if k not in self.absent)
-        first = self.in_specs[0].num_leaves
-        return tuple(name for k, name in zip(kept, self.inputs, strict=False) if k >= first)
-
-    @property
-    def in_specs(self) -> list[Any]:
-        """The trees of x and of y."""
-        spec = self.in_spec
-        found: list[Any] = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
-        return found
-
     @cached_property
     def readers(self) -> Mapping[str, tuple[Call, ...]]:
         """The calls that read a value, in order."""
