@@ -1,6 +1,6 @@
 """tnbackprop: declare a layer once as an einsum formula, get every derivative quantity as plain PyTorch."""
 
-from .api import compile, compute
+from .api import compile, compile_many, compute
 from .declare import REGISTRY, primitive, registered, rule
 from .diagram.algebra import Cotangents, Uses
 from .diagram.core import Diagram, Leg, N
@@ -177,6 +177,7 @@ __all__ = [
     "WeightedGrad",
     "attach",
     "compile",
+    "compile_many",
     "compute",
     "draw",
     "einsum_layer",

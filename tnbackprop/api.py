@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .compiler import compile_program
 from .compiler.capture.export import batch_size, check_trainable, plain
 from .compiler.lower.candidate import Lowering
-from .compiler.running.collector import UNCOLLECTED
+from .compiler.translate.graph import Graph
 from .declare import REGISTRY, Declaration, resolve, told_of_replaced
 from .errors import InputError, check_member
 from .proof.proof import prove
@@ -24,6 +25,7 @@ from .runtime import Indefinite, Program, Result
 from .runtime.fingerprint import Fingerprint, fingerprint
 from .runtime.handed import HANDED, with_cotangent
 from .runtime.operands import Given
+from .runtime.selected import Selection, frozen, left_out
 
 Loss = Callable[..., torch.Tensor]
 
@@ -40,6 +42,7 @@ def compile(
     lowerings: Sequence[Lowering] = (),
     check: bool = True,
     replan: bool = True,
+    parameters: Selection | None = None,
 ) -> Program:
     """Compile a model with its loss and quantities to a program.
 
@@ -60,21 +63,76 @@ def compile(
     replan        batches of four times the example's samples or more, or of a quarter or less, get a plan of their own
                   once that pays, and `memory_limit` holds for every batch. False: the example's plan runs all of them,
                   and the limit holds for its size
+    parameters    which parameters the quantities are of: names or patterns ("encoder.*"), or a function of a name; the
+                  others cost what frozen ones cost. None: all that require grad
 
     Raises `InputError`, `UnsupportedError`, `RuleError`, and `VerificationError` where the two differ.
     """
-    check_quantities(quantities)
-    check_member("indefinite", indefinite, Indefinite)
-    check_trainable(model, quantities)
-    example = with_cotangent(model, example, quantities) if loss is HANDED else example
-    limit, table = _bytes(memory_limit), resolve(rules)
-    with UNCOLLECTED:
-        with told_of_replaced(rules):
-            compiled = compile_program(model, loss, example, list(quantities), table, limit, lowerings=tuple(lowerings))
-        program = Program(model, compiled, loss, quantities, indefinite, check)
-        program.checked = prove(program, example, table, limit is not None) if check else "not checked: check=False"
-    program.replan = replan
-    return program
+    options = _Options(model, loss, rules, memory_limit, indefinite, lowerings, check, replan, parameters)
+    return options.compiled(example, quantities)
+
+
+def compile_many(
+    model: torch.nn.Module,
+    loss: Loss | None,
+    example: tuple[Any, Any],
+    quantities: Sequence[Sequence[Quantity]],
+    *,
+    rules: Mapping[Any, Declaration] | None = None,
+    memory_limit: float | str | None = None,
+    indefinite: Indefinite = Indefinite.REFUSE,
+    lowerings: Sequence[Lowering] = (),
+    check: bool = True,
+    replan: bool = True,
+    parameters: Selection | None = None,
+) -> list[Program]:
+    """Several programs of one model, one for each list of quantities: it is captured once. Options as for `compile`.
+
+    For quantities that are wanted at different times, say factors every tenth step: a program computes all that it was
+    compiled for.
+    """
+    if isinstance(quantities, Quantity) or any(isinstance(each, Quantity) for each in quantities):
+        raise InputError("compile_many: give lists of quantities, [[tn.Grad()], [tn.Grad(), tn.KFAC()]]")
+    options = _Options(model, loss, rules, memory_limit, indefinite, lowerings, check, replan, parameters)
+    found: list[Program] = []
+    for each in quantities:
+        found.append(options.compiled(example, each, found[0].compiled.captured if found else None))
+    return found
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What is compiled, and how."""
+
+    model: torch.nn.Module
+    loss: Loss | None
+    rules: Mapping[Any, Declaration] | None
+    memory_limit: float | str | None
+    indefinite: Indefinite
+    lowerings: Sequence[Lowering]
+    check: bool
+    replan: bool
+    parameters: Selection | None
+
+    def compiled(self, example: Any, quantities: Sequence[Quantity], known: Graph | None = None) -> Program:
+        """A program; `known`: the graph of the same model and loss, captured before."""
+        model, loss = self.model, self.loss
+        check_quantities(quantities)
+        check_member("indefinite", self.indefinite, Indefinite)
+        check_trainable(model, quantities)
+        example = with_cotangent(model, example, quantities) if loss is HANDED else example
+        limit, table, others = _bytes(self.memory_limit), resolve(self.rules), left_out(model, self.parameters)
+        rows = tuple(self.lowerings)
+        with frozen(model, others):
+            with told_of_replaced(self.rules):
+                compiled = compile_program(
+                    model, loss, example, list(quantities), table, limit, lowerings=rows, known=known
+                )
+            program = Program(model, compiled, loss, quantities, self.indefinite, self.check, others)
+            whole = limit is not None
+            program.checked = prove(program, example, table, whole) if self.check else "not checked: check=False"
+        program.replan = self.replan
+        return program
 
 
 def compute(
@@ -89,6 +147,7 @@ def compute(
     lowerings: Sequence[Lowering] = (),
     check: bool = True,
     replan: bool = True,
+    parameters: Selection | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
     operands: Given | None = None,
@@ -103,7 +162,8 @@ def compute(
     is limited. A `Program` looks at none of that, so it is faster.
     """
     options: dict[str, Any] = {
-        "rules": rules, "memory_limit": memory_limit, "indefinite": indefinite, "lowerings": lowerings, "check": check
+        "rules": rules, "memory_limit": memory_limit, "indefinite": indefinite, "lowerings": lowerings, "check": check,
+        "parameters": parameters,
     }  # fmt: skip
     state = _state(model, loss, batch, quantities, options) if isinstance(model, torch.nn.Module) else None
     kept = [] if state is None else _PROGRAMS.get(model, [])

@@ -99,6 +99,8 @@ def test_every_option_of_compile_is_one_of_compute() -> None:
     """With the same default; what a call of a program takes comes on top."""
     ours, others = (inspect.signature(f).parameters for f in (tn.compute, tn.compile))
     assert list(ours) == ["batch" if name == "example" else name for name in others] + ["seed", "generator", "operands"]
+    many = inspect.signature(tn.compile_many).parameters
+    assert list(many) == list(others) and all(many[n].default == others[n].default for n in others)
     assert all(ours[name] == others[name] for name in ours.keys() & others.keys())
 
 

@@ -25,6 +25,7 @@ from .lower.candidate import Lowering
 from .search import Device
 from .sizes import Front
 from .softmax_heads import with_cross_entropy
+from .translate.graph import Graph
 
 __all__ = ["Compiled", "compile_program"]
 
@@ -39,10 +40,12 @@ def compile_program(
     memory_limit: int | None = None,
     here: bool = True,
     lowerings: Sequence[Lowering] = (),
+    known: Graph | None = None,
 ) -> Compiled:
     """Run the stages on an example batch; `here` where the source runs on this machine: by what this one has."""
     quantities = with_needs(quantities)
-    graph = with_cross_entropy(with_one_output(capture(model, loss, example, rules), quantities), rules)
+    first = graph = capture(model, loss, example, rules) if known is None else known
+    graph = with_cross_entropy(with_one_output(graph, quantities), rules)
     graph = with_attention(with_inputs(graph, quantities), quantities, rules)
     check(Stage.CAPTURE, graph, seen := asked(model, quantities))
     trial = Trial.of(graph, model, loss, example)
@@ -51,4 +54,4 @@ def compile_program(
     title = f"{type(model).__name__}: {', '.join(quantity.name for quantity in quantities)}"
     device = Device.of(model, here)
     front = Front(graph, bound, quantities, device, memory_limit, lowerings, title, seen)
-    return front.planned(graph.example_batch)
+    return replace(front.planned(graph.example_batch), captured=first)

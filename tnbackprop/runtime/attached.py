@@ -34,6 +34,11 @@ class Attached:
         grads = [q.name for q in program.quantities.values() if type(q) is Grad]
         if not grads:
             raise InputError("attach: the program has no tn.Grad(), and .grad is what backward leaves: compile with it")
+        if program.others:
+            raise InputError(
+                f"attach: the program is not of {min(program.others)!r}, which requires grad and would get none: "
+                "freeze it, requires_grad_(False), or compile with all parameters"
+            )
         if not isinstance(program.model, nn.Module):
             raise InputError("attach: the program has no model any more: take one that tn.compile gave")
         self.program, self.results = program, list[Result]()

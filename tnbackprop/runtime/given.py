@@ -33,8 +33,11 @@ def own(kind: str, dotted: str, own: Mapping[str, torch.Tensor], value: Value) -
     return tensor
 
 
-def check_parameters(model: torch.nn.Module, graph: Graph) -> None:
-    """The model has the parameters that the program was compiled for: the same are tied, and the same trainable."""
+def check_parameters(model: torch.nn.Module, graph: Graph, others: frozenset[str] = frozenset()) -> None:
+    """The model has the parameters that the program was compiled for: the same are tied, and the same trainable.
+
+    others  trainable ones that the program is not of
+    """
     names: dict[int, list[str]] = {}
     trainable: dict[str, bool] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -52,7 +55,7 @@ def check_parameters(model: torch.nn.Module, graph: Graph) -> None:
         for other in sorted(now[name] - then[name]):
             _changed(name, f"is the same as {other!r} now (tied)")
     for value, (first, *_) in graph.parameters.items():
-        if trainable[first] != graph.values[value].differentiable:
+        if first not in others and trainable[first] != graph.values[value].differentiable:
             _changed(first, f"has requires_grad={trainable[first]} now")
 
 
@@ -99,6 +102,26 @@ def named_tensors(model: torch.nn.Module, loss: Callable[..., Any] | None) -> di
             check_plain(f"{prefix + name!r} of the model", tensor)
             found.setdefault(prefix + name, tensor.detach())
     return found
+
+
+def replaced(found: dict[str, torch.Tensor], graph: Graph, parameters: object) -> dict[str, torch.Tensor]:
+    """The model's tensors with others in the place of some, by name. Raises `InputError` for names that it has not."""
+    if not isinstance(parameters, Mapping):
+        raise InputError(f"parameters is {type(parameters).__name__}: give {{name: tensor}}")
+    tied = {name: first for first, *others in graph.parameters.values() for name in (first, *others)}
+    known = tied | {name: name for name in graph.buffers.values()}
+    other = dict(found)
+    for name, tensor in parameters.items():
+        if name not in known:
+            raise InputError(f"parameters: the model has no parameter or buffer {name!r} that the program reads")
+        before = found[known[name]]
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(f"parameters: {name!r} is {type(tensor).__name__}, not a tensor")
+        check_plain(f"{name!r} of parameters", tensor)
+        if tensor.device != before.device:
+            raise InputError(f"parameters: {name!r} is on {tensor.device}, the model's on {before.device}: move it")
+        other[known[name]] = tensor.detach()
+    return other
 
 
 def check_batch(batch: Mapping[str, torch.Tensor], graph: Graph) -> dict[str, torch.Tensor]:

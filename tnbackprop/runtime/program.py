@@ -29,7 +29,7 @@ from ..diagram.core import N
 from ..errors import InputError
 from ..quantities import Quantity
 from ..results import Blocks, Result, Values, assemble, blocks, parameter_shapes
-from .given import check_batch, check_parameters, flattened, named_tensors, own
+from .given import check_batch, check_parameters, flattened, named_tensors, own, replaced
 from .graphed import Graphed
 from .halves import Halves, Saved
 from .noise import drawn
@@ -77,6 +77,7 @@ class Program:
     bytes       planned bytes read and written for the example batch
     peak_bytes  planned peak of what the program holds, results included, parameters and inputs not
     checked     what was compared with autograd when it was compiled, and what not
+    others      trainable parameters of the model that it is not of
     saved_by_autograd  bytes that autograd keeps for the loss of the example's batch, where that was measured
     replan      whether other batch sizes get plans of their own
 
@@ -93,7 +94,9 @@ class Program:
         quantities: Sequence[Quantity],
         indefinite: Indefinite = Indefinite.REFUSE,
         check: bool = False,
+        others: frozenset[str] = frozenset(),
     ) -> None:
+        self.others = others
         self.model, self.loss, self.indefinite, self._compiled = model, loss, indefinite, compiled
         self.quantities = {quantity.name: quantity for quantity in quantities}
         self.checked, self.replan = "not checked", False
@@ -172,16 +175,17 @@ class Program:
         """Whether another program would not soon pay for batches of so many samples. Counts this one."""
         return self._sizes.suits(size)
 
-    def tensors(self, x: Any, y: Any) -> dict[str, torch.Tensor]:
+    def tensors(self, x: Any, y: Any, parameters: object = None) -> dict[str, torch.Tensor]:
         """The inputs of the emitted function: parameters, buffers, constants and the batch, by value name."""
-        own = self._own_tensors()
+        own = self._own_tensors(parameters)
         return own | check_batch(flattened((x, y), self._compiled.graph), self._compiled.graph)
 
-    def _own_tensors(self) -> dict[str, torch.Tensor]:
-        """Parameters, buffers and constants by value name."""
+    def _own_tensors(self, parameters: object = None) -> dict[str, torch.Tensor]:
+        """Parameters, buffers and constants by value name; `parameters`: others in the place of some."""
         graph, values = self._compiled.graph, dict(self._fixed)
-        check_parameters(self.model, graph)
+        check_parameters(self.model, graph, self.others)
         found = named_tensors(self.model, self.loss)
+        found = found if parameters is None else replaced(found, graph, parameters)
         for name, (dotted, *_) in graph.parameters.items():
             values[name] = own("parameter", dotted, found, graph.values[name])
         for name, dotted in graph.buffers.items():
@@ -239,16 +243,18 @@ class Program:
         seed: int | None = None,
         generator: torch.Generator | None = None,
         operands: Given | None = None,
+        parameters: Mapping[str, torch.Tensor] | None = None,
         progress: bool = False,
     ) -> Result:
         """Run on a batch. Monte-Carlo quantities draw from `generator`, or one seeded with `seed`, or torch's own.
 
-        operands  what quantities read besides, {key: tensor} or {key: {parameter: tensor}}: see `Program.operands`
-        progress  a bar for loops over columns (exact curvature with many classes) and slices (`memory_limit`)
+        operands    what quantities read besides, {key: tensor} or {key: {parameter: tensor}}: see `Program.operands`
+        parameters  {name: tensor} in the place of the model's own parameters and buffers of these names
+        progress    a bar for loops over columns (exact curvature with many classes) and slices (`memory_limit`)
 
         Raises `InputError` where the batch or an operand does not fit what the program was compiled for.
         """
-        tensors = self._with_noise(x, y, seed, generator, operands)
+        tensors = self._with_noise(x, y, seed, generator, operands, parameters)
         sized = self._for(tensors)
         found = self._run(sized, tensors, bars() if progress else iter)
         return self._result(sized, tensors, *found)
@@ -332,9 +338,10 @@ class Program:
         seed: int | None,
         generator: torch.Generator | None,
         operands: Given | None = None,
+        parameters: object = None,
     ) -> dict[str, torch.Tensor]:
         """All that the emitted function reads."""
-        tensors = self.tensors(x, y)
+        tensors = self.tensors(x, y, parameters)
         batch, like = self._batch(tensors), _floating(tensors)
         tensors |= self._operands.tensors(operands, batch, like)
         return tensors | drawn(self._compiled.plan.noises, batch, like, seed, generator)
@@ -349,7 +356,7 @@ class Program:
         """The program without its model and loss, and without what was read of them but is not needed to run."""
         other = copy(self)
         graph, derived = replace(self._compiled.graph, calls=()), replace(self._compiled.derived, bound=())
-        compiled = replace(self._compiled, graph=graph, derived=derived, again=None)
+        compiled = replace(self._compiled, graph=graph, derived=derived, again=None, captured=None)
         sizes = self._sizes.detached(compiled)
         other.__dict__ |= {"model": None, "loss": None, "_compiled": compiled, "_sizes": sizes}
         return other

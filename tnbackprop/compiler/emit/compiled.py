@@ -23,6 +23,7 @@ class Compiled:
     source: str
     again: Callable[[int], Compiled] | None = None  # the same for another batch size
     memory_limit: int | None = None
+    captured: Graph | None = None  # before anything was asked of it
 
     @cached_property
     def texts(self) -> dict[Value, tuple[str, str]]:
