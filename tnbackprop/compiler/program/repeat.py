@@ -27,6 +27,7 @@ class Planned:
     """What was planned once: of these values, in these steps, with these results, for so many seconds.
 
     names  of the values, as the diagrams call them; None for one that was not there yet
+    found  what those are that were not, where something read them: an equal value may have been there all the same
     notes  what the steps are for
     made   what else there is to know about it
     """
@@ -34,6 +35,7 @@ class Planned:
     key: Hashable
     names: tuple[str, ...]
     values: tuple[Value | None, ...]
+    found: tuple[Value | None, ...]
     steps: tuple[Value, ...]
     refs: tuple[Ref, ...]
     seconds: float
@@ -76,7 +78,9 @@ def keep(
     if any(_calls(step.expr) for step in steps):
         return  # their functions read what they like
     seconds = trial.seconds - saved(trial, *refs)
-    planned = Planned(what.key, what.names, what.values, steps, refs, seconds, notes, made)
+    named = zip(what.names, what.values, strict=True)
+    found = tuple(store.find(name) if value is None and name in store else None for name, value in named)
+    planned = Planned(what.key, what.names, what.values, found, steps, refs, seconds, notes, made)
     store.planned.setdefault(what.key, []).append(planned)
 
 
@@ -89,6 +93,8 @@ def again(store: Store, what: Asked, notes: tuple[str, ...]) -> tuple[Planned, t
             continue
         trial = store.fork()
         copies = _Copies(trial, to, frozenset(planned.steps), dict(zip(planned.notes, notes, strict=True)))
+        if not all(copies.supplied(name, then) for name, then in zip(what.names, planned.found, strict=True) if then):
+            continue
         if not all(map(copies.enter, (*planned.steps, *(ref.value for ref in planned.refs)))):
             continue
         refs = tuple(copies.ref(ref) for ref in planned.refs)
@@ -159,6 +165,13 @@ class _Copies:
             linear=self.to[step.linear] if step.linear is not None else None,
         )  # fmt: skip
         return True
+
+    def supplied(self, name: str, then: Value) -> bool:
+        """Whether what something reads first is, where that was there before, what it was then."""
+        if then in self.own:
+            return True
+        self.trial.note = self.notes.get(then.note, self.trial.note)
+        return _paired(self.trial, then, self.trial.find(name), self.to)
 
     def ref(self, ref: Ref) -> Ref:
         """A value seen with the same legs."""
