@@ -200,8 +200,8 @@ def _schedules(derived: Derived, context: Context) -> Iterator[tuple[Schedule, d
         width, _ = count_legs(columns.carried)
         yield columns.schedule, {**known, **dict.fromkeys(earlier), **own}, width
         if not columns.looped:  # others may read what it propagates
-            earlier |= {name for item in columns.schedule for name in _made(item, dict.fromkeys(known))}
-            earlier |= {columns.variable}
+            uncounted = dict.fromkeys(known)
+            earlier |= {columns.variable, *(name for item in columns.schedule for name in _made(item, uncounted))}
 
 
 def _all_extracted(derived: Derived, context: Context) -> Flaws:

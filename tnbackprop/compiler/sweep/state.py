@@ -33,6 +33,8 @@ class Sweep:
     owner: dict[str, Call] = field(default_factory=dict)
     schedule: list[Backward | Individual | Extraction] = field(default_factory=list)
     scheduled: set[str] = field(default_factory=set)  # the values whose cotangents are entered there
+    carriers: set[str] = field(default_factory=set)  # the values that are made there, up to the item `named`
+    named: int = 0
     scales: set[sympy.Expr] = field(default_factory=set)
     prefix: str = "g"
     variable: str = ""  # the column at the model's output
@@ -92,7 +94,10 @@ def all_uses(sweep: Sweep, name: str) -> tuple[Uses, Cotangents]:
 
 def _cotangent_names(sweep: Sweep) -> frozenset[str]:
     """The values that carry what is propagated."""
-    return frozenset({item.name for item in sweep.schedule if not isinstance(item, Extraction)} | {sweep.variable})
+    new = sweep.schedule[sweep.named :]
+    sweep.carriers |= {item.name for item in new if not isinstance(item, Extraction)} | {sweep.variable}
+    sweep.named = len(sweep.schedule)
+    return frozenset(sweep.carriers)
 
 
 def _distinct(legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
