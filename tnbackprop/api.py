@@ -20,6 +20,7 @@ from .declare import REGISTRY, Declaration, resolve, told_of_replaced
 from .errors import InputError, check_member
 from .proof.proof import prove
 from .quantities import Quantity, check_quantities
+from .quantities.roots import resolved
 from .rules import RULES
 from .runtime import Indefinite, Program, Result
 from .runtime.fingerprint import Fingerprint, fingerprint
@@ -118,6 +119,7 @@ class _Options:
         """A program; `known`: the graph of the same model and loss, captured before."""
         model, loss = self.model, self.loss
         check_quantities(quantities)
+        quantities = resolved(quantities)
         check_member("indefinite", self.indefinite, Indefinite)
         check_trainable(model, quantities)
         example = with_cotangent(model, example, quantities) if loss is HANDED else example

@@ -69,7 +69,7 @@ def test_directions_and_weights(name: str) -> None:
     assert_equal(result["directional_curvature"], {n: a.square().sum(0) for n, a in along.items()}, "curvature")
 
 
-@pytest.mark.parametrize("root", [tn.Exact(), tn.Gradient()], ids=["exact", "empirical"])
+@pytest.mark.parametrize("root", [tn.Exact(), tn.Labels()], ids=["exact", "empirical"])
 @pytest.mark.parametrize("name", thinned(LAYERS))
 def test_rotated_second_moment(name: str, root: tn.Propagation) -> None:
     """The diagonal of Qᵀ G Q, with any basis; with that of the factors next to G among what has it."""

@@ -22,8 +22,8 @@ from ..quantities import (
     DirectionalGrad,
     DirectionalRoot,
     Fisher,
-    Gradient,
     InputGrad,
+    Labels,
     NaturalGradientSMW,
     ProjectedFactors,
     Quantity,
@@ -108,7 +108,7 @@ def _turned(program: Program, name: str, V: Tensor, operands: Any) -> Tensor:
 
 def _projected(case: Defined, key: str, quantity: ProjectedFactors, got: Mapping[str, Any], operands: Any) -> Values:
     """The diagonal of the block, times the squares of the projections."""
-    if quantity.structure is not Structure.DIAGONAL or not isinstance(quantity.root, Gradient):
+    if quantity.structure is not Structure.DIAGONAL or not isinstance(quantity.root, Labels):
         raise NotDefined("compared is what diagonal matrices project, of the gradients of the labels")
     blocks = factors(case, key, KFAC(fisher=Fisher.EMPIRICAL, sharing=quantity.sharing), got)
     found: Values = {}

@@ -8,11 +8,13 @@ from dataclasses import Field, dataclass, fields
 from enum import Enum
 from typing import Any
 
+import sympy
+
 from ..diagram.algebra import Cotangents, Uses
-from ..diagram.core import Diagram
+from ..diagram.core import COLUMN, Diagram
 from ..errors import InputError, check_member
 from .factors import Factors
-from .propagation import Gradient, Propagation, check_propagation
+from .propagation import Draws, Exact, Gradient, Labels, Propagation, check_propagation
 
 Totals = Mapping[str, Any]
 """Sums over all parameters by the name of a needed quantity, [N], [N, N], …; of a `Total` with groups {group: sum}."""
@@ -88,6 +90,26 @@ def individual(J: Uses, g: Cotangents) -> Diagram:
     return found
 
 
+def columns(J: Uses, g: Cotangents, root: Propagation) -> Diagram:
+    """V = Jᵀ S with legs [ν, n, *p] for the columns S of a root; of the labels ∇ℓ_n √scale, [n, *p]."""
+    found: Diagram = J.T @ g
+    return found * g.scale ** -sympy.Rational(1, 2) if isinstance(root, Labels) else found
+
+
+def over_columns(diagram: Diagram, *names: str) -> Diagram:
+    """Summed over the columns, where there are several, and over legs of these names."""
+    return diagram.sum(*(leg.name for leg in diagram.legs if leg.name in (COLUMN, *names)))
+
+
+def check_root(owner: str, root: object) -> None:
+    """One of tn.Exact(), tn.Draws(k), tn.Labels(). Raises `InputError`."""
+    if not isinstance(root, Exact | Draws | Labels):
+        raise InputError(f"{owner}: root={root!r}: give tn.Exact(), tn.Draws(k) or tn.Labels()")
+
+
+EXACT = Exact()
+
+
 def _check_option(option: Field[object], value: object, owner: str) -> None:
     """Of the type of its default; a count is positive, a name is a key that can be told apart."""
     kind = str if option.name == "name" else type(option.default)
@@ -98,6 +120,8 @@ def _check_option(option: Field[object], value: object, owner: str) -> None:
         raise InputError(f"{what} is {type(value).__name__}, not {kind.__name__}")
     if option.name == "mc_samples" and isinstance(value, int) and value < 1:
         raise InputError(f"{what}: draw at least one column per sample")
+    if option.name == "root":
+        check_root(owner, value)
     if option.name == "largest" and isinstance(value, int) and value < 1:
         raise InputError(f"{what}: a dense factor has at least one row")
     if option.name == "name" and not value:

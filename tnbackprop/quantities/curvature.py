@@ -3,16 +3,20 @@
 Dangel et al. 2020, arXiv:1912.10985, Table 1 and Eq. 18-20. The GGN is that of the loss as the user wrote it,
 G = (1/N) Σ_n J_nᵀ H_n J_n for a loss that averages. `…MC` draws columns s with E[s sᵀ] = ∂²L/∂output²: gradients of
 labels from the model's own distribution for cross-entropy, normal ones for any other loss.
+
+`root` says which columns: ``tn.Exact()``, ``tn.Draws(k)``, or ``tn.Labels()``, the gradients of the labels (the
+empirical Fisher), which have no column leg.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from ..diagram.algebra import Cotangents, Uses
 from ..diagram.core import COLUMN, COLUMN_COPY, Diagram
-from .base import Quantity
-from .propagation import Draws, Exact, Propagation
+from ..errors import InputError
+from .base import EXACT, Quantity, columns, over_columns
+from .propagation import Draws, Propagation
 
 
 @dataclass(frozen=True)
@@ -20,13 +24,14 @@ class SqrtGGN(Quantity):
     """Square root of the GGN, shape [V, N, *p]: GGN = Σ_vn V[v, n] V[v, n]ᵀ. Softmax has V = C - 1 columns."""
 
     name: str = "sqrt_ggn"
+    root: Propagation = field(default=EXACT, kw_only=True)
 
     @property
     def propagates(self) -> Propagation:
-        return Exact()
+        return self.root
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
-        return J.T @ g
+        return columns(J, g, self.root)
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,15 @@ class DiagGGN(Quantity):
 
     name: str = "diag_ggn"
     per_sample: bool = False
+    root: Propagation = field(default=EXACT, kw_only=True)
 
     @property
     def propagates(self) -> Propagation:
-        return Exact()
+        return self.root
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
-        V = J.T @ g
-        return (V * V).sum(COLUMN) if self.per_sample else (V * V).sum(COLUMN, "n")
+        V = columns(J, g, self.root)
+        return over_columns(V * V) if self.per_sample else over_columns(V * V, "n")
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,11 @@ class DiagGGNMC(DiagGGN):
 
     name: str = "diag_ggn_mc"
     mc_samples: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.root != EXACT:
+            raise InputError(f"DiagGGNMC: root={self.root}: say mc_samples=, or DiagGGN(root=…)")
 
     @property
     def propagates(self) -> Propagation:
@@ -81,14 +92,16 @@ class GGNGram(Quantity):
     """
 
     name: str = "ggn_gram"
+    root: Propagation = field(default=EXACT, kw_only=True)
 
     @property
     def propagates(self) -> Propagation:
-        return Exact(together=True)
+        return replace(self.root, together=True)
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
-        V = J.T @ g
-        return (V * V.relabel(n="m", **{COLUMN: COLUMN_COPY})).sum_parameter()
+        V = columns(J, g, self.root)
+        several = {COLUMN: COLUMN_COPY} if any(leg.name == COLUMN for leg in V.legs) else {}
+        return (V * V.relabel(n="m", **several)).sum_parameter()
 
 
 @dataclass(frozen=True)
@@ -96,11 +109,12 @@ class GGNTrace(Quantity):
     """Trace of each sample's share of the GGN block, shape [N]: Σ_v ‖Jᵀ S_v‖²; it sums to tr G over the samples."""
 
     name: str = "ggn_trace"
+    root: Propagation = field(default=EXACT, kw_only=True)
 
     @property
     def propagates(self) -> Propagation:
-        return Exact()
+        return self.root
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
-        V = J.T @ g
-        return (V * V).sum_parameter().sum(COLUMN)
+        V = columns(J, g, self.root)
+        return over_columns((V * V).sum_parameter())

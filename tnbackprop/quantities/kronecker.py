@@ -9,15 +9,16 @@ bias without a weight that shares its factor (a norm's, a grouped convolution's)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import sympy
 
 from ..diagram.algebra import Cotangents, Uses
-from .base import Quantity
+from ..errors import InputError
+from .base import EXACT, Quantity
 from .factors import LARGEST, Factors, Sharing, kronecker
-from .propagation import Average, Draws, Exact, Gradient, Propagation
+from .propagation import Average, Draws, Gradient, Labels, Propagation
 
 
 class Fisher(Enum):
@@ -50,13 +51,15 @@ class KFLR(Quantity):
     bias: Bias = Bias.OWN
     largest: int = LARGEST
     strict: bool = False
+    root: Propagation = field(default=EXACT, kw_only=True)
 
     @property
     def propagates(self) -> Propagation:
-        return Exact()
+        return self.root
 
     def extract(self, J: Uses, g: Cotangents) -> Factors:
-        return kronecker(J, g, self.sharing, sympy.Integer(1), self.bias is Bias.JOINED, self.largest, self.strict)
+        scale = 1 / g.scale if isinstance(self.root, Labels) else sympy.Integer(1)
+        return kronecker(J, g, self.sharing, scale, self.bias is Bias.JOINED, self.largest, self.strict)
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ class KFRA(KFLR):
     """
 
     name: str = "kfra"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.root != EXACT:
+            raise InputError(f"KFRA: root={self.root}: it averages one matrix; KFLR and KFAC have columns")
 
     @property
     def propagates(self) -> Propagation:

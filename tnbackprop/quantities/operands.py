@@ -6,19 +6,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 import sympy
 
 from ..diagram.algebra import Cotangents, Uses
-from ..diagram.core import COLUMN, Diagram, Leg, N, Scalar
-from .base import Quantity, individual
+from ..diagram.core import Diagram, Leg, N, Scalar
+from .base import EXACT, Quantity, columns, individual, over_columns
 from .factors import LARGEST, Factors, Sharing, kronecker
-from .propagation import Draws, Exact, Gradient, Propagation
+from .propagation import Draws, Labels, Propagation
 
-EXACT, DRAWN = Exact(), Draws(1)
+DRAWN = Draws(1)
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,14 @@ class DirectionalRoot(Quantity):
     """
 
     name: str = "directional_root"
+    root: Propagation = field(default=EXACT, kw_only=True)
 
     @property
     def propagates(self) -> Propagation:
-        return Exact()
+        return self.root
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
-        return ((J.T @ g) * J.operand("direction")).sum_parameter()
+        return (columns(J, g, self.root) * J.operand("direction")).sum_parameter()
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,15 @@ class DirectionalCurvature(Quantity):
     """
 
     name: str = "directional_curvature"
+    root: Propagation = field(default=EXACT, kw_only=True)
 
     @property
     def propagates(self) -> Propagation:
-        return Exact()
+        return self.root
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
-        Vd = ((J.T @ g) * J.operand("direction")).sum_parameter().part()
-        return (Vd * Vd).sum(COLUMN)
+        Vd = (columns(J, g, self.root) * J.operand("direction")).sum_parameter().part()
+        return over_columns(Vd * Vd)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class WeightedGrad(Quantity):
 class RotatedSecondMoment(Quantity):
     """Second moments in the eigenbasis of Kronecker factors, shape [*p]: Σ_vn [Qᵀ V[v, n]]², Q = ⊗_k Q_k; EKFAC's.
 
-    It is the diagonal of Qᵀ G Q, exact for the columns of `root`: ``tn.Exact()``, ``tn.Draws(k)``, or ``tn.Gradient()``
+    It is the diagonal of Qᵀ G Q, exact for the columns of `root`: ``tn.Exact()``, ``tn.Draws(k)``, or ``tn.Labels()``
     for the empirical Fisher with ∇ℓ_n scaled as in `KFAC`. ``eigen.with_eigenvalues(value)`` is the damped inverse's
     matrix. George et al. 2018, arXiv:1806.03884, Eq. 8.
 
@@ -105,7 +107,7 @@ class RotatedSecondMoment(Quantity):
         return self.root
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
-        V = J.T @ g
+        V = columns(J, g, self.root)
         turned: dict[Leg, Leg] = {}
         for k, side in enumerate(J.sides(self.sharing)):
             new = {leg: Leg(f"{leg.name}_turned", leg.size) for leg in side.legs if not side.diagonal}
@@ -114,9 +116,7 @@ class RotatedSecondMoment(Quantity):
                 V = (V * basis).sum(*(leg.name for leg in side.legs))
                 turned |= new
         R = V.rename({new: leg for leg, new in turned.items()}).part()
-        squared = (R * R).sum(*(leg.name for leg in g.kept if leg in R.legs))
-        scale: Scalar = 1 / g.scale if isinstance(self.root, Gradient) else sympy.Integer(1)
-        return squared * scale
+        return over_columns(R * R, "n")
 
     @staticmethod
     def bases(eigen: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -178,7 +178,7 @@ class ProjectedFactors(Quantity):
     Operands: ``"projection_k"`` of each factor k, [d, d], or with `Structure.DIAGONAL` [d]; with blocks [g, d, d] or
     [g, d].
 
-    root  the columns: ``tn.Exact()``, ``tn.Draws(k)``, or ``tn.Gradient()`` for the empirical Fisher
+    root  the columns: ``tn.Exact()``, ``tn.Draws(k)``, or ``tn.Labels()`` for the empirical Fisher
     """
 
     name: str = "projected_factors"
@@ -192,7 +192,7 @@ class ProjectedFactors(Quantity):
         return self.root
 
     def extract(self, J: Uses, g: Cotangents) -> Factors:
-        scale = 1 / g.scale if isinstance(self.root, Gradient) else sympy.Integer(1)
+        scale = 1 / g.scale if isinstance(self.root, Labels) else sympy.Integer(1)
         flat = self.structure is Structure.DIAGONAL
         found = kronecker(J, g, self.sharing, scale, largest=self.largest, flat=flat)
         each = zip(found.diagrams, found.legs, found.diagonal, strict=True)

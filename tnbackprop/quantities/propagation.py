@@ -202,6 +202,14 @@ class Gradient(Propagation):
 
 
 @dataclass(frozen=True)
+class Labels(Gradient):
+    """The gradients of the labels as columns of the empirical Fisher, ∇ℓ_n / √N for a loss that averages.
+
+    It is the gradient's own sweep: what is made of it divides by `g.scale`.
+    """
+
+
+@dataclass(frozen=True)
 class Exact(Propagation):
     """All columns of the root of the loss Hessian."""
 

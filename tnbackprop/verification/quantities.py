@@ -35,11 +35,11 @@ from ..quantities import (
     GGNGram,
     GGNTrace,
     Grad,
-    Gradient,
     HesScale,
     HessianDiag,
     InputGrad,
     Jacobians,
+    Labels,
     NaturalGradientSMW,
     ProjectedFactors,
     Quantity,
@@ -69,7 +69,7 @@ ALL: tuple[Quantity, ...] = (
     SqrtGGNMC(), DiagGGNMC(), KFLR(), KFLR("kflr_reduce", sharing=Sharing.REDUCE), KFAC(),
     KFAC("kfac_empirical", fisher=Fisher.EMPIRICAL), KFRA(), HesScale(), BL89(), ClippedGrad(), NaturalGradientSMW(),
     DirectionalGrad(), DirectionalRoot(), DirectionalCurvature(), WeightedGrad(), AxisMoments(), Total(), Sketch(),
-    RotatedSecondMoment(), ProjectedFactors(root=Gradient()),
+    RotatedSecondMoment(), ProjectedFactors(root=Labels()),
 )  # fmt: skip
 """What is compared where nobody says which."""
 FEW: tuple[Quantity, ...] = (BatchGrad(),)

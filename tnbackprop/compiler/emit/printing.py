@@ -185,6 +185,8 @@ class _Plain(StrPrinter):  # type: ignore[misc]
         if expr.exp.is_negative:
             below = expr.base**-expr.exp
             return f"1 / {self.parenthesize(below, PRECEDENCE['Mul'], strict=True)}"
+        if expr.exp == sympy.Rational(1, 2):
+            return f"{self.parenthesize(expr.base, PRECEDENCE['Pow'])}**0.5"
         return str(super()._print_Pow(expr, rational))
 
     def _print_Rational(self, expr: sympy.Rational) -> str:
