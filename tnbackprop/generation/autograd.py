@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from ..compiler.emit.layout import Row
 from ..errors import UnsupportedError
 from ..quantities import Grad, Quantity
-from .checking import check_lines
-from .function import Function
+from .checks.checking import check_lines
 from .layer_file import LayerFile, checks_of, function_tables, functions, header, tables
-from .text import definition, docstring, statement
+from .parts.function import Function
+from .parts.text import definition, docstring, statement
 
 
 def autograd_quantities(quantities: Sequence[Quantity]) -> list[Quantity]:

@@ -31,9 +31,9 @@ from ..quantities import (
     SqrtGGNMC,
     Variance,
 )
-from .checking import Checks, Recorded, check_lines, lines_of_text, with_records
+from .checks.checking import Checks, Recorded, check_lines, lines_of_text, with_records
 from .layer_file import LayerFile, checks_of, function_tables, functions, header, tables
-from .text import call, docstring, statement, table
+from .parts.text import call, docstring, statement, table
 
 
 @dataclass(frozen=True)

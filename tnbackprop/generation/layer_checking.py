@@ -13,11 +13,11 @@ from ..compiler.sweep.derived import Backward, Given
 from ..diagram.core import N
 from ..quantities import Average, Exact, HesScale, Quantity
 from ..quantities.propagation import COTANGENT
-from .checking import Checks, Key, needed
-from .domains import domains
-from .kronecker import Block, Places, places
+from .checks.checking import Checks, Key, needed
 from .layer_functions import Prepared
-from .text import call, data
+from .parts.domains import domains
+from .parts.kronecker import Block, Places, places
+from .parts.text import call, data
 
 COLUMNS, AVERAGE = (each.handed.value for each in (Exact, Average) if each.handed is not None)
 PULLED = {"vjp": ("gradients", "lambda G: G"), "vjp_columns": ("pulled_columns", "lambda V: V")}

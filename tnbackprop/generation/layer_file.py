@@ -16,12 +16,12 @@ from ..compiler.sweep.derived import Result
 from ..diagram.core import hint_of
 from ..quantities.propagation import COTANGENT
 from ..version import __version__
-from .checking import Checks, Key, Recorded, check_lines, lines_of_text, note, with_records
-from .function import Function, asked, flops_of_many, function
-from .kronecker import WITH_ONE_TEXT, factors_of
+from .checks.checking import Checks, Key, Recorded, check_lines, lines_of_text, note, with_records
 from .layer_checking import arguments, layer_checks
 from .layer_functions import Prepared, extracted, forward, pull_backs, pulled_shape
-from .text import assigned, data, definition, docstring, literal, rows, sizes, table
+from .parts.function import Function, asked, flops_of_many, function
+from .parts.kronecker import WITH_ONE_TEXT, factors_of
+from .parts.text import assigned, data, definition, docstring, literal, rows, sizes, table
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from ..quantities import Handed, Quantity
 from ..quantities.propagation import COTANGENT
 from ..table import Rules
 from ..version import __version__
-from .function import Function, Inputs, Tree, extractions, flops, formulas, function, refuse_random
-from .kronecker import Block, absorbed, blocks_of, factors_of
-from .names import Names, formula_names, layer_names
-from .text import sizes
+from .parts.function import Function, Inputs, Tree, extractions, flops, formulas, function, refuse_random
+from .parts.kronecker import Block, absorbed, blocks_of, factors_of
+from .parts.names import Names, formula_names, layer_names
+from .parts.text import sizes
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,13 @@ from ..errors import InputError, UnsupportedError
 from ..quantities import Quantity
 from ..table import Rules, written_out
 from ..version import __version__
-from .checking import Checks, Recorded, check_lines, lines_of_text, note, with_records
-from .domains import Domain, domains
-from .function import Function, asked, extractions, flops_of_many, literal, refuse_random
+from .checks.checking import Checks, Recorded, check_lines, lines_of_text, note, with_records
+from .checks.model_checking import model_checks, split, split_lines
 from .generated import Target
-from .kronecker import WITH_ONE_TEXT, Block, blocks_of
-from .model_checking import model_checks, split, split_lines
-from .text import WIDTH, assigned, call, data, definition, docstring, rows, sizes, statement
+from .parts.domains import Domain, domains
+from .parts.function import Function, asked, extractions, flops_of_many, literal, refuse_random
+from .parts.kronecker import WITH_ONE_TEXT, Block, blocks_of
+from .parts.text import WIDTH, assigned, call, data, definition, docstring, rows, sizes, statement
 
 
 @dataclass(frozen=True)

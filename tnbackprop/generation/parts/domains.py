@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..compiler.capture.export import model_arguments
-from ..compiler.translate.graph import Graph
-from ..diagram.core import N
+from ...compiler.capture.export import model_arguments
+from ...compiler.translate.graph import Graph
+from ...diagram.core import N
 
 Domain = tuple[tuple[Any, ...], float, float]
 SIGNED, POSITIVE, UNIT = (-1.0, 1.0), (0.5, 1.5), (0.0, 1.0)

@@ -6,10 +6,10 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..compiler.emit import printer
-from ..compiler.emit.layout import Doc, Group, laid
-from ..compiler.emit.naming import escaped, string
-from ..compiler.emit.source import Comment
+from ...compiler.emit import printer
+from ...compiler.emit.layout import Doc, Group, laid
+from ...compiler.emit.naming import escaped, string
+from ...compiler.emit.source import Comment
 
 WIDTH = 120
 

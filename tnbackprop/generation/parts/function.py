@@ -10,23 +10,23 @@ from types import MappingProxyType
 import sympy
 import torch
 
-from ..compiler.emit.layout import Doc, Group, laid
-from ..compiler.emit.naming import TAKEN, Scope
-from ..compiler.emit.printer import Printer, data
-from ..compiler.emit.source import small, words, written
-from ..compiler.explain.polynomials import Symbols
-from ..compiler.explain.text import body_text, legs_text
-from ..compiler.plan.plan import Plan
-from ..compiler.program.expr import Body, Expr, Value, helpers, reads, sizes_in
-from ..compiler.program.lines import lines_of
-from ..compiler.program.passes import passed
-from ..compiler.sweep.derived import Backward, Derived, Extraction, Given, Native
-from ..compiler.translate.graph import Graph
-from ..diagram.core import Diagram, N, Size, Tensor, V, hint_of, leaves
-from ..errors import UnsupportedError
-from ..notation.bind import COTANGENT as PULLED
-from ..quantities import Quantity
-from ..quantities.propagation import COTANGENT
+from ...compiler.emit.layout import Doc, Group, laid
+from ...compiler.emit.naming import TAKEN, Scope
+from ...compiler.emit.printer import Printer, data
+from ...compiler.emit.source import small, words, written
+from ...compiler.explain.polynomials import Symbols
+from ...compiler.explain.text import body_text, legs_text
+from ...compiler.plan.plan import Plan
+from ...compiler.program.expr import Body, Expr, Value, helpers, reads, sizes_in
+from ...compiler.program.lines import lines_of
+from ...compiler.program.passes import passed
+from ...compiler.sweep.derived import Backward, Derived, Extraction, Given, Native
+from ...compiler.translate.graph import Graph
+from ...diagram.core import Diagram, N, Size, Tensor, V, hint_of, leaves
+from ...errors import UnsupportedError
+from ...notation.bind import COTANGENT as PULLED
+from ...quantities import Quantity
+from ...quantities.propagation import COTANGENT
 from .names import Names, cotangent_names
 from .text import WIDTH, call, definition, docstring, rows
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..compiler.derive.layer import Layer
-from ..compiler.emit.naming import Scope, identifier
-from ..compiler.lower.table import HELPERS
-from ..compiler.sweep.derived import Backward
-from ..diagram.core import Diagram, Map, Operand, Part, Selection, Tensor, hint_of
-from ..quantities.propagation import COTANGENT, HANDED
+from ...compiler.derive.layer import Layer
+from ...compiler.emit.naming import Scope, identifier
+from ...compiler.lower.table import HELPERS
+from ...compiler.sweep.derived import Backward
+from ...diagram.core import Diagram, Map, Operand, Part, Selection, Tensor, hint_of
+from ...quantities.propagation import COTANGENT, HANDED
 
 TAKEN = frozenset({
     "torch", "sys", "N", "V", "like", "each", "forward", "compute", "check", "state", "results", "values",

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from string import Template
 from typing import Any
 
-from ..compiler.emit import printer
-from ..compiler.emit.layout import Doc, Group
-from ..compiler.emit.naming import string
-from ..quantities import HessianDiag, Quantity
+from ...compiler.emit import printer
+from ...compiler.emit.layout import Doc, Group
+from ...compiler.emit.naming import string
+from ...quantities import HessianDiag, Quantity
+from ..parts.text import data, literal, statement, table
 from .references import definition
-from .text import data, literal, statement, table
 
 Key = tuple[str, str]
 Recorded = Mapping[Key, tuple[float, ...]]

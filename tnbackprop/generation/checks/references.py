@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..quantities import (
+from ...quantities import (
     NTK,
     BatchDot,
     BatchGrad,

@@ -8,22 +8,22 @@ from typing import Any
 
 import sympy
 
-from ..compiler import Compiled
-from ..compiler.emit.naming import TAKEN, Scope, string
-from ..compiler.emit.source import Writer
-from ..compiler.plan.plan import Plan
-from ..compiler.program import functions as f
-from ..compiler.program.expr import Call, Expr, Slice, Value
-from ..compiler.program.lines import alive
-from ..compiler.sweep.derived import Columns, Extraction
-from ..compiler.sweep.roots import LossRoot, elementwise_root
-from ..diagram.core import N, hint_of
-from ..quantities import Gradient, Quantity
+from ...compiler import Compiled
+from ...compiler.emit.naming import TAKEN, Scope, string
+from ...compiler.emit.source import Writer
+from ...compiler.plan.plan import Plan
+from ...compiler.program import functions as f
+from ...compiler.program.expr import Call, Expr, Slice, Value
+from ...compiler.program.lines import alive
+from ...compiler.sweep.derived import Columns, Extraction
+from ...compiler.sweep.roots import LossRoot, elementwise_root
+from ...diagram.core import N, hint_of
+from ...quantities import Gradient, Quantity
+from ..parts.function import Function, Inputs, function
+from ..parts.kronecker import Block, absorbed
+from ..parts.names import Names
+from ..parts.text import assigned
 from .checking import SAMPLES, Checks, Key
-from .function import Function, Inputs, function
-from .kronecker import Block, absorbed
-from .names import Names
-from .text import assigned
 
 
 @dataclass(frozen=True)

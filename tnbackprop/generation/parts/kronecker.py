@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from ..compiler.explain.text import legs_text
-from ..compiler.lower.arrange import reshaped
-from ..compiler.program import functions as f
-from ..compiler.program.expr import Call, Expr, Value
-from ..compiler.program.functions import helper
-from ..compiler.sweep.derived import Extraction, Result, joined_with
-from ..compiler.translate.graph import Graph
-from ..diagram.core import BATCH, COLUMN, Leg, Tensor, leaves, summed_legs
-from ..quantities.factors import Factors
+from ...compiler.explain.text import legs_text
+from ...compiler.lower.arrange import reshaped
+from ...compiler.program import functions as f
+from ...compiler.program.expr import Call, Expr, Value
+from ...compiler.program.functions import helper
+from ...compiler.sweep.derived import Extraction, Result, joined_with
+from ...compiler.translate.graph import Graph
+from ...diagram.core import BATCH, COLUMN, Leg, Tensor, leaves, summed_legs
+from ...quantities.factors import Factors
 
 Key = tuple[str, str]
 
