@@ -358,16 +358,18 @@ def test_a_wrong_model_fails_its_check(tmp_path: Path) -> None:
     assert checked(source.replace(line, line.replace("torch.mm(", "2 * torch.mm(")), tmp_path).returncode == 1
 
 
-@pytest.mark.parametrize("target", ["torch", "backpack", "autograd", "model"])
+@pytest.mark.parametrize("target", ["torch", "backpack", "autograd", "model", "operands"])
 def test_formatted(target: str, tmp_path: Path) -> None:
     """ruff, with this repository's rules, has nothing to say."""
     path = tmp_path / FILE
     module, x = layer("convolution")
     quantities = {"autograd": "grad", "backpack": list(FIRST)}.get(target, list(COMPARED))
     options: dict[str, Any] = {"example": x}
-    if target == "model":
+    if target in ("model", "operands"):
         options = {"example": (x, torch.randn_like(module(x))), "loss": nn.MSELoss()}
-    tn.generate(module, quantities, target, **options).save(path)
+    if target == "operands":
+        quantities = [tn.ClippedGrad(), tn.Total(tn.GGNTrace()), tn.DirectionalCurvature(), tn.InputGrad(), tn.Sketch()]
+    tn.generate(module, quantities, None if target == "operands" else target, **options).save(path)
     ruff = Path(sys.executable).parent / "ruff"
     for command in (["check"], ["format", "--check", "--diff"]):
         whole = [ruff, *command, "--config", ROOT / "pyproject.toml", path]

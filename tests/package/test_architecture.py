@@ -273,6 +273,7 @@ MAY = {
     "compiler.emit.loaded": "the place in a source that a traceback of Python tells",
     "compiler.emit.printing": "names of functions in a table; `replace` of sympy",
     "compiler.explain.text": "texts for people",
+    "compiler.explain.phases": "texts for people",
     "compiler.explain.stages": "texts for people; and which steps are of the backward pass is still told by their note",
     "compiler.explain.alternatives": "how many parts are called G or D, for people",
     "compiler.plan.processor": "/proc/cpuinfo",

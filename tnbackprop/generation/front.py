@@ -19,7 +19,7 @@ from .autograd import autograd_quantities, autograd_source
 from .backpack import as_backpack_scales, backpack_source
 from .generated import Generated, Target
 from .layer_file import layer_file, torch_source
-from .layer_functions import prepare
+from .layer_functions import prepare, refuse_for_layers
 from .model_file import model_source
 from .quantities import named
 from .stand_in import stand_in
@@ -48,7 +48,9 @@ def generate(
 
     The file prints what it is, checks itself with ``--check``, and is the same every time for the same rule and shapes.
     A layer's functions get the cotangent of its output and columns [V, N, *output] of a root of the loss's
-    Hessian as the loss scales them: L = Σ_n ℓ_n. Raises `InputError`, `RuleError` and `UnsupportedError`.
+    Hessian as the loss scales them: L = Σ_n ℓ_n. Quantities that read operands, come in phases or are totals are those
+    of a model's file: its ``compute(model, x, y, operands)`` is handed what they read.
+    Raises `InputError`, `RuleError` and `UnsupportedError`.
     """
     found = named(quantities)
     aim = _target(target, loss)
@@ -57,6 +59,7 @@ def generate(
         if not isinstance(what, torch.nn.Module) or loss is None:
             raise InputError("Target.MODEL is a whole model: give a torch.nn.Module, loss= and example=(x, y)")
         return Generated(*model_source(what, loss, example, found, table))
+    refuse_for_layers(found)
     if isinstance(what, Rule | str):
         what, example, table = stand_in(what, example, table)
     if not isinstance(what, torch.nn.Module):

@@ -18,7 +18,7 @@ from ..compiler.single import compile_layer, part
 from ..compiler.sweep.derived import Result
 from ..diagram.core import Diagram, N, Size, V
 from ..errors import InputError, UnsupportedError
-from ..quantities import Handed, Quantity
+from ..quantities import Handed, InputGrad, Quantity, Total
 from ..quantities.propagation import COTANGENT
 from ..table import Rules
 from ..version import __version__
@@ -82,6 +82,9 @@ def prepare(module: torch.nn.Module, x: Any, quantities: Sequence[Quantity], rul
     layer = compile_layer(module, x, quantities, rules)
     graph = layer.graph
     refuse_random(graph)
+    if read := layer.derived.readings:
+        told = f"{next(iter(read.values()))} is handed in at the call"
+        raise _not_alone(", ".join(q.name for q in quantities), told)
     output = graph.values[graph.output]
     if output.axes[0] != (N,):
         raise UnsupportedError(f"a layer on its own needs the batch alone on axis 0 of its output {output}.")
@@ -100,6 +103,24 @@ def prepare(module: torch.nn.Module, x: Any, quantities: Sequence[Quantity], rul
     inputs = Inputs(shapes, graph.constants, floating, names)
     blocks = blocks_of(extractions(layer.derived), graph)
     return Prepared(module, x, layer, quantities, names, inputs, tuple(rules_text(layer.derived, rules)), blocks)
+
+
+def refuse_for_layers(quantities: Sequence[Quantity]) -> None:
+    """Raises `UnsupportedError` for quantities that are of more than one parameter."""
+    for each in quantities:
+        if each.needs or isinstance(each, Total):
+            raise _not_alone(each.name, "it is made of sums over all parameters of a model")
+        if isinstance(each, InputGrad):
+            raise _not_alone(each.name, "the file's vjp, which is there anyway, pulls a cotangent back to the inputs")
+        if len(each.propagations) > 1:
+            raise _not_alone(each.name, "it propagates several things, and a layer is handed one")
+
+
+def _not_alone(name: str, why: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{name} is not available for a layer on its own: {why}.\n"
+        "  Generate a model's file: tn.generate(model, quantities, example=(x, y), loss=loss)."
+    )
 
 
 def forward(prepared: Prepared) -> Function:

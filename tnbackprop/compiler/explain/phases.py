@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...diagram.core import hint_of
+from ...diagram.core import Size, hint_of
 from ..emit.compiled import Compiled
+from ..sweep.derived import Extraction, Phase, Result
 from ..translate.graph import op_text
 
 
@@ -31,3 +32,24 @@ def phase_lines(compiled: Compiled) -> Iterator[str]:
             yield f"  {hint_of(call.output.name)} = {op_text(call.target)}({operands})"
         for name, value in phase.outcome.items():
             yield f"  {hint_of(name)} = {hint_of(value)}"
+
+
+def in_short(compiled: Compiled, phase: Phase) -> tuple[list[str], list[str]]:
+    """The totals that a phase reads, and the operands that it makes: each once, with its shape."""
+    derived, totals, outcome = compiled.derived, {}, {}
+    for result, _ in phase.totals.values():
+        totals[result] = f"{result.quantity.removeprefix(f'{phase.quantity}: ')} {_shown(_sizes(compiled, result))}"
+    for name in phase.outcome:
+        reading = derived.readings[name]
+        outcome[reading.key] = f"{reading.key} {_shown(reading.sizes)}{' of each parameter' * bool(reading.parameter)}"
+    return list(totals.values()), list(outcome.values())
+
+
+def _sizes(compiled: Compiled, result: Result) -> tuple[Size, ...]:
+    """Of a total: the first parameter's, as all of them have the same."""
+    items = (item for item in compiled.derived.items if isinstance(item, Extraction) and result in item.diagrams)
+    return tuple(leg.size for leg in next(items).diagrams[result].legs)
+
+
+def _shown(sizes: tuple[Size, ...]) -> str:
+    return f"[{', '.join(map(str, sizes))}]"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from string import Template
 from typing import Any
 
 import sympy
@@ -17,13 +18,15 @@ from ...compiler.program.expr import Call, Expr, Slice, Value
 from ...compiler.program.lines import alive
 from ...compiler.sweep.derived import Columns, Extraction
 from ...compiler.sweep.roots import LossRoot, elementwise_root
-from ...diagram.core import N, hint_of
-from ...quantities import Gradient, Quantity
+from ...diagram.core import N, hint_of, leaves
+from ...diagram.reading import Reading
+from ...quantities import AxisMoments, Gradient, Quantity
 from ..parts.function import Function, Inputs, function
 from ..parts.kronecker import Block, absorbed
 from ..parts.names import Names
 from ..parts.text import assigned
 from .checking import SAMPLES, Checks, Key
+from .whole import Whole
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,11 @@ class Root:
     rounds: int = 0  # the columns of one round, where they are drawn in rounds
 
 
+def handed(compiled: Compiled) -> dict[str, Reading]:
+    """The operands that the program reads, by value."""
+    return {name: reading for name, reading in compiled.derived.readings.items() if not reading.of}
+
+
 def splits(compiled: Compiled) -> bool:
     """Whether the loss is a function of one output with the batch in front."""
     graph = compiled.graph
@@ -47,29 +55,29 @@ def model_checks(
     compiled: Compiled, quantities: Sequence[Quantity], blocks: dict[Key, Block], roots: Sequence[Root]
 ) -> Checks:
     """The definitions of every result."""
-    graph = compiled.graph
-    trainable = [dotted[0] for value, dotted in graph.parameters.items() if graph.values[value].depends_on]
-    checks = Checks(texts=[_RUN])
+    checks = Checks(texts=[Template(_RUN).substitute(_HANDED if handed(compiled) else _NOTHING)])
+    checks.uses |= {"operands"} if handed(compiled) else set()
     inside = absorbed(blocks)
     scale = float(sympy.sympify(compiled.derived.scale).subs(N, SAMPLES))
+    every = {q.name: [(q.name, name) for name in _names(compiled, q)] for q in quantities}
+    keys = {quantity: [key for key in own if key not in inside] for quantity, own in every.items()}
     if not splits(compiled):
-        checks.recorded = [(q.name, name) for q in quantities for name in trainable if (q.name, name) not in inside]
+        checks.recorded = [key for quantity in quantities for key in keys[quantity.name]]
         return checks
+    whole = Whole(scale, lambda quantity: _pull(quantity, roots), lambda quantity: _names(compiled, quantity))
+    graph = compiled.graph
+    trainable = [dotted[0] for value, dotted in graph.parameters.items() if graph.values[value].depends_on]
     for quantity in quantities:
-        keys = [(quantity.name, name) for name in trainable if (quantity.name, name) not in inside]
-        pull = _pull(quantity, roots)
+        mine, pull = keys[quantity.name], _pull(quantity, roots)
         functions = {"G": "gradients", "J": "jacobians"} | ({"V": pull} if pull else {})
-        if any(key in blocks for key in keys):
-            for key in keys:
-                block = blocks[key]
-                if block.exact_for_one and pull:
-                    both = [key[1], block.bias] if block.bias else [key[1]]
-                    checks.enter_factors(key, "one_sample", pull, both, block.axes)
-                else:
-                    checks.recorded.append(key)
+        if _by_axis(compiled, quantity, blocks, mine) and checks.enter_whole(quantity, whole, trainable):
+            continue
+        if any(key in blocks for key in mine):
+            for key in mine:
+                _enter_factors(checks, compiled, quantity, blocks[key], key, pull)
         elif not checks.add(quantity, functions, scale, "total"):
-            checks.recorded += keys
-    if checks.references or checks.second or checks.factors or roots:
+            checks.recorded += mine
+    if checks.references or checks.second or checks.factors or checks.whole or roots:
         checks.texts.append(_TOTAL)
     checks.texts += [_ONE_SAMPLE] if checks.factors else []
     if roots:
@@ -81,6 +89,32 @@ def model_checks(
         checks.calls.append("check_roots(values)")
         checks.uses |= {"sampled", "pulled"}
     return checks
+
+
+def _names(compiled: Compiled, quantity: Quantity) -> tuple[str, ...]:
+    """What the quantity's results are of: parameters, groups of them, or inputs."""
+    found = (by for result, by in compiled.plan.results.items() if result.quantity == quantity.name)
+    return tuple(dict.fromkeys(name for by in found for name in by))
+
+
+def _by_axis(compiled: Compiled, quantity: Quantity, blocks: Mapping[Key, Block], keys: Sequence[Key]) -> bool:
+    """Whether moments along axes, if it is them, are along those that the parameters have."""
+    shapes = {dotted[0]: compiled.graph.values[value].shape for value, dotted in compiled.graph.parameters.items()}
+    sizes = {key: tuple(shape[0] for shape in blocks[key].factors.shapes) for key in keys if key in blocks}
+    return type(quantity) is not AxisMoments or all(shapes[name] == sizes[_, name] for _, name in keys)
+
+
+def _enter_factors(
+    checks: Checks, compiled: Compiled, quantity: Quantity, block: Block, key: Key, pull: str
+) -> None:
+    """Factors of the block without positions are exact for one sample."""
+    read = {name for diagram in block.factors.diagrams for name in leaves(diagram)}
+    own = isinstance(quantity, AxisMoments) or bool(read & compiled.derived.readings.keys())  # of no block
+    if block.exact_for_one and pull and not own:
+        both = [key[1], block.bias] if block.bias else [key[1]]
+        checks.enter_factors(key, "one_sample", pull, both, block.axes)
+    else:
+        checks.recorded.append(key)
 
 
 def _pull(quantity: Quantity, roots: Sequence[Root]) -> str:
@@ -194,9 +228,11 @@ def computed(values, *keys):
     """All results, {(quantity, parameter): value}."""
     state = {name: values[value] for name, value in STATE.items()}
     generator = torch.Generator().manual_seed(0)
-    _, _, results = compute(state, [values[name] for name in INPUTS], generator=generator)
+    _, _, results = compute(state, [values[name] for name in INPUTS], ${HANDED}generator=generator)
     return {(quantity, name): value for quantity, by_name in results.items() for name, value in by_name.items()}
 '''
+
+_HANDED, _NOTHING = {"HANDED": "operands=operands(values), "}, {"HANDED": ""}
 
 _TOTAL = '''
 def total(values, output):

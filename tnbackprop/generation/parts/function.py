@@ -25,7 +25,7 @@ from ...compiler.translate.graph import Graph
 from ...diagram.core import Diagram, N, Size, Tensor, V, hint_of, leaves
 from ...errors import UnsupportedError
 from ...notation.bind import COTANGENT as PULLED
-from ...quantities import Quantity
+from ...quantities import Quantity, Total
 from ...quantities.propagation import COTANGENT
 from .names import Names, cotangent_names
 from .text import WIDTH, call, definition, docstring, rows
@@ -209,8 +209,17 @@ def asked(quantities: Sequence[Quantity]) -> str:
 
 def _shown(quantity: Quantity) -> str:
     options = [(f.name, getattr(quantity, f.name)) for f in fields(quantity) if getattr(quantity, f.name) != f.default]
-    texts = (f"{name}={value if isinstance(value, Enum) else repr(value)}" for name, value in options)
-    return f"{type(quantity).__name__}({', '.join(texts)})"
+    if isinstance(quantity, Total):
+        plain = Total(quantity.quantity)
+        options = [(name, value) for name, value in options if name == "quantity" or value != getattr(plain, name)]
+    return f"{type(quantity).__name__}({', '.join(f'{name}={_option(value)}' for name, value in options)})"
+
+
+def _option(value: object) -> str:
+    """An option, the same every time: a function by its name."""
+    if isinstance(value, Quantity):
+        return _shown(value)
+    return str(value) if isinstance(value, Enum) else getattr(value, "__name__", "") or repr(value)
 
 
 def extractions(derived: Derived) -> Iterator[Extraction]:
