@@ -76,7 +76,7 @@ from .quantities import (
 from .quantities.factors import Factors, Sharing
 from .rules import RULES
 from .rules.declared import Declared
-from .runtime import HANDED, Attached, Graphed, Halves, Indefinite, Program, Result, Saved, attach
+from .runtime import HANDED, Attached, Graphed, Halves, Indefinite, Program, Result, Saved, attach, over
 from .table import Table
 from .verification import Verification, verify
 from .version import __version__ as __version__
@@ -188,6 +188,7 @@ __all__ = [
     "ggn_product",
     "hessian_product",
     "ntk",
+    "over",
     "primitive",
     "registered",
     "rule",

@@ -152,7 +152,7 @@ def test_states(result: tn.Result) -> None:
     """As it is, and as a dict that names nothing of this library."""
     state = saved(result.state_dict())
     kinds = {type(leaf) for leaf in pytree.tree_leaves(state)}
-    assert kinds <= {Tensor, str, int, bool, type(None)}
+    assert kinds <= {Tensor, str, int, float, bool, type(None)}
     for again in (saved(result), tn.Result.from_state_dict(state)):
         assert [list(again[q]) for q in again] == [list(result[q]) for q in result]
         assert all(torch.equal(a, b) for a, b in zip(leaves(again), leaves(result), strict=True))

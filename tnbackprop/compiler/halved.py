@@ -69,14 +69,14 @@ def halved(graph: Graph, derived: Derived, plan: Plan, header: str) -> Halved:
     """Cut the program where the model's output is there."""
     first, rest = _cut(graph, plan)
     wanted = {*plan.checks.values(), *(v for by in plan.results.values() for v in by.values())}
-    wanted |= {plan.loss} if plan.loss else set()
+    wanted |= {value for value in (plan.loss, plan.divisor) if value is not None}
     crossing = [v for v in first if any(v in step.inputs for step in rest) or v in wanted]
     packed = {v: _packed(v, rest, wanted, derived, plan) for v in crossing}
     extra = [step for each in packed.values() if each is not None for step in each.before]
     names = {f"{SAVED}:{k}": v for k, v in enumerate(crossing)}
     saved = {name: _saving(packed[v], v) for name, v in names.items()}
     forward = replace(
-        plan, steps=(*first, *extra), loss=None, checks={},
+        plan, steps=(*first, *extra), loss=None, checks={}, divisor=None,
         results={Result(SAVED): {name: saving.value for name, saving in saved.items()}},
     )  # fmt: skip
     to: dict[Value, Value] = {}
@@ -102,7 +102,7 @@ def halved(graph: Graph, derived: Derived, plan: Plan, header: str) -> Halved:
     backward = replace(
         plan, steps=alive(inside, {other(v) for v in wanted}), output={}, loss=other(plan.loss) if plan.loss else None,
         results={q: {name: other(v) for name, v in by.items()} for q, by in plan.results.items()},
-        checks={name: other(v) for name, v in plan.checks.items()},
+        checks={name: other(v) for name, v in plan.checks.items()}, divisor=plan.divisor and other(plan.divisor),
         given={**plan.given, **{name: to[saved[name].value] for name in names}}, operands=(*plan.operands, *names),
     )  # fmt: skip
     inputs = of_loss(graph)

@@ -92,6 +92,7 @@ class BoundRule:
     draw: Code = Code()  # noqa: RUF009
     fallback: str = ""  # where only VJPs are known: the call, for the report
     looped: frozenset[str] = frozenset()  # operands to which vmap of its VJP would be wrong
+    divisor: str = ""  # the saved value that a loss is divided by besides N
 
     @property
     def by_formula(self) -> BoundRule:
@@ -200,6 +201,7 @@ class _Binder:
             self._root(),
             self._code(self.rule.draw, "noise"),
             "" if self.lines or self.rule.jacobian else self.where,
+            divisor=self.names.get(self.rule.divisor, ""),
         )
 
     def _check_names(self, operands: Mapping[str, Axes | None]) -> None:
@@ -218,6 +220,7 @@ class _Binder:
             ("jacobian", self.jacobian, set(operands)),
             ("vjp", [name for key in self.rule.vjp for name in _names(key)], set(operands)),
             ("legs", self.declared, known | {"output"}),
+            ("divisor", [*filter(None, [self.rule.divisor])], set(self.saved)),
         ):
             for name in names:
                 if name not in allowed:

@@ -59,6 +59,7 @@ class Rule:
                distribution, over its deviation (mean 0, variance 1); ``{noise}`` is uniform on (0, 1), shaped as the
                input. Empty: normal, as for a squared error.
     kinks      what the derivative is where it does not exist; shown by `explain`.
+    divisor    of a loss: the saved tensor that it is divided by besides N, as a mean over the kept labels is.
     functions  Python functions that the torch code calls by name. They read torch alone, and their source goes with
                the program: a loop over positions, say.
     """
@@ -74,9 +75,10 @@ class Rule:
     draw: str = ""
     kinks: str = ""
     functions: tuple[Callable[..., Any], ...] = ()
+    divisor: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("formula", "forward", "draw", "kinks"):
+        for name in ("formula", "forward", "draw", "kinks", "divisor"):
             _check_kind(name, getattr(self, name), str, "text")
         _check_kind("root", self.root, Root | None, "a tn.Root")
         for name in ("jacobian", "legs", "constants", "saved", "vjp"):

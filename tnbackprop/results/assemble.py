@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
 from ..compiler import Compiled
 from ..compiler.explain.factors import not_joined
+from ..compiler.merging import Join, Merging, Way, merging, refused
 from ..compiler.sweep.derived import Extraction, joined_with
 from ..compiler.sweep.derived import Result as Name
 from ..diagram.core import is_head
@@ -46,6 +47,25 @@ def parameter_shapes(compiled: Compiled) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter, in the order of `named_parameters`."""
     graph = compiled.graph
     return {dotted: tuple(map(int, graph.values[p].shape)) for p, (dotted, *_) in graph.parameters.items()}
+
+
+def merged_by(compiled: Compiled, every: Mapping[str, Blocks]) -> Merging:
+    """How values join as they are assembled: a weight with its bias is one, in the order of its factors."""
+    found = merging(compiled)
+    return replace(found, joins={name: _of_blocks(each, found.joins.get(name, {})) for name, each in every.items()})
+
+
+def _of_blocks(blocks: Blocks, joins: Mapping[str, tuple[Join, ...]]) -> dict[str, tuple[Join, ...]]:
+    found = {name: own[: len(blocks.factors[name].diagrams)] if name in blocks.factors else own
+             for name, own in joins.items() if name not in blocks.joined.values()}
+    for name in blocks.joined:
+        first = blocks.factors[name].means.index(None)
+        own = joins[name]
+        A, mean = own[1 - first], own[-1]
+        if A != mean or (A.way, A.power, A.loss) != (Way.SUM, -1.0, 0.0):  # its last element is 1
+            A = refused(A.why or mean.why or "its factor of the input is no mean over the samples")
+        found[name] = (own[first], A)
+    return found
 
 
 def _axes(compiled: Compiled, quantity: str) -> Axes | None:

@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError
 from ..linalg import KroneckerFactors
+from .batch import Batch
+from .merger import Merger
 
 Tensors = Literal[
     "grad", "batch_grad", "batch_l2", "batch_dot", "second_moment", "variance", "sqrt_ggn", "sqrt_ggn_mc", "diag_ggn",
@@ -39,13 +41,20 @@ class Result(Mapping[str, Mapping[str, Any]]):
         values: Mapping[str, Mapping[str, Any]],
         axes: Mapping[str, Axes | None] | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
+        batch: Batch | None = None,
     ) -> None:
         """
         axes    of every quantity's values; None where they are no tensors, or not alike for all parameters
         shapes  of the model's parameters, in their order
+        batch   what it was computed of; None: nobody knows, and it is not merged
         """
         self.loss, self.output, self._values = loss, output, values
-        self._axes, self._shapes = axes or {}, shapes or {}
+        self._axes, self._shapes, self.batch = axes or {}, shapes or {}, batch
+
+    @property
+    def count(self) -> int | None:
+        """The number of samples that it was computed of; None where nobody knows."""
+        return None if self.batch is None else self.batch.count
 
     @overload
     def __getitem__(self, quantity: Tensors) -> Mapping[str, torch.Tensor]: ...
@@ -119,6 +128,22 @@ class Result(Mapping[str, Mapping[str, Any]]):
         values = "no parameter" if name is None else f"{shown[name]} for {name!r}"
         raise InputError(f"{quantity!r} has {what}: its value is {values}; {remedy}, result[quantity] has them by name")
 
+    def merge(self, other: Result) -> Result:
+        """The result of both batches together, as if they had been one, in memory of its own.
+
+        How each value joins follows from its formula: what has the samples on an axis is put one after the other, sums
+        add up, means count by samples; of a mean over the kept labels by these. Neither result changes.
+        Merge as many as you like, in any order; `tn.over` does it for all batches of a loader.
+
+        Raises `InputError` for what two batches do not tell (pairs of samples), and for results of other programs,
+        options, dtypes or shapes. That the parameters, and operands without samples, were the same is up to you.
+        """
+        if not isinstance(other, Result):
+            raise InputError(f"merge: {type(other).__name__} is no tn.Result: give what a program returns")
+        merger = Merger(self)
+        merger.add(other)
+        return merger.result()
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Result:
         """The result on a device, and its real numbers in a dtype; whole numbers and masks keep theirs."""
 
@@ -133,7 +158,14 @@ class Result(Mapping[str, Mapping[str, Any]]):
 
     def _mapped(self, function: Callable[[Any], Any], output: Any) -> Result:
         values = {quantity: {name: function(v) for name, v in by.items()} for quantity, by in self._values.items()}
-        return Result(None if self.loss is None else function(self.loss), output, values, self._axes, self._shapes)
+        batch = self.batch and self.batch.moved(function)
+        return self.with_values(None if self.loss is None else function(self.loss), output, values, batch)
+
+    def with_values(
+        self, loss: torch.Tensor | None, output: Any, values: Mapping[str, Mapping[str, Any]], batch: Batch | None
+    ) -> Result:
+        """The same quantities of the same model with other values."""
+        return Result(loss, output, values, self._axes, self._shapes, batch)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it as a dict of tensors, texts and numbers, for any torch.load; the tensors themselves, no copies."""
@@ -143,6 +175,7 @@ class Result(Mapping[str, Mapping[str, Any]]):
             "values": {quantity: {name: _state(v) for name, v in by.items()} for quantity, by in self._values.items()},
             "axes": {quantity: axes and [axes.lead, axes.parameter] for quantity, axes in self._axes.items()},
             "shapes": {name: list(shape) for name, shape in self._shapes.items()},
+            "batch": self.batch and self.batch.plain(),
         }
 
     @classmethod
@@ -157,6 +190,7 @@ class Result(Mapping[str, Mapping[str, Any]]):
             {quantity: {name: _of_state(v) for name, v in by.items()} for quantity, by in state["values"].items()},
             {quantity: axes and Axes(*axes) for quantity, axes in state["axes"].items()},
             {name: tuple(shape) for name, shape in state["shapes"].items()},
+            Batch.of_plain(state["batch"]) if state.get("batch") else None,
         )
 
     def __repr__(self) -> str:

@@ -189,6 +189,7 @@ def cross_entropy_loss(call: Any) -> Rule:
         saved=saved | _softmax_root(call),
         root=_columns(call) if call.reduction != NONE else None,
         functions=(softmax_draw,),
+        divisor="average" if by and not soft else "",
     )
 
 
@@ -249,4 +250,4 @@ def nll_loss(call: Any) -> Rule:
     left = "n, *s" if call.reduction == NONE else ""
     saved = _hard_target(call, 0.0)
     del saved["less"]
-    return Rule(f"output[{left}] = -t[n, c, *s] * input[n, c, *s]{by}", saved=saved)
+    return Rule(f"output[{left}] = -t[n, c, *s] * input[n, c, *s]{by}", saved=saved, divisor="average" if by else "")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy, deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from functools import partial
-from inspect import signature
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..compiler import Compiled
 from ..compiler.agreement import SAMPLES, agree, first_samples
-from ..compiler.emit.loaded import load, running
+from ..compiler.emit.loaded import running
 from ..compiler.emit.naming import comment
 from ..compiler.emit.source import MEMORY
 from ..compiler.explain.stages import explain
@@ -28,10 +27,11 @@ from ..compiler.translate.torch_modes import own_dtypes
 from ..diagram.core import N
 from ..errors import InputError
 from ..quantities import Quantity
-from ..results import Blocks, Result, Values, assemble, blocks, parameter_shapes
+from ..results import Batch, Result, Values, assemble, parameter_shapes, shown
 from .given import check_batch, check_parameters, flattened, named_tensors, own, replaced
 from .graphed import Graphed
 from .halves import Halves, Saved
+from .loaded import Loaded
 from .noise import drawn
 from .operands import Given, Operands, Shape
 from .owned import Owner
@@ -45,21 +45,6 @@ class Indefinite(Enum):
 
     REFUSE = "refuse"
     CLIP = "clip"
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What runs one plan: its function, the names of what that takes, and what each quantity's blocks are made of."""
-
-    function: Callable[..., Any]
-    takes: frozenset[str]
-    blocks: Mapping[str, Blocks]
-
-    @classmethod
-    def of(cls, quantities: Iterable[str], compiled: Compiled) -> Loaded:
-        function = load(compiled.source)
-        found = {name: blocks(compiled, name) for name in quantities}
-        return cls(function, frozenset(signature(function).parameters), found)
 
 
 class Program:
@@ -109,6 +94,7 @@ class Program:
             self._fixed |= phase.constants
         self._operands = Operands(compiled)
         self._shapes = parameter_shapes(compiled)
+        self._made = {quantity.name: shown(quantity) for quantity in quantities}
         self._output_spec = pytree.tree_structure(compiled.graph.output)
         self._halves = Halves(compiled, f"{type(model).__name__}: {', '.join(self.quantities)}")
 
@@ -311,6 +297,7 @@ class Program:
         output: Any,
         values: Values,
         checks: Sequence[torch.Tensor] = (),
+        divisor: torch.Tensor | None = None,
     ) -> Result:
         """What the emitted function returns, as a user reads it, in memory of its own."""
         for smallest in checks:
@@ -329,7 +316,8 @@ class Program:
         if output is not None:
             leaves = [own(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in output]
             whole = pytree.tree_unflatten(leaves, self._output_spec)
-        return Result(loss, whole, made, axes, self._shapes)
+        batch = Batch(self._batch(read), sized.loaded.merging, self._made, None if divisor is None else own(divisor))
+        return Result(loss, whole, made, axes, self._shapes, batch)
 
     def _with_noise(
         self,
@@ -349,7 +337,8 @@ class Program:
     def _batch(self, tensors: Mapping[str, torch.Tensor]) -> int:
         """How many samples there are."""
         graph = self._compiled.graph
-        sizes = ((name, k) for name in graph.inputs for k, size in enumerate(graph.values[name].shape) if size == N)
+        there = (name for name in graph.inputs if name in tensors)
+        sizes = ((name, k) for name in there for k, size in enumerate(graph.values[name].shape) if size == N)
         return next(tensors[name].shape[k] for name, k in sizes)
 
     def detached(self) -> Program:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -46,7 +46,10 @@ def added(samples):
 
 
 def emit(graph: Graph, plan: Plan, header: str, functional: bool = False) -> str:
-    """The source of ``program(tensors) -> (loss, output, results[, checks])``; `functional`: it writes over nothing."""
+    """The source of ``program(tensors) -> (loss, output, results[, checks[, divisor]])``.
+
+    functional  it writes over nothing
+    """
     return Writer(graph, plan, functional).source(header)
 
 
@@ -54,6 +57,7 @@ class Writer:
     """Writes one source: the helpers and functions that it needs, and the program."""
 
     def __init__(self, graph: Graph, plan: Plan, functional: bool = False, width: int | None = None) -> None:
+        plan = plan if width is None else replace(plan, divisor=None)  # a file has nothing to merge
         self.graph, self.plan, self.functional, self.width = graph, plan, functional, width
         self.steps = tuple(step for step, _ in plan.timed)
         self.helpers = {fn.name: fn.source for step in self.steps for fn in _every(helpers, step)}
@@ -239,9 +243,10 @@ class Writer:
             lines += [self.printer.statement(f"            {string(name)}: ", value, ",") for name, value in by.items()]
             lines.append("        },")
         loss = self.names(plan.loss) if plan.loss is not None else "None"
-        checks = f", [{', '.join(map(self.names, plan.checks.values()))}]" if plan.checks else ""
+        checks = f", [{', '.join(map(self.names, plan.checks.values()))}]" if plan.checks or plan.divisor else ""
+        last = f", {self.names(plan.divisor)}" if plan.divisor else ""
         output = f"({shown},)" if leaves else "()"
-        return ["\n".join([*lines, "    }"]), f"    return {loss}, {output}, results{checks}"]
+        return ["\n".join([*lines, "    }"]), f"    return {loss}, {output}, results{checks}{last}"]
 
     def _values(self) -> dict[str, dict[str, Value | tuple[Value, ...]]]:
         """Quantity -> parameter -> a value, or its factors and then their means."""

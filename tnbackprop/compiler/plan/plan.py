@@ -56,6 +56,7 @@ class Plan:
     columns: Mapping[str, Value]  # variable of a sweep -> all its columns, or those that are drawn in a round
     forward: Mapping[str, Value]  # what the calls of the model give, and what rules save of them
     operands: tuple[str, ...] = ()  # what of it is handed in for quantities
+    divisor: Value | None = None  # what the loss is divided by besides N
 
     @property
     def timed(self) -> Iterator[tuple[Value, int]]:
@@ -77,7 +78,7 @@ class Plan:
         """The values that it is for."""
         found = {*self.output.values(), *self.checks.values()}
         found |= {value for by in self.results.values() for value in by.values()}
-        return found | ({self.loss} if self.loss else set())
+        return found | {value for value in (self.loss, self.divisor) if value is not None}
 
     def is_large(self, value: Value) -> bool:
         """Whether the system would give its memory page by page."""
@@ -148,13 +149,14 @@ def _plan(
     output = {name: store.find(name) for name in names_in(graph.output)}
     loss = store.find(graph.loss) if graph.loss else None
     wanted = {*output.values(), *(value for by in results.values() for value in by.values()), *checks.values()}
-    wanted |= {loss} if loss else set()
+    divisor = store.find(derived.divisors[0]) if loss and len(derived.divisors) == 1 else None
+    wanted |= {value for value in (loss, divisor) if value is not None}
     steps = alive(store.steps, wanted)
     given = {name: value for name, value in store.names.items() if value.expr is None and name != LIKE}
     return Plan(
         steps, _in_order(results, graph), checks, loss, output, tuple(choices), graph.example_batch, itemsize, rates,
         given, store.noises, store.like, {c.variable: _start(store, c, begun[c.number]) for c in derived.columns},
-        _forward_values(store, graph, derived), operands,
+        _forward_values(store, graph, derived), operands, divisor,
     )  # fmt: skip
 
 

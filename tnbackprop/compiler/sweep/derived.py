@@ -298,6 +298,11 @@ class Derived:
         return frozenset(result.quantity for phase in self.phases for result, _ in phase.totals.values())
 
     @property
+    def divisors(self) -> tuple[str, ...]:
+        """The values that losses are divided by besides N: means over what is kept."""
+        return tuple(rule.divisor for _, rule in self.bound if rule.divisor)
+
+    @property
     def last(self) -> int:
         """The last phase."""
         return max((item.level for item in self.items if isinstance(item, Extraction)), default=0)

@@ -1,0 +1,29 @@
+"""What runs one plan of a program, and what its values are made into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+from ..compiler import Compiled
+from ..compiler.emit.loaded import load
+from ..compiler.merging import Merging
+from ..results import Blocks, blocks, merged_by
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One plan: its function, the names of what that takes, what quantities' blocks are made of, how batches join."""
+
+    function: Callable[..., Any]
+    takes: frozenset[str]
+    blocks: Mapping[str, Blocks]
+    merging: Merging
+
+    @classmethod
+    def of(cls, quantities: Iterable[str], compiled: Compiled) -> Loaded:
+        function = load(compiled.source)
+        found = {name: blocks(compiled, name) for name in quantities}
+        return cls(function, frozenset(signature(function).parameters), found, merged_by(compiled, found))

@@ -1,0 +1,62 @@
+"""Over all batches of a loader: one result, as if the data had been one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..results import Merger, Result
+from .operands import Given
+from .program import Program
+from .progress import counted
+
+PerBatch = Callable[[Any], Given]
+
+
+def over(
+    program: Program,
+    loader: Iterable[Any],
+    *,
+    seed: int | None = None,
+    progress: bool = False,
+    operands: Given | PerBatch | None = None,
+) -> Result:
+    """The result of a program on all data of a loader, as if it had been one batch.
+
+    loader    batches (x, y) of any sizes, or x alone (a dict); run through once. Moving them to a device is up to you
+    seed      of what Monte-Carlo quantities draw, new numbers for every batch; None: torch's own generator
+    progress  a bar for the batches
+    operands  what quantities read besides, the same for every batch; or a function from a batch to them
+
+    One result is in memory beside what is wanted: what adds up is added in place, and only values with an axis of
+    samples, the model's output among them, grow with the data. Raises `InputError` for an empty loader, and for what
+    batches do not tell (see `Result.merge`).
+    """
+    if not isinstance(program, Program):
+        raise InputError(f"tn.over: {type(program).__name__} is no program: give what tn.compile returns")
+    if not isinstance(loader, Iterable) or isinstance(loader, torch.Tensor | Mapping):
+        raise InputError(f"tn.over: a {type(loader).__name__} gives no batches: give a DataLoader, or a list of (x, y)")
+    generator = None if seed is None else _generator(program, seed)
+    merger: Merger[Result] | None = None
+    for batch in counted(loader, "over batches") if progress else loader:
+        x, y = batch if isinstance(batch, tuple | list) and len(batch) == 2 else (batch, None)
+        given = operands(batch) if callable(operands) else operands
+        found = program(x, y, generator=generator, operands=given)
+        if merger is None:
+            merger = Merger(found)
+        else:
+            merger.add(found)
+        del found  # before the next one is made
+    if merger is None:
+        raise InputError("tn.over: the loader gives no batch")
+    return merger.result()
+
+
+def _generator(program: Program, seed: object) -> torch.Generator:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+        raise InputError(f"tn.over: seed={seed!r}: give a whole number of 64 bits")
+    tensors = (*program.model.parameters(), *program.model.buffers())
+    return torch.Generator(tensors[0].device).manual_seed(seed)
