@@ -31,7 +31,7 @@ SUMS: dict[str, tn.Quantity] = {
         tn.DirectionalCurvature(), tn.DirectionalRoot(), tn.SqrtGGN(), tn.DiagGGN(), tn.DiagGGN("each_diag", True),
         tn.GGNTrace(), tn.Total(tn.GGNTrace()), tn.KFLR(), tn.KFLR("joined", bias=tn.Bias.JOINED),
         tn.KFLR("reduced", tn.Sharing.REDUCE), tn.HessianDiag(), tn.HessianDiag("each_hessian", True), tn.HesScale(),
-        tn.BL89(), tn.Jacobians(),
+        tn.BL89(), tn.Jacobians(), tn.InputGrad(), tn.DiagGGN("labels", root=tn.Labels()), tn.SqrtGGN("one", root=tn.Labels()),
     )
 }  # fmt: skip
 
@@ -61,7 +61,7 @@ NETS = {
     "tied": Net(
         lambda: nn.Sequential(TiedAutoencoder(), nn.Linear(4, 3)), lambda: torch.randn(N, 4), ("reduced", "sketch")
     ),
-    "embedding": Net(Embedded, lambda: torch.randint(5, (N, 4)), ("joined", "sketch")),
+    "embedding": Net(Embedded, lambda: torch.randint(5, (N, 4)), ("joined", "sketch", "input_grad")),
 }
 LOSSES = {
     "mean": nn.CrossEntropyLoss(),
@@ -288,6 +288,20 @@ def test_other_programs() -> None:
     with pytest.raises(tn.InputError, match="does not know what it was computed of"):
         first.merge(tn.Result(None, None, {}))
     assert first.count == N
+
+
+def test_halves_merge() -> None:
+    """Of backward passes: without an output, and with what the loss was divided by; and of handed cotangents."""
+    program = compiled(MODEL, nn.CrossEntropyLoss(), X, KEPT, QUANTITIES)
+    whole = program.backward(program.forward(X)[1], KEPT)
+    parts = [program.backward(program.forward(x)[1], y) for x, y in halves((X, KEPT), (2, 5))]
+    one, two = (leaves(each) for each in (reduce(tn.Result.merge, parts), whole))
+    assert all(torch.allclose(one[what], two[what], rtol=1e-10, atol=1e-12) for what in two if what != "output")
+    with pytest.raises(tn.InputError, match="the outputs of the results have different structures"):
+        whole.merge(program(X, KEPT))
+    handed = tn.compile(MODEL, tn.HANDED, X, [tn.Grad(), tn.BatchL2()], check=False)
+    found = tn.over(handed, halves((X, X + 1), (3, 4)))
+    assert torch.allclose(found["grad"]["0.weight"], handed(X, X + 1)["grad"]["0.weight"], atol=1e-12)
 
 
 def test_states_merge() -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ...diagram.core import COLUMN, Diagram, hint_of
+from ...diagram.core import COLUMN, Diagram, Size, hint_of
 from ...errors import UnsupportedError
 from ...notation.bind import BoundRule
-from ..lower.arrange import added
+from ..lower.arrange import added, reshaped
 from ..lower.candidate import Lowering
 from ..lower.contract import build
 from ..lower.table import LOWERINGS
@@ -144,7 +144,10 @@ def _plan(
         _gather(results, scheduled(store, graph, now.schedule[:ahead], chunk, choices))
         _sweeps(store, graph, now, chunk, choices, results, checks, begun)
     make_relative(store, graph, derived, results)
-    results |= {Result(q): {name: store.find(g) for name, g in by.items()} for q, by in derived.inputs.items()}
+    shapes = {name: graph.values[name].shape for by in derived.inputs.values() for name in by}
+    results |= {
+        Result(q): {name: _in_shape(store, g, shapes[name]) for name, g in by.items()} for q, by in derived.inputs.items()
+    }
     results = {q: by for q, by in results.items() if q.quantity not in derived.hidden}
     output = {name: store.find(name) for name in names_in(graph.output)}
     loss = store.find(graph.loss) if graph.loss else None
@@ -162,6 +165,13 @@ def _plan(
 
 def _start(store: Store, columns: Columns, rows: Mapping[str, Value]) -> Value:
     return rows.get(columns.variable) or store.find(columns.variable)
+
+
+def _in_shape(store: Store, name: str, shape: tuple[Size, ...]) -> Value:
+    """A cotangent with all axes of size 1."""
+    value = store.find(name)
+    expr = reshaped(value, value.shape, shape)
+    return expr if isinstance(expr, Value) else store.add(expr, shape, Kernel.VIEW)
 
 
 def _operands(store: Store, derived: Derived) -> tuple[str, ...]:
