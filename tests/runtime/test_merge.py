@@ -31,7 +31,8 @@ SUMS: dict[str, tn.Quantity] = {
         tn.DirectionalCurvature(), tn.DirectionalRoot(), tn.SqrtGGN(), tn.DiagGGN(), tn.DiagGGN("each_diag", True),
         tn.GGNTrace(), tn.Total(tn.GGNTrace()), tn.KFLR(), tn.KFLR("joined", bias=tn.Bias.JOINED),
         tn.KFLR("reduced", tn.Sharing.REDUCE), tn.HessianDiag(), tn.HessianDiag("each_hessian", True), tn.HesScale(),
-        tn.BL89(), tn.Jacobians(), tn.InputGrad(), tn.DiagGGN("labels", root=tn.Labels()), tn.SqrtGGN("one", root=tn.Labels()),
+        tn.BL89(), tn.Jacobians(), tn.InputGrad(), tn.DiagGGN("labels", root=tn.Labels()),
+        tn.SqrtGGN("one", root=tn.Labels()),
     )
 }  # fmt: skip
 

@@ -144,10 +144,8 @@ def _plan(
         _gather(results, scheduled(store, graph, now.schedule[:ahead], chunk, choices))
         _sweeps(store, graph, now, chunk, choices, results, checks, begun)
     make_relative(store, graph, derived, results)
-    shapes = {name: graph.values[name].shape for by in derived.inputs.values() for name in by}
-    results |= {
-        Result(q): {name: _in_shape(store, g, shapes[name]) for name, g in by.items()} for q, by in derived.inputs.items()
-    }
+    for quantity, by in derived.inputs.items():
+        results[Result(quantity)] = {name: _in_shape(store, g, graph.values[name].shape) for name, g in by.items()}
     results = {q: by for q, by in results.items() if q.quantity not in derived.hidden}
     output = {name: store.find(name) for name in names_in(graph.output)}
     loss = store.find(graph.loss) if graph.loss else None
