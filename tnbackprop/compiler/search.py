@@ -18,7 +18,9 @@ from .plan.plan import Plan, plan
 from .plan.processor import of_processor
 from .plan.samples import separable
 from .program.cost import RATES, Rates
-from .sweep.derived import Derived, PerSample
+from .program.expr import Rounds
+from .sweep.derived import Derived, Extraction, PerSample
+from .sweep.roots import LossRoot
 from .translate.graph import Call, Graph
 
 WIDER = (4, 8)
@@ -26,6 +28,8 @@ CLEARLY = 0.95
 """As many columns are propagated together as the device likes, half as many where that looks faster (they may come out
 even), or one of `WIDER` times as many where that looks clearly faster: those take more memory. The gradient joins them
 where that looks clearly faster, too: views are not free."""
+EVEN = 0.02
+"""A share of the time in which columns that are none may take part."""
 MANY = 2
 """A sample that has this many times the columns that the device likes may have them all at once."""
 WORTH = 1e-3
@@ -83,6 +87,8 @@ def searched(
 
     def attempt(columns: int, per_sample: PerSample | None = None, joint: bool = False) -> Made | None:
         plain = columns == width and per_sample is None and not joint
+        if joint and not _leaves_room(derived, width):
+            return None
         again = derived if plain else derived_for(columns, per_sample, joint)
         possible = separable(again) and joint == any(each.joint for each in again.columns)
         return (again, plan(graph, again, rates, itemsize, lowerings=every)) if possible else None
@@ -92,6 +98,29 @@ def searched(
         derived = derived_for(1)
         planned = plan(graph, derived, rates, itemsize, memory_limit, every)
     return derived, planned
+
+
+def _leaves_room(derived: Derived, width: int) -> bool:
+    """Whether the gradient may go with the columns of a root: it has results, and one more than they are go at once."""
+    roots = [each for each in derived.columns if isinstance(each.start, LossRoot)]
+    extracted = any(isinstance(item, Extraction) for item in derived.schedule)
+    return extracted and any(each.width == each.count < width for each in roots)
+
+
+def _fewer_may_do(planned: Plan) -> bool:
+    """Whether fewer columns at a time may be faster: many of the last round's are none, or a value is large.
+
+    Elsewhere more rounds do the same, and more often.
+    """
+    loops = [(step, step.expr) for step in planned.steps if isinstance(step.expr, Rounds) and step.expr.of_columns]
+    if any(planned.is_large(value) for _, rounds in loops for value in rounds.body.steps):
+        return True
+    nothing = [
+        planned.rates.seconds(step.kernel, step.work, planned.batch, planned.itemsize)
+        * (1 - int(rounds.size) / (rounds.count * rounds.width))
+        for step, rounds in loops
+    ]
+    return sum(nothing) > EVEN * planned.seconds
 
 
 def _widths(rates: Rates, batch: int) -> tuple[int, ...]:
@@ -105,7 +134,7 @@ def _fastest(width: int, others: Sequence[int], per_sample: PerSample, attempt: 
     """What is derived and planned for as many columns at a time as looks best, or for one sample after the other."""
     best = attempt(width)
     assert best is not None
-    likes = best[1].seconds
+    first, likes = best[1], best[1].seconds
     if likes < WORTH:
         return best
     together = attempt(width, joint=True) if likes < SMALL else None
@@ -117,10 +146,12 @@ def _fastest(width: int, others: Sequence[int], per_sample: PerSample, attempt: 
     if by_sample is not None and by_sample[1].seconds < CLEARLY * likes:
         best = by_sample
     for tried in others:
+        if tried < width and not _fewer_may_do(first):
+            continue
         made = attempt(tried)
         assert made is not None
         better = made[1].seconds < (likes if tried < width else min(CLEARLY * likes, best[1].seconds))
         best = made if better and made[1].seconds < best[1].seconds else best
-        if better == (tried < width):  # fewer do, or these are too many
+        if better == (tried < width) or not made[1].loops:  # fewer do, these are too many, or all of them
             break
     return best

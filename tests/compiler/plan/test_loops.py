@@ -222,9 +222,12 @@ PER_SAMPLE = -64
         (90, {8: 1e-4}, 8),  # planning takes longer
     ],
 )
-def test_how_many_columns_are_taken(columns: int, seconds: dict[int, float], chosen: int) -> None:
+def test_how_many_columns_are_taken(
+    columns: int, seconds: dict[int, float], chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The fastest; each width is planned once, and none in vain."""
-    tried = []
+    tried: list[int] = []
+    monkeypatch.setattr(search, "_fewer_may_do", lambda planned: True)
 
     def attempt(width: int, per_sample: PerSample | None = None, joint: bool = False) -> Any:
         if joint:
@@ -235,6 +238,38 @@ def test_how_many_columns_are_taken(columns: int, seconds: dict[int, float], cho
 
     assert search._fastest(8, (4, 32, 64), PerSample(64, 16), attempt)[0].width == chosen
     assert tried == list(seconds)
+
+
+@pytest.mark.parametrize(
+    ("classes", "large", "widths"),
+    [
+        (9, False, [4, 16]),  # two rounds of four; all at once then, and no more than all
+        (9, True, [4, 2, 16]),  # what is large may not fit the cache
+        (12, False, [4, 2, 16]),  # three rounds of four, of which one is none
+    ],
+)
+def test_which_columns_are_tried(
+    classes: int, large: bool, widths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+    own = search._fastest
+
+    def fastest(width: int, others: Any, least: Any, attempt: Any) -> Any:
+        def noted(columns: int, *ways: Any, **more: Any) -> Any:
+            made = attempt(columns, *ways, **more)
+            tried.extend([columns] if made is not None else [])
+            return made
+
+        return own(width, others, least, noted)
+
+    monkeypatch.setattr(search, "_fastest", fastest)
+    monkeypatch.setattr(search, "_widths", lambda rates, batch: (4, 2, 16, 32))
+    monkeypatch.setattr(search, "WORTH", 0.0)
+    rates = replace(cost.CPU, fresh_threshold=0.0) if large else cost.CPU
+    monkeypatch.setattr(search, "of_processor", lambda own: rates)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, classes)), torch.randn(8, 3)
+    tn.compile(model, nn.CrossEntropyLoss(), (x, torch.randint(classes, (8,))), [tn.DiagGGN()], check=False)
+    assert tried == widths
 
 
 def test_not_one_by_one_where_that_cannot_be() -> None:

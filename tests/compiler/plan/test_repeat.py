@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tnbackprop as tn
+from tnbackprop.compiler import search
 from tnbackprop.compiler.plan import choose, items
 
 QUANTITIES = (tn.Grad(), tn.BatchGrad(), tn.BatchL2(), tn.Variance(centred=True), tn.DiagGGN(), tn.KFAC(), tn.KFLR())
@@ -51,9 +52,9 @@ def other_epsilons(blocks: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(8, 3))
 
 
-def compiled(model: nn.Module) -> tn.Program:
+def compiled(model: nn.Module, quantities: tuple[tn.Quantity, ...] = QUANTITIES) -> tn.Program:
     x, y = torch.randn(5, 8), torch.randint(3, (5,))
-    return tn.compile(model, nn.CrossEntropyLoss(), (x, y), QUANTITIES)
+    return tn.compile(model, nn.CrossEntropyLoss(), (x, y), quantities)
 
 
 def anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,8 +78,18 @@ def test_the_same_program(net: Callable[[int], nn.Module], monkeypatch: pytest.M
             assert mine.seconds == pytest.approx(yours.seconds)
 
 
-@pytest.mark.parametrize("net", [mlp, residual, normed], ids=lambda net: net.__name__)
-def test_planned_once(net: Callable[[int], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+TWO_SWEEPS = (tn.BatchGrad(), tn.DiagGGNMC(), tn.KFAC())
+"""The second finds in place what the first one had built again: the norms' centred inputs."""
+
+
+@pytest.mark.parametrize(
+    ("net", "quantities"),
+    [(mlp, QUANTITIES), (residual, QUANTITIES), (normed, QUANTITIES), (normed, TWO_SWEEPS)],
+    ids=["mlp", "residual", "normed", "normed, two sweeps"],
+)
+def test_planned_once(
+    net: Callable[[int], nn.Module], quantities: tuple[tn.Quantity, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     planned: set[str] = set()  # of all plans that are tried: there are more of a larger program
     own = choose._chosen
 
@@ -87,11 +98,39 @@ def test_planned_once(net: Callable[[int], nn.Module], monkeypatch: pytest.Monke
         return own(store, item, dotted, chunk)  # type: ignore[arg-type]
 
     monkeypatch.setattr(choose, "_chosen", chosen)
-    compiled(net(4))
+    compiled(net(4), quantities)
     few = len(planned)
     planned.clear()
-    compiled(net(8))
+    compiled(net(8), quantities)
     assert 0 < len(planned) == few
+
+
+def test_loops_of_equal_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The columns of each activation go through what is before it in a loop of their own."""
+    monkeypatch.setattr(search, "_widths", lambda rates, batch: (2,))
+    planned: list[str] = []
+    own = choose._chosen
+
+    def chosen(store: object, item: object, dotted: str, chunk: object) -> object:
+        planned.append(dotted)
+        return own(store, item, dotted, chunk)  # type: ignore[arg-type]
+
+    def curved(blocks: int) -> tn.Program:
+        torch.manual_seed(0)
+        layers = (layer for _ in range(blocks) for layer in (nn.Linear(6, 6), nn.Sigmoid()))
+        model = nn.Sequential(nn.Linear(8, 6), *layers, nn.Linear(6, 3))
+        x, y = torch.randn(5, 8), torch.randint(3, (5,))
+        return tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.HessianDiag()], check=False)
+
+    monkeypatch.setattr(choose, "_chosen", chosen)
+    found = {}
+    for blocks in (4, 6):
+        planned.clear()
+        source = curved(blocks).source
+        found[blocks] = len(planned)
+    assert found[4] == found[6]
+    anew(monkeypatch)
+    assert curved(6).source == source
 
 
 def test_a_plan_that_takes_longer_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

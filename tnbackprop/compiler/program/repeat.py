@@ -7,7 +7,7 @@ already is shared as always. Where that takes longer than it was planned to, all
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ class Planned:
 
     names  of the values, as the diagrams call them; None for one that was not there yet
     found  what those are that were not, where something read them: an equal value may have been there all the same
+    varying  those, and what they view, that are others in each round of a loop, which another loop's are not any more
     notes  what the steps are for
     made   what else there is to know about it
     """
@@ -36,6 +37,7 @@ class Planned:
     names: tuple[str, ...]
     values: tuple[Value | None, ...]
     found: tuple[Value | None, ...]
+    varying: frozenset[Value]
     steps: tuple[Value, ...]
     refs: tuple[Ref, ...]
     seconds: float
@@ -66,7 +68,7 @@ def asked(store: Store, diagrams: Mapping[Any, Diagram]) -> Asked:
     to = {name: f"{k}" for k, name in enumerate(names)}
     form = tuple((what, of_tensors(diagram, to)) for what, diagram in every.items())
     values = tuple(store.find(name) if name in store else None for name in names)
-    facts = tuple(value and _facts(store, value) for value in values)
+    facts = tuple(value and _facts(value, store.varies(value)) for value in values)
     return Asked((form, store.rounds, facts), tuple(names), values)
 
 
@@ -80,7 +82,8 @@ def keep(
     seconds = trial.seconds - saved(trial, *refs)
     named = zip(what.names, what.values, strict=True)
     found = tuple(store.find(name) if value is None and name in store else None for name, value in named)
-    planned = Planned(what.key, what.names, what.values, found, steps, refs, seconds, notes, made)
+    varying = frozenset(each for each in _seen((*what.values, *found)) if store.varies(each))
+    planned = Planned(what.key, what.names, what.values, found, varying, steps, refs, seconds, notes, made)
     store.planned.setdefault(what.key, []).append(planned)
 
 
@@ -89,11 +92,12 @@ def again(store: Store, what: Asked, notes: tuple[str, ...]) -> tuple[Planned, t
     for planned in store.planned.get(what.key, ()):
         to: dict[Value, Value] = {store.like: store.like}
         pairs = zip(planned.values, what.values, strict=True)
-        if not all(_paired(store, one, other, to) for one, other in pairs if one and other):
+        if not all(_paired(store, one, other, to, planned.varying) for one, other in pairs if one and other):
             continue
         trial = store.fork()
         copies = _Copies(trial, to, frozenset(planned.steps), dict(zip(planned.notes, notes, strict=True)))
-        if not all(copies.supplied(name, then) for name, then in zip(what.names, planned.found, strict=True) if then):
+        there = ((name, then) for name, then in zip(what.names, planned.found, strict=True) if then)
+        if not all(copies.supplied(name, then, planned.varying) for name, then in there):
             continue
         if not all(map(copies.enter, (*planned.steps, *(ref.value for ref in planned.refs)))):
             continue
@@ -109,26 +113,36 @@ def _calls(expr: Any) -> bool:
     return isinstance(expr, Rounds | Of) or any(_calls(each) for each in children(expr) if not isinstance(expr, Value))
 
 
-def _paired(store: Store, one: Value, other: Value, to: dict[Value, Value]) -> bool:
-    """Whether a value is to a lowering what another one is; pairs of both, and of what they view, are added `to` it."""
+def _seen(values: Iterable[Value | None]) -> set[Value]:
+    """Values, and those that a lowering may read in their place."""
+    found, rest = set[Value](), [value for value in values if value]
+    while rest:
+        if (value := rest.pop()) not in found:
+            found.add(value)
+            rest += [ref.value for ref in _around(value) if ref is not None]
+    return found
+
+
+def _paired(store: Store, one: Value, other: Value, to: dict[Value, Value], varying: frozenset[Value]) -> bool:
+    """Whether a value is to a lowering what another was; pairs of both, and of what they view, are added `to` it."""
     if one in to:
         return to[one] is other
     to[one] = other
-    if _facts(store, one) != _facts(store, other):
+    if _facts(one, one in varying) != _facts(other, store.varies(other)):
         return False
     pairs = list(zip(_around(one), _around(other), strict=True))
     if not all(_legs(a) == _legs(b) for a, b in pairs):
         return False
-    return all(_paired(store, a.value, b.value, to) for a, b in pairs if a and b)
+    return all(_paired(store, a.value, b.value, to, varying) for a, b in pairs if a and b)
 
 
 def _legs(ref: Ref | None) -> object:
     return (ref.stored, ref.order) if ref is not None else None
 
 
-def _facts(store: Store, value: Value) -> tuple[object, ...]:
+def _facts(value: Value, varies: bool) -> tuple[object, ...]:
     near = tuple(sorted(value.near.items())) if value.near is not None else None
-    return value.shape, value.own, value.floating, value.whole, value.strided, near, store.varies(value)
+    return value.shape, value.own, value.floating, value.whole, value.strided, near, varies
 
 
 def _around(value: Value) -> list[Ref | None]:
@@ -166,12 +180,12 @@ class _Copies:
         )  # fmt: skip
         return True
 
-    def supplied(self, name: str, then: Value) -> bool:
+    def supplied(self, name: str, then: Value, varying: frozenset[Value]) -> bool:
         """Whether what something reads first is, where that was there before, what it was then."""
         if then in self.own:
             return True
         self.trial.note = self.notes.get(then.note, self.trial.note)
-        return _paired(self.trial, then, self.trial.find(name), self.to)
+        return _paired(self.trial, then, self.trial.find(name), self.to, varying)
 
     def ref(self, ref: Ref) -> Ref:
         """A value seen with the same legs."""
