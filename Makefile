@@ -12,7 +12,7 @@ PEERS  := backpack-for-pytorch opacus curvlinops-for-pytorch einconv linear_oper
 
 WORKERS := 2
 
-.PHONY: help venv demo test test-slow test-cuda check docs dist bench bench-curvature bench-modern plan-choice clean
+.PHONY: help venv demo test test-slow test-cuda check docs dist bench bench-curvature bench-modern bench-clients plan-choice clean
 .NOTPARALLEL:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make dist    build wheel and sdist, install each into an empty environment, check a client's types"
 	@echo "make bench   install the peers, then time the first-order quantities (BENCH='--device cuda' for options)"
 	@echo "make bench-curvature  the same for curvature and Kronecker factors"
+	@echo "make bench-clients  clipping, natural gradients, EKFAC, attach, saved bytes"
 	@echo "make bench-modern  transformers, residual, U-shaped and recurrent nets against autograd and vmap"
 	@echo "make plan-choice  time both plans of every parameter of 3C3D against what the compiler chose"
 	@echo "make clean   remove .venv and every cache"
@@ -85,6 +86,9 @@ bench-curvature: $(VENV)/.installed-peers
 
 bench-modern: $(VENV)/.installed-peers
 	$(BIN)/python -m benchmarks.modern $(BENCH)
+
+bench-clients: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.clients $(BENCH)
 
 plan-choice: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.plan_choice $(BENCH)

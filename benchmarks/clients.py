@@ -1,0 +1,192 @@
+"""What clients are made of: quantities with operands and phases, halves inside of backward, and what is saved between.
+
+    python -m benchmarks.clients [--model 3c3d] [--only clip] [--rounds 20] [--device cuda]
+
+Times are multiples of autograd's gradient, in turns in one process. `two passes` are norms, then a weighted gradient by
+autograd; `attach/…` is a training step with the user's own backward(), next to the plain one. Saved bytes are what is
+kept between forward and backward for fine-tuning cases, measured, the output not counted. A whole run writes
+benchmarks/results/clients_<device>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tnbackprop as tn
+
+from .first_order import RESULTS, machine
+from .models import net_3c3d
+from .modern_models import MODERN, Modern
+from .report import tables
+from .timing import Call, ratios, round_robin
+
+BASE = "autograd/grad"
+CLASSES, BATCH = 10, 32
+
+
+def _images(batch: int) -> tuple[Tensor, Tensor]:
+    return torch.rand(batch, 3, 32, 32), torch.randint(CLASSES, (batch,))
+
+
+MODELS: Mapping[str, Modern] = {
+    "3c3d": Modern("3c3d", net_3c3d, nn.functional.cross_entropy, _images, BATCH),
+    **{name: MODERN[name] for name in ("encoder", "GPT") if name in MODERN},
+}
+QUANTITIES: Mapping[str, Callable[[], list[tn.Quantity]]] = {
+    "norms": lambda: [tn.Total(tn.BatchL2())],
+    "clip": lambda: [tn.ClippedGrad()],
+    "smw": lambda: [tn.NaturalGradientSMW()],
+    "axis_moments": lambda: [tn.AxisMoments()],
+    "singd_diagonal": lambda: [tn.ProjectedFactors()],
+    "singd_dense": lambda: [tn.ProjectedFactors(structure=tn.Structure.DENSE)],
+    "ekfac_drawn": lambda: [tn.KFAC(), tn.RotatedSecondMoment(root=tn.Draws(1))],
+    "directional": lambda: [tn.DirectionalGrad()],
+}
+TUNED: Mapping[str, Callable[[str, nn.Parameter], bool]] = {
+    "all": lambda name, p: True,
+    "frozen trunk": lambda name, p: name.startswith(("14.", "norm.", "head.")),
+    "biases": lambda name, p: name.endswith("bias"),
+    "vectors": lambda name, p: p.ndim == 1,
+    "first layer": lambda name, p: name.startswith(("0.", "patch.", "tokens.", "words.")),
+}
+"""Which parameters are trained."""
+
+
+def calls(row: Modern, device: torch.device, only: re.Pattern[str]) -> dict[str, Call]:
+    """Entries by name."""
+    torch.manual_seed(0)
+    model = row.model().to(device).eval()
+    x, y = (each.to(device) for each in row.data(row.batch))
+    parameters = list(model.parameters())
+
+    def gradient() -> object:
+        return torch.autograd.grad(row.loss(model(x), y), parameters, materialize_grads=True)
+
+    found: dict[str, Call] = {BASE: gradient}
+    for name, make in QUANTITIES.items():
+        if only.search(name):
+            program = tn.compile(model, row.loss, (x, y), make(), check=False)
+            operands = program.some_operands(x, y)
+            found[f"tnbackprop/{name}"] = lambda p=program, o=operands: p(x, y, operands=o)  # type: ignore[misc]
+    if only.search("clip"):
+        found["two passes/clip"] = _two_passes(model, row, x, y, parameters)
+    return found | (_attached(model, row, x, y) if only.search("attach") else {})
+
+
+def _two_passes(model: nn.Module, row: Modern, x: Tensor, y: Tensor, parameters: list[nn.Parameter]) -> Call:
+    norms = tn.compile(model, row.loss, (x, y), [tn.Total(tn.BatchL2(scale=tn.Scale.UNSCALED))], check=False)
+
+    def each(output: Tensor) -> Tensor:
+        rows = [row.loss(output[n : n + 1], y[n : n + 1]) for n in range(len(y))]
+        return torch.stack(rows)
+
+    def run() -> object:
+        weights = norms(x, y)["batch_l2_total"]["all"].rsqrt().clamp(max=1)
+        return torch.autograd.grad((each(model(x)) * weights).sum(), parameters, materialize_grads=True)
+
+    return run
+
+
+def _attached(model: nn.Module, row: Modern, x: Tensor, y: Tensor) -> dict[str, Call]:
+    """Training steps without the optimiser: the plain one, and with quantities inside of it."""
+    loss = row.loss
+    handed = tn.compile(model, tn.HANDED, x, [tn.Grad(), tn.BatchL2()], check=False)
+    curved = tn.compile(model, loss, (x, y), [tn.Grad(), tn.KFAC()], check=False)
+
+    def plain() -> object:
+        model.zero_grad()
+        return loss(model(x), y).backward()
+
+    def batch_l2() -> object:
+        model.zero_grad()
+        with tn.attach(handed):
+            return loss(model(x), y).backward()
+
+    def kfac() -> object:
+        model.zero_grad()
+        with tn.attach(curved) as attached:
+            return attached.loss(model(x), y).backward()
+
+    return {"autograd/backward": plain, "attach/batch_l2": batch_l2, "attach/kfac": kfac}
+
+
+def saved(row: Modern, device: torch.device) -> dict[str, dict[str, int]]:
+    """Bytes that autograd and the halves of a program keep for a gradient, by fine-tuning case."""
+    found = {}
+    for case, trained in TUNED.items():
+        torch.manual_seed(0)
+        model = row.model().to(device).eval()
+        for name, p in model.named_parameters():
+            p.requires_grad_(trained(name, p))
+        if not any(p.requires_grad for p in model.parameters()):
+            continue
+        x, y = (each.to(device) for each in row.data(row.batch))
+        program = tn.compile(model, row.loss, (x, y), [tn.Grad()], check=False)
+        output, kept = program.forward(x)
+        mine = kept.nbytes - (output.untyped_storage().nbytes() if _kept(kept, output) else 0)
+        found[case] = {"autograd": _by_autograd(model, x), "tnbackprop": mine}
+    return found
+
+
+def _kept(kept: tn.Saved, output: Tensor) -> bool:
+    leaves = torch.utils._pytree.tree_leaves(dict(kept.tensors))
+    return any(t.untyped_storage().data_ptr() == output.untyped_storage().data_ptr() for t in leaves)
+
+
+def _by_autograd(model: nn.Module, x: Tensor) -> int:
+    outside = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+    found: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = model(x)
+    return sum(size for at, size in found.items() if at not in outside | {output.untyped_storage().data_ptr()})
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.clients", description="Time what clients are made of.")
+    parser.add_argument("--model", action="append", choices=tuple(MODELS), help="repeat for several; default all")
+    parser.add_argument("--only", default="", help="regular expression on entries")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--output", type=Path, help="another place for the JSON")
+    options = parser.parse_args(argv)
+    part = bool(options.only or options.model)
+    torch.set_num_threads(options.threads)
+    device, only = torch.device(options.device), re.compile(options.only)
+    results: dict[str, Any] = {**machine(device, options), "problems": {}, "saved": {}}
+    for name in options.model or list(MODELS):
+        row = MODELS[name]
+        seconds = round_robin(calls(row, device, only), options.rounds, 3, device)
+        rows = {entry: {**asdict(found), "peak_bytes": None} for entry, found in ratios(seconds, BASE).items()}
+        results["problems"][name] = {"batch": row.batch, "rounds": options.rounds, "entries": rows}
+        print(tables({name: results["problems"][name]}), flush=True)
+        results["saved"][name] = saved(row, device) if only.search("saved") else {}
+        for case, each in results["saved"][name].items():
+            mine, theirs = each["tnbackprop"], each["autograd"]
+            print(f"saved, {case}: {mine / 1e6:.3g} MB, autograd {theirs / 1e6:.3g} MB, {mine / max(theirs, 1):.2f}")
+    if part and not options.output:
+        print("a part of the benchmark: nothing written (give --output)")
+        return 0
+    output = options.output or RESULTS / f"clients_{device.type}.json"
+    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
