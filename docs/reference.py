@@ -33,7 +33,10 @@ GROUPS = {
         "einsum_layer", "EinsumLayer", "rule", "registered", "primitive", "Rule", "Root", "Table", "Primitive",
         "Declared", "RULES", "REGISTRY",
     ),
-    "Write quantities": ("Quantity", "Uses", "Cotangents", "Diagram", "Leg", "N", "Scale", "Clipping", "Structure"),
+    "Write quantities": (
+        "Quantity", "Uses", "Cotangents", "Diagram", "Leg", "N", "Scale", "Stream", "Clipping",
+        "Structure",
+    ),
     "Write propagations": ("Propagation", "Output", "Residual", "Handed"),
     "Verify, draw, generate": ("verify", "Verification", "draw", "Drawing", "generate", "Generated", "Target"),
     "Errors": ("TnError", "RuleError", "UnsupportedError", "InputError", "InvariantError", "VerificationError"),

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from tnbackprop import api, compiler
-from tnbackprop.compiler import single
-from tnbackprop.compiler.plan import processor
+from tnbackprop.compiler import processor, single
 
 from .captured import Captures
 from .cases import EVERY, RANDOM_CASES

@@ -11,6 +11,7 @@ from .kernels import ntk
 from .layer import EinsumLayer, einsum_layer
 from .linalg import Damping, Eigen, Kind, KroneckerFactors, Role, Spectral, Template
 from .notation.rule import Primitive, Root, Rule
+from .phased import ClippedGrad, Clipping, NaturalGradientSMW
 from .products import (
     Blocks,
     CurvatureProduct,
@@ -32,8 +33,6 @@ from .quantities import (
     BatchGrad,
     BatchL2,
     Bias,
-    ClippedGrad,
-    Clipping,
     DiagGGN,
     DiagGGNMC,
     Diagonal,
@@ -56,7 +55,6 @@ from .quantities import (
     InputGrad,
     Jacobians,
     Labels,
-    NaturalGradientSMW,
     Output,
     ProjectedFactors,
     Propagation,
@@ -68,6 +66,7 @@ from .quantities import (
     Sketch,
     SqrtGGN,
     SqrtGGNMC,
+    Stream,
     Structure,
     Total,
     Variance,
@@ -165,6 +164,7 @@ __all__ = [
     "Spectral",
     "SqrtGGN",
     "SqrtGGNMC",
+    "Stream",
     "Structure",
     "Table",
     "Target",

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .compiler import compile_program
 from .compiler.capture.export import batch_size, check_trainable, plain
 from .compiler.lower.candidate import Lowering
+from .compiler.running.collector import UNCOLLECTED
 from .compiler.translate.graph import Graph
 from .declare import REGISTRY, Declaration, resolve, told_of_replaced
 from .errors import InputError, check_member
@@ -125,7 +126,7 @@ class _Options:
         example = with_cotangent(model, example, quantities) if loss is HANDED else example
         limit, table, others = _bytes(self.memory_limit), resolve(self.rules), left_out(model, self.parameters)
         rows = tuple(self.lowerings)
-        with frozen(model, others):
+        with UNCOLLECTED, frozen(model, others):
             with told_of_replaced(self.rules):
                 compiled = compile_program(
                     model, loss, example, list(quantities), table, limit, lowerings=rows, known=known

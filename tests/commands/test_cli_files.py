@@ -219,7 +219,7 @@ def misuse() -> Iterator[tuple[str, str, str]]:
     yield "verify {compiled}:program --quantity grad", "a program has its own quantities", "quantities of a program"
     yield "verify {file}:text", r"nothing says which module .*\n  Name its class .*--module", "a rule without a module"
     yield "verify {file}:text --module Nope", "has no 'Nope'", "no such module"
-    yield "explain {file}:Net --quantity zzz", r"no quantity 'zzz'\n  known: batch_dot", "unknown quantity"
+    yield "explain {file}:Net --quantity zzz", r"no quantity 'zzz'\n  known: axis_moments", "unknown quantity"
     yield "explain {file}:Net --input 2,3", r"net\.py:Net raises RuntimeError: Expected 3D", "wrong shape"
     yield "explain {file}:Net --input 2,a", r"--input '2,a' is no shape: write positive sizes", "no shape"
     yield "explain {file}:Net --input 0,1,4,4", "is no shape: write positive sizes", "empty batch"
@@ -261,7 +261,7 @@ def misuse() -> Iterator[tuple[str, str, str]]:
         "explain {dir}/two.py:Two",
         r"forward\(\) of .*two\.py:Two takes a, b, and x does not fit: missing .*'b'\n  Define example\(\)", "inputs",
     )  # fmt: skip
-    yield "bench nope", r"no benchmark 'nope'\n  there are first_order, ", "no benchmark"
+    yield "bench nope", r"no benchmark 'nope'\n  there are clients, first_order, ", "no benchmark"
 
 
 PLAIN = "import torch\nnet = torch.nn.Linear(3, 2)\n"

@@ -275,7 +275,7 @@ class Made(tn.Quantity):
 REFUSED: dict[str, tuple[Made, type[Exception], str]] = {
     "branch": (
         Made(make=lambda t: {"w": t["batch_l2"] if t["batch_l2"].sum() > 1 else t["batch_l2"] * 2}),
-        tn.UnsupportedError, r"between\(\) of quantity 'made' depends on the values of its totals.*torch.where",
+        tn.UnsupportedError, r"between\(\) of quantity 'made' depends on the values of what it is given.*torch.where",
     ),
     "one size": (
         Made(make=lambda t: {"w": t["batch_l2"] + torch.ones(7, dtype=torch.float64)}),

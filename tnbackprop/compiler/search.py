@@ -15,8 +15,8 @@ from .limits import check_memory, machine_bytes
 from .lower.candidate import Lowering
 from .lower.table import LOWERINGS
 from .plan.plan import Plan, plan
-from .plan.processor import of_processor
 from .plan.samples import separable
+from .processor import of_processor
 from .program.cost import RATES, Rates
 from .program.expr import Rounds
 from .sweep.derived import Derived, Extraction, PerSample

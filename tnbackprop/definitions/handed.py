@@ -13,18 +13,16 @@ from torch.utils import _pytree as pytree
 from ..compiler.program.inputs import of_loss
 from ..diagram.reading import Reading
 from ..linalg import KroneckerFactors
+from ..phased import ClippedGrad, Clipping, NaturalGradientSMW
 from ..quantities import (
     KFAC,
     AxisMoments,
-    ClippedGrad,
-    Clipping,
     DirectionalCurvature,
     DirectionalGrad,
     DirectionalRoot,
     Fisher,
     InputGrad,
     Labels,
-    NaturalGradientSMW,
     ProjectedFactors,
     Quantity,
     RotatedSecondMoment,

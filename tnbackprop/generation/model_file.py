@@ -18,9 +18,9 @@ from ..compiler.emit import printer
 from ..compiler.emit.layout import Group, Row
 from ..compiler.emit.naming import string
 from ..compiler.emit.source import Writer
+from ..compiler.entered.definite import TOLERATED
 from ..compiler.explain.phases import in_short
 from ..compiler.explain.text import diagram_text
-from ..compiler.plan.definite import TOLERATED
 from ..compiler.translate.graph import Graph
 from ..compiler.translate.sizes import shown
 from ..diagram.core import N, Size

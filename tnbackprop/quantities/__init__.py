@@ -17,7 +17,6 @@ from .operands import (
     Structure,
     WeightedGrad,
 )
-from .phases import ClippedGrad, Clipping, NaturalGradientSMW
 from .propagation import (
     Average,
     Diagonal,
@@ -33,14 +32,15 @@ from .propagation import (
     Propagation,
     Residual,
 )
+from .stream import Stream
 from .total import Total
 
 __all__ = [
     "BL89", "KFAC", "KFLR", "KFRA", "NTK", "Average", "AxisMoments", "BatchDot", "BatchGrad", "BatchL2", "Bias",
-    "ClippedGrad", "Clipping", "DiagGGN", "DiagGGNMC", "Diagonal", "DirectionalCurvature", "DirectionalGrad",
+    "DiagGGN", "DiagGGNMC", "Diagonal", "DirectionalCurvature", "DirectionalGrad",
     "DirectionalRoot", "Draws", "Elementwise", "Exact", "Fisher", "GGNGram", "GGNTrace", "Grad", "Gradient", "Handed",
-    "HesScale", "Hessian", "HessianDiag", "Identity", "InputGrad", "Jacobians", "Labels", "NaturalGradientSMW",
+    "HesScale", "Hessian", "HessianDiag", "Identity", "InputGrad", "Jacobians", "Labels",
     "Output", "ProjectedFactors", "Propagation", "Quantity", "Residual", "RotatedSecondMoment", "Scale",
-    "SecondMoment", "Sketch", "SqrtGGN", "SqrtGGNMC", "Structure", "Total", "Variance", "WeightedGrad",
+    "SecondMoment", "Sketch", "SqrtGGN", "SqrtGGNMC", "Stream", "Structure", "Total", "Variance", "WeightedGrad",
     "check_quantities",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from ..diagram.core import COLUMN, Diagram
 from ..errors import InputError, check_member
 from .factors import Factors
 from .propagation import Draws, Exact, Gradient, Labels, Propagation, check_propagation
+from .stream import Stream
 
 Totals = Mapping[str, Any]
 """Sums over all parameters by the name of a needed quantity, [N], [N, N], …; of a `Total` with groups {group: sum}."""
@@ -80,7 +81,7 @@ class Quantity(ABC):
         raise InputError(f"{type(self).__name__} needs {needed} and has no method between(totals) that uses it")
 
     @abstractmethod
-    def extract(self, J: Uses, g: Cotangents) -> Diagram | Factors:
+    def extract(self, J: Uses, g: Cotangents) -> Diagram | Factors | Stream:
         """The quantity of one parameter: `J.T @ g` has legs [n, *parameter]; every other leg comes from algebra."""
 
 

@@ -12,6 +12,7 @@ from ..errors import InputError
 from .base import Outcome, Quantity, Totals
 from .first_order import BatchL2
 from .propagation import Propagation
+from .stream import Stream
 
 SQUARES = BatchL2()
 ALL = "all"
@@ -60,8 +61,10 @@ class Total(Quantity):
     def between(self, totals: Totals) -> Outcome:
         return self.quantity.between(totals)
 
-    def extract(self, J: Uses, *g: Cotangents) -> Diagram:
+    def extract(self, J: Uses, *g: Cotangents) -> Diagram | Stream:
         found = self.quantity.extract(J, *g)
+        if isinstance(found, Stream):
+            return found
         if not isinstance(found, Diagram) or any(leg in J.legs for leg in found.legs):
             what = ", ".join(map(str, found.legs)) if isinstance(found, Diagram) else "Kronecker factors"
             raise InputError(

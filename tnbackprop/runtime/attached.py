@@ -91,13 +91,13 @@ class Attached:
             )
         holder: dict[str, Any] = {}
         run: Callable[..., tuple[Tensor, ...]] = _Model.apply
-        outputs = run(self, spec, holder, len(leaves), *leaves, *self._parameters())
+        outputs = run(self, spec, holder, len(leaves), *leaves, *self._trained())
         output = pytree.tree_unflatten(list(outputs), holder["spec"])
         for leaf in outputs:
             self._saved[leaf] = holder["saved"]
         return output
 
-    def _parameters(self) -> list[Tensor]:
+    def _trained(self) -> list[Tensor]:
         return [p for p in self.program.model.parameters() if p.requires_grad]
 
     def loss(self, output: Any, y: Any) -> Tensor:
@@ -110,10 +110,10 @@ class Attached:
             found: Tensor = plain(output, y)
             return found
         run: Callable[..., Tensor] = _Loss.apply
-        return run(self, saved, plain, pytree.tree_map(_detached, output), y, *self._parameters())
+        return run(self, saved, plain, pytree.tree_map(_detached, output), y, *self._trained())
 
     def backward(self, saved: Saved, y: Any, factor: Tensor | None = None) -> list[Tensor | None]:
-        """Runs the second half; the gradients of `_parameters`, after those of the inputs."""
+        """Runs the second half; the gradients of `_trained`, after those of the inputs."""
         result = self.program.backward(saved, y)
         self.results.append(result)
         names = [name for name, p in self.program.model.named_parameters() if p.requires_grad]

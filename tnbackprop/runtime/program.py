@@ -17,9 +17,9 @@ from ..compiler.agreement import SAMPLES, agree, first_samples
 from ..compiler.emit.loaded import running
 from ..compiler.emit.naming import comment
 from ..compiler.emit.source import MEMORY
+from ..compiler.entered.definite import TOLERATED
 from ..compiler.explain.stages import explain
 from ..compiler.invariants.stage import Stage
-from ..compiler.plan.definite import TOLERATED
 from ..compiler.program.cost import number
 from ..compiler.sizes import Sized, Sizes
 from ..compiler.translate.sizes import first_broken
@@ -90,8 +90,7 @@ class Program:
         self._memory = Pages()
         self._sizes = Sizes(compiled, partial(Loaded.of, tuple(self.quantities)), check)
         self._fixed = dict(compiled.graph.constants)
-        for phase in compiled.derived.phases:
-            self._fixed |= phase.constants
+        self._fixed |= compiled.derived.constants
         self._operands = Operands(compiled)
         self._shapes = parameter_shapes(compiled)
         self._made = {quantity.name: shown(quantity) for quantity in quantities}
@@ -347,7 +346,8 @@ class Program:
         graph, derived = replace(self._compiled.graph, calls=()), replace(self._compiled.derived, bound=())
         compiled = replace(self._compiled, graph=graph, derived=derived, again=None, captured=None)
         sizes = self._sizes.detached(compiled)
-        other.__dict__ |= {"model": None, "loss": None, "_compiled": compiled, "_sizes": sizes}
+        own = {"_compiled": compiled, "_sizes": sizes, "_halves": Halves(compiled, "")}
+        other.__dict__ |= {"model": None, "loss": None, **own}
         return other
 
     def attached(self, model: torch.nn.Module, loss: Callable[..., Any] | None) -> Program:

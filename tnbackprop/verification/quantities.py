@@ -15,6 +15,7 @@ from ..definitions.handed import HANDED, expected
 from ..definitions.oracle import Problem, Values
 from ..definitions.report import LeftOut, NotDefined, Row, deviation, wrong_entries
 from ..linalg import KroneckerFactors
+from ..phased import ClippedGrad, NaturalGradientSMW
 from ..quantities import (
     BL89,
     KFAC,
@@ -25,7 +26,6 @@ from ..quantities import (
     BatchDot,
     BatchGrad,
     BatchL2,
-    ClippedGrad,
     DiagGGN,
     DiagGGNMC,
     DirectionalCurvature,
@@ -40,7 +40,6 @@ from ..quantities import (
     InputGrad,
     Jacobians,
     Labels,
-    NaturalGradientSMW,
     ProjectedFactors,
     Quantity,
     RotatedSecondMoment,

@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import tnbackprop as tn
+from tnbackprop.compiler import processor
 from tnbackprop.compiler.lower import receptive
 from tnbackprop.compiler.lower.contract import build, made
 from tnbackprop.compiler.lower.receptive import MANY, OF_WIDE_VJP, VJP, find_fields, receptive_fields
 from tnbackprop.compiler.lower.table import LOWERINGS
-from tnbackprop.compiler.plan import processor
 from tnbackprop.compiler.program import cost
 from tnbackprop.compiler.program.cost import CPU, Kernel
 from tnbackprop.compiler.program.store import LIKE, Store

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tnbackprop.compiler.plan import processor
+from tnbackprop.compiler import processor
 from tnbackprop.compiler.program.cost import CPU
 
 INFO = "processor\t: {}\nvendor_id\t: {}\ncpu family\t: {}\nmodel\t\t: 17\nmodel name\t: any\n\n"

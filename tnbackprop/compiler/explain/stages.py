@@ -188,6 +188,9 @@ def rewritten(compiled: Compiled, item: Extraction) -> dict[Result, tuple[Altern
 
 def algebra_lines(compiled: Compiled, item: Extraction) -> Iterator[str]:
     """What the quantities are: Jᵀ g, the parts, each quantity, and what it becomes where it is multiplied out."""
+    if item.streams:
+        yield from (diagram_text(f"{q}, a few samples at a time", d, {}) for q, d in item.diagrams.items())
+        return
     choice = choice_of(compiled, item)
     names, shown = part_names(item.diagrams, choice), set[str]()
     yield from (diagram_text("Jᵀg", diagram, {}) for diagram in pulled_back(compiled, item))

@@ -9,9 +9,11 @@ from math import prod
 import torch
 
 from ...diagram.core import Diagram, Leg, N, Size, hint_of, is_head
+from ...errors import UnsupportedError
 from ...notation.bind import COTANGENT, COTANGENTS
 from ...notation.code import Code, Nth
 from ..derive.fallback import OperatorVjp
+from ..entered.forward import EACH, fill, operator_vjp
 from ..lower.arrange import added, in_order, reshaped, sizes_of
 from ..lower.contract import build
 from ..program import functions as f
@@ -24,8 +26,8 @@ from ..translate.graph import Graph
 from ..translate.operators import Memory, row_of
 from ..translate.torch_internals import overload
 from .choose import Choice, choose
-from .forward import EACH, fill, operator_vjp
 from .placed import joined, side_by_side
+from .streams import streamed
 
 Results = dict[Result, dict[str, Value]]
 
@@ -49,13 +51,13 @@ def scheduled(
             ref = _native(store, item.native, (N, *graph.values[item.of].shape), lead)
             named(store, ref, item.name)
         else:
-            values, choice = _extract(store, graph, item, chunk)
-            choices.append(choice)
+            values, choice = _streams(store, graph, item) if item.streams else _extract(store, graph, item, chunk)
+            choices += [choice] if choice is not None else []
             for quantity, value in values.items():
                 group = item.groups.get(quantity.quantity)
                 own, name = results.setdefault(quantity, {}), graph.parameters[item.parameter][0]
                 if group is not None and group in own:
-                    value = added(store, own[group], value)
+                    value = _summed(store, str(quantity), name, own[group], value)
                 own[name if group is None else group] = value
     return results
 
@@ -158,7 +160,7 @@ def shaped(store: Store, ref: Ref, shape: tuple[Size, ...]) -> Expr:
 
 def _extract(
     store: Store, graph: Graph, item: Extraction, chunk: int | None
-) -> tuple[dict[Result, Value], Choice]:
+) -> tuple[dict[Result, Value], Choice | None]:
     """All results of one parameter, with the set of parts that makes them cheapest together."""
     dotted = graph.parameters[item.parameter][0]
     store.note = f"{dotted}"
@@ -171,6 +173,24 @@ def _extract(
         shape = _result_shape(ref.order, graph.values[item.parameter].shape) if whole else sizes_of(ref.order)
         values[quantity] = _final(store, ref, shape, _cast_dtype(graph, item.parameter))
     return values, choice
+
+
+def _summed(store: Store, quantity: str, parameter: str, one: Value, other: Value) -> Value:
+    if one.shape != other.shape:
+        raise UnsupportedError(
+            f"{quantity} of parameter {parameter!r} is {list(other.shape)}, of others {list(one.shape)}: no total"
+        )
+    return added(store, one, other)
+
+
+def _streams(store: Store, graph: Graph, item: Extraction) -> tuple[dict[Result, Value], None]:
+    """Torch code on slices of a parameter's values."""
+    values = {}
+    for quantity, diagram in item.diagrams.items():
+        store.note = f"{quantity} of {graph.parameters[item.parameter][0]}"
+        shape = graph.values[item.parameter].shape
+        values[quantity] = streamed(store, diagram, item.streams[quantity.quantity], shape).value
+    return values, None
 
 
 def _cast_dtype(graph: Graph, parameter: str) -> torch.dtype | None:

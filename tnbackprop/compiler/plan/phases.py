@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..entered.forward import called
 from ..lower.arrange import reshaped
 from ..program.cost import Kernel
 from ..program.expr import Value
 from ..program.store import Store
 from ..sweep.derived import Derived, Phase, Result
-from .forward import called
 
 Results = Mapping[Result, Mapping[str, Value]]
 

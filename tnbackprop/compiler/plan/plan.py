@@ -11,6 +11,9 @@ import torch
 from ...diagram.core import COLUMN, Diagram, Size, hint_of
 from ...errors import UnsupportedError
 from ...notation.bind import BoundRule
+from ..entered.forward import called, fill, forward_work, seen_in
+from ..entered.own_forward import own_forward
+from ..entered.root_steps import root_steps
 from ..lower.arrange import added, reshaped
 from ..lower.candidate import Lowering
 from ..lower.contract import build
@@ -25,14 +28,11 @@ from ..translate.graph import Call, Graph, op_text
 from ..translate.operators import Memory, row_of
 from ..translate.torch_internals import overload
 from .choose import Choice
-from .forward import called, fill, forward_work, seen_in
 from .items import named, scheduled, shaped
 from .joint import JointSweep
 from .loops import Results, over_columns
-from .own_forward import own_forward
 from .phases import enter_phases
 from .relative import make_relative
-from .root_steps import root_steps
 from .samples import sample_by_sample
 from .slices import columns_first
 
@@ -177,7 +177,7 @@ def _operands(store: Store, derived: Derived) -> tuple[str, ...]:
     handed = {name: reading for name, reading in derived.readings.items() if not reading.of}
     for name, reading in handed.items():
         store.given(name, reading.sizes, store.one_dtype)
-    constants = {name: tensor for phase in derived.phases for name, tensor in phase.constants.items()}
+    constants = derived.constants
     for name, tensor in constants.items():
         store.given(name, tuple(tensor.shape), store.one_dtype and tensor.is_floating_point())
     return (*handed, *constants)

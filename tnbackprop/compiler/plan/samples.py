@@ -44,7 +44,8 @@ def _separable(schedule: Schedule) -> bool:
     """Kronecker factors stay together: those of the input are one tensor for all sweeps."""
     found = [diagram for item in schedule if isinstance(item, Extraction) for diagram in item.diagrams.values()]
     found += [diagram for item in schedule if isinstance(item, Extraction) for diagram in item.condensed.values()]
-    plain = all(isinstance(item, Backward) or (isinstance(item, Extraction) and not item.factors) for item in schedule)
+    extracted = (item for item in schedule if not isinstance(item, Backward))
+    plain = all(isinstance(item, Extraction) and not (item.factors or item.streams) for item in extracted)
     return plain and all(_sums(diagram) for diagram in found)
 
 

@@ -125,7 +125,7 @@ def _sliced(
     if (known := store.built(identity)) is not None:
         return known.renamed(own)
     body, inputs = _body(store, inner, chunk)
-    args = [_argument(store, tensor) for tensor in inputs]
+    args = [argument(store, tensor) for tensor in inputs]
     args += [(store.like, None)] if len(body.params) > len(inputs) else []
     args += [(N, None)] if body.total else []
     axis = own.index(BATCH) if BATCH in own else None
@@ -147,7 +147,7 @@ def _sliced(
 def _body(store: Store, inner: Diagram, chunk: int) -> tuple[Body, list[Tensor]]:
     """The function of `chunk` samples, and what it reads: a parameter for each, and `like` behind them if it does."""
     small = store.separate(chunk)
-    leaves = _leaves(inner)
+    leaves = leaves_of(inner)
     params = {name: small.given(name, sizes_of(t.legs), store.find(name).floating) for name, t in leaves.items()}
     small.like = small.given(LIKE, ())
     ref = build(small, inner)
@@ -169,11 +169,11 @@ def _open(store: Store, op: Operand) -> Operand:
         built = as_tensor(store, build(store, op.diagram))
         return built.rename(dict(zip(op.diagram.legs, op.legs, strict=True)))
     diagram = _renamed(op)
-    products = tuple(_open_product(store, p, diagram.legs) for p in diagram.products)
+    products = tuple(opened(store, p, diagram.legs) for p in diagram.products)
     return Part(Diagram(diagram.legs, products), op.legs)
 
 
-def _open_product(store: Store, product: Product, legs: Legs) -> Product:
+def opened(store: Store, product: Product, legs: Legs) -> Product:
     if BATCH not in product.legs:
         own = tuple(leg for leg in legs if leg in set(product.legs))
         value = build(store, Diagram(own, (product,)))
@@ -181,7 +181,7 @@ def _open_product(store: Store, product: Product, legs: Legs) -> Product:
     return Product(product.scale.xreplace({N: TOTAL}), tuple(_open(store, op) for op in product.operands))
 
 
-def _leaves(diagram: Diagram) -> dict[str, Tensor]:
+def leaves_of(diagram: Diagram) -> dict[str, Tensor]:
     """The runtime tensors that the slice reads, each as it is read first."""
     found: dict[str, Tensor] = {}
     for product in diagram.products:
@@ -194,14 +194,14 @@ def _leaves(diagram: Diagram) -> dict[str, Tensor]:
                 case Selection():
                     found.setdefault(op.index.name, op.index)
                 case Part():
-                    inner = _leaves(_renamed(op))
+                    inner = leaves_of(_renamed(op))
                     found |= {name: t for name, t in inner.items() if name not in found}
                 case _:
                     pass
     return found
 
 
-def _argument(store: Store, tensor: Tensor) -> tuple[Expr, int | None]:
+def argument(store: Store, tensor: Tensor) -> tuple[Expr, int | None]:
     """What a parameter is given, and the axis along which it is cut."""
     ref = read(store, tensor)
     expr = arranged(store, ref, tuple((leg,) for leg in tensor.legs))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import prod
+from typing import Any
 
 import sympy
 from torch import Tensor
@@ -18,6 +19,7 @@ from ...notation.code import Native as Vjp
 from ...quantities import Handed
 from ...quantities.factors import Factors
 from ..translate.graph import Call
+from ..translate.graph import Value as Made
 from .roots import LossRoot
 
 
@@ -73,6 +75,7 @@ class Extraction:
     factors: Mapping[str, Factors] = field(default_factory=dict)  # quantities whose values have several factors
     condensed: Mapping[Result, Diagram] = field(default_factory=dict)  # the same from cotangents before a selection
     groups: Mapping[str, str] = field(default_factory=dict)  # of quantities that are summed over parameters, its group
+    streams: Mapping[str, Any] = field(default_factory=dict)  # torch code on slices of a quantity's diagram
     level: int = 0  # the phase in which it is extracted
     own: frozenset[Leg] = frozenset()  # legs of operands that are no axes of the parameter
 
@@ -89,19 +92,25 @@ def by_level(schedule: Schedule, levels: Mapping[str, int]) -> Schedule:
     """The schedule, with what is extracted in other phases (by quantity) as extractions of their own."""
     found: list[Backward | Individual | Extraction] = []
     for item in schedule:
-        if isinstance(item, Extraction) and any(levels.get(q, 0) for q in item.quantities):
-            found += [_of_level(item, level, levels) for level in sorted({levels.get(q, 0) for q in item.quantities})]
+        if isinstance(item, Extraction) and any(levels.get(q, 0) or q in item.streams for q in item.quantities):
+            kinds = sorted({(levels.get(q, 0), q in item.streams) for q in item.quantities})
+            found += [_of_level(item, level, stream, levels) for level, stream in kinds]
         else:
             found.append(item)
     return tuple(found)
 
 
-def _of_level(item: Extraction, level: int, levels: Mapping[str, int]) -> Extraction:
+def _of_level(item: Extraction, level: int, stream: bool, levels: Mapping[str, int]) -> Extraction:
     def mine(by: Mapping[Result, Diagram]) -> dict[Result, Diagram]:
-        return {q: diagram for q, diagram in by.items() if levels.get(q.quantity, 0) == level}
+        own = (level, stream)
+        return {q: d for q, d in by.items() if (levels.get(q.quantity, 0), q.quantity in item.streams) == own}
 
-    factors = {q: each for q, each in item.factors.items() if levels.get(q, 0) == level}
-    return replace(item, diagrams=mine(item.diagrams), factors=factors, condensed=mine(item.condensed), level=level)
+    streams = {q: each for q, each in item.streams.items() if stream and levels.get(q, 0) == level}
+    factors = {q: each for q, each in item.factors.items() if levels.get(q, 0) == level and not stream}
+    return replace(
+        item, diagrams=mine(item.diagrams), factors=factors, condensed=mine(item.condensed), level=level,
+        streams=streams,
+    )
 
 
 @dataclass(frozen=True)
@@ -264,6 +273,17 @@ def column_leg(width: Size) -> tuple[Leg, ...]:
 
 
 @dataclass(frozen=True)
+class Streamed:
+    """Torch code on some samples: from the value `given` by calls to `made`; `rows`: a row for each sample."""
+
+    given: str
+    calls: tuple[Call, ...]
+    made: Made
+    constants: Mapping[str, Tensor]
+    rows: bool
+
+
+@dataclass(frozen=True)
 class Phase:
     """What a quantity has computed between two phases: calls on values of their own.
 
@@ -291,6 +311,7 @@ class Derived:
     readings: Mapping[str, Reading] = field(default_factory=dict)  # what quantities read besides, by value
     inputs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # quantity -> input -> its cotangent
     phases: tuple[Phase, ...] = ()  # what is computed in between, in order
+    traced: tuple[Streamed, ...] = ()  # the torch code of streams
 
     @property
     def hidden(self) -> frozenset[str]:
@@ -301,6 +322,12 @@ class Derived:
     def divisors(self) -> tuple[str, ...]:
         """The values that losses are divided by besides N: means over what is kept."""
         return tuple(rule.divisor for _, rule in self.bound if rule.divisor)
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """Tensors that the torch code of quantities reads."""
+        found = {name: tensor for phase in self.phases for name, tensor in phase.constants.items()}
+        return found | {name: tensor for each in self.traced for name, tensor in each.constants.items()}
 
     @property
     def last(self) -> int:

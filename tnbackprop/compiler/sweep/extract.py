@@ -10,6 +10,7 @@ from ...diagram.core import COLUMN, COLUMN_COPY, Diagram, Leg, is_head
 from ...errors import InputError, UnsupportedError
 from ...quantities import Propagation, Quantity, Total
 from ...quantities.factors import Factors
+from ...quantities.stream import Stream
 from ..translate.foreign import foreign
 from .condense import condensed
 from .derived import Extraction, Native, Result
@@ -77,6 +78,7 @@ def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction
     """All quantities of one parameter."""
     diagrams: dict[Result, Diagram] = {}
     factors: dict[str, Factors] = {}
+    streams: dict[str, Stream] = {}
     for quantity in sweep.quantities:
         try:
             with foreign(f"quantity {quantity.name!r}", InputError):
@@ -88,13 +90,15 @@ def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction
             factors[quantity.name] = found
             diagrams |= {Result(quantity.name, k): diagram for k, diagram in enumerate(found.diagrams)}
             diagrams |= {Result(quantity.name, k, mean=True): m for k, m in enumerate(found.means) if m is not None}
+        elif isinstance(found, Stream):
+            diagrams[Result(quantity.name)], streams[quantity.name] = found.diagram, found
         elif isinstance(found, Diagram):
             diagrams[Result(quantity.name)] = found
         else:
             what = f"quantity {quantity.name!r}: extract returns {type(found).__name__}"
-            raise InputError(f"{what}: return a tn.Diagram, as (J.T @ g).sum('n') is, or tn.Factors")
+            raise InputError(f"{what}: return a tn.Diagram, as (J.T @ g).sum('n') is, tn.Factors or tn.Stream")
     dotted = sweep.graph.parameters.get(name, (name,))[0]
     groups = {q.name: q.group_of(dotted) for q in sweep.quantities if isinstance(q, Total)}
     read = (leg for reading in sweep.readings.found.values() for leg in reading.legs if leg not in reading.own)
     own = frozenset(leg for leg in read if leg not in uses.legs and not is_head(leg))
-    return Extraction(name, diagrams, factors, groups=groups, own=own)
+    return Extraction(name, diagrams, factors, groups=groups, own=own, streams=streams)

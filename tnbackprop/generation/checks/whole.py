@@ -10,20 +10,18 @@ from dataclasses import dataclass
 
 from ...compiler.emit.layout import Doc, Group
 from ...compiler.emit.naming import string
+from ...phased import ClippedGrad, Clipping, NaturalGradientSMW
+from ...phased.weights import STABLE
 from ...quantities import (
     AxisMoments,
-    ClippedGrad,
-    Clipping,
     DirectionalCurvature,
     DirectionalGrad,
     DirectionalRoot,
     InputGrad,
-    NaturalGradientSMW,
     Quantity,
     Total,
     WeightedGrad,
 )
-from ...quantities.phases import STABLE
 from ..parts.text import call
 from .references import definition
 

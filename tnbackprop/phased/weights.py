@@ -12,9 +12,9 @@ import torch
 from ..diagram.algebra import Cotangents, Uses
 from ..diagram.core import Diagram
 from ..errors import InputError
-from .base import Outcome, Quantity, Scale, Totals, individual
-from .first_order import BatchDot, BatchL2
-from .total import Total
+from ..quantities.base import Outcome, Quantity, Scale, Totals, individual
+from ..quantities.first_order import BatchDot, BatchL2
+from ..quantities.total import Total
 
 
 class Clipping(Enum):

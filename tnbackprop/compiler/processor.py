@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..program.cost import Kernel, Rates
+from .program.cost import Kernel, Rates
 
 TWICE = (Kernel.CONVOLUTION, Kernel.CHANNELS_LAST)
 MKL_IS_SLOW = frozenset({("AuthenticAMD", 26)})

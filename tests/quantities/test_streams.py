@@ -1,0 +1,110 @@
+"""Torch code on a few samples at a time: values, memory, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tnbackprop as tn
+
+from ..cases import CASES
+from ..thinned import thinned
+from .test_operands import LAYERS, run, unscaled
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def histogram(G: Tensor) -> Tensor:
+    return torch.histc(G.flatten(), 12, -1, 1)
+
+
+def largest(G: Tensor) -> Tensor:
+    return G.reshape(G.shape[0], -1).abs().topk(1, 1).values
+
+
+def positive(G: Tensor) -> Tensor:
+    return (torch.tensor(0.0, dtype=G.dtype) < G).sum(0).to(G.dtype)
+
+
+@dataclass(frozen=True)
+class Streamed(tn.Quantity):
+    """Torch code on ∇ℓ_n."""
+
+    name: str = "streamed"
+    function: Callable[[Any], Any] = histogram
+    rows: bool = False
+
+    def __post_init__(self) -> None:
+        """A function is no option of a quantity."""
+
+    def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Stream:
+        return tn.Stream((J.T @ g) / g.scale, self.function, self.rows)
+
+
+@pytest.mark.parametrize("name", thinned(LAYERS))
+def test_streams(name: str) -> None:
+    problem = BY_NAME[name].build()
+    rows = Streamed("largest", largest, rows=True)
+    quantities = [Streamed(), rows, Streamed("positive", positive), tn.Total(Streamed())]
+    result, G = run(problem, quantities), unscaled(problem)
+    for n, own in G.items():
+        torch.testing.assert_close(result["streamed"][n], histogram(own))
+        torch.testing.assert_close(result["largest"][n], largest(own))
+        torch.testing.assert_close(result["positive"][n], positive(own))
+    torch.testing.assert_close(result["streamed_total"]["all"], sum(histogram(own) for own in G.values()))
+
+
+def test_never_all_at_once() -> None:
+    """The individual gradients of 64 samples would take 64 times the memory of the parameters."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(600, 600), nn.Tanh(), nn.Linear(600, 2))
+    x, y = torch.randn(64, 600), torch.randn(64, 2)
+    program = tn.compile(model, nn.MSELoss(), (x, y), [Streamed()])
+    whole = 64 * 4 * 600 * 600
+    assert program.peak_bytes < whole / 2
+    G = tn.compute(model, nn.MSELoss(), (x, y), [tn.BatchGrad(scale=tn.Scale.UNSCALED)])["batch_grad"]
+    for size in (64, 5):
+        result = program(x[:size], y[:size])["streamed"]
+        own = G if size == 64 else tn.compute(
+            model, nn.MSELoss(), (x[:size], y[:size]), [tn.BatchGrad(scale=tn.Scale.UNSCALED)]
+        )["batch_grad"]  # fmt: skip
+        for n, value in result.items():
+            assert (value - histogram(own[n])).abs().sum() <= 1e-3 * value.sum()  # on the border of a bin
+
+
+REFUSED = {
+    "branch": (Streamed(function=lambda G: G.sum() if G.sum() > 0 else -G.sum()), tn.UnsupportedError, "depends on"),
+    "fails": (Streamed(function=lambda G: G @ torch.ones(99)), tn.InputError, "the stream of .* fails"),
+    "no tensor": (Streamed(function=lambda G: {"a": G.sum()}), tn.InputError, "makes dict, not a tensor"),
+    "rows": (Streamed(function=largest), tn.InputError, r"makes \[N, 1\]: a row for each sample goes with rows=True"),
+    "no rows": (Streamed(rows=True), tn.InputError, r"makes \[12\]: a row for each sample"),
+    "total": (tn.Total(Streamed(function=positive)), tn.UnsupportedError, "streamed_total of parameter .* no total"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_stream(name: str) -> None:
+    quantity, error, message = REFUSED[name]
+    with pytest.raises(error, match=f"(?s){message}"):
+        run(BY_NAME["mlp_sum"].build(), [quantity])
+
+
+@dataclass(frozen=True)
+class Pairs(tn.Quantity):
+    """Pairs samples."""
+
+    name: str = "pairs"
+
+    def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Stream:
+        G = J.T @ g
+        return tn.Stream((G * G.relabel(n="m")).sum("m"), histogram)
+
+
+def test_samples_that_meet_are_no_stream() -> None:
+    with pytest.raises(tn.UnsupportedError, match="a stream is cut along the samples, and this diagram pairs them"):
+        run(BY_NAME["linear"].build(), [Pairs()])
