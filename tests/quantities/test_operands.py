@@ -196,7 +196,7 @@ def wrong() -> dict[str, tuple[Callable[[dict[str, Any]], Any], str]]:
         "no parameter": (lambda good: good | {"direction": {}}, "'direction' has nothing for '0.weight'"),
         "a name more": (lambda good: good | {"direction": good["direction"] | {"a": other}}, "has 'a', which nothing"),
         "shape": (lambda good: good | {"weights": other}, r"'weights' has shape \[1\]; it is \[N\], here \[3\]"),
-        "dtype": (lambda good: good | {"weights": good["weights"].float()}, "is torch.float32 on cpu, and the program"),
+        "dtype": (lambda good: good | {"weights": good["weights"].float()}, "is torch.float32 on cpu, and it is read"),
         "no tensor": (lambda good: good | {"weights": 1.0}, "operand 'weights' is float, not a tensor"),
     }
 
@@ -233,3 +233,47 @@ def test_any_batch_size_and_slices() -> None:
         one, two = (p(x[:size], y[:size], operands=operands) for p in (whole, small))
         for key in one:
             assert_equal(two[key], one[key], key)
+
+
+class Mixed(nn.Module):
+    """Parameters of two dtypes, and a softmax in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 4).double(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.two(torch.softmax(self.one(x), -1).float())
+        return found
+
+
+def test_several_dtypes() -> None:
+    """An operand of a parameter has the parameter's."""
+    torch.manual_seed(0)
+    model, x, y = Mixed(), torch.randn(5, 3).double(), torch.randn(5, 2)
+    quantities = [tn.DirectionalGrad(), tn.WeightedGrad(), tn.ClippedGrad(max_norm=0.1)]
+    program = tn.compile(model, nn.MSELoss(), (x, y), quantities)
+    operands = program.some_operands(x, y)
+    assert {name: d.dtype for name, d in operands["direction"].items()} == {
+        name: p.dtype for name, p in model.named_parameters()
+    }
+    result = program(x, y, operands=operands)
+    G = tn.compute(model, nn.MSELoss(), (x, y), [tn.BatchGrad(scale=tn.Scale.UNSCALED)])["batch_grad"]
+    for name, own in G.items():
+        want = (own * operands["direction"][name]).flatten(1).sum(1)
+        torch.testing.assert_close(result["directional_grad"][name], want, rtol=1e-5, atol=1e-6)
+        assert result["clipped_grad"][name].dtype == own.dtype
+
+
+def test_short_dtypes() -> None:
+    """What no kernel does in bfloat16 is done in float32 between the phases."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x, y, short = torch.randn(5, 3), torch.randn(5, 2), torch.bfloat16
+    quantities = [tn.NaturalGradientSMW(damping=1.0), tn.ClippedGrad()]
+    want = tn.compute(model, nn.MSELoss(), (x, y), quantities)
+    got = tn.compute(model.to(short), nn.MSELoss(), (x.to(short), y.to(short)), quantities)
+    for key in want:
+        for name, value in got[key].items():
+            assert value.dtype == short
+            torch.testing.assert_close(value.float(), want[key][name], rtol=0.05, atol=0.02)

@@ -51,7 +51,7 @@ def _phase(graph: Graph, derived: Derived, quantity: Quantity, quantities: Seque
     given = [(result, group) for by in totals.values() for group, (result, _) in by.items()]
     outcome = _outcome(quantity, derived, found.made)
     level, named = level_of(quantity), dict(zip(found.inputs, given, strict=True))
-    return Phase(quantity.name, named, found.calls, outcome, found.constants, level)
+    return Phase(quantity.name, named, found.calls, outcome, found.constants, dtype, level)
 
 
 def _totals(derived: Derived, needed: Needed) -> dict[str, tuple[Result, tuple[Size, ...]]]:
@@ -131,7 +131,7 @@ def _with_streams(graph: Graph, item: Extraction, known: dict[Any, Streamed]) ->
             if stream.rows != (made.made.shape[:1] == (N,)):
                 told = ", ".join(map(str, made.made.shape))
                 raise InputError(f"{where} makes [{told}]: a row for each sample goes with rows=True, all else without")
-            known[key] = Streamed(made.inputs[0], made.calls, made.made, made.constants, stream.rows)
+            known[key] = Streamed(made.inputs[0], made.calls, made.made, made.constants, stream.rows, own.dtype)
         found[name] = known[key]
     return replace(item, streams=found)
 

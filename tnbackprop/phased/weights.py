@@ -103,9 +103,10 @@ class NaturalGradientSMW(Quantity):
 
     def between(self, totals: Totals) -> Outcome:
         K = totals["gram"]
+        K, own = (K if K.dtype.itemsize > 2 else K.float()), K.dtype  # no solver has shorter numbers
         N = K.shape[0]
         damped = K + self.damping * N * torch.eye(N, dtype=K.dtype, device=K.device)
-        return {"weights": torch.linalg.solve(damped, K.new_ones(N))}
+        return {"weights": torch.linalg.solve(damped, K.new_ones(N)).to(own)}
 
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
         return (individual(J, g) * g.operand("weights")).sum("n")

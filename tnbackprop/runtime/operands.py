@@ -28,6 +28,7 @@ class Operands:
         own = {dotted[0]: graph.values[name] for name, dotted in graph.parameters.items()}
         self._readings = {name: each for name, each in compiled.derived.readings.items() if not each.of}
         self._own = {name: value.shape for name, value in own.items()}
+        self._dtypes = {name: value.dtype for name, value in own.items()}
 
     @property
     def shapes(self) -> dict[str, Shape | dict[str, Shape]]:
@@ -73,10 +74,11 @@ class Operands:
         if not isinstance(tensor, Tensor):
             raise InputError(f"{what} is {type(tensor).__name__}, not a tensor")
         check_plain(what, tensor)
-        if (tensor.dtype, tensor.device) != (like.dtype, like.device):
+        dtype = self._dtypes.get(reading.parameter, like.dtype)
+        if (tensor.dtype, tensor.device) != (dtype, like.device):
             raise InputError(
-                f"{what} is {tensor.dtype} on {tensor.device}, and the program computes in {like.dtype} on "
-                f"{like.device}: convert it, .to({str(like.device)!r}, {like.dtype})"
+                f"{what} is {tensor.dtype} on {tensor.device}, and it is read in {dtype} on {like.device}: convert it, "
+                f".to({str(like.device)!r}, {dtype})"
             )
         shape = [size_at(size, batch) for size in self._shape(reading)]
         if list(tensor.shape) != shape:
@@ -88,14 +90,16 @@ class Operands:
         """Operands of the right shapes, random numbers that are the same every time: to try the program with."""
         generator = torch.Generator().manual_seed(0)
 
-        def one(shape: Shape) -> Tensor:
+        def one(shape: Shape, dtype: torch.dtype) -> Tensor:
             sizes = [size_at(size, batch) for size in shape]
-            return torch.rand(sizes, dtype=torch.float64, generator=generator).to(like)
+            return torch.rand(sizes, dtype=torch.float64, generator=generator).to(like.device, dtype)
 
-        return {
-            key: {name: one(own) for name, own in shape.items()} if isinstance(shape, dict) else one(shape)
-            for key, shape in self.shapes.items()
-        }
+        def each(shape: Shape | dict[str, Shape]) -> Any:
+            if not isinstance(shape, dict):
+                return one(shape, like.dtype)
+            return {name: one(own, self._dtypes[name]) for name, own in shape.items()}
+
+        return {key: each(shape) for key, shape in self.shapes.items()}
 
 
 def _check_keys(what: str, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

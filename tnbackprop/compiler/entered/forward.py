@@ -49,13 +49,15 @@ def call_expr(call: Call, read: Callable[[Value], Expr], like: Expr) -> Expr:
     return e.Call(operator(call), tuple(shown), tuple(named))
 
 
-def called(store: Store, call: Call, random: bool) -> Expr:
+def called(store: Store, call: Call, random: bool, own: torch.dtype | None = None) -> Expr:
     """The call of an operator; one with several outputs is called once for all of them.
 
-    Where all floating values are of one dtype, it is not written: the program is one for any such dtype.
+    Where all floating values are of one dtype, it is not written: the program is one for any such dtype. That of torch
+    code of a quantity's own is `own`, and others are meant as they are.
     """
     if store.one_dtype:
-        named = {k for k, v in call.arguments.items() if isinstance(v, torch.dtype) and v.is_floating_point}
+        dtypes = {k: v for k, v in call.arguments.items() if isinstance(v, torch.dtype) and v.is_floating_point}
+        named = {k for k, v in dtypes.items() if own is None or v == own}
         call = replace(call, arguments={**call.arguments, **dict.fromkeys(named, e.Call(f.DTYPE, (store.like,)))})
     if call.item is None or call.outputs not in store:
         expr = call_expr(call, lambda v: store.find(v.name), store.like)

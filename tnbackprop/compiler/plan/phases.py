@@ -26,8 +26,8 @@ def _enter(store: Store, derived: Derived, phase: Phase, results: Results) -> No
     for name, (result, group) in phase.totals.items():
         store.name(name, results[result][group])
     for call in phase.calls:
-        expr, shape = called(store, call, random=False), call.output.shape
-        floating = store.one_dtype and call.output.dtype.is_floating_point
+        expr, shape = called(store, call, random=False, own=phase.dtype), call.output.shape
+        floating = store.one_dtype and call.output.dtype == phase.dtype
         store.name(call.output.name, store.add(expr, shape, Kernel.NATIVE, own=None, floating=floating))
     for name, value in phase.outcome.items():
         found = store.find(value)

@@ -36,7 +36,8 @@ def streamed(store: Store, diagram: Diagram, stream: Streamed, shape: tuple[Size
     value = small.add(reshaped(in_order(small, ref), sizes_of(ref.order), (N, *shape)), (N, *shape), Kernel.VIEW)
     small.name(stream.given, value)
     for call in stream.calls:
-        expr, floating = called(small, call, random=False), small.one_dtype and call.output.dtype.is_floating_point
+        expr = called(small, call, random=False, own=stream.dtype)
+        floating = small.one_dtype and call.output.dtype == stream.dtype
         small.name(call.output.name, small.add(expr, call.output.shape, Kernel.NATIVE, floating=floating))
     made = small.find(stream.made.name)
     steps = alive(small.steps, {made})

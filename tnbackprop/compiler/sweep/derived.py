@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 import sympy
+import torch
 from torch import Tensor
 
 from ...diagram.canonical import key
@@ -281,6 +282,7 @@ class Streamed:
     made: Made
     constants: Mapping[str, Tensor]
     rows: bool
+    dtype: torch.dtype  # of what it is given
 
 
 @dataclass(frozen=True)
@@ -297,6 +299,7 @@ class Phase:
     calls: tuple[Call, ...]
     outcome: Mapping[str, str]
     constants: Mapping[str, Tensor]
+    dtype: torch.dtype  # of the totals
     level: int = 1
 
 
