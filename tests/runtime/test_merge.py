@@ -141,6 +141,7 @@ DIVIDED = {
     "weights": (nn.CrossEntropyLoss(WEIGHTS), LABELS),
     "both, smoothed": (nn.CrossEntropyLoss(WEIGHTS, label_smoothing=0.1), KEPT),
     "nll": (lambda f, y: F.nll_loss(F.log_softmax(f, 1) * 1.0, y, WEIGHTS), KEPT),
+    "log": (lambda f, y: F.nll_loss(f.sigmoid().log(), y), LABELS),
     "flattened": (lambda f, y: 2 * F.cross_entropy(f.reshape(-1, 3), y.reshape(-1)), KEPT),
     "probabilities": (nn.CrossEntropyLoss(WEIGHTS), torch.softmax(X, 1)),
 }
@@ -156,7 +157,7 @@ QUANTITIES = [
 def test_means_over_what_is_kept(kind: str) -> None:
     """Also of batches without a label: their loss is 0/0, and they add nothing."""
     loss, y = DIVIDED[kind]
-    by_eigh = kind in ("nll", "flattened")  # off by a root of rounding
+    by_eigh = kind in ("nll", "log", "flattened")  # off by a root of rounding
     program = compiled(MODEL, loss, X, y, [q for q in QUANTITIES if q.name != "sqrt_ggn" or not by_eigh])
     for sizes in SPLITS.values():
         close(tn.over(program, halves((X, y), sizes)), program(X, y))

@@ -177,7 +177,7 @@ class Degrees:
         if isinstance(start, LossRoot):
             mine = Degree(loss=HALF, even=self.even)
         elif isinstance(start, Basis) and start.weight is not None:
-            found = self._attempt(lambda: self.of(start.weight) or NONE)
+            found = self._attempt(lambda: self.of(start.weight) or self._at_loss(Degree(self.scale)))
             if isinstance(found, Undecided):
                 self.known[columns.weight] = found
                 return
