@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..compiler.merging import Join, Way
+from ..compiler.merging import Join, Mean, Merging, Way
 from ..errors import InputError
 from ..linalg import KroneckerFactors
 from .batch import Batch
@@ -50,6 +50,29 @@ class Size:
         return Size(self.count + other.count, kept)
 
 
+class Scaling:
+    """From a value of some samples to what it is of all: N^power s^loss, s = N^scale, or N^(scale + 1) / kept."""
+
+    def __init__(self, merging: Merging, part: Size, whole: Size) -> None:
+        self.part, self.whole, self._merging = part, whole, merging
+        self._known: dict[tuple[float, float], float | Tensor] = {}
+
+    def __call__(self, power: float, loss: float) -> float | Tensor:
+        if (power, loss) not in self._known:
+            self._known[power, loss] = self._factor(power, loss)
+        return self._known[power, loss]
+
+    def _factor(self, power: float, loss: float) -> float | Tensor:
+        part, whole = self.part, self.whole
+        exponent = power + (self._merging.scale + self._merging.divided) * loss
+        number: float = (whole.count / part.count) ** exponent if exponent else 1.0
+        if part.kept is None or whole.kept is None or not loss:
+            return number
+        ratio = torch.where(whole.kept == 0, torch.zeros_like(whole.kept), part.kept / whole.kept)
+        found: Tensor = ratio.pow(loss) * number
+        return found
+
+
 class Merger(Generic[R]):
     """Takes results of batches, each of the same program: those before are one result at every moment.
 
@@ -57,8 +80,11 @@ class Merger(Generic[R]):
     once. A result that does not fit changes nothing.
     """
 
-    def __init__(self, first: R) -> None:
-        self._first, self._batch = first, batch_of(first)
+    def __init__(self, first: R, own: bool = False) -> None:
+        """
+        own  nobody else holds the first result: its tensors may be written over
+        """
+        self._first, self._batch, self._own = first, batch_of(first), own
         self._check_ways()
         self._size = _size(first, self._batch)
         self._loss = first.loss
@@ -69,7 +95,6 @@ class Merger(Generic[R]):
                 self._rows[place] = [(tensor, self._size)]
             else:
                 self._sums[place] = tensor
-        self._own = False  # whether the sums are in memory of ours
 
     def add(self, other: R) -> None:
         """Take one more. Raises `InputError` where it is not of the same program."""
@@ -78,59 +103,28 @@ class Merger(Generic[R]):
         size = _size(other, batch)
         total = self._size + size
         new = {place: (join, tensor) for place, join, tensor in _tensors(other, batch)}
-        merged: dict[Place, Tensor] = {}
+        if not self._own:
+            self._sums, self._own = {place: tensor.clone() for place, tensor in self._sums.items()}, True
+        before, now = (Scaling(self._batch.merging, each, total) for each in (self._size, size))
         for place, (join, tensor) in new.items():  # they read means of before
-            if join.way is Way.MOMENTS:
-                merged[place] = self._moments(join, place, tensor, new, size, total)
+            if join.mean is not None:
+                means = self._sums[join.mean.of, place[1], 0], new[join.mean.of, place[1], 0][1]
+                _add_moments(join.mean, (self._sums[place], tensor), means, (before, now))
         for place, (join, tensor) in new.items():
             if join.way is Way.ROWS:
                 self._rows[place].append((tensor, size))
             elif join.way is Way.SUM:
-                merged[place] = self._added(place, join, tensor, size, total)
-        self._loss = self._loss_of(other, size, total)
-        self._sums |= merged
-        self._own, self._size = True, total
+                _add(self._sums[place], before(join.power, join.loss), tensor, now(join.power, join.loss))
+        self._loss = self._loss_of(other, before, now)
+        self._size = total
 
-    def _added(self, place: Place, join: Join, tensor: Tensor, size: Size, total: Size) -> Tensor:
-        mine = self._sums[place]
-        before, now = (self._factor(join.power, join.loss, each, total) for each in (self._size, size))
-        mine = _times_(mine, before) if self._own else _times(mine, before)
-        return mine.add_(_times(tensor, now)) if self._own else mine + _times(tensor, now)
-
-    def _moments(
-        self, join: Join, place: Place, tensor: Tensor, new: dict[Place, tuple[Join, Tensor]], size: Size, total: Size
-    ) -> Tensor:
-        """c Σ (x - x̄)² of both, and c N₁ N₂ / N of the squared distance of their means."""
-        mean = join.mean
-        assert mean is not None
-        power, loss = mean.degree
-        parts = []
-        means = []
-        at = (mean.of, place[1], 0)
-        for value, own, each in ((self._sums[place], self._sums[at], self._size), (tensor, new[at][1], size)):
-            parts.append(_times(value, self._factor(mean.power + 2 * power, 2 * loss, each, total)))
-            means.append(_times(own * (mean.over * each.count**-mean.less), self._factor(power, loss, each, total)))
-        weight: float = mean.factor * total.count**mean.power * self._size.count * size.count / total.count
-        return parts[0] + parts[1] + (means[0] - means[1]).square() * weight
-
-    def _factor(self, power: float, loss: float, part: Size, whole: Size) -> float | Tensor:
-        """From a value of some samples to what it is of all: N^power s^loss, s = N^scale, or N^(scale + 1) / kept."""
-        merging = self._batch.merging
-        exponent = power + (merging.scale + merging.divided) * loss
-        number: float = (whole.count / part.count) ** exponent if exponent else 1.0
-        if part.kept is None or whole.kept is None or not loss:
-            return number
-        ratio = torch.where(whole.kept == 0, torch.zeros_like(whole.kept), part.kept / whole.kept)
-        found: Tensor = ratio.pow(loss) * number
-        return found
-
-    def _loss_of(self, other: R, size: Size, total: Size) -> Tensor | None:
+    def _loss_of(self, other: R, before: Scaling, now: Scaling) -> Tensor | None:
         if self._loss is None or other.loss is None:
             return None
         found = []
-        for value, each in ((self._loss, self._size), (other.loss, size)):
-            part = _times(value, self._factor(0.0, 1.0, each, total))
-            found.append(part if each.kept is None else torch.where(each.kept == 0, torch.zeros_like(part), part))
+        for value, factors in ((self._loss, before), (other.loss, now)):
+            part, kept = _times(value, factors(0.0, 1.0)), factors.part.kept
+            found.append(part if kept is None else torch.where(kept == 0, torch.zeros_like(part), part))
         return found[0] + found[1]
 
     def result(self) -> R:
@@ -154,10 +148,9 @@ class Merger(Generic[R]):
         if place in self._sums:
             mine = self._sums[place]
             return mine if self._own and self._join(place).way is not Way.SAME else mine.clone()
-        join = self._join(place)
-        rows = self._rows[place]
-        factors = (self._factor(join.power, join.loss, size, self._size) for _, size in rows)
-        return torch.cat([_times(tensor, factor) for (tensor, _), factor in zip(rows, factors, strict=True)], join.axis)
+        join, merging = self._join(place), self._batch.merging
+        rows = ((tensor, Scaling(merging, size, self._size)) for tensor, size in self._rows[place])
+        return torch.cat([_times(tensor, factors(join.power, join.loss)) for tensor, factors in rows], join.axis)
 
     def _join(self, place: Place) -> Join:
         quantity, name, k = place
@@ -270,8 +263,32 @@ def _times(tensor: Tensor, factor: float | Tensor) -> Tensor:
     return tensor if isinstance(factor, float) and factor == 1.0 else tensor * factor
 
 
-def _times_(tensor: Tensor, factor: float | Tensor) -> Tensor:
-    return tensor if isinstance(factor, float) and factor == 1.0 else tensor.mul_(factor)
+def _add(mine: Tensor, before: float | Tensor, other: Tensor, now: float | Tensor) -> None:
+    """mine = before · mine + now · other, in place."""
+    if isinstance(before, Tensor) or before != 1.0:
+        mine.mul_(before)
+    if isinstance(now, Tensor):
+        mine.addcmul_(other, now.to(mine.dtype))
+    else:
+        mine.add_(other, alpha=now)
+
+
+def _add_moments(
+    mean: Mean, values: tuple[Tensor, Tensor], means: tuple[Tensor, Tensor], factors: tuple[Scaling, Scaling]
+) -> None:
+    """c Σ (x - x̄)² of both, and c N₁ N₂ / N of the squared distance of their means, into the first."""
+    power, loss = mean.degree
+    before, now = (each(mean.power + 2 * power, 2 * loss) for each in factors)
+    _add(values[0], before, values[1], now)
+    counts = [each.part.count for each in factors]
+    one, two = (
+        each(power, loss) * (mean.over * count**-mean.less) for each, count in zip(factors, counts, strict=True)
+    )
+    distance = means[0] * one
+    _add(distance, 1.0, means[1], -two)
+    total = factors[0].whole.count
+    weight: float = mean.factor * total**mean.power * counts[0] * counts[1] / total
+    values[0].addcmul_(distance, distance, value=weight)
 
 
 def _check_alike(one: Any, two: Any, joins: tuple[Join, ...], what: str) -> None:

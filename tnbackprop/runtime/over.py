@@ -46,7 +46,7 @@ def over(
         given = operands(batch) if callable(operands) else operands
         found = program(x, y, generator=generator, operands=given)
         if merger is None:
-            merger = Merger(found)
+            merger = Merger(found, own=True)
         else:
             merger.add(found)
         del found  # before the next one is made
