@@ -62,7 +62,7 @@ def _target_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", metavar="N,…", help="shape of x, the batch first: 8,3,32,32 (default: the file's)")
     help = "the loss (default: the file's; else cross_entropy for integer targets, mse for others)"
     parser.add_argument("--loss", choices=LOSSES, help=help)
-    help = "key of a quantity; may be repeated, or several with commas"
+    help = "key of a quantity, with _total its sum over parameters; may be repeated, or several with commas"
     parser.add_argument("--quantity", metavar="KEY", action="append", help=help)
 
 

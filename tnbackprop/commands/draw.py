@@ -8,17 +8,17 @@ from collections.abc import Sequence
 import tnbackprop as tn
 
 from ..drawing import quantity
-from ..drawing.picture import check_suffix
+from ..drawing.picture import Drawable, check_suffix
 from .compiled import compiled
 from .loading import free
+
+BOTH = "--quantity and --parameter belong together: the picture is of one quantity of one parameter, or of a total"
 
 
 def run(arguments: argparse.Namespace) -> int:
     """0. Raises `InputError` where the file, the quantity or the parameter is not there, or the output is."""
-    if bool(arguments.quantity) != bool(arguments.parameter):
-        raise tn.InputError(
-            "--quantity and --parameter belong together: the picture is of one quantity of one parameter"
-        )
+    if arguments.parameter and not arguments.quantity:
+        raise tn.InputError(BOTH)
     asked = ",".join(arguments.quantity or ()).split(",")
     if len(asked) > 1:
         raise tn.InputError(f"one picture is of one quantity, not of {len(asked)}: --quantity {asked[0]}")
@@ -29,9 +29,12 @@ def run(arguments: argparse.Namespace) -> int:
     check_suffix(arguments.output)
     program = compiled(arguments, ("grad",) if not arguments.quantity else ())
     if arguments.quantity:
-        key = next(iter(program.quantities))
-        title = f"{key} of {arguments.parameter}"
-        drawing = tn.draw(quantity(program, key, arguments.parameter), title=title, names=names)
+        key, of = next(iter(program.quantities)), arguments.parameter
+        if not of and not isinstance(program.quantities[key], tn.Total):
+            raise tn.InputError(BOTH)
+        what: Drawable = quantity(program, key, of) if of else quantity(program, key)
+        title = f"{key} of {of}" if of else f"{key}, the sum over parameters"
+        drawing = tn.draw(what, title=title, names=names)
     else:
         drawing = tn.draw(program, names=names, depth=arguments.depth)
     print(drawing.save(arguments.output, force=arguments.force))

@@ -8,6 +8,7 @@ import tnbackprop as tn
 
 from ..compiler import Compiled
 from ..compiler.emit.naming import comment
+from ..compiler.explain.phases import operand_lines, phase_lines
 from ..compiler.explain.polynomials import Symbols
 from ..compiler.explain.stages import (
     STEP_HEADER,
@@ -47,6 +48,7 @@ def document(program: tn.Program, title: str) -> Iterator[Block]:
     told: set[Value] = set()
     for path in dict.fromkeys(call.path for call, _ in compiled.derived.bound):
         yield from _layer(program, path, told)
+    yield from _besides(compiled)
     others = [(step, times) for step, times in compiled.plan.timed if step not in told]
     if others:
         yield Heading("Elsewhere", 2)
@@ -81,6 +83,17 @@ def _model(program: tn.Program) -> Iterator[Block]:
     if compiled.derived.columns:
         swept = tuple((f"s{columns.number}_…", str(columns)) for columns in compiled.derived.columns)
         yield Grid(("cotangents", "columns of"), (("g_…", "the gradient"), *swept))
+
+
+def _besides(compiled: Compiled) -> Iterator[Block]:
+    """What quantities read besides the model: operands, and what is computed between phases."""
+    operands, phases = tuple(operand_lines(compiled)), tuple(phase_lines(compiled))
+    if operands:
+        yield Heading("Handed in at the call", 2)
+        yield Formulas(operands)
+    if phases:
+        yield Heading("Between phases", 2)
+        yield Formulas(phases)
 
 
 def _layer(program: tn.Program, path: str, told: set[Value]) -> Iterator[Block]:

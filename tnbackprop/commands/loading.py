@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from ..compiler.capture.export import model_arguments
 from ..errors import InputError, TnError
+from ..generation.quantities import TOTAL
 from ..notation.syntax import nearest
-from ..quantities import Quantity
+from ..quantities import Quantity, Total
 from ..runtime import Program
 
 PREFIX = "tnbackprop_"
@@ -247,9 +248,14 @@ def _random_target(loaded: Loaded, loss: Callable[..., Tensor], output: Any) -> 
 
 
 def quantities_of(names: list[str] | None, default: tuple[str, ...], loaded: Loaded | None = None) -> list[Quantity]:
-    """Quantities by their key; those that the file defines, too. Raises `InputError` and lists the known ones."""
+    """Quantities by their key; those that the file defines, too, and with "_total" their sums over all parameters.
+
+    Raises `InputError` and lists the known ones.
+    """
     known = {quantity.name: quantity for quantity in _known(Quantity, loaded)}  # type: ignore[type-abstract]
     wanted = [name.strip() for text in names or default for name in text.split(",")]
+    summed = {name: name.removesuffix(TOTAL) for name in wanted if name not in known and name.endswith(TOTAL)}
+    known |= {name: Total(known[each]) for name, each in summed.items() if each in known}
     for name in wanted:
         if name not in known:
             hint = nearest(name, known)

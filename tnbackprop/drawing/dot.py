@@ -16,6 +16,7 @@ _STYLE = {
     Kind.END: "shape=plaintext",
     Kind.CALL: 'shape=box, style=filled, fillcolor="#dbe8f8"',
     Kind.VALUE: "shape=ellipse",
+    Kind.PHASE: 'shape=box, style=filled, fillcolor="#fdeecb"',
 }
 _BATCH = 'color="#c2410c", fontcolor="#c2410c", penwidth=2'
 

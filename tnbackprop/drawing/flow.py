@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from ..compiler import Compiled
 from ..compiler.translate.graph import Call, Graph
+from .between import MODEL, Key, Node, nodes
 from .labels import Names
 from .scene import Box, Kind, Line, Scene, Shape, Wire
 from .words import LINE, width
@@ -31,12 +33,15 @@ class _Layers:
     bends: dict[tuple[int, int, str], list[int]] = field(default_factory=dict)
 
 
-def flow_scene(graph: Graph, names: Names, depth: int | None = None) -> Scene:
+def flow_scene(compiled: Compiled, names: Names, depth: int | None = None) -> Scene:
     """Inputs, calls, and what the model gives. Parameters stand in the call that reads them.
+
+    Below the loss are phases, with the totals that they read and what they make of them, and the quantities that read
+    that, or operands.
 
     depth   modules that are so deep are one box each
     """
-    shapes, edges = _nodes(graph, names, depth)
+    shapes, edges = _nodes(compiled.graph, names, depth, nodes(compiled))
     layers = _layers(len(shapes), edges)
     widths = {k: shape.box.w for k, shape in enumerate(shapes)}
     labels: dict[int, float] = {}
@@ -48,7 +53,8 @@ def flow_scene(graph: Graph, names: Names, depth: int | None = None) -> Scene:
     y = 0.0
     for row in layers.rows:
         high = max((shapes[k].box.h for k in row if k >= 0), default=0.0)
-        ys |= dict.fromkeys(row, y + high / 2)
+        even = any(k >= 0 and shapes[k].kind is Kind.PHASE for k in row)  # their upper edges: no wire runs below a box
+        ys |= {k: y + (shapes[k].box.h if even and k >= 0 else high) / 2 for k in row}
         y += high + _BETWEEN
     placed = tuple(shape.moved(xs[k], ys[k]) for k, shape in enumerate(shapes))
     return Scene(placed, tuple(_wires(placed, edges, layers, xs, ys)))
@@ -65,10 +71,13 @@ def _boxes(graph: Graph, depth: int | None) -> Iterator[tuple[Call, ...]]:
         yield from [every] if depth is not None and path else ((call,) for call in every)
 
 
-def _nodes(graph: Graph, names: Names, depth: int | None) -> tuple[list[Shape], list[tuple[int, int, str]]]:
+def _nodes(
+    graph: Graph, names: Names, depth: int | None, others: Sequence[Node]
+) -> tuple[list[Shape], list[tuple[int, int, str]]]:
     """All shapes at the origin, and the edges (from, to, shape of the value)."""
     shapes: list[Shape] = []
     source: dict[str, int] = {}
+    places: dict[Key, int] = {}
     edges: dict[tuple[int, int, str], None] = {}
     read = {value.name for call in graph.calls for value in call.tensors.values()}
     for name in (*graph.inputs, *graph.constants):
@@ -87,7 +96,13 @@ def _nodes(graph: Graph, names: Names, depth: int | None) -> tuple[list[Shape], 
     for name, shown in _given(graph):
         if name in source:
             edges[source[name], len(shapes), graph.values[name].axes_text] = None
+            places[MODEL] = len(shapes)
             shapes.append(_box(Kind.VALUE, (shown,), str(graph.values[name])))
+    for node in others:
+        edges |= {(places[key], len(shapes), text): None for key, text in node.reads}
+        places[node.key] = len(shapes)
+        first, *rest = node.lines
+        shapes.append(_box(node.kind, (names.get(first, first), *rest), ": ".join(node.key)))
     return shapes, list(edges)
 
 
@@ -214,7 +229,7 @@ def _wires(
         share = (above.index(last) + 1) / (len(above) + 1)
         path.append((enter.left + enter.w * share, enter.top))
         label = None
-        if a not in said and text != "[]":
+        if a not in said and text not in ("", "[]"):
             x = path[0][0] + (path[1][0] - path[0][0]) * 0.5
             label = Box(x, (path[0][1] + path[1][1]) / 2, width(text) + 4, LINE)
             said.add(a)

@@ -89,7 +89,7 @@ def draw(what: Drawable, *, title: str = "", names: Names | None = None, depth: 
 
     A `Diagram`; the `Factors` of a Kronecker cut, side by side over their assumption; a mapping from names to diagrams,
     one equation below another; a sequence of diagrams or factors, with arrows between (before and after a rewrite);
-    or a `Program`: the captured model.
+    or a `Program`: the captured model, with the operands that are handed in and what is computed between phases.
 
     Operands are nodes, legs are wires with their names: a wire that ends in a name is an output leg, every other is
     summed, one that joins more than two is a dot. Wires of the batch are thick. A leg of size 1 on which nothing
@@ -103,7 +103,7 @@ def draw(what: Drawable, *, title: str = "", names: Names | None = None, depth: 
     names = dict(names or {})
     if depth is not None and (not isinstance(what, Program) or isinstance(depth, bool) or depth < 1):
         raise InputError(f"depth={depth!r} of {_described(what)}: it is a number from 1 on, for a Program")
-    scene = _scene(what, names) if not isinstance(what, Program) else flow_scene(what.compiled.graph, names, depth)
+    scene = _scene(what, names) if not isinstance(what, Program) else flow_scene(what.compiled, names, depth)
     _check(names, what)
     return Drawing(stacked([words(title, 1.2), scene], 14.0) if title else scene)
 
@@ -196,6 +196,7 @@ def _names_in(what: Drawable) -> Iterator[str]:
                 yield from _names_in(diagram)
         case Program():
             yield from what.compiled.graph.values
+            yield from what.operands
         case Mapping():
             yield from what
             for diagram in what.values():

@@ -25,6 +25,7 @@ class Kind(Enum):
     END = "end"  # the name at the end of an open leg
     CALL = "call"
     VALUE = "value"
+    PHASE = "phase"
 
 
 class Line(Enum):

@@ -27,6 +27,7 @@ text.math { font: italic 15px 'STIX Two Text', 'Times New Roman', 'DejaVu Serif'
 .sum > .body { fill: #fbfbfb; }
 .call .body { fill: #dbe8f8; stroke: #27548a; }
 .value .body { fill: #fff; stroke: #777; }
+.phase .body { fill: #fdeecb; stroke: #99660a; }
 """
 
 
@@ -93,9 +94,8 @@ def _body(shape: Shape) -> str:
             )
             return _polygon((b.left, b.y), *upper, (b.right, b.y), *lower)
         case _:
-            radius = {Kind.TENSOR: b.h / 2, Kind.VALUE: b.h / 2, Kind.CALL: 4.0, Kind.PART: 6.0, Kind.SUM: 6.0}.get(
-                shape.kind, 0.0
-            )
+            square = {Kind.CALL: 4.0, Kind.PHASE: 4.0, Kind.PART: 6.0, Kind.SUM: 6.0}
+            radius = (square | {Kind.TENSOR: b.h / 2, Kind.VALUE: b.h / 2}).get(shape.kind, 0.0)
             place = f'x="{_n(b.left)}" y="{_n(b.top)}" width="{_n(b.w)}" height="{_n(b.h)}"'
             return f'<rect class="body" {place} rx="{_n(radius)}"/>'
 

@@ -22,7 +22,8 @@ _HEAD = r"""% \usepackage{tikz} \usetikzlibrary{shapes.geometric, shapes.symbols
   tn part/.style={draw=gray, dashed, rounded corners=4pt}, tn sum/.style={tn part, fill=black!2},
   tn dot/.style={fill=black, circle}, tn end/.style={},
   tn call/.style={draw=blue!50!black, fill=blue!10, rounded corners=2pt},
-  tn value/.style={draw=gray, fill=white, rounded corners=9pt}]"""
+  tn value/.style={draw=gray, fill=white, rounded corners=9pt},
+  tn phase/.style={draw=brown!70!black, fill=yellow!18, rounded corners=2pt}]"""
 
 
 def tikz(scene: Scene) -> str:

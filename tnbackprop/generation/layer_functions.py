@@ -119,7 +119,7 @@ def refuse_for_layers(quantities: Sequence[Quantity]) -> None:
 def _not_alone(name: str, why: str) -> UnsupportedError:
     return UnsupportedError(
         f"{name} is not available for a layer on its own: {why}.\n"
-        "  Generate a model's file: tn.generate(model, quantities, example=(x, y), loss=loss)."
+        "  Generate a model's file: tn.generate(model, quantities, example=(x, y), loss=loss), or --model."
     )
 
 

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from .. import quantities as all_quantities
 from ..errors import InputError
 from ..notation.syntax import nearest
-from ..quantities import Quantity, check_quantities
+from ..quantities import Quantity, Total, check_quantities
 
 KEYS: dict[str, type[Quantity]] = {
     str(cls.__dataclass_fields__["name"].default): cls
     for name in all_quantities.__all__
-    if isinstance(cls := getattr(all_quantities, name), type) and issubclass(cls, Quantity) and cls is not Quantity
-}
+    if isinstance(cls := getattr(all_quantities, name), type) and issubclass(cls, Quantity)
+    and cls not in (Quantity, Total)
+}  # fmt: skip
+TOTAL = "_total"
+"""Behind the key of a quantity: its sum over all parameters."""
 
 
 def named(quantities: Sequence[Quantity | str] | str) -> list[Quantity]:
@@ -31,7 +34,10 @@ def _quantity(part: object) -> Quantity:
         return part
     if isinstance(part, type):
         check_quantities([part])
-    if not isinstance(part, str) or part.strip() not in KEYS:
-        hint = nearest(part.strip(), KEYS) if isinstance(part, str) else f"give {', '.join(sorted(KEYS))}"
+    key = part.strip() if isinstance(part, str) else ""
+    if key.endswith(TOTAL) and key.removesuffix(TOTAL) in KEYS:
+        return Total(KEYS[key.removesuffix(TOTAL)]())  # type: ignore[call-arg]
+    if not isinstance(part, str) or key not in KEYS:
+        hint = nearest(key, KEYS) if isinstance(part, str) else f"give {', '.join(sorted(KEYS))}"
         raise InputError(f"unknown quantity {part!r}: {hint}")
-    return KEYS[part.strip()]()  # type: ignore[call-arg]
+    return KEYS[key]()  # type: ignore[call-arg]

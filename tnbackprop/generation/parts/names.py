@@ -6,7 +6,7 @@ import builtins
 import inspect
 import keyword
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -14,7 +14,8 @@ from ...compiler.derive.layer import Layer
 from ...compiler.emit.naming import Scope, identifier
 from ...compiler.lower.table import HELPERS
 from ...compiler.sweep.derived import Backward
-from ...diagram.core import Diagram, Map, Operand, Part, Selection, Tensor, hint_of
+from ...diagram.core import Diagram, hint_of
+from ...diagram.renamed import renamed
 from ...quantities.propagation import COTANGENT, HANDED
 
 TAKEN = frozenset({
@@ -37,23 +38,7 @@ class Names:
 
     def diagram(self, diagram: Diagram) -> Diagram:
         """The diagram of values that are called so."""
-        products = (replace(p, operands=tuple(map(self._operand, p.operands))) for p in diagram.products)
-        return replace(diagram, products=tuple(products))
-
-    def _operand(self, operand: Operand) -> Operand:
-        match operand:
-            case Tensor():
-                return self._tensor(operand)
-            case Map():
-                return replace(operand, args=tuple(map(self._tensor, operand.args)))
-            case Selection():
-                return replace(operand, index=self._tensor(operand.index))
-            case Part():
-                return replace(operand, diagram=self.diagram(operand.diagram))
-        return operand
-
-    def _tensor(self, tensor: Tensor) -> Tensor:
-        return replace(tensor, name=self.shown(tensor.name))
+        return renamed(diagram, self.shown)
 
 
 def layer_names(module: torch.nn.Module, layer: Layer) -> Names:
