@@ -19,7 +19,8 @@ DEFINED = [
     *CLIPPED, tn.NaturalGradientSMW(), tn.DirectionalGrad(), tn.WeightedGrad(), tn.DirectionalCurvature(),
     tn.Total(tn.BatchDot()), tn.Total(tn.BatchL2(scale=tn.Scale.UNSCALED), {"first": "0.*", "rest": "*"}),
     tn.Total(tn.GGNTrace()), tn.Total(tn.DirectionalRoot()), tn.InputGrad(), tn.AxisMoments(),
-    tn.AxisMoments("individual", individual=True, largest=3),
+    tn.AxisMoments("individual", individual=True, largest=3), tn.DirectionalRoot("along", root=tn.Labels()),
+    tn.DiagGGN("labels", root=tn.Labels()), tn.SqrtGGN("rows", root=tn.Labels()),
 ]  # fmt: skip
 RECORDED = [
     tn.RotatedSecondMoment(), tn.Sketch(size=2), tn.ProjectedFactors(), tn.ClippedGrad("own", mode=torch.reciprocal)

@@ -13,6 +13,7 @@ from ...quantities import (
     GGNTrace,
     Grad,
     Jacobians,
+    Labels,
     Quantity,
     Scale,
     SecondMoment,
@@ -38,6 +39,13 @@ DEFINITIONS: dict[type[Quantity], tuple[str, str]] = {
     NTK: ("J", 'torch.einsum("cnp,dmp->ncmd", flattened({0}, 2), flattened({0}, 2))'),
 }
 """In the individual gradients G [N, *p], the root V [V, N, *p], or the Jacobian J [C, N, *p]."""
+OF_LABELS: dict[type[Quantity], str] = {
+    SqrtGGN: "{0}",
+    DiagGGN: "{0}.square().sum(0)",
+    GGNTrace: "flattened({0}, 1).square().sum(1)",
+    GGNGram: "flattened({0}, 1) @ flattened({0}, 1).T",
+}
+"""With the gradients of the labels for columns: in G over the square root of what the loss multiplies by."""
 OF_EACH_SAMPLE, MEAN_OF_SQUARES = "{0}.square().sum(0)", "{0}.square().mean(0)"
 
 
@@ -45,6 +53,10 @@ def definition(quantity: Quantity, scale: float = 1.0) -> tuple[str, str] | None
     """("G", "V" or "J", the definition in it), or None. `scale` is what the loss multiplies every sample by."""
     if type(quantity) not in DEFINITIONS:
         return None
+    if of_labels(quantity):
+        each = isinstance(quantity, DiagGGN) and quantity.per_sample
+        text = "{0}.square()" if each else OF_LABELS[type(quantity)]
+        return "G", text.format(f"(G * {scale**-0.5:.12g})" if scale != 1.0 else "G")
     letter, text = DEFINITIONS[type(quantity)]
     if isinstance(quantity, DiagGGN) and quantity.per_sample:
         text = OF_EACH_SAMPLE
@@ -54,3 +66,8 @@ def definition(quantity: Quantity, scale: float = 1.0) -> tuple[str, str] | None
         text = MEAN_OF_SQUARES
     unscaled = scale != 1.0 and (plain or kind is Scale.UNSCALED)
     return letter, text.format(f"({letter} * {1 / scale:.12g})" if unscaled else letter)
+
+
+def of_labels(quantity: Quantity) -> bool:
+    """Whether its columns are the gradients of the labels."""
+    return isinstance(getattr(quantity, "root", None), Labels)

@@ -23,9 +23,10 @@ from ...quantities import (
     WeightedGrad,
 )
 from ..parts.text import call
-from .references import definition
+from .references import definition, of_labels
 
 GRADIENTS = "gradients"
+DIRECTION = 'operands(values)["direction"]'
 Found = tuple[Doc, frozenset[str]]
 """The expression, and the functions that it calls."""
 
@@ -49,20 +50,16 @@ class Whole:
         asked  the total of it, which was asked for
         """
         G = _named(GRADIENTS, self.scale)
-        direction = 'operands(values)["direction"]'
         kind = type(quantity)
         if kind is InputGrad:
             names = Group("[", tuple(map(string, self.names(quantity))), "]")
             return call("input_gradients", ("values", names)), frozenset({"input_gradients"})
         if kind is DirectionalGrad:
-            return call("along", (G, direction, "1")), _uses("along")
+            return call("along", (G, DIRECTION, "1")), _uses("along")
         if kind is WeightedGrad:
             return call("weighted", (G, 'operands(values)["weights"]')), _uses("weighted")
-        if kind in (DirectionalRoot, DirectionalCurvature) and (pull := self.pull(asked or quantity)):
-            along, uses = call("along", (_named(pull), direction, "2")), frozenset({"named", "along", pull})
-            if kind is DirectionalRoot:
-                return along, uses
-            return call("each", ("lambda Vd: Vd.square().sum(0)", along)), uses | {"each"}
+        if kind in (DirectionalRoot, DirectionalCurvature):
+            return self._along_root(quantity, asked or quantity)
         if isinstance(quantity, AxisMoments) and kind is AxisMoments:
             rows, shapes = G if quantity.individual else _named(GRADIENTS), f"FACTORS[{string(quantity.name)}]"
             return call("moments", (rows, shapes, f"individual={quantity.individual}")), _uses("moments")
@@ -71,6 +68,18 @@ class Whole:
         if isinstance(quantity, ClippedGrad) and kind is ClippedGrad:
             return _clipped(quantity, G)
         return self._total(quantity) if isinstance(quantity, Total) else None
+
+    def _along_root(self, quantity: Quantity, asked: Quantity) -> Found | None:
+        """Columns along the direction, or the sum of their squares; those of the labels have no axis of their own."""
+        labels = of_labels(quantity)
+        pull = GRADIENTS if labels else self.pull(asked)
+        if not pull:
+            return None
+        V = _named(pull, self.scale**0.5 if labels else 1.0)
+        found, uses = call("along", (V, DIRECTION, "1" if labels else "2")), frozenset({"named", "along", pull})
+        if isinstance(quantity, DirectionalRoot):
+            return found, uses
+        return call("each", (f"lambda Vd: Vd.square(){'' if labels else '.sum(0)'}", found)), uses | {"each"}
 
     def _total(self, total: Total) -> Found | None:
         """The sums over parameters, of what has a definition itself."""
