@@ -233,6 +233,20 @@ def test_what_two_batches_do_not_tell(kind: str) -> None:
         tn.over(program, halves((X, LABELS), (3, 4)))
 
 
+def test_it_is_told() -> None:
+    quantities = [tn.Grad(), tn.BatchL2(), tn.SecondMoment(), tn.Variance(), tn.BatchDot(), tn.KFLR()]
+    text = compiled(MODEL, nn.CrossEntropyLoss(), X, LABELS, quantities).explain()
+    for line in (
+        "grad: added, each with its s",
+        "batch_l2: one after the other, each with its s^2",
+        "second_moment: added, each with its N s^2",
+        "variance: by moments, with the mean that grad has",
+        f"batch_dot: not merged: {PAIRS}",
+        "kflr: added, each with its s, added, each with its N^-1; or added, each with its s",
+    ):
+        assert f"\n{line}\n" in text
+
+
 def test_factors_of_axes_are_refused() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 3)).double()
     x = torch.randn(N, 2, 3, 3).double()
@@ -338,6 +352,12 @@ def test_batches_of_a_loader() -> None:
     many = tn.over(few, same, seed=0)
     exact, mean = (many[name]["0.weight"] for name in ("diag_ggn", "diag_ggn_mc"))
     assert 1e-6 < (mean - exact).abs().max() / exact.abs().max() < 0.3
+
+
+def test_a_bar() -> None:
+    pytest.importorskip("rich")
+    program = compiled(MODEL, nn.CrossEntropyLoss(), X, LABELS, [tn.Grad()])
+    close(tn.over(program, halves((X, LABELS), (3, 4)), progress=True), program(X, LABELS))
 
 
 def test_dict_batches() -> None:

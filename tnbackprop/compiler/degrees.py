@@ -15,7 +15,7 @@ import sympy
 import torch
 
 from ..diagram.algebra import tensor
-from ..diagram.core import Diagram, Leg, Map, N, Operand, Part, Product, Selection, Tensor, hint_of, leaves
+from ..diagram.core import BATCH, Diagram, Leg, Map, N, Operand, Part, Product, Selection, Tensor, hint_of, leaves
 from .sweep.derived import Backward, Basis, Columns, Derived, Extraction, Formula, Individual, Native, Phase, Schedule
 from .sweep.roots import LossRoot
 from .translate.graph import Call, Graph, Value
@@ -270,3 +270,34 @@ def _sums(graph: Graph) -> int:
 
 def _sampled(value: Value) -> bool:
     return any(N in axis for axis in value.axes)
+
+
+def depends_on_batch(graph: Graph, derived: Derived) -> str:
+    """What makes a sample's values depend on the batch, beyond the loss's scale; "" for nothing."""
+    whole = _whole_values(graph)
+    for call in graph.calls:
+        batch = _sampled(call.output)
+        read = [value.name for value in call.tensors.values() if value.name in whole and not value.differentiable]
+        if batch and read:
+            return f"{call.where} reads {read[0]}, which is computed of the whole batch"
+    for call, rule in derived.bound:
+        for equation in rule.equations:
+            products = equation.diagram.products if equation.diagram is not None else ()
+            if BATCH in equation.legs and any(map(_sized, products)):
+                return f"{call.where} computes with the number of samples"
+    return ""
+
+
+def _whole_values(graph: Graph) -> set[str]:
+    reads, found = set(graph.inputs), set()
+    for call in graph.calls:
+        if reads & {value.name for value in call.tensors.values()}:
+            reads.add(call.output.name)
+            if not _sampled(call.output):
+                found.add(call.output.name)
+    return found
+
+
+def _sized(product: Product) -> bool:
+    exprs = (op.expr for op in product.operands if isinstance(op, Map))
+    return product.scale.has(N) or any(expr.has(N) for expr in exprs)

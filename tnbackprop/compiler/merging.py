@@ -6,7 +6,7 @@ over samples N^k Σ_n φ_n of batch b is N_b^-k of the sum that all batches add 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -18,10 +18,10 @@ from ..diagram.algebra import inline, tensor
 from ..diagram.canonical import key
 from ..diagram.core import BATCH, Diagram, Map, N, Part, Product, is_head
 from ..notation.bind import Equation
-from .degrees import NONE, Degrees, Undecided, batch_legs, power_of, powers_in
+from .degrees import NONE, Degrees, Undecided, batch_legs, depends_on_batch, power_of, powers_in
 from .emit.compiled import Compiled
 from .sweep.derived import Extraction, Result
-from .translate.graph import Graph, Value
+from .translate.graph import Value
 
 
 class Way(Enum):
@@ -104,7 +104,7 @@ def refused(why: str) -> Join:
 def merging(compiled: Compiled) -> Merging:
     """How the results of a program's batches join."""
     graph, derived = compiled.graph, compiled.derived
-    mixed = _mixed(compiled)
+    mixed = depends_on_batch(graph, derived)
     try:
         degrees = Degrees(graph, derived)
     except Undecided as why:
@@ -278,7 +278,7 @@ def _ratio(one: sympy.Expr, other: sympy.Expr) -> sympy.Expr:
     return sympy.simplify(one / other)
 
 
-# The loss, the output, and what nothing can be told of.
+# The loss and the output.
 
 
 def _loss(degrees: Degrees) -> Join:
@@ -355,36 +355,22 @@ def _of(value: Value) -> str:
     return f"an output {value.axes_text}"
 
 
-def _mixed(compiled: Compiled) -> str:
-    """What makes a sample's values depend on the batch, beyond the loss's scale; "" for nothing."""
-    graph, derived = compiled.graph, compiled.derived
-    whole = _whole_values(graph)
-    for call in graph.calls:
-        batch = any(N in axis for axis in call.output.axes)
-        read = [value.name for value in call.tensors.values() if value.name in whole and not value.differentiable]
-        if batch and read:
-            return f"{call.where} reads {read[0]}, which is computed of the whole batch"
-    for call, rule in derived.bound:
-        for equation in rule.equations:
-            products = equation.diagram.products if equation.diagram is not None else ()
-            if BATCH in equation.legs and any(map(_sized, products)):
-                return f"{call.where} computes with the number of samples"
-    return ""
+def told(merging: Merging) -> Iterator[str]:
+    """How each quantity joins, for people; s is the scale that the loss gives a sample."""
+    for quantity, by in merging.joins.items():
+        rows = dict.fromkeys(tuple(map(_told, each)) for each in by.values())
+        yield f"{quantity}: {'; or '.join(', '.join(dict.fromkeys(row)) for row in rows)}"
 
 
-def _whole_values(graph: Graph) -> set[str]:
-    reads, found = set(graph.inputs), set()
-    for call in graph.calls:
-        if reads & {value.name for value in call.tensors.values()}:
-            reads.add(call.output.name)
-            if not any(N in axis for axis in call.output.axes):
-                found.add(call.output.name)
-    return found
+def _told(join: Join) -> str:
+    if join.way is Way.REFUSED:
+        return f"not merged: {join.why.splitlines()[0].rstrip('.')}"
+    if join.mean is not None:
+        return f"by moments, with the mean that {join.mean.of} has"
+    powers = {"N": join.power, "s": join.loss}
+    factors = [f"{base}^{power:g}" if power != 1 else base for base, power in powers.items() if power]
+    what = "one after the other" if join.way is Way.ROWS else "added"
+    return f"{what}, each with its {' '.join(factors)}" if factors else what
 
 
-def _sized(product: Product) -> bool:
-    exprs = (op.expr for op in product.operands if isinstance(op, Map))
-    return product.scale.has(N) or any(expr.has(N) for expr in exprs)
-
-
-__all__ = ["Join", "Joins", "Mean", "Merging", "Way", "merging", "refused"]
+__all__ = ["Join", "Joins", "Mean", "Merging", "Way", "merging", "refused", "told"]

@@ -20,6 +20,7 @@ from ..compiler.emit.source import MEMORY
 from ..compiler.entered.definite import TOLERATED
 from ..compiler.explain.stages import explain
 from ..compiler.invariants.stage import Stage
+from ..compiler.merging import told
 from ..compiler.program.cost import number
 from ..compiler.sizes import Sized, Sizes
 from ..compiler.translate.sizes import first_broken
@@ -148,7 +149,8 @@ class Program:
             return text
         sizes, checked = "\n".join(self._sizes.lines(self.replan)), "\n".join(map(comment, self.checked.split("\n")))
         saved = "\n".join(map(comment, self._halves.lines(self.saved_by_autograd)))
-        sections = {"Batch sizes": sizes, "Saved between the halves": saved, "Check": checked}
+        merged = "\n".join(map(comment, told(self._sizes.example.loaded.merging)))
+        sections = {"Batch sizes": sizes, "Merged batches": merged, "Saved between the halves": saved, "Check": checked}
         return "\n\n".join([text, *(f"{title}\n{'=' * len(title)}\n{each}" for title, each in sections.items())])
 
     def fits(self, size: int) -> bool:
