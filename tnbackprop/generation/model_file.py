@@ -237,12 +237,12 @@ _HANDED = {
     "ARGUMENT": "operands=None, ",
     "ABOUT": """    operands   {key: tensor} or {key: {parameter: tensor}}, as in `operands_read`
 """,
-    "READ": """    tensors |= as_read(operands, len(tensors[BATCH]), like)
+    "READ": """    tensors |= as_read(operands, len(tensors[BATCH]), state, like)
 """,
 }
 
 _AS_READ = '''
-def as_read(operands, N, like):
+def as_read(operands, N, state, like):
     """Operands by value, as the program reads them. Raises ValueError for other keys, shapes, dtypes or devices."""
     known = {}
     for key, parameter, _, _ in operands_read(N).values():
@@ -258,8 +258,9 @@ def as_read(operands, N, like):
             raise ValueError(f"{what} is {type(tensor).__name__}, not a tensor")
         if tensor.shape != shape:
             raise ValueError(f"{what} has shape {list(tensor.shape)}; it is {list(shape)} for {N} samples")
-        if (tensor.dtype, tensor.device) != (like.dtype, like.device):
-            raise ValueError(f"{what} is {tensor.dtype} on {tensor.device}; give {like.dtype} on {like.device}")
+        own = state.get(parameter, like)
+        if (tensor.dtype, tensor.device) != (own.dtype, own.device):
+            raise ValueError(f"{what} is {tensor.dtype} on {tensor.device}; give {own.dtype} on {own.device}")
         found[value] = tensor.detach().reshape(read)
     return found
 
