@@ -50,6 +50,23 @@ def test_halves_of_curvature(name: str) -> None:
         torch.testing.assert_close(later["kfac"][n].to_dense(), K.to_dense())
 
 
+@pytest.mark.parametrize("pooled", [False, True], ids=["linear", "pooled"])
+def test_halves_of_rounds_of_columns(pooled: bool) -> None:
+    """A loop over columns reads what the second half has under another name."""
+    torch.manual_seed(0)
+    body = (nn.Conv1d(1, 2, 3), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(8, 4)) if pooled else (nn.Linear(10, 4),)
+    model = nn.Sequential(*body, nn.Tanh(), nn.Linear(4, 30)).double()
+    x, y = torch.randn(64, *[1] * pooled, 10, dtype=torch.float64), torch.randint(30, (64,))
+    quantities = [tn.Grad(), tn.KFAC(mc_samples=4), tn.DiagGGN(), tn.ClippedGrad()]
+    program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), quantities, check=False)
+    assert program.compiled.plan.loops
+    whole, later, _ = both(program, x, y, seed=3)
+    for key in ("grad", "diag_ggn", "clipped_grad"):
+        assert_equal(later[key], whole[key], key)
+    for n, K in whole["kfac"].items():
+        torch.testing.assert_close(later["kfac"][n].to_dense(), K.to_dense())
+
+
 def convolutions() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(

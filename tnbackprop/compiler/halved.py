@@ -18,7 +18,7 @@ from .emit.source import Writer
 from .plan.plan import Plan
 from .program import functions as f
 from .program.cost import Kernel
-from .program.expr import Call, Expr, Filled, Rounds, Value, reads, replaced
+from .program.expr import Body, Call, Expr, Filled, Rounds, Value, reads, replaced
 from .program.inputs import of_loss
 from .program.lines import alive
 from .sweep.derived import Derived, Result
@@ -235,8 +235,23 @@ def _selections(diagram: Diagram) -> Iterator[Selection]:
 def _moved(step: Value, to: Mapping[Value, Value]) -> Value:
     """The same of other values."""
     expr = replaced(step.expr, lambda value: to.get(value, value))
+    if isinstance(expr, Rounds) and expr.of_columns:
+        expr = replace(expr, body=_inside(expr, to))
     inputs = tuple(dict.fromkeys(to.get(value, value) for value in step.inputs))
     return replace(step, key=f"{step.key}:later", expr=expr, inputs=inputs)
+
+
+def _inside(rounds: Rounds, to: Mapping[Value, Value]) -> Body:
+    """The body of rounds of columns, which stands in the program as a loop and reads the values outside as they are."""
+    params = zip(rounds.body.params, rounds.args, strict=True)
+    found = {param: to[param] for param, (_, axis) in params if axis is None and param in to}
+    outside = tuple(found.get(param, param) for param in rounds.body.params)
+    for step in rounds.body.steps:
+        if any(value in found for value in step.inputs):
+            found[step] = _moved(step, found)
+    steps = tuple(found.get(step, step) for step in rounds.body.steps)
+    results = replaced(rounds.body.results, lambda value: found.get(value, value))
+    return replace(rounds.body, params=outside, steps=steps, results=results)
 
 
 def _base(value: Value) -> Value:
