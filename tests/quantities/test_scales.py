@@ -113,3 +113,20 @@ def test_a_divisor_that_is_counted_in_the_batch(how: str) -> None:
     assert 0 < count < 10, "the mask matters"
     with pytest.raises(tn.UnsupportedError, match=r"not a sum over samples: what comes after .* is not linear in it"):
         tn.compile(model, lambda f, y: f.square().sum() / f.abs().sum(), (x, y[0]), [tn.Grad()])
+
+
+def test_a_root_of_the_number_of_samples() -> None:
+    """A loss may be divided by any power of it."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(6, 3).double(), torch.randn(6, 2).double()
+
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.mse_loss(output, y, reduction="sum") * output.shape[0] ** -0.5
+
+    program = tn.compile(model, loss, (x, y), [tn.Grad(), tn.BatchGrad(scale=tn.Scale.UNSCALED)])
+    for size in (6, 2):
+        result = program(x[:size], y[:size])
+        wanted = torch.autograd.grad(loss(model(x[:size]), y[:size]), list(model.parameters()))
+        for (name, got), want in zip(result["grad"].items(), wanted, strict=True):
+            torch.testing.assert_close(got, want)
+            torch.testing.assert_close(result["batch_grad"][name].sum(0), want * size**0.5)

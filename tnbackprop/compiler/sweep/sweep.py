@@ -192,8 +192,12 @@ def add(sweep: Sweep, value: str, term: Diagram, sampled: bool) -> None:
 
 def _batch_power(scale: sympy.Expr) -> sympy.Expr:
     """1/N if the scale has that factor (a loss that averages), 1 if N does not occur."""
-    power = sympy.degree(sympy.numer(scale), N) - sympy.degree(sympy.denom(scale), N) if scale.has(N) else 0
-    return N ** sympy.Integer(power)
+    bases = (factor.as_base_exp() for factor in sympy.Mul.make_args(scale))
+    power = sympy.Add(*(exponent for base, exponent in bases if base == N))
+    rest = sympy.simplify(scale / N**power)
+    if rest.has(N):
+        power += sympy.degree(sympy.numer(rest), N) - sympy.degree(sympy.denom(rest), N)
+    return N**power
 
 
 def _check_diagonal(call: Call, operand: str, jacobian: Jacobian) -> None:
