@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..quantities import Quantity
-from ..quantities.total import with_needs
+from ..quantities.total import Needed, with_needs
 from ..table import Rules
 from .attention import with_attention
 from .capture.export import capture
@@ -51,7 +51,7 @@ def compile_program(
     trial = Trial.of(graph, model, loss, example)
     bound = check(Stage.BIND, bind_all(graph, rules, trial), seen := replace(seen, graph=graph))
     graph = with_output_at_loss(graph, bound, quantities)
-    title = f"{type(model).__name__}: {', '.join(quantity.name for quantity in quantities)}"
+    title = f"{type(model).__name__}: {', '.join(q.name for q in quantities if not isinstance(q, Needed))}"
     device = Device.of(model, here)
     front = Front(graph, bound, quantities, device, memory_limit, lowerings, title, seen)
     return replace(front.planned(graph.example_batch), captured=first)
