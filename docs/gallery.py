@@ -19,6 +19,8 @@ TITLES = {
     "add_a_layer": "Add a layer",
     "add_a_quantity": "Add a quantity",
     "new_quantities": "Three quantities more",
+    "quantity_in_phases": "A quantity in two phases, with tensors that are handed in",
+    "training_step": "A training loop of one's own, with curvature",
     "add_a_propagation": "Add a propagation",
     "add_a_lowering": "Add a lowering",
     "mixture_of_experts": "Mixtures of experts",

@@ -18,7 +18,9 @@ COMMANDS = sorted(path.stem for path in FILES if "argparse" in path.read_text(en
 
 
 def test_all_are_known() -> None:
-    known = ["first_order", "generated", "modern", "plan_choice", "profile_ops", "second_order", "whole_models"]
+    known = [
+        "clients", "first_order", "generated", "modern", "plan_choice", "profile_ops", "second_order", "whole_models",
+    ]  # fmt: skip
     assert COMMANDS == known
 
 
