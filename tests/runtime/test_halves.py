@@ -307,3 +307,24 @@ def test_what_cannot_be_attached() -> None:
             found.sum().backward()
     with pytest.raises(tn.UnsupportedError, match="InputGrad: no input is of floating numbers"):
         tn.compile(nn.Embedding(3, 2), tn.HANDED, torch.tensor([[0, 1]]), [tn.Grad(), tn.InputGrad()])
+
+
+class Detached(nn.Module):
+    """A recurrent net, and a value that takes no derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.head = nn.LSTM(2, 3, batch_first=True), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.net(x)[0][:, -1]) * x.detach().sum((1, 2), keepdim=True)[:, 0]
+        return found
+
+
+def test_inputs_of_what_is_cut() -> None:
+    torch.manual_seed(0)
+    model, x, y = Detached().double(), torch.randn(4, 3, 2).double(), torch.randn(4, 2).double()
+    result = tn.compute(model, nn.MSELoss(), (x, y), [tn.InputGrad(), tn.BatchL2()])
+    given = x.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(nn.MSELoss()(model(given), y), given)
+    torch.testing.assert_close(result["input_grad"]["x"], wanted)

@@ -30,6 +30,7 @@ class Reading:
     parameter  the dotted name of the parameter whose it is; "": one for all
     of         the quantity that has it made between two phases; "": it is handed in
     own        the parameter's legs: where all of them are axes, one after the other, they stand for its shape
+    joined     which axes were said to be one axis of several legs, be it one: those do not stand for that shape
     """
 
     key: str
@@ -37,6 +38,7 @@ class Reading:
     parameter: str = ""
     of: str = ""
     own: Legs = ()
+    joined: tuple[bool, ...] = ()
 
     @property
     def legs(self) -> Legs:
@@ -51,7 +53,7 @@ class Reading:
         """Of the tensor, for a parameter of this shape."""
         alone = tuple((leg,) for leg in self.own)
         for k in range(len(self.axes) - len(alone) + 1 if alone else 0):
-            if self.axes[k : k + len(alone)] == alone:
+            if self.axes[k : k + len(alone)] == alone and not any(self.joined[k : k + len(alone)]):
                 return (*_sizes(self.axes[:k]), *parameter, *_sizes(self.axes[k + len(alone) :]))
         return _sizes(self.axes)
 
@@ -79,7 +81,8 @@ class Readings:
         """The diagram of an operand. Raises `InputError` for legs that nobody knows, and for a key that means two."""
         if not isinstance(key, str) or not key:
             raise InputError(f"the key of an operand is {key!r}: a text that is not empty")
-        reading = Reading(key, tuple(_axis(key, axis, own) for axis in axes), parameter, self.of, own)
+        joined = tuple(isinstance(axis, tuple) for axis in axes)
+        reading = Reading(key, tuple(_axis(key, axis, own) for axis in axes), parameter, self.of, own, joined)
         names = [leg.name for leg in reading.legs]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:

@@ -116,7 +116,7 @@ class RotatedSecondMoment(Quantity):
                 V = (V * basis).sum(*(leg.name for leg in side.legs))
                 turned |= new
         R = V.rename({new: leg for leg, new in turned.items()}).part()
-        return over_columns(R * R, "n")
+        return over_columns(R * R, "n").ordered(*(leg.name for leg in J.legs))
 
     @staticmethod
     def bases(eigen: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from ...diagram.core import N
 from ...errors import UnsupportedError
 from ...quantities import Handed, InputGrad, Quantity
@@ -51,7 +53,10 @@ def with_inputs(graph: Graph, quantities: Sequence[Quantity]) -> Graph:
 
 
 def by_inputs(graph: Graph, names: Iterable[str]) -> Graph:
-    """The graph with inputs of these names that are differentiable, if they are floating numbers."""
+    """The graph with inputs of these names that are differentiable, if they are floating numbers.
+
+    What is cut from the parameters before it is cut from the inputs, too: `detach`, what a scan keeps for its own VJP.
+    """
     values = dict(graph.values)
     for name in names:
         if values[name].dtype.is_floating_point:
@@ -60,7 +65,9 @@ def by_inputs(graph: Graph, names: Iterable[str]) -> Graph:
     for call in graph.calls:
         arguments = {name: _known(argument, values) for name, argument in call.arguments.items()}
         behind = frozenset().union(*(values[v.name].depends_on for v in call.tensors.values()))
-        own = behind if call.output.dtype.is_floating_point else frozenset()
+        before = any(v.depends_on for v in call.tensors.values())
+        cut = (before and not call.output.depends_on) or call.target is torch.ops.aten.detach.default
+        own = behind if call.output.dtype.is_floating_point and not cut else frozenset()
         values[call.output.name] = replace(call.output, depends_on=own)
         calls.append(replace(call, arguments=arguments, output=values[call.output.name]))
     return replace(graph, calls=tuple(calls), values=values)

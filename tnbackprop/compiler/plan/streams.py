@@ -8,8 +8,9 @@ from ...errors import UnsupportedError
 from ..entered.forward import called
 from ..lower.arrange import in_order, reshaped, sizes_of
 from ..lower.contract import build
+from ..program import functions as f
 from ..program.cost import Kernel, Work, number
-from ..program.expr import Body, Expr, Join, Ref, Rounds, Value, sizes_in
+from ..program.expr import Body, Call, Expr, Join, Ref, Rounds, Value, sizes_in
 from ..program.lines import alive
 from ..program.numbers import TOTAL
 from ..program.store import LIKE, Store
@@ -25,6 +26,8 @@ def streamed(store: Store, diagram: Diagram, stream: Streamed, shape: tuple[Size
     whole = inline(diagram)
     if not all(BATCH in p.legs and not pairs_samples(p, whole.legs) for p in whole.products):
         raise UnsupportedError(f"a stream is cut along the samples, and this diagram pairs them: {diagram}")
+    if not whole.products:
+        return _of_zeros(store, stream, shape)
     inner = Diagram(whole.legs, tuple(opened(store, product, whole.legs) for product in whole.products))
     small = store.separate(chunk := _chunk(store, shape))
     small.one_dtype = store.one_dtype
@@ -54,6 +57,19 @@ def streamed(store: Store, diagram: Diagram, stream: Streamed, shape: tuple[Size
     legs = tuple(Leg(f"stream{k}", size) for k, size in enumerate(made.shape))
     total = store.add(calls, made.shape, Kernel.SLICED, Work(flops, moved, fresh, inside=fresh))
     return Ref(total, legs, legs)
+
+
+def _of_zeros(store: Store, stream: Streamed, shape: tuple[Size, ...]) -> Ref:
+    """Of a parameter that nothing depends on: a zero that is read at every place."""
+    zero = store.add(Call(f.NEW_ZEROS, (store.like, ())), (), Kernel.NATIVE, floating=store.one_dtype)
+    value = store.add(Call(f.EXPAND, (zero, N, *shape)), (N, *shape), Kernel.VIEW, strided=True)
+    store.name(stream.given, value)
+    for call in stream.calls:
+        expr = called(store, call, random=False, own=stream.dtype)
+        store.name(call.output.name, store.add(expr, call.output.shape, Kernel.NATIVE))
+    made = store.find(stream.made.name)
+    legs = tuple(Leg(f"stream{k}", size) for k, size in enumerate(made.shape))
+    return Ref(made, legs, legs)
 
 
 def _moved(shape: tuple[Size, ...], calls: int) -> tuple[tuple[int, tuple[Leg, ...]], ...]:
