@@ -328,3 +328,18 @@ def test_inputs_of_what_is_cut() -> None:
     given = x.clone().requires_grad_()
     (wanted,) = torch.autograd.grad(nn.MSELoss()(model(given), y), given)
     torch.testing.assert_close(result["input_grad"]["x"], wanted)
+
+
+def test_an_infinite_cotangent_does_not_pass_a_shut_gate() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2).requires_grad_(False)).double()
+    with torch.no_grad():
+        model[0].bias.copy_(torch.tensor([9.0, -9.0]))
+        model[2].weight[:, 1] = torch.inf
+    x, cotangent = torch.rand(3, 2).double(), torch.rand(3, 2).double()
+    program = tn.compile(model, tn.HANDED, x, [tn.Grad()], check=False)
+    assert any("8 bits" in line for line in program.halves.lines(None))
+    _, saved = program.forward(x)
+    got, own = program.backward(saved, cotangent)["grad"], [model[0].weight, model[0].bias]
+    for name, want in zip(("0.weight", "0.bias"), torch.autograd.grad(model(x), own, cotangent), strict=True):
+        assert want.isfinite().all()
+        torch.testing.assert_close(got[name], want, rtol=1e-14, atol=0)

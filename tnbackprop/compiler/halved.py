@@ -186,10 +186,11 @@ def _packed(
         return None
     first = readers[0].expr
     assert isinstance(first, Filled)
-    ones = Call(f.aten(aten.ones_like.default), (value,))
+    one = Call(f.aten(aten.new_ones.default), (value, []))
+    ones = Call(f.aten(aten.expand_as.default), (one, value))
     holes = tuple((h, ones if h in (COTANGENT, COTANGENTS) else value) for h, _ in first.holes)
-    passes = _value(value, f.aten(aten.ne.Scalar), (Filled(first.code, holes), 0), "gate")
-    return _Packed((passes,), 1, {step: _gated(step, value, passes) for step in readers})
+    gate = _value(value, f.TO, (Filled(first.code, holes), torch.int8), "gate")
+    return _Packed((gate,), 1, {step: _gated(step, gate) for step in readers})
 
 
 def _value(of: Value, fn: f.Function, args: tuple[object, ...], hint: str) -> Value:
@@ -207,10 +208,12 @@ def _gate(step: Value, value: Value) -> bool | None:
     return True if alone and step.expr.code.call.whole else None
 
 
-def _gated(step: Value, value: Value, passes: Value) -> Value:
+def _gated(step: Value, gate: Value) -> Value:
+    """The cotangent where the gate is one, and zero, also for one that is infinite, where it is zero."""
     assert isinstance(step.expr, Filled)
     (cotangent,) = [e for h, e in step.expr.holes if h in (COTANGENT, COTANGENTS)]
-    expr: Expr = Call(f.aten(aten.where.ScalarOther), (passes, cotangent, 0))
+    factor = Call(f.aten(aten.type_as.default), (gate, cotangent))
+    expr: Expr = Call(f.aten(aten.threshold_backward.default), (cotangent, factor, 0))
     return replace(step, expr=expr, inputs=reads(expr), own=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from torch.utils import _pytree as pytree
 
 from ..compiler import Compiled
 from ..compiler.emit.loaded import load, running
+from ..compiler.emit.source import MEMORY
 from ..compiler.halved import SAVED, Halved, halved
 from ..compiler.translate.torch_internals import version
 from ..compiler.translate.torch_modes import own_dtypes
 from ..errors import InputError
+from .pages import Blocks as Pages
 
 
 class Saved:
@@ -97,18 +100,26 @@ class Halves:
     def _backward(self) -> Any:
         return load(self.cut.backward)
 
-    def forward(self, model: Mapping[str, Tensor], inputs: Mapping[str, Tensor], batch: int) -> tuple[Any, Saved]:
+    def forward(
+        self, model: Mapping[str, Tensor], inputs: Mapping[str, Tensor], batch: int, pages: Pages
+    ) -> tuple[Any, Saved]:
         """The leaves of the output, and what is saved."""
-        with running(self.cut.forward, "program.halves.forward"), own_dtypes(_device(model)):
-            _, output, results = self._forward({**model, **inputs})
+        with running(self.cut.forward, "program.halves.forward"), own_dtypes(_device(model)), pages.call():
+            _, output, results = self._forward({**model, **inputs}, **_memory(self._forward, pages))
         own = {name: tensor for name, tensor in model.items() if name in self.cut.own}
         given = {name: tensor for name, tensor in inputs.items() if name in self.cut.given}
         return output, Saved(self, results[SAVED], given, own, batch)
 
-    def backward(self, saved: Saved, model: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> Any:
+    def backward(self, saved: Saved, model: Mapping[str, Tensor], rest: Mapping[str, Tensor], pages: Pages) -> Any:
         """(loss, (), results, …), of what was saved and what the loss reads."""
-        with running(self.cut.backward, "program.halves.backward"), own_dtypes(_device(model)):
-            return self._backward({**model, **saved.inputs, **saved.tensors, **rest})
+        with running(self.cut.backward, "program.halves.backward"), own_dtypes(_device(model)), pages.call():
+            given = {**model, **saved.inputs, **saved.tensors, **rest}
+            return self._backward(given, **_memory(self._backward, pages))
+
+
+def _memory(function: Any, pages: Pages) -> dict[str, Any]:
+    """Where large values go, if the function asks."""
+    return {MEMORY: pages.out} if MEMORY in signature(function).parameters else {}
 
 
 def _device(tensors: Mapping[str, Tensor]) -> torch.device:

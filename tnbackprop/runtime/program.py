@@ -189,7 +189,7 @@ class Program:
         """
         own, graph = self._own_tensors(), self._compiled.graph
         inputs = check_batch(flattened((x,), graph), graph)
-        output, saved = self._halves.forward(own, inputs, self._batch(inputs))
+        output, saved = self._halves.forward(own, inputs, self._batch(inputs), self._memory)
         return pytree.tree_unflatten(list(output), self._output_spec), saved
 
     @torch.no_grad()
@@ -216,7 +216,7 @@ class Program:
         floating = _floating(own)
         rest |= self._operands.tensors(operands, saved.batch, floating)
         rest |= drawn(self._compiled.plan.noises, saved.batch, floating, seed, generator)
-        loss, _, values, *checks = self._halves.backward(saved, own, rest)
+        loss, _, values, *checks = self._halves.backward(saved, own, rest, self._memory)
         read: dict[Any, torch.Tensor] = {**own, **saved.inputs, **rest}
         read |= dict(enumerate(pytree.tree_leaves(dict(saved.tensors))))
         return self._result(self._sizes.example, read, loss, None, values, *checks)
