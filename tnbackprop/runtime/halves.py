@@ -35,10 +35,11 @@ class Saved:
         tensors: Mapping[str, Any],
         inputs: Mapping[str, Tensor],
         model: Mapping[str, Tensor],
+        read: Mapping[str, Tensor],
         batch: int,
     ) -> None:
-        self.owner, self.tensors, self.inputs, self.batch = owner, tensors, inputs, batch
-        outside = {**inputs, **model}
+        self.owner, self.tensors, self.inputs, self.model, self.batch = owner, tensors, inputs, model, batch
+        outside = {**inputs, **read}
         self._versions = [(name, t, version(t)) for name, t in _named({**tensors, **outside})]
         self._outside = {t.untyped_storage().data_ptr() for _, t in _named(outside)}
 
@@ -108,12 +109,12 @@ class Halves:
             _, output, results = self._forward({**model, **inputs}, **_memory(self._forward, pages))
         own = {name: tensor for name, tensor in model.items() if name in self.cut.own}
         given = {name: tensor for name, tensor in inputs.items() if name in self.cut.given}
-        return output, Saved(self, results[SAVED], given, own, batch)
+        return output, Saved(self, results[SAVED], given, model, own, batch)
 
-    def backward(self, saved: Saved, model: Mapping[str, Tensor], rest: Mapping[str, Tensor], pages: Pages) -> Any:
+    def backward(self, saved: Saved, rest: Mapping[str, Tensor], pages: Pages) -> Any:
         """(loss, (), results, …), of what was saved and what the loss reads."""
-        with running(self.cut.backward, "program.halves.backward"), own_dtypes(_device(model)), pages.call():
-            given = {**model, **saved.inputs, **saved.tensors, **rest}
+        with running(self.cut.backward, "program.halves.backward"), own_dtypes(_device(saved.model)), pages.call():
+            given = {**saved.model, **saved.inputs, **saved.tensors, **rest}
             return self._backward(given, **_memory(self._backward, pages))
 
 

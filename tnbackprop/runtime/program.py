@@ -208,7 +208,7 @@ class Program:
         Options are those of a call. Raises `InputError` where `saved` is of another program or was written over.
         """
         saved.check(self._halves)
-        own, graph = self._own_tensors(), self._compiled.graph
+        own, graph = saved.model, self._compiled.graph
         rest = check_batch(flattened((None, y), graph), graph)
         sizes = (t.shape[k] for n, t in rest.items() for k, s in enumerate(graph.values[n].shape) if s == N)
         if (size := next(sizes, saved.batch)) != saved.batch:
@@ -216,7 +216,7 @@ class Program:
         floating = _floating(own)
         rest |= self._operands.tensors(operands, saved.batch, floating)
         rest |= drawn(self._compiled.plan.noises, saved.batch, floating, seed, generator)
-        loss, _, values, *checks = self._halves.backward(saved, own, rest, self._memory)
+        loss, _, values, *checks = self._halves.backward(saved, rest, self._memory)
         read: dict[Any, torch.Tensor] = {**own, **saved.inputs, **rest}
         read |= dict(enumerate(pytree.tree_leaves(dict(saved.tensors))))
         return self._result(self._sizes.example, read, loss, None, values, *checks)
