@@ -317,3 +317,21 @@ def test_a_wrong_number_behind_a_cast_is_found(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(api, "Program", type("Bent", (Bent,), {"name": "a.weight"}))
     with pytest.raises(tn.VerificationError, match=r"grad of parameter 'a\.weight'"):
         checked(model, *batch(dtype=torch.float64))
+
+
+class Field(nn.Module):
+    """The gradient of an energy by the position (Greydanus et al. 2019): torch.func inside of the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.grad(lambda z: self.energy(z).sum())(x)
+
+
+def test_what_autograd_saves_is_not_counted_under_torch_func() -> None:
+    x, y = torch.rand(2, 3, 4).double()
+    program = tn.compile(Field().double(), nn.MSELoss(), (x, y), [tn.Grad()])
+    assert program.checked == "checked on 2 samples against autograd: the output, the loss, grad of 4 parameters"
+    assert program.saved_by_autograd is None and "autograd saves" not in program.explain()

@@ -135,6 +135,15 @@ def test_saved_bytes(name: str) -> None:
     assert planned == pytest.approx(saved.nbytes, rel=0.05)
 
 
+def test_a_gate_is_not_saved_next_to_the_values_themselves() -> None:
+    """Dropout in eval mode gives its input: what is kept for the layer behind it is kept for the gate, too."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)).double().eval()
+    x = torch.randn(5, 6).double()
+    program = tn.compile(model, tn.HANDED, x, [tn.Grad()])
+    output, saved = program.forward(x)
+    assert saved.nbytes == output.nbytes + 5 * 8 * 8 == program.halves.cut.bytes(5, 8)
+
+
 def test_what_is_saved_is_shown() -> None:
     model = only(convolutions().eval(), lambda name: name.startswith("0"))
     program = tn.compile(model, nn.CrossEntropyLoss(), (X, Y), [tn.Grad()])

@@ -71,7 +71,7 @@ def halved(graph: Graph, derived: Derived, plan: Plan, header: str) -> Halved:
     wanted = {*plan.checks.values(), *(v for by in plan.results.values() for v in by.values())}
     wanted |= {value for value in (plan.loss, plan.divisor) if value is not None}
     crossing = [v for v in first if any(v in step.inputs for step in rest) or v in wanted]
-    packed = {v: _packed(v, rest, wanted, derived, plan) for v in crossing}
+    packed = _worth({v: _packed(v, rest, wanted, derived, plan) for v in crossing})
     extra = [step for each in packed.values() if each is not None for step in each.before]
     names = {f"{SAVED}:{k}": v for k, v in enumerate(crossing)}
     saved = {name: _saving(packed[v], v) for name, v in names.items()}
@@ -160,6 +160,12 @@ class _Packed:
     @property
     def small(self) -> Value:
         return self.before[-1]
+
+
+def _worth(packed: Mapping[Value, _Packed | None]) -> dict[Value, _Packed | None]:
+    """Without the values whose memory is kept all the same, by another that shares it."""
+    kept = {_base(value) for value, each in packed.items() if each is None}
+    return {value: None if _base(value) in kept else each for value, each in packed.items()}
 
 
 def _saving(packed: _Packed | None, value: Value) -> Saving:

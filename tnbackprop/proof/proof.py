@@ -84,7 +84,8 @@ def prove(program: Program, example: Batch, rules: Rules, whole: bool = False) -
             proof = Proof(program, wrapped, resized(batch, size), size, rules, size == every)
             try:
                 said = proof.said()
-                program.saved_by_autograd = proof.saved() / size * program.compiled.plan.batch
+                saved = proof.saved()
+                program.saved_by_autograd = saved and saved / size * program.compiled.plan.batch
                 return said
             except _NotRunError as error:
                 reason = str(error)
@@ -126,8 +127,11 @@ class Proof:
         left |= dict.fromkeys(sorted(zero), "which autograd has as zero everywhere")
         return _line(self.size, [pair for pair in pairs if pair.quantity not in zero], left)
 
-    def saved(self) -> int:
-        """Bytes of the memory that autograd keeps for the loss, without parameters, buffers and inputs."""
+    def saved(self) -> int | None:
+        """Bytes of the memory that autograd keeps for the loss, without parameters, buffers and inputs.
+
+        None of a model with torch.func inside, under which torch counts nothing.
+        """
         inputs = [leaf for leaf in pytree.tree_leaves(self.batch) if isinstance(leaf, Tensor)]
         found: dict[int, int] = {}
 
@@ -137,7 +141,12 @@ class Proof:
 
         with copied(self.wrapped), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             outside = [*self.wrapped.parameters(), *self.wrapped.buffers(), *inputs]
-            kept = self.wrapped(*self.batch)
+            try:
+                kept = self.wrapped(*self.batch)
+            except RuntimeError as error:
+                if "saved tensor hooks" not in str(error):
+                    raise
+                return None
             for each in outside:
                 found.pop(each.untyped_storage().data_ptr(), None)
             del kept
