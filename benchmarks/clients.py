@@ -11,7 +11,6 @@ benchmarks/results/clients_<device>.json.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -27,7 +26,7 @@ import tnbackprop as tn
 from .first_order import RESULTS, machine
 from .models import net_3c3d
 from .modern_models import MODERN, Modern
-from .report import tables
+from .report import tables, write
 from .timing import Call, ratios, round_robin
 
 BASE = "autograd/grad"
@@ -179,13 +178,8 @@ def main(argv: list[str] | None = None) -> int:
         for case, each in results["saved"][name].items():
             mine, theirs = each["tnbackprop"], each["autograd"]
             print(f"saved, {case}: {mine / 1e6:.3g} MB, autograd {theirs / 1e6:.3g} MB, {mine / max(theirs, 1):.2f}")
-    if part and not options.output:
-        print("a part of the benchmark: nothing written (give --output)")
-        return 0
     output = options.output or RESULTS / f"clients_{device.type}.json"
-    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {output}")
-    return 0
+    return write(results, output, part and not options.output, plotted=False)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 
 from .contenders import BASE, CONTENDERS, QUANTITIES, Contender, Outcome, Run, Setting, vmapped
 from .models import PROBLEMS
-from .report import plot, tables
+from .report import tables, write
 from .timing import MALLOC_ENVIRONMENT, peak_bytes, ratios, round_robin
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,14 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         batch = options.batch or PROBLEMS[name].batch
         results["problems"][name] = _time(Setting(PROBLEMS[name], batch, device), options)
         print(tables({name: results["problems"][name]}), flush=True)
-    if (options.only.pattern or options.batch or options.problem) and not options.output:
-        print("a part of the benchmark: nothing written (give --output)")
-        return 0
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    plot(results, output.with_suffix(".png"))
-    print(f"wrote {output} and {output.with_suffix('.png').name}")
-    return 0
+    part = bool(options.only.pattern or options.batch or options.problem)
+    return write(results, output, part and not options.output)
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:

@@ -30,7 +30,7 @@ import tnbackprop as tn
 
 from .first_order import RESULTS, machine
 from .modern_models import LARGE, MODERN, Modern
-from .report import tables
+from .report import tables, write
 from .timing import MALLOC_ENVIRONMENT, Call, peak_bytes, ratios, round_robin
 
 BASE = "autograd/grad"
@@ -148,13 +148,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.model or list(LARGE if options.large else MODERN):
         results["problems"][name] = measured(every[name], device, options)
         print(tables({name: results["problems"][name]}), flush=True)
-    if part and not options.output:
-        print("a part of the benchmark: nothing written (give --output)")
-        return 0
     output = options.output or RESULTS / f"{'large' if options.large else 'modern'}_{device.type}.json"
-    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {output}")
-    return 0
+    return write(results, output, part and not options.output, plotted=False)
 
 
 if __name__ == "__main__":

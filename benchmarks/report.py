@@ -48,6 +48,19 @@ def _pivot(entries: Mapping[str, Row], cell: Callable[[Row], str]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def write(results: Mapping[str, Any], output: Path, part: bool, plotted: bool = True) -> int:
+    """The end of a benchmark: a file and its plot, but none of a `part` of it; the exit status."""
+    if part:
+        print("a part of the benchmark: nothing written (give --output)")
+        return 0
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if plotted:
+        plot(results, output.with_suffix(".png"))
+    print(f"wrote {output}" + (f" and {output.with_suffix('.png').name}" if plotted else ""))
+    return 0
+
+
 def plot(results: Mapping[str, Any], path: Path) -> None:
     """Bars of the ratio with quartiles, one panel per problem; logarithmic, since the for-loop is far off."""
     problems = results["problems"]
