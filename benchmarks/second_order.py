@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from .curvature import (
 )
 from .first_order import RESULTS, machine, version
 from .models import PROBLEMS, Problem, net_3c3d, net_all_cnn_c
-from .report import plot, tables
+from .report import tables, write
 from .timing import MALLOC_ENVIRONMENT, peak_bytes, ratios, round_robin
 
 TOLERANCE = 2e-3  # relative to the largest entry, float32
@@ -114,15 +115,9 @@ def main(argv: list[str] | None = None) -> int:
         results["problems"][name] = _time(Setting(SECOND_ORDER[name], batch, device), options)
         print(tables({name: results["problems"][name]}), flush=True)
         print(_verdicts(name, results["problems"][name]["entries"]), flush=True)
-    if options.only.pattern or options.batch or options.problem:
-        print("a part of the benchmark: nothing written")
-        return 0
-    output = RESULTS / f"second_order_{device.type}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    plot(results, output.with_suffix(".png"))
-    print(f"wrote {output} and {output.with_suffix('.png').name}")
-    return 0
+    part = bool(options.only.pattern or options.batch or options.problem)
+    output = options.output or RESULTS / f"second_order_{device.type}.json"
+    return write(results, output, part and not options.output)
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
@@ -135,6 +130,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory (on a CPU a process each)")
+    parser.add_argument("--output", type=Path, help="another place for the JSON")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.rounds < 1:
