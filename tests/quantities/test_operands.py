@@ -257,6 +257,7 @@ def test_several_dtypes() -> None:
     assert {name: d.dtype for name, d in operands["direction"].items()} == {
         name: p.dtype for name, p in model.named_parameters()
     }
+    assert program.compiled.derived.phases[0].dtype == torch.float64  # of a sum of both
     result = program(x, y, operands=operands)
     G = tn.compute(model, nn.MSELoss(), (x, y), [tn.BatchGrad(scale=tn.Scale.UNSCALED)])["batch_grad"]
     for name, own in G.items():

@@ -279,11 +279,20 @@ REFUSED: dict[str, tuple[Made, type[Exception], str]] = {
     ),
     "one size": (
         Made(make=lambda t: {"w": t["batch_l2"] + torch.ones(7, dtype=torch.float64)}),
-        tn.UnsupportedError, "one number of",
+        tn.InputError, r"between.* fails: RuntimeError: The size of tensor a .* must match .* \(7\)",
     ),
     "fails": (Made(make=lambda t: {"w": t["batch_dot"]}), tn.InputError, "between.* fails: KeyError: 'batch_dot'"),
     "no mapping": (Made(make=lambda t: t["batch_l2"]), tn.InputError, "returns Tensor|returns Value"),
     "unread": (Made(make=lambda t: dict.fromkeys("wv", t["batch_l2"])), tn.InputError, "makes 'v', which extract"),
+    "random": (
+        Made(make=lambda t: {"w": torch.rand_like(t["batch_l2"])}),
+        tn.UnsupportedError, "draws random numbers .aten.rand.*hand it in as an operand",
+    ),
+    "turned round": (
+        Made(make=lambda t: {"w": torch.ones(5, 3).double() * t["batch_l2"].sum()},
+             read=lambda J, g: g.operand("w", (tn.Leg("a", 3), tn.Leg("b", 5))).sum("a", "b")),
+        tn.InputError, r"makes 'w' as \[5, 3\], and extract reads it as \[3, 5\]",
+    ),
     "other legs": (Made(make=lambda t: {"w": t["batch_l2"].sum()}), tn.InputError, r"makes 'w' as \[\], and extract"),
     "one of each": (
         Made(read=lambda J, g: J.operand("w", ("n",))),

@@ -27,6 +27,10 @@ def largest(G: Tensor) -> Tensor:
     return G.reshape(G.shape[0], -1).abs().topk(1, 1).values
 
 
+def mean(G: Tensor) -> Tensor:
+    return (G / G.shape[-1]).flatten(1).sum().reshape(1)
+
+
 def positive(G: Tensor) -> Tensor:
     return (torch.tensor(0.0, dtype=G.dtype) < G).sum(0).to(G.dtype)
 
@@ -77,14 +81,32 @@ def test_never_all_at_once() -> None:
             assert (value - histogram(own[n])).abs().sum() <= 1e-3 * value.sum()  # on the border of a bin
 
 
+@pytest.mark.parametrize("size", [7, 11, 13])
+def test_an_axis_of_any_size_is_no_axis_of_samples(size: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(size, 2), nn.Tanh(), nn.Linear(2, size)).double()
+    x, y = torch.randn(5, size).double(), torch.randint(size, (5,))
+    result = tn.compute(
+        model, nn.CrossEntropyLoss(), (x, y),
+        [Streamed(), Streamed("mean", mean), tn.BatchGrad(scale=tn.Scale.UNSCALED)],
+    )  # fmt: skip
+    for n, own in result["batch_grad"].items():
+        torch.testing.assert_close(result["mean"][n], mean(own))
+        torch.testing.assert_close(result["streamed"][n], histogram(own))
+
+
 REFUSED = {
+    "random": (
+        Streamed(function=lambda G: (G * torch.rand_like(G)).sum()),
+        tn.UnsupportedError, "the stream of .* draws random numbers",
+    ),
     "branch": (Streamed(function=lambda G: G.sum() if G.sum() > 0 else -G.sum()), tn.UnsupportedError, "depends on"),
     "fails": (Streamed(function=lambda G: G @ torch.ones(99)), tn.InputError, "the stream of .* fails"),
     "no tensor": (Streamed(function=lambda G: {"a": G.sum()}), tn.InputError, "makes dict, not a tensor"),
     "rows": (Streamed(function=largest), tn.InputError, r"makes \[N, 1\]: a row for each sample goes with rows=True"),
     "no rows": (Streamed(rows=True), tn.InputError, r"makes \[12\]: a row for each sample"),
     "total": (tn.Total(Streamed(function=positive)), tn.UnsupportedError, "streamed_total of parameter .* no total"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)

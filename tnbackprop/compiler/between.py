@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..diagram.core import N, Size
 from ..diagram.reading import Reading
@@ -15,9 +15,9 @@ from ..errors import InputError
 from ..quantities import Quantity
 from ..quantities.stream import Stream
 from ..quantities.total import ALL, Needed, level_of
-from .program.cost import size_at
+from .program.inputs import parameter_shapes
 from .sweep.derived import Derived, Extraction, Phase, Result, Schedule, Streamed
-from .traced import SAMPLES, traced
+from .traced import Given, traced
 from .translate.graph import Graph, Value
 
 Names = dict[str, dict[str, tuple[Result, tuple[Size, ...]]]]
@@ -38,20 +38,23 @@ def with_phases(
 def _phase(graph: Graph, derived: Derived, quantity: Quantity, quantities: Sequence[Quantity]) -> Phase:
     needed = [each for each in quantities if isinstance(each, Needed) and each.of == quantity.name]
     totals = {each.key: _totals(derived, each) for each in needed}
-    dtypes = {graph.values[name].dtype for name in graph.parameters if graph.values[name].dtype.is_floating_point}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    dtype = _dtype(graph, derived, needed)
     device = next((graph.values[name].device for name in graph.parameters), "cpu")
-
-    def one(shape: tuple[Size, ...]) -> Tensor:
-        return torch.ones([size_at(size, SAMPLES) for size in shape], dtype=dtype, device=device)
-
-    example = {key: {group: one(shape) for group, (_, shape) in by.items()} for key, by in totals.items()}
+    example = {k: {group: Given(shape, dtype, device) for group, (_, shape) in by.items()} for k, by in totals.items()}
     shown = {key: by[ALL] if list(by) == [ALL] else by for key, by in example.items()}
     found = traced(quantity.between, shown, _where(quantity), f"between:{quantity.name}")
     given = [(result, group) for by in totals.values() for group, (result, _) in by.items()]
-    outcome = _outcome(quantity, derived, found.made)
+    outcome = _outcome(graph, quantity, derived, found.made)
     level, named = level_of(quantity), dict(zip(found.inputs, given, strict=True))
     return Phase(quantity.name, named, found.calls, outcome, found.constants, dtype, level)
+
+
+def _dtype(graph: Graph, derived: Derived, needed: Sequence[Needed]) -> torch.dtype:
+    """Of totals: that of their sum, where the parameters have several."""
+    names = [each.name for each in needed]
+    summed = (i for i in derived.items if isinstance(i, Extraction) and any(Result(n) in i.diagrams for n in names))
+    dtypes = {graph.values[item.parameter].dtype for item in summed}
+    return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
 
 def _totals(derived: Derived, needed: Needed) -> dict[str, tuple[Result, tuple[Size, ...]]]:
@@ -68,7 +71,7 @@ def _where(quantity: Quantity) -> str:
     return f"between() of quantity {quantity.name!r}"
 
 
-def _outcome(quantity: Quantity, derived: Derived, made: Any) -> dict[str, str]:
+def _outcome(graph: Graph, quantity: Quantity, derived: Derived, made: Any) -> dict[str, str]:
     """The operands that it makes, each with its value, for what the quantity reads."""
     if not isinstance(made, Mapping):
         raise InputError(f"{_where(quantity)} returns {type(made).__name__}: give {{key: tensor}}")
@@ -79,10 +82,13 @@ def _outcome(quantity: Quantity, derived: Derived, made: Any) -> dict[str, str]:
             f"{_where(quantity)} makes {unread[0]!r}, which extract does not read: g.operand({unread[0]!r}), "
             f"or J.operand({unread[0]!r}) where it is {{parameter: tensor}}"
         )
-    return {name: _read(quantity, each, made) for name, each in mine.items() if each.key in made}
+    shapes = parameter_shapes(graph)
+    return {name: _read(quantity, each, made, shapes) for name, each in mine.items() if each.key in made}
 
 
-def _read(quantity: Quantity, reading: Reading, made: Mapping[str, Any]) -> str:
+def _read(
+    quantity: Quantity, reading: Reading, made: Mapping[str, Any], shapes: Mapping[str, tuple[Size, ...]]
+) -> str:
     found, where = made[reading.key], f"{_where(quantity)} makes"
     if isinstance(found, Mapping) != bool(reading.parameter):
         has, reads = ("one tensor", "J.operand") if reading.parameter else ("one of each parameter", "g.operand")
@@ -92,11 +98,16 @@ def _read(quantity: Quantity, reading: Reading, made: Mapping[str, Any]) -> str:
     value = found[reading.parameter] if isinstance(found, Mapping) else found
     if not isinstance(value, Value):
         raise InputError(f"{where} {type(value).__name__} of {reading.key!r}, not a tensor")
-    sizes = [size for size in reading.sizes if size != 1]
-    if [size for size in value.shape if size != 1] != sizes and _count(value.shape) != _count(tuple(sizes)):
-        told = ", ".join(map(str, value.shape))
-        raise InputError(f"{where} {reading.key!r} as [{told}], and extract reads it as {sizes}")
+    shape = reading.shape(shapes.get(reading.parameter, ()))
+    if _large(value.shape) not in (_large(shape), _large(reading.sizes)):
+        told, wanted = (", ".join(map(str, each)) for each in (value.shape, shape))
+        raise InputError(f"{where} {reading.key!r} as [{told}], and extract reads it as [{wanted}]")
     return value.name
+
+
+def _large(shape: tuple[Size, ...]) -> tuple[Size, ...]:
+    """Without axes of size 1."""
+    return tuple(size for size in shape if size != 1)
 
 
 def with_streams(graph: Graph, derived: Derived) -> Derived:
@@ -124,8 +135,8 @@ def _with_streams(graph: Graph, item: Extraction, known: dict[Any, Streamed]) ->
         key = (name, own.shape, own.dtype)
         if key not in known:
             where = f"the stream of quantity {name!r} for {graph.parameters[item.parameter][0]!r}"
-            example = torch.ones([SAMPLES, *map(int, own.shape)], dtype=own.dtype, device=own.device)
-            made = traced(stream.function, example, where, f"stream:{name}:{len(known)}")
+            given = Given((N, *own.shape), own.dtype, own.device)
+            made = traced(stream.function, given, where, f"stream:{name}:{len(known)}")
             if not isinstance(made.made, Value):
                 raise InputError(f"{where} makes {type(made.made).__name__}, not a tensor")
             if stream.rows != (made.made.shape[:1] == (N,)):
@@ -134,10 +145,3 @@ def _with_streams(graph: Graph, item: Extraction, known: dict[Any, Streamed]) ->
             known[key] = Streamed(made.inputs[0], made.calls, made.made, made.constants, stream.rows, own.dtype)
         found[name] = known[key]
     return replace(item, streams=found)
-
-
-def _count(shape: tuple[Size, ...]) -> Any:
-    found: Any = 1
-    for size in shape:
-        found = found * size
-    return found

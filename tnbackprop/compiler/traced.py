@@ -12,15 +12,26 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from ..diagram.core import N, Size
 from ..errors import InputError, TnError, UnsupportedError
+from .program.cost import size_at
 from .running.torch_quiet import Quiet
 from .translate.foreign import MISTAKES
 from .translate.graph import Call, Value
 from .translate.sizes import Sizes
 from .translate.torch_internals import OpOverload, alone, arguments_of, export_refusals, is_mutation
 
-SAMPLES = 7
-"""In the tensors that it is traced with."""
+SAMPLES = 11, 13, 17, 19, 23, 29, 31, 37, 41, 43
+"""What it is traced for: one that is no other size, so that nothing is taken for the batch which is not."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A tensor that a function is given; a size may be N."""
+
+    shape: tuple[Size, ...]
+    dtype: torch.dtype
+    device: str
 
 
 @dataclass(frozen=True)
@@ -39,13 +50,17 @@ class Traced:
     constants: dict[str, Tensor]
 
 
-def traced(function: Callable[[Any], Any], example: Any, where: str, prefix: str) -> Traced:
-    """The calls of a function of a tree of tensors, for any number of samples; their values are called `prefix:…`.
+def traced(function: Callable[[Any], Any], given: Any, where: str, prefix: str) -> Traced:
+    """The calls of a function of a tree of `Given`, for any number of samples; their values are called `prefix:…`.
 
-    Raises `UnsupportedError` where the code depends on values or on one number of samples, `InputError` where it fails.
+    Raises `UnsupportedError` where the code depends on values or on one number of samples, or draws random ones,
+    `InputError` where it fails.
     """
     batch = torch.export.Dim("batch")
-    dims = pytree.tree_map(lambda t: {k: batch for k, size in enumerate(t.shape) if size == SAMPLES} or None, example)
+    dims = pytree.tree_map(lambda each: {k: batch for k, size in enumerate(each.shape) if size == N} or None, given)
+    fixed = {size for each in pytree.tree_leaves(given) for size in each.shape}
+    samples = next(count for count in SAMPLES if count not in fixed)
+    example = pytree.tree_map(lambda each: _example(each, samples), given)
     try:
         with alone(), Quiet(), torch.no_grad():
             program = torch.export.export(_Function(function), (example,), dynamic_shapes=(dims,), strict=False)
@@ -61,6 +76,11 @@ def traced(function: Callable[[Any], Any], example: Any, where: str, prefix: str
     except (RuntimeError, AssertionError, *MISTAKES) as error:
         raise InputError(f"{where} fails: {type(error).__name__}: {str(error).splitlines()[0]}") from error
     return _Reader(program, where, prefix).traced()
+
+
+def _example(given: Given, samples: int) -> Tensor:
+    shape = [size_at(size, samples) for size in given.shape]
+    return torch.empty(shape, dtype=given.dtype, device=given.device)
 
 
 class _Function(nn.Module):
@@ -118,6 +138,11 @@ class _Reader:
             return found.output
         if not isinstance(node.target, OpOverload):
             raise UnsupportedError(f"{self.where} uses {node.target}, which is no plain operator of torch")
+        if torch.Tag.nondeterministic_seeded in node.target.tags:
+            raise UnsupportedError(
+                f"{self.where} draws random numbers ({node.target}), which seed= and generator= do not reach.\n"
+                "  Draw them outside and read the tensor, or hand it in as an operand."
+            )
         arguments = {}
         for k, argument in enumerate(arguments_of(node.target)):
             value = node.args[k] if k < len(node.args) else node.kwargs.get(argument.name, argument.default_value)

@@ -33,7 +33,7 @@ class Node:
 def nodes(compiled: Compiled) -> list[Node]:
     """Operands, then phases in their order, then the quantities that read them."""
     derived = compiled.derived
-    handed = {reading.key: reading for reading in derived.readings.values() if not reading.of}
+    handed = {reading.key: reading for reading in derived.handed.values()}
     found = [Node((OPERAND, key), Kind.VALUE, (key, _whose(each))) for key, each in handed.items()]
     read = _read(compiled)
     for phase in derived.phases:

@@ -43,12 +43,6 @@ def blocks(compiled: Compiled, quantity: str) -> Blocks:
     return Blocks({name: found[p] for p, name in names.items()}, shapes, joined, _axes(compiled, quantity))
 
 
-def parameter_shapes(compiled: Compiled) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter, in the order of `named_parameters`."""
-    graph = compiled.graph
-    return {dotted: tuple(map(int, graph.values[p].shape)) for p, (dotted, *_) in graph.parameters.items()}
-
-
 def merged_by(compiled: Compiled, every: Mapping[str, Blocks]) -> Merging:
     """How values join as they are assembled: a weight with its bias is one, in the order of its factors."""
     found = merging(compiled)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..compiler import Compiled
 from ..compiler.program.cost import size_at
+from ..compiler.program.inputs import parameter_shapes
 from ..compiler.translate.torch_modes import check_plain
 from ..diagram.core import Size
 from ..diagram.reading import Reading
@@ -25,12 +27,10 @@ class Operands:
 
     def __init__(self, compiled: Compiled) -> None:
         graph = compiled.graph
-        own = {dotted[0]: graph.values[name] for name, dotted in graph.parameters.items()}
-        self._readings = {name: each for name, each in compiled.derived.readings.items() if not each.of}
-        self._own = {name: value.shape for name, value in own.items()}
-        self._dtypes = {name: value.dtype for name, value in own.items()}
+        self._readings, self._own = compiled.derived.handed, parameter_shapes(graph)
+        self._dtypes = {dotted: graph.values[name].dtype for name, (dotted, *_) in graph.parameters.items()}
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, Shape | dict[str, Shape]]:
         """Key -> shape, or {parameter: shape}, in the order of the model; a size `N` is the number of samples."""
         found: dict[str, Any] = {}

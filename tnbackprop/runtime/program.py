@@ -22,13 +22,14 @@ from ..compiler.explain.stages import explain
 from ..compiler.invariants.stage import Stage
 from ..compiler.merging import told
 from ..compiler.program.cost import number
+from ..compiler.program.inputs import parameter_shapes
 from ..compiler.sizes import Sized, Sizes
 from ..compiler.translate.sizes import first_broken
 from ..compiler.translate.torch_modes import own_dtypes
 from ..diagram.core import N
 from ..errors import InputError
 from ..quantities import Quantity
-from ..results import Batch, Result, Values, assemble, parameter_shapes, shown
+from ..results import Batch, Result, Values, assemble, shown
 from .given import check_batch, check_parameters, flattened, named_tensors, own, replaced
 from .graphed import Graphed
 from .halves import Halves, Saved
@@ -93,7 +94,7 @@ class Program:
         self._fixed = dict(compiled.graph.constants)
         self._fixed |= compiled.derived.constants
         self._operands = Operands(compiled)
-        self._shapes = parameter_shapes(compiled)
+        self._shapes = parameter_shapes(compiled.graph)
         self._made = {quantity.name: shown(quantity) for quantity in quantities}
         self._output_spec = pytree.tree_structure(compiled.graph.output)
         self._halves = Halves(compiled, f"{type(model).__name__}: {', '.join(self.quantities)}")

@@ -6,18 +6,18 @@ from collections.abc import Iterator
 
 from ...diagram.core import Size, hint_of
 from ..emit.compiled import Compiled
+from ..program.inputs import parameter_shapes
 from ..sweep.derived import Extraction, Phase, Result
 from ..translate.graph import op_text
 
 
 def operand_lines(compiled: Compiled) -> Iterator[str]:
     """The operands that are handed in at the call, each with its axes."""
-    parameters = {dotted[0]: compiled.graph.values[name].shape for name, dotted in compiled.graph.parameters.items()}
-    for name, reading in compiled.derived.readings.items():
-        if not reading.of:
-            shape = ", ".join(map(str, reading.shape(parameters.get(reading.parameter, ()))))
-            whose = f" of {reading.parameter}" if reading.parameter else ""
-            yield f"{hint_of(name)}: operands[{reading.key!r}]{whose}, [{shape}]"
+    parameters = parameter_shapes(compiled.graph)
+    for name, reading in compiled.derived.handed.items():
+        shape = ", ".join(map(str, reading.shape(parameters.get(reading.parameter, ()))))
+        whose = f" of {reading.parameter}" if reading.parameter else ""
+        yield f"{hint_of(name)}: operands[{reading.key!r}]{whose}, [{shape}]"
 
 
 def phase_lines(compiled: Compiled) -> Iterator[str]:

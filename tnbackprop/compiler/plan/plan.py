@@ -174,13 +174,12 @@ def _in_shape(store: Store, name: str, shape: tuple[Size, ...]) -> Value:
 
 def _operands(store: Store, derived: Derived) -> tuple[str, ...]:
     """What is read beside the model's tensors: what quantities are handed, and what they have computed reads."""
-    handed = {name: reading for name, reading in derived.readings.items() if not reading.of}
-    for name, reading in handed.items():
+    for name, reading in derived.handed.items():
         store.given(name, reading.sizes, store.one_dtype)
     constants = derived.constants
     for name, tensor in constants.items():
         store.given(name, tuple(tensor.shape), store.one_dtype and tensor.is_floating_point())
-    return (*handed, *constants)
+    return (*derived.handed, *constants)
 
 
 def _forward_values(store: Store, graph: Graph, derived: Derived) -> dict[str, Value]:

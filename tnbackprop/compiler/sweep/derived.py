@@ -322,6 +322,11 @@ class Derived:
         return frozenset(result.quantity for phase in self.phases for result, _ in phase.totals.values())
 
     @property
+    def handed(self) -> dict[str, Reading]:
+        """What is handed in when the program is called, by value."""
+        return {name: reading for name, reading in self.readings.items() if not reading.of}
+
+    @property
     def divisors(self) -> tuple[str, ...]:
         """The values that losses are divided by besides N: means over what is kept."""
         return tuple(rule.divisor for _, rule in self.bound if rule.divisor)

@@ -15,11 +15,11 @@ from ...compiler.emit.source import Writer
 from ...compiler.plan.plan import Plan
 from ...compiler.program import functions as f
 from ...compiler.program.expr import Call, Expr, Slice, Value
+from ...compiler.program.inputs import parameter_shapes
 from ...compiler.program.lines import alive
 from ...compiler.sweep.derived import Columns, Extraction
 from ...compiler.sweep.roots import LossRoot, elementwise_root
 from ...diagram.core import N, hint_of, leaves
-from ...diagram.reading import Reading
 from ...quantities import AxisMoments, Gradient, Quantity
 from ..parts.function import Function, Inputs, function
 from ..parts.kronecker import Block, absorbed
@@ -40,11 +40,6 @@ class Root:
     rounds: int = 0  # the columns of one round, where they are drawn in rounds
 
 
-def handed(compiled: Compiled) -> dict[str, Reading]:
-    """The operands that the program reads, by value."""
-    return {name: reading for name, reading in compiled.derived.readings.items() if not reading.of}
-
-
 def splits(compiled: Compiled) -> bool:
     """Whether the loss is a function of one output with the batch in front."""
     graph = compiled.graph
@@ -55,8 +50,8 @@ def model_checks(
     compiled: Compiled, quantities: Sequence[Quantity], blocks: dict[Key, Block], roots: Sequence[Root]
 ) -> Checks:
     """The definitions of every result."""
-    checks = Checks(texts=[Template(_RUN).substitute(_HANDED if handed(compiled) else _NOTHING)])
-    checks.uses |= {"operands"} if handed(compiled) else set()
+    checks = Checks(texts=[Template(_RUN).substitute(_HANDED if compiled.derived.handed else _NOTHING)])
+    checks.uses |= {"operands"} if compiled.derived.handed else set()
     inside = absorbed(blocks)
     scale = float(sympy.sympify(compiled.derived.scale).subs(N, SAMPLES))
     every = {q.name: [(q.name, name) for name in _names(compiled, q)] for q in quantities}
@@ -99,7 +94,7 @@ def _names(compiled: Compiled, quantity: Quantity) -> tuple[str, ...]:
 
 def _by_axis(compiled: Compiled, quantity: Quantity, blocks: Mapping[Key, Block], keys: Sequence[Key]) -> bool:
     """Whether moments along axes, if it is them, are along those that the parameters have."""
-    shapes = {dotted[0]: compiled.graph.values[value].shape for value, dotted in compiled.graph.parameters.items()}
+    shapes = parameter_shapes(compiled.graph)
     sizes = {key: tuple(shape[0] for shape in blocks[key].factors.shapes) for key in keys if key in blocks}
     return type(quantity) is not AxisMoments or all(shapes[name] == sizes[_, name] for _, name in keys)
 
