@@ -253,6 +253,26 @@ def test_attached_to_its_loss(module: bool) -> None:
     assert_equal(attached.result["diag_ggn"], program(X, Y)["diag_ggn"], "diag_ggn")
 
 
+@pytest.mark.parametrize("named", [False, True], ids=["by place", "by name"])
+def test_gradients_in_front_of_a_program_with_a_loss(named: bool) -> None:
+    model, loss = convolutions().eval(), nn.CrossEntropyLoss()
+    program = tn.compile(model, loss, (X, Y), [tn.Grad(), tn.DiagGGNMC(), tn.InputGrad()])
+    shift = torch.zeros_like(X, requires_grad=True)
+
+    def step() -> None:
+        output = model(X + shift)
+        (3 * (loss(input=output, target=Y) if named else loss(output, Y))).backward()
+
+    with tn.attach(program):
+        step()
+    got = [p.grad for p in (shift, *model.parameters())]
+    for p in (shift, *model.parameters()):
+        p.grad = None
+    step()
+    for mine, p in zip(got, (shift, *model.parameters()), strict=True):
+        torch.testing.assert_close(mine, p.grad)
+
+
 def test_bits_of_autograd() -> None:
     """Where the kernels are the same, so are the bits of the loss and of .grad."""
     torch.manual_seed(0)
@@ -314,6 +334,12 @@ def test_what_cannot_be_attached() -> None:
         found = torch.autograd.grad(loss(model(X), Y), model[0].weight, create_graph=True)[0]
         with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
             found.sum().backward()
+    program = tn.compile(model, nn.functional.mse_loss, (X, torch.rand(6, 4).double()), [tn.Grad()], check=False)
+    with tn.attach(program) as attached:
+        with pytest.raises(tn.InputError, match="y requires grad, and a program has no gradient by it"):
+            attached.loss(model(X), torch.rand(6, 4).double().requires_grad_())
+        with pytest.raises(tn.InputError, match=r"gets 3 arguments; it was compiled as loss\(output, y\)"):
+            attached.loss(model(X), torch.rand(6, 4).double(), reduction="sum")
     with pytest.raises(tn.UnsupportedError, match="InputGrad: no input is of floating numbers"):
         tn.compile(nn.Embedding(3, 2), tn.HANDED, torch.tensor([[0, 1]]), [tn.Grad(), tn.InputGrad()])
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +21,7 @@ from .halves import Saved
 from .handed import HANDED
 from .program import Program
 
-GRAD, INPUTS = "grad", "input_grad"
+MODEL, LOSS = "the model", "the loss"
 
 
 class Attached:
@@ -44,8 +45,8 @@ class Attached:
         self.program, self.results = program, list[Result]()
         self._grad = grads[0]
         self._inputs = next((q.name for q in program.quantities.values() if type(q) is InputGrad), "")
-        self._saved: Any = WeakIdKeyDictionary()  # output -> what was saved with it
-        self._plain: tuple[Callable[..., Any], Callable[..., Any] | None] | None = None
+        self._saved: Any = WeakIdKeyDictionary()  # output -> what was saved with it, and the leaves of the input
+        self._plain: dict[str, Callable[..., Any]] = {}  # the forwards that are replaced
 
     @property
     def result(self) -> Result:
@@ -54,37 +55,35 @@ class Attached:
             raise InputError("attach: no backward pass has run through the model yet")
         return self.results[-1]
 
+    def _replaced(self) -> Iterator[tuple[str, nn.Module, Callable[..., Any]]]:
+        """What has another forward in the block, and which."""
+        yield MODEL, self.program.model, self._forward
+        if isinstance(self.program.loss, nn.Module):
+            yield LOSS, self.program.loss, self.loss
+
     def __enter__(self) -> Attached:
-        model, loss = self.program.model, self.program.loss
-        for what, module in (("the model", model), ("the loss", loss)):
-            if isinstance(module, nn.Module) and "forward" in vars(module):
+        for what, module, _ in self._replaced():
+            if "forward" in vars(module):
                 raise InputError(f"attach: forward of {what} is replaced already: leave that first")
-        own = isinstance(loss, nn.Module)
-        self._plain = model.forward, loss.forward if isinstance(loss, nn.Module) else None
-        model.forward = self._forward
-        if own:
-            assert isinstance(loss, nn.Module)
-            loss.forward = self.loss
+        for what, module, forward in self._replaced():
+            self._plain[what] = module.forward
+            module.forward = forward
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        del self.program.model.__dict__["forward"]
-        if isinstance(self.program.loss, nn.Module):
-            del self.program.loss.__dict__["forward"]
-        self._plain = None
+        for what, module, _ in self._replaced():
+            del module.__dict__["forward"], self._plain[what]
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        assert self._plain is not None
         if not torch.is_grad_enabled():
-            return self._plain[0](*args, **kwargs)
+            return self._plain[MODEL](*args, **kwargs)
         if args and kwargs:
             raise InputError("attach: call the model with positional arguments, or with keyword arguments, as compiled")
         x = kwargs or (args[0] if len(args) == 1 else args)
         leaves, spec = pytree.tree_flatten(x)
-        moving = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
-        if moving and not self._inputs:
+        if _moving(enumerate(leaves)) is not None and not self._inputs:
             raise InputError(
                 "attach: an input requires grad, and the program has no gradient by inputs: compile with "
                 "tn.InputGrad() among the quantities"
@@ -94,43 +93,55 @@ class Attached:
         outputs = run(self, spec, holder, len(leaves), *leaves, *self._trained())
         output = pytree.tree_unflatten(list(outputs), holder["spec"])
         for leaf in outputs:
-            self._saved[leaf] = holder["saved"]
+            self._saved[leaf] = holder["saved"], leaves
         return output
 
     def _trained(self) -> list[Tensor]:
         return [p for p in self.program.model.parameters() if p.requires_grad]
 
-    def loss(self, output: Any, y: Any) -> Tensor:
+    def loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """The program's loss. Its backward pass gives the program's results, and `.grad` times what arrives."""
         assert self.program.loss is not None
-        plain = self.program.loss if self._plain is None or self._plain[1] is None else self._plain[1]
-        leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        saved = next((self._saved[leaf] for leaf in leaves if leaf in self._saved), None)
-        if saved is None or not torch.is_grad_enabled() or self.program.loss is HANDED:
-            found: Tensor = plain(output, y)
+        plain = self._plain.get(LOSS, self.program.loss)
+        given = tuple(inspect.signature(plain).bind(*args, **kwargs).arguments.values()) if kwargs else args
+        leaves = [leaf for leaf in pytree.tree_leaves(given[:1]) if isinstance(leaf, Tensor)]
+        known = next((self._saved[leaf] for leaf in leaves if leaf in self._saved), None)
+        if known is None or not torch.is_grad_enabled() or self.program.loss is HANDED:
+            found: Tensor = plain(*args, **kwargs)
             return found
+        if len(given) != 2:
+            raise InputError(f"attach: the loss gets {len(given)} arguments; it was compiled as loss(output, y)")
+        output, y = given
+        if _moving(enumerate(pytree.tree_leaves(y))) is not None:
+            raise InputError(
+                "attach: y requires grad, and a program has no gradient by it: detach it, or compile with "
+                "loss=tn.HANDED"
+            )
+        saved, inputs = known
         run: Callable[..., Tensor] = _Loss.apply
-        return run(self, saved, plain, pytree.tree_map(_detached, output), y, *self._trained())
+        return run(self, saved, plain, pytree.tree_map(_detached, output), y, len(inputs), *inputs, *self._trained())
 
-    def backward(self, saved: Saved, y: Any, factor: Tensor | None = None) -> list[Tensor | None]:
-        """Runs the second half; the gradients of `_trained`, after those of the inputs."""
+    def backward(self, saved: Saved, y: Any, leaves: int) -> list[Tensor | None]:
+        """Runs the second half; the gradients of the leaves of the input, then those of `_trained`."""
         result = self.program.backward(saved, y)
         self.results.append(result)
         names = [name for name, p in self.program.model.named_parameters() if p.requires_grad]
-        grads: list[Tensor | None] = [result[self._grad][name] for name in names]
-        return [g if g is None or factor is None else g * factor for g in grads]
+        return [*self._inputs_of(result, leaves), *(result[self._grad][name] for name in names)]
 
-    def inputs(self, leaves: int) -> list[Tensor | None]:
-        """The gradients of the inputs, by leaf of x."""
+    def _inputs_of(self, result: Result, leaves: int) -> list[Tensor | None]:
         if not self._inputs:
             return [None] * leaves
-        graph, by = self.program.compiled.graph, self.result[self._inputs]
-        absent = {at for at in graph.absent if at < leaves}
+        graph, by = self.program.compiled.graph, result[self._inputs]
         names = iter(name for name in graph.inputs if name not in of_loss(graph))
-        return [None if at in absent else by.get(next(names)) for at in range(leaves)]
+        return [None if at in graph.absent else by.get(next(names)) for at in range(leaves)]
 
     def __repr__(self) -> str:
         return f"Attached({self.program!r}, {len(self.results)} results)"
+
+
+def _moving(tensors: Iterable[tuple[Any, Any]]) -> Any:
+    """The first that requires grad."""
+    return next((name for name, leaf in tensors if isinstance(leaf, Tensor) and leaf.requires_grad), None)
 
 
 def _detached(leaf: Any) -> Any:
@@ -159,22 +170,22 @@ class _Model(torch.autograd.Function):
                 "  Compile with loss=tn.HANDED for losses of several terms; curvature is that of one loss."
             )
         leaves = [c.contiguous() if floating else None for c, floating in zip(cotangents, ctx.floating, strict=True)]
-        grads = owner.backward(ctx.saved, pytree.tree_unflatten(leaves, ctx.spec))
-        return None, None, None, None, *owner.inputs(ctx.count), *grads
+        return None, None, None, None, *owner.backward(ctx.saved, pytree.tree_unflatten(leaves, ctx.spec), ctx.count)
 
 
 class _Loss(torch.autograd.Function):
     """The program's loss: its backward is the program's second half."""
 
     @staticmethod
-    def forward(ctx: Any, owner: Attached, saved: Saved, plain: Any, output: Any, y: Any, *parameters: Tensor) -> Any:
-        ctx.owner, ctx.saved, ctx.y = owner, saved, y
+    def forward(ctx: Any, owner: Attached, saved: Saved, plain: Any, output: Any, y: Any, count: int, *_: Any) -> Any:
+        ctx.owner, ctx.saved, ctx.y, ctx.count = owner, saved, y, count
         return plain(output, y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> Any:
-        return None, None, None, None, None, *ctx.owner.backward(ctx.saved, ctx.y, factor)
+        found = ctx.owner.backward(ctx.saved, ctx.y, ctx.count)
+        return None, None, None, None, None, None, *(each if each is None else each * factor for each in found)
 
 
 def attach(program: Program) -> Attached:
