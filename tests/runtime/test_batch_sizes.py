@@ -210,6 +210,22 @@ def test_no_plan_of_its_own() -> None:
     assert tried == [64] and "N = 64: after plan, something\n" in program.explain()
 
 
+def test_a_plan_that_fails_says_so() -> None:
+    program = tn.compile(cnn(), CE, batch(2), [tn.Grad()])
+    plain = program.compiled.again
+    assert plain is not None
+
+    def broken(size: int) -> Compiled:
+        compiled = plain(size)
+        return replace(compiled, source=compiled.source.replace("torch.mm(", "torch.mv("))
+
+    program._sizes.example.compiled = replace(program.compiled, again=broken)
+    want = tn.compile(program.model, CE, batch(64), [tn.Grad()])(*batch(64))
+    assert "torch.mv(" in program.source_for(64)
+    same(program(*batch(64)), want)
+    assert "N = 64: it fails: " in program.explain() and "its results differ" not in program.explain()
+
+
 def test_what_the_model_draws(planned: list[int]) -> None:
     """Both plans are compared with the same masks, and torch draws afterwards what it would have drawn."""
     program = tn.compile(cnn(0.5).train(), CE, batch(2), [tn.BatchL2()])

@@ -17,8 +17,8 @@ SAMPLES = 2
 SEED = 0
 
 
-def agree(one: Callable[[], Any], other: Callable[[], Any], device: torch.device) -> bool:
-    """Whether both give the same numbers up to rounding, with the same random ones inside. The other may fail.
+def disagreement(one: Callable[[], Any], other: Callable[[], Any], device: torch.device) -> str:
+    """Why the other is of no use: it fails, or gives other numbers with the same random ones inside; "" if neither.
 
     Rounding: half of the digits of the dtype, relative to the largest number of a tensor.
     """
@@ -28,13 +28,14 @@ def agree(one: Callable[[], Any], other: Callable[[], Any], device: torch.device
             torch.manual_seed(SEED)
             try:
                 leaves = pytree.tree_flatten_with_path(run())[0]
-            except InputError:
+            except InputError as error:
                 if run is one:
                     raise
-                return False
+                return f"it fails: {str(error).splitlines()[0]}"
             found.append({pytree.keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)})
     first, second = found
-    return first.keys() == second.keys() and all(_close(leaf, second[path]) for path, leaf in first.items())
+    same = first.keys() == second.keys() and all(_close(leaf, second[path]) for path, leaf in first.items())
+    return "" if same else "its results differ from those of the plan for the example"
 
 
 def first_samples(tensor: Tensor, shape: Sequence[Size], count: int) -> Tensor:

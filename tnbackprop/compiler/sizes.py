@@ -143,12 +143,12 @@ class Sizes(Generic[T]):
                 return near
             return self._made(again, near, batch)
 
-    def settle(self, sized: Sized[T], right: bool) -> Sized[T]:
-        """What was found of the results of a plan: it is used, or the example's takes its place."""
-        if right:
+    def settle(self, sized: Sized[T], note: str) -> Sized[T]:
+        """A plan is used from now on; with a note on why not, the example's takes its place."""
+        if not note:
             sized.proved = True
             return sized
-        first, note = self.example, "its results differ from those of the plan for the example"
+        first = self.example
         other = Sized(sized.batch, first.compiled, first.loaded, True, note)
         with self._lock:
             self._every = tuple(other if each is sized else each for each in self._every)
@@ -193,9 +193,11 @@ class Sizes(Generic[T]):
         """Another plan; the nearest one in its place where there is none, or it is the same."""
         try:
             sized = self._of(again(batch), batch)
-        except (UnsupportedError, InvariantError) as error:
-            if near is None:
+        except (UnsupportedError, InvariantError) as error:  # what compiled goes on running
+            if near is None and isinstance(error, UnsupportedError):
                 raise _refused(error, batch) from error
+            if near is None:
+                raise
             sized = Sized(batch, near.compiled, near.loaded, near.proved, str(error).splitlines()[0])
         first, *others = self._every
         self._every = (first, *others[-(KEPT - 2) :], sized)
@@ -211,10 +213,8 @@ class Sizes(Generic[T]):
         return Sized(batch, compiled, self._load(compiled), not self._check)
 
 
-def _refused(error: UnsupportedError | InvariantError, batch: int) -> UnsupportedError | InvariantError:
+def _refused(error: UnsupportedError, batch: int) -> UnsupportedError:
     """What is said where no plan keeps within the memory limit."""
-    if isinstance(error, InvariantError):
-        return error
     reason = str(error).splitlines()[0]
     return UnsupportedError(
         f"for a batch of {batch} samples {reason}\n  Give fewer samples at a time, or compile with a higher "

@@ -13,7 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..compiler import Compiled
-from ..compiler.agreement import SAMPLES, agree, first_samples
+from ..compiler.agreement import SAMPLES, disagreement, first_samples
 from ..compiler.emit.loaded import running
 from ..compiler.emit.naming import comment
 from ..compiler.emit.source import MEMORY
@@ -270,7 +270,7 @@ class Program:
         axes = {name: value.shape for name, value in (*plan.given.items(), *plan.noises.items())}
         some = {name: first_samples(tensor, axes.get(name, ()), most) for name, tensor in tensors.items()}
         first, other = (partial(self._run, each, some) for each in (self._sizes.example, sized))
-        return self._sizes.settle(sized, agree(first, other, _device(tensors)))
+        return self._sizes.settle(sized, disagreement(first, other, _device(tensors)))
 
     def some_operands(self, x: Any, y: Any = None) -> dict[str, Any]:
         """Operands for a batch, random numbers that are the same every time: to try the program with."""
