@@ -130,3 +130,21 @@ class Pairs(tn.Quantity):
 def test_samples_that_meet_are_no_stream() -> None:
     with pytest.raises(tn.UnsupportedError, match="a stream is cut along the samples, and this diagram pairs them"):
         run(BY_NAME["linear"].build(), [Pairs()])
+
+
+def test_traced_once() -> None:
+    """For each shape of a parameter, whatever widths and batch sizes are planned for."""
+    calls: list[int] = []
+
+    def counted(G: Tensor) -> Tensor:
+        calls.append(1)
+        return histogram(G)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(3)]).double()
+    x, y = torch.randn(4, 6).double(), torch.randint(6, (4,))
+    quantities = [Streamed(function=counted), tn.DiagGGN()]
+    program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), quantities, check=False)
+    traced = len(calls)
+    assert traced <= 2 * 2  # a weight and a bias; torch may call it twice
+    assert program.source_for(512) != program.source and len(calls) == traced

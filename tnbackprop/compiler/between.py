@@ -27,12 +27,12 @@ Names = dict[str, dict[str, tuple[Result, tuple[Size, ...]]]]
 def with_phases(
     graph: Graph, derived: Derived, quantities: Sequence[Quantity], known: Derived | None = None
 ) -> Derived:
-    """What is derived, with what comes between its phases; `known`: the same for other widths, captured before."""
+    """What is derived, with what comes between its phases; `known`: the same for other widths, traced before."""
     later = [quantity for quantity in sorted(quantities, key=level_of) if quantity.needs]
     phases = tuple(_phase(graph, derived, q, quantities) for q in later) if known is None else known.phases
     made = {name for phase in phases for name in phase.outcome}
     readings = {name: each if name in made else replace(each, of="") for name, each in derived.readings.items()}
-    return with_streams(graph, replace(derived, readings=readings, phases=phases))
+    return with_streams(graph, replace(derived, readings=readings, phases=phases), known)
 
 
 def _phase(graph: Graph, derived: Derived, quantity: Quantity, quantities: Sequence[Quantity]) -> Phase:
@@ -45,7 +45,7 @@ def _phase(graph: Graph, derived: Derived, quantity: Quantity, quantities: Seque
     found = traced(quantity.between, shown, _where(quantity), f"between:{quantity.name}")
     given = [(result, group) for by in totals.values() for group, (result, _) in by.items()]
     outcome = _outcome(graph, quantity, derived, found.made)
-    level, named = level_of(quantity), dict(zip(found.inputs, given, strict=True))
+    level, named = level_of(quantity), dict(zip((each.name for each in found.inputs), given, strict=True))
     return Phase(quantity.name, named, found.calls, outcome, found.constants, dtype, level)
 
 
@@ -110,38 +110,39 @@ def _large(shape: tuple[Size, ...]) -> tuple[Size, ...]:
     return tuple(size for size in shape if size != 1)
 
 
-def with_streams(graph: Graph, derived: Derived) -> Derived:
+def with_streams(graph: Graph, derived: Derived, known: Derived | None) -> Derived:
     """What is derived, with the torch code of streams traced: once for each function and shape of a parameter."""
     if not any(isinstance(item, Extraction) and item.streams for item in derived.items):
         return derived
-    known: dict[Any, Streamed] = {}
+    made = {} if known is None else {_kind(each.quantity, each.given): each for each in known.traced}
 
     def traced_in(schedule: Schedule) -> Schedule:
-        return tuple(_with_streams(graph, item, known) if isinstance(item, Extraction) else item for item in schedule)
+        return tuple(_with_streams(graph, item, made) if isinstance(item, Extraction) else item for item in schedule)
 
     columns = tuple(replace(each, schedule=traced_in(each.schedule)) for each in derived.columns)
-    return replace(derived, schedule=traced_in(derived.schedule), columns=columns, traced=tuple(known.values()))
+    return replace(derived, schedule=traced_in(derived.schedule), columns=columns, traced=tuple(made.values()))
+
+
+def _kind(quantity: str, given: Value | Given) -> tuple[str, tuple[Size, ...], torch.dtype]:
+    return quantity, tuple(given.shape), given.dtype
 
 
 def _with_streams(graph: Graph, item: Extraction, known: dict[Any, Streamed]) -> Extraction:
-    if not item.streams:
-        return item
-    own = graph.values[item.parameter]
-    found: dict[str, Streamed] = {}
+    own, found = graph.values[item.parameter], dict[str, Streamed]()
     for name, stream in item.streams.items():
-        if not isinstance(stream, Stream):
-            found[name] = stream
-            continue
-        key = (name, own.shape, own.dtype)
-        if key not in known:
-            where = f"the stream of quantity {name!r} for {graph.parameters[item.parameter][0]!r}"
-            given = Given((N, *own.shape), own.dtype, own.device)
-            made = traced(stream.function, given, where, f"stream:{name}:{len(known)}")
-            if not isinstance(made.made, Value):
-                raise InputError(f"{where} makes {type(made.made).__name__}, not a tensor")
-            if stream.rows != (made.made.shape[:1] == (N,)):
-                told = ", ".join(map(str, made.made.shape))
-                raise InputError(f"{where} makes [{told}]: a row for each sample goes with rows=True, all else without")
-            known[key] = Streamed(made.inputs[0], made.calls, made.made, made.constants, stream.rows, own.dtype)
-        found[name] = known[key]
-    return replace(item, streams=found)
+        given = Given((N, *own.shape), own.dtype, own.device)
+        where = f"the stream of quantity {name!r} for {graph.parameters[item.parameter][0]!r}"
+        if (kind := _kind(name, given)) not in known:
+            known[kind] = _streamed(name, stream, given, where, f"stream:{name}:{len(known)}")
+        found[name] = known[kind]
+    return replace(item, streams=found) if found else item
+
+
+def _streamed(quantity: str, stream: Stream, given: Given, where: str, prefix: str) -> Streamed:
+    made = traced(stream.function, given, where, prefix)
+    if not isinstance(made.made, Value):
+        raise InputError(f"{where} makes {type(made.made).__name__}, not a tensor")
+    if stream.rows != (made.made.shape[:1] == (N,)):
+        told = ", ".join(map(str, made.made.shape))
+        raise InputError(f"{where} makes [{told}]: a row for each sample goes with rows=True, all else without")
+    return Streamed(quantity, made.inputs[0], made.calls, made.made, made.constants, stream.rows)

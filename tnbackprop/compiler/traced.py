@@ -38,13 +38,13 @@ class Given:
 class Traced:
     """What a function computes.
 
-    inputs     the names of what it is given, leaf by leaf
+    inputs     what it is given, leaf by leaf
     calls      in order
     made       what it returns, with values for tensors
     constants  tensors that the calls read
     """
 
-    inputs: tuple[str, ...]
+    inputs: tuple[Value, ...]
     calls: tuple[Call, ...]
     made: Any
     constants: dict[str, Tensor]
@@ -103,7 +103,7 @@ class _Reader:
         self.calls: list[Call] = []
 
     def traced(self) -> Traced:
-        inputs: list[str] = []
+        inputs: list[Value] = []
         constants: dict[str, Tensor] = {}
         user = set(self.program.graph_signature.user_inputs)
         targets = {s.arg.name: str(s.target) for s in self.program.graph_signature.input_specs}
@@ -111,7 +111,7 @@ class _Reader:
             if node.op == "placeholder":
                 value = self.env[node] = self._value(node.name, node.meta["val"])
                 if node.name in user:
-                    inputs.append(value.name)
+                    inputs.append(value)
                 else:
                     constants[value.name] = self.program.constants[targets[node.name]].detach()
             elif node.op == "call_function":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +66,16 @@ def called(store: Store, call: Call, random: bool, own: torch.dtype | None = Non
         every = store.add(expr, call.output.shape, Kernel.NATIVE, hint=hint_of(call.outputs), alone=random, own=False)
         store.name(call.outputs, every)
     return e.Call(f.ITEM, (store.find(call.outputs), call.item))
+
+
+def enter(store: Store, calls: Iterable[Call], own: torch.dtype) -> None:
+    """The values of torch code of a quantity's own, which is given values of the dtype `own`."""
+    for call in calls:
+        floating = store.one_dtype and call.output.dtype == own
+        value = store.add(
+            called(store, call, random=False, own=own), call.output.shape, Kernel.NATIVE, floating=floating
+        )
+        store.name(call.output.name, value)
 
 
 def operator_vjp(store: Store, vjp: OperatorVjp, cotangent: Expr) -> Expr:

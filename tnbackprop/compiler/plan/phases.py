@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..entered.forward import called
+from ..entered.forward import enter
 from ..lower.arrange import reshaped
 from ..program.cost import Kernel
 from ..program.expr import Value
@@ -25,10 +25,7 @@ def _enter(store: Store, derived: Derived, phase: Phase, results: Results) -> No
     store.note = f"between, for {phase.quantity}"
     for name, (result, group) in phase.totals.items():
         store.name(name, results[result][group])
-    for call in phase.calls:
-        expr, shape = called(store, call, random=False, own=phase.dtype), call.output.shape
-        floating = store.one_dtype and call.output.dtype == phase.dtype
-        store.name(call.output.name, store.add(expr, shape, Kernel.NATIVE, own=None, floating=floating))
+    enter(store, phase.calls, phase.dtype)
     for name, value in phase.outcome.items():
         found = store.find(value)
         expr = reshaped(found, found.shape, derived.readings[name].sizes)

@@ -7,6 +7,7 @@ Behind a loop over columns such functions are tiles: of few samples, so that wha
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import sympy
@@ -124,16 +125,14 @@ def _sliced(
     identity = (*key(inner), "sliced", chunk, tiled)
     if (known := store.built(identity)) is not None:
         return known.renamed(own)
-    body, inputs = _body(store, inner, chunk)
-    args = [argument(store, tensor) for tensor in inputs]
-    args += [(store.like, None)] if len(body.params) > len(inputs) else []
-    args += [(N, None)] if body.total else []
+    small, inputs = inside(store, inner, chunk)
+    body = body_of(small, inputs, in_order(small, build(small, inner)), "slice")
     axis = own.index(BATCH) if BATCH in own else None
     join = Join.SUM if axis is None else Join.CAT
-    calls = Rounds(body, tuple(args), N, chunk, (join,), axis or 0, followed=not tiled)
-    work = _work(body.steps, chunk)
+    calls = Rounds(body, arguments(store, body, inputs), N, chunk, (join,), axis or 0, followed=not tiled)
+    work = work_of(body.steps, chunk)
     if tiled:
-        moved = tuple((1, tensor.legs) for tensor in inputs)
+        moved = tuple((1, tensor.legs) for tensor in inputs.values())
         launches = len(body.steps) * -(-store.batch // chunk)
         work = replace(work, moved=(*moved, (1, own)), launches=launches)
         (linear,) = (value for value in reads(calls) if store.varies(value))
@@ -144,21 +143,34 @@ def _sliced(
     return ref
 
 
-def _body(store: Store, inner: Diagram, chunk: int) -> tuple[Body, list[Tensor]]:
-    """The function of `chunk` samples, and what it reads: a parameter for each, and `like` behind them if it does."""
-    small = store.separate(chunk)
-    leaves = leaves_of(inner)
-    params = {name: small.given(name, sizes_of(t.legs), store.find(name).floating) for name, t in leaves.items()}
+def inside(store: Store, inner: Diagram, chunk: int) -> tuple[Store, dict[str, Tensor]]:
+    """The values of a function of `chunk` samples, with the tensors that it is given, and these."""
+    small, leaves = store.separate(chunk), leaves_of(inner)
+    for name, tensor in leaves.items():
+        small.given(name, sizes_of(tensor.legs), store.find(name).floating)
     small.like = small.given(LIKE, ())
-    ref = build(small, inner)
-    result = in_order(small, ref)
+    return small, leaves
+
+
+def body_of(small: Store, leaves: Mapping[str, Tensor], result: Expr, name: str, fixed: Sequence[str] = ()) -> Body:
+    """The function: a parameter for each tensor, and behind them `like` and what is `fixed`, where it reads them."""
     steps = alive(small.steps, set(reads(result)))
     read = {value for step in steps for value in step.inputs} | set(reads(result))
-    own = [*params.values(), *([small.like] if small.like in read else [])]
-    first = next(name for name, tensor in leaves.items() if BATCH in tensor.legs)
-    batch = params[first], leaves[first].legs.index(BATCH)
+    more = [value for value in (small.like, *map(small.find, fixed)) if value in read]
+    first = next(leaf for leaf, tensor in leaves.items() if BATCH in tensor.legs)
+    batch = small.find(first), leaves[first].legs.index(BATCH)
     total = any(TOTAL in sizes_in(step.expr) for step in steps)
-    return Body(tuple(own), steps, (result,), batch, "slice", total=total), list(leaves.values())
+    return Body((*map(small.find, leaves), *more), steps, (result,), batch, name, total=total)
+
+
+def arguments(
+    store: Store, body: Body, leaves: Mapping[str, Tensor], fixed: Sequence[str] = ()
+) -> tuple[tuple[Expr, int | None], ...]:
+    """What the parameters of a function are given, and the axes along which that is cut."""
+    more = {LIKE: store.like} | {name: store.find(name) for name in fixed}
+    args = [_argument(store, tensor) for tensor in leaves.values()]
+    args += [(more[param.key], None) for param in body.params[len(leaves) :]]
+    return (*args, (N, None)) if body.total else tuple(args)
 
 
 def _open(store: Store, op: Operand) -> Operand:
@@ -201,14 +213,14 @@ def leaves_of(diagram: Diagram) -> dict[str, Tensor]:
     return found
 
 
-def argument(store: Store, tensor: Tensor) -> tuple[Expr, int | None]:
+def _argument(store: Store, tensor: Tensor) -> tuple[Expr, int | None]:
     """What a parameter is given, and the axis along which it is cut."""
     ref = read(store, tensor)
     expr = arranged(store, ref, tuple((leg,) for leg in tensor.legs))
     return expr, tensor.legs.index(BATCH) if BATCH in tensor.legs else None
 
 
-def _work(steps: tuple[Value, ...], chunk: int) -> Work:
+def work_of(steps: tuple[Value, ...], chunk: int) -> Work:
     """All slices together: the polynomials of one slice hold with n running over the whole batch."""
     flops: Terms = ()
     moved: Terms = ()

@@ -277,12 +277,12 @@ def column_leg(width: Size) -> tuple[Leg, ...]:
 class Streamed:
     """Torch code on some samples: from the value `given` by calls to `made`; `rows`: a row for each sample."""
 
-    given: str
+    quantity: str
+    given: Made
     calls: tuple[Call, ...]
     made: Made
     constants: Mapping[str, Tensor]
     rows: bool
-    dtype: torch.dtype  # of what it is given
 
 
 @dataclass(frozen=True)
