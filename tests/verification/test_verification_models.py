@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,27 @@ def test_a_wrong_program_is_found() -> None:
     match = r"batch_l2 of 'weight'\[axis0=0\]: the program[^§]*2 times"
     with multiplied(program, "batch_l2", 2), pytest.raises(tn.VerificationError, match=match):
         tn.verify(program)
+
+
+def test_merged_batches_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two parts of the batch give what the whole gives; a wrong power of N is found."""
+    model, loss = nn.Linear(3, 2).double(), nn.CrossEntropyLoss(weight=torch.tensor([0.3, 0.7]).double())
+    x, y = torch.randn(5, 3).double(), torch.tensor([0, 1, 1, -100, 0])
+    quantities = [tn.Grad(), tn.WeightedGrad(), tn.KFLR(), tn.BatchDot(), tn.DiagGGNMC()]
+    report = tn.verify(model, x, y, loss=loss, quantities=quantities)
+    assert report.ok, report
+    assert {row.of for row in report.rows if row.what == "merged"} == {"grad", "weighted_grad", "kflr"}
+    assemble = importlib.import_module("tnbackprop.results.assemble")
+    right = assemble.merging
+
+    def wrong(compiled: Any) -> Any:
+        found = right(compiled)
+        joins = {n: tuple(replace(join, power=join.power - 1) for join in by) for n, by in found.joins["grad"].items()}
+        return replace(found, joins={**found.joins, "grad": joins})
+
+    monkeypatch.setattr(assemble, "merging", wrong)
+    with pytest.raises(tn.VerificationError, match=r"merged of grad\n  grad of 'weight'\[axis0=0, .*two parts merged"):
+        tn.verify(model, x, y, loss=loss, quantities=[tn.Grad()])
 
 
 def test_an_operation_without_a_rule_is_left_out() -> None:

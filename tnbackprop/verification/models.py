@@ -27,6 +27,7 @@ from ..errors import InputError, UnsupportedError
 from ..quantities import Propagation, Quantity
 from ..runtime import Program
 from .draws import unsettled
+from .merged import check_merged
 from .quantities import ALL, check_quantities
 from .rules import Finding, check_rule, subjects
 
@@ -82,11 +83,16 @@ def _program_case(program: Program, batch: Batch, with_rules: bool) -> Iterator[
     size = batch_size(batch)
     for n in dict.fromkeys((size, 1)):
         x, y = pytree.tree_map(lambda t, n=n: t[:n] if isinstance(t, Tensor) and t.ndim else t, batch)
-        case = f"N = {n}, x {', '.join(str(list(t.shape)) for t in tensors_of(x))}"
+        case = _case(n, x)
         if with_rules:
             for subject in subjects(trace(program, x, y, n), case, "", None):
                 yield from check_rule(subject)
         yield from compare_quantities(program, x, y, n, case, means=n == size)
+    yield from check_merged(program, *batch, size, _case(size, batch[0]))
+
+
+def _case(size: int, x: Any) -> str:
+    return f"N = {size}, x {', '.join(str(list(t.shape)) for t in tensors_of(x))}"
 
 
 def compare_quantities(program: Program, x: Any, y: Any, size: int, case: str, means: bool = True) -> Iterator[Finding]:

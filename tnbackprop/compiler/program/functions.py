@@ -212,8 +212,6 @@ SIGN = method("sign")
 AMAX = method("amax")
 MIN = method("min")
 CLONE = method("clone")
-SPLIT = method("split")
-UNBIND = method("unbind")
 
 ONE_BY_ONE = """\
 def one_by_one(vjp, axes, cotangents, *rows):

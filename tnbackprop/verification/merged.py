@@ -1,0 +1,90 @@
+"""Merged: the results of two parts of a batch together are those of the whole, as the diagrams say how they join."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..compiler.merging import Way
+from ..definitions.defined import SEED
+from ..definitions.report import LeftOut, Row, deviation, wrong_entries
+from ..diagram.core import N
+from ..errors import InputError
+from ..linalg import KroneckerFactors
+from ..results import Result
+from ..runtime import Program
+from .drawn import is_drawn
+from .rules import Finding, first_entry
+
+HOW = "the whole batch: two parts of it give the same"
+CAUSE = "the loss is no mean or sum over samples as its rule says, or samples meet each other in the model"
+
+
+def check_merged(program: Program, x: Any, y: Any, size: int, case: str) -> Iterator[Finding]:
+    """A row for each quantity, its worst: a third of the samples and the others. Not of what is drawn."""
+    calls = program.compiled.graph.calls
+    if size < 2 or any(torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ()) for call in calls):
+        return
+    cut, operands = max(1, size // 3), program.some_operands(x, y)
+    try:
+        whole, one, two = (
+            _kept(program, program(_part(x, own), _part(y, own), seed=SEED, operands=_operands(program, operands, own)))
+            for own in (slice(0, size), slice(0, cut), slice(cut, size))
+        )
+        found = one.merge(two)
+    except InputError as error:
+        yield LeftOut("merged", str(error).splitlines()[0])
+        return
+    for key in whole:
+        rows = [
+            _row(key, name, got, want, case)
+            for name, value in whole[key].items()
+            for got, want in zip(_tensors(found[key][name]), _tensors(value), strict=True)
+        ]
+        yield max(rows, key=lambda row: (not row.ok, row.error))
+
+
+def _row(key: str, name: str, got: Tensor, want: Tensor, case: str) -> Row:
+    row = Row("merged", key, case, tuple(want.shape), deviation(got, want), how=HOW)
+    if got.shape != want.shape:
+        return replace(row, wrong=f"  shape {list(got.shape)}, not {list(want.shape)}")
+    if not wrong_entries(got, want).any():
+        return row
+    axes = tuple(f"axis{k}" for k in range(want.ndim))
+    entry = first_entry(f"{key} of '{name}'", "two parts merged", "the whole batch", got, want, axes)
+    return replace(row, wrong=f"{entry}\n  likely: {CAUSE}")
+
+
+def _kept(program: Program, result: Result) -> Result:
+    """What merges of it, without what is drawn."""
+    assert result.batch is not None
+    merging = result.batch.merging
+    refused = {key for key, by in merging.joins.items() for each in by.values() for j in each if j.way is Way.REFUSED}
+    keys = [key for key in result if key not in refused and not is_drawn(program.quantities[key])]
+    batch = replace(result.batch, merging=replace(merging, joins={key: merging.joins[key] for key in keys}))
+    return result.with_values(result.loss, None, {key: result[key] for key in keys}, batch)
+
+
+def _part(tree: Any, own: slice) -> Any:
+    return pytree.tree_map(lambda leaf: leaf[own] if isinstance(leaf, Tensor) and leaf.ndim else leaf, tree)
+
+
+def _operands(program: Program, operands: Mapping[str, Any], own: slice) -> dict[str, Any]:
+    """Those of some samples."""
+    def cut(tensor: Tensor, shape: tuple[Any, ...]) -> Tensor:
+        return tensor[tuple(own if size == N else slice(None) for size in shape)]
+
+    found: dict[str, Any] = {}
+    for key, shape in program.operands.items():
+        given = operands[key]
+        found[key] = {n: cut(given[n], shape[n]) for n in shape} if isinstance(shape, Mapping) else cut(given, shape)
+    return found
+
+
+def _tensors(value: Any) -> tuple[Tensor, ...]:
+    return value.factors if isinstance(value, KroneckerFactors) else (value,)
