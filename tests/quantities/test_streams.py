@@ -132,6 +132,45 @@ def test_samples_that_meet_are_no_stream() -> None:
         run(BY_NAME["linear"].build(), [Pairs()])
 
 
+@dataclass(frozen=True)
+class Plain(Streamed):
+    """Torch code on (1/N) ∇ℓ_n for a loss that averages."""
+
+    name: str = "plain"
+
+    def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Stream:
+        return tn.Stream(J.T @ g, self.function, self.rows)
+
+
+def test_batches_join() -> None:
+    """Sums over samples add up, rows are put one after the other; of what depends on N nobody knows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y = torch.randn(7, 3).double(), torch.randint(3, (7,))
+    norm = Streamed("norm", lambda G: G.square().sum())
+    quantities = [Streamed(), Streamed("largest", largest, rows=True), norm, tn.Total(Streamed())]
+    for loss in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")):
+        program = tn.compile(model, loss, (x, y), quantities)
+        whole, found = program(x, y), tn.over(program, [(x[:2], y[:2]), (x[2:3], y[2:3]), (x[3:], y[3:])])
+        for q in whole:
+            for n, value in whole[q].items():
+                torch.testing.assert_close(found[q][n], value)
+    result = tn.compute(model, nn.CrossEntropyLoss(), (x, y), [Plain()])
+    with pytest.raises(tn.InputError, match=r"(?s)'plain' of '2.weight' cannot be merged.*J.T @ g\) / g.scale"):
+        result.merge(result)
+    weighted = nn.CrossEntropyLoss(weight=torch.rand(3).double())
+    one, two = (tn.compute(model, weighted, (x[own], y[own]), [Streamed()]) for own in (slice(0, 3), slice(3, 7)))
+    with pytest.raises(tn.InputError, match=r"(?s)'streamed' of .* cannot be merged.*Compile with a loss that sums"):
+        one.merge(two)
+
+
+def test_explained() -> None:
+    program = BY_NAME["mlp_sum"].build()
+    program = tn.compile(program.model, program.loss, (program.x, program.y), [Streamed(), tn.Total(Streamed())])
+    text = program.explain()
+    assert "torch code on slices of it, a few samples at a time" in text and "streamed_total" in text
+
+
 def test_traced_once() -> None:
     """For each shape of a parameter, whatever widths and batch sizes are planned for."""
     calls: list[int] = []

@@ -15,7 +15,6 @@ from ..compiler.explain.stages import (
     algebra_lines,
     block,
     choice_lines,
-    choice_of,
     cotangent_lines,
     declaration_lines,
     jacobian_lines,
@@ -141,14 +140,13 @@ def _parameter(program: tn.Program, dotted: str) -> Iterator[Block]:
         if not isinstance(item, Extraction) or compiled.graph.parameters[item.parameter][0] != dotted:
             continue
         names = item.quantities
-        choice = choice_of(compiled, item)
         yield Heading(f"{', '.join(names)} of {dotted} {compiled.graph.values[item.parameter].axes_text}", 3)
         if sweep:
             yield Words(sweep)
         yield Formulas(tuple(algebra_lines(compiled, item)))
         for name in names:
             yield from _rewritten(compiled, item, name, dotted)
-        yield Formulas(tuple(choice_lines(compiled, item.diagrams, choice)))
+        yield Formulas(tuple(choice_lines(compiled, item)))
 
 
 def _rewritten(compiled: Compiled, item: Extraction, name: str, dotted: str) -> Iterator[Block]:

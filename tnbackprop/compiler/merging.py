@@ -20,7 +20,7 @@ from ..diagram.core import BATCH, Diagram, Map, N, Part, Product, is_head
 from ..notation.bind import Equation
 from .degrees import NONE, Degrees, Undecided, batch_legs, depends_on_batch, power_of, powers_in
 from .emit.compiled import Compiled
-from .sweep.derived import Extraction, Result
+from .sweep.derived import Extraction, Result, Streamed
 from .translate.graph import Value
 
 
@@ -121,11 +121,21 @@ def merging(compiled: Compiled) -> Merging:
     return Merging(joins, _loss(degrees), outputs, float(degrees.scale), bool(derived.divisors))
 
 
-Places = dict[str, dict[str, list[tuple[tuple[Diagram, bool], ...]]]]
+@dataclass(frozen=True)
+class Extracted:
+    """One tensor of a result: its diagram; whether it is relative to another one's, or read by torch code in slices."""
+
+    diagram: Diagram
+    relative: bool = False
+    stream: Streamed | None = None
+
+
+Rows = list[tuple[Extracted, ...]]
+Places = dict[str, dict[str, Rows]]
 
 
 def _places(compiled: Compiled) -> Places:
-    """By quantity and parameter or group: every time that it is extracted, its diagrams, and which are relative."""
+    """By quantity and parameter or group: every time that it is extracted."""
     graph, found = compiled.graph, Places()
     for item in compiled.derived.items:
         if not isinstance(item, Extraction):
@@ -137,24 +147,24 @@ def _places(compiled: Compiled) -> Places:
     return found
 
 
-def _tensors(item: Extraction, quantity: str) -> tuple[tuple[Diagram, bool], ...]:
+def _tensors(item: Extraction, quantity: str) -> tuple[Extracted, ...]:
     """Of one extraction: the value, or the factors and then the means."""
     factors = item.factors.get(quantity)
     if factors is None:
-        return ((item.diagrams[Result(quantity)], False),)
-    means = tuple((mean, False) for mean in factors.means if mean is not None)
-    return (*zip(factors.diagrams, factors.relative, strict=True), *means)
+        return (Extracted(item.diagrams[Result(quantity)], stream=item.streams.get(quantity)),)
+    means = (Extracted(mean) for mean in factors.means if mean is not None)
+    return (*map(Extracted, factors.diagrams, factors.relative), *means)
 
 
-def _common(degrees: Degrees, rows: list[tuple[tuple[Diagram, bool], ...]]) -> tuple[Join, ...]:
+def _common(degrees: Degrees, rows: Rows) -> tuple[Join, ...]:
     """What all extractions of one result have in common, tensor by tensor."""
     found = []
     for each in zip(*rows, strict=True):
-        joins = {join for diagram, relative in each if (join := _join(degrees, diagram, relative)) is not None}
+        joins = {join for one in each if (join := _join(degrees, one)) is not None}
         no = next((join for join in joins if join.way is Way.REFUSED), None)
         if no is None and len(joins) > 1:
             no = refused("it adds up terms with different powers of the number of samples")
-        found.append(no or (joins.pop() if joins else _of_zero(each[0][0])))
+        found.append(no or (joins.pop() if joins else _of_zero(each[0].diagram)))
     return tuple(found)
 
 
@@ -169,10 +179,13 @@ def _axis(diagram: Diagram) -> int | None:
     return next((k for k, leg in enumerate(heads) if leg.size == N), None)
 
 
-def _join(degrees: Degrees, diagram: Diagram, relative: bool = False) -> Join | None:
-    """Of one diagram; None: it is zero."""
-    if relative:
+def _join(degrees: Degrees, one: Extracted) -> Join | None:
+    """Of one tensor; None: it is zero."""
+    diagram = one.diagram
+    if one.relative:
         return refused("it is an axis that was cut out of another factor, over the mean of its own diagonal")
+    if one.stream is not None:
+        return _of_stream(degrees, diagram, one.stream)
     try:
         rows, degree = batch_legs(diagram.legs), degrees.of(diagram)
     except Undecided as why:
@@ -189,6 +202,19 @@ def _join(degrees: Degrees, diagram: Diagram, relative: bool = False) -> Join | 
         return refused("its columns have scales of several kinds")
     way, axis = (Way.ROWS, _axis(diagram) or 0) if rows else (Way.SUM, 0)
     return Join(way, float(power), float(degree.loss), axis, degree.even)
+
+
+def _of_stream(degrees: Degrees, diagram: Diagram, stream: Streamed) -> Join:
+    """Of torch code on samples, which may be anything: a sum over them, or rows, if the samples have no other scale."""
+    try:
+        degree = degrees.of(diagram) or NONE
+    except Undecided as why:
+        return refused(str(why))
+    if degree.sums or degree.power + degrees.scale * degree.loss != 0:
+        remedy = "Give the stream (J.T @ g) / g.scale"
+        return refused(f"its torch code is given values that depend on the batch they are in.\n  {remedy}")
+    even = degree.even or (bool(degrees.derived.divisors) and degree.loss != 0)
+    return Join(Way.ROWS if stream.rows else Way.SUM, even=even)
 
 
 def _pulled(degrees: Degrees, name: str, cotangent: str) -> Join:
@@ -212,8 +238,8 @@ def _moments(degrees: Degrees, places: Places, joins: dict[str, dict[str, tuple[
     todo: list[tuple[str, str, tuple[sympy.Expr, Diagram]]] = []
     for quantity, by in places.items():
         for name, rows in by.items():
-            if len(rows) == 1 and len(rows[0]) == 1:
-                join, diagram = joins[quantity][name][0], rows[0][0][0]
+            if len(rows) == 1 and len(rows[0]) == 1 and rows[0][0].stream is None:
+                join, diagram = joins[quantity][name][0], rows[0][0].diagram
                 if join.way is Way.SUM:
                     means.setdefault(name, {}).setdefault(quantity, (quantity, diagram))
                 elif join.way is Way.REFUSED and (found := _deviation(diagram)) is not None:

@@ -175,7 +175,7 @@ def block(compiled: Compiled, item: Extraction) -> Diagram | None:
 
 def rewritten(compiled: Compiled, item: Extraction) -> dict[Result, tuple[Alternative, ...]]:
     """For each quantity the ways that are other diagrams than its own: multiplied out, or what was chosen."""
-    found = alternatives(item.diagrams, choice_of(compiled, item))
+    found = {} if item.streams else alternatives(item.diagrams, choice_of(compiled, item))
     return {
         quantity: tuple(
             way
@@ -213,10 +213,16 @@ def _choices(compiled: Compiled) -> Iterator[str]:
         for item in schedule:
             if isinstance(item, Extraction):
                 yield ""
-                yield from choice_lines(compiled, item.diagrams, choice_of(compiled, item))
+                yield from choice_lines(compiled, item)
 
 
-def choice_lines(compiled: Compiled, diagrams: Mapping[Result, Diagram], choice: Choice) -> Iterator[str]:
+def choice_lines(compiled: Compiled, item: Extraction) -> Iterator[str]:
+    """The ways to compute the quantities of a parameter, with what they cost."""
+    if item.streams:
+        slices = (f"{q}: torch code on slices of it, a few samples at a time" for q in item.quantities)
+        yield from (f"{compiled.graph.parameters[item.parameter][0]}   {text}" for text in slices)
+        return
+    diagrams, choice = item.diagrams, choice_of(compiled, item)
     plan, names, symbols = compiled.plan, part_names(diagrams, choice), Symbols()
     whole = seconds(tuple(step for step, _ in plan.timed), plan.rates, plan.batch, plan.itemsize)
     small = max(option.seconds for option in choice.options) < SMALL * whole
