@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import tnbackprop as tn
 from tnbackprop.definitions import oracle
 from tnbackprop.definitions.oracle import Problem
+from tnbackprop.notation.parse import FUNCTIONS
 from tnbackprop.verification.models import in_float64
 
 from .. import oracle as first_order
@@ -241,3 +242,20 @@ def test_operators_that_vmap_differentiates_wrongly(curved: bool) -> None:
     x, y = torch.randn(4, 3), torch.randn(4, 3)
     report = tn.verify(Near(), x, y, loss=nn.MSELoss(), quantities=[tn.KFLR(), tn.DiagGGN(), tn.BatchL2()])
     assert report.ok and {"kflr", "diag_ggn"} <= {row.what for row in report.rows}
+
+
+OF_ONE = sorted(name for name, (count, _) in FUNCTIONS.items() if count == 1)
+QUICK = ("erfc", "sigmoid")
+
+
+@pytest.mark.parametrize(
+    "function", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OF_ONE]
+)
+def test_every_function_of_a_formula(function: str) -> None:
+    """A layer of a formula, whose forward takes any arguments, in a model."""
+    formula = f"h[n, o] = w[o, i] * input[n, i] + 2\noutput[n, o] = {function}(h[n, o])"
+    layer = tn.einsum_layer(formula, w=((3, 4), lambda w: nn.init.uniform_(w, -0.1, 0.1)))
+    quantities = (tn.BatchL2(), tn.HessianDiag())
+    report = tn.verify(nn.Sequential(layer, nn.Linear(3, 2)), torch.rand(4, 4), quantities=quantities)
+    assert report.ok and {"formula", "Jacobian", "hessian_diag"} <= {row.what for row in report.rows}
+    assert tn.verify(layer, (4, 4), quantities=quantities).ok and tn.verify(layer.rule, module=layer).ok

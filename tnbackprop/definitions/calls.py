@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +15,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ..compiler.translate.graph import Call, Value
+from ..compiler.translate.opaque import signature_of
 from ..compiler.translate.torch_internals import arguments_of
 from ..compiler.translate.torch_modes import twice_differentiable
 from ..diagram.algebra import differentiate
@@ -72,7 +72,7 @@ def _run_module(module: nn.Module, arguments: dict[str, Any]) -> Any:
     """The module with these values for its parameters and buffers, which the call names with '_' for '.'."""
     own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     state = {dotted: arguments.pop(dotted.replace(".", "_")) for dotted, _ in own}
-    taken = inspect.signature(module.forward).parameters  # an absent parameter is an argument of the call, too
+    taken = signature_of(module).parameters  # an absent parameter is an argument of the call, too
     return functional_call(module, state, (), {name: v for name, v in arguments.items() if name in taken})
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.printing.pytorch import TorchPrinter
 from torch import Tensor
 from torch.func import grad
 
@@ -193,8 +194,18 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 @lru_cache(2**10)
 def _torch(expression: sympy.Expr, count: int) -> Callable[..., Any]:
     symbols, modules = [argument(k) for k in range(count)], [_FUNCTIONS, "torch"]
-    function: Callable[..., Any] = sympy.lambdify(symbols, expression.subs(N, 1), modules)
+    printer = _Printer({"fully_qualified_modules": False, "inline": True})
+    function: Callable[..., Any] = sympy.lambdify(symbols, expression.subs(N, 1), modules, printer)
     return function
+
+
+class _Printer(TorchPrinter):  # type: ignore[misc]
+    """sympy's own knows no further functions."""
+
+    def _print_Function(self, expr: sympy.Function) -> str:
+        name = type(expr).__name__
+        shown = ", ".join(map(self._print, expr.args))
+        return f"{name}({shown})" if name in _FUNCTIONS else str(super()._print_Function(expr))
 
 
 def _sizes(legs: tuple[Leg, ...]) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compiler.translate.opaque import signature_of
 from ..compiler.translate.torch_internals import own_tensors
 from ..definitions.calls import BUILD_ERRORS
 from ..definitions.report import LeftOut
@@ -212,4 +213,4 @@ def _nodes(rule: Rule) -> list[Node]:
 
 
 def _arguments(module: nn.Module) -> list[str]:
-    return list(inspect.signature(module.forward).parameters)
+    return list(signature_of(module).parameters)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import inspect
 import keyword
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from ...compiler.derive.layer import Layer
 from ...compiler.emit.naming import Scope, identifier
 from ...compiler.lower.table import HELPERS
 from ...compiler.sweep.derived import Backward
+from ...compiler.translate.opaque import signature_of
 from ...diagram.core import Diagram, hint_of
 from ...diagram.renamed import renamed
 from ...quantities.propagation import COTANGENT, HANDED
@@ -45,7 +45,7 @@ def layer_names(module: torch.nn.Module, layer: Layer) -> Names:
     """Arguments are called as in the module: its parameters, and the names of forward's arguments."""
     graph = layer.graph
     wanted = _of_state({value: dotted[0] for value, dotted in graph.parameters.items()} | dict(graph.buffers))
-    signature = [p.name for p in inspect.signature(module.forward).parameters.values()]
+    signature = list(signature_of(module).parameters)
     inputs = [name for name in graph.inputs if name != COTANGENT]
     for k, value in enumerate(inputs):
         by_key = value.partition("_")[2]
