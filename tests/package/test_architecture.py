@@ -23,8 +23,8 @@ ORDER = (
     "errors", "version", "diagram", "notation", "table", "rules.recurrent", "rules", "quantities", "phased",
     "compiler.translate", "compiler.running", "compiler.capture", "compiler.program", "compiler.sweep",
     "compiler.derive", "compiler.lower", "compiler.entered", "compiler.plan", "compiler.emit", "compiler.invariants",
-    "compiler.explain", "compiler", "linalg", "results", "runtime", "proof", "declare", "layer", "api", "kernels",
-    "products", "drawing", "generation.parts", "generation.checks", "generation",
+    "compiler.merge", "compiler.explain", "compiler", "linalg", "results", "runtime", "proof", "declare", "layer",
+    "api", "kernels", "products", "drawing", "generation.parts", "generation.checks", "generation",
     "definitions", "verification", "__init__", "commands", "__main__",
 )  # fmt: skip
 # What some of them must not know, though it comes before them.
@@ -265,7 +265,8 @@ TAKES_APART = ("startswith", "endswith", "partition", "rpartition", "removeprefi
                "split", "rsplit", "sub", "findall", "finditer", "fullmatch")  # fmt: skip
 AFTER_BIND = ("compiler.sweep", "compiler.derive", "compiler.program", "compiler.lower", "compiler.entered",
               "compiler.plan",
-              "compiler.emit", "compiler.invariants", "compiler.explain", "compiler", "generation.parts",
+              "compiler.emit", "compiler.invariants", "compiler.merge", "compiler.explain", "compiler",
+              "generation.parts",
               "generation.checks", "generation")  # fmt: skip
 MAY = {
     "compiler.emit.naming": "any text becomes an identifier, a comment or a docstring here, and nowhere else",

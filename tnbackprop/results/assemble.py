@@ -11,7 +11,8 @@ import torch
 
 from ..compiler import Compiled
 from ..compiler.explain.factors import not_joined
-from ..compiler.merging import Join, Merging, Way, merging, refused
+from ..compiler.merge.join import Join, Merging, Way, refused
+from ..compiler.merge.merging import merging
 from ..compiler.sweep.derived import Extraction, joined_with
 from ..compiler.sweep.derived import Result as Name
 from ..diagram.core import is_head

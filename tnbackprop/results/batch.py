@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.serialization import add_safe_globals
 
-from ..compiler.merging import Join, Mean, Merging, Way
+from ..compiler.merge.join import Join, Mean, Merging, Way
 
 
 @dataclass(frozen=True)

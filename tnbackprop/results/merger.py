@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..compiler.merging import Join, Mean, Merging, Way
+from ..compiler.merge.join import Join, Mean, Merging, Way
 from ..errors import InputError
 from ..linalg import KroneckerFactors
 from .batch import Batch

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..compiler import Compiled
 from ..compiler.emit.loaded import load
-from ..compiler.merging import Merging
+from ..compiler.merge.join import Merging
 from ..results import Blocks, blocks, merged_by
 
 

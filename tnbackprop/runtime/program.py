@@ -20,7 +20,7 @@ from ..compiler.emit.source import MEMORY
 from ..compiler.entered.definite import TOLERATED
 from ..compiler.explain.stages import explain
 from ..compiler.invariants.stage import Stage
-from ..compiler.merging import told
+from ..compiler.merge.merging import told
 from ..compiler.program.cost import number
 from ..compiler.program.inputs import parameter_shapes
 from ..compiler.sizes import Sized, Sizes

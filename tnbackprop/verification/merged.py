@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..compiler.merging import Way
+from ..compiler.merge.join import Way
 from ..definitions.defined import SEED
 from ..definitions.report import LeftOut, Row, deviation, wrong_entries
 from ..diagram.core import N

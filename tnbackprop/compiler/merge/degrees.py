@@ -14,11 +14,11 @@ from functools import lru_cache
 import sympy
 import torch
 
-from ..diagram.algebra import tensor
-from ..diagram.core import BATCH, Diagram, Leg, Map, N, Operand, Part, Product, Selection, Tensor, hint_of, leaves
-from .sweep.derived import Backward, Basis, Columns, Derived, Extraction, Formula, Individual, Native, Phase, Schedule
-from .sweep.roots import LossRoot
-from .translate.graph import Call, Graph, Value
+from ...diagram.algebra import tensor
+from ...diagram.core import BATCH, Diagram, Leg, Map, N, Operand, Part, Product, Selection, Tensor, hint_of, leaves
+from ..sweep.derived import Backward, Basis, Columns, Derived, Extraction, Formula, Individual, Native, Phase, Schedule
+from ..sweep.roots import LossRoot
+from ..translate.graph import Call, Graph, Value
 
 MADE = "what is made of its totals depends on the whole batch"
 ZERO, HALF = sympy.Integer(0), sympy.Rational(1, 2)

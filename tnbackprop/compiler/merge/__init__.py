@@ -1,0 +1,1 @@
+"""Merge: how the results of several batches join."""
