@@ -75,7 +75,20 @@ from .quantities import (
 from .quantities.factors import Factors, Sharing
 from .rules import RULES
 from .rules.declared import Declared
-from .runtime import HANDED, Attached, Graphed, Halves, Indefinite, Program, Result, Saved, attach, over
+from .runtime import (
+    HANDED,
+    HANDED_MEAN,
+    Attached,
+    Graphed,
+    Halves,
+    Indefinite,
+    Program,
+    Result,
+    Saved,
+    attach,
+    over,
+    projections,
+)
 from .table import Table
 from .verification import Verification, verify
 from .version import __version__ as __version__
@@ -83,6 +96,7 @@ from .version import __version__ as __version__
 __all__ = [
     "BL89",
     "HANDED",
+    "HANDED_MEAN",
     "KFAC",
     "KFLR",
     "KFRA",
@@ -190,6 +204,7 @@ __all__ = [
     "ntk",
     "over",
     "primitive",
+    "projections",
     "registered",
     "rule",
     "verify",

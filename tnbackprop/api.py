@@ -25,7 +25,7 @@ from .quantities.roots import resolved
 from .rules import RULES
 from .runtime import Indefinite, Program, Result
 from .runtime.fingerprint import Fingerprint, fingerprint
-from .runtime.handed import HANDED, with_cotangent
+from .runtime.handed import Handed, with_cotangent
 from .runtime.operands import Given
 from .runtime.selected import Selection, frozen, left_out
 
@@ -51,7 +51,8 @@ def compile(
     model         any module that torch.export can capture; it is not changed. Its parameters' dtypes are those of the
                   program: torch.autocast has no effect on it
     loss          ``loss(output, y)`` -> scalar, a sum or mean over samples; None: the output alone; `tn.HANDED`: y is
-                  the cotangent of the output, ∂L/∂output of any L (the example is x alone)
+                  the cotangent of the output, ∂L/∂output of any L that sums over samples, `tn.HANDED_MEAN`: of one
+                  that is a mean (the example is x alone)
     example       a batch ``(x, y)``; shapes other than the batch size are fixed by it
     quantities    what to compute: ``[tn.BatchL2(), tn.Variance()]``
     rules         from target to rule: ``tn.RULES | {MyLayer: my_rule}`` adds your own; None: the built-in rules and
@@ -123,7 +124,7 @@ class _Options:
         quantities = resolved(quantities)
         check_member("indefinite", self.indefinite, Indefinite)
         check_trainable(model, quantities)
-        example = with_cotangent(model, example, quantities) if loss is HANDED else example
+        example = with_cotangent(model, example, quantities) if isinstance(loss, Handed) else example
         limit, table, others = _bytes(self.memory_limit), resolve(self.rules), left_out(model, self.parameters)
         rows = tuple(self.lowerings)
         with UNCOLLECTED, frozen(model, others):

@@ -251,6 +251,7 @@ def misuse() -> Iterator[tuple[str, str, str]]:
     yield "explain {dir}/imports.py:net", r"imports\.py, line 1 raises ModuleNotFoundError: .*nope_nope", "import"
     yield "explain {dir}/exits.py:net", r"exits\.py, line 2 exits\n .*__main__", "exits"
     yield "explain {dir}/pair.py:net", r"example\(\) of .*pair\.py must return the pair \(x, y\), not Tensor", "no pair"
+    yield "explain {dir}/tuple.py:net", r"`example` of .*tuple\.py is tuple: make it a function", "no function"
     yield "explain {dir}/badloss.py:net", r"`loss` of .*badloss\.py is int, not a function", "loss"
     yield "verify {dir}/badrules.py:net --quantity grad", r"RULES of .*badrules\.py is int, not a mapping", "rules"
     yield (
@@ -273,6 +274,7 @@ FILES = {
     "imports.py": "import nope_nope\n",
     "exits.py": "import sys\nsys.exit(3)\n",
     "pair.py": PLAIN + "def example():\n    return torch.randn(2, 3)\n",
+    "tuple.py": PLAIN + "example = torch.randn(2, 3), torch.randn(2, 2)\n",
     "badloss.py": PLAIN + "example_input = (2, 3)\nloss = 3\n",
     "two.py": PLAIN + "example_input = (2, 3)\nclass Two(torch.nn.Linear):\n"
     "    def __init__(self):\n        super().__init__(3, 2)\n    def forward(self, a, b):\n        return a + b\n",

@@ -31,7 +31,7 @@ from tnbackprop.diagram.core import (
 )
 from tnbackprop.diagram.jacobian import Jacobian
 from tnbackprop.diagram.reference import Array
-from tnbackprop.errors import InvariantError, UnsupportedError
+from tnbackprop.errors import InputError, InvariantError, UnsupportedError
 
 from .random_diagrams import (
     BATCH_SIZE,
@@ -75,6 +75,9 @@ def test_product_is_elementwise_by_leg_name(one: Diagram, other: Diagram) -> Non
     assert found.legs == legs
     expected = aligned(value(one, values), one.legs, legs) * aligned(value(other, values), other.legs, legs)
     np.testing.assert_array_equal(value(found, values), expected)
+    np.testing.assert_array_equal(value(one**2, values), value(one, values) ** 2)
+    with pytest.raises(InputError, match="a diagram to the power 0"):
+        one**0
 
 
 @LAW

@@ -276,6 +276,7 @@ def test_in_a_notebook() -> None:
         ({}, "an empty dict"),
         ([DIAGRAMS["alone"], 3], "a list of Diagram, int"),
         ({"a": 3}, "a dict of int"),
+        (nn.Linear(3, 2), r"cannot draw a Linear: .*\n  Of a model draw its program"),
     ],
 )
 def test_what_cannot_be_drawn(what: object, message: str) -> None:

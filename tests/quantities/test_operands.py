@@ -147,6 +147,19 @@ def test_sketch(name: str) -> None:
         torch.testing.assert_close(result["sketch"][n], torch.einsum(*args, [20, 21]))
     total = sum(result["sketch"].values())
     torch.testing.assert_close(result["summed_total"]["all"], total)
+    torch.testing.assert_close(result.total("sketch"), total)
+
+
+def test_sketches_have_the_dot_products_of_gradients() -> None:
+    """In expectation: within 5 standard deviations, each about √(2 / size) of the norms."""
+    problem = BY_NAME["cross_entropy_image"].build()
+    size = 20_000
+    quantities = [tn.Total(tn.Sketch(size=size)), tn.BatchDot("dots", tn.Scale.UNSCALED)]
+    program = tn.compile(problem.model, problem.loss, (problem.x, problem.y), quantities)
+    result = program(problem.x, problem.y, operands=tn.projections(program, seed=3))
+    sketches, dots = result["sketch_total"]["all"], result.total("dots")
+    norms = dots.diagonal().sqrt()
+    assert ((sketches @ sketches.T - dots).abs() <= 5 * (8 / size) ** 0.5 * norms * norms[:, None]).all()
 
 
 # -- what is refused

@@ -191,6 +191,8 @@ BAD = {
     ),
     "batch sizes": Bad(TnError, "sample|batch", y=Y[:4]),
     "empty batch": Bad(InputError, "empty", x=X[:0], y=Y[:0]),
+    "no name": Bad(InputError, "NaturalGradientSMW: name=0.1: the key in the result is a text",
+                   quantities=(tn.NaturalGradientSMW(0.1),)),  # type: ignore[arg-type]
     "two of one name": Bad(InputError, "two quantities are called 'grad'", quantities=(tn.Grad(), tn.Grad())),
 }  # fmt: skip
 

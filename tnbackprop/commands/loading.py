@@ -161,6 +161,9 @@ def batch_of(loaded: Loaded, model: nn.Module, shape: str | None) -> tuple[Any, 
     if shape is not None:
         return torch.randn(_shape(shape), dtype=_dtype(model)), None
     if hasattr(file, "example"):
+        if not callable(file.example):
+            what = type(file.example).__name__
+            raise InputError(f"`example` of {file.__file__} is {what}: make it a function, def example(), of (x, y)")
         with loaded.running():
             batch = file.example()
         if not isinstance(batch, tuple) or len(batch) != 2:

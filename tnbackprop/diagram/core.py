@@ -13,6 +13,8 @@ from typing import TypeAlias
 
 import sympy
 
+from ..errors import InputError
+
 Size: TypeAlias = int | sympy.Expr
 Scalar: TypeAlias = int | float | sympy.Expr
 
@@ -219,6 +221,15 @@ class Diagram:
             return self._scaled(sympy.sympify(other))
         operands = (*self.part().products[0].operands, *other.part().products[0].operands)
         return Diagram(ordered_union(self.legs, other.legs), (Product(sympy.Integer(1), operands),))
+
+    def __pow__(self, exponent: int) -> Diagram:
+        """Elementwise, the product of so many: a whole number > 0. Roots are torch code, of `between` or a `Stream`."""
+        if not isinstance(exponent, int) or exponent < 1:
+            raise InputError(f"a diagram to the power {exponent!r}: give a whole number > 0; roots are for between()")
+        found = self
+        for _ in range(exponent - 1):
+            found = found * self
+        return found
 
     def __rmul__(self, other: Scalar) -> Diagram:
         return self._scaled(sympy.sympify(other))

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from ..diagram.core import Diagram, Leg, Part, hint_of, operand_tensors
 from ..errors import InputError
 from ..quantities.factors import Factors
@@ -119,7 +121,8 @@ def _scene(what: Drawable, names: Names) -> Scene:
         case Sequence() if what and all(isinstance(each, Diagram | Factors) for each in what):
             return _rewrites([_scene(each, names) for each in what])
     kinds = "a Diagram, Factors, a Program, a mapping from names to diagrams, or a sequence of diagrams"
-    raise InputError(f"cannot draw {_described(what)}: draw takes {kinds}")
+    remedy = "\n  Of a model draw its program, tn.draw(tn.compile(…))." if isinstance(what, nn.Module) else ""
+    raise InputError(f"cannot draw {_described(what)}: draw takes {kinds}{remedy}")
 
 
 def _described(what: object) -> str:

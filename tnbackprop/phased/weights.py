@@ -42,7 +42,8 @@ class ClippedGrad(Quantity):
     max_norm  C
     mode      `Clipping`, or torch code: from the norms [N] of the whole ∇ℓ_n to the weights c [N]
 
-    The sum, whether the loss averages or sums: divide by N, or by the batch size that you expect.
+    The sum, whether the loss averages or sums: divide by N, or by the batch size that you expect. The norms are those
+    of ∇ℓ_n: where a mean is differentiated elsewhere (`tn.attach`), compile with ``loss=tn.HANDED_MEAN``.
     """
 
     name: str = "clipped_grad"

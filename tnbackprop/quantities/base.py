@@ -141,6 +141,9 @@ def check_quantities(quantities: object) -> None:
         _check_propagations(quantity)
         if quantity.needs:
             check_quantities(quantity.needs)
+        if not isinstance(quantity.name, str) or not quantity.name:
+            what = f"{type(quantity).__name__}: name={quantity.name!r}"
+            raise InputError(f"{what}: the key in the result is a text; options go by name")
     names = [quantity.name for quantity in quantities]
     for name in names:
         if names.count(name) > 1:

@@ -19,6 +19,8 @@ from .factors import LARGEST, Factors, Sharing, kronecker
 from .propagation import Draws, Labels, Propagation
 
 DRAWN = Draws(1)
+SKETCH = "sketch_"
+"""What the keys of its projections begin with."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,8 @@ class Sketch(Quantity):
     factors (for a weight [out, in]: of out and of in), and no individual gradient is built. TRAK: Park et al. 2023,
     arXiv:2303.14186; projected by factors: Choe et al. 2024, arXiv:2405.13954.
 
-    Operands: ``"sketch_k"`` of each side k, [d, size], with blocks [g, d, size].
+    Operands: ``"sketch_k"`` of each side k, [d, size], with blocks [g, d, size]; `tn.projections` draws them. Of
+    the whole gradient: ``tn.Total(tn.Sketch())``.
     """
 
     name: str = "sketch"
@@ -233,5 +236,5 @@ class Sketch(Quantity):
     def extract(self, J: Uses, g: Cotangents) -> Diagram:
         sketch, G = Leg("sketch", self.size), individual(J, g)
         for k, side in enumerate(J.sides(self.sharing)):
-            G = G * J.operand(f"sketch_{k}", (*filter(None, [side.blocks]), side.legs, sketch))
+            G = G * J.operand(f"{SKETCH}{k}", (*filter(None, [side.blocks]), side.legs, sketch))
         return G.sum(*(leg.name for leg in J.legs))

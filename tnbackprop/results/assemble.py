@@ -69,9 +69,12 @@ def _axes(compiled: Compiled, quantity: str) -> Axes | None:
     for item in compiled.derived.items:
         if isinstance(item, Extraction) and quantity in item.quantities:
             diagram = item.diagrams.get(Name(quantity))
-            own = [] if diagram is None else [leg for leg in diagram.legs if not is_head(leg)]
+            if diagram is None or quantity in item.streams:
+                return None
+            own = [leg for leg in diagram.legs if not is_head(leg)]
+            own = [] if item.own.issuperset(own) else own
             elements = prod(map(int, compiled.graph.values[item.parameter].shape))
-            if diagram is None or (own and prod(leg.size for leg in own) != elements):
+            if own and prod(leg.size for leg in own) != elements:
                 return None
             found.add(Axes(len(diagram.legs) - len(own), bool(own)))
     return found.pop() if len(found) == 1 else None

@@ -47,6 +47,6 @@ def slope(name: str) -> float:
         known = " or ".join(f"{each:g}" for each in kink.known)
         raise UnsupportedError(
             f"torch {torch.__version__} has {value:g} as the derivative of {name} at its end, where its rule knows "
-            f"{known}.\n  Declare a rule for it: README, 'Add a layer'; and please report it."
+            f"{known}.\n  Declare a rule for it: docs/add-a-layer.md; and please report it."
         )
     return value

@@ -4,8 +4,12 @@ from ..results import Result
 from .attached import Attached, attach
 from .graphed import Graphed
 from .halves import Halves, Saved
-from .handed import HANDED
+from .handed import HANDED, HANDED_MEAN
 from .over import over
 from .program import Indefinite, Program
+from .projections import projections
 
-__all__ = ["HANDED", "Attached", "Graphed", "Halves", "Indefinite", "Program", "Result", "Saved", "attach", "over"]
+__all__ = [
+    "HANDED", "HANDED_MEAN", "Attached", "Graphed", "Halves", "Indefinite", "Program", "Result", "Saved", "attach",
+    "over", "projections",
+]  # fmt: skip

@@ -18,7 +18,7 @@ from ..errors import InputError, UnsupportedError
 from ..quantities import Grad, InputGrad
 from ..results import Result
 from .halves import Saved
-from .handed import HANDED
+from .handed import Handed
 from .program import Program
 
 MODEL, LOSS = "the model", "the loss"
@@ -106,7 +106,7 @@ class Attached:
         given = tuple(inspect.signature(plain).bind(*args, **kwargs).arguments.values()) if kwargs else args
         leaves = [leaf for leaf in pytree.tree_leaves(given[:1]) if isinstance(leaf, Tensor)]
         known = next((self._saved[leaf] for leaf in leaves if leaf in self._saved), None)
-        if known is None or not torch.is_grad_enabled() or self.program.loss is HANDED:
+        if known is None or not torch.is_grad_enabled() or isinstance(self.program.loss, Handed):
             found: Tensor = plain(*args, **kwargs)
             return found
         if len(given) != 2:
@@ -164,10 +164,11 @@ class _Model(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         owner = ctx.owner
-        if owner.program.loss is not HANDED:
+        if not isinstance(owner.program.loss, Handed):
             raise UnsupportedError(
                 "attach: the program has a loss of its own, and something else was made of the model's output, too.\n"
-                "  Compile with loss=tn.HANDED for losses of several terms; curvature is that of one loss."
+                "  Call that loss on the output itself (`attached.loss` where it is a function), and nothing else; for "
+                "several terms compile with loss=tn.HANDED, or with one loss of all of them: y may be a tuple."
             )
         leaves = [c.contiguous() if floating else None for c, floating in zip(cotangents, ctx.floating, strict=True)]
         return None, None, None, None, *owner.backward(ctx.saved, pytree.tree_unflatten(leaves, ctx.spec), ctx.count)
@@ -196,7 +197,8 @@ def attach(program: Program) -> Attached:
 
     A program with ``loss=tn.HANDED`` works with whatever is made of the output: losses of several terms, scaled ones,
     accumulation; with `tn.InputGrad` among its quantities also with what requires grad in front of the model. Its
-    quantities are of the gradient that arrives: a loss that is divided afterwards has individual gradients so divided.
+    quantities are of the gradient that arrives, which it takes for that of a sum over samples; where the loss is a
+    mean, compile with ``loss=tn.HANDED_MEAN``: what is made of ∇ℓ_n (Variance, norms to clip by) then knows the N.
     One with a loss of its own has curvature, too: its loss module, or `attached.loss` for a function, has to be called
     on the model's output, and results are of that loss, whatever factor `.grad` gets.
 

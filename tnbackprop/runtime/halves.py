@@ -71,7 +71,7 @@ def _named(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, leaf) for leaf in pytree.tree_leaves(each) if isinstance(leaf, Tensor))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Halves:
     """Both functions, made when they are first asked for."""
 
@@ -82,6 +82,10 @@ class Halves:
     def cut(self) -> Halved:
         """The sources, and what is saved between them."""
         return halved(self.compiled.graph, self.compiled.derived, self.compiled.plan, self.title)
+
+    def __repr__(self) -> str:
+        plan = self.compiled.plan
+        return f"Halves({self.cut.bytes(plan.batch, plan.itemsize) / 1e6:.3g} MB saved for {plan.batch} samples)"
 
     def lines(self, autograd: float | None) -> Iterator[str]:
         """What is saved at the example's batch size, next to what autograd saves (bytes), for people."""

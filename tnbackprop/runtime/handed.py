@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,28 +17,37 @@ from ..errors import InputError, UnsupportedError
 from ..quantities import Gradient, Quantity
 
 
-class _Handed:
-    """Σ ⟨cotangent, output⟩ over all floating tensors of the output: its gradient by them is the cotangent."""
+@dataclass(frozen=True)
+class Handed:
+    """Σ ⟨cotangent, output⟩ over all floating tensors of the output: its gradient by them is the cotangent.
+
+    mean  the loss is a mean over samples, (1/N) Σ_n ℓ_n: a sample's cotangent is that of ℓ_n over N
+    """
+
+    mean: bool = False
 
     def __call__(self, output: Any, y: Any) -> Tensor:
         every = (leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
         leaves = [leaf for leaf in every if leaf.is_floating_point()]
         cotangents = [c for c in pytree.tree_leaves(y) if c is not None]
-        terms = [(leaf * cotangent).sum() for leaf, cotangent in zip(leaves, cotangents, strict=True)]
+        terms = [self._term(leaf, cotangent) for leaf, cotangent in zip(leaves, cotangents, strict=True)]
         total: Tensor = terms[0]
         for term in terms[1:]:
             total = total + term
         return total
 
+    def _term(self, leaf: Tensor, cotangent: Tensor) -> Tensor:
+        return (leaf * (cotangent * leaf.shape[0])).mean(0).sum() if self.mean else (leaf * cotangent).sum()
+
     def __repr__(self) -> str:
-        return "tn.HANDED"
-
-    def __reduce__(self) -> str:
-        return "HANDED"
+        return "tn.HANDED_MEAN" if self.mean else "tn.HANDED"
 
 
-HANDED = _Handed()
-"""``tn.compile(model, tn.HANDED, x, quantities)``: the program is called with the cotangent of the output for y."""
+HANDED = Handed()
+"""``tn.compile(model, tn.HANDED, x, quantities)``: the program is called with the cotangent of the output for y, that
+of a loss which sums over samples: the gradient of ℓ_n is what arrives at sample n."""
+HANDED_MEAN = Handed(mean=True)
+"""The same of a loss that is a mean over samples: the gradient of ℓ_n is N times what arrives at sample n."""
 
 
 def with_cotangent(model: nn.Module, example: Any, quantities: Sequence[Quantity]) -> tuple[Any, Any]:
@@ -57,7 +67,13 @@ def with_cotangent(model: nn.Module, example: Any, quantities: Sequence[Quantity
         raise InputError(f"model is {type(model).__name__}, not a torch.nn.Module")
     wrapped = Wrapped(model, None, takes_names(model, x))
     with alone(), copied(wrapped), torch.no_grad():
-        _, output = wrapped(plain(x), None)
+        try:
+            _, output = wrapped(plain(x), None)
+        except TypeError as error:
+            raise InputError(
+                f"the model fails on the example: {error}\n  With loss=tn.HANDED the example is x alone: the cotangent "
+                "of the output takes the place of y."
+            ) from error
     generator = torch.Generator().manual_seed(0)
 
     def like(leaf: Any) -> Any:

@@ -33,6 +33,7 @@ from ..results import Batch, Result, Values, assemble, shown
 from .given import check_batch, check_parameters, flattened, named_tensors, own, replaced
 from .graphed import Graphed
 from .halves import Halves, Saved
+from .handed import Handed
 from .loaded import Loaded
 from .noise import drawn
 from .operands import Given, Operands, Shape
@@ -313,7 +314,8 @@ class Program:
         values = pytree.tree_map(own, dict(values))
         every = sized.loaded.blocks
         made: dict[str, Any] = {name: assemble(each, values, name) for name, each in every.items()}
-        loss, axes = None if loss is None else own(loss), {name: each.axes for name, each in every.items()}
+        loss = None if loss is None or isinstance(self.loss, Handed) else own(loss)
+        axes = {name: each.axes for name, each in every.items()}
         whole = None
         if output is not None:
             leaves = [own(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in output]

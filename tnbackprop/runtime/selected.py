@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..compiler.translate.torch_internals import alone
 from ..errors import InputError
@@ -23,6 +23,10 @@ def left_out(model: nn.Module, parameters: Selection | None) -> frozenset[str]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
     names = {aliases[id(p)][0]: aliases[id(p)] for _, p in model.named_parameters() if p.requires_grad}
+    if isinstance(parameters, nn.Module | Tensor):
+        raise InputError(
+            f"parameters is a {type(parameters).__name__}: give names or patterns (\"head.*\"), or a function of a name"
+        )
     if callable(parameters):
         chosen = {first for first, every in names.items() if any(parameters(name) for name in every)}
     else:
@@ -32,7 +36,9 @@ def left_out(model: nn.Module, parameters: Selection | None) -> frozenset[str]:
                 raise InputError(f"parameters={parameters!r}: give names or patterns, or a function of a name")
             if not any(fnmatchcase(name, pattern) for every in names.values() for name in every):
                 known = ", ".join(list(names)[:6]) + (", …" if len(names) > 6 else "")
-                raise InputError(f"parameters: {pattern!r} fits no trainable parameter of the model: there are {known}")
+                inside = any(name.startswith(f"{pattern}.") for every in names.values() for name in every)
+                remedy = f"write '{pattern}.*' for those inside" if inside else f"there are {known}"
+                raise InputError(f"parameters: {pattern!r} fits no trainable parameter of the model: {remedy}")
         fits = ((first, name) for first, every in names.items() for name in every)
         chosen = {first for first, name in fits if any(fnmatchcase(name, pattern) for pattern in patterns)}
     if not chosen:

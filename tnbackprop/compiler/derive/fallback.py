@@ -102,5 +102,5 @@ def _int(axis: tuple[Any, ...]) -> int:
 
 def _refused(call: Call, why: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{call.where} has no rule, and torch.func cannot stand in: {why}.\n  Declare one: README, 'Add a layer'."
+        f"{call.where} has no rule, and torch.func cannot stand in: {why}.\n  Declare one: docs/add-a-layer.md."
     )

@@ -74,7 +74,7 @@ def _of_line(sweep: Sweep, call: Call, rule: BoundRule, equation: Equation) -> I
     if rule.fallback and call.output.differentiable:
         raise FormulaError(
             f"{call.where} has no rule, so its second derivative is not known, and the Hessian needs it.\n"
-            "  Declare a rule (README, 'Add a layer'), or ask for the GGN: DiagGGN."
+            "  Declare a rule (docs/add-a-layer.md), or ask for the GGN: DiagGGN."
         )
     if not depends or not sweep.reached(equation.name):
         return
