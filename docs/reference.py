@@ -18,8 +18,8 @@ the quantities in [Quantities](quantities.md).
 """
 GROUPS = {
     "Compile and run": (
-        "compile", "compile_many", "compute", "over", "projections", "Program", "Result", "Graphed", "Indefinite", "attach",
-        "Attached", "HANDED", "HANDED_MEAN", "Halves", "Saved",
+        "compile", "compile_many", "compute", "over", "projections", "Program", "Result", "Graphed", "Indefinite",
+        "attach", "Attached", "HANDED", "HANDED_MEAN", "Halves", "Saved",
     ),
     "Products and kernels": (
         "ggn_product", "hessian_product", "fisher_product", "CurvatureProduct", "Blocks", "OverData", "Reduction",
