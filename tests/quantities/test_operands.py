@@ -103,27 +103,56 @@ def test_axis_moments(name: str) -> None:
                 torch.testing.assert_close(M, torch.einsum("nax,nbx->ab", flat, flat) / len(G))
 
 
+def whole(blocks: Tensor) -> Tensor:
+    """[…, d, d] with the blocks […, b, s, s] on its diagonal."""
+    each = [torch.block_diag(*one) for one in blocks.reshape(-1, *blocks.shape[-3:])]
+    return torch.stack(each).reshape(*blocks.shape[:-3], *each[0].shape)
+
+
 @pytest.mark.parametrize("structure", tn.Structure)
 @pytest.mark.parametrize("name", thinned(LAYERS))
 def test_projected_factors(name: str, structure: tn.Structure) -> None:
     problem = BY_NAME[name].build()
-    dense = structure is tn.Structure.DENSE
     program = tn.compile(
         problem.model, problem.loss, (problem.x, problem.y),
-        [tn.ProjectedFactors(structure=structure, root=tn.Exact()), tn.KFLR()], check=False,
+        [tn.ProjectedFactors(structure=structure, root=tn.Exact(), rows=2), tn.KFLR()], check=False,
     )  # fmt: skip
     operands = drawn(program.operands, len(problem.x))
     result = program(problem.x, problem.y, operands=operands)
     for n, K in result["kflr"].items():
-        for k, (F, P) in enumerate(zip(K.factors, result["projected_factors"][n].factors, strict=True)):
+        projected = result["projected_factors"][n]
+        for k, (F, P, kind) in enumerate(zip(K.factors, projected.factors, projected.kinds, strict=True)):
             own = operands[f"projection_{k}"][n]
-            if not dense:
+            if kind is tn.Kind.DIAGONAL:
                 flat = F.diagonal(dim1=-2, dim2=-1) if K.kinds[k] is tn.Kind.FULL else F
                 torch.testing.assert_close(P, own.square().reshape(flat.shape) * flat)
-            elif K.kinds[k] is tn.Kind.FULL:
-                torch.testing.assert_close(P, own.mT @ F @ own)
+            elif kind is tn.Kind.BLOCKS:
+                inside, Q = whole(torch.ones_like(P)), whole(own)
+                torch.testing.assert_close(whole(P), Q.mT @ (F * inside) @ Q)
             else:
-                torch.testing.assert_close(P, own.square() * F)
+                torch.testing.assert_close(P, own.mT @ F @ own)
+
+
+def test_blocks_of_projected_factors() -> None:
+    """The largest that divide d with at most so many rows; whole slices of a convolution's channels; the factor is not
+    formed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 7)).double()
+    x, y = torch.randn(5, 4, 6, 6).double(), torch.randint(7, (5,))
+    structure = tn.Structure.BLOCKS
+    program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.ProjectedFactors(structure=structure, rows=20)])
+    assert program.operands["projection_0"] == {
+        "0.weight": (6, 6), "0.bias": (6, 6), "3.weight": (7, 7), "3.bias": (7, 7)
+    }  # fmt: skip
+    assert program.operands["projection_1"] == {"0.weight": (2, 18, 18), "3.weight": (6, 16, 16)}
+    result = program(x, y, operands=program.some_operands(x, y), seed=0)["projected_factors"]
+    assert result["3.weight"].kinds == (tn.Kind.FULL, tn.Kind.BLOCKS)
+    assert result["3.weight"].factors[1].shape == (6, 16, 16)
+    large = nn.Linear(2048, 4)
+    x, y = torch.randn(8, 2048), torch.randint(4, (8,))
+    program = tn.compile(large, nn.CrossEntropyLoss(), (x, y), [tn.ProjectedFactors(structure=structure)], check=False)
+    assert program.peak_bytes < 4 * 2048 * 2048 / 4
+    assert "blocks of 32×32 in [i] 2048×2048" in program.explain()
 
 
 @pytest.mark.parametrize("name", thinned(LAYERS))

@@ -26,7 +26,7 @@ from math import prod
 import sympy
 
 from ..diagram.algebra import Cotangents, Side, Uses, diagonal, inline
-from ..diagram.core import BATCH, COLUMN, Diagram, Leg, Operand, Product, Tensor
+from ..diagram.core import BATCH, COLUMN, Diagram, Leg, Operand, Product, Tensor, Window
 from ..diagram.jacobian import Jacobian
 from ..diagram.simplify import simplify
 from ..errors import UnsupportedError
@@ -48,7 +48,10 @@ class Sharing(Enum):
 
 @dataclass(frozen=True)
 class Factors:
-    """Diagrams of the factors, in the order of the parameter's axes: [blocks, d, d'], or [blocks, d] if diagonal."""
+    """Diagrams of the factors, in the order of the parameter's axes: [blocks, d, d'], or [blocks, d] if diagonal.
+
+    rows  of a factor of which the blocks on its diagonal are kept, [blocks, d / rows, rows, rows]; 0: of no other one
+    """
 
     diagrams: tuple[Diagram, ...]
     blocks: Legs  # legs that all factors share: the block is block-diagonal along them
@@ -61,19 +64,24 @@ class Factors:
     dropped: tuple[str, ...] = ()  # why a factor is no more than its diagonal; "" where nothing else is lost
     sharing: Sharing = Sharing.EXPAND
     loss: tuple[bool, ...] = ()  # which factors are of the component with the cotangent; not said if it is empty
+    rows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """What is not said of the factors is said of each: none is a diagonal, nothing is dropped."""
         each = len(self.diagrams)
         object.__setattr__(self, "diagonal", self.diagonal or (False,) * each)
         object.__setattr__(self, "dropped", self.dropped or ("",) * each)
+        object.__setattr__(self, "rows", self.rows or (0,) * each)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """[blocks, d, d] or [blocks, d] of each factor, its legs and the blocks as one axis each."""
         blocks = (prod(int(leg.size) for leg in self.blocks),) if self.blocks else ()
-        sizes = [_rows(legs) for legs in self.legs]
-        return tuple((*blocks, d) if flat else (*blocks, d, d) for d, flat in zip(sizes, self.diagonal, strict=True))
+        found = []
+        for legs, flat, rows in zip(self.legs, self.diagonal, self.rows, strict=True):
+            d = _rows(legs)
+            found.append((*blocks, *((d,) if flat else (d // rows, rows, rows) if rows else (d, d))))
+        return tuple(found)
 
     @property
     def relative(self) -> tuple[bool, ...]:
@@ -87,6 +95,34 @@ class Factors:
 
 
 @dataclass(frozen=True)
+class _Cut:
+    """The first of a component's legs in groups, each with a block: leg = size·group + inner; none of size 1."""
+
+    leg: Leg
+    group: Leg
+    inner: Leg | None
+    rows: int
+
+    @classmethod
+    def of(cls, own: Legs, most: int) -> _Cut | None:
+        """Blocks of at most so many rows, or of those of the other legs; None where it is one block."""
+        first, *rest = own
+        size, others = int(first.size), _rows(tuple(rest))
+        inside = max(b for b in range(1, size + 1) if size % b == 0 and (b == 1 or b * others <= most))
+        if inside == size:
+            return None
+        if inside == 1:
+            return cls(first, first, None, others)
+        group, inner = Leg(f"{first.name}_group", size // inside), Leg(f"{first.name}_inside", inside)
+        return cls(first, group, inner, inside * others)
+
+    def windows(self) -> tuple[Operand, ...]:
+        if self.inner is None:
+            return ()
+        return (Window(self.leg, ((int(self.inner.size), self.group), (1, self.inner))),)
+
+
+@dataclass(frozen=True)
 class _Rules:
     """How components become factors."""
 
@@ -96,34 +132,40 @@ class _Rules:
     largest: int
     axes: tuple[Legs, ...]
     uses: tuple[Use, ...]  # all of one structure
-    flat: bool = False
+    rows: int = 0  # of the largest block of a factor, 1: its diagonal alone; 0: whole factors
 
     @property
     def each(self) -> list[Separation]:
         """One of every use."""
         return [use.first for use in self.uses]
 
-    def factor(self, k: int, own: Legs, dense: bool = True) -> Diagram:
+    def factor(self, k: int, own: Legs, dense: bool = True, cut: _Cut | None = None) -> Diagram:
         """Two copies of component k with all but `own` tied: [blocks, own, own'], or its diagonal [blocks, own]."""
         loss = self.each[0].components[k].loss
         pairs = [pair for use in self.uses for pair in use.pairs(k)]
-        total = _total([self._paired(one, other, k, own, dense) * scale for one, other, scale in pairs])
+        total = _total([self._paired(one, other, k, own, dense, cut) * scale for one, other, scale in pairs])
         return simplify(total * self.scale if loss else total / len(self.uses))
 
-    def _paired(self, use: Separation, other: Separation, k: int, own: Legs, dense: bool) -> Diagram:
+    def _paired(
+        self, use: Separation, other: Separation, k: int, own: Legs, dense: bool, cut: _Cut | None
+    ) -> Diagram:
         """A component of one term with that of another one."""
         component, second, expand = use.components[k], other.components[k], self.sharing is Sharing.EXPAND
-        every = legs_of((*component.operands, *second.operands))
+        windows = cut.windows() if cut else ()
+        every = legs_of((*component.operands, *second.operands, *windows))
         tied = {BATCH, *use.blocks, *(use.positions if expand else ()), *(leg for leg in every if leg.name == COLUMN)}
         tied |= set(component.own) - (set(own) if dense else set())
-        copy = {leg: Leg(f"{leg.name}_copy", leg.size) for leg in every if leg not in tied}
-        legs = (*(leg for leg in use.blocks if leg in every), *own, *((copy[leg] for leg in own) if dense else ()))
+        groups = (cut.group,) if cut else ()
+        own = own if cut is None else own[1:] if cut.inner is None else (cut.inner, *own[1:])
+        copy = {leg: Leg(f"{leg.name}_copy", leg.size) for leg in every if leg not in {*tied, *groups}}
+        front = (*(leg for leg in use.blocks if leg in every), *groups)
+        legs = (*front, *own, *((copy[leg] for leg in own) if dense else ()))
         averaged = self.cotangents.names if self.cotangents.averaged else frozenset()
-        twin = tuple(op.rename(copy) for op in second.operands)
+        twin = tuple(op.rename(copy) for op in (*second.operands, *windows))
         samples = BATCH.size if BATCH in every else sympy.Integer(1)
         uses = sympy.Mul(*(leg.size for leg in use.cut if leg in every)) ** (1 if expand else 2)
         scale = sympy.Integer(1) if component.loss else 1 / (samples * uses)
-        found: Diagram = _paired(component.operands, twin, legs, averaged) * scale
+        found: Diagram = _paired((*component.operands, *windows), twin, legs, averaged) * scale
         return found
 
     def mean(self, k: int) -> Diagram | None:
@@ -151,6 +193,7 @@ class _Factor:
     dropped: str = ""
     mean: Diagram | None = None
     relative: bool = field(default=False)
+    rows: int = 0
 
 
 def kronecker(
@@ -161,14 +204,15 @@ def kronecker(
     means: bool = False,
     largest: int = LARGEST,
     strict: bool = False,
-    flat: bool = False,
+    rows: int = 0,
 ) -> Factors:
     """Factors of (Jᵀg)(Jᵀg)ᵀ·scale; the diagonal of it where the cut does not separate.
 
     means    also the means of the factors' halves, which join a weight with the bias behind it
     largest  rows of the largest dense factor: a larger one is cut into its axes, a larger axis has its diagonal
     strict   raises `UnsupportedError`, with the reason, in place of the diagonal of a parameter without factors
-    flat     of each factor the diagonal alone, which is computed without the factor
+    rows     of each factor the blocks on its diagonal alone, of at most so many rows (or those of all axes of its
+             component but the first): they are computed without the factor. 1: its diagonal; 0: whole factors
     """
     gradient = inline(J.T @ g)
     if not gradient.products:
@@ -185,7 +229,7 @@ def kronecker(
         text = f"no Kronecker factors: {why}"
         assumption = f"the diagonal of the block, nothing of {dropped}: {text}"
         return _only_diagonal(J, simplify(found * scale), assumption, sharing, text)
-    rules = _Rules(g, sharing, scale, largest, J.axes or tuple((leg,) for leg in J.legs), uses, flat)
+    rules = _Rules(g, sharing, scale, largest, J.axes or tuple((leg,) for leg in J.legs), uses, rows)
     built = [one for k in range(len(each[0].components)) for one in _of_component(rules, k, parameter, means)]
     built.sort(key=lambda one: one.place)
     leads = {one.component: k for k, one in enumerate(built) if not one.relative}
@@ -201,6 +245,7 @@ def kronecker(
         dropped=tuple(one.dropped for one in built),
         sharing=sharing,
         loss=tuple(each[0].components[one.component].loss for one in built),
+        rows=tuple(one.rows for one in built),
     )
 
 
@@ -261,13 +306,16 @@ def _of_component(rules: _Rules, k: int, parameter: Parameter, means: bool) -> l
     """The factor of a component, or one for each of its axes."""
     component = rules.each[0].components[k]
     place = parameter.place(component)
-    if rules.flat:
+    cut = _Cut.of(component.own, rules.rows) if rules.rows > 1 and component.own else None
+    if rules.rows == 1 or (cut is not None and cut.rows == 1):
         return [_Factor(rules.factor(k, component.own, dense=False), component.own, k, place, diagonal=True)]
     full = rules.factor(k, component.own)
     short = _diagonal(full, component.own)
     mean = rules.mean(k) if means else None
     if short is not None:
         return [_Factor(short, component.own, k, place, diagonal=True, mean=mean)]
+    if cut is not None:
+        return [_Factor(rules.factor(k, component.own, cut=cut), component.own, k, place, rows=cut.rows)]
     axes = [axis for whole in rules.axes if (axis := tuple(leg for leg in whole if leg in component.own))]
     limit = rules.largest // SHARE if component.loss and len(axes) > 1 else rules.largest
     rows = _rows(component.own)

@@ -164,9 +164,10 @@ class AxisMoments(Quantity):
 
 
 class Structure(Enum):
-    """Which matrices project a factor: all, or diagonal ones."""
+    """Which matrices project a factor: all, block-diagonal or diagonal ones."""
 
     DENSE = "dense"
+    BLOCKS = "blocks"
     DIAGONAL = "diagonal"
 
 
@@ -175,12 +176,15 @@ class ProjectedFactors(Quantity):
     """Kronecker factors between projections, `KroneckerFactors` with Kᵀ F K of each factor F of `KFLR` or `KFAC`.
 
     What SINGD's updates read (Lin et al. 2024, arXiv:2312.05705): with diagonal K only diagonals k² ∘ diag F [d] are
-    computed, and no factor is formed; with dense K the factor is formed or contracted with K first, as is faster.
+    computed, and no factor is formed; with `Structure.BLOCKS` only the blocks on its diagonal, [d / s, s, s]; with
+    dense K the factor is formed or contracted with K first, as is faster.
 
-    Operands: ``"projection_k"`` of each factor k, [d, d], or with `Structure.DIAGONAL` [d]; with blocks [g, d, d] or
-    [g, d].
+    Operands: ``"projection_k"`` of each factor k, [d, d], [d / s, s, s] or [d], as `program.operands` says; with
+    groups [g, …].
 
     root  the columns: ``tn.Exact()``, ``tn.Draws(k)``, or ``tn.Labels()`` for the empirical Fisher
+    rows  s of blocks is the largest that divides d with at most so many; of a factor with several axes (a convolution's
+          inputs: channels and kernel) whole slices of the first
     """
 
     name: str = "projected_factors"
@@ -188,6 +192,7 @@ class ProjectedFactors(Quantity):
     root: Propagation = DRAWN
     sharing: Sharing = Sharing.EXPAND
     largest: int = LARGEST
+    rows: int = 32
 
     @property
     def propagates(self) -> Propagation:
@@ -195,8 +200,8 @@ class ProjectedFactors(Quantity):
 
     def extract(self, J: Uses, g: Cotangents) -> Factors:
         scale = 1 / g.scale if isinstance(self.root, Labels) else sympy.Integer(1)
-        flat = self.structure is Structure.DIAGONAL
-        found = kronecker(J, g, self.sharing, scale, largest=self.largest, flat=flat)
+        rows = {Structure.DENSE: 0, Structure.BLOCKS: self.rows, Structure.DIAGONAL: 1}[self.structure]
+        found = kronecker(J, g, self.sharing, scale, largest=self.largest, rows=rows)
         each = zip(found.diagrams, found.legs, found.diagonal, strict=True)
         diagrams = tuple(self._projected(J, found, k, F, legs, short) for k, (F, legs, short) in enumerate(each))
         return replace(found, diagrams=diagrams, assumption=f"between projections; {found.assumption}")
@@ -208,13 +213,17 @@ class ProjectedFactors(Quantity):
         if flat:
             K = J.operand(f"projection_{k}", (*front, legs))
             return F * (K * K)
-        own, other = F.legs[len(F.legs) - 2 * len(legs) : len(F.legs) - len(legs)], F.legs[len(F.legs) - len(legs) :]
+        of = {leg.name: leg for leg in F.legs}
+        own = tuple(leg for leg in F.legs if f"{leg.name}_copy" in of)
+        other = tuple(of[f"{leg.name}_copy"] for leg in own)
+        groups = tuple(leg for leg in F.legs if leg not in {*found.blocks, *own, *other})
+        front = (*front, *filter(None, [groups]))
         new = tuple(Leg(f"{leg.name}_new", leg.size) for leg in own)
         twin = tuple(Leg(f"{leg.name}_new_copy", leg.size) for leg in own)
         K = J.operand(f"projection_{k}", (*front, own, new))
         L = K.rename(dict(zip((*own, *new), (*other, *twin), strict=True)))
         found_: Diagram = (K * F * L).sum(*(leg.name for leg in (*own, *other)))
-        return found_.ordered(*(leg.name for leg in (*found.blocks, *new, *twin)))
+        return found_.ordered(*(leg.name for leg in (*found.blocks, *groups, *new, *twin)))
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,8 @@ def _kronecker(blocks: Blocks, tensors: list[torch.Tensor], name: str) -> Kronec
     factors = blocks.factors[name]
     shapes = zip(tensors, factors.shapes, strict=True)
     sized = tuple(t.reshape(size) if t.numel() == prod(size) else t.expand(size).contiguous() for t, size in shapes)
-    kinds = tuple(Kind.DIAGONAL if flat else Kind.FULL for flat in factors.diagonal)
+    rows = zip(factors.diagonal, factors.rows, strict=True)
+    kinds = tuple(Kind.DIAGONAL if flat else Kind.BLOCKS if size else Kind.FULL for flat, size in rows)
     alone = f"; a block of its own: {not_joined(factors)}" if factors.means else ""
     assumption = f"{factors.assumption}{alone}"
     return KroneckerFactors(sized, blocks.shapes[name], kinds, assumption, _layout(factors), name, _roles(factors))

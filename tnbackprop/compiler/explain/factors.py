@@ -57,8 +57,9 @@ def _row(factors: Factors) -> tuple[str, str, str]:
     parts, reasons = [], []
     for k, legs in enumerate(factors.legs):
         size = prod(int(leg.size) for leg in legs)
-        flat = factors.diagonal[k]
-        parts.append(f"{'diagonal' if flat else 'full'} [{legs_text(legs)}] {size}×{size}")
+        flat, rows = factors.diagonal[k], factors.rows[k]
+        what = "diagonal" if flat else f"blocks of {rows}×{rows} in" if rows else "full"
+        parts.append(f"{what} [{legs_text(legs)}] {size}×{size}")
         why = factors.dropped[k] if flat else ""
         reasons += [why] if why else [f"[{legs_text(legs)}] {ONE_HOT}"] if flat and factors.leads else []
     blocks = prod(int(leg.size) for leg in factors.blocks)
