@@ -24,6 +24,7 @@ from .quantities import Quantity, check_quantities
 from .quantities.roots import resolved
 from .rules import RULES
 from .runtime import Indefinite, Program, Result
+from .runtime.attached import check_detached
 from .runtime.fingerprint import Fingerprint, fingerprint
 from .runtime.handed import Handed, with_cotangent
 from .runtime.operands import Given
@@ -121,6 +122,8 @@ class _Options:
         """A program; `known`: the graph of the same model and loss, captured before."""
         model, loss = self.model, self.loss
         check_quantities(quantities)
+        if isinstance(model, torch.nn.Module):
+            check_detached(model)
         quantities = resolved(quantities)
         check_member("indefinite", self.indefinite, Indefinite)
         check_trainable(model, quantities)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from typing import Any
 
@@ -162,14 +163,89 @@ def test_what_cannot_be_attached() -> None:
             tn.attach(program).__enter__()
         with pytest.raises(tn.InputError, match=r"compile with tn\.InputGrad"):
             model(X.clone().requires_grad_())
-        found = torch.autograd.grad(loss(model(X), Y), model[0].weight, create_graph=True)[0]
-        with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-            found.sum().backward()
+        for made in (loss(model(X), Y), model(X).sum()):
+            with pytest.raises(tn.UnsupportedError, match=r"is to be differentiated again \(create_graph=True\)"):
+                torch.autograd.grad(made, model[0].weight, create_graph=True)
+        with pytest.raises(tn.InputError, match="the model is attached to a program: leave the block"):
+            tn.compile(model, loss, (X, Y), [tn.Grad()])
+        output, y = model(X), Y.clone()
+        found = loss(output, y)
+        y.zero_()
+        with pytest.raises(tn.InputError, match="y was written over in place after the loss"):
+            found.backward()
+        output = model(X)
+        output.register_hook(lambda g: g / 10)
+        with pytest.raises(tn.UnsupportedError, match="output has a hook, or retains its gradient"):
+            loss(output, Y)
     program = tn.compile(model, nn.functional.mse_loss, (X, torch.rand(6, 4).double()), [tn.Grad()], check=False)
     with tn.attach(program) as attached:
         with pytest.raises(tn.InputError, match="y requires grad, and a program has no gradient by it"):
             attached.loss(model(X), torch.rand(6, 4).double().requires_grad_())
         with pytest.raises(tn.InputError, match=r"gets 3 arguments; it was compiled as loss\(output, y\)"):
             attached.loss(model(X), torch.rand(6, 4).double(), reduction="sum")
+    scale = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    scaled = lambda output, y: nn.functional.cross_entropy(output * scale, y)  # noqa: E731
+    with tn.attach(tn.compile(model, scaled, (X, Y), [tn.Grad()], check=False)) as attached:
+        with pytest.raises(tn.InputError, match="reads a tensor that requires grad besides the output"):
+            attached.loss(model(X), Y)
     with pytest.raises(tn.UnsupportedError, match="InputGrad: no input is of floating numbers"):
         tn.compile(nn.Embedding(3, 2), tn.HANDED, torch.tensor([[0, 1]]), [tn.Grad(), tn.InputGrad()])
+
+
+class Heads(nn.Module):
+    """Two heads, and something that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
+        return self.one(x), self.two(x), None
+
+
+def test_what_nothing_arrives_at_has_no_gradient() -> None:
+    model, x = Heads().double(), torch.randn(4, 3).double()
+    with tn.attach(tn.compile(model, tn.HANDED, x, [tn.Grad()])):
+        one, _, none = model(x)
+        one.square().sum().backward()
+    assert none is None and model.two.weight.grad is None
+    torch.testing.assert_close(model.one.weight.grad, 2 * one.detach().T @ x)
+
+
+def test_the_loss_gets_the_whole_output() -> None:
+    """Of a program with a loss of its own: parts, other orders and mixed calls would have the gradient of the whole."""
+    model, x, y = Heads().double(), torch.randn(4, 3).double(), torch.randn(4, 2).double()
+
+    def loss(output: Any, y: Tensor) -> Tensor:
+        return (output[0] - y).square().mean() + (output[1] * y).mean()
+
+    with tn.attach(tn.compile(model, loss, (x, y), [tn.Grad(), tn.BatchL2()])) as attached:
+        one, two = model(x), model(x)
+        for wrong in ((one[1], one[0], None), (one[0], 3 * one[1], None), (one[0], two[1], None), (one[0], one[1], 3)):
+            with pytest.raises(tn.UnsupportedError, match=r"Call that loss on the output itself \(`attached.loss`"):
+                attached.loss(wrong, y)
+        attached.loss(one, y).backward()
+    got = [p.grad for p in model.parameters()]
+    for mine, want in zip(got, torch.autograd.grad(loss(model(x), y), list(model.parameters())), strict=True):
+        torch.testing.assert_close(mine, want)
+
+
+def test_copies_and_transforms_in_the_block() -> None:
+    """A copy has its own forward; torch.func, forward AD and products see the model as it is."""
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    program = tn.compile(model, tn.HANDED, x, [tn.Grad()])
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+    with tn.attach(program):
+        copied, again = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        wanted = torch.func.jacrev(lambda t: torch.func.functional_call(model, t, x).sum())(theta)
+        output = model(x)
+        output.mul_(2)
+    assert wanted["weight"].shape == (2, 3)
+    torch.testing.assert_close(output, 2 * model(x))
+    for each in (copied, again):
+        with torch.no_grad():
+            each.weight.mul_(2)
+        torch.testing.assert_close(each(x), x @ (2 * theta["weight"]).T + theta["bias"])
+        with tn.attach(tn.compile(each, nn.MSELoss(), (x, y), [tn.Grad()])):
+            pass
+        assert "forward" not in vars(each) and pickle.loads(pickle.dumps(each))(x).shape == (4, 2)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MethodType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..compiler.program.inputs import of_loss
+from ..compiler.translate.torch_internals import has_hooks, in_transform, version
 from ..errors import InputError, UnsupportedError
 from ..quantities import Grad, InputGrad
 from ..results import Result
@@ -22,6 +24,64 @@ from .handed import Handed
 from .program import Program
 
 MODEL, LOSS = "the model", "the loss"
+ELSE = """\
+attach: the program has a loss of its own, and something else was made of the model's output, too.
+  Call that loss on the output itself (`attached.loss` where it is a function), and nothing else; for several terms
+  compile with loss=tn.HANDED, or with one loss of all of them: y may be a tuple."""
+HOOKED = """\
+attach: the model's output has a hook, or retains its gradient, and a program with a loss of its own gives none there.
+  Compile with loss=tn.HANDED, or leave the hook out."""
+TWICE = """\
+attach: the gradient is to be differentiated again (create_graph=True), and that of a program has no derivative.
+  Take such a step outside of the block."""
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of the model.
+
+    inputs   the leaves of what it was given
+    names    the parameters that require grad
+    leaves   of the output; what is no tensor as it is
+    """
+
+    inputs: list[Any]
+    names: list[str]
+    saved: Saved | None = None
+    spec: Any = None
+    leaves: tuple[Any, ...] = ()
+
+    @property
+    def tensors(self) -> list[int]:
+        """Which leaves are tensors."""
+        return [at for at, leaf in enumerate(self.leaves) if leaf is TENSOR]
+
+
+TENSOR = object()
+"""Stands for a tensor among the leaves of a call: the tensors themselves keep it alive."""
+
+
+class _Replaced:
+    """The forward of a module in the block. Copies of the module have their own one."""
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        self.module, self.call, self.__wrapped__ = module, call, module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Mapping[int, Any]) -> Any:
+        copy = memo.get(id(self.module))
+        return self if copy is None else MethodType(type(copy).forward, copy)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.module, "forward")
+
+
+def check_detached(model: nn.Module) -> None:
+    """Raises `InputError` for a model that a program is attached to."""
+    if isinstance(vars(model).get("forward"), _Replaced):
+        raise InputError("the model is attached to a program: leave the block `with tn.attach(…)`, and compile then")
 
 
 class Attached:
@@ -45,8 +105,8 @@ class Attached:
         self.program, self.results = program, list[Result]()
         self._grad = grads[0]
         self._inputs = next((q.name for q in program.quantities.values() if type(q) is InputGrad), "")
-        self._saved: Any = WeakIdKeyDictionary()  # output -> what was saved with it, and the leaves of the input
-        self._plain: dict[str, Callable[..., Any]] = {}  # the forwards that are replaced
+        self._calls: Any = WeakIdKeyDictionary()  # tensor of an output -> the call that gave it, and its place there
+        self._mine: dict[str, _Replaced] = {}
 
     @property
     def result(self) -> Result:
@@ -55,60 +115,61 @@ class Attached:
             raise InputError("attach: no backward pass has run through the model yet")
         return self.results[-1]
 
-    def _replaced(self) -> Iterator[tuple[str, nn.Module, Callable[..., Any]]]:
+    def _modules(self) -> Iterator[tuple[str, nn.Module, Callable[..., Any]]]:
         """What has another forward in the block, and which."""
         yield MODEL, self.program.model, self._forward
         if isinstance(self.program.loss, nn.Module):
             yield LOSS, self.program.loss, self.loss
 
     def __enter__(self) -> Attached:
-        for what, module, _ in self._replaced():
-            if "forward" in vars(module):
+        for what, module, _ in self._modules():
+            own = vars(module).get("forward")
+            if own is not None and own != MethodType(type(module).forward, module):
                 raise InputError(f"attach: forward of {what} is replaced already: leave that first")
-        for what, module, forward in self._replaced():
-            self._plain[what] = module.forward
-            module.forward = forward
+        for what, module, forward in self._modules():
+            self._mine[what] = _Replaced(module, forward)
+            module.forward = self._mine[what]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for what, module, _ in self._replaced():
-            del module.__dict__["forward"], self._plain[what]
+        for what, module, _ in self._modules():
+            mine = self._mine.pop(what, None)
+            if mine is not None and vars(module).get("forward") is mine:
+                del module.__dict__["forward"]
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return self._plain[MODEL](*args, **kwargs)
+        if not torch.is_grad_enabled() or in_transform():
+            return self._mine[MODEL].__wrapped__(*args, **kwargs)
         if args and kwargs:
             raise InputError("attach: call the model with positional arguments, or with keyword arguments, as compiled")
-        x = kwargs or (args[0] if len(args) == 1 else args)
-        leaves, spec = pytree.tree_flatten(x)
+        leaves, spec = pytree.tree_flatten(kwargs or (args[0] if len(args) == 1 else args))
         if _moving(enumerate(leaves)) is not None and not self._inputs:
             raise InputError(
                 "attach: an input requires grad, and the program has no gradient by inputs: compile with "
                 "tn.InputGrad() among the quantities"
             )
-        holder: dict[str, Any] = {}
+        trained = [(name, p) for name, p in self.program.model.named_parameters() if p.requires_grad]
+        call = _Call(leaves, [name for name, _ in trained])
         run: Callable[..., tuple[Tensor, ...]] = _Model.apply
-        outputs = run(self, spec, holder, len(leaves), *leaves, *self._trained())
-        output = pytree.tree_unflatten(list(outputs), holder["spec"])
-        for leaf in outputs:
-            self._saved[leaf] = holder["saved"], leaves
-        return output
-
-    def _trained(self) -> list[Tensor]:
-        return [p for p in self.program.model.parameters() if p.requires_grad]
+        tensors = run(self, call, spec, len(leaves), *leaves, *(p for _, p in trained))
+        found = list(call.leaves)
+        for at, tensor in zip(call.tensors, tensors, strict=True):
+            found[at] = tensor
+            self._calls[tensor] = call, at
+        return pytree.tree_unflatten(found, call.spec)
 
     def loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """The program's loss. Its backward pass gives the program's results, and `.grad` times what arrives."""
-        assert self.program.loss is not None
-        plain = self._plain.get(LOSS, self.program.loss)
+        loss = self.program.loss
+        if loss is None or isinstance(loss, Handed):
+            raise InputError("attach: the program has no loss of its own: call yours on the output of the model")
+        plain: Callable[..., Tensor] = self._mine[LOSS].__wrapped__ if LOSS in self._mine else loss
         given = tuple(inspect.signature(plain).bind(*args, **kwargs).arguments.values()) if kwargs else args
-        leaves = [leaf for leaf in pytree.tree_leaves(given[:1]) if isinstance(leaf, Tensor)]
-        known = next((self._saved[leaf] for leaf in leaves if leaf in self._saved), None)
-        if known is None or not torch.is_grad_enabled() or isinstance(self.program.loss, Handed):
-            found: Tensor = plain(*args, **kwargs)
-            return found
+        call = self._call_of(given[:1]) if torch.is_grad_enabled() and not in_transform() else None
+        if call is None:
+            return plain(*args, **kwargs)
         if len(given) != 2:
             raise InputError(f"attach: the loss gets {len(given)} arguments; it was compiled as loss(output, y)")
         output, y = given
@@ -117,16 +178,44 @@ class Attached:
                 "attach: y requires grad, and a program has no gradient by it: detach it, or compile with "
                 "loss=tn.HANDED"
             )
-        saved, inputs = known
+        value = plain(pytree.tree_map(_detached, output), y)
+        if value.requires_grad:
+            raise InputError(
+                "attach: the loss reads a tensor that requires grad besides the output, and a program has no gradient "
+                "by it: detach it, or compile with loss=tn.HANDED"
+            )
+        parameters = dict(self.program.model.named_parameters())
         run: Callable[..., Tensor] = _Loss.apply
-        return run(self, saved, plain, pytree.tree_map(_detached, output), y, len(inputs), *inputs, *self._trained())
+        tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        return run(self, call, value, tensors, y, *call.inputs, *(parameters[name] for name in call.names))
 
-    def backward(self, saved: Saved, y: Any, leaves: int) -> list[Tensor | None]:
-        """Runs the second half; the gradients of the leaves of the input, then those of `_trained`."""
-        result = self.program.backward(saved, y)
+    def _call_of(self, given: tuple[Any, ...]) -> _Call | None:
+        """The call whose output this is; None for what has nothing of one. Raises `UnsupportedError` for a part."""
+        leaves, spec = pytree.tree_flatten(given[0] if given else None)
+        known = {at: self._calls.get(leaf) for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        call: _Call | None = next((found[0] for found in known.values() if found is not None), None)
+        if call is None:
+            return None
+        shown = [TENSOR if at in known else leaf for at, leaf in enumerate(leaves)]
+        if spec != call.spec or shown != list(call.leaves) or any(known[at] != (call, at) for at in known):
+            raise UnsupportedError(ELSE)
+        if any(has_hooks(leaves[at]) for at in known):
+            raise UnsupportedError(HOOKED)
+        return call
+
+    def backward(
+        self, call: _Call, y: Any, reached: frozenset[str], factor: Tensor | None = None
+    ) -> list[Tensor | None]:
+        """Runs the second half: the gradients of the leaves of the input, then those of the parameters, times a factor.
+
+        reached  the parameters that what arrives depends on: others have None, as autograd leaves them
+        """
+        assert call.saved is not None
+        result = self.program.backward(call.saved, y)
         self.results.append(result)
-        names = [name for name, p in self.program.model.named_parameters() if p.requires_grad]
-        return [*self._inputs_of(result, leaves), *(result[self._grad][name] for name in names)]
+        grads = (result[self._grad][name] if name in reached else None for name in call.names)
+        found = [*self._inputs_of(result, len(call.inputs)), *grads]
+        return [each if each is None or factor is None else each * factor for each in found]
 
     def _inputs_of(self, result: Result, leaves: int) -> list[Tensor | None]:
         if not self._inputs:
@@ -134,6 +223,20 @@ class Attached:
         graph, by = self.program.compiled.graph, result[self._inputs]
         names = iter(name for name in graph.inputs if name not in of_loss(graph))
         return [None if at in graph.absent else by.get(next(names)) for at in range(leaves)]
+
+    @cached_property
+    def outputs(self) -> list[frozenset[str]]:
+        """The parameters that each leaf of the output depends on."""
+        return [self._upstream(leaf) for leaf in pytree.tree_leaves(self.program.compiled.graph.output)]
+
+    @cached_property
+    def of_loss(self) -> frozenset[str]:
+        """Those that the program's own loss depends on."""
+        return self._upstream(self.program.compiled.graph.loss)
+
+    def _upstream(self, value: object) -> frozenset[str]:
+        known = self.program.compiled.graph.values
+        return known[value].depends_on if isinstance(value, str) else frozenset()
 
     def __repr__(self) -> str:
         return f"Attached({self.program!r}, {len(self.results)} results)"
@@ -152,41 +255,54 @@ class _Model(torch.autograd.Function):
     """The model: its backward is the program's second half, with the cotangent that arrives."""
 
     @staticmethod
-    def forward(ctx: Any, owner: Attached, spec: Any, holder: dict[str, Any], count: int, *tensors: Any) -> Any:
-        output, saved = owner.program.forward(pytree.tree_unflatten([*map(_detached, tensors[:count])], spec))
-        leaves, holder["spec"] = pytree.tree_flatten(output)
-        holder["saved"], ctx.owner, ctx.saved, ctx.spec, ctx.count = saved, owner, saved, holder["spec"], count
-        ctx.mark_non_differentiable(*(leaf for leaf in leaves if not leaf.is_floating_point()))
-        ctx.floating = [leaf.is_floating_point() for leaf in leaves]
-        return tuple(leaf.view_as(leaf) for leaf in leaves)
+    def forward(ctx: Any, owner: Attached, call: _Call, spec: Any, count: int, *tensors: Any) -> Any:
+        output, call.saved = owner.program.forward(pytree.tree_unflatten([*map(_detached, tensors[:count])], spec))
+        leaves, call.spec = pytree.tree_flatten(output)
+        found = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        call.leaves = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        ctx.owner, ctx.call, ctx.like = owner, call, [leaf.new_empty(()).expand_as(leaf) for leaf in found]
+        ctx.mark_non_differentiable(*(leaf for leaf in found if not leaf.is_floating_point()))
+        ctx.set_materialize_grads(False)
+        return tuple(found)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        owner = ctx.owner
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        owner, call = ctx.owner, ctx.call
+        if torch.is_grad_enabled():
+            raise UnsupportedError(TWICE)
         if not isinstance(owner.program.loss, Handed):
-            raise UnsupportedError(
-                "attach: the program has a loss of its own, and something else was made of the model's output, too.\n"
-                "  Call that loss on the output itself (`attached.loss` where it is a function), and nothing else; for "
-                "several terms compile with loss=tn.HANDED, or with one loss of all of them: y may be a tuple."
-            )
-        leaves = [c.contiguous() if floating else None for c, floating in zip(cotangents, ctx.floating, strict=True)]
-        return None, None, None, None, *owner.backward(ctx.saved, pytree.tree_unflatten(leaves, ctx.spec), ctx.count)
+            raise UnsupportedError(ELSE)
+        leaves, reached = [None] * len(call.leaves), frozenset[str]()
+        for at, like, cotangent in zip(call.tensors, ctx.like, cotangents, strict=True):
+            if like.is_floating_point():
+                leaves[at] = torch.zeros_like(like).contiguous() if cotangent is None else cotangent.contiguous()
+                reached |= frozenset() if cotangent is None else owner.outputs[at]
+        found = owner.backward(call, pytree.tree_unflatten(leaves, call.spec), reached)
+        return None, None, None, None, *found
 
 
 class _Loss(torch.autograd.Function):
     """The program's loss: its backward is the program's second half."""
 
     @staticmethod
-    def forward(ctx: Any, owner: Attached, saved: Saved, plain: Any, output: Any, y: Any, count: int, *_: Any) -> Any:
-        ctx.owner, ctx.saved, ctx.y, ctx.count = owner, saved, y, count
-        return plain(output, y)
+    def forward(ctx: Any, owner: Attached, call: _Call, value: Tensor, output: list[Tensor], y: Any, *_: Any) -> Any:
+        ctx.owner, ctx.call, ctx.y, ctx.output = owner, call, y, output
+        ctx.versions = [(leaf, version(leaf)) for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor)]
+        return value.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> Any:
-        found = ctx.owner.backward(ctx.saved, ctx.y, ctx.count)
-        return None, None, None, None, None, None, *(each if each is None else each * factor for each in found)
+        if torch.is_grad_enabled():
+            raise UnsupportedError(TWICE)
+        if any(map(has_hooks, ctx.output)):
+            raise UnsupportedError(HOOKED)
+        if any(version(leaf) != then for leaf, then in ctx.versions):
+            raise InputError(
+                "attach: y was written over in place after the loss, and backward needs it as it was.\n"
+                "  Clone before you change it."
+            )
+        found = ctx.owner.backward(ctx.call, ctx.y, ctx.owner.of_loss, factor)
+        return None, None, None, None, None, *found
 
 
 def attach(program: Program) -> Attached:

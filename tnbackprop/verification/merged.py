@@ -18,7 +18,6 @@ from ..errors import InputError
 from ..linalg import KroneckerFactors
 from ..results import Result
 from ..runtime import Program
-from .drawn import is_drawn
 from .rules import Finding, first_entry
 
 HOW = "the whole batch: two parts of it give the same"
@@ -26,16 +25,20 @@ CAUSE = "the loss is no mean or sum over samples as its rule says, or samples me
 
 
 def check_merged(program: Program, x: Any, y: Any, size: int, case: str) -> Iterator[Finding]:
-    """A row for each quantity, its worst: a third of the samples and the others. Not of what is drawn."""
+    """A row for each quantity, its worst: a third of the samples and the others. Not of what the seed changes."""
     calls = program.compiled.graph.calls
     if size < 2 or any(torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ()) for call in calls):
         return
     cut, operands = max(1, size // 3), program.some_operands(x, y)
+
+    def result(own: slice, seed: int = SEED) -> Result:
+        return program(_part(x, own), _part(y, own), seed=seed, operands=_operands(program, operands, own))
+
     try:
-        whole, one, two = (
-            _kept(program, program(_part(x, own), _part(y, own), seed=SEED, operands=_operands(program, operands, own)))
-            for own in (slice(0, size), slice(0, cut), slice(cut, size))
-        )
+        whole = result(slice(0, size))
+        again = result(slice(0, size), SEED + 1) if program.compiled.plan.noises else whole
+        keys = [key for key in whole if _merges(whole, key) and _same(whole[key], again[key])]
+        whole, one, two = (_kept(each, keys) for each in (whole, result(slice(0, cut)), result(slice(cut, size))))
         found = one.merge(two)
     except InputError as error:
         yield LeftOut("merged", str(error).splitlines()[0])
@@ -60,12 +63,18 @@ def _row(key: str, name: str, got: Tensor, want: Tensor, case: str) -> Row:
     return replace(row, wrong=f"{entry}\n  likely: {CAUSE}")
 
 
-def _kept(program: Program, result: Result) -> Result:
-    """What merges of it, without what is drawn."""
+def _merges(result: Result, key: str) -> bool:
+    assert result.batch is not None
+    return not any(join.way is Way.REFUSED for by in result.batch.merging.joins[key].values() for join in by)
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(torch.equal(a, b) for n in one for a, b in zip(_tensors(one[n]), _tensors(other[n]), strict=True))
+
+
+def _kept(result: Result, keys: list[str]) -> Result:
     assert result.batch is not None
     merging = result.batch.merging
-    refused = {key for key, by in merging.joins.items() for each in by.values() for j in each if j.way is Way.REFUSED}
-    keys = [key for key in result if key not in refused and not is_drawn(program.quantities[key])]
     batch = replace(result.batch, merging=replace(merging, joins={key: merging.joins[key] for key in keys}))
     return result.with_values(result.loss, None, {key: result[key] for key in keys}, batch)
 

@@ -16,23 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import DispatchKey
-from torch._C._functorch import (
-    get_unwrapped as get_unwrapped,
-)
-from torch._C._functorch import (
-    is_functorch_wrapped_tensor as is_functorch_wrapped_tensor,
-)
-from torch._C._functorch import (
-    is_gradtrackingtensor as is_gradtrackingtensor,
-)
-from torch._C._functorch import (
-    peek_interpreter_stack as peek_interpreter_stack,
-)
+from torch._C._functorch import get_unwrapped as get_unwrapped
+from torch._C._functorch import is_functorch_wrapped_tensor as is_functorch_wrapped_tensor
+from torch._C._functorch import is_gradtrackingtensor as is_gradtrackingtensor
+from torch._C._functorch import peek_interpreter_stack as peek_interpreter_stack
 from torch._decomp import decomposition_table
 from torch._dispatch.python import enable_python_dispatcher
 from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_impls import get_fast_op_impls
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.backends import opt_einsum
 from torch.fx import graph as fx_graph
 from torch.fx.experimental.proxy_tensor import _ModuleStackTracer, make_fx
@@ -308,7 +301,17 @@ def own_tensors(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def version(tensor: Tensor) -> int:
     """Grows with every operation that writes to the tensor, or to one that shares its memory."""
-    return tensor._version
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def has_hooks(tensor: Tensor) -> bool:
+    """Whether somebody waits for the gradient of a tensor that is no leaf."""
+    return bool(tensor._backward_hooks) or tensor.retains_grad
+
+
+def in_transform() -> bool:
+    """Whether torch.func or forward-mode AD is at work."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def is_in_data(size: Any) -> bool:

@@ -41,18 +41,15 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _longest(argument: Any) -> Any:
-    shorter = isinstance(argument, torch.dtype) and argument.is_floating_point
-    return torch.float64 if shorter else argument
+    return torch.float64 if isinstance(argument, torch.dtype) and argument.is_floating_point else argument
 
 
 def check_plain(name: str, tensor: Tensor) -> None:
     """Refuse a tensor by which torch.func or forward-mode AD would differentiate what does not follow it."""
-    if is_functorch_wrapped_tensor(tensor):
-        what = "inside a torch.func transform (grad, vjp, jvp, jacrev, vmap, …)"
-    elif unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
-        what = "with a tangent (torch.autograd.forward_ad)"
-    else:
+    wrapped = is_functorch_wrapped_tensor(tensor)
+    if not wrapped and unpack_dual(tensor).tangent is None:  # type: ignore[no-untyped-call]
         return
+    what = "inside a torch.func transform (grad, vmap, …)" if wrapped else "with a tangent (torch.autograd.forward_ad)"
     raise UnsupportedError(
         f"{name} comes {what}: a program is not differentiated or vectorised, its results would have no derivative by "
         "it.\n  Ask for what you need as a quantity, transform loss(model(x), y) itself, or call the program outside."
