@@ -288,6 +288,18 @@ REFUSED: dict[str, tuple[Made, type[Exception], str]] = {
         Made(make=lambda t: {"w": torch.rand_like(t["batch_l2"])}),
         tn.UnsupportedError, "draws random numbers .aten.rand.*hand it in as an operand",
     ),
+    "in place": (
+        Made(make=lambda t: {"w": t["batch_l2"].mul_(2)}),
+        tn.UnsupportedError, "writes over what it is given: work on a clone",
+    ),
+    "one sample": (
+        Made(make=lambda t: {"w": t["batch_l2"] * (5 if t["batch_l2"].shape[0] > 1 else 1)}),
+        tn.UnsupportedError, "does something else for one sample than for several",
+    ),
+    "dtype": (
+        Made(make=lambda t: {"w": t["batch_l2"].float()}),
+        tn.InputError, r"makes 'w' in torch.float32, and totals are in torch.float64: convert it",
+    ),
     "turned round": (
         Made(make=lambda t: {"w": torch.ones(5, 3).double() * t["batch_l2"].sum()},
              read=lambda J, g: g.operand("w", (tn.Leg("a", 3), tn.Leg("b", 5))).sum("a", "b")),
@@ -317,7 +329,9 @@ def test_refused_totals_and_propagations() -> None:
     for quantity, message in (
         (tn.Total(tn.Grad()), r"'grad' of parameter '\S+' is \[.*\], which has axes of the parameter"),
         (tn.Total(tn.KFAC()), "is .Kronecker factors"),
-        (tn.Total(tn.BatchL2(), {"a": "nothing*"}), r"is in no group of \['a'\]"),
+        (tn.Total(tn.BatchL2(), {"a": "*bias"}), r"is in no group of \['a'\]"),
+        (tn.Total(tn.BatchL2(), {"a": "nothing*", "b": "*"}), r"'nothing\*' fits no parameter that it is summed over"),
+        (tn.Total(tn.BatchL2(), lambda name: 3), r"groups gives 3 for '\S+': give a text"),
     ):
         with pytest.raises(tn.InputError, match=message):
             run(problem, [quantity])
@@ -325,6 +339,7 @@ def test_refused_totals_and_propagations() -> None:
         (lambda: tn.Total(tn.Total(tn.BatchL2())), "summed over parameters already"),
         (lambda: tn.Total(tn.BatchL2), "is no tn.Quantity"),  # type: ignore[arg-type]
         (lambda: tn.Total(tn.BatchL2(), 3), "groups=3"),  # type: ignore[arg-type]
+        (lambda: tn.Total(tn.BatchL2(), {"a": str}), "group 'a' is <class 'str'>: give names or patterns"),
         (lambda: tn.ClippedGrad(max_norm=0), "max_norm=0"),
         (lambda: tn.ClippedGrad(mode="flat"), "mode='flat'"),  # type: ignore[arg-type]
         (lambda: tn.NaturalGradientSMW(damping=-1), "damping=-1"),

@@ -96,6 +96,11 @@ def test_an_axis_of_any_size_is_no_axis_of_samples(size: int) -> None:
 
 
 REFUSED = {
+    "in place": (Streamed(function=lambda G: G.mul_(2).sum()), tn.UnsupportedError, "writes over what it is given"),
+    "one sample": (
+        Streamed(function=lambda G: G.sum() * (2 if G.shape[0] == 1 else 1)),
+        tn.UnsupportedError, "does something else for one sample",
+    ),
     "random": (
         Streamed(function=lambda G: (G * torch.rand_like(G)).sum()),
         tn.UnsupportedError, "the stream of .* draws random numbers",

@@ -261,3 +261,23 @@ def test_constants_of_a_layer(k: Any) -> None:
     layer = tn.einsum_layer("output[n, i] = input[n, i] * k if input[n, i] < limit else input[n, i]", k=k, limit=inf)
     x = torch.randn(3, 4)
     torch.testing.assert_close(layer(x), x * float(k))
+
+
+CAST_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "behind the sum": lambda f, y: (f - y).float().square().sum().double(),
+    "two terms": lambda f, y: (f * y).mean() + (f.float() * y.float()).mean(),
+    "several": lambda f, y: (((f - y) ** 2).sum().float() + 1).double() / 2,
+}
+
+
+@pytest.mark.parametrize("name", CAST_LOSSES)
+def test_a_loss_that_casts_its_sum(name: str) -> None:
+    """A scalar of the loss goes by its formula: native code of a cast sees no samples there."""
+    torch.manual_seed(0)
+    model, loss = nn.Linear(5, 4).double(), CAST_LOSSES[name]
+    x, y = torch.randn(6, 5).double(), torch.randn(6, 4).double()
+    result = tn.compute(model, loss, (x, y), [tn.Grad(), tn.BatchGrad()])
+    wanted = torch.autograd.grad(loss(model(x), y), list(model.parameters()))
+    for key, want in zip(("weight", "bias"), wanted, strict=True):
+        torch.testing.assert_close(result["grad"][key], want, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(result["batch_grad"][key].sum(0), want, rtol=1e-6, atol=1e-7)

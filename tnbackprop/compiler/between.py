@@ -44,7 +44,7 @@ def _phase(graph: Graph, derived: Derived, quantity: Quantity, quantities: Seque
     shown = {key: by[ALL] if list(by) == [ALL] else by for key, by in example.items()}
     found = traced(quantity.between, shown, _where(quantity), f"between:{quantity.name}")
     given = [(result, group) for by in totals.values() for group, (result, _) in by.items()]
-    outcome = _outcome(graph, quantity, derived, found.made)
+    outcome = _outcome(graph, quantity, derived, found.made, dtype)
     level, named = level_of(quantity), dict(zip((each.name for each in found.inputs), given, strict=True))
     return Phase(quantity.name, named, found.calls, outcome, found.constants, dtype, level)
 
@@ -71,7 +71,7 @@ def _where(quantity: Quantity) -> str:
     return f"between() of quantity {quantity.name!r}"
 
 
-def _outcome(graph: Graph, quantity: Quantity, derived: Derived, made: Any) -> dict[str, str]:
+def _outcome(graph: Graph, quantity: Quantity, derived: Derived, made: Any, dtype: torch.dtype) -> dict[str, str]:
     """The operands that it makes, each with its value, for what the quantity reads."""
     if not isinstance(made, Mapping):
         raise InputError(f"{_where(quantity)} returns {type(made).__name__}: give {{key: tensor}}")
@@ -83,12 +83,19 @@ def _outcome(graph: Graph, quantity: Quantity, derived: Derived, made: Any) -> d
             f"or J.operand({unread[0]!r}) where it is {{parameter: tensor}}"
         )
     shapes = parameter_shapes(graph)
-    return {name: _read(quantity, each, made, shapes) for name, each in mine.items() if each.key in made}
+    found = {name: _read(quantity, each, made, shapes) for name, each in mine.items() if each.key in made}
+    for name, value in found.items():
+        if value.dtype != dtype:
+            raise InputError(
+                f"{_where(quantity)} makes {mine[name].key!r} in {value.dtype}, and totals are in {dtype}: convert it, "
+                ".to(total.dtype)"
+            )
+    return {name: value.name for name, value in found.items()}
 
 
 def _read(
     quantity: Quantity, reading: Reading, made: Mapping[str, Any], shapes: Mapping[str, tuple[Size, ...]]
-) -> str:
+) -> Value:
     found, where = made[reading.key], f"{_where(quantity)} makes"
     if isinstance(found, Mapping) != bool(reading.parameter):
         has, reads = ("one tensor", "J.operand") if reading.parameter else ("one of each parameter", "g.operand")
@@ -99,15 +106,10 @@ def _read(
     if not isinstance(value, Value):
         raise InputError(f"{where} {type(value).__name__} of {reading.key!r}, not a tensor")
     shape = reading.shape(shapes.get(reading.parameter, ()))
-    if _large(value.shape) not in (_large(shape), _large(reading.sizes)):
+    if value.shape not in (shape, reading.sizes):
         told, wanted = (", ".join(map(str, each)) for each in (value.shape, shape))
         raise InputError(f"{where} {reading.key!r} as [{told}], and extract reads it as [{wanted}]")
-    return value.name
-
-
-def _large(shape: tuple[Size, ...]) -> tuple[Size, ...]:
-    """Without axes of size 1."""
-    return tuple(size for size in shape if size != 1)
+    return value
 
 
 def with_streams(graph: Graph, derived: Derived, known: Derived | None) -> Derived:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -21,6 +22,7 @@ from .translate.graph import Call, Value
 from .translate.sizes import Sizes
 from .translate.torch_internals import OpOverload, alone, arguments_of, export_refusals, is_mutation
 
+WRITTEN = (OutputKind.USER_INPUT_MUTATION, OutputKind.BUFFER_MUTATION)
 SAMPLES = 11, 13, 17, 19, 23, 29, 31, 37, 41, 43
 """What it is traced for: one that is no other size, so that nothing is taken for the batch which is not."""
 
@@ -75,7 +77,58 @@ def traced(function: Callable[[Any], Any], given: Any, where: str, prefix: str) 
         ) from error
     except (RuntimeError, AssertionError, *MISTAKES) as error:
         raise InputError(f"{where} fails: {type(error).__name__}: {str(error).splitlines()[0]}") from error
-    return _Reader(program, where, prefix).traced()
+    if any(spec.kind in WRITTEN for spec in program.graph_signature.output_specs):
+        raise UnsupportedError(f"{where} writes over what it is given: work on a clone, or without in-place operations")
+    found = _Reader(program, where, prefix).traced()
+    _check_one_sample(program, function, given, where)
+    return found
+
+
+def _check_one_sample(
+    program: torch.export.ExportedProgram, function: Callable[[Any], Any], given: Any, where: str
+) -> None:
+    """Code that does something else for one sample than for several, which torch.export takes for granted."""
+    if not any(N in each.shape for each in pytree.tree_leaves(given)):
+        return
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(each: Given) -> Tensor:
+        shape = [size_at(size, 1) for size in each.shape]
+        return torch.rand(shape, generator=generator, dtype=torch.float64).to(each.device, each.dtype)
+
+    example = pytree.tree_map(drawn, given)
+    with alone(), Quiet(), torch.no_grad():
+        try:
+            plain = pytree.tree_leaves(function(pytree.tree_map(torch.clone, example)))
+        except (RuntimeError, *MISTAKES):  # it has no value for one sample, and the program fails there, too
+            return
+        found = torch.fx.Interpreter(program.graph_module).run(*_placed(program, example))
+    for one, other in zip(plain, found, strict=True):
+        if isinstance(one, Tensor) and not (one.shape == other.shape and _close(one, other)):
+            raise UnsupportedError(
+                f"{where} does something else for one sample than for several: a program has one code for both.\n"
+                "  Use torch.where on .shape[0] made a tensor, or what holds for any number of samples."
+            )
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    return torch.allclose(one, other, rtol=torch.finfo(one.dtype).eps ** 0.5, atol=1e-6, equal_nan=True)
+
+
+def _placed(program: torch.export.ExportedProgram, example: Any) -> list[Tensor]:
+    """What the exported graph is given: constants, then the leaves."""
+    leaves, signature = iter(pytree.tree_leaves(example)), program.graph_signature
+    user = set(signature.user_inputs)
+    return [next(leaves) if s.arg.name in user else _constant(program, str(s.target)) for s in signature.input_specs]
+
+
+def _constant(program: torch.export.ExportedProgram, target: str) -> Tensor:
+    """A tensor that the code reads: one of a closure, or of a module."""
+    found = program.constants[target] if target in program.constants else program.state_dict[target]
+    assert isinstance(found, Tensor)
+    return found.detach()
 
 
 def _example(given: Given, samples: int) -> Tensor:
@@ -113,7 +166,7 @@ class _Reader:
                 if node.name in user:
                     inputs.append(value)
                 else:
-                    constants[value.name] = self.program.constants[targets[node.name]].detach()
+                    constants[value.name] = _constant(self.program, targets[node.name])
             elif node.op == "call_function":
                 self.env[node] = self._node(node)
         outputs: Any = self.program.graph.output_node().args[0]

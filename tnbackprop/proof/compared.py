@@ -79,6 +79,7 @@ def error(got: Tensor, want: Tensor) -> float:
     """The largest difference where autograd has a number."""
     if got.shape != want.shape and got.numel() != want.numel():
         return float("inf")
+    got, want = (each.int() if each.dtype == torch.bool else each for each in (got, want))
     difference = got.reshape(-1) - want.reshape(-1)
     if math.isfinite(largest := _largest(difference)):
         return largest
@@ -91,7 +92,7 @@ def error(got: Tensor, want: Tensor) -> float:
 def _largest(tensor: Tensor) -> float:
     """The largest magnitude, in one pass; NaN where one is."""
     if not tensor.is_floating_point():
-        return float(tensor.abs().max()) if tensor.numel() else 0.0
+        return float(tensor.double().abs().max()) if tensor.numel() else 0.0
     return float(torch.linalg.vector_norm(tensor, torch.inf)) if tensor.numel() else 0.0
 
 

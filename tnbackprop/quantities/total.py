@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -46,6 +46,9 @@ class Total(Quantity):
             raise InputError("tn.Total: a total is summed over parameters already; give the quantity itself")
         if not (groups is None or callable(groups) or isinstance(groups, Mapping)):
             raise InputError(f"tn.Total: groups={groups!r}: give a function of a parameter's name, or {{group: names}}")
+        for group, names in groups.items() if isinstance(groups, Mapping) else ():
+            if not isinstance(names, str | Collection) or not all(isinstance(each, str) for each in names):
+                raise InputError(f"tn.Total: group {group!r} is {names!r}: give names or patterns")
         object.__setattr__(self, "name", name or f"{quantity.name}_total")
         object.__setattr__(self, "quantity", quantity)
         object.__setattr__(self, "groups", groups)
@@ -78,12 +81,28 @@ class Total(Quantity):
         if self.groups is None:
             return ALL
         if not isinstance(self.groups, Mapping):
-            return str(self.groups(parameter))
+            found = self.groups(parameter)
+            if not isinstance(found, str):
+                raise InputError(f"tn.Total {self.name!r}: groups gives {found!r} for {parameter!r}: give a text")
+            return found
         for group, names in self.groups.items():
-            patterns = [names] if isinstance(names, str) else names
-            if any(fnmatchcase(parameter, pattern) for pattern in patterns):
+            if any(fnmatchcase(parameter, pattern) for pattern in _patterns(names)):
                 return group
         raise InputError(f"tn.Total {self.name!r}: parameter {parameter!r} is in no group of {list(self.groups)}")
+
+
+    def check_groups(self, parameters: Collection[str]) -> None:
+        """Raises `InputError` for a pattern that fits none of them."""
+        for names in self.groups.values() if isinstance(self.groups, Mapping) else ():
+            for pattern in _patterns(names):
+                if not any(fnmatchcase(parameter, pattern) for parameter in parameters):
+                    known = ", ".join(list(parameters)[:6]) + (", …" if len(parameters) > 6 else "")
+                    what = f"tn.Total {self.name!r}: {pattern!r} fits no parameter that it is summed over"
+                    raise InputError(f"{what}: there are {known}")
+
+
+def _patterns(names: str | Collection[str]) -> Collection[str]:
+    return [names] if isinstance(names, str) else names
 
 
 @dataclass(frozen=True, init=False)

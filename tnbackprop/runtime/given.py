@@ -65,18 +65,22 @@ def _changed(name: str, what: str) -> NoReturn:
     )
 
 
+LATER = object()
+"""In the place of x: `flattened((LATER, y), graph)` are the inputs of y alone."""
+
+
 def flattened(parts: tuple[Any, ...], graph: Graph) -> dict[str, Any]:
-    """The tensors of a batch by the names of inputs: of (x, y), of (x,) alone, or of (None, y) for y alone."""
+    """The tensors of a batch by the names of inputs: of (x, y), of (x,) alone, or of (LATER, y)."""
     found: dict[str, Any] = {}
     names, place = iter(graph.inputs), 0
     for k, spec in enumerate(specs_of(graph)):
         own = [next(names) for at in range(place, place + spec.num_leaves) if at not in graph.absent]
         absent = [at - place for at in graph.absent if place <= at < place + spec.num_leaves]
         place += spec.num_leaves
-        if k >= len(parts) or (k == 0 and parts[0] is None and len(parts) == 2 and own):
+        if k >= len(parts) or parts[k] is LATER:
             continue
         leaves, mine = pytree.tree_flatten(plain(parts[k]))
-        if mine != spec:
+        if mine != spec or (k == 0 and parts[0] is None and own):
             raise InputError(
                 f"the batch (x, y) has the structure {structure(mine)} as its {'xy'[k]}, but the program was compiled "
                 f"for {structure(spec)}"
@@ -110,7 +114,7 @@ def replaced(found: dict[str, torch.Tensor], graph: Graph, parameters: object) -
         raise InputError(f"parameters is {type(parameters).__name__}: give {{name: tensor}}")
     tied = {name: first for first, *others in graph.parameters.values() for name in (first, *others)}
     known = tied | {name: name for name in graph.buffers.values()}
-    other = dict(found)
+    other, given = dict(found), dict[str, str]()
     for name, tensor in parameters.items():
         if name not in known:
             raise InputError(f"parameters: the model has no parameter or buffer {name!r} that the program reads")
@@ -118,6 +122,8 @@ def replaced(found: dict[str, torch.Tensor], graph: Graph, parameters: object) -
         if not isinstance(tensor, torch.Tensor):
             raise InputError(f"parameters: {name!r} is {type(tensor).__name__}, not a tensor")
         check_plain(f"{name!r} of parameters", tensor)
+        if (one := given.setdefault(known[name], name)) != name and parameters[one] is not tensor:
+            raise InputError(f"parameters: {one!r} and {name!r} are one parameter of the model (tied): give one")
         if tensor.device != before.device:
             raise InputError(f"parameters: {name!r} is on {tensor.device}, the model's on {before.device}: move it")
         other[known[name]] = tensor.detach()

@@ -30,7 +30,7 @@ from ..diagram.core import N
 from ..errors import InputError
 from ..quantities import Quantity
 from ..results import Batch, Result, Values, assemble, shown
-from .given import check_batch, check_parameters, flattened, named_tensors, own, replaced
+from .given import LATER, check_batch, check_parameters, flattened, named_tensors, own, replaced
 from .graphed import Graphed
 from .halves import Halves, Saved
 from .handed import Handed
@@ -211,7 +211,7 @@ class Program:
         """
         saved.check(self._halves)
         own, graph = saved.model, self._compiled.graph
-        rest = check_batch(flattened((None, y), graph), graph)
+        rest = check_batch(flattened((LATER, y), graph), graph)
         sizes = (t.shape[k] for n, t in rest.items() for k, s in enumerate(graph.values[n].shape) if s == N)
         if (size := next(sizes, saved.batch)) != saved.batch:
             raise InputError(f"y has {size} samples, and forward had {saved.batch}")

@@ -110,7 +110,7 @@ def _size(tensor: Tensor) -> float:
     """The largest finite value."""
     if tensor.is_floating_point() and tensor.numel() and (largest := _largest(tensor)) < torch.inf:
         return largest
-    finite = tensor[tensor.isfinite()].abs()
+    finite = (tensor.int() if tensor.dtype == torch.bool else tensor)[tensor.isfinite()].abs()
     return float(finite.max()) if finite.numel() else 0.0
 
 

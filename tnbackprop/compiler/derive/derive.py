@@ -13,7 +13,7 @@ from ...errors import RuleError, UnsupportedError
 from ...notation.bind import BoundRule, bind
 from ...notation.rule import Rule
 from ...quantities import Exact, Gradient, InputGrad, Propagation, Quantity, Residual
-from ...quantities.total import level_of
+from ...quantities.total import Total, level_of
 from ...table import RuleFunction, Rules
 from ..capture.trial import Trial
 from ..sweep.derived import Columns, Derived, PerSample, by_level
@@ -115,6 +115,9 @@ def derive(
     """
     if quantities:
         _check_read(bound)
+    trainable_names = [dotted for name, (dotted, *_) in graph.parameters.items() if graph.values[name].depends_on]
+    for total in (q for q in quantities if isinstance(q, Total)):
+        total.check_groups(trainable_names)
     given = bool(graph.cotangent)
     wanted = _wanted(quantities, given)
     twice = any(propagation.residual is not Residual.NONE for propagation in wanted)

@@ -182,9 +182,11 @@ def _deviation(diagram: Diagram) -> tuple[sympy.Expr, Diagram] | None:
     inner = first.diagram.rename(dict(zip(first.diagram.legs, first.legs, strict=True)))
     if len(inner.products) != 2:
         return None
+    own = tuple(leg for leg in inner.legs if leg != BATCH)
+    if diagram.legs != own:  # it is summed over more, or has its axes in another order than the mean
+        return None
     for x, mean in (inner.products, inner.products[::-1]):
         whole = Diagram(inner.legs, (x,))
-        own = tuple(leg for leg in inner.legs if leg != BATCH)
         total = whole.sum("n") * (-1 / N)
         if BATCH in x.legs and key(inline(total)) == key(inline(Diagram(own, (mean,)))):
             return product.scale, whole

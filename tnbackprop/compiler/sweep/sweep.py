@@ -76,8 +76,9 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
         return
     trainable = {v.name for v in call.tensors.values() if v.differentiable}
     for name in sorted(trainable & set(rule.vjp)):  # the same source every time
-        if (rule.fallback or not casts_alone(sweep.graph, call, name)) and not sweep.samples[name]:
-            if sweep.reads[name] and rule.fallback:
+        own = rule.fallback or not (sweep.reads[name] or casts_alone(sweep.graph, call, name))
+        if own and not sweep.samples[name]:  # a scalar of the loss has its formula
+            if sweep.reads[name]:
                 raise _no_sum(f"{call.where} reads a sum over them, and has no rule that says it is linear")
             _pull_individually(sweep, call, rule, name)
             trainable.discard(name)
