@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,8 @@ def compile_many(
     For quantities that are wanted at different times, say factors every tenth step: a program computes all that it was
     compiled for.
     """
-    if isinstance(quantities, Quantity) or any(isinstance(each, Quantity) for each in quantities):
+    several = isinstance(quantities, Iterable) and not isinstance(quantities, str)
+    if not several or any(isinstance(each, Quantity) for each in quantities):
         raise InputError("compile_many: give lists of quantities, [[tn.Grad()], [tn.Grad(), tn.KFAC()]]")
     options = _Options(model, loss, rules, memory_limit, indefinite, lowerings, check, replan, parameters)
     found: list[Program] = []

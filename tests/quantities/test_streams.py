@@ -95,7 +95,32 @@ def test_an_axis_of_any_size_is_no_axis_of_samples(size: int) -> None:
         torch.testing.assert_close(result["streamed"][n], histogram(own))
 
 
+@dataclass(frozen=True)
+class OfNorms(Streamed):
+    """Of what has no legs of the parameter."""
+
+    def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Stream:
+        return tn.Stream(((J.T @ g) ** 2).sum_parameter(), self.function, self.rows)
+
+
+@dataclass(frozen=True)
+class TurnedRound(Streamed):
+    """Its diagram has the samples last."""
+
+    def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Stream:
+        G = (J.T @ g) / g.scale
+        return tn.Stream(G.ordered(*(leg.name for leg in (*J.legs, *G.legs[:1]))), self.function, self.rows)
+
+
+def test_slices_have_the_samples_in_front() -> None:
+    problem = BY_NAME["mlp_sum"].build()
+    result = run(problem, [TurnedRound("turned", mean), Streamed("plain", mean)])
+    for name, value in result["plain"].items():
+        torch.testing.assert_close(result["turned"][name], value)
+
+
 REFUSED = {
+    "legs": (OfNorms(), tn.InputError, r"its stream is of \[n\], and slices are of \[n, "),
     "in place": (Streamed(function=lambda G: G.mul_(2).sum()), tn.UnsupportedError, "writes over what it is given"),
     "one sample": (
         Streamed(function=lambda G: G.sum() * (2 if G.shape[0] == 1 else 1)),

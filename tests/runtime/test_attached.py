@@ -192,6 +192,26 @@ def test_what_cannot_be_attached() -> None:
         tn.compile(nn.Embedding(3, 2), tn.HANDED, torch.tensor([[0, 1]]), [tn.Grad(), tn.InputGrad()])
 
 
+class Turned(nn.Module):
+    """The samples are not in front, or nothing floats."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.linear, self.whole = nn.Linear(3, 2), whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).argmax(1) if self.whole else self.linear(x).T
+
+
+NO_COTANGENT = [(False, r"shape \[2, 4\], and a cotangent .*the 4 samples"), (True, "no output of floating numbers")]
+
+
+@pytest.mark.parametrize(("whole", "message"), NO_COTANGENT)
+def test_outputs_that_take_no_cotangent(whole: bool, message: str) -> None:
+    with pytest.raises(tn.UnsupportedError, match=message):
+        tn.compile(Turned(whole), tn.HANDED, torch.randn(4, 3), [tn.Grad()])
+
+
 class Heads(nn.Module):
     """Two heads, and something that is no tensor."""
 

@@ -185,6 +185,8 @@ def test_saved_values_are_checked() -> None:
     model, loss = convolutions().eval(), nn.CrossEntropyLoss()
     program, other = (tn.compile(model, loss, (X, Y), [tn.Grad()], check=False) for _ in range(2))
     output, saved = program.forward(X)
+    with pytest.raises(tn.InputError, match="backward takes what forward saved"):
+        program.backward(output, Y)
     with pytest.raises(tn.InputError, match="of another program"):
         other.backward(saved, Y)
     with pytest.raises(tn.InputError, match="y has 3 samples, and forward had 6"):

@@ -78,6 +78,7 @@ def test_compute_tells_selections_apart() -> None:
         ("nothing*", r"'nothing\*' fits no trainable parameter of the model: there are embed.weight, body.weight"),
         ("body", r"'body' fits no trainable parameter of the model: write 'body\.\*' for those inside"),
         (nn.Linear(1, 1), r"parameters is a Linear: give names or patterns"),
+        (3, r"parameters=3: give names or patterns"),
         ([3], r"parameters=\[3\]: give names or patterns"),
         (lambda name: False, "selects no trainable parameter"),
     ],

@@ -279,7 +279,7 @@ LEFT: Mapping[type[Quantity], str] = {
     BL89: BY_ITS_WAY,
 }
 """Why the others are not compared."""
-UNKNOWN = "a quantity of your own: nothing says what it must be"
+UNKNOWN = "nothing here says what it must be (tn.verify may)"
 
 
 def pairs_of(

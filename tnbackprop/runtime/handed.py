@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..compiler.capture.export import Wrapped, plain, takes_names
+from ..compiler.capture.export import Wrapped, batch_size, plain, takes_names
 from ..compiler.capture.state import copied
 from ..compiler.translate.torch_internals import alone
 from ..errors import InputError, UnsupportedError
@@ -74,6 +74,20 @@ def with_cotangent(model: nn.Module, example: Any, quantities: Sequence[Quantity
                 f"the model fails on the example: {error}\n  With loss=tn.HANDED the example is x alone: the cotangent "
                 "of the output takes the place of y."
             ) from error
+    floating = {
+        f"output{pytree.keystr(path)}": list(leaf.shape)
+        for path, leaf in pytree.tree_flatten_with_path(output)[0]
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    }
+    if not floating:
+        raise UnsupportedError("the model has no output of floating numbers, so there is no cotangent to hand in")
+    batch = batch_size((plain(x), None))
+    for name, shape in floating.items():
+        if shape[:1] != [batch]:
+            raise UnsupportedError(
+                f"{name} has shape {shape}, and a cotangent that is handed in has the {batch} samples on axis 0.\n"
+                "  Wrap the model in one that returns the samples first, or compile with the loss."
+            )
     generator = torch.Generator().manual_seed(0)
 
     def like(leaf: Any) -> Any:

@@ -209,6 +209,8 @@ class Program:
         y   what the loss reads; of a program with ``loss=tn.HANDED`` the cotangent of the output
         Options are those of a call. Raises `InputError` where `saved` is of another program or was written over.
         """
+        if not isinstance(saved, Saved):
+            raise InputError(f"backward takes what forward saved, output, saved = program.forward(x), not {saved!r}")
         saved.check(self._halves)
         own, graph = saved.model, self._compiled.graph
         rest = check_batch(flattened((LATER, y), graph), graph)

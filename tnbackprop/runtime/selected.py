@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -30,6 +30,8 @@ def left_out(model: nn.Module, parameters: Selection | None) -> frozenset[str]:
     if callable(parameters):
         chosen = {first for first, every in names.items() if any(parameters(name) for name in every)}
     else:
+        if not isinstance(parameters, str | Iterable):
+            raise InputError(f"parameters={parameters!r}: give names or patterns, or a function of a name")
         patterns = [parameters] if isinstance(parameters, str) else list(parameters)
         for pattern in patterns:
             if not isinstance(pattern, str):

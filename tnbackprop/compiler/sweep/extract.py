@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ...diagram.algebra import Cotangents, Uses
-from ...diagram.core import COLUMN, COLUMN_COPY, Diagram, Leg, is_head
+from ...diagram.core import BATCH, COLUMN, COLUMN_COPY, Diagram, Leg, is_head
 from ...errors import InputError, UnsupportedError
 from ...quantities import Propagation, Quantity, Total
 from ...quantities.factors import Factors
@@ -91,7 +91,12 @@ def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction
             diagrams |= {Result(quantity.name, k): diagram for k, diagram in enumerate(found.diagrams)}
             diagrams |= {Result(quantity.name, k, mean=True): m for k, m in enumerate(found.means) if m is not None}
         elif isinstance(found, Stream):
-            diagrams[Result(quantity.name)], streams[quantity.name] = found.diagram, found
+            legs = (BATCH, *uses.legs)
+            if set(found.diagram.legs) != set(legs):
+                told, wanted = (", ".join(map(str, each)) for each in (found.diagram.legs, legs))
+                raise InputError(f"quantity {quantity.name!r}: its stream is of [{told}], and slices are of [{wanted}]")
+            diagrams[Result(quantity.name)] = found.diagram.ordered(*(leg.name for leg in legs))
+            streams[quantity.name] = found
         elif isinstance(found, Diagram):
             diagrams[Result(quantity.name)] = found
         else:
