@@ -7,7 +7,7 @@ says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from string import Template
 from typing import Any
@@ -113,42 +113,52 @@ def with_records(write: Callable[[Recorded], str], keys: Sequence[Key]) -> str:
 def check_lines(checks: Checks, recorded: Recorded, low: bool = False) -> list[str]:
     """The tables, the texts that read them, and the main function."""
     texts = [EXAMPLE, *checks.texts]
-    calls = []
-    lines = [f"SAMPLES = {SAMPLES}", f"TOLERANCE = {1e-4 if low else 1e-9!r}"]
-    tables: list[str] = []
-    if checks.references or checks.second or checks.factors or checks.whole or "sampled" in checks.uses:
+    parts = list(_parts(checks, recorded))
+    if {CHECK_DEFINITIONS, CHECK_WHOLE, CHECK_SECOND, CHECK_FACTORS} & {part.text for part in parts} or (
+        "sampled" in checks.uses
+    ):
         texts.append(AUTOGRAD)
     texts += [text for name, text in (TEXTS | WHOLE_TEXTS).items() if name in needed(checks.uses)]
+    texts += [part.text for part in parts]
+    tables = ["", "", *(line for part in parts for line in part.tables)] if parts else []
+    calls = [*(part.call for part in parts), *checks.calls]
+    right = statement("    right = ", Group("[", tuple(f"*{each}" for each in calls or ["[True]"]), "]"))
+    return [
+        f"SAMPLES = {SAMPLES}",
+        f"TOLERANCE = {1e-4 if low else 1e-9!r}",
+        *(row for piece in texts for row in lines_of_text(piece)),
+        *tables,
+        *lines_of_text(Template(MAIN).substitute(RIGHT="\n".join(right))),
+    ]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One kind of check: its tables, the function that reads them, and its call."""
+
+    tables: list[str]
+    text: str
+    call: str
+
+
+def _parts(checks: Checks, recorded: Recorded) -> Iterator[_Part]:
+    """The kinds of which there is something to check."""
     if checks.references:
-        references = {string(name): Group("(", each, ")") for name, each in checks.references.items()}
-        tables += ["", "", *table("REFERENCES", references)]
-        texts.append(CHECK_DEFINITIONS)
-        calls.append("check_definitions(values, found)")
+        rows = {string(name): Group("(", each, ")") for name, each in checks.references.items()}
+        yield _Part(table("REFERENCES", rows), CHECK_DEFINITIONS, "check_definitions(values, found)")
     if checks.whole:
-        tables += [*([] if tables else ["", ""]), *(data("GROUPS", checks.groups) if checks.groups else [])]
-        tables += table("WHOLE", {string(name): Row(("lambda values: ", each)) for name, each in checks.whole.items()})
-        texts.append(CHECK_WHOLE)
-        calls.append("check_whole(values, found)")
+        whole = table("WHOLE", {string(name): Row(("lambda values: ", each)) for name, each in checks.whole.items()})
+        groups = data("GROUPS", checks.groups) if checks.groups else []
+        yield _Part([*groups, *whole], CHECK_WHOLE, "check_whole(values, found)")
     if checks.second:
-        second = {string(name): Group("(", (of, str(each)), ")") for name, (of, each) in checks.second.items()}
-        tables += [*([] if tables else ["", ""]), *table("SECOND", second)]
-        texts.append(CHECK_SECOND)
-        calls.append("check_second_derivatives(values, found)")
+        rows = {string(name): Group("(", (of, str(each)), ")") for name, (of, each) in checks.second.items()}
+        yield _Part(table("SECOND", rows), CHECK_SECOND, "check_second_derivatives(values, found)")
     if checks.factors:
         head = "# (which columns make them exact), pulled back by, parameters, sizes of the axes, their order"
-        tables += [] if tables else ["", ""]
-        tables += [head, *table("KRONECKER", {literal(key): entry for key, entry in checks.factors.items()})]
-        texts.append(CHECK_FACTORS)
-        calls.append("check_factors()")
+        factors = table("KRONECKER", {literal(key): entry for key, entry in checks.factors.items()})
+        yield _Part([head, *factors], CHECK_FACTORS, "check_factors()")
     if recorded:
-        tables += [] if tables else ["", ""]
-        tables += data("RECORDED", recorded)
-        texts.append(CHECK_RECORDED)
-        calls.append("check_recorded(found)")
-    calls += checks.calls
-    lines += [row for piece in texts for row in lines_of_text(piece)]
-    right = statement("    right = ", Group("[", tuple(f"*{each}" for each in calls or ["[True]"]), "]"))
-    return [*lines, *tables, *lines_of_text(Template(MAIN).substitute(RIGHT="\n".join(right)))]
+        yield _Part(data("RECORDED", recorded), CHECK_RECORDED, "check_recorded(found)")
 
 
 def needed(uses: Iterable[str]) -> set[str]:

@@ -245,14 +245,11 @@ def one_sample(quantity, name):
 def _pulled_text(root: Root) -> str:
     name, number = root.function.name, root.number
     called = f"call({name}, values | drawn)"
-    if root.rounds > 1:
+    rounds = ""
+    if root.rounds:
         called = f'torch.cat([call({name}, values | drawn | {{"draw_{number}": each}}) for each in rounds])'
-        rounds = f'    rounds = drawn["noise_{number}"].split({root.rounds})\n'
-    elif root.rounds:
-        called = f'torch.cat([call({name}, values | drawn | {{"draw_{number}": each}}) for each in rounds])'
-        rounds = f'    rounds = drawn["noise_{number}"].unbind(0)\n'
-    else:
-        rounds = ""
+        cut = f"split({root.rounds})" if root.rounds > 1 else "unbind(0)"
+        rounds = f'    rounds = drawn["noise_{number}"].{cut}\n'
     return f'''
 def columns_of_{name}(values, output):
     """The columns at this output, [V, N, *output]."""
