@@ -82,8 +82,9 @@ class Operands:
             )
         shape = [size_at(size, batch) for size in self._shape(reading)]
         if list(tensor.shape) != shape:
-            told = ", ".join(map(str, self._shape(reading)))
-            raise InputError(f"{what} has shape {list(tensor.shape)}; it is [{told}], here {shape}")
+            told = f"[{', '.join(map(str, self._shape(reading)))}]"
+            here = f", here {shape}" if told != str(shape) else ""
+            raise InputError(f"{what} has shape {list(tensor.shape)}; it is {told}{here}")
         return tensor.detach().reshape([size_at(size, batch) for size in reading.sizes])
 
     def examples(self, batch: int, like: Tensor) -> dict[str, Any]:
