@@ -2,10 +2,10 @@
 
     python -m benchmarks.modern [--large] [--model GPT] [--only 'kfac|grad'] [--rounds 20] [--device cuda]
 
-Every entry computes the loss, the gradient and its quantity. `vmap` is `torch.func.vmap(grad_and_value(…))`; where it
-fails its row is empty. Peak memory is measured with `--large` alone, on a CPU in a process for each entry: it is what
-an entry holds beyond the model and the batch, its results included. A whole run writes
-benchmarks/results/modern_<device>.json, or large_<device>.json.
+Every entry computes the loss, the gradient and its quantity; `kfac_alone` the loss and the factors. `vmap` is
+`torch.func.vmap(grad_and_value(…))`; where it fails its row is empty. Peak memory is measured with `--large` alone, on a
+CPU in a process for each entry: it is what an entry holds beyond the model and the batch, its results included. A whole
+run writes benchmarks/results/modern_<device>.json, or large_<device>.json.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ QUANTITIES: Mapping[str, Callable[[], tn.Quantity]] = {
     "kfac": tn.KFAC,
     "diag_ggn_mc": tn.DiagGGNMC,
 }
+ALONE: Mapping[str, Callable[[], tn.Quantity]] = {"kfac_alone": tn.KFAC}
+"""Without the gradient."""
 Parameters = dict[str, Tensor]
 
 
@@ -92,10 +94,11 @@ def calls(row: Modern, device: torch.device, only: re.Pattern[str]) -> tuple[dic
         return torch.autograd.grad(row.loss(model(x), y), list(model.parameters()), materialize_grads=True)
 
     found: dict[str, Call] = {BASE: gradient}
-    for name, quantity in QUANTITIES.items():
+    for name, quantity in {**QUANTITIES, **ALONE}.items():
         if only.search(f"tnbackprop/{name}"):
             started = time.process_time()
-            program: Any = tn.compile(model, row.loss, (x, y), [quantity()] + [tn.Grad()] * (quantity is not tn.Grad))
+            asked = [quantity()] + [tn.Grad()] * (quantity is not tn.Grad and name not in ALONE)
+            program: Any = tn.compile(model, row.loss, (x, y), asked)
             compiled[f"tnbackprop/{name}"] = time.process_time() - started
             found[f"tnbackprop/{name}"] = lambda program=program: program(x, y)  # type: ignore[misc]
     peers = by_vmap(model, row.loss, x, y) if only.search("vmap/") else {}
