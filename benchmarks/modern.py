@@ -3,9 +3,9 @@
     python -m benchmarks.modern [--large] [--model GPT] [--only 'kfac|grad'] [--rounds 20] [--device cuda]
 
 Every entry computes the loss, the gradient and its quantity; `kfac_alone` the loss and the factors. `vmap` is
-`torch.func.vmap(grad_and_value(…))`; where it fails its row is empty. Peak memory is measured with `--large` alone, on a
-CPU in a process for each entry: it is what an entry holds beyond the model and the batch, its results included. A whole
-run writes benchmarks/results/modern_<device>.json, or large_<device>.json.
+`torch.func.vmap(grad_and_value(…))`; where it fails its row is empty. Peak memory is measured with `--large` alone, on
+a CPU in a process for each entry: it is what an entry holds beyond the model and the batch, its results included. A
+whole run writes benchmarks/results/modern_<device>.json, or large_<device>.json.
 """
 
 from __future__ import annotations
