@@ -289,3 +289,23 @@ def test_an_error_names_the_source(planned: list[int]) -> None:
     program(x, y)
     with pytest.raises(tn.InputError, match=r"line \d+ of program.source_for\(64\): "):
         program(x + 3, y)
+
+
+def test_halves_of_other_sizes(planned: list[int]) -> None:
+    """They run the plan for their size, once it was compared with that of the example."""
+    program = tn.compile(cnn(), CE, batch(2), [tn.Grad(), tn.BatchL2()])
+    whole = tn.compile(program.model, CE, batch(64), [tn.Grad(), tn.BatchL2()])(*batch(64))
+    wanted = pytree.tree_leaves([whole["grad"], whole["batch_l2"]])
+    x, y = batch(64)
+    plans = []
+    for _ in range(4):
+        _, saved = program.forward(x)
+        plans.append(saved.plan.batch)
+        later = program.backward(saved, y)
+        for got, want in zip(pytree.tree_leaves([later["grad"], later["batch_l2"]]), wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    assert plans[0] == 2 and plans[-1] == 64 and planned[-1] == 64
+    other = tn.compile(program.model, CE, batch(2), [tn.Grad()])
+    _, saved = other.forward(x)
+    with pytest.raises(tn.InputError, match="of another program"):
+        program.backward(saved, y)

@@ -111,9 +111,8 @@ class Sizes(Generic[T]):
         self._seconds: dict[int, float] = {}  # batch -> what one is predicted to take; a few
         self._lock = Lock()
 
-    def detached(self, compiled: Compiled) -> Sizes[T]:
-        """The example's plan alone, with less of what was compiled."""
-        loaded = self.example.loaded
+    def detached(self, compiled: Compiled, loaded: T) -> Sizes[T]:
+        """The example's plan alone, with less of what was compiled, and what runs it."""
         return Sizes(compiled, lambda _: loaded, False)
 
     def suits(self, batch: int) -> bool:

@@ -25,7 +25,8 @@ from ..compiler.translate.torch_modes import InFloat64, own_dtypes
 from ..errors import InputError, VerificationError
 from ..results import Result
 from ..rules import RULES
-from ..runtime.program import Indefinite, Program
+from ..runtime.indefinite import Indefinite
+from ..runtime.program import Program
 from ..table import Rules
 from .compared import FIRST, ROOT, SECOND, Pair, error, pairs_of
 from .reference import SEED, Batch, Reference

@@ -5,8 +5,9 @@ from .attached import Attached, attach
 from .graphed import Graphed
 from .halves import Halves, Saved
 from .handed import HANDED, HANDED_MEAN
+from .indefinite import Indefinite
 from .over import over
-from .program import Indefinite, Program
+from .program import Program
 from .projections import projections
 
 __all__ = [

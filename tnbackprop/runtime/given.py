@@ -175,3 +175,13 @@ def check_batch(batch: Mapping[str, torch.Tensor], graph: Graph) -> dict[str, to
             "do not branch on x.shape[0]."
         )
     return dict(batch)
+
+
+def floating_of(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The first of floating numbers."""
+    return next(t for t in tensors.values() if t.is_floating_point())
+
+
+def device_of(tensors: Mapping[str, torch.Tensor]) -> torch.device:
+    """That of the first of floating numbers."""
+    return floating_of(tensors).device

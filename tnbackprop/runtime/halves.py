@@ -8,7 +8,6 @@ from functools import cached_property
 from inspect import signature
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -19,6 +18,7 @@ from ..compiler.halved import SAVED, Halved, halved
 from ..compiler.translate.torch_internals import version
 from ..compiler.translate.torch_modes import own_dtypes
 from ..errors import InputError
+from .given import device_of
 from .pages import Blocks as Pages
 
 
@@ -26,19 +26,25 @@ class Saved:
     """What the first half of a program leaves for the second: `program.backward(saved, y)`. It may be used again.
 
     batch    the number of samples
+    plan     the plan that ran
+    trial    another one, with the whole input to try it on
     nbytes   bytes of memory that it keeps, without parameters, buffers and inputs
     """
+
+    trial: tuple[Any, Mapping[str, Tensor]] | None
 
     def __init__(
         self,
         owner: object,
+        plan: Any,
         tensors: Mapping[str, Any],
         inputs: Mapping[str, Tensor],
         model: Mapping[str, Tensor],
         read: Mapping[str, Tensor],
         batch: int,
     ) -> None:
-        self.owner, self.tensors, self.inputs, self.model, self.batch = owner, tensors, inputs, model, batch
+        self.owner, self.plan, self.batch, self.trial = owner, plan, batch, None
+        self.tensors, self.inputs, self.model = tensors, inputs, model
         outside = {**inputs, **read}
         self._versions = [(name, t, version(t)) for name, t in _named({**tensors, **outside})]
         self._outside = {t.untyped_storage().data_ptr() for _, t in _named(outside)}
@@ -106,18 +112,23 @@ class Halves:
         return load(self.cut.backward)
 
     def forward(
-        self, model: Mapping[str, Tensor], inputs: Mapping[str, Tensor], batch: int, pages: Pages
+        self,
+        of: tuple[object, Any],
+        model: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor],
+        batch: int,
+        pages: Pages,
     ) -> tuple[Any, Saved]:
-        """The leaves of the output, and what is saved."""
-        with running(self.cut.forward, "program.halves.forward"), own_dtypes(_device(model)), pages.call():
+        """The leaves of the output, and what is saved; `of`: whose it is, and by which plan."""
+        with running(self.cut.forward, "program.halves.forward"), own_dtypes(device_of(model)), pages.call():
             _, output, results = self._forward({**model, **inputs}, **_memory(self._forward, pages))
         own = {name: tensor for name, tensor in model.items() if name in self.cut.own}
         given = {name: tensor for name, tensor in inputs.items() if name in self.cut.given}
-        return output, Saved(self, results[SAVED], given, model, own, batch)
+        return output, Saved(*of, results[SAVED], given, model, own, batch)
 
     def backward(self, saved: Saved, rest: Mapping[str, Tensor], pages: Pages) -> Any:
         """(loss, (), results, …), of what was saved and what the loss reads."""
-        with running(self.cut.backward, "program.halves.backward"), own_dtypes(_device(saved.model)), pages.call():
+        with running(self.cut.backward, "program.halves.backward"), own_dtypes(device_of(saved.model)), pages.call():
             given = {**saved.model, **saved.inputs, **saved.tensors, **rest}
             return self._backward(given, **_memory(self._backward, pages))
 
@@ -125,7 +136,3 @@ class Halves:
 def _memory(function: Any, pages: Pages) -> dict[str, Any]:
     """Where large values go, if the function asks."""
     return {MEMORY: pages.out} if MEMORY in signature(function).parameters else {}
-
-
-def _device(tensors: Mapping[str, Tensor]) -> torch.device:
-    return next(t for t in tensors.values() if t.is_floating_point()).device

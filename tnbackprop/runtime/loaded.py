@@ -11,19 +11,22 @@ from ..compiler import Compiled
 from ..compiler.emit.loaded import load
 from ..compiler.merge.join import Merging
 from ..results import Blocks, blocks, merged_by
+from .halves import Halves
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """One plan: its function, the names of what that takes, what quantities' blocks are made of, how batches join."""
+    """One plan: its function, the names of what that takes, what blocks are made of, how batches join, its halves."""
 
     function: Callable[..., Any]
     takes: frozenset[str]
     blocks: Mapping[str, Blocks]
     merging: Merging
+    halves: Halves
 
     @classmethod
-    def of(cls, quantities: Iterable[str], compiled: Compiled) -> Loaded:
+    def of(cls, title: str, quantities: Iterable[str], compiled: Compiled) -> Loaded:
         function = load(compiled.source)
         found = {name: blocks(compiled, name) for name in quantities}
-        return cls(function, frozenset(signature(function).parameters), found, merged_by(compiled, found))
+        takes, halves = frozenset(signature(function).parameters), Halves(compiled, title)
+        return cls(function, takes, found, merged_by(compiled, found), halves)

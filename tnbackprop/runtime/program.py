@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
-from enum import Enum
 from functools import partial
 from typing import Any, NoReturn
 
@@ -17,7 +16,6 @@ from ..compiler.agreement import SAMPLES, disagreement, first_samples
 from ..compiler.emit.loaded import running
 from ..compiler.emit.naming import comment
 from ..compiler.emit.source import MEMORY
-from ..compiler.entered.definite import TOLERATED
 from ..compiler.explain.stages import explain
 from ..compiler.invariants.stage import Stage
 from ..compiler.merge.merging import told
@@ -30,10 +28,21 @@ from ..diagram.core import N
 from ..errors import InputError
 from ..quantities import Quantity
 from ..results import Batch, Result, Values, assemble, shown
-from .given import LATER, check_batch, check_parameters, flattened, named_tensors, own, replaced
+from .given import (
+    LATER,
+    check_batch,
+    check_parameters,
+    device_of,
+    flattened,
+    floating_of,
+    named_tensors,
+    own,
+    replaced,
+)
 from .graphed import Graphed
 from .halves import Halves, Saved
 from .handed import Handed
+from .indefinite import Indefinite, check_definite
 from .loaded import Loaded
 from .noise import drawn
 from .operands import Given, Operands, Shape
@@ -41,13 +50,6 @@ from .owned import Owner
 from .pages import Blocks as Pages
 from .pages import keep_freed_pages
 from .progress import bars
-
-
-class Indefinite(Enum):
-    """What to do with a loss Hessian that has negative eigenvalues, where its square root is asked for."""
-
-    REFUSE = "refuse"
-    CLIP = "clip"
 
 
 class Program:
@@ -91,14 +93,14 @@ class Program:
         self.saved_by_autograd: float | None = None
         keep_freed_pages()
         self._memory = Pages()
-        self._sizes = Sizes(compiled, partial(Loaded.of, tuple(self.quantities)), check)
+        title = f"{type(model).__name__}: {', '.join(self.quantities)}"
+        self._sizes = Sizes(compiled, partial(Loaded.of, title, tuple(self.quantities)), check)
         self._fixed = dict(compiled.graph.constants)
         self._fixed |= compiled.derived.constants
         self._operands = Operands(compiled)
         self._shapes = parameter_shapes(compiled.graph)
         self._made = {quantity.name: shown(quantity) for quantity in quantities}
         self._output_spec = pytree.tree_structure(compiled.graph.output)
-        self._halves = Halves(compiled, f"{type(model).__name__}: {', '.join(self.quantities)}")
 
     @property
     def source(self) -> str:
@@ -116,8 +118,11 @@ class Program:
 
     @property
     def halves(self) -> Halves:
-        """The program cut at the model's output: ``program.halves.cut`` has both sources, and what is saved."""
-        return self._halves
+        """The program cut at the model's output: ``program.halves.cut`` has both sources, and what is saved.
+
+        Of the plan for the example's size; other sizes have halves of their own plans.
+        """
+        return self._sizes.example.loaded.halves
 
     @property
     def operands(self) -> Mapping[str, Shape | Mapping[str, Shape]]:
@@ -150,7 +155,7 @@ class Program:
         if stage is not None:
             return text
         sizes, checked = "\n".join(self._sizes.lines(self.replan)), "\n".join(map(comment, self.checked.split("\n")))
-        saved = "\n".join(map(comment, self._halves.lines(self.saved_by_autograd)))
+        saved = "\n".join(map(comment, self.halves.lines(self.saved_by_autograd)))
         merged = "\n".join(map(comment, told(self._sizes.example.loaded.merging)))
         sections = {"Batch sizes": sizes, "Merged batches": merged, "Saved between the halves": saved, "Check": checked}
         return "\n\n".join([text, *(f"{title}\n{'=' * len(title)}\n{each}" for title, each in sections.items())])
@@ -191,7 +196,11 @@ class Program:
         """
         own, graph = self._own_tensors(), self._compiled.graph
         inputs = check_batch(flattened((x,), graph), graph)
-        output, saved = self._halves.forward(own, inputs, self._batch(inputs), self._memory)
+        plan = found = self._at(batch := self._batch(inputs))
+        if not plan.proved:  # it is tried once there is a y
+            plan = self._sizes.example
+        output, saved = plan.loaded.halves.forward((self._sizes, plan), own, inputs, batch, self._memory)
+        saved.trial = None if found.proved else (found, inputs)
         return pytree.tree_unflatten(list(output), self._output_spec), saved
 
     @torch.no_grad()
@@ -211,19 +220,22 @@ class Program:
         """
         if not isinstance(saved, Saved):
             raise InputError(f"backward takes what forward saved, output, saved = program.forward(x), not {saved!r}")
-        saved.check(self._halves)
+        saved.check(self._sizes)
         own, graph = saved.model, self._compiled.graph
         rest = check_batch(flattened((LATER, y), graph), graph)
         sizes = (t.shape[k] for n, t in rest.items() for k, s in enumerate(graph.values[n].shape) if s == N)
         if (size := next(sizes, saved.batch)) != saved.batch:
             raise InputError(f"y has {size} samples, and forward had {saved.batch}")
-        floating = _floating(own)
+        floating = floating_of(own)
         rest |= self._operands.tensors(operands, saved.batch, floating)
         rest |= drawn(self._compiled.plan.noises, saved.batch, floating, seed, generator)
-        loss, _, values, *checks = self._halves.backward(saved, rest, self._memory)
+        loss, _, values, *checks = saved.plan.loaded.halves.backward(saved, rest, self._memory)
+        if saved.trial is not None and not saved.trial[0].proved:
+            self._tried(saved.trial[0], {**own, **saved.trial[1], **rest})
+            saved.trial = None
         read: dict[Any, torch.Tensor] = {**own, **saved.inputs, **rest}
         read |= dict(enumerate(pytree.tree_leaves(dict(saved.tensors))))
-        return self._result(self._sizes.example, read, loss, None, values, *checks)
+        return self._result(saved.plan, read, loss, None, values, *checks)
 
     @torch.no_grad()
     def __call__(
@@ -257,7 +269,7 @@ class Program:
         given = {"progress": progress, MEMORY: self._memory.out}
         extra = {name: value for name, value in given.items() if name in sized.loaded.takes}
         called = "program.source" if sized.compiled is self._compiled else f"program.source_for({sized.batch})"
-        with running(sized.compiled.source, called), own_dtypes(_device(tensors)), self._memory.call():
+        with running(sized.compiled.source, called), own_dtypes(device_of(tensors)), self._memory.call():
             return sized.loaded.function(tensors, **extra)
 
     def _at(self, batch: int, now: bool = False) -> Sized[Loaded]:
@@ -266,21 +278,23 @@ class Program:
 
     def _for(self, tensors: Mapping[str, torch.Tensor], now: bool = False) -> Sized[Loaded]:
         """The plan for a batch; one that was made only now gives what the example's gives, or that is taken."""
-        sized = self._at(size := self._batch(tensors), now)
-        if sized.proved:
-            return sized
-        most, plan = min(size, max(self._sizes.example.batch, SAMPLES)), self._compiled.plan
+        sized = self._at(self._batch(tensors), now)
+        return sized if sized.proved else self._tried(sized, tensors)
+
+    def _tried(self, sized: Sized[Loaded], tensors: Mapping[str, torch.Tensor]) -> Sized[Loaded]:
+        """A plan, or the example's where they differ on some samples."""
+        most, plan = min(self._batch(tensors), max(self._sizes.example.batch, SAMPLES)), self._compiled.plan
         axes = {name: value.shape for name, value in (*plan.given.items(), *plan.noises.items())}
         some = {name: first_samples(tensor, axes.get(name, ()), most) for name, tensor in tensors.items()}
         first, other = (partial(self._run, each, some) for each in (self._sizes.example, sized))
-        return self._sizes.settle(sized, disagreement(first, other, _device(tensors)))
+        return self._sizes.settle(sized, disagreement(first, other, device_of(tensors)))
 
     def some_operands(self, x: Any, y: Any = None) -> dict[str, Any]:
         """Operands for a batch, random numbers that are the same every time: to try the program with."""
         if not self.operands:
             return {}
         tensors = self.tensors(x, y)
-        return self._operands.examples(self._batch(tensors), _floating(tensors))
+        return self._operands.examples(self._batch(tensors), floating_of(tensors))
 
     def graphed(self, x: Any, y: Any = None, operands: Given | None = None) -> Graphed:
         """The program for batches of this size as a CUDA graph: see `Graphed`.
@@ -290,7 +304,7 @@ class Program:
         inputs = frozenset({*self._compiled.graph.inputs, *self._compiled.plan.noises, *self._compiled.plan.operands})
         example = self._with_noise(x, y, None, None, operands)
         sized = self._for(example, now=True)
-        with running(sized.compiled.source), own_dtypes(_device(example)):
+        with running(sized.compiled.source), own_dtypes(device_of(example)):
             result = partial(self._result, sized, example)
             return Graphed(sized.loaded.function, self._with_noise, result, inputs, example)
 
@@ -305,13 +319,8 @@ class Program:
         divisor: torch.Tensor | None = None,
     ) -> Result:
         """What the emitted function returns, as a user reads it, in memory of its own."""
-        for smallest in checks:
-            if smallest < -TOLERATED and self.indefinite is Indefinite.REFUSE:
-                raise InputError(
-                    f"the loss Hessian is indefinite (a sample's smallest eigenvalue is {float(smallest):.3g} of its "
-                    "largest): it has no real square root, and the GGN is no longer one.\n  Use a loss that is convex "
-                    "in the output, ask for HessianDiag, or compile with indefinite=tn.Indefinite.CLIP."
-                )
+        if self.indefinite is Indefinite.REFUSE:
+            check_definite(checks)
         own = Owner(read.values()).own
         values = pytree.tree_map(own, dict(values))
         every = sized.loaded.blocks
@@ -336,7 +345,7 @@ class Program:
     ) -> dict[str, torch.Tensor]:
         """All that the emitted function reads."""
         tensors = self.tensors(x, y, parameters)
-        batch, like = self._batch(tensors), _floating(tensors)
+        batch, like = self._batch(tensors), floating_of(tensors)
         tensors |= self._operands.tensors(operands, batch, like)
         return tensors | drawn(self._compiled.plan.noises, batch, like, seed, generator)
 
@@ -352,9 +361,9 @@ class Program:
         other = copy(self)
         graph, derived = replace(self._compiled.graph, calls=()), replace(self._compiled.derived, bound=())
         compiled = replace(self._compiled, graph=graph, derived=derived, again=None, captured=None)
-        sizes = self._sizes.detached(compiled)
-        own = {"_compiled": compiled, "_sizes": sizes, "_halves": Halves(compiled, "")}
-        other.__dict__ |= {"model": None, "loss": None, **own}
+        loaded = replace(self._sizes.example.loaded, halves=Halves(compiled, ""))
+        other.__dict__ |= {"model": None, "loss": None, "_compiled": compiled}
+        other._sizes = self._sizes.detached(compiled, loaded)
         return other
 
     def attached(self, model: torch.nn.Module, loss: Callable[..., Any] | None) -> Program:
@@ -385,11 +394,3 @@ class Program:
         plan = self._compiled.plan
         names = ", ".join(self.quantities)
         return f"Program({names}; {len(plan.steps)} steps, {self.flops:.3g} FLOPs at N = {plan.batch})"
-
-
-def _floating(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return next(t for t in tensors.values() if t.is_floating_point())
-
-
-def _device(tensors: Mapping[str, torch.Tensor]) -> torch.device:
-    return _floating(tensors).device
