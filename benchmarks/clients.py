@@ -51,12 +51,53 @@ QUANTITIES: Mapping[str, Callable[[], list[tn.Quantity]]] = {
     "ekfac_drawn": lambda: [tn.KFAC(), tn.RotatedSecondMoment(root=tn.Draws(1))],
     "directional": lambda: [tn.DirectionalGrad()],
 }
-TUNED: Mapping[str, Callable[[str, nn.Parameter], bool]] = {
-    "all": lambda name, p: True,
-    "frozen trunk": lambda name, p: name.startswith(("14.", "norm.", "head.")),
-    "biases": lambda name, p: name.endswith("bias"),
-    "vectors": lambda name, p: p.ndim == 1,
-    "first layer": lambda name, p: name.startswith(("0.", "patch.", "tokens.", "words.")),
+RANK = 4
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer with a trained update of low rank."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(RANK, base.in_features, device=base.weight.device) / base.in_features**0.5)
+        self.up = nn.Parameter(torch.zeros(base.out_features, RANK, device=base.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + (x @ self.down.mT) @ self.up.mT
+
+
+def _adapted(model: nn.Module) -> nn.Module:
+    """Every linear layer but the heads with an update of low rank; all else is frozen.
+
+    Not in torch's own encoder, which reads weights past their layers.
+    """
+    model.requires_grad_(False)
+    own = any(isinstance(each, nn.TransformerEncoderLayer) for each in model.modules())
+    layers = [(name, each) for name, each in model.named_modules() if isinstance(each, nn.Linear) and not own]
+    for name, layer in layers:
+        if not name.endswith(("head", "14")):
+            model.set_submodule(name, LoRA(layer))
+    return model
+
+
+def _only(trained: Callable[[str, nn.Parameter], bool]) -> Callable[[nn.Module], nn.Module]:
+    def frozen(model: nn.Module) -> nn.Module:
+        for name, p in model.named_parameters():
+            p.requires_grad_(trained(name, p))
+        return model
+
+    return frozen
+
+
+TUNED: Mapping[str, Callable[[nn.Module], nn.Module]] = {
+    "all": _only(lambda name, p: True),
+    "frozen trunk": _only(lambda name, p: name.startswith(("14.", "norm.", "head."))),
+    "biases": _only(lambda name, p: name.endswith("bias")),
+    "norms": _only(lambda name, p: "norm" in name),
+    "vectors": _only(lambda name, p: p.ndim == 1),
+    "LoRA": _adapted,
+    "first layer": _only(lambda name, p: name.startswith(("0.", "patch.", "tokens.", "words."))),
 }
 """Which parameters are trained."""
 
@@ -122,11 +163,9 @@ def _attached(model: nn.Module, row: Modern, x: Tensor, y: Tensor) -> dict[str, 
 def saved(row: Modern, device: torch.device) -> dict[str, dict[str, int]]:
     """Bytes that autograd and the halves of a program keep for a gradient, by fine-tuning case."""
     found = {}
-    for case, trained in TUNED.items():
+    for case, tuned in TUNED.items():
         torch.manual_seed(0)
-        model = row.model().to(device).eval()
-        for name, p in model.named_parameters():
-            p.requires_grad_(trained(name, p))
+        model = tuned(row.model().to(device).eval())
         if not any(p.requires_grad for p in model.parameters()):
             continue
         x, y = (each.to(device) for each in row.data(row.batch))

@@ -279,7 +279,7 @@ REFUSED: dict[str, tuple[Made, type[Exception], str]] = {
     ),
     "one size": (
         Made(make=lambda t: {"w": t["batch_l2"] + torch.ones(7, dtype=torch.float64)}),
-        tn.InputError, r"between.* fails: RuntimeError: The size of tensor a .* must match .* \(7\)",
+        tn.InputError, r"between.* fails: .*7",
     ),
     "fails": (Made(make=lambda t: {"w": t["batch_dot"]}), tn.InputError, "between.* fails: KeyError: 'batch_dot'"),
     "no mapping": (Made(make=lambda t: t["batch_l2"]), tn.InputError, "returns Tensor|returns Value"),

@@ -145,6 +145,26 @@ def test_a_gate_is_not_saved_next_to_the_values_themselves() -> None:
     assert saved.nbytes == output.nbytes + 5 * 8 * 8 == program.halves.cut.bytes(5, 8)
 
 
+class Adapted(nn.Module):
+    """A frozen layer with an update of low rank, which views its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(6, 5).requires_grad_(False)
+        self.down, self.up = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(5, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + (x @ self.down.mT) @ self.up.mT
+
+
+def test_views_of_parameters_take_no_memory() -> None:
+    model, x = nn.Sequential(Adapted(), nn.Tanh()).double(), torch.randn(4, 6).double()
+    program = tn.compile(model, tn.HANDED, x, [tn.Grad(), tn.InputGrad()])
+    output, saved = program.forward(x)
+    assert saved.nbytes - output.nbytes == saved_by_autograd(model, x) - output.nbytes == 4 * 2 * 8
+    assert program.halves.cut.bytes(4, 8) == saved.nbytes
+
+
 def test_what_is_saved_is_shown() -> None:
     model = only(convolutions().eval(), lambda name: name.startswith("0"))
     program = tn.compile(model, nn.CrossEntropyLoss(), (X, Y), [tn.Grad()])

@@ -60,8 +60,8 @@ class Halved:
     given: frozenset[str]
 
     def bytes(self, batch: int, itemsize: int) -> float:
-        """Of all that is saved, of so many samples; values that share memory count once."""
-        found = {_base(s.value): s for s in self.saved.values()}
+        """Of all that is saved, of so many samples; values that share memory count once, views of what is given not."""
+        found = {base: s for s in self.saved.values() if (base := _base(s.value)).expr is not None}
         return sum(_elements(s.value.shape, batch) * (s.itemsize or itemsize) for s in found.values())
 
 

@@ -45,9 +45,8 @@ class Saved:
     ) -> None:
         self.owner, self.plan, self.batch, self.trial = owner, plan, batch, None
         self.tensors, self.inputs, self.model = tensors, inputs, model
-        outside = {**inputs, **read}
-        self._versions = [(name, t, version(t)) for name, t in _named({**tensors, **outside})]
-        self._outside = {t.untyped_storage().data_ptr() for _, t in _named(outside)}
+        self._versions = [(name, t, version(t)) for name, t in _named({**tensors, **inputs, **read})]
+        self._outside = {t.untyped_storage().data_ptr() for _, t in _named({**inputs, **model})}
 
     @property
     def nbytes(self) -> int:
