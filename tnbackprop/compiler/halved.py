@@ -6,18 +6,18 @@ small as what is read of it: a mask where only a gate is read, the smallest inte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
-from ..diagram.core import Diagram, N, Selection, Size
+from ..diagram.core import Diagram, N, Selection
 from ..notation.bind import COTANGENT, COTANGENTS
 from .emit.source import Writer
 from .plan.plan import Plan
 from .program import functions as f
-from .program.cost import Kernel
+from .program.cost import Kernel, bytes_of
 from .program.expr import Body, Call, Expr, Filled, Rounds, Value, reads, replaced
 from .program.inputs import of_loss
 from .program.lines import alive
@@ -62,7 +62,7 @@ class Halved:
     def bytes(self, batch: int, itemsize: int) -> float:
         """Of all that is saved, of so many samples; values that share memory count once, views of what is given not."""
         found = {base: s for s in self.saved.values() if (base := _base(s.value)).expr is not None}
-        return sum(_elements(s.value.shape, batch) * (s.itemsize or itemsize) for s in found.values())
+        return sum(bytes_of(s.value.shape, batch, s.itemsize or itemsize) for s in found.values())
 
 
 def halved(graph: Graph, derived: Derived, plan: Plan, header: str) -> Halved:
@@ -70,8 +70,13 @@ def halved(graph: Graph, derived: Derived, plan: Plan, header: str) -> Halved:
     first, rest = _cut(graph, plan)
     wanted = {*plan.checks.values(), *(v for by in plan.results.values() for v in by.values())}
     wanted |= {value for value in (plan.loss, plan.divisor) if value is not None}
-    crossing = [v for v in first if any(v in step.inputs for step in rest) or v in wanted]
-    packed = _worth({v: _packed(v, rest, wanted, derived, plan) for v in crossing})
+    readers: dict[Value, list[Value]] = {}
+    for step in rest:
+        for value in step.inputs:
+            readers.setdefault(value, []).append(step)
+    crossing = [v for v in first if v in readers or v in wanted]
+    bounds, fixed = _bounds(derived, plan), wanted | set(plan.output.values())
+    packed = _worth({v: None if v in fixed else _packed(v, readers[v], bounds.get(v)) for v in crossing})
     extra = [step for each in packed.values() if each is not None for step in each.before]
     names = {f"{SAVED}:{k}": v for k, v in enumerate(crossing)}
     saved = {name: _saving(packed[v], v) for name, v in names.items()}
@@ -172,20 +177,13 @@ def _saving(packed: _Packed | None, value: Value) -> Saving:
     return Saving(value) if packed is None else Saving(packed.small, packed.itemsize)
 
 
-def _packed(
-    value: Value, rest: Iterable[Value], wanted: set[Value], derived: Derived, plan: Plan
-) -> _Packed | None:
+def _packed(value: Value, readers: list[Value], bound: int | None) -> _Packed | None:
     """How a value may be saved smaller; None: as it is."""
-    if value in wanted or value in plan.output.values():
-        return None
-    readers = [step for step in rest if value in step.inputs]
-    bound = _bound(value, derived, plan)
     if bound is not None:
         dtype, size = next((dtype, size) for most, dtype, size in INTEGERS if bound < most)
         small = _value(value, f.TO, (value, dtype), "small")
         return _Packed((small,), size, {}, _value(small, f.TO, (small, torch.int64), "index"))
-    gates = {step: _gate(step, value) for step in readers}
-    if not gates or any(gate is None for gate in gates.values()):
+    if not all(_is_gate(step, value) for step in readers):
         return None
     codes = {step.expr.code for step in readers if isinstance(step.expr, Filled)}
     if len(codes) > 1:
@@ -204,14 +202,14 @@ def _value(of: Value, fn: f.Function, args: tuple[object, ...], hint: str) -> Va
     return Value(f"{of.key}:{hint}", expr, of.shape, Kernel.NATIVE, hint=f"{of.hint}_{hint}", inputs=reads(expr))
 
 
-def _gate(step: Value, value: Value) -> bool | None:
-    """True where a step only asks of a value whether the cotangent passes."""
-    if isinstance(step.expr, Rounds) or not isinstance(step.expr, Filled) or step.expr.code.call.aten not in GATES:
-        return None
+def _is_gate(step: Value, value: Value) -> bool:
+    """Whether a step only asks of a value whether the cotangent passes."""
+    if not isinstance(step.expr, Filled) or step.expr.code.call.aten not in GATES:
+        return False
     own = [e for h, e in step.expr.holes if h not in (COTANGENT, COTANGENTS)]
     cotangents = [e for h, e in step.expr.holes if h in (COTANGENT, COTANGENTS)]
     alone = len(own) == 1 == len(cotangents) and own[0] is value and value not in reads(cotangents[0])
-    return True if alone and step.expr.code.call.whole else None
+    return alone and step.expr.code.call.whole
 
 
 def _gated(step: Value, gate: Value) -> Value:
@@ -223,18 +221,18 @@ def _gated(step: Value, gate: Value) -> Value:
     return replace(step, expr=expr, inputs=reads(expr), own=True)
 
 
-def _bound(value: Value, derived: Derived, plan: Plan) -> int | None:
-    """More than any element of an index that a kernel has made inside of windows; None for any other value."""
-    name = next((name for name, each in plan.forward.items() if each is value), None)
-    if name is None or name not in {saved.name for _, rule in derived.bound for saved in rule.saved}:
-        return None
-    for _, rule in derived.bound:
-        for equation in rule.equations:
-            diagrams = [equation.diagram, *(jacobian.diagram for jacobian in equation.jacobians.values())]
-            for selection in (s for d in diagrams if d is not None for s in _selections(d)):
-                if selection.index.name == name and selection.near:
-                    return prod(int(leg.size) for leg in selection.choice)
-    return None
+def _bounds(derived: Derived, plan: Plan) -> dict[Value, int]:
+    """For each index that a kernel has made inside of windows, more than any element of it."""
+    rules = [rule for _, rule in derived.bound]
+    saved = {saved.name for rule in rules for saved in rule.saved}
+    found: dict[Value, int] = {}
+    for equation in (equation for rule in rules for equation in rule.equations):
+        diagrams = [equation.diagram, *(jacobian.diagram for jacobian in equation.jacobians.values())]
+        for selection in (s for d in diagrams if d is not None for s in _selections(d)):
+            name = selection.index.name
+            if selection.near and name in saved and name in plan.forward:
+                found[plan.forward[name]] = prod(int(leg.size) for leg in selection.choice)
+    return found
 
 
 def _selections(diagram: Diagram) -> Iterator[Selection]:
@@ -268,12 +266,3 @@ def _base(value: Value) -> Value:
     while value.kernel is Kernel.VIEW and value.inputs:
         value = value.inputs[0]
     return value
-
-
-def _elements(shape: tuple[Size, ...], batch: int) -> float:
-    found = 1.0
-    for size in shape:
-        found *= size if isinstance(size, int) else float(size.subs(N, batch))
-    return found
-
-
