@@ -15,8 +15,8 @@ def drawn(
     noises: Mapping[str, Value], batch: int, like: torch.Tensor, seed: int | None, generator: torch.Generator | None
 ) -> dict[str, torch.Tensor]:
     """Uniform numbers for every sampled root, of `generator`, of one seeded with `seed`, or of torch's own."""
-    whole = seed is None or (isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**64)
-    if not (whole and isinstance(generator, torch.Generator | None)) or None not in (seed, generator):
+    whole = (seed is None or is_seed(seed)) and isinstance(generator, torch.Generator | None)
+    if not whole or None not in (seed, generator):
         raise InputError(
             f"seed={seed!r}, generator={generator!r}: give a whole number of 64 bits, or a torch.Generator"
         )
@@ -29,3 +29,8 @@ def drawn(
     return {
         name: torch.rand(shape, dtype=dtype, device=like.device, generator=generator) for name, shape in shapes.items()
     }
+
+
+def is_seed(seed: object) -> bool:
+    """Whether a generator takes it: a whole number of 64 bits."""
+    return isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**64

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import InputError
 from ..results import Merger, Result
+from .noise import is_seed
 from .operands import Given
 from .program import Program
 from .progress import counted
@@ -55,8 +56,8 @@ def over(
     return merger.result()
 
 
-def _generator(program: Program, seed: object) -> torch.Generator:
-    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+def _generator(program: Program, seed: int) -> torch.Generator:
+    if not is_seed(seed):
         raise InputError(f"tn.over: seed={seed!r}: give a whole number of 64 bits")
     tensors = (*program.model.parameters(), *program.model.buffers())
     return torch.Generator(tensors[0].device).manual_seed(seed)
