@@ -22,6 +22,7 @@ from ..compiler.translate.foreign import MISTAKES
 from ..compiler.translate.graph import NotGiven
 from ..compiler.translate.torch_internals import alone, version
 from ..compiler.translate.torch_modes import InFloat64, own_dtypes
+from ..diagram.core import N
 from ..errors import InputError, VerificationError
 from ..results import Result
 from ..rules import RULES
@@ -196,6 +197,7 @@ class Proof:
         """What is compared; what is not, and why; whether the model draws what the program does not."""
         reference = self._reference(wrapped, batch)
         reference.clipped = self.program.indefinite is Indefinite.CLIP
+        reference.powers = (float(self.program.compiled.derived.scale.subs(N, self.size)),)
         pairs = list(_values(reference, result))
         if self._wrong(pairs) and _draws(reference):
             return [], {}, True

@@ -46,6 +46,7 @@ class Reference:
     def __init__(self, wrapped: Wrapped, graph: Graph, batch: Batch, size: int) -> None:
         self.wrapped, self.graph, self.batch, self.size = wrapped, graph, batch, size
         self.clipped = False  # whether negative eigenvalues of the loss's Hessian count as zero
+        self.powers: tuple[float, ...] = ()  # of the number of samples, where c is another one
         torch.manual_seed(SEED)
         self.loss, self.output = wrapped(*batch)
         own = wrapped.get_submodule("model").named_parameters()
@@ -116,9 +117,9 @@ class Reference:
         return {name: torch.stack([self.rows[n][name] for n in range(self.size)]) for name in self.parameters}
 
     @property
-    def scales(self) -> tuple[float, float]:
+    def scales(self) -> tuple[float, ...]:
         """What c of L = c Σ_n ℓ_n may be. Of a loss with a divisor that the batch has, only its formula can tell."""
-        return 1 / self.size, 1.0
+        return 1 / self.size, 1.0, *self.powers
 
     # -- columns
 

@@ -30,7 +30,9 @@ enter(aten.leaky_relu.default)(elementwise(
 enter(aten.hardtanh.default)(elementwise(
     "min_val if x <= min_val else (max_val if x >= max_val else x)", arguments=("min_val", "max_val"),
     vjp="torch.ops.aten.hardtanh_backward({cotangent}, {input}, <min_val>, <max_val>)", kinks="0 at both ends"))
-enter(aten.relu6.default)(elementwise("0 if x <= 0 else (6 if x >= 6 else x)", kinks="0 at 0 and 6"))
+enter(aten.relu6.default)(elementwise(
+    "0 if x <= 0 else (6 if x >= 6 else x)", vjp="torch.ops.aten.hardtanh_backward({cotangent}, {input}, 0, 6)",
+    kinks="0 at 0 and 6"))
 enter(aten.hardsigmoid.default)(elementwise(
     "0 if x <= -3 else (1 if x >= 3 else x / 6 + 1 / 2)",
     vjp="torch.ops.aten.hardsigmoid_backward({cotangent}, {input})", kinks="0 at -3 and 3"))
@@ -57,9 +59,11 @@ enter(aten.softplus.default)(elementwise(
 enter(aten.mish.default)(elementwise(
     "x * tanh(softplus(x))", vjp="torch.ops.aten.mish_backward({cotangent}, {input})"))
 enter(aten.hardshrink.default)(elementwise(
-    "0 if abs(x) <= lambd else x", arguments=("lambd",), kinks="0 at both ends"))
+    "0 if abs(x) <= lambd else x", arguments=("lambd",), kinks="0 at both ends",
+    vjp="torch.ops.aten.hardshrink_backward({cotangent}, {input}, <lambd>)"))
 enter(aten.softshrink.default)(elementwise(
-    "0 if abs(x) <= lambd else (x - lambd if x > 0 else x + lambd)", arguments=("lambd",), kinks="0 at both ends"))
+    "0 if abs(x) <= lambd else (x - lambd if x > 0 else x + lambd)", arguments=("lambd",), kinks="0 at both ends",
+    vjp="torch.ops.aten.softshrink_backward({cotangent}, {input}, <lambd>)"))
 enter(aten.exp.default)(elementwise("exp(x)", derivative="y"))
 enter(aten.expm1.default)(elementwise("expm1(x)"))
 enter(aten.log.default)(elementwise("log(x)"))
@@ -130,12 +134,15 @@ def clamp(call: Any) -> Rule:
     """Older versions of torch count both ends to the inside. An infinite end is none."""
     inside = slope("clamp") == 1
     low, high = call.arguments.get("min"), call.arguments.get("max")
-    text = "x"
+    text, outside = "x", []
     if high is not None and high != math.inf:
+        outside.append(f"({{input}} {'>' if inside else '>='} {high!r})")
         text = f"{literal(high)} if x {'>' if inside else '>='} {literal(high)} else {text}"
     if low is not None and low != -math.inf:
+        outside.append(f"({{input}} {'<' if inside else '<='} {low!r})")
         text = f"{literal(low)} if x {'<' if inside else '<='} {literal(low)} else ({text})"
-    return elementwise(text, kinks=f"{int(inside)} at both ends")(call)
+    vjp = f"{{cotangent}}.masked_fill({' | '.join(outside)}, 0)" if outside else ""
+    return elementwise(text, vjp=vjp, kinks=f"{int(inside)} at both ends")(call)
 
 
 @TABLE.rule(aten.prelu.default)
@@ -211,11 +218,18 @@ def where(call: Any) -> Rule:
     legs = leg_names(call.output)
     mask, yes, no = (access(v, call.arguments[v], call.output, legs) for v in ("condition", "input", "other"))
     mask = mask.replace("condition", "mask", 1)
+    codes = {"input": "{cotangents}.masked_fill(~{condition}, 0)", "other": "{cotangents}.masked_fill({condition}, 0)"}
     return Rule(
         f"output[{join(legs)}] = {mask} * {yes} + (1 - {mask}) * {no}",
         saved={mask: "{condition}.to({input}.dtype)"},
+        vjp={name: code for name, code in codes.items() if _whole(call, name)},
         constants=broadcast_sizes(mask),
     )
+
+
+def _whole(call: Any, name: str) -> bool:
+    """Whether an operand has the output's axes: its cotangent is chosen from, where a product has 0 times infinity."""
+    return name in call.tensors and call.tensors[name].axes == call.output.axes
 
 
 @TABLE.rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
@@ -229,5 +243,6 @@ def masked_fill(call: Any) -> Rule:
         jacobian={"input": keep},
         legs={"input": join(legs), "output": join(legs)},
         saved={keep: "(~{mask}).to({input}.dtype)"},
+        vjp={"input": "{cotangents}.masked_fill({mask}, 0)"} if _whole(call, "input") else {},
         constants=broadcast_sizes(keep),
     )

@@ -33,8 +33,15 @@ def maximum(call: Any) -> Rule:
     """(a + b ± |a - b|) / 2: at a tie each gets half."""
     legs = leg_names(call.output)
     a, b = (access(v, call.arguments[v], call.output, legs) for v in ("input", "other"))
-    sign = "+" if call.target == aten.maximum.default else "-"
-    return Rule(f"output[{join(legs)}] = ({a} + {b} {sign} abs({a} - {b})) / 2", kinks="half each at a tie")
+    sign, less = ("+", "<") if call.target == aten.maximum.default else ("-", ">")
+    pairs = (("input", "other"), ("other", "input"))
+    chosen = "torch.where({{{0}}} == {{{1}}}, {{cotangents}} / 2, {{cotangents}}).masked_fill({{{0}}} {2} {{{1}}}, 0)"
+    whole = (p for p in pairs if p[0] in call.tensors and call.tensors[p[0]].axes == call.output.axes)
+    return Rule(
+        f"output[{join(legs)}] = ({a} + {b} {sign} abs({a} - {b})) / 2",
+        vjp={one: chosen.format(one, other, less) for one, other in whole},
+        kinks="half each at a tie",
+    )
 
 
 @TABLE.rule(aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor)
@@ -84,21 +91,23 @@ def mean(call: Any) -> Rule:
     return Rule(f"output[{left}] = input[{right}] / ({sizes(gone)})")
 
 
-def _variance(call: Any, root: str = "") -> Rule:
+def _variance(call: Any, root: bool = False) -> Rule:
     """The mean of the squared distance from the mean; the divisor is the count less `correction` (default 1)."""
     left, right, gone = _reduced(call)
     correction = call.arguments.get("correction", int(call.arguments.get("unbiased", True)))
     rest = join([leg for leg in leg_names(call.input) if leg not in gone])
+    value = f"0 if square[{rest}] == 0 else square[{rest}]**(1/2)" if root else f"square[{rest}]"
     return Rule(
         f"""mean[{rest}] = input[{right}] / ({sizes(gone)})
             centred[{right}] = input[{right}] - mean[{rest}]
             square[{rest}] = centred[{right}]**2 / ({sizes(gone)} - {literal(1 if correction is None else correction)})
-            output[{left}] = square[{rest}]{root}"""
+            output[{left}] = {value}""",
+        kinks="0 at 0" if root else "",
     )
 
 
 TABLE.rule(aten.var.default, aten.var.dim, aten.var.correction)(_variance)
-TABLE.rule(aten.std.default, aten.std.dim, aten.std.correction)(lambda call: _variance(call, "**(1/2)"))
+TABLE.rule(aten.std.default, aten.std.dim, aten.std.correction)(lambda call: _variance(call, root=True))
 
 
 @TABLE.rule(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim)

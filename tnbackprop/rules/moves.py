@@ -112,7 +112,8 @@ def triangle(call: Any) -> Rule:
     ones = f"torch.ones(({rows}, {columns}), dtype={{input}}.dtype, device={{input}}.device)"
     name = "tril" if call.target == aten.tril.default else "triu"
     saved = {f"mask[{join(legs[-2:])}]": f"{ones}.{name}({call.diagonal})"}
-    return Rule(f"output[{join(legs)}] = mask[{join(legs[-2:])}] * input[{join(legs)}]", saved=saved)
+    vjp = {"input": f"{{cotangents}}.{name}({call.diagonal})"}
+    return Rule(f"output[{join(legs)}] = mask[{join(legs[-2:])}] * input[{join(legs)}]", saved=saved, vjp=vjp)
 
 
 @TABLE.rule(aten.diagonal.default)
@@ -318,19 +319,18 @@ def ordered(call: Any) -> Rule:
 
 @TABLE.rule(aten.amax.default, aten.amin.default)
 def extremum(call: Any) -> Rule:
-    """The largest element over some axes, as one choice in row-major order."""
+    """The largest element over some axes; equal ones have equal shares."""
     legs = leg_names(call.input)
     dims = sorted(axis(d, len(legs)) for d in call.dim) or list(range(len(legs)))
     for d in dims:
         _size(call, d)
-    rest = [leg for k, leg in enumerate(legs) if k not in dims]
     left = [f"u{k}" if k in dims else leg for k, leg in enumerate(legs) if call.keepdim or k not in dims]
-    order = [k for k in range(len(legs)) if k not in dims] + dims
-    name = "argmax" if call.target == aten.amax.default else "argmin"
+    name = "amax" if call.target == aten.amax.default else "amin"
+    equal = f"({{input}} == {{input}}.{name}({dims}, True)).to({{input}}.dtype)"
     return Rule(
-        f"output[{join(left)}] = select(index[{join(rest)}], {join([legs[d] for d in dims])}) * input[{join(legs)}]",
-        saved={f"index[{join(rest)}]": f"{{input}}.permute({order}).flatten({len(rest)}).{name}(-1)"},
-        kinks="one of several equal extrema takes all",
+        f"output[{join(left)}] = share[{join(legs)}] * input[{join(legs)}]",
+        saved={f"equal[{join(legs)}]": equal, f"share[{join(legs)}]": f"{{equal}} / {{equal}}.sum({dims}, True)"},
+        kinks="equal extrema have equal shares",
     )
 
 

@@ -54,7 +54,12 @@ def loss_root(
     Raises `UnsupportedError` where there is none.
     """
     output = output_of(graph, what)
-    call, rule = next((call, rule) for call, rule in bound if call.output.name == graph.loss)
+    call, rule = next(((call, rule) for call, rule in bound if call.output.name == graph.loss), (None, None))
+    if call is None or rule is None:
+        raise UnsupportedError(
+            f"{what} needs a loss that follows the model's output, and nothing trainable reaches this one: it does not "
+            "read the output, or detaches it.\n  Its first-order quantities are zeros."
+        )
     found = None
     if output.name in {v.name for v in call.tensors.values()}:
         found = LossRoot(output, _per_position(rule.root, output), None) if rule.root else _elementwise(rule, output)
@@ -75,7 +80,10 @@ def output_of(graph: Graph, what: str) -> Value:
     """
     outputs = graph.read_by_loss
     if len(outputs) == 1:
-        return next(iter(outputs.values()))
+        (output,) = outputs.values()
+        if not output.differentiable:
+            raise UnsupportedError(f"{what}: nothing trainable reaches the output: it is detached, or constant")
+        return output
     shown = ", ".join(f"{place or 'output'} {value.axes_text}" for place, value in outputs.items()) or "none"
     reads = f"the loss reads {len(outputs)}" if graph.loss else f"this one returns {len(outputs)}"
     raise UnsupportedError(

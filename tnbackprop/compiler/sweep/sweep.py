@@ -196,8 +196,9 @@ def _batch_power(scale: sympy.Expr) -> sympy.Expr:
     bases = (factor.as_base_exp() for factor in sympy.Mul.make_args(scale))
     power = sympy.Add(*(exponent for base, exponent in bases if base == N))
     rest = sympy.simplify(scale / N**power)
-    if rest.has(N):
-        power += sympy.degree(sympy.numer(rest), N) - sympy.degree(sympy.denom(rest), N)
+    if rest.is_rational_function(N) and rest.has(N):  # max(N, 4) and the like belong to the loss of a sample
+        numerator, denominator = sympy.fraction(sympy.together(rest))
+        power += sympy.degree(numerator, N) - sympy.degree(denominator, N)
     return N**power
 
 

@@ -13,19 +13,14 @@ from ...diagram.core import N, Size
 from ...errors import UnsupportedError
 
 PLAIN: dict[str, Any] = {
-    "IntTrueDiv": lambda a, b: a / b,
-    "FloatTrueDiv": lambda a, b: a / b,
-    "ToFloat": lambda a: a,
-    "Identity": lambda a: a,
-    "FloatPow": lambda a, b: a**b,
-    "PowByNatural": lambda a, b: a**b,
+    **dict.fromkeys(("IntTrueDiv", "FloatTrueDiv", "CleanDiv"), lambda a, b: a / b),
+    **dict.fromkeys(("ToFloat", "Identity"), lambda a: a),
+    **dict.fromkeys(("FloatPow", "PowByNatural"), lambda a, b: a**b),
+    **dict.fromkeys(("Mod", "PythonMod"), sympy.Mod),
     "FloorDiv": lambda a, b: sympy.floor(a / b),
     "CeilDiv": lambda a, b: sympy.ceiling(a / b),
-    "CleanDiv": lambda a, b: a / b,
-    "Mod": sympy.Mod,
-    "PythonMod": sympy.Mod,
-    "Min": sympy.Min,
-    "Max": sympy.Max,
+    "FloorToInt": sympy.floor, "CeilToInt": sympy.ceiling, "Min": sympy.Min, "Max": sympy.Max,
+    "TruncToInt": lambda a: sympy.floor(sympy.Abs(a)) * sympy.sign(a),
     "OpaqueUnaryFn_sqrt": sympy.sqrt,
     "OpaqueUnaryFn_log": sympy.log,
     "OpaqueUnaryFn_exp": sympy.exp,
@@ -104,6 +99,8 @@ class Sizes:
                 "out[mask] = expert(x[mask])."
             )
         expr = sympy.simplify(_plain(expr.xreplace(self._batch)))
+        if unknown := [f for f in expr.atoms(sympy.Function) if type(f).__module__.startswith("torch.")]:
+            raise UnsupportedError(f"{where} reads {unknown[0]}, a function of the number of samples N that has no text")
         if expr.free_symbols:
             return expr
         return int(expr) if expr.is_Integer else bool(expr) if expr in (sympy.true, sympy.false) else float(expr)
