@@ -100,7 +100,7 @@ class Sizes:
             )
         expr = sympy.simplify(_plain(expr.xreplace(self._batch)))
         if unknown := [f for f in expr.atoms(sympy.Function) if type(f).__module__.startswith("torch.")]:
-            raise UnsupportedError(f"{where} reads {unknown[0]}, a function of the number of samples N that has no text")
+            raise UnsupportedError(f"{where} reads {unknown[0]}, a function of the batch size N that has no text")
         if expr.free_symbols:
             return expr
         return int(expr) if expr.is_Integer else bool(expr) if expr in (sympy.true, sympy.false) else float(expr)
