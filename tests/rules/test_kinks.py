@@ -1,7 +1,4 @@
-"""Kinks: at each of them the program has the derivative that the installed torch has.
-
-`amax` is not here: its row says that one of several equal extrema takes all, where torch gives each a part.
-"""
+"""Kinks: at each of them the program has the derivative that the installed torch has."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -48,6 +49,16 @@ DISTRIBUTIONS = [
 ]  # fmt: skip
 
 
+@pytest.fixture
+def validated() -> Iterator[None]:
+    """Distributions validate by default, until torch.compile turns that off for all of the process."""
+    before = D.Distribution._validate_args
+    D.Distribution.set_default_validate_args(True)
+    yield
+    D.Distribution.set_default_validate_args(before)
+
+
+@pytest.mark.usefixtures("validated")
 @pytest.mark.parametrize("tried", thinned(DISTRIBUTIONS), ids=str)
 def test_distributions(tried: Tried) -> None:
     text = tried.check().explain("capture")
