@@ -119,3 +119,17 @@ def test_no_curvature_of_what_nothing_reaches(name: str) -> None:
     constant = nn.Sequential(model, Apply(Tensor.detach))
     with pytest.raises(tn.UnsupportedError, match="nothing trainable reaches the output"):
         tn.compile(constant, None, (x, None), [tn.Jacobians()])
+
+
+def test_curvature_of_huber_at_its_ends() -> None:
+    """Its second derivative is torch's, 0 where the distance is delta."""
+    model, y = nn.Linear(1, 1, bias=False).double(), torch.zeros(3, 1).double()
+    x = torch.tensor([[1.0], [2.0], [0.5]]).double()
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    loss = nn.HuberLoss()
+    slope = torch.autograd.grad(loss(model(x), y), model.weight, create_graph=True)[0]
+    want = torch.autograd.grad(slope.sum(), model.weight)[0]
+    result = tn.compute(model, loss, (x, y), [tn.DiagGGN(), tn.HessianDiag()])
+    for key in result:
+        torch.testing.assert_close(result[key]["weight"], want)

@@ -56,7 +56,7 @@ def l1_loss(call: Any) -> Rule:
 @TABLE.rule(aten.huber_loss.default)
 def huber_loss(call: Any) -> Rule:
     d = literal(call.delta)
-    return _of_difference(call, f"<d>**2 / 2 if abs(<d>) <= {d} else {d} * (abs(<d>) - {d} / 2)")
+    return _of_difference(call, f"<d>**2 / 2 if abs(<d>) < {d} else {d} * (abs(<d>) - {d} / 2)")
 
 
 @TABLE.rule(aten.smooth_l1_loss.default)

@@ -337,7 +337,7 @@ class _Translator:
             if node.op == "call_function" and node.target is aten.batch_norm.default and batch_in_train(node):
                 raise UnsupportedError(
                     f"{self._where(node)} is in train mode, so it mixes samples: there are no individual gradients. "
-                    "Call model.eval(), or use GroupNorm or LayerNorm"
+                    "Call model.eval() (with running statistics), or use GroupNorm or LayerNorm"
                 )
         refuse_written(self.exported)
 
