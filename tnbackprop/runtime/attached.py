@@ -41,12 +41,12 @@ class _Call:
     """One call of the model.
 
     inputs   the leaves of what it was given
-    names    the parameters that require grad
+    trained  the parameters that require grad, by name
     leaves   of the output; what is no tensor as it is
     """
 
     inputs: list[Any]
-    names: list[str]
+    trained: dict[str, Tensor]
     saved: Saved | None = None
     spec: Any = None
     leaves: tuple[Any, ...] = ()
@@ -150,10 +150,9 @@ class Attached:
                 "attach: an input requires grad, and the program has no gradient by inputs: compile with "
                 "tn.InputGrad() among the quantities"
             )
-        trained = [(name, p) for name, p in self.program.model.named_parameters() if p.requires_grad]
-        call = _Call(leaves, [name for name, _ in trained])
+        call = _Call(leaves, {name: p for name, p in self.program.model.named_parameters() if p.requires_grad})
         run: Callable[..., tuple[Tensor, ...]] = _Model.apply
-        tensors = run(self, call, spec, len(leaves), *leaves, *(p for _, p in trained))
+        tensors = run(self, call, spec, len(leaves), *leaves, *call.trained.values())
         found = list(call.leaves)
         for at, tensor in zip(call.tensors, tensors, strict=True):
             found[at] = tensor
@@ -184,10 +183,9 @@ class Attached:
                 "attach: the loss reads a tensor that requires grad besides the output, and a program has no gradient "
                 "by it: detach it, or compile with loss=tn.HANDED"
             )
-        parameters = dict(self.program.model.named_parameters())
         run: Callable[..., Tensor] = _Loss.apply
         tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        return run(self, call, value, tensors, y, *call.inputs, *(parameters[name] for name in call.names))
+        return run(self, call, value, tensors, y, *call.inputs, *call.trained.values())
 
     def _call_of(self, given: tuple[Any, ...]) -> _Call | None:
         """The call whose output this is; None for what has nothing of one. Raises `UnsupportedError` for a part."""
@@ -213,7 +211,7 @@ class Attached:
         assert call.saved is not None
         result = self.program.backward(call.saved, y)
         self.results.append(result)
-        grads = (result[self._grad][name] if name in reached else None for name in call.names)
+        grads = (result[self._grad][name] if name in reached else None for name in call.trained)
         found = [*self._inputs_of(result, len(call.inputs)), *grads]
         return [each if each is None or factor is None else each * factor for each in found]
 
