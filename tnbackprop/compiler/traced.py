@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from types import MappingProxyType
 from typing import Any
 
@@ -23,8 +25,8 @@ from .translate.sizes import Sizes
 from .translate.torch_internals import OpOverload, alone, arguments_of, export_refusals, is_mutation
 
 WRITTEN = (OutputKind.USER_INPUT_MUTATION, OutputKind.BUFFER_MUTATION)
-SAMPLES = 11, 13, 17, 19, 23, 29, 31, 37, 41, 43
-"""What it is traced for: one that is no other size, so that nothing is taken for the batch which is not."""
+SAMPLES = 11
+"""At least so many it is traced for: a number that is no other size, so that nothing is taken for the batch."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def traced(function: Callable[[Any], Any], given: Any, where: str, prefix: str) 
     batch = torch.export.Dim("batch")
     dims = pytree.tree_map(lambda each: {k: batch for k, size in enumerate(each.shape) if size == N} or None, given)
     fixed = {size for each in pytree.tree_leaves(given) for size in each.shape}
-    samples = next(count for count in SAMPLES if count not in fixed)
+    samples = next(many for many in count(SAMPLES) if many not in fixed)
     example = pytree.tree_map(lambda each: _example(each, samples), given)
     try:
         with alone(), Quiet(), torch.no_grad():
@@ -97,7 +99,8 @@ def _check_one_sample(
         return torch.rand(shape, generator=generator, dtype=torch.float64).to(each.device, each.dtype)
 
     example = pytree.tree_map(drawn, given)
-    with alone(), Quiet(), torch.no_grad():
+    with alone(), Quiet(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a function that has no value for one sample: the user has several
         try:
             plain = pytree.tree_leaves(function(pytree.tree_map(torch.clone, example)))
         except (RuntimeError, *MISTAKES):  # it has no value for one sample, and the program fails there, too
