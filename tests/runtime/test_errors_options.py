@@ -46,6 +46,7 @@ OPTIONS: dict[str, tuple[Callable[[], object], str]] = {
     "per_sample": (lambda: tn.DiagGGN(per_sample=1), "per_sample=1 is int, not bool"),
     "no samples": (lambda: tn.KFAC(mc_samples=0), "KFAC: mc_samples=0: draw at least one"),
     "half a sample": (lambda: tn.SqrtGGNMC(mc_samples=1.5), "mc_samples=1.5 is float, not int"),
+    "no rows": (lambda: tn.ProjectedFactors(rows=0), "rows=0: a block of a factor has at least one row"),
     "no name": (lambda: tn.Grad(""), "Grad: name='': the key in the result"),
     "a class": (computed(tn.Grad), r"Grad is a class: give an instance, Grad\(\)"),
     "a text": (computed("grad"), "'grad' is no tn.Quantity: give instances"),

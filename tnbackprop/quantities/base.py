@@ -109,6 +109,8 @@ def check_root(owner: str, root: object) -> None:
 
 
 EXACT = Exact()
+OF_ROWS = {"largest": "a dense factor", "rows": "a block of a factor"}
+"""Options that are a number of rows, and of what."""
 
 
 def _check_option(option: Field[object], value: object, owner: str) -> None:
@@ -123,8 +125,8 @@ def _check_option(option: Field[object], value: object, owner: str) -> None:
         raise InputError(f"{what}: draw at least one column per sample")
     if option.name == "root":
         check_root(owner, value)
-    if option.name == "largest" and isinstance(value, int) and value < 1:
-        raise InputError(f"{what}: a dense factor has at least one row")
+    if option.name in OF_ROWS and isinstance(value, int) and value < 1:
+        raise InputError(f"{what}: {OF_ROWS[option.name]} has at least one row")
     if option.name == "name" and not value:
         raise InputError(f"{what}: the key in the result is a text that is not empty")
 

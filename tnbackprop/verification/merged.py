@@ -49,7 +49,7 @@ def check_merged(program: Program, x: Any, y: Any, size: int, case: str) -> Iter
             for name, value in whole[key].items()
             for got, want in zip(_tensors(found[key][name]), _tensors(value), strict=True)
         ]
-        yield max(rows, key=lambda row: (not row.ok, row.error))
+        yield from sorted(rows, key=lambda row: (row.ok, -row.error))[:1]
 
 
 def _row(key: str, name: str, got: Tensor, want: Tensor, case: str) -> Row:
