@@ -218,7 +218,7 @@ def where(call: Any) -> Rule:
     legs = leg_names(call.output)
     mask, yes, no = (access(v, call.arguments[v], call.output, legs) for v in ("condition", "input", "other"))
     mask = mask.replace("condition", "mask", 1)
-    codes = {"input": "{cotangents}.masked_fill(~{condition}, 0)", "other": "{cotangents}.masked_fill({condition}, 0)"}
+    codes = {"input": "torch.where({condition}, {cotangents}, 0)", "other": "torch.where({condition}, 0, {cotangents})"}
     return Rule(
         f"output[{join(legs)}] = {mask} * {yes} + (1 - {mask}) * {no}",
         saved={mask: "{condition}.to({input}.dtype)"},

@@ -99,6 +99,13 @@ def _check_read(bound: tuple[tuple[Call, BoundRule], ...]) -> None:
                 )
 
 
+def _check_groups(graph: Graph, quantities: Sequence[Quantity]) -> None:
+    """Every pattern of a group fits a parameter."""
+    names = [dotted for value, (dotted, *_) in graph.parameters.items() if graph.values[value].depends_on]
+    for total in (q for q in quantities if isinstance(q, Total)):
+        total.check_groups(names)
+
+
 def derive(
     graph: Graph,
     bound: tuple[tuple[Call, BoundRule], ...],
@@ -115,9 +122,7 @@ def derive(
     """
     if quantities:
         _check_read(bound)
-    trainable_names = [dotted for name, (dotted, *_) in graph.parameters.items() if graph.values[name].depends_on]
-    for total in (q for q in quantities if isinstance(q, Total)):
-        total.check_groups(trainable_names)
+    _check_groups(graph, quantities)
     given = bool(graph.cotangent)
     wanted = _wanted(quantities, given)
     twice = any(propagation.residual is not Residual.NONE for propagation in wanted)
