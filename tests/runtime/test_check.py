@@ -335,3 +335,13 @@ def test_what_autograd_saves_is_not_counted_under_torch_func() -> None:
     program = tn.compile(Field().double(), nn.MSELoss(), (x, y), [tn.Grad()])
     assert program.checked == "checked on 2 samples against autograd: the output, the loss, grad of 4 parameters"
     assert program.saved_by_autograd is None and "autograd saves" not in program.explain()
+
+
+@pytest.mark.parametrize("power", [0.5, 2])
+def test_another_power_of_the_batch_size(power: float) -> None:
+    """What is made of ∇ℓ_n is compared with the s of the formula, L = s Σ ℓ_n."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(6, 3).double(), torch.randn(6, 2).double()
+    quantities = [tn.BatchL2(scale=tn.Scale.UNSCALED), tn.Variance(), tn.SecondMoment()]
+    program = tn.compile(model, lambda f, y: (f - y).square().sum() / len(f) ** power, (x, y), quantities)
+    assert "not checked" not in program.checked
