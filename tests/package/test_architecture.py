@@ -20,7 +20,8 @@ ALL = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"
 
 # The rooms in order: each may import those before it, and its own files. Another room is a question for the design.
 ORDER = (
-    "errors", "version", "diagram", "notation", "table", "rules.recurrent", "rules", "quantities", "phased",
+    "errors", "version", "diagram", "notation.code", "notation", "table", "rules.recurrent", "rules", "quantities",
+    "phased",
     "compiler.translate", "compiler.running", "compiler.capture", "compiler.program", "compiler.sweep",
     "compiler.derive", "compiler.lower", "compiler.entered", "compiler.plan", "compiler.emit", "compiler.invariants",
     "compiler.merge", "compiler.explain", "compiler", "linalg", "results", "runtime", "proof", "declare", "layer",

@@ -140,10 +140,11 @@ def check(step: Step) -> None:
             jacobian = declared or differentiate(last.diagram, operand.name)
             found = torch.zeros_like(expected) if jacobian is None else matrix(jacobian, env, n)
             torch.testing.assert_close(found, expected)
-        if operand.name in rule.vjp:
-            cotangent = torch.randn_like(step.output)
-            native = code(rule.vjp[operand.name], env | {COTANGENT: cotangent, COTANGENTS: cotangent})
-            torch.testing.assert_close(native.reshape(-1), cotangent.reshape(-1) @ expected)
+        for codes in (rule.vjp, rule.backward):
+            if operand.name in codes:
+                cotangent = torch.randn_like(step.output)
+                native = code(codes[operand.name], env | {COTANGENT: cotangent, COTANGENTS: cotangent})
+                torch.testing.assert_close(native.reshape(-1), cotangent.reshape(-1) @ expected)
 
 
 def reference_jacobian(step: Step, name: str, rule: BoundRule, env: Env) -> Tensor:

@@ -15,8 +15,8 @@ from ..diagram.core import BATCH, Delta, Diagram, Leg, Map, Product, Size, Tenso
 from ..diagram.jacobian import Jacobian, Unit
 from ..errors import RuleError, UnsupportedError
 from .code import Code, Hole, Native, Nth, check, holes_of
+from .code.helper import Helper
 from .expand import Expander
-from .helper import Helper
 from .inside import check_inside
 from .parse import RESERVED, parse_access, parse_expression, parse_legs, parse_program
 from .rule import Rule
@@ -93,6 +93,7 @@ class BoundRule:
     fallback: str = ""  # where only VJPs are known: the call, for the report
     looped: frozenset[str] = frozenset()  # operands to which vmap of its VJP would be wrong
     divisor: str = ""  # the saved value that a loss is divided by besides N
+    backward: Mapping[str, Native] = field(default_factory=dict)
 
     @property
     def by_formula(self) -> BoundRule:
@@ -102,7 +103,7 @@ class BoundRule:
             return self
         read = {name for e in self.equations if e.diagram is not None for name in leaves(e.diagram)} - lines
         saved = tuple(each for each in self.saved if each.name in read)
-        return replace(self, saved=saved, forward=Code(), vjp=MappingProxyType({}))
+        return replace(self, saved=saved, forward=Code(), vjp=MappingProxyType({}), backward={})
 
 
 def bind(
@@ -195,13 +196,14 @@ class _Binder:
             tuple(equations),
             saved,
             self._code(self.rule.forward),
-            self._vjp(),
+            self._pulled(self.rule.vjp, "cotangent", "cotangents"),
             self.rule.kinks,
             self._operand_legs(),
             self._root(),
             self._code(self.rule.draw, "noise"),
             "" if self.lines or self.rule.jacobian else self.where,
             divisor=self.names.get(self.rule.divisor, ""),
+            backward=self._pulled(self.rule.backward, "cotangent"),
         )
 
     def _check_names(self, operands: Mapping[str, Axes | None]) -> None:
@@ -218,7 +220,8 @@ class _Binder:
                     raise access.place.error(f"unknown tensor '{access.tensor}'", nearest(access.tensor, allowed))
         for kind, names, allowed in (
             ("jacobian", self.jacobian, set(operands)),
-            ("vjp", [name for key in self.rule.vjp for name in _names(key)], set(operands)),
+            ("vjp", _names(", ".join(self.rule.vjp)), set(operands)),
+            ("backward", _names(", ".join(self.rule.backward)), set(operands)),
             ("legs", self.declared, known | {"output"}),
             ("divisor", [*filter(None, [self.rule.divisor])], set(self.saved)),
         ):
@@ -351,11 +354,11 @@ class _Binder:
             if over_batch or tainted:
                 summed.add(equation.name)
 
-    def _vjp(self) -> Mapping[str, Native]:
+    def _pulled(self, codes: Mapping[str, str], *given: str) -> Mapping[str, Native]:
         """Native VJPs by runtime value; none for a value that is two operands."""
         found: dict[str, Native] = {}
-        for key, code in self.rule.vjp.items():
-            bound, names = self._code(code, "cotangent", "cotangents"), _names(key)
+        for key, code in codes.items():
+            bound, names = self._code(code, *given), _names(key)
             for k, name in enumerate(names):
                 if name not in self.absent and list(self.names.values()).count(self.names[name]) == 1:
                     found[self.names[name]] = Nth(bound, k) if len(names) > 1 else bound
@@ -382,8 +385,8 @@ class _Binder:
 
 
 def _names(key: str) -> list[str]:
-    """The operands that a native VJP is by."""
-    return [name.strip() for name in key.split(",")]
+    """The operands that native code is by."""
+    return [name.strip() for name in key.split(",") if name.strip()]
 
 
 def _slips(product: Product, kept: tuple[Leg, ...]) -> Iterator[tuple[Leg, Leg]]:

@@ -54,6 +54,9 @@ class Rule:
                ``{cotangent}`` takes them all, on an axis in front.
                One code for several operands, ``"query, key, value"``, gives a tuple of theirs.
                A lowering: checked against the formula, never the definition.
+    backward   ``"input, weight, bias"`` -> torch code of one kernel that gives a tuple of the gradients by all of them:
+               by the input for each sample, by parameters summed over the samples. It runs where that sum is all that
+               is asked of a parameter. A lowering, like `vjp`.
     root       for a loss: the square root of its Hessian; elementwise losses need none, it follows from the formula.
     draw       for an elementwise loss without a root: torch code for a draw of its residual in the model's own
                distribution, over its deviation (mean 0, variance 1); ``{noise}`` is uniform on (0, 1), shaped as the
@@ -76,12 +79,13 @@ class Rule:
     kinks: str = ""
     functions: tuple[Callable[..., Any], ...] = ()
     divisor: str = ""
+    backward: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("formula", "forward", "draw", "kinks", "divisor"):
             _check_kind(name, getattr(self, name), str, "text")
         _check_kind("root", self.root, Root | None, "a tn.Root")
-        for name in ("jacobian", "legs", "constants", "saved", "vjp"):
+        for name in ("jacobian", "legs", "constants", "saved", "vjp", "backward"):
             _check_kind(name, getattr(self, name), Mapping, "a dictionary")
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
             for key, value in getattr(self, name).items() if name != "constants" else ():

@@ -112,13 +112,15 @@ def _flash(call: Any) -> Rule:
     length, heads = call.key.shape[2], call.query.shape[1:]
     kept = f"torch.ones({heads[1]}, {length}, dtype={{query}}.dtype, device={{query}}.device)"
     kernel = "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"
+    as_it_is = "{0} if {0}.stride(-1) == 1 else {0}.contiguous()"
     dense = {
-        f"dense_{name}[n, h, {position}, d]": f"{{{name}}} if {{{name}}}.stride(-1) == 1 else {{{name}}}.contiguous()"
+        f"dense_{name}[n, h, {position}, d]": as_it_is.format(f"{{{name}}}")
         for name, position in zip(QKV, "tss", strict=True)
     }
     operands = ", ".join(f"{{dense_{name}}}" for name in QKV)
     options = f"0.0, {call.is_causal}"
-    backward = f"{kernel}_backward({{cotangent}}.contiguous(), {operands}, {{both}}[0], {{both}}[1], {options}"
+    cotangent = as_it_is.format("{cotangent}")
+    backward = f"{kernel}_backward({cotangent}, {operands}, {{both}}[0], {{both}}[1], {options}"
     return Rule(
         """score[n, h, t, s] = c * query[n, h, t, d] * key[n, h, s, d]
            weight[n, h, t, s] = exp(score[n, h, t, s]) * kept[t, s]

@@ -18,6 +18,7 @@ _LEGS = "ijklm"
 _SPACE = "hwdxy"
 EXACT = (torch.float32, torch.float64)
 """Where native statistics have the dtype of the input."""
+OPERANDS = ("input", "weight", "bias")
 
 
 def _affine(call: Any, legs: str) -> tuple[str, str]:
@@ -46,7 +47,7 @@ def layer_norm(call: Any) -> Rule:
         f"torch.ops.aten.native_layer_norm({{input}}, {shape}, {weights}, {call.eps!r})",
         {"mean[*s]": f"{{means}}{row}", "scale[*s]": f"{{scales}}{row}"},
         f"torch.ops.aten.native_layer_norm_backward({{cotangent}}.contiguous(), {{input}}, {shape}, "
-        f"{{means}}, {{scales}}, {weights}, [True, False, False])[0]",
+        f"{{means}}, {{scales}}, {weights}, ",
     )
 
 
@@ -56,13 +57,31 @@ def _given(call: Any, name: str) -> str:
 
 
 def _with_kernel(
-    call: Any, formula: str, constants: dict[str, Any], forward: str, lines: dict[str, str], vjp: str
+    call: Any, formula: str, constants: dict[str, Any], forward: str, lines: dict[str, str], backward: str
 ) -> Rule:
-    """A formula whose statistics a native forward gives, and its native VJP; where they have the input's dtype."""
+    """A formula whose statistics a native forward gives, and its native backward up to the mask of what is wanted.
+
+    The formula alone where statistics do not have the input's dtype.
+    """
     if call.input.dtype not in EXACT or call.output.dtype != call.input.dtype:
         return Rule(formula, constants=constants)
     saved = {"every": forward, "means": "{every}[1]", "scales": "{every}[2]"} | lines
-    return Rule(formula, constants=constants, saved=saved, forward="{every}[0]", vjp={"input": vjp})
+    return Rule(
+        formula,
+        constants=constants,
+        saved=saved,
+        forward="{every}[0]",
+        vjp={"input": f"{backward}[True, False, False])[0]"},
+        backward=_joint(call, backward),
+    )
+
+
+def _joint(call: Any, kernel: str) -> dict[str, str]:
+    """The kernel with the gradients of all operands; nothing where there is no weight."""
+    there = [call.arguments.get(name) is not None for name in OPERANDS]
+    names = [name for name, given in zip(OPERANDS, there, strict=True) if given]
+    exact = call.input.dtype in EXACT and call.output.dtype == call.input.dtype
+    return {", ".join(names): f"{kernel}{there})"} if exact and there[1] else {}
 
 
 @TABLE.rule(aten.rms_norm.default)
@@ -94,7 +113,7 @@ def _channel_norm(call: Any, group: str, channel: str, groups: int) -> Rule:
         f"torch.ops.aten.native_group_norm({{input}}.contiguous(), {weight}, {bias}, {shape}, {call.eps!r})",
         {f"mean[n, {group}]": "{means}", f"scale[n, {group}]": "{scales}"},
         "torch.ops.aten.native_group_norm_backward({cotangent}.contiguous(), {input}.contiguous(), "
-        f"{{means}}, {{scales}}, {weight}, {shape}, [True, False, False])[0]",
+        f"{{means}}, {{scales}}, {weight}, {shape}, ",
     )
 
 
@@ -143,8 +162,10 @@ def batch_norm(call: Any) -> Rule:
 
 def _running(call: Any) -> Rule:
     weight, bias = _affine(call, "c")
+    kernel = "torch.ops.aten.native_batch_norm_backward({cotangent}, {input}, {weight}, {running_mean}, {running_var}, "
     return Rule(
         f"""centred[n, c, *s] = input[n, c, *s] - running_mean[c]
             output[n, c, *s] = centred[n, c, *s] * (running_var[c] + eps)**(-1/2){weight}{bias}""",
         constants={"eps": call.eps},
+        backward=_joint(call, f"{kernel}None, None, False, {call.eps!r}, "),
     )

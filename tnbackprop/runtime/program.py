@@ -28,20 +28,11 @@ from ..diagram.core import N
 from ..errors import InputError
 from ..quantities import Quantity
 from ..results import Batch, Result, Values, assemble, shown
-from .given import (
-    LATER,
-    check_batch,
-    check_parameters,
-    device_of,
-    flattened,
-    floating_of,
-    named_tensors,
-    own,
-    replaced,
-)
+from .given import LATER, check_batch, device_of, flattened, floating_of
 from .graphed import Graphed
 from .halves import Halves, Saved
 from .handed import Handed
+from .held import Held
 from .indefinite import Indefinite, check_definite
 from .loaded import Loaded
 from .noise import drawn
@@ -97,7 +88,7 @@ class Program:
         self._sizes = Sizes(compiled, partial(Loaded.of, title, tuple(self.quantities)), check)
         self._fixed = dict(compiled.graph.constants)
         self._fixed |= compiled.derived.constants
-        self._operands = Operands(compiled)
+        self._held, self._operands = Held(compiled.graph, others), Operands(compiled)
         self._shapes = parameter_shapes(compiled.graph)
         self._made = {quantity.name: shown(quantity) for quantity in quantities}
         self._output_spec = pytree.tree_structure(compiled.graph.output)
@@ -176,15 +167,7 @@ class Program:
 
     def _own_tensors(self, parameters: object = None) -> dict[str, torch.Tensor]:
         """Parameters, buffers and constants by value name; `parameters`: others in the place of some."""
-        graph, values = self._compiled.graph, dict(self._fixed)
-        check_parameters(self.model, graph, self.others)
-        found = named_tensors(self.model, self.loss)
-        found = found if parameters is None else replaced(found, graph, parameters)
-        for name, (dotted, *_) in graph.parameters.items():
-            values[name] = own("parameter", dotted, found, graph.values[name])
-        for name, dotted in graph.buffers.items():
-            values[name] = own("buffer", dotted, found, graph.values[name])
-        return values
+        return self._fixed | self._held.tensors(self.model, self.loss, parameters)
 
     @torch.no_grad()
     def forward(self, x: Any) -> tuple[Any, Saved]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compiler.translate.opaque import signature_of
-from ..compiler.translate.torch_internals import own_tensors
+from ..compiler.translate.torch_internals import own_tables
 from ..definitions.calls import BUILD_ERRORS
 from ..definitions.report import LeftOut
 from ..errors import InputError
@@ -131,7 +131,7 @@ class Inputs:
         self.known = {name.lower(): int(size) for name, size in rule.constants.items() if name.isupper()}
         own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         tensors = {name.replace(".", "_"): tensor for name, tensor in own}
-        self._check_names({*tensors, *(name for m in module.modules() for name in own_tensors(m)[0])})
+        self._check_names({*tensors, *(name for m in module.modules() for name in own_tables(m)[0])})
         for _ in range(2):  # a grouped axis may need what a later one says
             for access in self.read:
                 if access.tensor in tensors:

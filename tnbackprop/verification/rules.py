@@ -25,7 +25,7 @@ from ..definitions.calls import (
 from ..definitions.report import LeftOut, Row, deviation, wrong_entries
 from ..diagram.core import BATCH, Leg, Window, leaves
 from ..notation.bind import COTANGENT, COTANGENTS, BoundRule
-from ..notation.code import Code
+from ..notation.code import Code, Native, Nth
 from .diagnose import exchanged_operands, likely, moved_operands, same
 
 LIMIT = 2_000_000
@@ -122,8 +122,9 @@ def _findings(subject: Subject, values: bool) -> Iterator[Finding]:
             yield LeftOut(f"Jacobian by '{name}' of {subject.call.where}", why)
         else:
             yield _jacobian(subject, env, name, value)
-        if value.name in rule.vjp:
-            yield _native(subject, env, name, value)
+        for what, codes in (("native VJP", rule.vjp), ("native backward", rule.backward)):
+            if value.name in codes:
+                yield _native(subject, env, (what, name), value, codes[value.name])
 
 
 def _function(subject: Subject, name: str) -> Callable[[Tensor], Tensor]:
@@ -187,14 +188,14 @@ def _forward_code(subject: Subject, env: Env) -> Row:
     return compared(subject, ("forward code", ""), "the code", "output", got, want, _names(legs), cause)
 
 
-def _why_code(subject: Subject, env: Env, code: Code, want: Tensor) -> str:
+def _why_code(subject: Subject, env: Env, code: Native, want: Tensor) -> str:
     """Slips of torch code: an operand that it does not read, or reads transposed."""
     for name, value in subject.operands.items():
         unread = value.name not in code.holes and COTANGENT not in code.holes
         if unread and oracle.jacobian(_function(subject, value.name), env[value.name]).any():
             return f"it never reads '{name}', and the output depends on it: a forgotten term or factor"
         for which, other in exchanged_operands(env[value.name]):
-            if same(run_code(code, {**env, value.name: other}).reshape(want.shape), want):
+            if same(_ran(code, {**env, value.name: other}).reshape(want.shape), want):
                 return f"transposed: it is right with {which} of '{name}' exchanged"
     return ""
 
@@ -320,17 +321,23 @@ def _both(g: Tensor) -> dict[str, Tensor]:
     return {COTANGENT: g, COTANGENTS: g}
 
 
-def _native(subject: Subject, env: Env, name: str, value: Value) -> Row:
+def _ran(code: Native, env: Env) -> Tensor:
+    """What native code gives; of a kernel with several results one of them."""
+    assert isinstance(code, Code | Nth)  # an operator without a rule is not checked here
+    result: Tensor = run_code(code.code, env)[code.place] if isinstance(code, Nth) else run_code(code, env)
+    return result
+
+
+def _native(subject: Subject, env: Env, who: tuple[str, str], value: Value, code: Native) -> Row:
     """Jᵀ g by the rule's own code, for a random g; then for g of one sample alone, which must stay there."""
-    what, at = ("native VJP", f"'{name}'"), env[value.name]
+    name, at = who[1], env[value.name]
+    what = who[0], f"'{name}'"
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(subject.output.shape, generator=generator, dtype=at.dtype)
     want = oracle.vjp(_function(subject, value.name), at.contiguous(), g)
-    code = subject.rule.vjp[value.name]
-    assert isinstance(code, Code)  # an operator without a rule is not checked here
     try:
-        got = run_code(code, {**env, **_both(g)})
-        alone = run_code(code, {**env, **_both(_first_only(g))})
+        got = _ran(code, {**env, **_both(g)})
+        alone = _ran(code, {**env, **_both(_first_only(g))})
     except CODE_ERRORS as error:
         return _row(subject, *what, want, _raised("the code", error))
     if got.numel() != want.numel():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..translate.torch_internals import evenly, own_tensors, version
+from ..translate.torch_internals import evenly, own_tables, version
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def copied(wrapped: nn.Module) -> Iterator[Copies]:
     copies, made = Copies(), dict[int, Tensor]()
     with attributes_kept(wrapped):
         for path, module in wrapped.named_modules():
-            for holder in (*own_tensors(module), vars(module)):
+            for holder in (*own_tables(module)[:2], vars(module)):
                 for key, tensor in list(holder.items()):
                     if isinstance(tensor, Tensor):
                         name, registered = f"{path}.{key}".removeprefix("model."), holder is not vars(module)

@@ -84,6 +84,9 @@ def declaration_lines(rule: BoundRule, wanted: set[str]) -> Iterator[str]:
     for name, code in rule.vjp.items() if rule.forward or not rule.fallback else ():
         if name in wanted:
             yield f"    native VJP to {name}: {shortened(code.filled(hint_of), 2 * CODE_WIDTH)}"
+    for code in [*rule.backward.values()][:1]:
+        names = ", ".join(map(hint_of, rule.backward))
+        yield f"    one kernel for {names}: {shortened(code.filled(hint_of), 2 * CODE_WIDTH)}"
     if rule.kinks:
         yield f"    at a kink: {rule.kinks}"
 
@@ -116,6 +119,7 @@ def _diagrams(compiled: Compiled) -> Iterator[str]:
                     dotted = compiled.graph.parameters[item.parameter][0]
                     yield f"{dotted} {compiled.graph.values[item.parameter].axes_text}"
                     yield from (f"  {line}" for line in algebra_lines(compiled, item))
+                    yield from (f"  {_cotangent('gradient', each)}" for each in [item.native] if each)
                     yield from (f"  Assumption of {name}: {f.assumption}" for name, f in item.factors.items())
     yield from phase_lines(compiled)
 
@@ -215,12 +219,15 @@ def _choices(compiled: Compiled) -> Iterator[str]:
                 yield ""
                 yield from choice_lines(compiled, item)
 
+IN_SLICES = "torch code on slices of it, a few samples at a time"
+ONE_KERNEL = "from the kernel that pulls back to the input"
+
 
 def choice_lines(compiled: Compiled, item: Extraction) -> Iterator[str]:
     """The ways to compute the quantities of a parameter, with what they cost."""
-    if item.streams:
-        slices = (f"{q}: torch code on slices of it, a few samples at a time" for q in item.quantities)
-        yield from (f"{compiled.graph.parameters[item.parameter][0]}   {text}" for text in slices)
+    if item.streams or item.native:
+        dotted, how = compiled.graph.parameters[item.parameter][0], ONE_KERNEL if item.native else IN_SLICES
+        yield from (f"{dotted}   {q}: {how}" for q in item.quantities)
         return
     diagrams, choice = item.diagrams, choice_of(compiled, item)
     plan, names, symbols = compiled.plan, part_names(diagrams, choice), Symbols()

@@ -115,10 +115,12 @@ def _with_dims(store: Store, ref: Ref, gone: Legs) -> tuple[Expr, Dims]:
         else:
             groups.append((leg,))
     stored = ref.reordered(ref.stored)
-    if copies(store, stored, tuple(groups)):
+    expr = arranged(store, stored, tuple(groups))
+    if copies(store, stored, tuple(groups)) and store.known(expr) is None:  # a copy that is there is for free
         groups = [(leg,) for leg in ref.stored]
+        expr = arranged(store, stored, tuple(groups))
     dims = tuple(k for k, group in enumerate(groups) if group[0] in gone)
-    return arranged(store, stored, tuple(groups)), () if len(dims) == len(groups) == 1 else _dims(dims)
+    return store.known(expr) or expr, () if len(dims) == len(groups) == 1 else _dims(dims)
 
 
 def _dims(axes: tuple[int, ...]) -> Dims:

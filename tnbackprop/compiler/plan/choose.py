@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import combinations
@@ -92,6 +92,19 @@ def choose(
     if what is not None:
         keep(store, what, trial, tuple(refs[quantity] for quantity in item.diagrams), notes, choice)
     return choice, refs
+
+
+def chosen(
+    item: Extraction, dotted: str, store: Store, native: Callable[[Store], Ref]
+) -> tuple[Choice, dict[Result, Ref]]:
+    """No choice: all quantities are what native code gives."""
+    trial = store.fork()
+    trial.note = f"{next(iter(item.diagrams))} of {dotted}"
+    ref = native(trial)
+    results = dict.fromkeys(item.diagrams, ref.value)
+    option = Option(frozenset(), trial.seconds, tuple(trial.steps), results, item.diagrams, True, {})
+    store.adopt(trial)
+    return Choice(dotted, item, (option,), 0), dict.fromkeys(item.diagrams, ref)
 
 
 def _chosen(

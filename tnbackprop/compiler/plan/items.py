@@ -25,7 +25,7 @@ from ..sweep.derived import Backward, Extraction, Individual, Native, Result, Sc
 from ..translate.graph import Graph
 from ..translate.operators import Memory, row_of
 from ..translate.torch_internals import overload
-from .choose import Choice, choose
+from .choose import Choice, choose, chosen
 from .placed import joined, side_by_side
 from .streams import streamed
 
@@ -128,7 +128,7 @@ def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tu
         expr = fill(store, term.code, given)
     elif isinstance(term.code, Nth):  # the kernel is called once for all
         every = fill(store, term.code.code, given)
-        every = every if mapped else store.add(every, (), Kernel.NATIVE, NO_WORK, own=False)
+        every = every if mapped else store.add(every, (), Kernel.NATIVE, own=False, floating=store.one_dtype)
         expr = Call(f.ITEM, (every, term.code.place))
     else:
         assert isinstance(term.code, OperatorVjp)
@@ -162,16 +162,19 @@ def _extract(
     store: Store, graph: Graph, item: Extraction, chunk: int | None
 ) -> tuple[dict[Result, Value], Choice | None]:
     """All results of one parameter, with the set of parts that makes them cheapest together."""
-    dotted = graph.parameters[item.parameter][0]
+    dotted, shape = graph.parameters[item.parameter][0], graph.values[item.parameter].shape
     store.note = f"{dotted}"
-    choice, refs = choose(store, item, dotted, chunk)
+    if item.native is not None:
+        choice, refs = chosen(item, dotted, store, partial(_native, term=item.native, shape=shape, lead=()))
+    else:
+        choice, refs = choose(store, item, dotted, chunk)
     values = {}
     for quantity, ref in refs.items():
         store.note = f"{quantity} of {dotted}"
         whole = quantity.factor is None
         whole = whole and not item.own & set(ref.order)
-        shape = _result_shape(ref.order, graph.values[item.parameter].shape) if whole else sizes_of(ref.order)
-        values[quantity] = _final(store, ref, shape, _cast_dtype(graph, item.parameter))
+        sizes = _result_shape(ref.order, shape) if whole else sizes_of(ref.order)
+        values[quantity] = _final(store, ref, sizes, _cast_dtype(graph, item.parameter))
     return values, choice
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...diagram.core import Size
-from ...notation.helper import Helper
+from ...notation.code.helper import Helper
 from ..translate.torch_internals import OpOverload
 
 Shape = tuple[Size, ...]
@@ -184,8 +184,32 @@ MV = function("torch.mv", linear=Linear.EACH, memory=Memory.OWN)
 PAD = function("torch.nn.functional.pad")
 CAT = function("torch.cat", memory=Memory.OWN)
 CONV = {k: function(f"torch.nn.functional.conv{k}d", memory=Memory.OWN) for k in (1, 2, 3)}
-CONV_INPUT = {k: function(f"torch.nn.grad.conv{k}d_input", memory=Memory.OWN) for k in (1, 2, 3)}
-CONV_WEIGHT = {k: function(f"torch.nn.grad.conv{k}d_weight", memory=Memory.OWN) for k in (1, 2, 3)}
+CONV_BACKWARD = function("torch.ops.aten.convolution_backward")
+CONV_OF_INPUT = """\
+def conv{dims}d_input(size, weight, g, stride, padding, dilation, groups):
+    # As torch.nn.grad has it, without copying an input that is not read.
+    x = g.new_empty(size)
+    both = torch.ops.aten.convolution_backward(
+        g, x, weight, None, stride, padding, dilation, False, {whole}, groups, (True, False, False)
+    )
+    return both[0]"""
+CONV_OF_WEIGHT = """\
+def conv{dims}d_weight(x, size, g, stride, padding, dilation, groups):
+    # As torch.nn.grad has it, without copying a weight that is not read.
+    weight = g.new_empty(size)
+    both = torch.ops.aten.convolution_backward(
+        g, x, weight, None, stride, padding, dilation, False, {whole}, groups, (False, True, False)
+    )
+    return both[1]"""
+
+
+def _of_dims(name: str, source: str) -> dict[int, Function]:
+    each = {k: source.format(dims=k, whole=[0] * k) for k in (1, 2, 3)}
+    return {k: helper(f"conv{k}d_{name}", text, memory=Memory.OWN) for k, text in each.items()}
+
+
+CONV_INPUT = _of_dims("input", CONV_OF_INPUT)
+CONV_WEIGHT = _of_dims("weight", CONV_OF_WEIGHT)
 
 ARANGE = function("torch.arange")
 EYE = function("torch.eye")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from . import functions as f
 from .expr import Body, Call, Expr, Rounds, Value
+from .joined import joined
 from .lines import Lines, handed, in_place
 from .rounds import block_of
 
@@ -97,7 +98,12 @@ def _let_go(lines: Lines, context: Context) -> Lines:
     )
 
 
+def _joined(lines: Lines, _: Context) -> Lines:
+    return joined(lines)
+
+
 PASSES = (
+    Pass("joined", "both gradients of a convolution are one call", _joined),
     Pass("rounds", "what rounds of columns give is added up in place, or written where it is wanted", _rounds),
     Pass("out", "large products and matmuls are written where there is memory already", _handed),
     Pass("in place", "a value is written over an operand that nothing reads any more", _in_place),

@@ -35,6 +35,19 @@ class Native:
 
 
 @dataclass(frozen=True)
+class Joint:
+    """A kernel that gives the gradient of a parameter, and with it what is propagated to an operand with samples.
+
+    since  the number of the first of the operand's terms in whose place that is
+    """
+
+    gradient: Native
+    operand: str
+    since: int
+    pulled: Native
+
+
+@dataclass(frozen=True)
 class Backward:
     """The cotangent of `value`, called `name`, is the sum of the terms."""
 
@@ -79,6 +92,7 @@ class Extraction:
     streams: Mapping[str, Any] = field(default_factory=dict)  # torch code on slices of a quantity's diagram
     level: int = 0  # the phase in which it is extracted
     own: frozenset[Leg] = frozenset()  # legs of operands that are no axes of the parameter
+    native: Native | None = None  # where all of them are its gradient: from the kernel that pulls back to the input
 
     @property
     def quantities(self) -> tuple[str, ...]:
@@ -110,7 +124,7 @@ def _of_level(item: Extraction, level: int, stream: bool, levels: Mapping[str, i
     factors = {q: each for q, each in item.factors.items() if levels.get(q, 0) == level and not stream}
     return replace(
         item, diagrams=mine(item.diagrams), factors=factors, condensed=mine(item.condensed), level=level,
-        streams=streams,
+        streams=streams, native=None if level or stream else item.native,
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from ...diagram.algebra import Cotangents, Uses
-from ...diagram.core import BATCH, COLUMN, COLUMN_COPY, Diagram, Leg, is_head
+from ...diagram.core import BATCH, COLUMN, COLUMN_COPY, Diagram, Leg, is_head, leaves
 from ...errors import InputError, UnsupportedError
 from ...quantities import Propagation, Quantity, Total
 from ...quantities.factors import Factors
@@ -106,4 +106,22 @@ def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction
     groups = {q.name: q.group_of(dotted) for q in sweep.quantities if isinstance(q, Total)}
     read = (leg for reading in sweep.readings.found.values() for leg in reading.legs if leg not in reading.own)
     own = frozenset(leg for leg in read if leg not in uses.legs and not is_head(leg))
-    return Extraction(name, diagrams, factors, groups=groups, own=own, streams=streams)
+    native = _kernel(sweep, name, uses, g, diagrams)
+    return Extraction(name, diagrams, factors, groups=groups, own=own, streams=streams, native=native)
+
+
+def _kernel(sweep: Sweep, name: str, uses: Uses, g: Cotangents, diagrams: Mapping[Result, Diagram]) -> Native | None:
+    """The native gradient of a parameter that is read once, where nothing else is asked of it.
+
+    What is propagated to the other operand is then from that kernel, too.
+    """
+    joint = sweep.kernels.get(name)
+    if joint is None or not diagrams or joint.operand in sweep.scheduled:
+        return None
+    if [leaves(each) for each in g.each] != [(joint.gradient.cotangent,)]:
+        return None
+    total = (uses.T @ g).sum(BATCH.name)
+    if any(diagram != total for diagram in diagrams.values()):
+        return None
+    sweep.terms[joint.operand][joint.since :] = [joint.pulled]
+    return joint.gradient

@@ -18,7 +18,7 @@ from ...notation.bind import BoundRule, Equation
 from ...quantities import Propagation, Quantity
 from ...quantities.factors import sides
 from ..translate.graph import Call, Graph
-from .derived import Backward, Extraction, Individual, Native
+from .derived import Backward, Extraction, Individual, Joint, Native
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Sweep:
     meetings: tuple[str, ...] = ()  # values where a later one may go on for it
     until: str = ""  # the first of them that it reaches: there it stops
     others: Mapping[Propagation, list[Sweep]] = field(default_factory=dict)  # by what each propagates
+    kernels: dict[str, Joint] = field(default_factory=dict)  # by parameter
     readings: Readings = field(default_factory=Readings)  # what quantities read beside it
 
     def reached(self, name: str) -> bool:

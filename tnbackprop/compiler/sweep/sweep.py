@@ -7,6 +7,8 @@ the loss, and its cotangent is a constant.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import sympy
 
 from ...diagram.algebra import Uses, identity, inline, pull_back, tensor
@@ -18,7 +20,7 @@ from ...errors import FormulaError, UnsupportedError
 from ...notation.bind import BoundRule, Equation
 from ..translate.graph import Call, Graph
 from .condense import gathered, outer_product
-from .derived import Backward, Individual, Native
+from .derived import Backward, Individual, Joint, Native
 from .extract import extract, propagated
 from .lines import casts, casts_alone, columns_by_formula, jacobian_of, lines_to, operands_of, selects, unchanged
 from .state import Sweep, all_uses
@@ -75,6 +77,7 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
     if not any(sweep.reached(equation.name) for equation in rule.equations):
         return
     trainable = {v.name for v in call.tensors.values() if v.differentiable}
+    before = {name: len(terms) for name, terms in sweep.terms.items()} if rule.backward else {}
     for name in sorted(trainable & set(rule.vjp)):  # the same source every time
         own = rule.fallback or not (sweep.reads[name] or casts_alone(sweep.graph, call, name))
         if own and not sweep.samples[name]:  # a scalar of the loss has its formula
@@ -106,6 +109,18 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
         for operand in operands_of(equation):
             if operand in wanted and sweep.reached(equation.name):
                 _pull(sweep, call, rule, equation, operand)
+    if not sweep.lead and sweep.along is None:
+        sweep.kernels |= _kernels(sweep, call, rule, before)
+
+
+def _kernels(sweep: Sweep, call: Call, rule: BoundRule, before: Mapping[str, int]) -> Iterator[tuple[str, Joint]]:
+    """The kernels that give gradients of the call's parameters with what is propagated to its operand with samples."""
+    own = call.output.name
+    native = {name: Native(code, f"{sweep.prefix}:{own}", own) for name, code in rule.backward.items()}
+    operands = [name for name in native if sweep.samples[name] and len(sweep.terms.get(name, ())) > before.get(name, 0)]
+    for name in native if len(operands) == 1 else ():
+        if name in sweep.graph.parameters and not casts(sweep.graph, call, name):
+            yield name, Joint(native[name], operands[0], before.get(operands[0], 0), native[operands[0]])
 
 
 def _pull_individually(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> None:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from ...errors import RuleError, UnsupportedError
 from ...notation.rule import Primitive
 from ...table import Rules
-from .torch_internals import operators, own_tensors, with_tensors
+from .torch_internals import operators, own_tables, with_tensors
 
 NAMESPACE = "tnbackprop_capture"
 
@@ -75,7 +75,7 @@ class Opaque:
                 raise RuleError(f"{self}: {name!r} is both an argument of forward and a parameter")
             named[name] = value
         parts = [] if self.module is None else self.module.modules()
-        absent = (name for part in parts for name, p in own_tensors(part)[0].items() if p is None)
+        absent = (name for part in parts for name, p in own_tables(part)[0].items() if p is None)
         return {**dict.fromkeys(absent), **named}
 
 

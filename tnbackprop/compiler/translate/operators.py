@@ -209,7 +209,8 @@ TABLE: Mapping[str, Operator] = {
     "relu": Operator(memory=Memory.OWN),
     "threshold_backward sigmoid_backward tanh_backward silu_backward elu_backward leaky_relu_backward "
     "hardtanh_backward softplus_backward hardsigmoid_backward": Operator(memory=Memory.OWN, into="grad_input"),
-    "gelu_backward mish_backward hardswish_backward": Operator(memory=Memory.OWN),
+    "gelu_backward mish_backward hardswish_backward native_layer_norm_backward native_group_norm_backward "
+    "native_batch_norm_backward": Operator(memory=Memory.OWN),
     # no derivative
     "detach rand_like randn_like zero fill.Scalar bernoulli bernoulli.p normal_functional sign floor ceil round "
     "trunc": Operator(no_gradient=True),

@@ -294,9 +294,9 @@ def tensor_hooks(tensor: Tensor) -> int:
     return sum(len(hooks or ()) for hooks in hooks_of(tensor))
 
 
-def own_tensors(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A module's own parameters and buffers, also those that are None; to write to, too."""
-    return module._parameters, module._buffers
+def own_tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """A module's own parameters, buffers and modules, also those that are None; to write to, too."""
+    return module._parameters, module._buffers, module._modules
 
 
 def version(tensor: Tensor) -> int:

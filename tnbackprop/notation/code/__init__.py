@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
-from ..errors import RuleError
+from ...errors import RuleError
 from .helper import Helper
 
 _HOLE = re.compile(r"\{([A-Za-z_]\w*)\}")

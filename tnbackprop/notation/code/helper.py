@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import RuleError
+from ...errors import RuleError
 
 
 @dataclass(frozen=True)
