@@ -205,6 +205,7 @@ def test_mixing_samples_is_refused(text: str, output: str, shape: str, message: 
         (Rule(jacobian={"inptu": "1"}, legs={"output": "n, c"}), "jacobian names 'inptu'(.|\n)*mean 'input'"),
         (Rule(jacobian={"input": "output[n, c]"}), "legs of 'input' are not known|legs of 'output' are not known"),
         (Rule("output[*s] = input[*s]", vjp={"inptu": "1"}), "vjp names 'inptu'"),
+        (Rule("output[*s] = input[*s]", backward={"input, wieght": "1"}), "backward names 'wieght'"),
         (Rule("output[*s] = input[*s]", vjp={"input": "{cot}"}), "unknown tensor 'cot' in the code(.|\n)*cotangent"),
         (Rule("output[*s] = input[*s]", saved={"input[*s]": "1"}), "needs another name"),
         (Rule("output[*s] = input[*s]", legs={"foo": "n"}), "legs names 'foo'"),

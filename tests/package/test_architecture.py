@@ -34,7 +34,7 @@ ONLY = {
     "rules.recurrent": ("errors", "notation", "table"),
     "quantities": ("errors", "diagram", "notation"),
     "linalg": ("errors",),
-    "compiler.program": ("errors", "diagram", "notation", "compiler.translate"),
+    "compiler.program": ("errors", "diagram", "notation.code", "notation", "compiler.translate"),
     "compiler.lower": ("errors", "diagram", "notation", "compiler.program"),
 }
 TORCH_FREE = ("errors", "diagram", "notation", "quantities")

@@ -32,9 +32,9 @@ from .given import LATER, check_batch, device_of, flattened, floating_of
 from .graphed import Graphed
 from .halves import Halves, Saved
 from .handed import Handed
-from .held import Held
 from .indefinite import Indefinite, check_definite
 from .loaded import Loaded
+from .model_tensors import ModelTensors
 from .noise import drawn
 from .operands import Given, Operands, Shape
 from .owned import Owner
@@ -88,7 +88,7 @@ class Program:
         self._sizes = Sizes(compiled, partial(Loaded.of, title, tuple(self.quantities)), check)
         self._fixed = dict(compiled.graph.constants)
         self._fixed |= compiled.derived.constants
-        self._held, self._operands = Held(compiled.graph, others), Operands(compiled)
+        self._own, self._operands = ModelTensors(compiled.graph, others), Operands(compiled)
         self._shapes = parameter_shapes(compiled.graph)
         self._made = {quantity.name: shown(quantity) for quantity in quantities}
         self._output_spec = pytree.tree_structure(compiled.graph.output)
@@ -167,7 +167,7 @@ class Program:
 
     def _own_tensors(self, parameters: object = None) -> dict[str, torch.Tensor]:
         """Parameters, buffers and constants by value name; `parameters`: others in the place of some."""
-        return self._fixed | self._held.tensors(self.model, self.loss, parameters)
+        return self._fixed | self._own.tensors(self.model, self.loss, self._compiled.graph, parameters)
 
     @torch.no_grad()
     def forward(self, x: Any) -> tuple[Any, Saved]:

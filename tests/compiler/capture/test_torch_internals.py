@@ -197,9 +197,10 @@ def test_the_overload_of_a_custom_operator() -> None:
     assert internals.overload_of(nn.ReLU) is nn.ReLU
 
 
-def test_own_tensors() -> None:
+def test_own_tables() -> None:
     layer = nn.BatchNorm1d(2, affine=False)
-    parameters, buffers = internals.own_tensors(layer)
+    parameters, buffers, modules = internals.own_tables(layer)
+    assert not modules and list(internals.own_tables(nn.Sequential(layer))[2].values()) == [layer]
     assert parameters == {"weight": None, "bias": None} and list(buffers) == [name for name, _ in layer.named_buffers()]
     buffers["running_mean"] = torch.ones(2)
     assert layer.running_mean.sum() == 2

@@ -60,5 +60,5 @@ def test_a_value_is_not_called_as_a_function_of_the_source(function: Function) -
     text = writer([Value("made", Call(function, inputs), (2, 2), hint=function.name, inputs=inputs)])
     names = {text.names(value) for value in (*inputs, *text.steps)}
     assert len(names) == len(inputs) + 1 and not names & {function.name, "added", *OWN}
-    (defined,) = (ast.parse(source).body[-1] for source in text.helpers.values())
+    (defined,) = (ast.parse(source).body[-1] for source in text.known.values())
     assert isinstance(defined, ast.FunctionDef) and defined.name == function.name

@@ -119,7 +119,7 @@ def tensors(given: Diagram, size: int) -> dict[str, torch.Tensor]:
 
 CALLS = (
     *(f"functional.conv{dims}d(" for dims in (1, 2, 3)),
-    *(f"grad.conv{dims}d_{kind}(" for dims in (1, 2, 3) for kind in ("weight", "input")),
+    *(f"conv{dims}d_{kind}(" for dims in (1, 2, 3) for kind in ("weight", "input")),
     ".unfold(",
 )
 

@@ -88,6 +88,11 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "silu_backward": (X, X.cos()), "elu_backward": (X, 1.0, 2.0, 3.0, False, X.cos()),
     "leaky_relu_backward": (X, X.sin(), 0.1, False), "hardtanh_backward": (X, X.cos(), 0.5, 0.9),
     "softplus_backward": (X, X.cos(), 2.0, 20.0), "hardsigmoid_backward": (X, 4 * X.cos()),
+    "native_layer_norm_backward": (X, X.cos(), [5], drawn(3, 4, 1), drawn(3, 4, 1), None, None, [True, False, False]),
+    "native_group_norm_backward": (X, X.cos(), drawn(3, 2), drawn(3, 2), None, 3, 4, 5, 2, [True, False, False]),
+    "native_batch_norm_backward": (
+        X, X.cos(), drawn(4), drawn(4), drawn(4).abs(), None, None, False, 1e-5, [True, True, True],
+    ),
     "full_like": (X, 2.0), "new_zeros": (X, [2]), "new_ones": (X, [2]), "new_full": (X, [2], 3.0),
     "new_empty": (X, [2]), "fill.Scalar": (X, 2.0), "fill.Tensor": (X, torch.tensor(2.0, dtype=f64)),
     "bernoulli": (X.abs(),), "bernoulli.p": (X, 0.5), "bernoulli_.float": (X, 0.5),

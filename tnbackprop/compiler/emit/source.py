@@ -60,24 +60,31 @@ class Writer:
         plan = plan if width is None else replace(plan, divisor=None)  # a file has nothing to merge
         self.graph, self.plan, self.functional, self.width = graph, plan, functional, width
         self.steps = tuple(step for step, _ in plan.timed)
-        self.helpers = {fn.name: fn.source for step in self.steps for fn in _every(helpers, step)}
+        self.known = {fn.name: fn.source for step in self.steps for fn in _every(helpers, step)}
         for fn in (fn for step in self.steps for fn in _every(helpers, step)):
-            if fn.source != self.helpers[fn.name]:
+            if fn.source != self.known[fn.name]:
                 raise RuleError(f"two functions of rules are called {fn.name}, and are not the same", hint="rename one")
         inside = [each for step in self.steps for each in _inside(step.expr)]
         if any(isinstance(each, Rounds) and each.body.several for each in inside):
-            self.helpers["added"] = ADDED
+            self.known["added"] = ADDED
         self.bodies = list(dict.fromkeys(body for step in self.steps for body in bodies(step.expr)))
         for body in self.bodies:
-            self.helpers |= {fn.name: fn.source for step in body.steps for fn in helpers(step.expr)}
+            self.known |= {fn.name: fn.source for step in body.steps for fn in helpers(step.expr)}
         every = [*self.steps, *(step for body in self.bodies for step in body.steps)]
-        self.taken = TAKEN | OWN | set(self.helpers) | words(every)
+        self.taken = TAKEN | OWN | set(self.known) | words(every)
         outside = Scope(self.taken)
         self.functions = {body: _function_name(outside, body, k) for k, body in enumerate(self.bodies)}
         self.names = Scope(self.taken | set(self.functions.values()))
         for name in (*graph.inputs, *plan.given):
             self.names(plan.given[name])
         self.printer = self._printer(self.names)
+
+    @cached_property
+    def helpers(self) -> dict[str, str]:
+        """The sources of those that the lines call after all passes."""
+        lines = (line for each in (self.program.lines, *self.program.functions.values()) for line in each)
+        called = {fn.name for line in lines for expr in _written(line) for fn in helpers(expr)} | {"added"}
+        return {name: source for name, source in self.known.items() if name in called}
 
     def source(self, header: str) -> str:
         """All of it."""

@@ -99,14 +99,18 @@ def opaque(compiled: Compiled) -> set[str]:
 
 
 def pass_lines(row: Pass, compiled: Compiled) -> Iterator[str]:
-    """What a pass changes: each line before it and after it."""
+    """What a pass changes: each line before it and after it, and new ones."""
     yield f"  {row.says}"
     writer = compiled.writer
     lines, context = lines_of(compiled.plan.steps), writer.context(writer.wanted)
     for each in PASSES[: PASSES.index(row)]:
         lines = each.apply(lines, context)
-    text, names = writer.printer.text, writer.names
-    for before, after in zip(lines, row.apply(lines, context), strict=True):
+    text, names, known = writer.printer.text, writer.names, {line.value: line for line in lines}
+    for after in row.apply(lines, context):
+        before = known.get(after.value)
+        if before is None:
+            yield f"  {names(after.value)} = {text(after.expr)}"
+            continue
         if after.block is not None and before.block is None:
             yield f"  {names(after.value)}: {text(before.expr)}"
             yield from (f"    {names(line.value)} = {text(line.expr)}" for line in _own(after.block))

@@ -181,12 +181,8 @@ def rewritten(compiled: Compiled, item: Extraction) -> dict[Result, tuple[Altern
     """For each quantity the ways that are other diagrams than its own: multiplied out, or what was chosen."""
     found = {} if item.streams else alternatives(item.diagrams, choice_of(compiled, item))
     return {
-        quantity: tuple(
-            way
-            for way in ways
-            if way.diagram != item.diagrams[quantity] and (way.chosen or way.way is not Way.EXPLICIT)
-        )
-        for quantity, ways in found.items()
+        q: tuple(w for w in ways if w.diagram != item.diagrams[q] and (w.chosen or w.way is not Way.EXPLICIT))
+        for q, ways in found.items()
     }
 
 

@@ -187,7 +187,6 @@ CONV = {k: function(f"torch.nn.functional.conv{k}d", memory=Memory.OWN) for k in
 CONV_BACKWARD = function("torch.ops.aten.convolution_backward")
 CONV_OF_INPUT = """\
 def conv{dims}d_input(size, weight, g, stride, padding, dilation, groups):
-    # As torch.nn.grad has it, without copying an input that is not read.
     x = g.new_empty(size)
     both = torch.ops.aten.convolution_backward(
         g, x, weight, None, stride, padding, dilation, False, {whole}, groups, (True, False, False)
@@ -195,12 +194,12 @@ def conv{dims}d_input(size, weight, g, stride, padding, dilation, groups):
     return both[0]"""
 CONV_OF_WEIGHT = """\
 def conv{dims}d_weight(x, size, g, stride, padding, dilation, groups):
-    # As torch.nn.grad has it, without copying a weight that is not read.
     weight = g.new_empty(size)
     both = torch.ops.aten.convolution_backward(
         g, x, weight, None, stride, padding, dilation, False, {whole}, groups, (False, True, False)
     )
     return both[1]"""
+"""As torch.nn.grad has them, without copying an input or a weight that is not read."""
 
 
 def _of_dims(name: str, source: str) -> dict[int, Function]:

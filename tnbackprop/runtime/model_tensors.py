@@ -1,9 +1,10 @@
-"""Held: the model's own tensors, checked at every call against what the program was compiled for."""
+"""The model's own tensors, checked at every call against what the program was compiled for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import NoReturn
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from ..compiler.translate.torch_modes import check_plain
 from ..errors import InputError
 
 
-class Held:
+class ModelTensors:
     """Reads the model's parameters and buffers by value name. Each call walks the modules once.
 
     What only other parameters can break (which are tied, trainable, plain) is looked at where they are not the same
@@ -24,26 +25,26 @@ class Held:
 
     def __init__(self, graph: Graph, others: frozenset[str]) -> None:
         """`others`   trainable parameters that the program is not of"""
-        self._graph, self._others = graph, others
-        self._checked: tuple[list[str], list[Tensor], list[bool]] | None = None
+        self._others = others
+        self._checked: tuple[list[str], list[bool], list[ref[Tensor]]] = [], [], []
         own = (("parameter", name, dotted) for name, (dotted, *_) in graph.parameters.items())
         read = (*own, *(("buffer", name, dotted) for name, dotted in graph.buffers.items()))
         self._read = [(kind, name, dotted, *_wanted(graph.values[name])) for kind, name, dotted in read]
 
-    def tensors(self, model: nn.Module, loss: object, parameters: object = None) -> dict[str, Tensor]:
+    def tensors(self, model: nn.Module, loss: object, graph: Graph, parameters: object = None) -> dict[str, Tensor]:
         """By value name; `parameters`: others in the place of some. Raises `InputError` where the model has changed."""
         names, tensors = _walked(model)
         trainable = [tensor.requires_grad for tensor in tensors]
-        before = self._checked
-        same = before is not None and (before[0], before[2]) == (names, trainable)
-        if before is None or not same or any(a is not b for a, b in zip(before[1], tensors, strict=True)):
+        *before, objects = self._checked
+        same = before == [names, trainable] and all(a() is b for a, b in zip(objects, tensors, strict=True))
+        if not same or not names:
             for name, tensor in zip(names, tensors, strict=True):
                 check_plain(f"{name!r} of the model", tensor)
-            check_parameters(model, self._graph, self._others)
-            self._checked = names, tensors, trainable
+            check_parameters(model, graph, self._others)
+            self._checked = names, trainable, [ref(tensor) for tensor in tensors]
         found = dict(zip(names, tensors, strict=True))
         found |= _of_loss(loss) if isinstance(loss, nn.Module) else {}
-        return self._by_value(found if parameters is None else replaced(found, self._graph, parameters))
+        return self._by_value(found if parameters is None else replaced(found, graph, parameters))
 
     def _by_value(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         values = {}
