@@ -82,7 +82,7 @@ def code_of(program: tn.Program) -> dict[Value, str]:
 def source_of(text: Writer) -> dict[str, Any]:
     """The functions next to the program, and what a source knows."""
     namespace: dict[str, Any] = {"torch": torch, "progress": iter}
-    for source in text.helpers.values():
+    for source in text.known.values():
         exec(source, namespace)
     for body in text.bodies:
         exec("\n".join(text._function(body)), namespace)
