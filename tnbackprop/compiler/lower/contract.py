@@ -16,7 +16,7 @@ from ..program.expr import Call, Ref
 from ..program.hoist import saved
 from ..program.numbers import Number
 from ..program.store import Store
-from .arrange import arranged, as_stored, in_order, sizes_of
+from .arrange import arranged, as_stored, copy_work, in_order, reshaped, sizes_of
 from .candidate import Candidate, Made, Then
 from .pairs import contract_pair, elementwise, sum_legs
 
@@ -124,6 +124,10 @@ def read(store: Store, tensor: Tensor) -> Ref:
     base = value.seen
     if base is not None and [leg.size for leg in base.order] == [leg.size for leg in tensor.legs]:
         return base.renamed(tensor.legs)  # a permuted view is its base, in the memory order of that
+    sizes = sizes_of(tensor.legs)
+    if value.strided and sum(size != 1 for size in value.shape) > sum(size != 1 for size in sizes):
+        # a leg that is several axes: whoever reads it has to copy, so all of them share one copy
+        value = store.add(reshaped(value, value.shape, sizes), sizes, Kernel.COPY, copy_work(tensor.legs))
     return Ref(value, tensor.legs, tensor.legs)
 
 
