@@ -135,7 +135,8 @@ def _parts_of(diagrams: Mapping[Result, Diagram]) -> tuple[Diagram, ...]:
 
 
 def _is_tensor(diagram: Diagram) -> bool:
-    return [len(p.operands) for p in diagram.products] == [1] and isinstance(diagram.products[0].operands[0], Tensor)
+    operands = [op for product in diagram.products for op in product.operands]
+    return len(operands) == 1 and isinstance(operands[0], Tensor) and set(operands[0].legs) == set(diagram.legs)
 
 
 def _subsets(diagrams: Mapping[Result, Diagram], found: tuple[Diagram, ...]) -> list[frozenset[Diagram]]:
