@@ -12,7 +12,7 @@ PEERS  := backpack-for-pytorch opacus curvlinops-for-pytorch einconv linear_oper
 
 WORKERS := 2
 
-.PHONY: help venv demo test test-slow test-cuda check docs dist bench bench-curvature bench-modern bench-clients plan-choice clean
+.PHONY: help venv demo test test-slow test-cuda check docs dist bench bench-curvature bench-modern bench-clients plan-choice prices clean
 .NOTPARALLEL:
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make bench-clients  clipping, natural gradients, EKFAC, attach, saved bytes"
 	@echo "make bench-modern  transformers, residual, U-shaped and recurrent nets against autograd and vmap"
 	@echo "make plan-choice  time both plans of every parameter of 3C3D against what the compiler chose"
+	@echo "make prices  time every step of real programs against what was predicted for it"
 	@echo "make clean   remove .venv and every cache"
 
 $(BIN)/pip:
@@ -89,6 +90,9 @@ bench-modern: $(VENV)/.installed-peers
 
 bench-clients: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.clients $(BENCH)
+
+prices: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.prices $(BENCH)
 
 plan-choice: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.plan_choice $(BENCH)

@@ -18,7 +18,7 @@ from .compiler.lower.candidate import Lowering
 from .compiler.running.collector import UNCOLLECTED
 from .compiler.translate.graph import Graph
 from .declare import REGISTRY, Declaration, resolve, told_of_replaced
-from .errors import InputError, check_member
+from .errors import InputError, UnsupportedError, check_member
 from .proof.proof import prove
 from .quantities import Quantity, check_quantities
 from .quantities.roots import resolved
@@ -46,6 +46,7 @@ def compile(
     check: bool = True,
     replan: bool = True,
     parameters: Selection | None = None,
+    accumulate: torch.dtype | None = None,
 ) -> Program:
     """Compile a model with its loss and quantities to a program.
 
@@ -69,10 +70,12 @@ def compile(
                   and the limit holds for its size
     parameters    which parameters the quantities are of: names or patterns ("encoder.*"), or a function of a name; the
                   others cost what frozen ones cost. None: all that require grad
+    accumulate    the dtype in which squares and factors are computed, torch.float32 for a model in bfloat16: what is
+                  linear in the gradients keeps the model's. None: all of it
 
     Raises `InputError`, `UnsupportedError`, `RuleError`, and `VerificationError` where the two differ.
     """
-    options = _Options(model, loss, rules, memory_limit, indefinite, lowerings, check, replan, parameters)
+    options = _Options(model, loss, rules, memory_limit, indefinite, lowerings, check, replan, parameters, accumulate)
     return options.compiled(example, quantities)
 
 
@@ -89,6 +92,7 @@ def compile_many(
     check: bool = True,
     replan: bool = True,
     parameters: Selection | None = None,
+    accumulate: torch.dtype | None = None,
 ) -> list[Program]:
     """Several programs of one model, one for each list of quantities: it is captured once. Options as for `compile`.
 
@@ -98,7 +102,7 @@ def compile_many(
     several = isinstance(quantities, Iterable) and not isinstance(quantities, str)
     if not several or any(isinstance(each, Quantity) for each in quantities):
         raise InputError("compile_many: give lists of quantities, [[tn.Grad()], [tn.Grad(), tn.KFAC()]]")
-    options = _Options(model, loss, rules, memory_limit, indefinite, lowerings, check, replan, parameters)
+    options = _Options(model, loss, rules, memory_limit, indefinite, lowerings, check, replan, parameters, accumulate)
     found: list[Program] = []
     for each in quantities:
         found.append(options.compiled(example, each, found[0].compiled.captured if found else None))
@@ -118,6 +122,7 @@ class _Options:
     check: bool
     replan: bool
     parameters: Selection | None
+    accumulate: torch.dtype | None
 
     def compiled(self, example: Any, quantities: Sequence[Quantity], known: Graph | None = None) -> Program:
         """A program; `known`: the graph of the same model and loss, captured before."""
@@ -134,7 +139,8 @@ class _Options:
         with UNCOLLECTED, frozen(model, others):
             with told_of_replaced(self.rules):
                 compiled = compile_program(
-                    model, loss, example, list(quantities), table, limit, lowerings=rows, known=known
+                    model, loss, example, list(quantities), table, limit, lowerings=rows, known=known,
+                    accumulate=_dtype(self.accumulate, quantities),
                 )
             program = Program(model, compiled, loss, quantities, self.indefinite, self.check, others)
             whole = limit is not None
@@ -156,6 +162,7 @@ def compute(
     check: bool = True,
     replan: bool = True,
     parameters: Selection | None = None,
+    accumulate: torch.dtype | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
     operands: Given | None = None,
@@ -171,7 +178,7 @@ def compute(
     """
     options: dict[str, Any] = {
         "rules": rules, "memory_limit": memory_limit, "indefinite": indefinite, "lowerings": lowerings, "check": check,
-        "parameters": parameters,
+        "parameters": parameters, "accumulate": accumulate,
     }  # fmt: skip
     state = _state(model, loss, batch, quantities, options) if isinstance(model, torch.nn.Module) else None
     kept = [] if state is None else _PROGRAMS.get(model, [])
@@ -208,6 +215,21 @@ def _state(
     named = isinstance(batch, tuple | list) and [isinstance(part, dict) for part in batch]
     given = (loss, quantities, inputs, str(spec), named, {**options, "rules": rules})
     return fingerprint(model, *given, built_in=(*RULES, *RULES.values()))
+
+
+def _dtype(accumulate: object, quantities: Sequence[Quantity]) -> torch.dtype | None:
+    """That of squares and factors."""
+    if accumulate is None:
+        return None
+    if not isinstance(accumulate, torch.dtype) or not accumulate.is_floating_point:
+        raise InputError(f"accumulate={accumulate!r} is no floating dtype: torch.float32, or None for the model's own")
+    late = [quantity.name for quantity in quantities if quantity.needs]
+    if late:
+        raise UnsupportedError(
+            f"accumulate={accumulate} with {', '.join(late)}: what comes between its phases is in the model's dtype.\n"
+            "  Compile it on its own, without accumulate; tn.compile_many captures the model once"
+        )
+    return accumulate
 
 
 def _bytes(limit: float | str | None) -> int | None:

@@ -345,3 +345,17 @@ def test_another_power_of_the_batch_size(power: float) -> None:
     quantities = [tn.BatchL2(scale=tn.Scale.UNSCALED), tn.Variance(), tn.SecondMoment()]
     program = tn.compile(model, lambda f, y: (f - y).square().sum() / len(f) ** power, (x, y), quantities)
     assert "not checked" not in program.checked
+
+
+def test_squares_that_are_lost_in_a_short_dtype() -> None:
+    """What helps is said, and helps."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3).half(), torch.randn(8, 4).half(), torch.randn(8, 3).half()
+
+    def small(f: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return 1e-4 * F.mse_loss(f, y)
+
+    with pytest.raises(tn.VerificationError, match=r"squares in torch.float16 .* 0: accumulate=torch.float32"):
+        tn.compile(model, small, (x, y), [tn.SecondMoment()])
+    program = tn.compile(model, small, (x, y), [tn.SecondMoment()], accumulate=torch.float32)
+    assert "second_moment of 2 parameters" in program.checked

@@ -41,6 +41,7 @@ def compile_program(
     here: bool = True,
     lowerings: Sequence[Lowering] = (),
     known: Graph | None = None,
+    accumulate: torch.dtype | None = None,
 ) -> Compiled:
     """Run the stages on an example batch; `here` where the source runs on this machine: by what this one has."""
     quantities = with_needs(quantities)
@@ -52,6 +53,6 @@ def compile_program(
     bound = check(Stage.BIND, bind_all(graph, rules, trial), seen := replace(seen, graph=graph))
     graph = with_output_at_loss(graph, bound, quantities)
     title = f"{type(model).__name__}: {', '.join(q.name for q in quantities if not isinstance(q, Needed))}"
-    device = Device.of(model, here)
+    device = Device.of(model, here, accumulate)
     front = Front(graph, bound, quantities, device, memory_limit, lowerings, title, seen)
     return replace(front.planned(graph.example_batch), captured=first)

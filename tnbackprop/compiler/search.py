@@ -43,14 +43,18 @@ Made = tuple[Derived, Plan]
 
 @dataclass(frozen=True)
 class Device:
-    """Where a program runs: what it does how fast, the bytes of its floating numbers, and its memory."""
+    """Where a program runs: what it does how fast, the bytes of its floating numbers, and its memory.
+
+    accumulate  the dtype of squares and factors, where that is not the model's
+    """
 
     rates: Rates
     itemsize: int
     machine: int
+    accumulate: torch.dtype | None = None
 
     @classmethod
-    def of(cls, model: torch.nn.Module, here: bool = True) -> Device:
+    def of(cls, model: torch.nn.Module, here: bool = True, accumulate: torch.dtype | None = None) -> Device:
         """That of a model's parameters; `here` where the source runs on this machine: by what this one has."""
         first = next(model.parameters(), None)
         device = torch.device("cpu") if first is None else first.device
@@ -58,7 +62,8 @@ class Device:
         rates = RATES.get(device.type, RATES["cpu"])
         if here and rates.name == "cpu" and itemsize == 4:
             rates = of_processor(rates)
-        return cls(rates, itemsize, machine_bytes(device))
+        other = None if first is not None and accumulate == first.dtype else accumulate
+        return cls(rates, itemsize, machine_bytes(device), other)
 
 
 def searched(
@@ -91,12 +96,13 @@ def searched(
             return None
         again = derived if plain else derived_for(columns, per_sample, joint)
         possible = separable(again) and joint == any(each.joint for each in again.columns)
-        return (again, plan(graph, again, rates, itemsize, lowerings=every)) if possible else None
+        made = plan(graph, again, rates, itemsize, None, every, device.accumulate) if possible else None
+        return (again, made) if made is not None else None
 
     derived, planned = _fastest(width, others, PerSample(MANY * rates.rows, rates.odd), attempt)
     if memory_limit is not None and planned.peak_bytes > memory_limit:
         derived = derived_for(1)
-        planned = plan(graph, derived, rates, itemsize, memory_limit, every)
+        planned = plan(graph, derived, rates, itemsize, memory_limit, every, device.accumulate)
     return derived, planned
 
 

@@ -274,6 +274,12 @@ class Proof:
 
     # -- a difference
 
+    def _digits(self) -> str:
+        """What may be wrong with squares in a short dtype."""
+        own = all(step.dtype is None for step in self.program.compiled.plan.steps)
+        short = own and torch.finfo(self.dtype).bits < 32
+        return f"squares in {self.dtype} have few digits, and small ones are 0: accumulate=torch.float32; " * short
+
     def _refuse(self, wrong: Sequence[Pair], pairs: Sequence[Pair]) -> NoReturn:
         first = wrong[0]
         difference, size = first.error, first.largest
@@ -286,7 +292,7 @@ class Proof:
         raise VerificationError(
             f"the program does not compute what PyTorch's autograd gives for {type(self.program.model).__name__} on "
             f"{_counted(self.size, 'sample')} of the example:\n  {what} differs by up to {difference:.3g}, where "
-            f"autograd has values up to {size:.3g}{relative}.{rest}\n  Likely: {CAUSES[first.kind]}{rule}\n{NEXT}"
+            f"autograd has values up to {size:.3g}{relative}.{rest}\n  Likely: {self._digits()}{CAUSES[first.kind]}{rule}\n{NEXT}"
         )
 
 

@@ -25,6 +25,7 @@ from ..sweep.derived import Backward, Extraction, Individual, Native, Result, Sc
 from ..translate.graph import Graph
 from ..translate.operators import Memory, row_of
 from ..translate.torch_internals import overload
+from .accumulated import accumulated, as_read
 from .choose import Choice, choose, chosen
 from .placed import joined, side_by_side
 from .streams import streamed
@@ -164,17 +165,22 @@ def _extract(
     """All results of one parameter, with the set of parts that makes them cheapest together."""
     dotted, shape = graph.parameters[item.parameter][0], graph.values[item.parameter].shape
     store.note = f"{dotted}"
+    own = accumulated(store, item)
     if item.native is not None:
         choice, refs = chosen(item, dotted, store, partial(_native, term=item.native, shape=shape, lead=()))
     else:
-        choice, refs = choose(store, item, dotted, chunk)
+        choice, refs = choose(store, own, dotted, chunk)
+        choice = choice if own is item else as_read(choice, item)
     values = {}
     for quantity, ref in refs.items():
         store.note = f"{quantity} of {dotted}"
         whole = quantity.factor is None
         whole = whole and not item.own & set(ref.order)
         sizes = _result_shape(ref.order, shape) if whole else sizes_of(ref.order)
-        values[quantity] = _final(store, ref, sizes, _cast_dtype(graph, item.parameter))
+        dtype = _cast_dtype(graph, item.parameter)
+        if own.diagrams[quantity] is not item.diagrams[quantity] and ref.value.dtype is None:
+            dtype = store.accumulate  # it is made of indices alone
+        values[quantity] = _final(store, ref, sizes, dtype)
     return values, choice
 
 

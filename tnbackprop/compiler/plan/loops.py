@@ -88,7 +88,8 @@ def _rounds(
     made = store.add(rounds, (), Kernel.ROUNDS, _work(store, rounds, [total for _, total in outputs]), hint="rounds")
     return {
         total: store.add(
-            Call(f.ITEM, (made, k)), total.shape, Kernel.ROUNDS, hint=total.hint, floating=total.floating
+            Call(f.ITEM, (made, k)), total.shape, Kernel.ROUNDS, hint=total.hint, floating=total.floating,
+            dtype=total.dtype,
         )
         for k, (_, total) in enumerate(outputs)
     }  # fmt: skip
@@ -98,7 +99,7 @@ def _total(value: Value, columns: Columns, number: int, stacked: bool) -> Value:
     """A concatenation has a row for each column."""
     shape = (int(columns.count), *value.shape[1:]) if stacked else value.shape
     hint = f"total_{columns.number}_{number}"
-    return Value(hint.replace("_", ":"), None, shape, hint=hint, floating=value.floating)
+    return Value(hint.replace("_", ":"), None, shape, hint=hint, floating=value.floating, dtype=value.dtype)
 
 
 def _work(store: Store, rounds: Rounds, totals: list[Value]) -> Work:

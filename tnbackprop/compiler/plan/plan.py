@@ -108,9 +108,13 @@ def plan(
     itemsize: int,
     memory_limit: int | None = None,
     lowerings: tuple[Lowering, ...] = LOWERINGS,
+    accumulate: torch.dtype | None = None,
 ) -> Plan:
-    """The fastest plan whose peak is within `memory_limit` bytes, met by slicing the batch into ever smaller pieces."""
-    best = _plan(graph, derived, rates, itemsize, None, lowerings)
+    """The fastest plan whose peak is within `memory_limit` bytes, met by slicing the batch into ever smaller pieces.
+
+    accumulate  the dtype of squares and factors, where that is not the model's
+    """
+    best = _plan(graph, derived, rates, itemsize, None, lowerings, accumulate)
     chunk = graph.example_batch
     while memory_limit is not None and best.peak_bytes > memory_limit:
         if chunk == 1:
@@ -120,16 +124,23 @@ def plan(
                 "or compile with a smaller example batch."
             )
         chunk = (chunk + 1) // 2
-        best = _plan(graph, derived, rates, itemsize, chunk, lowerings)
+        best = _plan(graph, derived, rates, itemsize, chunk, lowerings, accumulate)
     return best
 
 
 def _plan(
-    graph: Graph, derived: Derived, rates: Rates, itemsize: int, chunk: int | None, lowerings: tuple[Lowering, ...]
+    graph: Graph,
+    derived: Derived,
+    rates: Rates,
+    itemsize: int,
+    chunk: int | None,
+    lowerings: tuple[Lowering, ...],
+    accumulate: torch.dtype | None,
 ) -> Plan:
     """Steps for the forward, the cotangents and every result, cheapest first, dead ones dropped."""
     store = Store(rates, graph.example_batch, itemsize)
     store.lowerings, store.outermost = lowerings, (columns_first,)
+    store.accumulate = accumulate
     _inputs(store, graph)
     operands = _operands(store, derived)
     _forward(store, graph, {call.output.name: rule for call, rule in derived.bound})
@@ -256,6 +267,7 @@ def _in_order(results: dict[Result, dict[str, Value]], graph: Graph) -> dict[Res
 
 def _inputs(store: Store, graph: Graph) -> None:
     dtypes = {value.dtype for value in graph.values.values() if value.dtype.is_floating_point}
+    dtypes |= set() if store.accumulate is None else {store.accumulate}
     store.one_dtype, store.mixed = len(dtypes) == 1, len(dtypes) > 1
     for name in (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs):
         value = graph.values[name]

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any, TypeAlias
 
 import sympy
+import torch
 
 from ...diagram.core import Leg, N, Size
 from ...notation.code import Code
@@ -35,6 +36,7 @@ class Value:
     spread    what is constant along some legs: the value without them
     summands  of a sum: a summand in the same order, and one with fewer legs
     linear    a value in which it is linear, where its expression does not show it
+    dtype     where it is made of what was cast for squares and factors: that dtype
     """
 
     key: str
@@ -53,6 +55,7 @@ class Value:
     spread: Ref | None = None
     summands: tuple[Ref, Ref] | None = None
     linear: Value | None = None
+    dtype: torch.dtype | None = None
     inputs: tuple[Value, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:

@@ -29,7 +29,8 @@ def peak_of(
     peak = 0.0
     for k, step in enumerate(steps):
         if owner.get(step) is step:
-            live[step] = 0.0 if _several(step) else bytes_of(step.shape, batch, itemsize)
+            own = step.dtype.itemsize if step.dtype is not None else itemsize
+            live[step] = 0.0 if _several(step) else bytes_of(step.shape, batch, own)
         peak = max(peak, sum(live.values()) + itemsize * number(step.work.inside, batch))
         for value in [value for value in live if last.get(value, len(steps)) == k]:
             del live[value]

@@ -142,7 +142,7 @@ def _legs(ref: Ref | None) -> object:
 
 def _facts(value: Value, varies: bool) -> tuple[object, ...]:
     near = tuple(sorted(value.near.items())) if value.near is not None else None
-    return value.shape, value.own, value.floating, value.whole, value.strided, near, varies
+    return value.shape, value.own, value.floating, value.whole, value.strided, near, varies, value.dtype
 
 
 def _around(value: Value) -> list[Ref | None]:
@@ -176,7 +176,7 @@ class _Copies:
             own=step.own, floating=step.floating, strided=step.strided, near=step.near,
             seen=self._maybe(step.seen), spread=self._maybe(step.spread),
             summands=(self.ref(step.summands[0]), self.ref(step.summands[1])) if step.summands else None,
-            linear=self.to[step.linear] if step.linear is not None else None,
+            linear=self.to[step.linear] if step.linear is not None else None, dtype=step.dtype,
         )  # fmt: skip
         return True
 

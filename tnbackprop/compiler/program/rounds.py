@@ -49,13 +49,15 @@ def block_of(rounds: Rounds, totals: Mapping[int, Value], like: Value, memory: M
 
 
 def _start(value: Value, start: Expr | None, like: Value) -> Expr:
-    return Call(f.NEW_ZEROS, (like, value.shape)) if start is None else Call(f.CLONE, (start,))
+    own = (("dtype", value.dtype),) if value.dtype is not None else ()
+    return Call(f.NEW_ZEROS, (like, value.shape), own) if start is None else Call(f.CLONE, (start,))
 
 
 def _empty(shape: tuple[object, ...], total: Value, like: Value, memory: Memory) -> Expr:
     """A value that is filled in later."""
     there = memory(replace(total, shape=shape))
-    options = (("dtype", Call(f.DTYPE, (like,))), ("device", Call(f.DEVICE, (like,))))
+    dtype = total.dtype if total.dtype is not None else Call(f.DTYPE, (like,))
+    options = (("dtype", dtype), ("device", Call(f.DEVICE, (like,))))
     return Call(f.EMPTY, (shape,), (*options, *((("out", there),) if there is not None else ())))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import sympy
+import torch
 
 from ...diagram.canonical import Key
 from ...diagram.core import Diagram, Leg, N, Size, hint_of
@@ -63,6 +64,7 @@ class Store:
         self.one_dtype: bool = parent.one_dtype if parent else False  # all floating values of the graph have one dtype
         self.mixed: bool = parent.mixed if parent else False  # they have several
         self.like: Value = parent.like if parent else NOTHING
+        self.accumulate: torch.dtype | None = parent.accumulate if parent else None  # of squares and factors
 
     @property
     def _layers(self) -> Iterator[Store]:
@@ -79,7 +81,7 @@ class Store:
         """An empty store for what a function computes of so many samples; keys of its values are no keys of these."""
         inner = Store(self.rates, batch, self.itemsize, one_sample)
         inner.note, inner._count, inner.mixed = self.note, self._count, self.mixed
-        inner.lowerings, inner.outermost = self.lowerings, self.outermost
+        inner.lowerings, inner.outermost, inner.accumulate = self.lowerings, self.outermost, self.accumulate
         return inner
 
     def adopt(self, trial: Store) -> None:
@@ -230,6 +232,7 @@ class Store:
         base = base_of(expr) if kernel is Kernel.VIEW else None
         whole = own or (base is not None and base.whole and sympy.Mul(*base.shape) == sympy.Mul(*shape))
         floating = known_floating or own or (floating and kernel in (Kernel.VIEW, Kernel.COPY))
+        facts.setdefault("dtype", next((each.dtype for each in inputs if each.dtype is not None), None))
         value = Value(
             f"%{next(self._count)}", expr, shape, kernel, work, self.note, hint, own, floating, whole,
             inputs=inputs, **facts,

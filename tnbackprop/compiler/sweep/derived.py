@@ -92,6 +92,7 @@ class Extraction:
     streams: Mapping[str, Any] = field(default_factory=dict)  # torch code on slices of a quantity's diagram
     level: int = 0  # the phase in which it is extracted
     own: frozenset[Leg] = frozenset()  # legs of operands that are no axes of the parameter
+    carriers: frozenset[str] = frozenset()  # the values that carry what is propagated
     native: Native | None = None  # where all of them are its gradient: from the kernel that pulls back to the input
 
     @property

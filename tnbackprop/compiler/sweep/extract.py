@@ -107,7 +107,7 @@ def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction
     read = (leg for reading in sweep.readings.found.values() for leg in reading.legs if leg not in reading.own)
     own = frozenset(leg for leg in read if leg not in uses.legs and not is_head(leg))
     native = _kernel(sweep, name, uses, g, diagrams)
-    return Extraction(name, diagrams, factors, groups=groups, own=own, streams=streams, native=native)
+    return Extraction(name, diagrams, factors, {}, groups, streams, own=own, carriers=g.names, native=native)
 
 
 def _kernel(sweep: Sweep, name: str, uses: Uses, g: Cotangents, diagrams: Mapping[Result, Diagram]) -> Native | None:
