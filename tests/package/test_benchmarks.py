@@ -19,7 +19,8 @@ COMMANDS = sorted(path.stem for path in FILES if "argparse" in path.read_text(en
 
 def test_all_are_known() -> None:
     known = [
-        "clients", "first_order", "generated", "modern", "plan_choice", "profile_ops", "second_order", "whole_models",
+        "clients", "first_order", "generated", "modern", "plan_choice", "prices", "profile_ops", "second_order",
+        "whole_models",
     ]  # fmt: skip
     assert COMMANDS == known
 

@@ -292,7 +292,8 @@ class Proof:
         raise VerificationError(
             f"the program does not compute what PyTorch's autograd gives for {type(self.program.model).__name__} on "
             f"{_counted(self.size, 'sample')} of the example:\n  {what} differs by up to {difference:.3g}, where "
-            f"autograd has values up to {size:.3g}{relative}.{rest}\n  Likely: {self._digits()}{CAUSES[first.kind]}{rule}\n{NEXT}"
+            f"autograd has values up to {size:.3g}{relative}.{rest}\n  Likely: {self._digits()}"
+            f"{CAUSES[first.kind]}{rule}\n{NEXT}"
         )
 
 

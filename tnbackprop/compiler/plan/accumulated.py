@@ -17,8 +17,6 @@ from ..program.store import Store
 from ..sweep.derived import Extraction, Result
 from .choose import Choice
 
-MARK = "::of::"
-
 
 def accumulated(store: Store, item: Extraction) -> Extraction:
     """The extraction, of copies where it is not linear in what is propagated."""
@@ -33,11 +31,10 @@ def accumulated(store: Store, item: Extraction) -> Extraction:
     return replace(item, diagrams=other(item.diagrams), condensed=other(item.condensed))
 
 
-def as_read(choice: Choice, item: Extraction) -> Choice:
+def as_read(store: Store, choice: Choice, item: Extraction) -> Choice:
     """What was chosen for copies, told of what they are copies of."""
-    names = {leaf for by in (choice.item.diagrams, choice.item.condensed) for d in by.values() for leaf in leaves(d)}
-    own = {name: name.rpartition(MARK)[2] for name in names}
-    return replace(choice, item=item, names={there: own[here] for there, here in choice.names.items()} or own)
+    own = {there: store.copies.get(here, here) for there, here in choice.names.items()}
+    return replace(choice, item=item, names=own or dict(store.copies))
 
 
 def linear(diagram: Diagram, names: frozenset[str]) -> bool:
@@ -66,11 +63,12 @@ def _names(operand: Operand) -> list[str]:
 
 def _copy(store: Store, name: str, dtype: torch.dtype) -> str:
     """The name of a value's copy, made once."""
-    copy = f"{dtype}{MARK}{name}"
+    copy = f":{dtype}:{name}"
     if copy not in store:
         value = store.find(name)
         note, store.note = store.note, f"{name} in {dtype}"
         made = store.add(Call(f.TO, (value, dtype)), value.shape, Kernel.COPY, copy_work(legs_of(value)), dtype=dtype)
         store.name(copy, made)
+        store.copies[copy] = name
         store.note = note
     return copy

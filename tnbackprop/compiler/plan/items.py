@@ -170,7 +170,7 @@ def _extract(
         choice, refs = chosen(item, dotted, store, partial(_native, term=item.native, shape=shape, lead=()))
     else:
         choice, refs = choose(store, own, dotted, chunk)
-        choice = choice if own is item else as_read(choice, item)
+        choice = choice if own is item else as_read(store, choice, item)
     values = {}
     for quantity, ref in refs.items():
         store.note = f"{quantity} of {dotted}"

@@ -65,6 +65,7 @@ class Store:
         self.mixed: bool = parent.mixed if parent else False  # they have several
         self.like: Value = parent.like if parent else NOTHING
         self.accumulate: torch.dtype | None = parent.accumulate if parent else None  # of squares and factors
+        self.copies: dict[str, str] = parent.copies if parent else {}  # of that dtype: name -> of what
 
     @property
     def _layers(self) -> Iterator[Store]:
