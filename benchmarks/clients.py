@@ -4,13 +4,14 @@
 
 Times are multiples of autograd's gradient, in turns in one process. `two passes` are norms, then a weighted gradient by
 autograd; `attach/…` is a training step with the user's own backward(), next to the plain one. Saved bytes are what is
-kept between forward and backward for fine-tuning cases, measured, the output not counted. A whole run writes
-benchmarks/results/clients_<device>.json.
+kept between forward and backward for fine-tuning cases, measured, the output not counted. Peak memory is what an entry
+holds beyond the model and the batch, its results included. A whole run writes benchmarks/results/clients_<device>.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -27,7 +28,7 @@ from .first_order import RESULTS, machine
 from .models import net_3c3d
 from .modern_models import MODERN, Modern
 from .report import tables, write
-from .timing import Call, ratios, round_robin
+from .timing import Call, peak_bytes, peak_in_process, ratios, round_robin
 
 BASE = "autograd/grad"
 CLASSES, BATCH = 10, 32
@@ -194,6 +195,12 @@ def _by_autograd(model: nn.Module, x: Tensor) -> int:
     return sum(size for at, size in found.items() if at not in outside | {output.untyped_storage().data_ptr()})
 
 
+def _peak(model: str, entry: str, device: torch.device, only: re.Pattern[str]) -> int | None:
+    if device.type == "cuda":
+        return peak_bytes(calls(MODELS[model], device, only)[entry], device)
+    return peak_in_process("clients", model, entry)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.clients", description="Time what clients are made of.")
     parser.add_argument("--model", action="append", choices=tuple(MODELS), help="repeat for several; default all")
@@ -202,15 +209,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--output", type=Path, help="another place for the JSON")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory, on a CPU a process each")
     options = parser.parse_args(argv)
     part = bool(options.only or options.model)
     torch.set_num_threads(options.threads)
     device, only = torch.device(options.device), re.compile(options.only)
+    if options.peak_of:
+        (name,), own = options.model, re.compile(f"^({options.peak_of.replace('/', '|')})$")
+        print(json.dumps(peak_bytes(calls(MODELS[name], device, own)[options.peak_of], device)))
+        return 0
     results: dict[str, Any] = {**machine(device, options), "problems": {}, "saved": {}}
     for name in options.model or list(MODELS):
         row = MODELS[name]
         seconds = round_robin(calls(row, device, only), options.rounds, 3, device)
-        rows = {entry: {**asdict(found), "peak_bytes": None} for entry, found in ratios(seconds, BASE).items()}
+        peaks = {} if options.no_memory else {entry: _peak(name, entry, device, only) for entry in seconds}
+        found = ratios(seconds, BASE)
+        rows = {entry: {**asdict(each), "peak_bytes": peaks.get(entry)} for entry, each in found.items()}
         results["problems"][name] = {"batch": row.batch, "rounds": options.rounds, "entries": rows}
         print(tables({name: results["problems"][name]}), flush=True)
         results["saved"][name] = saved(row, device) if only.search("saved") else {}

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -31,7 +29,7 @@ import tnbackprop as tn
 from .first_order import RESULTS, machine
 from .modern_models import LARGE, MODERN, Modern
 from .report import tables, write
-from .timing import MALLOC_ENVIRONMENT, Call, peak_bytes, ratios, round_robin
+from .timing import Call, peak_bytes, peak_in_process, ratios, round_robin
 
 BASE = "autograd/grad"
 QUANTITIES: Mapping[str, Callable[[], tn.Quantity]] = {
@@ -110,20 +108,14 @@ def measured(row: Modern, device: torch.device, options: argparse.Namespace) -> 
     seconds = round_robin(entries, options.rounds, 3, device)
     peaks = {}
     if row.name in LARGE:
-        on_gpu = device.type == "cuda"
-        peaks = {name: peak_bytes(call, device) if on_gpu else _peak(row, name) for name, call in entries.items()}
+        for name, call in entries.items():
+            own = device.type == "cuda"
+            peaks[name] = peak_bytes(call, device) if own else peak_in_process("modern", row.name, name)
     rows = {
         name: {**asdict(found), "peak_bytes": peaks.get(name), "compile_seconds": compiled.get(name)}
         for name, found in ratios(seconds, BASE).items()
     }
     return {"batch": row.batch, "rounds": options.rounds, "entries": rows}
-
-
-def _peak(row: Modern, entry: str) -> int | None:
-    command = [sys.executable, "-m", "benchmarks.modern", "--model", row.name, "--peak-of", entry]
-    run = subprocess.run(command, env=os.environ | MALLOC_ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True)
-    peak: int | None = json.loads(run.stdout.splitlines()[-1])
-    return peak
 
 
 def main(argv: list[str] | None = None) -> int:

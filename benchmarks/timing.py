@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -84,6 +88,16 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
 
 # Freed blocks go back to the system at once, so that the resident set is what is held.
 MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+
+
+
+def peak_in_process(module: str, model: str, entry: str) -> int | None:
+    """The same in a process of its own, which prints it: ``python -m benchmarks.<module> --model … --peak-of …``."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--model", model, "--peak-of", entry]
+    run = subprocess.run(command, env=os.environ | MALLOC_ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True)
+    peak: int | None = json.loads(run.stdout.splitlines()[-1])
+    return peak
+
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 

@@ -33,17 +33,18 @@ from .by_rows import by_rows, shifted, shifted_by_rows
 Legs = tuple[Leg, ...]
 PANELS = 4
 SYMMETRIC_PRODUCT = """\
-def symmetric_product(x):
-    # xᵀ x in four panels of rows: what is left of the diagonal is above it, too.
+def symmetric_product(x, out=None):
+    # xᵀ x in panels of rows: what is left of the diagonal is above it, too, and copied in tiles that stay in the cache.
     size = x.shape[1]
-    width = -(-size // 4)
-    product = x.new_empty(size, size)
+    width = min(-(-size // 4), 384)
+    product = x.new_empty(size, size) if out is None else out
     for k in range(0, size, width):
         panel = x[:, k : k + width].mT @ x[:, k:]
         product[k : k + width, k:] = panel
-        product[k + width :, k : k + width] = panel[:, width:].mT
+        for j in range(width, size - k, width):
+            product[k + j : k + j + width, k : k + width] = panel[:, j : j + width].mT
     return product"""
-SYMMETRIC = helper("symmetric_product", SYMMETRIC_PRODUCT, memory=Memory.OWN)
+SYMMETRIC = helper("symmetric_product", SYMMETRIC_PRODUCT, memory=Memory.OWN, into="symmetric_product")
 Dims = tuple[int | tuple[int, ...], ...]
 """The argument of a sum over some axes; nothing where they are all."""
 

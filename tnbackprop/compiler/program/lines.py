@@ -116,10 +116,11 @@ def _memory(lines: Lines, rows: Mapping[Value, frozenset[Value]]) -> dict[Value,
 
 def with_out(expr: Expr, out: Expr) -> Expr | None:
     """The same product or matmul with out=; None for another expression."""
-    if not isinstance(expr, Call) or not expr.fn.into or len(expr.args) != 2:
+    if not isinstance(expr, Call) or not expr.fn.into or len(expr.args) > 2:
         return None
     args = tuple(sorted(expr.args, key=lambda each: isinstance(each, Number)))  # a number cannot come first
-    return Call(function(expr.fn.into, memory=Memory.WHOLE), args, (("out", out),))
+    into = expr.fn if expr.fn.source else function(expr.fn.into)
+    return Call(replace(into, memory=Memory.WHOLE), args, (("out", out),))
 
 
 def handed(lines: Iterable[Line], large: Callable[[Value], bool], memory: Callable[[Value], Expr]) -> tuple[Line, ...]:
