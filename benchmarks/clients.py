@@ -52,6 +52,7 @@ QUANTITIES: Mapping[str, Callable[[], list[tn.Quantity]]] = {
     "ekfac_drawn": lambda: [tn.KFAC(), tn.RotatedSecondMoment(root=tn.Draws(1))],
     "directional": lambda: [tn.DirectionalGrad()],
 }
+ATTACHED = "autograd/backward attach/batch_l2 attach/kfac"
 RANK = 4
 
 
@@ -121,7 +122,7 @@ def calls(row: Modern, device: torch.device, only: re.Pattern[str]) -> dict[str,
             found[f"tnbackprop/{name}"] = lambda p=program, o=operands: p(x, y, operands=o)  # type: ignore[misc]
     if only.search("clip"):
         found["two passes/clip"] = _two_passes(model, row, x, y, parameters)
-    return found | (_attached(model, row, x, y) if only.search("attach") else {})
+    return found | (_attached(model, row, x, y) if only.search(ATTACHED) else {})
 
 
 def _two_passes(model: nn.Module, row: Modern, x: Tensor, y: Tensor, parameters: list[nn.Parameter]) -> Call:
@@ -216,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     device, only = torch.device(options.device), re.compile(options.only)
     if options.peak_of:
-        (name,), own = options.model, re.compile(f"^({options.peak_of.replace('/', '|')})$")
+        (name,), own = options.model, re.compile(options.peak_of.rpartition("/")[2])
         print(json.dumps(peak_bytes(calls(MODELS[name], device, own)[options.peak_of], device)))
         return 0
     results: dict[str, Any] = {**machine(device, options), "problems": {}, "saved": {}}

@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         results["problems"][name] = measured(every[name], device, options)
         print(tables({name: results["problems"][name]}), flush=True)
     output = options.output or RESULTS / f"{'large' if options.large else 'modern'}_{device.type}.json"
-    return write(results, output, part and not options.output, plotted=False)
+    return write(results, output, part and not options.output)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,22 @@
 A step runs in the reference interpreter, on values that are there; the fastest of some runs counts. Steps that take
 less than `--least` milliseconds are left out: there launches decide, and the interpreter's own time. Only ratios matter
 to a plan: `ratio` is measured over predicted, divided by the same of all steps together. For each kind of kernel: how
-many steps, their share of the time, the ratio of their sums, and the two steps furthest from it. A run over all models
-writes benchmarks/results/prices_<device>.json.
+many steps, their share of the time, the ratio of their sums, between which ratios nine steps of ten are, and the two
+steps furthest away. A run over all models writes benchmarks/results/prices_<device>.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import sympy
@@ -56,8 +59,14 @@ class Step:
 
 def elementwise(expr: sympy.Expr, values: Mapping[sympy.Symbol, Any]) -> Any:
     """A formula of tensors."""
-    names = {symbol: f"value{k}" for k, symbol in enumerate(values)}
-    return eval(torch_code(expr, names), {"torch": torch} | {names[s]: value for s, value in values.items()})
+    names, code = _compiled(expr, tuple(values))
+    return eval(code, {"torch": torch} | {names[s]: value for s, value in values.items()})
+
+
+@lru_cache
+def _compiled(expr: sympy.Expr, symbols: tuple[sympy.Symbol, ...]) -> tuple[dict[sympy.Symbol, str], CodeType]:
+    names = {symbol: f"value{k}" for k, symbol in enumerate(symbols)}
+    return names, compile(torch_code(expr, names), "<formula>", "eval")
 
 
 def steps_of(name: str, device: torch.device, repeat: int) -> Iterator[Step]:
@@ -117,6 +126,8 @@ def tabled(steps: list[Step]) -> list[dict[str, Any]]:
             "steps": len(own),
             "share": whole / measured,
             "ratio": scale * whole / sum(s.predicted for s in own),
+            "low": scale * ends[len(ends) // 20].ratio,
+            "high": scale * ends[-1 - len(ends) // 20].ratio,
             "least": asdict(ends[0]) | {"ratio": scale * ends[0].ratio},
             "most": asdict(ends[-1]) | {"ratio": scale * ends[-1].ratio},
         })  # fmt: skip
@@ -138,9 +149,10 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.model or models:
         steps += [s for s in steps_of(name, device, options.repeat) if s.measured >= options.least]
     rows = tabled(steps)
-    print("| kernel | steps | share | ratio | least | most |\n|---|--:|--:|--:|--:|--:|")
+    print("| kernel | steps | share | ratio | nine of ten | worst |\n|---|--:|--:|--:|--:|--:|")
     for row in rows:
-        ends = f"{row['least']['ratio']:.2f} | {row['most']['ratio']:.2f}"
+        worst = max((row["least"]["ratio"], row["most"]["ratio"]), key=lambda ratio: abs(math.log(ratio)))
+        ends = f"{row['low']:.2f} to {row['high']:.2f} | {worst:.2f}"
         print(f"| {row['kernel']} | {row['steps']} | {row['share']:.0%} | {row['ratio']:.2f} | {ends} |")
     if not options.model:
         path = RESULTS / f"prices_{options.device}.json"

@@ -64,14 +64,19 @@ def write(results: Mapping[str, Any], output: Path, part: bool, plotted: bool = 
 def plot(results: Mapping[str, Any], path: Path) -> None:
     """Bars of the ratio with quartiles, one panel per problem; logarithmic, since the for-loop is far off."""
     problems = results["problems"]
-    figure, panels = plt.subplots(1, len(problems), figsize=(6 * len(problems), 9), squeeze=False, layout="constrained")
-    for panel, (problem, measured) in zip(panels[0], problems.items(), strict=True):
+    width, most = min(4, len(problems)), max(len(each["entries"]) for each in problems.values())
+    rows = -(-len(problems) // width)
+    size = (6 * width, max(3, 0.3 * most) * rows)
+    figure, panels = plt.subplots(rows, width, figsize=size, squeeze=False, layout="constrained")
+    for panel in panels.flat[len(problems) :]:
+        panel.remove()
+    for panel, (problem, measured) in zip(panels.flat, problems.items(), strict=False):
         quantities = list(dict.fromkeys(name.rsplit("/", 1)[1] for name in measured["entries"]))
         names = sorted(measured["entries"], key=lambda name: quantities.index(name.rsplit("/", 1)[1]))[::-1]
-        rows = [measured["entries"][name] for name in names]
-        medians = [row["median"] for row in rows]
-        below = [max(row["median"] - row["low"], 0) for row in rows]
-        above = [max(row["high"] - row["median"], 0) for row in rows]
+        found = [measured["entries"][name] for name in names]
+        medians = [each["median"] for each in found]
+        below = [max(each["median"] - each["low"], 0) for each in found]
+        above = [max(each["high"] - each["median"], 0) for each in found]
         colours = ["tab:orange" if name.startswith("tnbackprop") else "tab:gray" for name in names]
         panel.barh(names, medians, xerr=(below, above), color=colours, error_kw={"linewidth": 0.8})
         panel.axvline(1, color="black", linewidth=0.8)

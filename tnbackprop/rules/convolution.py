@@ -51,7 +51,21 @@ def transposed_convolution(call: Any, count: int) -> Rule:
         f"output[n, {g}o, {join(SPACE[count])}] = weight[{g}i, o, {join(KERNEL[count])}]"
         f" * input[n, {g}i, {join(IMAGE[count])}] * {' * '.join(where)} + bias[{g}o]",
         constants={"G": call.groups} if g else {},
+        backward=_joint(call, stride, padding, dilation, per_axis(call.output_padding, count)),
     )
+
+
+def _joint(call: Any, *numbers: tuple[int, ...]) -> dict[str, str]:
+    """The native backward of a transposed convolution; none where a matmul does the same."""
+    if set(call.weight.shape[2:]) == {1}:
+        return {}
+    stride, padding, dilation, more = map(list, numbers)
+    bias = call.arguments.get("bias") is not None
+    names, sizes = ("input, weight, bias", [call.weight.shape[1] * call.groups]) if bias else ("input, weight", None)
+    return {
+        names: f"torch.ops.aten.convolution_backward({{cotangent}}, {{input}}, {{weight}}, {sizes}, {stride}, "
+        f"{padding}, {dilation}, True, {more}, {call.groups}, [True, True, {bias}])"
+    }
 
 
 for _count, _op, _transposed in (

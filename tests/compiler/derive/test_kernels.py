@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -137,3 +138,28 @@ def test_a_kernel_of_ones_own() -> None:
     wrong = tn.Rule(FORMULA, backward={"input, gain": KERNEL.replace("sum", "mean")})
     with pytest.raises(tn.VerificationError, match=r"(?s)native backward of 'gain'.*every entry is"):
         tn.verify(wrong, module=Scaled(), x=(2, 3, 6))
+
+
+@pytest.mark.parametrize(
+    ("options", "native"),
+    [
+        ({"kernel_size": 3, "stride": 2, "output_padding": 1, "groups": 2}, True),
+        ({"kernel_size": 2, "stride": 2, "bias": False}, True),
+        ({"kernel_size": (3, 2), "padding": 1, "dilation": 2}, True),
+        ({"kernel_size": 1}, False),  # a matmul
+    ],
+    ids=str,
+)
+def test_transposed_convolutions(options: dict[str, Any], native: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Tanh(), nn.ConvTranspose2d(4, 6, **options), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)
+    ).double()
+    x, y = torch.randn(4, 1, 7, 7).double(), torch.randint(3, (4,))
+    model(x)
+    program = tn.compile(model, F.cross_entropy, (x, y), [tn.Grad()], check=False)
+    assert ("= torch.ops.aten.convolution_backward(" in program.source and "True, [" in program.source) == native
+    want = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    got = program(x, y)["grad"]
+    for (name, _), value in zip(model.named_parameters(), want, strict=True):
+        torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-13)
