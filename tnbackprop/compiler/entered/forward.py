@@ -174,9 +174,10 @@ def forward_work(rule: BoundRule | None) -> tuple[Kernel, Work]:
     for product in rule.equations[-1].diagram.products:
         windows = [op for op in product.operands if isinstance(op, Window)]
         chosen = {leg for op in product.operands if isinstance(op, Selection) for leg in op.choice}
-        legs = tuple(leg for leg in product.legs if leg not in {w.image for w in windows} | chosen)
+        chosen |= {window.image for window in windows}  # they follow from the others
+        legs = tuple(leg for leg in product.legs if leg not in chosen)
         tensors = [op for op in product.operands if isinstance(op, Tensor)]
-        every = tuple(leg for leg in output if leg not in legs)
+        every = tuple(leg for leg in output if leg not in product.legs)
         flops.append((2 if len(tensors) > 1 else 1, (*legs, *every)))
         moved += [(1, t.legs) for t in tensors]
         if len(tensors) > 1 and any(leg not in output for leg in legs):
