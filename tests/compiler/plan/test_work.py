@@ -9,13 +9,16 @@ from torch import nn
 import tnbackprop as tn
 from tnbackprop.compiler.program.cost import number
 
-N, I, O, S = 4, 2, 3, 5  # samples, channels in and out, positions along an axis of the input
+N, IN, OUT, S = 4, 2, 3, 5  # samples, channels in and out, positions along an axis of the input
 
 LAYERS = {
-    "linear": (lambda: nn.Linear(I, O), (I,), 2 * N * I * O + N * O),
-    "convolution": (lambda: nn.Conv2d(I, O, 2), (I, S, S), 2 * N * O * I * 4 * (S - 1) ** 2 + N * O * (S - 1) ** 2),
+    "linear": (lambda: nn.Linear(IN, OUT), (IN,), 2 * N * IN * OUT + N * OUT),
+    "convolution": (
+        lambda: nn.Conv2d(IN, OUT, 2), (IN, S, S), 2 * N * OUT * IN * 4 * (S - 1) ** 2 + N * OUT * (S - 1) ** 2,
+    ),
     "transposed": (
-        lambda: nn.ConvTranspose2d(I, O, 2, stride=2), (I, S, S), 2 * N * O * I * 4 * S**2 + N * O * (2 * S) ** 2,
+        lambda: nn.ConvTranspose2d(IN, OUT, 2, stride=2), (IN, S, S),
+        2 * N * OUT * IN * 4 * S**2 + N * OUT * (2 * S) ** 2,
     ),
 }  # fmt: skip
 
