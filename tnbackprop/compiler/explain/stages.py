@@ -215,6 +215,7 @@ def _choices(compiled: Compiled) -> Iterator[str]:
                 yield ""
                 yield from choice_lines(compiled, item)
 
+
 IN_SLICES = "torch code on slices of it, a few samples at a time"
 ONE_KERNEL = "from the kernel that pulls back to the input"
 

@@ -185,30 +185,25 @@ PAD = function("torch.nn.functional.pad")
 CAT = function("torch.cat", memory=Memory.OWN)
 CONV = {k: function(f"torch.nn.functional.conv{k}d", memory=Memory.OWN) for k in (1, 2, 3)}
 CONV_BACKWARD = function("torch.ops.aten.convolution_backward")
-CONV_OF_INPUT = """\
-def conv{dims}d_input(size, weight, g, stride, padding, dilation, groups):
-    x = g.new_empty(size)
+CONV_OF = """\
+def conv{dims}d_{by}({first}, g, stride, padding, dilation, groups):
+    {unread} = g.new_empty(size)
     both = torch.ops.aten.convolution_backward(
-        g, x, weight, None, stride, padding, dilation, False, {whole}, groups, (True, False, False)
+        g, x, weight, None, stride, padding, dilation, False, {whole}, groups, {wanted}
     )
-    return both[0]"""
-CONV_OF_WEIGHT = """\
-def conv{dims}d_weight(x, size, g, stride, padding, dilation, groups):
-    weight = g.new_empty(size)
-    both = torch.ops.aten.convolution_backward(
-        g, x, weight, None, stride, padding, dilation, False, {whole}, groups, (False, True, False)
-    )
-    return both[1]"""
+    return both[{place}]"""
 """As torch.nn.grad has them, without copying an input or a weight that is not read."""
 
 
-def _of_dims(name: str, source: str) -> dict[int, Function]:
-    each = {k: source.format(dims=k, whole=[0] * k) for k in (1, 2, 3)}
-    return {k: helper(f"conv{k}d_{name}", text, memory=Memory.OWN) for k, text in each.items()}
+def _of_dims(by: str, first: str, unread: str, place: int) -> dict[int, Function]:
+    wanted = (place == 0, place == 1, False)
+    options = {"by": by, "first": first, "unread": unread, "place": place, "wanted": wanted}
+    each = {k: CONV_OF.format(dims=k, whole=[0] * k, **options) for k in (1, 2, 3)}
+    return {k: helper(f"conv{k}d_{by}", text, memory=Memory.OWN) for k, text in each.items()}
 
 
-CONV_INPUT = _of_dims("input", CONV_OF_INPUT)
-CONV_WEIGHT = _of_dims("weight", CONV_OF_WEIGHT)
+CONV_INPUT = _of_dims("input", "size, weight", "x", 0)
+CONV_WEIGHT = _of_dims("weight", "x, size", "weight", 1)
 
 ARANGE = function("torch.arange")
 EYE = function("torch.eye")

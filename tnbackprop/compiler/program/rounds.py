@@ -55,7 +55,7 @@ def _start(value: Value, start: Expr | None, like: Value) -> Expr:
 
 def _empty(shape: tuple[object, ...], total: Value, like: Value, memory: Memory) -> Expr:
     """A value that is filled in later."""
-    there = memory(replace(total, shape=shape))
+    there = memory(replace(total, shape=shape)) if total.dtype is None else None  # that is of the program's dtype
     dtype = total.dtype if total.dtype is not None else Call(f.DTYPE, (like,))
     options = (("dtype", dtype), ("device", Call(f.DEVICE, (like,))))
     return Call(f.EMPTY, (shape,), (*options, *((("out", there),) if there is not None else ())))
