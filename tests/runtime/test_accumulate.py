@@ -155,3 +155,11 @@ def test_what_is_refused(accumulate: Any, quantity: tn.Quantity, error: type[Exc
     model, x, y = dense()
     with pytest.raises(error, match=message):
         tn.compile(model, F.cross_entropy, (x, y), [quantity], accumulate=accumulate)
+
+
+def test_the_peak_counts_their_bytes() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(64, 4), torch.randn(8, 64), torch.randn(8, 4)
+    program = tn.compile(model, nn.MSELoss(), (x, y), [tn.KFLR()], accumulate=torch.float64, check=False)
+    factors = {id(each): each for value in program(x, y)["kflr"].values() for each in leaves(value)}
+    assert program.peak_bytes >= sum(each.nbytes for each in factors.values())
