@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..quantities import Quantity
 from ..quantities.stream import Stream
 from ..quantities.total import ALL, Needed, level_of
+from .labels import with_labels
 from .program.inputs import parameter_shapes
 from .sweep.derived import Derived, Extraction, Phase, Result, Schedule, Streamed
 from .traced import Given, traced
@@ -32,7 +33,8 @@ def with_phases(
     phases = tuple(_phase(graph, derived, q, quantities) for q in later) if known is None else known.phases
     made = {name for phase in phases for name in phase.outcome}
     readings = {name: each if name in made else replace(each, of="") for name, each in derived.readings.items()}
-    return with_streams(graph, replace(derived, readings=readings, phases=phases), known)
+    derived = with_labels(graph, replace(derived, readings=readings, phases=phases), known)
+    return with_streams(graph, derived, known)
 
 
 def _phase(graph: Graph, derived: Derived, quantity: Quantity, quantities: Sequence[Quantity]) -> Phase:

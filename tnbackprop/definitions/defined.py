@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,8 +21,22 @@ from ..diagram.core import leaves
 from ..diagram.reference import size_of
 from ..linalg import KroneckerFactors
 from ..notation.bind import CURVATURE, NOISE
-from ..quantities import BL89, KFAC, KFLR, KFRA, DiagGGNMC, Fisher, HesScale, Quantity, SqrtGGNMC
+from ..quantities import (
+    BL89,
+    KFAC,
+    KFLR,
+    KFRA,
+    DiagGGNMC,
+    Draws,
+    Fisher,
+    HesScale,
+    Labels,
+    Propagation,
+    Quantity,
+    SqrtGGNMC,
+)
 from ..quantities.factors import Sharing
+from ..quantities.roots import OtherFactors
 from ..runtime import Program
 from . import oracle, recursions
 from .calls import dense, run_code, trace, with_lines
@@ -117,8 +131,10 @@ class Defined:
         return columns
 
     def draw(self, root: LossRoot, output: Tensor) -> Callable[[Tensor], Tensor]:
-        """The rule's code for one column at an output, [N, F], of uniform numbers with its shape."""
+        """The rule's code for one column at an output, [N, F], of uniform numbers; or what a sampler's labels give."""
         size, graph = self.problem.size, self.program.compiled.graph
+        if root.sampler is not None:
+            return partial(self._drawn, root.sampler, output)
         traced = trace(self.program, self.problem.x, self.problem.y, size)
         call, rule = next((call, rule) for call, rule in traced.bound if call.output.name == graph.loss)
         env = {**traced.env, root.value: output}
@@ -126,6 +142,21 @@ class Defined:
         if root.curvature is not None:
             env[CURVATURE] = dense(root.curvature, env, size)
         return lambda noise: run_code(root.root.sample, {**env, NOISE: noise}, size).reshape(size, -1)
+
+
+    def _drawn(self, sampler: Callable[..., Any], output: Tensor, noise: Tensor) -> Tensor:
+        """Gradients of drawn labels over the root of the factor that the loss puts on a sample's."""
+        assert self.problem.loss is not None
+        loss, y = self.problem.loss, sampler(output, noise)
+        found: Tensor = grad(lambda f: loss(f, y))(output).reshape(self.problem.size, -1) * self.problem.scale**-0.5
+        return found
+
+    def starts(self, key: str, root: Propagation) -> Tensor:
+        """The columns at the output that a quantity is made of, [N, V, F]."""
+        if isinstance(root, Labels):
+            found: Tensor = self.gradients.unsqueeze(1) * self.problem.scale**-0.5
+            return found
+        return self.drawn(key) if isinstance(root, Draws) else self.roots
 
 
 # -- the quantities
@@ -136,10 +167,15 @@ Expected = Callable[[Defined, str, Any, Mapping[str, Any]], Values]
 """For a quantity with its key, and what the program has: what its definition gives, or why it gives nothing."""
 
 
-def sampled_roots(case: Defined, key: str, quantity: Any, got: Mapping[str, Any]) -> dict[str, Tensor]:
+def columns(case: Defined, key: str, root: Propagation) -> dict[str, Tensor]:
     """J_nᵀ s_vn, [V, N, *p]."""
-    s, J = case.drawn(key), oracle.jacobians(case.problem)
+    s, J = case.starts(key, root), oracle.jacobians(case.problem)
     return {name: torch.einsum("nvf,nf...->vn...", s, own) for name, own in J.items()}
+
+
+def sampled_roots(case: Defined, key: str, quantity: Any, got: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of drawn columns."""
+    return columns(case, key, quantity.propagates)
 
 
 def sampled_diagonal(case: Defined, key: str, quantity: Any, got: Mapping[str, Any]) -> Values:
@@ -155,7 +191,7 @@ def factors(case: Defined, key: str, quantity: Any, got: Mapping[str, Any]) -> V
         matrices = recursions.averages(samples, case.hessians.sum(0))
         reached = [{name: half(K) / len(samples) ** 0.5 for name, K in matrices.items()}] * len(samples)
     else:
-        starts = _starts(case, key, quantity)
+        starts = case.starts(key, _root(quantity))
         reached = [recursions.columns(each, start) for each, start in zip(samples, starts, strict=True)]
     found: dict[str, Tensor | NotDefined] = {}
     for value, name in samples[0].trainable.items():
@@ -170,14 +206,10 @@ def factors(case: Defined, key: str, quantity: Any, got: Mapping[str, Any]) -> V
     return found
 
 
-def _starts(case: Defined, key: str, quantity: Any) -> Tensor:
-    """The columns at the output, [N, V, F]."""
+def _root(quantity: KFLR | KFAC) -> Propagation:
     if isinstance(quantity, KFLR):
-        return case.roots
-    if quantity.fisher is Fisher.EMPIRICAL:
-        rows: Tensor = case.gradients.unsqueeze(1) / case.problem.scale**0.5
-        return rows
-    return case.drawn(key)
+        return quantity.root
+    return Labels() if quantity.fisher is Fisher.EMPIRICAL else Draws(quantity.mc_samples)
 
 
 def half(K: Tensor) -> Tensor:
@@ -235,6 +267,7 @@ EXPECTED: Mapping[type[Quantity], Expected] = {
     KFLR: factors,
     KFRA: factors,
     KFAC: factors,
+    OtherFactors: factors,
     HesScale: approximate_diagonal,
     BL89: approximate_diagonal,
 }

@@ -32,7 +32,7 @@ from ..quantities import (
 )
 from ..runtime import Program
 from . import oracle
-from .defined import Defined, factors, half
+from .defined import Defined, columns, factors
 from .report import NotDefined
 
 Values = dict[str, Tensor | NotDefined]
@@ -62,10 +62,10 @@ def expected(case: Defined, key: str, quantity: Any, got: Mapping[str, Any]) -> 
             return {name: _sketch(program, name, g, operands) for name, g in G.items()}
         case ProjectedFactors():
             return _projected(case, key, quantity, got, operands)
-    blocks = oracle.ggn_blocks(problem)
     if isinstance(quantity, RotatedSecondMoment):
-        rows = {name: half(block.sum(0)).reshape(-1, *problem.theta[name].shape) for name, block in blocks.items()}
-        return {name: _turned(program, name, V, operands).square().sum(0) for name, V in rows.items()}
+        rows = columns(case, key, quantity.root)
+        return {name: _turned(program, name, V.flatten(0, 1), operands).square().sum(0) for name, V in rows.items()}
+    blocks = oracle.ggn_blocks(problem)
     d = {name: operands["direction"][name].flatten() for name in blocks}
     return {name: torch.einsum("npq,p,q->n", block, d[name], d[name]) for name, block in blocks.items()}
 

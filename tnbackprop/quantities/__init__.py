@@ -31,6 +31,7 @@ from .propagation import (
     Output,
     Propagation,
     Residual,
+    Sampler,
 )
 from .stream import Stream
 from .total import Total
@@ -40,7 +41,7 @@ __all__ = [
     "DiagGGN", "DiagGGNMC", "Diagonal", "DirectionalCurvature", "DirectionalGrad",
     "DirectionalRoot", "Draws", "Elementwise", "Exact", "Fisher", "GGNGram", "GGNTrace", "Grad", "Gradient", "Handed",
     "HesScale", "Hessian", "HessianDiag", "Identity", "InputGrad", "Jacobians", "Labels",
-    "Output", "ProjectedFactors", "Propagation", "Quantity", "Residual", "RotatedSecondMoment", "Scale",
+    "Output", "ProjectedFactors", "Propagation", "Quantity", "Residual", "RotatedSecondMoment", "Sampler", "Scale",
     "SecondMoment", "Sketch", "SqrtGGN", "SqrtGGNMC", "Stream", "Structure", "Total", "Variance", "WeightedGrad",
     "check_quantities",
 ]  # fmt: skip

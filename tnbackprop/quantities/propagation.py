@@ -7,14 +7,18 @@ class as those here are (`examples/add_a_propagation.py`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..diagram.algebra import squared
 from ..diagram.core import BATCH, COLUMN, Diagram, Leg, Size, V
 from ..diagram.jacobian import Jacobian
 from ..errors import InputError
+
+Sampler = Callable[[Any, Any], Any]
+"""(output, uniform numbers in (0, 1) as large as y) -> y, drawn from the model's own distribution: torch code."""
 
 
 class Residual(Enum):
@@ -51,8 +55,11 @@ class Output(ABC):
         """All columns S of the root of the loss Hessian, S Sᵀ = ∂²L/∂f²: legs [ν, n, *output]."""
 
     @abstractmethod
-    def draws(self, samples: int) -> Diagram:
-        """`samples` columns as the loss draws them, E[Σ_v s_v s_vᵀ] = ∂²L/∂f²: legs [ν, n, *output]."""
+    def draws(self, samples: int, sampler: Sampler | None = None) -> Diagram:
+        """`samples` columns as the loss draws them, E[Σ_v s_v s_vᵀ] = ∂²L/∂f²: legs [ν, n, *output].
+
+        With a sampler, gradients of the labels that it draws: E[Σ_v s_v s_vᵀ] is the Fisher information of f.
+        """
 
     @abstractmethod
     def hessian(self, mixed: bool = True) -> tuple[Diagram, Diagram]:
@@ -232,16 +239,25 @@ class Exact(Propagation):
 
 @dataclass(frozen=True)
 class Draws(Propagation):
-    """`samples` columns of that root, drawn as the loss does: labels of the model's own, or normal numbers."""
+    """`samples` columns of that root, drawn as the loss does: labels of the model's own, or normal numbers.
+
+    sampler  ``(output, uniform) -> y``: torch code that draws labels from the likelihood p(y|f) that the loss is the
+             negative logarithm of, of uniform numbers in (0, 1) of y's shape. Columns are then √c ∂ℓ_n(f_n, ŷ_n)/∂f_n
+             with the factor c that the loss puts on ℓ_n, and E[Σ_v s_v s_vᵀ] = c E[∇ℓ ∇ℓᵀ] is the Fisher information
+             of f for any loss, be its Hessian indefinite. None: what the loss's own rule says
+    """
 
     samples: int = 1
+    sampler: Sampler | None = None
 
     def __post_init__(self) -> None:
         if type(self.samples) is not int or self.samples < 1:
             raise InputError(f"samples={self.samples!r}: draw at least one column per sample")
+        if self.sampler is not None and not callable(self.sampler):
+            raise InputError(f"sampler={self.sampler!r}: give a function (output, uniform) -> y, or None")
 
     def start(self, output: Output) -> Diagram:
-        return output.draws(self.samples)
+        return output.draws(self.samples) if self.sampler is None else output.draws(self.samples, self.sampler)
 
     @property
     def single(self) -> bool:

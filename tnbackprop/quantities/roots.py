@@ -18,12 +18,17 @@ from .propagation import Draws, Exact, Labels
 
 @dataclass(frozen=True)
 class OtherSqrt(SqrtGGN):
-    """Of the gradients of the labels."""
+    """Of the gradients of the labels, given or drawn by a sampler."""
 
 
 @dataclass(frozen=True)
 class OtherDiag(DiagGGN):
-    """Of the gradients of the labels."""
+    """Of the gradients of the labels, given or drawn by a sampler."""
+
+
+@dataclass(frozen=True)
+class OtherFactors(KFLR):
+    """Of columns from labels that a sampler draws."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class OtherCurvature(DirectionalCurvature):
 OTHERS: dict[type[Quantity], type[Quantity]] = {
     SqrtGGN: OtherSqrt,
     DiagGGN: OtherDiag,
+    KFLR: OtherFactors,
     GGNTrace: OtherTrace,
     GGNGram: OtherGram,
     DirectionalRoot: OtherAlong,
@@ -62,19 +68,17 @@ def resolved(quantities: Iterable[Quantity]) -> list[Quantity]:
 
 
 def _resolved(quantity: Quantity) -> Quantity:
-    root = getattr(quantity, "root", None)
+    root, kind = getattr(quantity, "root", None), type(quantity)
     if root is None or isinstance(root, Exact):
         return quantity
-    kind = type(quantity)
-    if isinstance(root, Draws) and kind is DiagGGN and isinstance(quantity, DiagGGN):
-        return DiagGGNMC(quantity.name, quantity.per_sample, root.samples)
-    if isinstance(root, Draws) and kind is SqrtGGN:
-        return SqrtGGNMC(quantity.name, root.samples)
-    if kind is KFLR and isinstance(quantity, KFLR):
+    drawn = root.samples if isinstance(root, Draws) and root.sampler is None else 0
+    if drawn and kind is DiagGGN and isinstance(quantity, DiagGGN):
+        return DiagGGNMC(quantity.name, quantity.per_sample, drawn)
+    if drawn and kind is SqrtGGN:
+        return SqrtGGNMC(quantity.name, drawn)
+    if (drawn or isinstance(root, Labels)) and kind is KFLR:
         own = {name: getattr(quantity, name) for name in ("sharing", "bias", "largest", "strict")}
-        if isinstance(root, Labels):
-            return KFAC(quantity.name, fisher=Fisher.EMPIRICAL, **own)
-        return KFAC(quantity.name, root.samples, **own)
+        return KFAC(quantity.name, drawn, **own) if drawn else KFAC(quantity.name, fisher=Fisher.EMPIRICAL, **own)
     if kind in OTHERS:
         return OTHERS[kind](**{field.name: getattr(quantity, field.name) for field in fields(quantity)})
     return quantity

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiler.sweep.roots import LossRoot
 from ..definitions import oracle
 from ..definitions.defined import SEED, Defined, factors
 from ..definitions.report import LeftOut, NotDefined, Row
+from ..diagram.reference import size_of
 from ..linalg import KroneckerFactors
 from ..quantities import KFLR, DiagGGNMC, Draws, Quantity, SqrtGGNMC
 from .rules import Finding
@@ -30,27 +32,39 @@ class Mean:
 
 def _mean(each: Tensor, want: Tensor) -> Mean:
     """`SIGMAS` standard errors, and as many of the largest draws: what is rarer may not have been drawn at all."""
-    margin = (each.std(0) * len(each) ** 0.5 + each.amax((0, -1)).unsqueeze(-1)) * SIGMAS / len(each)
+    margin = (each.std(0) * len(each) ** 0.5 + each.abs().amax((0, -1)).unsqueeze(-1)) * SIGMAS / len(each)
     return Mean(each.mean(0), want, margin)
 
 
 def check_law(case: Defined, text: str) -> Iterator[Finding]:
     """Columns that a rule draws have the second moments of the loss's Hessian: (w·s)² for many w. For every root.
 
-    At a small output, where no softmax is sharp.
+    At a small output, where no softmax is sharp. Of labels that a sampler draws from the distribution whose negative
+    logarithm the loss is, the gradients are zero in the mean.
     """
     keys = [key for key, quantity in case.program.quantities.items() if is_drawn(quantity)]
     roots = [root for root in (case.root(key) for key in keys) if not root.calls]
     for root in (root for k, root in enumerate(roots) if root not in roots[:k]):
         output = case.problem.output / 10
+        drawn = _drawn(case, root, output)
+        if root.labels is not None:
+            found = _mean(drawn, torch.zeros_like(drawn[0]))
+            how = f"zero: the mean of their gradients over {DRAWS} draws, within {SIGMAS:g} standard errors"
+            yield _row(f"labels of {root.labels.by}", "", text, found, how)
+            continue
         H = oracle.loss_hessians(case.problem, output=output)
         w = torch.cat([torch.eye(H.shape[1]), torch.randn(H.shape[1], H.shape[1])]).to(H.dtype)
-        draw, generator = case.draw(root, output), torch.Generator().manual_seed(SEED)
-        shape = (DRAWS, *root.root.noise_shape(output.shape))
-        each = [(draw(own) @ w.T).square() for own in torch.rand(shape, dtype=H.dtype, generator=generator)]
+        each = [(own @ w.T).square() for own in drawn]
         found = _mean(torch.stack(each), torch.einsum("wf,nfg,wg->nw", w, H, w))
         how = f"the Hessian of the loss: their second moments over {DRAWS} draws, within {SIGMAS:g} standard errors"
         yield _row("drawn columns", "", text, found, how)
+
+
+def _drawn(case: Defined, root: LossRoot, output: Tensor) -> Tensor:
+    """`DRAWS` columns at an output, [draws, N, F]."""
+    draw, generator = case.draw(root, output), torch.Generator().manual_seed(SEED)
+    shape = [size_of(size, len(output)) for size in root.noise_shape()]
+    return torch.stack([draw(own) for own in torch.rand(DRAWS, *shape, dtype=output.dtype, generator=generator)])
 
 
 def check_mean(case: Defined, key: str, quantity: Any, text: str) -> Iterator[Finding]:
@@ -98,10 +112,14 @@ def _row(what: str, of: str, case: str, mean: Mean, how: str) -> Row:
         index = tuple(int(k) for k in wrong.nonzero()[0])
         got, want, margin = (float(t[index]) for t in (mean.got, mean.want, mean.margin))
         ratio = float((mean.got * mean.want).sum() / mean.want.square().sum())
+        likely = f"the columns are drawn with another law: over all entries the mean is {ratio:.2f} times as large"
+        if not mean.want.any():
+            likely = "the sampler draws from another distribution than that whose negative logarithm the loss is"
         text = (
             f"  entry {list(index)}: the mean of the draws is {got:.4g} ± {margin:.2g}, and it must be {want:.4g}  "
             f"({int(wrong.sum())} of {wrong.numel()} entries are wrong)\n"
-            f"  likely: the columns are drawn with another law: over all entries the mean is {ratio:.2f} times as large"
+            f"  likely: {likely}"
         )
-    largest = float(mean.want.abs().max().clamp(min=torch.finfo(torch.float64).tiny))
+    scale = mean.want if mean.want.any() else mean.margin
+    largest = float(scale.abs().max().clamp(min=torch.finfo(torch.float64).tiny))
     return Row(what, of, case, tuple(mean.want.shape), float(off.max()) / largest, text, how)

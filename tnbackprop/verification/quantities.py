@@ -14,6 +14,7 @@ from ..definitions.defined import Defined, explained
 from ..definitions.handed import HANDED, expected
 from ..definitions.oracle import Problem, Values
 from ..definitions.report import LeftOut, NotDefined, Row, deviation, wrong_entries
+from ..definitions.rooted import FORMULAS, rooted
 from ..linalg import KroneckerFactors
 from ..phased import ClippedGrad, NaturalGradientSMW
 from ..quantities import (
@@ -133,7 +134,10 @@ def check_quantities(
             yield LeftOut(key, why)
             continue
         if is_drawn(quantity) and defined.root(key).calls:
-            yield from check_mean(defined, key, quantity, case) if means else ()
+            if not isinstance(quantity, SqrtGGNMC | DiagGGNMC | KFAC):
+                yield LeftOut(key, "its columns are drawn by way of the loss's Hessian, which has no rule")
+            elif means:
+                yield from check_mean(defined, key, quantity, case)
             continue
         try:
             want = _expected(defined, key, quantity, values[key])
@@ -160,6 +164,8 @@ def _expected(
 ) -> Mapping[str, Tensor | NotDefined]:
     if type(quantity) in EXPECTED:
         return EXPECTED[type(quantity)](defined.problem, quantity)
+    if type(quantity) in FORMULAS:
+        return rooted(defined, key, quantity, got)
     if isinstance(quantity, HANDED):
         return expected(defined, key, quantity, got)
     if isinstance(quantity, Total):
@@ -181,7 +187,8 @@ def _left_out(problem: Problem, quantity: Quantity) -> str:
     """Why a quantity is not compared; "" where it is."""
     if isinstance(quantity, Total):
         return _left_out(problem, quantity.quantity)
-    if type(quantity) not in EXPECTED and type(quantity) not in LINE_BY_LINE and not isinstance(quantity, HANDED):
+    known = any(type(quantity) in table for table in (EXPECTED, LINE_BY_LINE, FORMULAS))
+    if not known and not isinstance(quantity, HANDED):
         return f"{type(quantity).__name__} is not one of tnbackprop's: nothing says what it must be"
     outputs = problem.output.numel()
     largest = max((p.numel() for p in problem.theta.values()), default=0)
@@ -195,12 +202,13 @@ def _compare(key: str, name: str, quantity: Quantity, got: Any, want: Tensor, ca
     axes = tuple(f"axis{k}" for k in range(want.ndim))
     if isinstance(got, KroneckerFactors):
         got = got.to_dense()
-    if isinstance(quantity, SqrtGGN):  # a root is only fixed up to a rotation of its columns: Σ_v V_v V_vᵀ is compared
+    exact = type(quantity) not in FORMULAS
+    if exact and isinstance(quantity, SqrtGGN):  # fixed up to a rotation of its columns: Σ_v V_v V_vᵀ is compared
         V = got.reshape(*got.shape[:2], -1)
         got = torch.einsum("vnp,vnq->npq", V, V)
-    if isinstance(quantity, DirectionalRoot):
+    if exact and isinstance(quantity, DirectionalRoot):
         got = got.square().sum(0)
-    if isinstance(quantity, GGNGram):  # so is its Gram matrix: the spectrum is compared
+    if exact and isinstance(quantity, GGNGram):  # so is its Gram matrix: the spectrum is compared
         columns = got.shape[0] * got.shape[1]
         got = torch.linalg.eigvalsh(got.reshape(columns, columns)).flip(0)
         want, axes = _spectrum(want, columns), ("eigenvalue",)

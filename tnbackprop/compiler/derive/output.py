@@ -12,9 +12,9 @@ from ...diagram.core import BATCH, COLUMN, Diagram, Leg, Map, N, Product, Tensor
 from ...diagram.jacobian import Jacobian
 from ...errors import InputError, UnsupportedError
 from ...notation.bind import BoundRule
-from ...quantities import Output, Propagation, Residual
+from ...quantities import Output, Propagation, Residual, Sampler
 from ..sweep.derived import Noise, column_leg
-from ..sweep.roots import LossRoot, elementwise_root, loss_root, output_of
+from ..sweep.roots import LossRoot, elementwise_root, labelled_root, loss_root, output_of
 from ..sweep.state import Sweep
 from ..sweep.sweep import cotangent
 from ..translate.foreign import foreign
@@ -79,10 +79,13 @@ class AtOutput(Output):
     def root(self) -> Diagram:
         return self._of_root(self._root())[0]
 
-    def draws(self, samples: int) -> Diagram:
+    def draws(self, samples: int, sampler: Sampler | None = None) -> Diagram:
         if type(samples) is not int or samples < 1:
             raise InputError(f"draws({samples!r}): draw at least one column per sample")
-        return self._of_root(self._root(), samples)[0]
+        if sampler is None:
+            return self._of_root(self._root(), samples)[0]
+        self._check_loss()
+        return self._of_root(labelled_root(self._graph, self._scale, self._what, sampler), samples)[0]
 
     def hessian(self, mixed: bool = True) -> tuple[Diagram, Diagram]:
         found = self._root(signed=True)

@@ -6,12 +6,13 @@ All of it is in float64 from the output on: near a good fit, diag p - p pᵀ is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
 import torch
 
-from ...diagram.core import BATCH, Leg
+from ...diagram.core import BATCH, Leg, N
 from ..program import expr as e
 from ..program import functions as f
 from ..program.cost import Kernel, Work
@@ -35,7 +36,7 @@ def hessian_root(store: Store, graph: Graph, root: LossRoot, number: int) -> tup
     output = root.output
     at = store.find(output.name)
     size = prod(int(s) for s in output.shape[1:])
-    base = _double(at, output)
+    base = double(at, output)
     hessian = _hessian(store, graph, root, number, size)
     blocks = e.Call(f.TRANSPOSE, (e.Call(f.RESHAPE, (hessian, size, BATCH.size, size)), 0, 1))
     work = _double_work(store, size)
@@ -44,10 +45,10 @@ def hessian_root(store: Store, graph: Graph, root: LossRoot, number: int) -> tup
     size_of = e.Call(f.ABS, (values,)) if root.signed else e.Call(f.CLAMP, (values,), (("min", 0),))
     positive = e.Call(f.UNSQUEEZE, (e.Call(f.SQRT, (size_of,)), 1))
     turned = e.Call(f.PERMUTE, (e.Call(f.MUL, (vectors, positive)), 2, 0, 1))
-    columns = _back(e.Call(f.RESHAPE, (turned, size, *output.shape)), at, output)
+    columns = back(e.Call(f.RESHAPE, (turned, size, *output.shape)), at, output)
     made = store.add(columns, (size, *output.shape), Kernel.NATIVE, work, hint=f"hessian_root_{number}")
     if root.signed:
-        return made, _back(e.Call(f.T, (e.Call(f.SIGN, (values,)),)), at, output)
+        return made, back(e.Call(f.T, (e.Call(f.SIGN, (values,)),)), at, output)
     blockwise = e.Call(f.ITEM, (values, (Slice(), 0))), e.Call(f.AMAX, (e.Call(f.ABS, (values,)), 1))
     found = smallest_eigenvalue(store, blockwise, base, root.scale, _precision(root), f"indefinite_{number}")
     return made, found
@@ -57,12 +58,12 @@ def _hessian(store: Store, graph: Graph, root: LossRoot, number: int, size: int)
     """The Hessian of every sample, a column for each element of its output."""
     output = root.output
     at = store.find(output.name)
-    body, others = _function(store, graph, root)
-    own = tuple(AT if value == output else _double(store.find(value.name), value) for value in others)
+    body, others = loss_function(store, graph, root.output, root.calls)
+    own = tuple(AT if value == output else double(store.find(value.name), value) for value in others)
     options = (("dtype", torch.float64), ("device", e.Call(f.DEVICE, (at,))))
     eye = e.Call(f.RESHAPE, (e.Call(f.EYE, (size,), options), size, 1, *output.shape[1:]))
     gradient = e.Call(f.GRAD, (Lambda((AT,), Of(body, own)),))
-    pull = e.Call(f.ITEM, (e.Call(f.VJP, (gradient, _double(at, output))), 1))
+    pull = e.Call(f.ITEM, (e.Call(f.VJP, (gradient, double(at, output))), 1))
     tangent = e.Call(f.EXPAND, (TANGENT, *output.shape))
     column = Lambda((TANGENT,), e.Call(f.ITEM, (e.Call(f.APPLY, (pull, tangent)), 0)))
     every = e.Call(f.APPLY, (e.Call(f.VMAP, (column,)), eye))
@@ -70,13 +71,13 @@ def _hessian(store: Store, graph: Graph, root: LossRoot, number: int, size: int)
     return store.add(every, (size, *output.shape), Kernel.NATIVE, work, hint=f"hessian_{number}")
 
 
-def _double(read: Expr, value: Value) -> Expr:
+def double(read: Expr, value: Value) -> Expr:
     """A value in float64, if it is a floating one."""
     lower = value.dtype.is_floating_point and value.dtype != torch.float64
     return e.Call(f.DOUBLE, (read,)) if lower else read
 
 
-def _back(expr: Expr, at: e.Value, value: Value) -> Expr:
+def back(expr: Expr, at: e.Value, value: Value) -> Expr:
     """What was taken in float64, in a value's dtype."""
     return expr if value.dtype == torch.float64 else e.Call(f.TO, (expr, e.Call(f.DTYPE, (at,))))
 
@@ -86,26 +87,28 @@ def _double_work(store: Store, size: int) -> Work:
     return Work(inside=((2 * 8 // store.itemsize, (BATCH, Leg("i", size), Leg("j", size))),))
 
 
-def _function(store: Store, graph: Graph, root: LossRoot) -> tuple[Body, list[Value]]:
-    """The loss as a function of the output and of what else it reads, with what that is.
+def loss_function(store: Store, graph: Graph, output: Value, calls: Sequence[Call]) -> tuple[Body, list[Value]]:
+    """Calls of the loss as a function of the output and of what else they read, in float64, with what that is.
 
     There is one for all roots of a program, and so one Hessian.
     """
-    made = {call.output.name for call in root.calls}
-    reading = [v for call in root.calls for v in call.tensors.values() if v.name not in made]
-    others = list(dict.fromkeys([root.output, *reading]))
-    key = ("loss", root.output.name, graph.loss)
+    made = {call.output.name for call in calls}
+    reading = [v for call in calls for v in call.tensors.values() if v.name not in made]
+    others = list(dict.fromkeys([output, *reading]))
+    key = ("loss", output.name, graph.loss, *sorted(made))
     if key not in store.bodies:
         params = [e.Value(v.name, None, v.shape, hint=v.name) for v in others]
         env = dict(zip((v.name for v in others), params, strict=True))
         steps = []
-        for call in root.calls:
+        for call in calls:
             expr = _in_double(call, env, params[0])
             step = e.Value(call.output.name, expr, call.output.shape, hint=call.output.name, inputs=reads(expr))
             env[call.output.name] = step
             steps.append(step)
         end = env[str(graph.loss)]
-        store.bodies[key] = Body(tuple(params), tuple(steps), (end,), (params[0], 0), "loss")
+        store.bodies[key] = Body(
+            tuple(params), tuple(steps), (end,), (params[0], output.shape.index(N)), "loss"
+        )
     return store.bodies[key], others
 
 

@@ -21,6 +21,7 @@ from ..translate.graph import Graph
 from .definite import in_double, smallest_eigenvalue
 from .forward import EACH, fill
 from .hessian_root import hessian_root
+from .labels import drawn_gradient
 
 Filling = Callable[[Expr], Expr]
 
@@ -44,6 +45,9 @@ def root_steps(
     if isinstance(columns.start, Basis):
         return _basis(store, graph, columns, columns.start)
     root, number = columns.start, columns.number
+    if root.labels is not None:
+        store.note = f"gradients of the labels that {root.labels.by} draws"
+        return _drawn(store, columns, root, drawn_gradient(store, graph, root, root.labels))
     store.note = "root of the loss Hessian"
     code, shape = root.root.sample if columns.samples else root.root.code, root.output.shape
     rows: dict[str, Value] = {}
@@ -155,7 +159,7 @@ BY_ROWS = f.helper("row_by_row", ROW_BY_ROW)
 
 def _drawn(store: Store, columns: Columns, root: LossRoot, fill: Filling) -> dict[str, Value]:
     """A column for each row of noise, which has more bits than a column of 16: those draw too few different numbers."""
-    shape, own = root.output.shape, root.root.noise_shape(root.output.shape)
+    shape, own = root.output.shape, root.noise_shape()
     noise = store.noise(columns.noise, (columns.samples, *own))
     draw = columns.draw
     _entered(store, columns, draw, noise, own)

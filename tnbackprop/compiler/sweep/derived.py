@@ -179,6 +179,8 @@ class Columns:
             weighted = "" if self.start.weight is None else ", weighted"
             others = f", and {self.start.columns - self.start.own} that arrive there" if self.start.arriving else ""
             return f"the {self.start.own} one-hot columns at {self.start.value}{weighted}{others}"
+        if isinstance(self.start, LossRoot) and self.start.labels is not None:
+            return f"the gradients of {self.samples} labels at {self.start.value}, drawn by {self.start.labels.by}"
         which = f"{self.samples} sampled" if self.samples else "all"
         return f"the root at {self.start.value}, {which}"
 
@@ -350,7 +352,9 @@ class Derived:
     def constants(self) -> dict[str, Tensor]:
         """Tensors that the torch code of quantities reads."""
         found = {name: tensor for phase in self.phases for name, tensor in phase.constants.items()}
-        return found | {name: tensor for each in self.traced for name, tensor in each.constants.items()}
+        found |= {name: tensor for each in self.traced for name, tensor in each.constants.items()}
+        labels = (each.start.labels for each in self.columns if isinstance(each.start, LossRoot))
+        return found | {name: tensor for each in labels if each for name, tensor in each.constants.items()}
 
     @property
     def last(self) -> int:

@@ -6,13 +6,16 @@ diagonal, its entries are the second derivative, and the columns are their squar
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import sympy
+from torch import Tensor
 
 from ...diagram.algebra import diagonal, differentiate
-from ...diagram.core import BATCH, Diagram, N, leaves
+from ...diagram.core import BATCH, Diagram, N, Size, leaves
 from ...diagram.jacobian import Jacobian
 from ...errors import UnsupportedError
 from ...notation.bind import CURVATURE, HESSIAN_ROOT, NOISE, BoundRoot, BoundRule
@@ -27,8 +30,34 @@ NORMAL = Code.of(
 
 
 @dataclass(frozen=True)
+class DrawnLabels:
+    """Labels that torch code of a user draws: calls on the output and on noise, and those of the loss that read them.
+
+    y       what they take the place of
+    given   what the code reads: the output and the noise
+    loss    the calls of the loss that read the output or y
+    """
+
+    sampler: Callable[..., Any]
+    y: Value
+    given: tuple[Value, ...]
+    calls: tuple[Call, ...]
+    made: Value
+    constants: Mapping[str, Tensor]
+    loss: tuple[Call, ...]
+
+    @property
+    def by(self) -> str:
+        """The sampler's name."""
+        return str(getattr(self.sampler, "__name__", type(self.sampler).__name__))
+
+
+@dataclass(frozen=True)
 class LossRoot:
-    """The loss's root; `curvature` is the diagonal Hessian that its code reads, if it has one."""
+    """The loss's root; `curvature` is the diagonal Hessian that its code reads, if it has one.
+
+    sampler  draws labels, whose gradients are the columns; `labels` is the same captured
+    """
 
     output: Value
     root: BoundRoot
@@ -36,6 +65,12 @@ class LossRoot:
     calls: tuple[Call, ...] = ()  # the loss's own calls, where its Hessian is taken by torch.func
     signed: bool = False  # negative curvature is in the columns' weights
     scale: sympy.Expr = sympy.S.One  # of a sample's loss
+    sampler: Callable[..., Any] | None = None
+    labels: DrawnLabels | None = None
+
+    def noise_shape(self) -> tuple[Size, ...]:
+        """That of the noise of one column."""
+        return self.root.noise_shape(self.output.shape) if self.labels is None else self.labels.y.shape
 
     @property
     def columns(self) -> int:
@@ -64,6 +99,12 @@ def loss_root(
     if output.name in {v.name for v in call.tensors.values()}:
         found = LossRoot(output, _per_position(rule.root, output), None) if rule.root else _elementwise(rule, output)
     return replace(found or _from_hessian(graph, output, signed), scale=scale)
+
+
+def labelled_root(graph: Graph, scale: sympy.Expr, what: str, sampler: Callable[..., Any]) -> LossRoot:
+    """Columns that are gradients of labels which a sampler draws."""
+    output = output_of(graph, what)
+    return LossRoot(output, BoundRoot(1, Code(), Code()), None, scale=scale, sampler=sampler)
 
 
 def elementwise_root(found: LossRoot) -> LossRoot:

@@ -181,8 +181,9 @@ def _columns(compiled: Compiled) -> Iterator[tuple[Value, Columns, tuple[str, ..
     exact: list[tuple[Value, Columns]] = []
     served: list[str] = []
     for columns in compiled.derived.columns:
-        if not isinstance(columns.start, LossRoot) or columns.start.signed or _by_position(columns.start):
-            continue
+        root = columns.start
+        if not isinstance(root, LossRoot) or root.signed or root.labels is not None or _by_position(root):
+            continue  # else it is no root of the loss's Hessian
         items = [item for item in columns.schedule if isinstance(item, Extraction)]
         mine = tuple(dict.fromkeys(name for item in items for name in item.quantities))
         if columns.samples:

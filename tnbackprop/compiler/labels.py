@@ -1,0 +1,95 @@
+"""Labels that torch code of a user draws, from the model's own distribution: captured once, with the loss behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..errors import InputError, UnsupportedError
+from .program.inputs import of_loss
+from .sweep.derived import Columns, Derived
+from .sweep.roots import DrawnLabels, LossRoot
+from .traced import Given, traced
+from .translate.graph import Call, Graph, Value
+
+
+def with_labels(graph: Graph, derived: Derived, known: Derived | None = None) -> Derived:
+    """What is derived, with samplers captured; `known`: the same for other widths, captured before."""
+    made = {} if known is None else dict(_captured(known))
+    return replace(derived, columns=tuple(_with_labels(graph, derived, each, made) for each in derived.columns))
+
+
+def _captured(derived: Derived) -> list[tuple[Callable[..., Any], DrawnLabels]]:
+    starts = (each.start for each in derived.columns)
+    return [(s.labels.sampler, s.labels) for s in starts if isinstance(s, LossRoot) and s.labels is not None]
+
+
+def _with_labels(
+    graph: Graph, derived: Derived, columns: Columns, made: dict[Callable[..., Any], DrawnLabels]
+) -> Columns:
+    root = columns.start
+    if not isinstance(root, LossRoot) or root.sampler is None:
+        return columns
+    if root.sampler not in made:
+        made[root.sampler] = _drawn(graph, derived, root, root.sampler, len(made))
+    return replace(columns, start=replace(root, labels=made[root.sampler]))
+
+
+def _drawn(
+    graph: Graph, derived: Derived, root: LossRoot, sampler: Callable[..., Any], number: int
+) -> DrawnLabels:
+    """The code of a sampler, and the loss's calls behind the output and y. Raises `InputError`, `UnsupportedError`."""
+    where = f"sampler {getattr(sampler, '__name__', type(sampler).__name__)}"
+    y = _label(graph, where)
+    if derived.divisors:
+        raise UnsupportedError(
+            f"{where}: the loss divides by what it keeps of the labels of a batch, and drawn ones would change that.\n"
+            "  Its rule draws labels itself: leave the sampler out; or take a loss that divides by N alone."
+        )
+    loss = _behind(graph, root.output, y, where)
+    exact = torch.float32 if root.output.dtype.itemsize == 2 else root.output.dtype  # 16 bits draw too few numbers
+    given = Given(root.output.shape, root.output.dtype, y.device), Given(y.shape, exact, y.device)
+    found = traced(lambda pair: sampler(*pair), given, where, f"labels:{number}")
+    made = found.made
+    if not isinstance(made, Value):
+        raise InputError(f"{where} returns {type(made).__name__}: return labels, one tensor as y is")
+    alike = made.dtype == y.dtype or (made.dtype.is_floating_point and y.dtype.is_floating_point)
+    if made.shape != y.shape or not alike:
+        raise InputError(
+            f"{where} draws {_shown(made)}, and y is {_shown(y)}: return labels of the shape of the uniform numbers, "
+            f".to({y.dtype})"
+        )
+    return DrawnLabels(sampler, y, found.inputs, found.calls, made, found.constants, loss)
+
+
+def _label(graph: Graph, where: str) -> Value:
+    """The only tensor of y."""
+    own = [graph.values[name] for name in of_loss(graph)]
+    if len(own) != 1:
+        shown = ", ".join(map(_shown, own)) or "no tensor"
+        raise InputError(f"{where}: labels are drawn in the place of y, which must be one tensor, and it is {shown}")
+    return own[0]
+
+
+def _behind(graph: Graph, output: Value, y: Value, where: str) -> tuple[Call, ...]:
+    """The calls that lead from the output or y to the loss."""
+    reached, found = {output.name, y.name}, []
+    for call in graph.calls:
+        if reached & {value.name for value in call.tensors.values()}:
+            reached.add(call.output.name)
+            found.append(call)
+    for call in found:
+        if call.by_rule:
+            raise UnsupportedError(f"{where}: {call.where} is known by its formula alone: write the loss in torch code")
+    made = {call.output.name for call in found}
+    if graph.loss not in made or output.name in made:
+        raise UnsupportedError(f"{where}: the model reads y, too, so labels cannot be drawn from its output")
+    return tuple(found)
+
+
+def _shown(value: Value) -> str:
+    return f"{value.dtype} [{', '.join(map(str, value.shape))}]"
+
