@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .declare import REGISTRY, Declaration, resolve, told_of_replaced
 from .errors import InputError, UnsupportedError, check_member
 from .proof.proof import prove
 from .quantities import Quantity, check_quantities
+from .quantities.base import Samples, whole
 from .quantities.roots import resolved
 from .rules import RULES
 from .runtime import Indefinite, Program, Result
@@ -29,6 +30,7 @@ from .runtime.fingerprint import Fingerprint, fingerprint
 from .runtime.handed import Handed, with_cotangent
 from .runtime.operands import Given
 from .runtime.selected import Selection, frozen, left_out
+from .subsampled import Subsampled, divisible, rows
 
 Loss = Callable[..., torch.Tensor]
 
@@ -126,8 +128,25 @@ class _Options:
 
     def compiled(self, example: Any, quantities: Sequence[Quantity], known: Graph | None = None) -> Program:
         """A program; `known`: the graph of the same model and loss, captured before."""
-        model, loss = self.model, self.loss
         check_quantities(quantities)
+        program = self._whole(example, [quantity for quantity in quantities if quantity.of_samples is None], known)
+        by: dict[Samples, list[Quantity]] = {}
+        for quantity in quantities:
+            if quantity.of_samples is not None:
+                by.setdefault(quantity.of_samples, []).append(quantity)
+        if not by:
+            return program
+        captured = divisible(program, self.loss)
+        parts = {}
+        for samples, own in by.items():
+            graph = replace(captured, example_batch=len(samples))
+            mine = rows(example if isinstance(example, tuple) else tuple(example), captured, samples)
+            parts[samples] = self._whole(mine, list(map(whole, own)), graph)
+        return Subsampled(program, parts, quantities)
+
+    def _whole(self, example: Any, quantities: Sequence[Quantity], known: Graph | None = None) -> Program:
+        """A program of quantities of all samples."""
+        model, loss = self.model, self.loss
         if isinstance(model, torch.nn.Module):
             check_detached(model)
         quantities = resolved(quantities)
@@ -143,8 +162,8 @@ class _Options:
                     accumulate=_dtype(self.accumulate, quantities),
                 )
             program = Program(model, compiled, loss, quantities, self.indefinite, self.check, others)
-            whole = limit is not None
-            program.checked = prove(program, example, table, whole) if self.check else "not checked: check=False"
+            limited = limit is not None
+            program.checked = prove(program, example, table, limited) if self.check else "not checked: check=False"
         program.replan = self.replan
         return program
 

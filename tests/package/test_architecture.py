@@ -24,8 +24,8 @@ ORDER = (
     "phased",
     "compiler.translate", "compiler.running", "compiler.capture", "compiler.program", "compiler.sweep",
     "compiler.derive", "compiler.lower", "compiler.entered", "compiler.plan", "compiler.emit", "compiler.invariants",
-    "compiler.merge", "compiler.explain", "compiler", "linalg", "results", "runtime", "proof", "declare", "layer",
-    "api", "kernels", "products", "drawing", "generation.parts", "generation.checks", "generation",
+    "compiler.merge", "compiler.explain", "compiler", "linalg", "results", "runtime", "subsampled", "proof", "declare",
+    "layer", "api", "kernels", "products", "drawing", "generation.parts", "generation.checks", "generation",
     "definitions", "verification", "__init__", "commands", "__main__",
 )  # fmt: skip
 # What some of them must not know, though it comes before them.

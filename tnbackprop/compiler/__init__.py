@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..quantities import Quantity
-from ..quantities.total import Needed, with_needs
+from ..quantities.total import Needed, of_all_samples, with_needs
 from ..table import Rules
 from .attention import with_attention
 from .capture.export import capture
@@ -44,7 +44,7 @@ def compile_program(
     accumulate: torch.dtype | None = None,
 ) -> Compiled:
     """Run the stages on an example batch; `here` where the source runs on this machine: by what this one has."""
-    quantities = with_needs(quantities)
+    quantities = with_needs(of_all_samples(quantities))
     first = graph = capture(model, loss, example, rules) if known is None else known
     graph = with_cross_entropy(with_one_output(graph, quantities), rules)
     graph = with_attention(with_inputs(graph, quantities), quantities, rules)

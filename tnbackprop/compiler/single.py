@@ -10,6 +10,7 @@ import torch
 
 from ..errors import UnsupportedError
 from ..quantities import Quantity
+from ..quantities.total import of_all_samples
 from ..table import Rules, written_out
 from .capture.export import capture
 from .capture.trial import Trial
@@ -23,7 +24,7 @@ from .search import Device
 
 def compile_layer(module: torch.nn.Module, x: Any, quantities: Sequence[Quantity], rules: Rules) -> Layer:
     """The same stages for a module on its own, up to the diagrams; what is computed of them is planned by `part`."""
-    rules = written_out(rules)
+    rules, quantities = written_out(rules), of_all_samples(quantities)
     graph = capture(module, None, (x, None), rules)
     seen = asked(module, quantities)
     graph = opened(check(Stage.CAPTURE, graph, seen))

@@ -35,6 +35,7 @@ def quantity(program: Program, name: str, parameter: str | None = None) -> Diagr
     without a parameter that of every one, by name. For `InputGrad` name an input.
     Raises `InputError` where the program has no such quantity of that parameter.
     """
+    program = next((each for each in program.each if name in each.quantities), program)
     names = program.compiled.graph.parameters
     first = {dotted: same[0] for same in names.values() for dotted in same}
     found = _by_inputs(program)

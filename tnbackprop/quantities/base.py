@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from dataclasses import Field, dataclass, fields
+from collections.abc import Collection, Iterable, Mapping
+from copy import copy
+from dataclasses import Field, dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -17,6 +18,8 @@ from .factors import Factors
 from .propagation import Draws, Exact, Gradient, Labels, Propagation, check_propagation
 from .stream import Stream
 
+Samples = tuple[int, ...]
+"""Places of samples in a batch."""
 Totals = Mapping[str, Any]
 """Sums over all parameters by the name of a needed quantity, [N], [N, N], …; of a `Total` with groups {group: sum}."""
 Outcome = Mapping[str, Any]
@@ -36,13 +39,27 @@ class Quantity(ABC):
     """Base class. A subclass is a frozen dataclass with a default `name`, its key in the result.
 
     Options have the type of their default. Raises `InputError` for another: a text for an enum would mean nothing.
+
+    samples  the quantity of these samples of a batch alone, in this order, as if the batch had no others: what the
+             program gives on their rows. Of a loss that averages it is an estimate of the whole batch's, at the price
+             of so many samples. None: of all
     """
 
     name: str
+    samples: Samples | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        if self.of_samples is not None:
+            object.__setattr__(self, "samples", _indices(self.samples, type(self).__name__))
         for option in fields(self):
-            _check_option(option, getattr(self, option.name), type(self).__name__)
+            if option is not SAMPLES:
+                _check_option(option, getattr(self, option.name), type(self).__name__)
+
+    @property
+    def of_samples(self) -> Samples | None:
+        """The samples that it is of; None: all. A class of one's own may mean something else by its `samples`."""
+        own = any(option is SAMPLES for option in fields(self))
+        return self.samples if own else None
 
     @property
     def propagates(self) -> Propagation | tuple[Propagation, ...]:
@@ -85,6 +102,16 @@ class Quantity(ABC):
         """The quantity of one parameter: `J.T @ g` has legs [n, *parameter]; every other leg comes from algebra."""
 
 
+(SAMPLES,) = (option for option in fields(Quantity) if option.name == "samples")
+
+
+def whole(quantity: Quantity) -> Quantity:
+    """The same of all samples."""
+    found = copy(quantity)
+    object.__setattr__(found, "samples", None)
+    return found
+
+
 def individual(J: Uses, g: Cotangents) -> Diagram:
     """∇ℓ_n with legs [n, *p], without the factor that the loss puts on ℓ_n."""
     found: Diagram = (J.T @ g) / g.scale
@@ -111,6 +138,15 @@ def check_root(owner: str, root: object) -> None:
 EXACT = Exact()
 OF_ROWS = {"largest": "a dense factor", "rows": "a block of a factor"}
 """Options that are a number of rows, and of what."""
+
+
+def _indices(samples: object, owner: str) -> Samples:
+    """Raises `InputError` for what are no samples of a batch."""
+    listed = getattr(samples, "tolist", lambda: samples)()
+    found = tuple(listed) if isinstance(listed, Iterable) and not isinstance(listed, str) else ()
+    if not found or any(type(k) is not int or k < 0 for k in found) or len(set(found)) < len(found):
+        raise InputError(f"{owner}: samples={samples!r}: give places in a batch, each once: (0, 3) or range(8)")
+    return found
 
 
 def _check_option(option: Field[object], value: object, owner: str) -> None:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from ..diagram.algebra import Cotangents, Uses
 from ..diagram.core import Diagram
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 from .base import Outcome, Quantity, Totals
 from .first_order import BatchL2
 from .propagation import Propagation
@@ -52,6 +52,7 @@ class Total(Quantity):
         object.__setattr__(self, "name", name or f"{quantity.name}_total")
         object.__setattr__(self, "quantity", quantity)
         object.__setattr__(self, "groups", groups)
+        object.__setattr__(self, "samples", quantity.of_samples)
 
     @property
     def propagates(self) -> Propagation | tuple[Propagation, ...]:
@@ -121,6 +122,17 @@ class Needed(Total):
         super().__init__(total.quantity, total.groups, f"{of}: {need.name}")
         object.__setattr__(self, "of", of)
         object.__setattr__(self, "key", need.name)
+
+
+def of_all_samples(quantities: Sequence[Quantity]) -> Sequence[Quantity]:
+    """They, for one program. Raises `UnsupportedError` for one of some samples, which has a program of its own."""
+    for quantity in quantities:
+        if quantity.of_samples is not None:
+            raise UnsupportedError(
+                f"{quantity.name!r} is of samples {quantity.of_samples} alone, and this is for all of a batch.\n"
+                "  Leave samples= out, and hand in the rows of these samples."
+            )
+    return quantities
 
 
 def with_needs(quantities: Iterable[Quantity]) -> list[Quantity]:

@@ -25,13 +25,18 @@ class Whole(Protocol):
     loss: Tensor | None
     output: Any
     batch: Batch | None
+    own: Mapping[str, Mapping[str, Any]]
 
-    def __getitem__(self, quantity: str) -> Mapping[str, Any]: ...
-
-    def __iter__(self) -> Iterator[str]: ...
+    @property
+    def some(self) -> Mapping[tuple[int, ...], Self]: ...
 
     def with_values(
-        self, loss: Tensor | None, output: Any, values: Mapping[str, Mapping[str, Any]], batch: Batch | None
+        self,
+        loss: Tensor | None,
+        output: Any,
+        values: Mapping[str, Mapping[str, Any]],
+        batch: Batch | None,
+        some: Mapping[tuple[int, ...], Self] | None = None,
     ) -> Self: ...
 
 
@@ -85,6 +90,7 @@ class Merger(Generic[R]):
         own  nobody else holds the first result: its tensors may be written over
         """
         self._first, self._batch, self._own = first, batch_of(first), own
+        self._some = {samples: Merger(each, own) for samples, each in first.some.items()}
         self._check_ways()
         self._size = _size(first, self._batch)
         self._loss = first.loss
@@ -99,6 +105,8 @@ class Merger(Generic[R]):
     def add(self, other: R) -> None:
         """Take one more. Raises `InputError` where it is not of the same program."""
         self._check(other)
+        for samples, each in other.some.items():
+            self._some[samples].add(each)
         batch = batch_of(other)
         size = _size(other, batch)
         total = self._size + size
@@ -130,13 +138,14 @@ class Merger(Generic[R]):
     def result(self) -> R:
         """That of all so far."""
         first = self._first
-        values = {q: {name: self._value(q, name, value) for name, value in first[q].items()} for q in first}
+        values = {q: {name: self._value(q, name, v) for name, v in by.items()} for q, by in first.own.items()}
         leaves, spec = pytree.tree_flatten(first.output)
         tensors = iter(range(len(leaves)))
         output = [self._tensor(("", "", next(tensors))) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         batch = replace(self._batch, count=self._size.count, average=None, kept=self._size.kept)
         loss = None if self._loss is None else self._loss.clone()
-        return first.with_values(loss, pytree.tree_unflatten(output, spec), values, batch)
+        some = {samples: each.result() for samples, each in self._some.items()}
+        return first.with_values(loss, pytree.tree_unflatten(output, spec), values, batch, some)
 
     def _value(self, quantity: str, name: str, value: Any) -> Any:
         if not isinstance(value, KroneckerFactors):
@@ -185,12 +194,16 @@ class Merger(Generic[R]):
             raise InputError("the results are of programs with other losses or models: merge those of one program")
         if (self._loss is None) != (other.loss is None):
             raise InputError("one of the results has no loss: merge those of one program")
+        if list(self._some) != list(other.some):
+            raise InputError(f"the results are of samples {list(self._some)} and {list(other.some)}: merge those alike")
         self._check_values(other)
         self._check_even(other)
+        for samples, each in other.some.items():
+            self._some[samples]._check(each)
 
     def _check_values(self, other: R) -> None:
-        for quantity in self._first:
-            one, two = self._first[quantity], other[quantity]
+        for quantity, one in self._first.own.items():
+            two = other.own[quantity]
             if list(one) != list(two):
                 raise InputError(f"{quantity!r} is of {list(one)} in one result and of {list(two)} in the other")
             for name, value in one.items():
@@ -249,8 +262,8 @@ def _outputs(batch: Batch, output: Any) -> list[Join]:
 
 def _tensors(result: Whole, batch: Batch) -> Iterator[tuple[Place, Join, Tensor]]:
     """Every tensor of a result with how it joins."""
-    for quantity in result:
-        for name, value in result[quantity].items():
+    for quantity, by in result.own.items():
+        for name, value in by.items():
             tensors = value.factors if isinstance(value, KroneckerFactors) else (value,)
             for k, (tensor, join) in enumerate(zip(tensors, batch.merging.joins[quantity][name], strict=True)):
                 yield (quantity, name, k), join, tensor

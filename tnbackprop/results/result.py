@@ -42,14 +42,19 @@ class Result(Mapping[str, Mapping[str, Any]]):
         axes: Mapping[str, Axes | None] | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         batch: Batch | None = None,
+        some: Mapping[tuple[int, ...], Result] | None = None,
     ) -> None:
         """
         axes    of every quantity's values; None where they are no tensors, or not alike for all parameters
         shapes  of the model's parameters, in their order
         batch   what it was computed of; None: nobody knows, and it is not merged
+        some    the results of quantities of some samples, by these: they are found as if they were this one's own
         """
-        self.loss, self.output, self._values = loss, output, values
+        self.loss, self.output, self.own, self.some = loss, output, values, some or {}
         self._axes, self._shapes, self.batch = axes or {}, shapes or {}, batch
+        self._values = {**values, **{quantity: each[quantity] for each in self.some.values() for quantity in each}}
+        for each in self.some.values():
+            self._axes = {**self._axes, **each._axes}
 
     @property
     def count(self) -> int | None:
@@ -157,25 +162,32 @@ class Result(Mapping[str, Mapping[str, Any]]):
         return self._mapped(moved, pytree.tree_map(moved, self.output))
 
     def _mapped(self, function: Callable[[Any], Any], output: Any) -> Result:
-        values = {quantity: {name: function(v) for name, v in by.items()} for quantity, by in self._values.items()}
+        values = {quantity: {name: function(v) for name, v in by.items()} for quantity, by in self.own.items()}
         batch = self.batch and self.batch.moved(function)
-        return self.with_values(None if self.loss is None else function(self.loss), output, values, batch)
+        some = {samples: each._mapped(function, each.output) for samples, each in self.some.items()}
+        return self.with_values(None if self.loss is None else function(self.loss), output, values, batch, some)
 
     def with_values(
-        self, loss: torch.Tensor | None, output: Any, values: Mapping[str, Mapping[str, Any]], batch: Batch | None
+        self,
+        loss: torch.Tensor | None,
+        output: Any,
+        values: Mapping[str, Mapping[str, Any]],
+        batch: Batch | None,
+        some: Mapping[tuple[int, ...], Result] | None = None,
     ) -> Result:
         """The same quantities of the same model with other values."""
-        return Result(loss, output, values, self._axes, self._shapes, batch)
+        return Result(loss, output, values, self._axes, self._shapes, batch, some)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it as a dict of tensors, texts and numbers, for any torch.load; the tensors themselves, no copies."""
         return {
             "loss": self.loss,
             "output": self.output,
-            "values": {quantity: {name: _state(v) for name, v in by.items()} for quantity, by in self._values.items()},
+            "values": {quantity: {name: _state(v) for name, v in by.items()} for quantity, by in self.own.items()},
             "axes": {quantity: axes and [axes.lead, axes.parameter] for quantity, axes in self._axes.items()},
             "shapes": {name: list(shape) for name, shape in self._shapes.items()},
             "batch": self.batch and self.batch.plain(),
+            "some": [[list(samples), each.state_dict()] for samples, each in self.some.items()],
         }
 
     @classmethod
@@ -191,6 +203,7 @@ class Result(Mapping[str, Mapping[str, Any]]):
             {quantity: axes and Axes(*axes) for quantity, axes in state["axes"].items()},
             {name: tuple(shape) for name, shape in state["shapes"].items()},
             Batch.of_plain(state["batch"]) if state.get("batch") else None,
+            {tuple(samples): cls.from_state_dict(each) for samples, each in state.get("some", ())},
         )
 
     def __repr__(self) -> str:

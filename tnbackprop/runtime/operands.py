@@ -56,7 +56,7 @@ class Operands:
             what = type(given).__name__
             raise InputError(f"operands is {what}: give {{key: tensor}} or {{key: {{parameter: tensor}}}}")
         shapes = self.shapes
-        _check_keys("operands", given, shapes)
+        check_keys("operands", given, shapes)
         for key, shape in shapes.items():
             if isinstance(shape, dict):
                 by = given[key]
@@ -64,7 +64,7 @@ class Operands:
                     raise InputError(
                         f"operand {key!r} is {type(by).__name__}: it has one of each parameter, {{name: tensor}}"
                     )
-                _check_keys(f"operand {key!r}", by, shape)
+                check_keys(f"operand {key!r}", by, shape)
         return {name: self._tensor(reading, given, batch, like) for name, reading in self._readings.items()}
 
     def _tensor(self, reading: Reading, given: Given, batch: int, like: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class Operands:
         return {key: each(shape) for key, shape in self.shapes.items()}
 
 
-def _check_keys(what: str, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_keys(what: str, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     missing, unknown = [k for k in wanted if k not in given], [k for k in given if k not in wanted]
     if missing:
         raise InputError(f"{what} has nothing for {_listed(missing)}: program.operands tells keys and shapes")

@@ -151,6 +151,11 @@ class Program:
         sections = {"Batch sizes": sizes, "Merged batches": merged, "Saved between the halves": saved, "Check": checked}
         return "\n\n".join([text, *(f"{title}\n{'=' * len(title)}\n{each}" for title, each in sections.items())])
 
+    @property
+    def each(self) -> tuple[Program, ...]:
+        """The programs that run one after the other: it alone, unless quantities are of some samples."""
+        return (self,)
+
     def fits(self, size: int) -> bool:
         """Whether it is for so many samples: a model may branch on that."""
         graph = self._compiled.graph

@@ -26,6 +26,7 @@ from ..diagram.reference import size_of
 from ..errors import InputError, UnsupportedError
 from ..quantities import Propagation, Quantity
 from ..runtime import Program
+from ..subsampled import apart
 from .draws import unsettled
 from .merged import check_merged
 from .quantities import ALL, check_quantities
@@ -50,7 +51,8 @@ def try_model(
         loss, y = _default(model, x, y)
     programs, left_out = programs_for(model, loss, (x, y), quantities or ALL, rules, bool(quantities))
     for program in programs:
-        yield from _program_case(program, (x, y), program is programs[0])
+        for each, own in apart(program, (x, y)):
+            yield from _program_case(each, own, each is programs[0].each[0])
     yield from left_out
 
 
@@ -76,7 +78,8 @@ def try_program(program: Program, batch: Batch, quantities: Sequence[Quantity] |
     model = program.model
     x, y = batch if batch[0] is not None else _batch_for(program)
     model = _finite(model, filled(x))
-    yield from _program_case(in_float64(program, model), (filled(x), filled(y)), True)
+    for each, own in apart(program, (filled(x), filled(y))):
+        yield from _program_case(in_float64(each, model), own, each is program.each[0])
 
 
 def _program_case(program: Program, batch: Batch, with_rules: bool) -> Iterator[Finding]:
