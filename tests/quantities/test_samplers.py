@@ -121,6 +121,49 @@ def test_batches_of_other_sizes_and_dtypes() -> None:
         assert all(value.dtype == dtype and value.isfinite().all() for value in with_it.values())
 
 
+class Two(nn.Module):
+    """Mean and logarithm of the variance as two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = model()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        f = self.net(x)
+        return {"mean": f[:, 0], "log_variance": f[:, 1:]}
+
+
+def test_the_sampler_is_given_what_the_model_gives() -> None:
+    """Several outputs, and one that the loss reads moved."""
+    net, (x, y) = Two(), batch()
+
+    def joined(f: dict[str, Tensor]) -> Tensor:
+        return torch.cat([f["mean"].unsqueeze(1), f["log_variance"]], 1)
+
+    def draw(f: dict[str, Tensor], u: Tensor) -> Tensor:
+        return gaussian(joined(f), u)
+
+    quantity = tn.DiagGGN(root=tn.Draws(2, sampler=draw))
+    found = tn.compute(net, lambda f, y: nll(joined(f), y), (x, y), [quantity], seed=SEED)["diag_ggn"]
+    V = columns(net.net, x, nll, gaussian, 2)
+    got = {n.removeprefix("net."): v for n, v in found.items()}
+    assert_equal(got, {n: v.square().sum((0, 1)) for n, v in V.items()}, "two")
+
+    def moved(f: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.mse_loss(f.flatten(), y.flatten(), reduction="sum")
+
+    def unit(f: Tensor, u: Tensor) -> Tensor:
+        return f + torch.erfinv(2 * u - 1)
+
+    plain = model()
+    labels = torch.randn(N, 2).double()
+    root = tn.Draws(500, sampler=unit)
+    drawn = tn.compute(plain, moved, (x, labels), [tn.DiagGGN(root=root)], seed=0)["diag_ggn"]
+    exact = tn.compute(plain, moved, (x, labels), [tn.DiagGGN()])["diag_ggn"]
+    for name, value in exact.items():
+        assert (drawn[name] - value).norm() < 0.2 * value.norm()
+
+
 def test_uniform_numbers_are_never_zero() -> None:
     def smallest(f: Tensor, u: Tensor) -> Tensor:
         return (u * 0).clamp(min=0) + u.log()

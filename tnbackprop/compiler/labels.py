@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from ..errors import InputError, UnsupportedError
 from .program.inputs import of_loss
@@ -51,7 +52,12 @@ def _drawn(
         )
     loss = _behind(graph, root.output, y, where)
     exact = torch.float32 if root.output.dtype.itemsize == 2 else root.output.dtype  # 16 bits draw too few numbers
-    given = Given(root.output.shape, root.output.dtype, y.device), Given(y.shape, exact, y.device)
+    outputs, spec = pytree.tree_flatten(graph.output)
+    if not all(isinstance(name, str) for name in outputs):
+        raise UnsupportedError(f"{where} is given the model's output, which is not of tensors alone: return these")
+    each = [graph.values[name] for name in outputs]
+    shown = pytree.tree_unflatten([Given(value.shape, value.dtype, value.device) for value in each], spec)
+    given = shown, Given(y.shape, exact, y.device)
     found = traced(lambda pair: sampler(*pair), given, where, f"labels:{number}")
     made = found.made
     if not isinstance(made, Value):
@@ -62,7 +68,7 @@ def _drawn(
             f"{where} draws {_shown(made)}, and y is {_shown(y)}: return labels of the shape of the uniform numbers, "
             f".to({y.dtype})"
         )
-    return DrawnLabels(sampler, y, found.inputs, found.calls, made, found.constants, loss)
+    return DrawnLabels(sampler, y, tuple(outputs), found.inputs, found.calls, made, found.constants, loss)
 
 
 def _label(graph: Graph, where: str) -> Value:

@@ -133,6 +133,8 @@ class Defined:
     def draw(self, root: LossRoot, output: Tensor) -> Callable[[Tensor], Tensor]:
         """The rule's code for one column at an output, [N, F], of uniform numbers; or what a sampler's labels give."""
         size, graph = self.problem.size, self.program.compiled.graph
+        if root.sampler is not None and not isinstance(graph.output, str):
+            raise NotDefined("the model returns several tensors")
         if root.sampler is not None:
             return partial(self._drawn, root.sampler, output)
         traced = trace(self.program, self.problem.x, self.problem.y, size)

@@ -23,13 +23,14 @@ def drawn_gradient(store: Store, graph: Graph, root: LossRoot, labels: DrawnLabe
     output, at = root.output, store.find(root.output.name)
     body, others = loss_function(store, graph, output, labels.loss)
     draw = _function(store, labels)
-    constants = tuple(store.find(name) for name in labels.constants)
+    given = tuple(map(store.find, labels.outputs))
+    constants = tuple(map(store.find, labels.constants))
 
-    smallest = torch.finfo(labels.given[1].dtype).eps / 4
+    smallest = torch.finfo(labels.given[-1].dtype).eps / 4
 
     def column(noise: Expr) -> Expr:
         inside = e.Call(f.CLAMP, (noise,), (("min", smallest),))  # torch draws 0 as well: its quantile is infinite
-        drawn = Of(draw, (at, inside, *constants))
+        drawn = Of(draw, (*given, inside, *constants))
         read = {output: AT, labels.y: double(drawn, labels.made)}
         own = tuple(read[v] if v in read else double(store.find(v.name), v) for v in others)
         gradient = e.Call(f.GRAD, (Lambda((AT,), Of(body, own)),))
@@ -46,14 +47,15 @@ def _function(store: Store, labels: DrawnLabels) -> Body:
         shapes = {name: tuple(tensor.shape) for name, tensor in labels.constants.items()}
         given = [*((v.name, v.shape) for v in labels.given), *shapes.items()]
         env = {name: e.Value(name, None, shape, hint=name) for name, shape in given}
-        first, *_ = params = tuple(env.values())
+        params = tuple(env.values())
+        counted = next(value for value in params if N in value.shape)
         steps = []
         for call in labels.calls:
-            expr = output_expr(call, lambda value: env[value.name], first)
+            expr = output_expr(call, lambda value: env[value.name], params[0])
             step = e.Value(call.output.name, expr, call.output.shape, hint=call.output.name, inputs=reads(expr))
             env[call.output.name] = step
             steps.append(step)
         store.bodies[key] = Body(
-            params, tuple(steps), (env[labels.made.name],), (first, first.shape.index(N)), "draw_labels"
+            params, tuple(steps), (env[labels.made.name],), (counted, counted.shape.index(N)), "draw_labels"
         )
     return store.bodies[key]

@@ -31,15 +31,17 @@ NORMAL = Code.of(
 
 @dataclass(frozen=True)
 class DrawnLabels:
-    """Labels that torch code of a user draws: calls on the output and on noise, and those of the loss that read them.
+    """Labels that torch code of a user draws: calls on what the model gives and noise, and those of the loss behind.
 
     y       what they take the place of
-    given   what the code reads: the output and the noise
+    outputs  the values that the model gives, leaf by leaf
+    given   what the code reads: these, and then the noise
     loss    the calls of the loss that read the output or y
     """
 
     sampler: Callable[..., Any]
     y: Value
+    outputs: tuple[str, ...]
     given: tuple[Value, ...]
     calls: tuple[Call, ...]
     made: Value
