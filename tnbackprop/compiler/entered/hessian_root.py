@@ -106,9 +106,9 @@ def loss_function(store: Store, graph: Graph, output: Value, calls: Sequence[Cal
             env[call.output.name] = step
             steps.append(step)
         end = env[str(graph.loss)]
-        store.bodies[key] = Body(
-            tuple(params), tuple(steps), (end,), (params[0], output.shape.index(N)), "loss"
-        )
+        counted = next((value for value in params if N in value.shape), params[0])
+        batch = counted, counted.shape.index(N) if N in counted.shape else 0
+        store.bodies[key] = Body(tuple(params), tuple(steps), (end,), batch, "loss")
     return store.bodies[key], others
 
 
