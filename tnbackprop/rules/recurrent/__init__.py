@@ -57,7 +57,7 @@ def _relu(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> S
 class Cell:
     """A layer's step, written out, and the code of a scan over all of them.
 
-    keeps     what the scan keeps of a step, in sizes of h, with the states at its end
+    keeps     how many parts the scan keeps of a step, the states at the end
     forward   code for it; `PLACE` is where time and direction stand
     backward  code for the cotangents of gates, recurrent and first states
     """
@@ -72,7 +72,7 @@ class Cell:
 PLACE = "time, back"
 CELLS = {
     "lstm": Cell(
-        _lstm, 6, 2,
+        _lstm, 7, 2,
         f"lstm_forward({{gates}}, {{weight}}, {{bias}}, {{hidden}}, {{state}}, {PLACE})",
         f"lstm_backward({{cotangents}}, {{kept}}, {{weight}}, {{state}}, {PLACE})",
     ),
@@ -115,11 +115,12 @@ def _scan(
 
 
 def _kept(cell: str, gates: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return gates.new_empty(*gates.shape[:2], CELLS[cell].keeps * weight.shape[1])
+    time, size = rest[-2], weight.shape[1]
+    return gates.new_empty(gates.shape[time], CELLS[cell].keeps, gates.shape[1 - time], size)
 
 
 def _states(cell: str, gates: Tensor, recurrent: Tensor, kept: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return kept[..., -CELLS[cell].states * weight.shape[1] :].clone()
+    return scans.states(kept, CELLS[cell].states > 1, *rest[-2:])
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -146,14 +147,10 @@ def _placed(code: str, call: Any) -> str:
     return code.replace(PLACE, f"{call.time}, {call.back}")
 
 
-def _legs(call: Any, last: str) -> dict[str, str]:
-    return {"output": f"n, t, {last}" if call.time else f"t, n, {last}"}
-
-
 @TABLE.rule(OPS.scan.default)
 def scan(call: Any) -> Rule:
     code = CELLS[call.cell].forward
-    return Rule(forward=_placed(code, call), legs=_legs(call, "k"), functions=(_called(code),))
+    return Rule(forward=_placed(code, call), legs={"output": "t, k, n, h"}, functions=(_called(code),))
 
 
 @TABLE.rule(OPS.states.default)
@@ -161,10 +158,10 @@ def states(call: Any) -> Rule:
     cell = CELLS[call.cell]
     first = ("hidden", "state")[: 1 + (call.state is not None)]
     return Rule(
-        forward=f"{{kept}}[..., -{cell.states * call.weight.shape[1]}:]",
+        forward=_placed(f"states({{kept}}, {cell.states > 1}, {PLACE})", call),
         vjp={", ".join(("gates", "recurrent", *first)): _placed(cell.backward, call)},
-        legs=_legs(call, "s"),
-        functions=(_called(cell.backward),),
+        legs={"output": "n, t, h" if call.time else "t, n, h"},
+        functions=(scans.states, _called(cell.backward)),
     )
 
 
@@ -194,20 +191,17 @@ def _scanned(cell: str, gates: Tensor, own: Weights, state: State, time: int, ba
     weight, bias, projection = own
     if projection is not None:
         return _written_out(cell, gates, own, state, time, back)
-    count, size = CELLS[cell].states, weight.shape[1]
     known = weight.detach(), None if bias is None else bias.detach()
     first = tuple(each.detach() for each in state)
-    last = first[1] if count > 1 else None
+    start, last = (each[1] if len(each) > 1 else None for each in (state, first))
     kept = OPS.scan(cell, gates.detach(), *known, first[0], last, time, back)
-    begin = -count * size
-    rest = kept[..., begin : begin + size if count > 1 else None].narrow(time, int(back), gates.shape[time] - 1)
-    before = first[0].unsqueeze(time)
+    steps, hidden = gates.shape[time], kept.select(1, -1).movedim(0, time)
+    rest, before = hidden.narrow(time, int(back), steps - 1), first[0].unsqueeze(time)
     recurrent = F.linear(torch.cat([rest, before] if back else [before, rest], time), weight, bias)
-    start = state[1] if count > 1 else None
     found = OPS.states(cell, gates, recurrent, kept, known[0], state[0], start, time, back)
-    hidden = found[..., :size] if count > 1 else found
-    end = found.select(time, 0 if back else gates.shape[time] - 1)
-    return hidden, end.split(size, -1)
+    hidden = found.narrow(time, 0, steps)
+    ends = (hidden.select(time, 0 if back else -1), found.select(time, -1))
+    return hidden, ends[: len(state)]
 
 
 def _layers(
