@@ -5,7 +5,8 @@
     h[n, t] = cell(gates[n, t], recurrent[n, t])   a scan; its VJP is the whole of what comes back through later steps
 
 So quantities of the weights see positions, as those of any shared weight. Where second derivatives or matrices are
-propagated, and in a layer that projects h, the steps are written out.
+propagated, and in a layer that projects h, the steps are written out. Where gradients alone are asked of an LSTM's
+weights, an operator of ours is the whole layer in one direction, `layer`, which has kernels (compiler/recurrence.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from ...notation.rule import Rule
 from ...table import Composite, Table
-from . import scans
+from . import fused, scans
 
 TABLE = Table()
 aten = torch.ops.aten
@@ -98,6 +99,10 @@ FIRST = "str cell, Tensor gates, "
 LAST = "Tensor hidden, Tensor? state, int time, bool back) -> Tensor"
 LIBRARY.define(f"scan({FIRST}Tensor weight, Tensor? bias, {LAST}")  # type: ignore[no-untyped-call]
 LIBRARY.define(f"states({FIRST}Tensor recurrent, Tensor kept, Tensor weight, {LAST}")  # type: ignore[no-untyped-call]
+LIBRARY.define(  # type: ignore[no-untyped-call]
+    "layer(Tensor x, Tensor hidden, Tensor state, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+    "int time, bool back) -> Tensor"
+)
 
 
 def _run(code: str, time: int, back: bool, **values: Any) -> Any:
@@ -162,6 +167,24 @@ def states(call: Any) -> Rule:
         vjp={", ".join(("gates", "recurrent", *first)): _placed(cell.backward, call)},
         legs={"output": "n, t, h" if call.time else "t, n, h"},
         functions=(scans.states, _called(cell.backward)),
+    )
+
+
+OPERANDS = ("x", "hidden", "state", "w_ih", "w_hh", "b_ih", "b_hh")
+
+
+@TABLE.rule(OPS.layer.default)
+def layer(call: Any) -> Rule:
+    """What `states` gives, by kernels that have no formula."""
+    given = ", ".join(f"{{{name}}}" for name in OPERANDS)
+    kernel = _placed(f"lstm_layer_backward({{cotangent}}, {{every}}, {PLACE})", call)
+    return Rule(
+        saved={"every": _placed(f"lstm_layer_forward({given}, {PLACE})", call)},
+        forward="{every}[0]",
+        vjp={", ".join(OPERANDS[:3]): kernel},
+        backward={", ".join(OPERANDS): kernel},
+        legs={"output": "n, t, h" if call.time else "t, n, h"},
+        functions=(fused.lstm_layer_forward, fused.lstm_layer_backward),
     )
 
 

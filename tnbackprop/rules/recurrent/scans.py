@@ -18,10 +18,10 @@ def lstm_forward(
 ) -> torch.Tensor:
     """(i, f, g, o, tanh c, c, h) of every step."""
     size, steps = hidden.shape[-1], range(gates.shape[time])
-    matrices = weight.unflatten(0, (4, size)).transpose(1, 2)
-    sums = gates.movedim(time, 0).unflatten(2, (4, size)).transpose(1, 2)
+    matrices, steps_first = weight.reshape(4, size, size).transpose(1, 2), gates.movedim(time, 0)
+    sums = steps_first.reshape(*steps_first.shape[:2], 4, size).transpose(1, 2)
     kept = gates.new_empty(len(steps), 7, *sums.shape[2:])
-    kept[:, :4] = sums if bias is None else sums + bias.view(4, 1, size)
+    torch.add(sums, sums.new_zeros(1) if bias is None else bias.view(4, 1, size), out=kept[:, :4])
     four, two = kept[:, :4].unbind(0), kept[:, :2].unbind(0)
     i, f, g, o, bent, cells, hiddens = (part.unbind(0) for part in kept.unbind(1))
     for t in steps[::-1] if back else steps:
@@ -51,18 +51,18 @@ def lstm_backward(
     *own, carried = cotangents.unbind(axis)
     found = cotangents.new_empty(*cotangents.narrow(axis, 0, len(steps)).shape[:-1], 4, cotangents.shape[-1])
     every, parts = found.flatten(-2).unbind(axis), found[..., :3, :].unbind(axis - 1)
-    of_output, later = found[..., 3, :].unbind(axis), None
-    for t in steps if back else steps[::-1]:
+    of_output, order = found[..., 3, :].unbind(axis), steps if back else steps[::-1]
+    for k, t in enumerate(order):
         hidden = own[t]
-        if later is not None:
+        if k:
+            later = order[k - 1]
             hidden = torch.addmm(hidden, every[later], weight) if hidden.ndim == 2 else hidden + every[later] @ weight
             carried = carried * left[later]
         carried = torch.addcmul(carried, hidden, through[t])
         torch.mul(carried.unsqueeze(-2), by_cell[t], out=parts[t])
         torch.mul(hidden, by_hidden[t], out=of_output[t])
-        later = t
     found = found.flatten(-2)
-    return found, found, every[later] @ weight, carried * left[later]
+    return found, found, every[order[-1]] @ weight, carried * left[order[-1]]
 
 
 def gru_forward(
@@ -70,8 +70,8 @@ def gru_forward(
 ) -> torch.Tensor:
     """(r, z, n, w_hn h + b_hn, h) of every step."""
     size, steps = hidden.shape[-1], range(gates.shape[time])
-    matrices = weight.unflatten(0, (3, size)).transpose(1, 2)
-    own = gates.movedim(time, 0).unflatten(2, (3, size)).transpose(1, 2)
+    matrices, steps_first = weight.reshape(3, size, size).transpose(1, 2), gates.movedim(time, 0)
+    own = steps_first.reshape(*steps_first.shape[:2], 3, size).transpose(1, 2)
     shift = own.new_zeros(1) if bias is None else bias.view(3, 1, size)
     kept = gates.new_empty(len(steps), 5, *own.shape[2:])
     r, z, n, mixed, hiddens = (part.unbind(0) for part in kept.unbind(1))
