@@ -20,7 +20,7 @@ from .attention import Reader, without_unread
 from .translate.graph import Call, Graph, Value
 
 aten = torch.ops.aten
-PARTS = (OPS.layer.default, OPS.scan.default, OPS.states.default, aten.linear.default)
+PARTS = (OPS.layer.default, OPS.scan.default, OPS.states.default, aten.linear.default, aten.add.Tensor)
 
 
 def with_layers(graph: Graph, quantities: Sequence[Quantity], rules: Rules) -> Graph:
@@ -38,7 +38,10 @@ def _layer(graph: Graph, reader: Reader, call: Call) -> Call | None:
     """The call as a layer, if it is what the scan of an LSTM gives and its weights are read nowhere else."""
     if call.target is not OPS.states.default or call.cell != "lstm":
         return None
-    into, own = reader.made.get(call.gates.name), reader.made.get(call.recurrent.name)
+    both = reader.made.get(call.gates.name)
+    if both is None or both.target is not aten.add.Tensor or both.alpha != 1:
+        return None
+    into, own = reader.made.get(both.input.name), reader.made.get(both.other.name)
     if into is None or own is None or {into.target, own.target} != {aten.linear.default}:
         return None
     operands = (into.input, call.hidden, call.state, into.weight, own.weight, into.bias, own.bias)

@@ -4,6 +4,8 @@
     recurrent[n, t] = w_hh h[n, t-1] + b_hh        another: h of the step before is known, and no derivative goes there
     h[n, t] = cell(gates[n, t], recurrent[n, t])   a scan; its VJP is the whole of what comes back through later steps
 
+Where the step reads the sum of both, that is its operand: what comes back to it is one value for both layers.
+
 So quantities of the weights see positions, as those of any shared weight. Where second derivatives or matrices are
 propagated, and in a layer that projects h, the steps are written out. Where gradients alone are asked of an LSTM's
 weights, an operator of ours is the whole layer in one direction, `layer`, which has kernels (compiler/recurrence.py).
@@ -60,7 +62,8 @@ class Cell:
 
     keeps     how many parts the scan keeps of a step, the states at the end
     forward   code for it; `PLACE` is where time and direction stand
-    backward  code for the cotangents of gates, recurrent and first states
+    backward  code for the cotangents of what the step reads of both linear layers, and of first states
+    summed    whether that is their sum
     """
 
     step: Step
@@ -68,6 +71,7 @@ class Cell:
     states: int
     forward: str
     backward: str
+    summed: bool = True
 
 
 PLACE = "time, back"
@@ -81,6 +85,7 @@ CELLS = {
         _gru, 5, 1,
         f"gru_forward({{gates}}, {{weight}}, {{bias}}, {{hidden}}, {PLACE})",
         f"gru_backward({{cotangents}}, {{kept}}, {{weight}}, {{hidden}}, {PLACE})",
+        summed=False,
     ),
     "tanh": Cell(
         _tanh, 1, 1,
@@ -98,7 +103,7 @@ LIBRARY = torch.library.Library("tnbackprop", "DEF")  # type: ignore[no-untyped-
 FIRST = "str cell, Tensor gates, "
 LAST = "Tensor hidden, Tensor? state, int time, bool back) -> Tensor"
 LIBRARY.define(f"scan({FIRST}Tensor weight, Tensor? bias, {LAST}")  # type: ignore[no-untyped-call]
-LIBRARY.define(f"states({FIRST}Tensor recurrent, Tensor kept, Tensor weight, {LAST}")  # type: ignore[no-untyped-call]
+LIBRARY.define(f"states({FIRST}Tensor? recurrent, Tensor kept, Tensor weight, {LAST}")  # type: ignore[no-untyped-call]
 LIBRARY.define(  # type: ignore[no-untyped-call]
     "layer(Tensor x, Tensor hidden, Tensor state, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
     "int time, bool back) -> Tensor"
@@ -124,7 +129,7 @@ def _kept(cell: str, gates: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return gates.new_empty(gates.shape[time], CELLS[cell].keeps, gates.shape[1 - time], size)
 
 
-def _states(cell: str, gates: Tensor, recurrent: Tensor, kept: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+def _states(cell: str, gates: Tensor, recurrent: Any, kept: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return scans.states(kept, CELLS[cell].states > 1, *rest[-2:])
 
 
@@ -136,8 +141,9 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _back(context: Any, cotangent: Tensor) -> tuple[Any, ...]:
     values = dict(zip(("kept", "weight", "hidden", "state"), context.saved_tensors, strict=True))
-    gates, recurrent, *first = _run(context.cell.backward, context.time, context.back, cotangents=cotangent, **values)
-    return None, gates, recurrent, None, None, first[0], (*first, None)[1], None, None
+    found = iter(_run(context.cell.backward, context.time, context.back, cotangents=cotangent, **values))
+    read = next(found), None if context.cell.summed else next(found)
+    return None, *read, None, None, next(found), next(found, None), None, None
 
 
 LIBRARY.impl("scan", _scan, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -161,10 +167,10 @@ def scan(call: Any) -> Rule:
 @TABLE.rule(OPS.states.default)
 def states(call: Any) -> Rule:
     cell = CELLS[call.cell]
-    first = ("hidden", "state")[: 1 + (call.state is not None)]
+    operands = [name for name in ("gates", "recurrent", "hidden", "state") if call.arguments[name] is not None]
     return Rule(
         forward=_placed(f"states({{kept}}, {cell.states > 1}, {PLACE})", call),
-        vjp={", ".join(("gates", "recurrent", *first)): _placed(cell.backward, call)},
+        vjp={", ".join(operands): _placed(cell.backward, call)},
         legs={"output": "n, t, h" if call.time else "t, n, h"},
         functions=(scans.states, _called(cell.backward)),
     )
@@ -221,7 +227,8 @@ def _scanned(cell: str, gates: Tensor, own: Weights, state: State, time: int, ba
     steps, hidden = gates.shape[time], kept.select(1, -1).movedim(0, time)
     rest, before = hidden.narrow(time, int(back), steps - 1), first[0].unsqueeze(time)
     recurrent = F.linear(torch.cat([rest, before] if back else [before, rest], time), weight, bias)
-    found = OPS.states(cell, gates, recurrent, kept, known[0], state[0], start, time, back)
+    read = (gates + recurrent, None) if CELLS[cell].summed else (gates, recurrent)
+    found = OPS.states(cell, *read, kept, known[0], state[0], start, time, back)
     hidden = found.narrow(time, 0, steps)
     ends = (hidden.select(time, 0 if back else -1), found.select(time, -1))
     return hidden, ends[: len(state)]

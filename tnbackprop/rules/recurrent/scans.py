@@ -62,7 +62,7 @@ def lstm_backward(
         torch.mul(carried.unsqueeze(-2), by_cell[t], out=parts[t])
         torch.mul(hidden, by_hidden[t], out=of_output[t])
     found = found.flatten(-2)
-    return found, found, every[order[-1]] @ weight, carried * left[order[-1]]
+    return found, every[order[-1]] @ weight, carried * left[order[-1]]
 
 
 def gru_forward(
@@ -140,7 +140,7 @@ def rnn_backward(
     for k, t in enumerate(order):
         total = own[t] + every[order[k - 1]] @ weight if k else own[t]
         torch.mul(total, slopes[t], out=every[t])
-    return found, found, every[order[-1]] @ weight
+    return found, every[order[-1]] @ weight
 
 
 def states(kept: torch.Tensor, cells: bool, time: int, back: bool) -> torch.Tensor:
