@@ -235,11 +235,9 @@ def _swept_in_order(derived: Derived, context: Context) -> Flaws:
 def _terms(item: Backward | Individual | Extraction) -> list[tuple[str, Diagram | Native]]:
     """What is computed, each with a name for messages."""
     match item:
-        case Extraction(native=Native() as native):
-            return [(f"{quantity} of {item.parameter}", native) for quantity in item.diagrams]
         case Extraction():
             every = (*item.diagrams.items(), *item.condensed.items())
-            return [(f"{quantity} of {item.parameter}", diagram) for quantity, diagram in every]
+            return [(f"{quantity} of {item.parameter}", item.native or diagram) for quantity, diagram in every]
         case Individual():
             return [(item.name, item.native)]
         case Backward():
