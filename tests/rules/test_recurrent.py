@@ -266,3 +266,11 @@ def test_the_report_names_the_kernel() -> None:
     assert "layer.weight_hh_l0   grad: from the kernel that pulls back to the input" in program.explain("plan")
     assert "tnbackprop.layer.default" in program.explain("capture")
     assert f"gradient = {KERNEL}" in program.explain("derive"), program.explain("derive")
+
+
+@pytest.mark.parametrize("name", ["LSTM, two layers, both ways", "LSTM, learned states", "LSTM, time first, no bias"])
+def test_the_source_runs_in_double_precision(name: str) -> None:
+    """Autograd takes the place of the kernels there: the program is verified so."""
+    model, loss, x, y = in_single(name)
+    program = tn.compile(model, loss, (x, y), [tn.Grad(), tn.InputGrad()])
+    assert KERNEL in program.source and tn.verify(program).ok

@@ -216,6 +216,17 @@ def _written_out(cell: str, gates: Tensor, own: Weights, state: State, time: int
     return torch.stack(hidden[::-1] if back else hidden, time), state
 
 
+def _whole(
+    x: Tensor, hidden: Tensor, state: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Any, b_hh: Any, time: int, back: bool
+) -> Tensor:
+    own = w_hh, b_hh, None
+    every, (_, end) = _written_out("lstm", F.linear(x, w_ih, b_ih), own, (hidden, state), time, back)
+    return torch.cat([every, end.unsqueeze(time)], time)
+
+
+LIBRARY.impl("layer", _whole, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+
+
 def _scanned(cell: str, gates: Tensor, own: Weights, state: State, time: int, back: bool) -> tuple[Tensor, State]:
     weight, bias, projection = own
     if projection is not None:
