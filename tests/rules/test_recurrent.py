@@ -176,3 +176,101 @@ def test_a_program_for_any_batch() -> None:
     for size in (1, 7):
         x, y = torch.randn(size, T, 2, dtype=torch.float64), torch.randn(size, T, 2, dtype=torch.float64)
         assert_equal(program(x, y)["batch_grad"], oracle.batch_grad(model, loss, x, y), f"batch of {size}")
+
+
+KERNEL = "lstm_layer_backward("
+
+
+def in_single(name: str) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    model, loss, x, y = problem(name)
+    return model.float(), loss, x.float(), y.float()
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "GRU" not in name and "anh" not in name])
+def test_the_gradient_alone_is_from_kernels_of_whole_layers(name: str) -> None:
+    """For any batch, by the input, too; in float32, which is what they are for."""
+    model, loss, x, y = in_single(name)
+    program = tn.compile(model, loss, (x, y), [tn.Grad(), tn.InputGrad()])
+    assert (KERNEL in program.source) == ("LSTM" in name or name == "in a network"), "a weight that is made of others"
+    assert "_forward(" in program.source, "the steps are written out"
+    for size in (N, 1, 7):
+        x, y = torch.randn(size, T, 2, requires_grad=True), torch.randn(size, *y.shape[1:])
+        result = program(x.detach(), y)
+        *want, by_x = torch.autograd.grad(loss(model(x), y), [*model.parameters(), x], materialize_grads=True)
+        for found, wanted in zip(result["grad"].values(), want, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result["input_grad"]["x"], by_x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantity", [tn.BatchL2(), tn.Variance(), tn.KFAC(), tn.ClippedGrad()], ids=lambda q: q.name)
+def test_what_is_finer_than_the_gradient_is_from_the_steps(quantity: tn.Quantity) -> None:
+    """And the gradient beside it is that of the kernels."""
+    model, loss, x, y = in_single("LSTM, two layers, both ways")
+    both = tn.compile(model, loss, (x, y), [tn.Grad(), quantity])
+    assert KERNEL not in both.source and "lstm_backward(" in both.source
+    alone = tn.compile(model, loss, (x, y), [tn.Grad()])(x, y)["grad"]
+    for name, found in both(x, y, **{"seed": 0} if quantity.name == "kfac" else {})["grad"].items():
+        torch.testing.assert_close(found, alone[name], rtol=1e-4, atol=1e-5)
+
+
+def test_other_numbers_and_machines_go_by_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, loss, x, y = problem("LSTM")
+    assert KERNEL not in tn.compile(model, loss, (x, y), [tn.Grad()]).source
+    model, loss, x, y = in_single("LSTM")
+    own = tn.RULES | {torch.ops.aten.linear.default: lambda call: tn.RULES[torch.ops.aten.linear.default](call)}
+    assert KERNEL not in tn.compile(model, loss, (x, y), [tn.Grad()], rules=own).source
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert KERNEL not in tn.compile(model, loss, (x, y), [tn.Grad()]).source
+
+
+def test_a_weight_of_two_layers_goes_by_the_steps() -> None:
+    """A kernel gives what one of its uses has."""
+    torch.manual_seed(0)
+    model = Translation(nn.LSTM)
+    model.second.weight_hh_l0 = model.first.weight_hh_l0
+    loss, x, y = nn.MSELoss(), torch.randn(N, T, 2), torch.randn(N, T, 2)
+    program = tn.compile(model, loss, (x, y), [tn.Grad()])
+    assert KERNEL not in program.source
+    want = torch.autograd.grad(loss(model(x), y), list(model.parameters()))
+    for found, wanted in zip(program(x, y)["grad"].values(), want, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_weights_of_a_layer_have_no_result() -> None:
+    model, loss, x, y = in_single("LSTM")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("weight_hh" in name)
+    program = tn.compile(model, loss, (x, y), [tn.Grad()])
+    assert KERNEL in program.source
+    (found,), (trained,) = program(x, y)["grad"].values(), [p for p in model.parameters() if p.requires_grad]
+    torch.testing.assert_close(found, torch.autograd.grad(loss(model(x), y), trained)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_halves_with_a_kernel() -> None:
+    """What the forward keeps serves several cotangents, and results are in memory of their own."""
+    model, loss, x, y = in_single("LSTM")
+    program = tn.compile(model, loss, (x, y), [tn.Grad()])
+    want = {name: value.clone() for name, value in program(x, y)["grad"].items()}
+    _, saved = program.forward(x)
+    for _ in range(2):
+        for name, value in program.backward(saved, y)["grad"].items():
+            torch.testing.assert_close(value, want[name])
+            value.zero_()
+    with torch.inference_mode():
+        assert_equal(program(x, y)["grad"], want, "gradient")
+
+
+def test_the_report_names_the_kernel() -> None:
+    model, loss, x, y = in_single("LSTM")
+    program = tn.compile(model, loss, (x, y), [tn.Grad()])
+    assert "layer.weight_hh_l0   grad: from the kernel that pulls back to the input" in program.explain("plan")
+    assert "tnbackprop.layer.default" in program.explain("capture")
+    assert f"gradient = {KERNEL}" in program.explain("derive"), program.explain("derive")
+
+
+@pytest.mark.parametrize("name", ["LSTM, two layers, both ways", "LSTM, learned states", "LSTM, time first, no bias"])
+def test_the_source_runs_in_double_precision(name: str) -> None:
+    """Autograd takes the place of the kernels there: the program is verified so."""
+    model, loss, x, y = in_single(name)
+    program = tn.compile(model, loss, (x, y), [tn.Grad(), tn.InputGrad()])
+    assert KERNEL in program.source and tn.verify(program).ok

@@ -22,6 +22,7 @@ from .invariants.stage import Stage
 from .invariants.table import asked, check
 from .joined import with_one_output, with_output_at_loss
 from .lower.candidate import Lowering
+from .recurrence import with_layers
 from .search import Device
 from .sizes import Front
 from .softmax_heads import with_cross_entropy
@@ -47,7 +48,7 @@ def compile_program(
     quantities = with_needs(of_all_samples(quantities))
     first = graph = capture(model, loss, example, rules) if known is None else known
     graph = with_cross_entropy(with_one_output(graph, quantities), rules)
-    graph = with_attention(with_inputs(graph, quantities), quantities, rules)
+    graph = with_layers(with_attention(with_inputs(graph, quantities), quantities, rules), quantities, rules)
     check(Stage.CAPTURE, graph, seen := asked(model, quantities))
     trial = Trial.of(graph, model, loss, example)
     bound = check(Stage.BIND, bind_all(graph, rules, trial), seen := replace(seen, graph=graph))

@@ -56,7 +56,8 @@ class Rule:
                A lowering: checked against the formula, never the definition.
     backward   ``"input, weight, bias"`` -> torch code of one kernel that gives a tuple of the gradients by all of them:
                by the input for each sample, by parameters summed over the samples. It runs where that sum is all that
-               is asked of a parameter. A lowering, like `vjp`.
+               is asked of a parameter. A lowering, like `vjp`; where there is no formula, that sum is all that a
+               parameter has.
     root       for a loss: the square root of its Hessian; elementwise losses need none, it follows from the formula.
     draw       for an elementwise loss without a root: torch code for a draw of its residual in the model's own
                distribution, over its deviation (mean 0, variance 1); ``{noise}`` is uniform on (0, 1), shaped as the

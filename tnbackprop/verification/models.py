@@ -159,7 +159,11 @@ def in_float64(program: Program, model: nn.Module) -> Program:
     compiled = program.compiled
     values = {name: replace(value, dtype=double(value.dtype)) for name, value in compiled.graph.values.items()}
     constants = {name: tensor.to("cpu", double(tensor.dtype)) for name, tensor in compiled.graph.constants.items()}
-    graph = replace(compiled.graph, values=MappingProxyType(values), constants=MappingProxyType(constants))
+    calls = tuple(
+        replace(call, arguments={k: double(v) if isinstance(v, torch.dtype) else v for k, v in call.arguments.items()})
+        for call in compiled.graph.calls
+    )
+    graph = replace(compiled.graph, calls=calls, values=MappingProxyType(values), constants=MappingProxyType(constants))
     loss = copy.deepcopy(program.loss).double().cpu() if isinstance(program.loss, nn.Module) else program.loss
     return Program(model, replace(compiled, graph=graph), loss, list(program.quantities.values()), program.indefinite)
 

@@ -140,6 +140,20 @@ def test_a_kernel_of_ones_own() -> None:
         tn.verify(wrong, module=Scaled(), x=(2, 3, 6))
 
 
+def test_a_kernel_without_a_formula() -> None:
+    """It has the gradient, and what is finer is refused."""
+    code = {"forward": "{input} * {gain}", "vjp": {"input": "{cotangent} * {gain}"}, "legs": {"output": "n, a, i"}}
+    rules = tn.RULES | {Scaled: lambda module: tn.Rule(**code, backward={"input, gain": KERNEL})}
+    model = model_of(Scaled())
+    program = tn.compile(model, F.cross_entropy, (X, Y), [tn.Grad()], rules=rules)
+    want = torch.autograd.grad(F.cross_entropy(model(X), Y), list(model.parameters()))
+    for found, value in zip(program(X, Y)["grad"].values(), want, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-13)
+    for quantity in (tn.BatchL2(), tn.DiagGGN(), tn.KFAC()):
+        with pytest.raises(tn.TnError, match=r"(?s)only .*gradient|only its VJP is known"):
+            tn.compile(model, F.cross_entropy, (X, Y), [tn.Grad(), quantity], rules=rules)
+
+
 @pytest.mark.parametrize(
     ("options", "native"),
     [

@@ -91,6 +91,7 @@ def _check_read(bound: tuple[tuple[Call, BoundRule], ...]) -> None:
         diagrams = [equation.diagram for equation in rule.equations if equation.diagram is not None]
         read = {name for diagram in diagrams for name in leaves(diagram)} | set(rule.vjp)
         read |= {name for equation in rule.equations for name in equation.jacobians}
+        read |= set(rule.backward) if rule.fallback else set()
         for name, value in call.tensors.items() if call.by_rule else ():
             if value.differentiable and value.name not in read:
                 raise RuleError(

@@ -237,7 +237,7 @@ def _terms(item: Backward | Individual | Extraction) -> list[tuple[str, Diagram 
     match item:
         case Extraction():
             every = (*item.diagrams.items(), *item.condensed.items())
-            return [(f"{quantity} of {item.parameter}", diagram) for quantity, diagram in every]
+            return [(f"{quantity} of {item.parameter}", item.native or diagram) for quantity, diagram in every]
         case Individual():
             return [(item.name, item.native)]
         case Backward():

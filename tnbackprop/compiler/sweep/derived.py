@@ -38,13 +38,14 @@ class Native:
 class Joint:
     """A kernel that gives the gradient of a parameter, and with it what is propagated to an operand with samples.
 
-    since  the number of the first of the operand's terms in whose place that is
+    operand  "": the kernel is all there is, and what is propagated is from it anyway
+    since    the number of the first of the operand's terms in whose place that is
     """
 
     gradient: Native
-    operand: str
-    since: int
-    pulled: Native
+    operand: str = ""
+    since: int = 0
+    pulled: Native | None = None
 
 
 @dataclass(frozen=True)

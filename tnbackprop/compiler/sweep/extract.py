@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ...diagram.algebra import Cotangents, Uses
 from ...diagram.core import BATCH, COLUMN, COLUMN_COPY, Diagram, Leg, is_head, leaves
-from ...errors import InputError, UnsupportedError
+from ...errors import FormulaError, InputError, UnsupportedError
 from ...quantities import Propagation, Quantity, Total
 from ...quantities.factors import Factors
 from ...quantities.stream import Stream
@@ -113,15 +113,20 @@ def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction
 def _kernel(sweep: Sweep, name: str, uses: Uses, g: Cotangents, diagrams: Mapping[Result, Diagram]) -> Native | None:
     """The native gradient of a parameter that is read once, where nothing else is asked of it.
 
-    What is propagated to the other operand is then from that kernel, too.
+    What is propagated to the other operand is then from that kernel, too. Raises `FormulaError` where there is nothing
+    else, and more is asked.
     """
     joint = sweep.kernels.get(name)
-    if joint is None or not diagrams or joint.operand in sweep.scheduled:
-        return None
-    if [leaves(each) for each in g.each] != [(joint.gradient.cotangent,)]:
+    if joint is None or not diagrams:
         return None
     total = (uses.T @ g).sum(BATCH.name)
-    if any(diagram != total for diagram in diagrams.values()):
+    once = [leaves(each) for each in g.each] == [(joint.gradient.cotangent,)]
+    fits = once and all(diagram == total for diagram in diagrams.values())
+    if not joint.operand and not fits:
+        dotted = sweep.graph.parameters[name][0]
+        raise FormulaError(f"only the gradient of {dotted!r} is known where it is read, and more is asked of it.")
+    if not fits or joint.operand in sweep.scheduled:
         return None
-    sweep.terms[joint.operand][joint.since :] = [joint.pulled]
+    if joint.pulled is not None:
+        sweep.terms[joint.operand][joint.since :] = [joint.pulled]
     return joint.gradient

@@ -109,7 +109,10 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
         for operand in operands_of(equation):
             if operand in wanted and sweep.reached(equation.name):
                 _pull(sweep, call, rule, equation, operand)
-    if not sweep.lead and sweep.along is None:
+    if rule.fallback:
+        for name in sorted(trainable & set(rule.backward) - set(rule.vjp)):
+            _sum_alone(sweep, call, rule, name)
+    elif not sweep.lead and sweep.along is None:
         sweep.kernels |= _kernels(sweep, call, rule, before)
 
 
@@ -121,6 +124,19 @@ def _kernels(sweep: Sweep, call: Call, rule: BoundRule, before: Mapping[str, int
     for name in native if len(operands) == 1 else ():
         if name in sweep.graph.parameters and not casts(sweep.graph, call, name):
             yield name, Joint(native[name], operands[0], before.get(operands[0], 0), native[operands[0]])
+
+
+def _sum_alone(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> None:
+    """A parameter of which a kernel gives the gradient and nobody anything else: no one builds its Jacobian."""
+    if name not in sweep.graph.parameters or sweep.lead or sweep.along is not None or casts(sweep.graph, call, name):
+        raise FormulaError(f"{call.where} has no formula, and only the gradient of its parameters is known.")
+    output = rule.equations[-1]
+    sizes = [size for size in sweep.graph.values[name].shape if size != 1]
+    into = tuple(Leg(f"a{k}'", size) for k, size in enumerate(sizes))
+    jacobian = Jacobian(tensor(f"{output.name}:by:{name}", (*output.legs, *into)), output.legs, into)
+    sweep.uses.setdefault(name, []).append((jacobian, cotangent(sweep, output.name, output.legs)))
+    own = Native(rule.backward[name], f"{sweep.prefix}:{output.name}", output.name)
+    sweep.kernels[name] = Joint(own)
 
 
 def _pull_individually(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> None:

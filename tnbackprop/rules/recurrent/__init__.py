@@ -4,8 +4,11 @@
     recurrent[n, t] = w_hh h[n, t-1] + b_hh        another: h of the step before is known, and no derivative goes there
     h[n, t] = cell(gates[n, t], recurrent[n, t])   a scan; its VJP is the whole of what comes back through later steps
 
+Where the step reads the sum of both, that is its operand: what comes back to it is one value for both layers.
+
 So quantities of the weights see positions, as those of any shared weight. Where second derivatives or matrices are
-propagated, and in a layer that projects h, the steps are written out.
+propagated, and in a layer that projects h, the steps are written out. Where gradients alone are asked of an LSTM's
+weights, an operator of ours is the whole layer in one direction, `layer`, which has kernels (compiler/recurrence.py).
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch.nn import functional as F
 
 from ...notation.rule import Rule
 from ...table import Composite, Table
-from . import scans
+from . import fused, scans
 
 TABLE = Table()
 aten = torch.ops.aten
@@ -57,9 +60,10 @@ def _relu(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> S
 class Cell:
     """A layer's step, written out, and the code of a scan over all of them.
 
-    keeps     what the scan keeps of a step, in sizes of h, with the states at its end
+    keeps     how many parts the scan keeps of a step, the states at the end
     forward   code for it; `PLACE` is where time and direction stand
-    backward  code for the cotangents of gates, recurrent and first states
+    backward  code for the cotangents of what the step reads of both linear layers, and of first states
+    summed    whether that is their sum
     """
 
     step: Step
@@ -67,12 +71,13 @@ class Cell:
     states: int
     forward: str
     backward: str
+    summed: bool = True
 
 
 PLACE = "time, back"
 CELLS = {
     "lstm": Cell(
-        _lstm, 6, 2,
+        _lstm, 7, 2,
         f"lstm_forward({{gates}}, {{weight}}, {{bias}}, {{hidden}}, {{state}}, {PLACE})",
         f"lstm_backward({{cotangents}}, {{kept}}, {{weight}}, {{state}}, {PLACE})",
     ),
@@ -80,6 +85,7 @@ CELLS = {
         _gru, 5, 1,
         f"gru_forward({{gates}}, {{weight}}, {{bias}}, {{hidden}}, {PLACE})",
         f"gru_backward({{cotangents}}, {{kept}}, {{weight}}, {{hidden}}, {PLACE})",
+        summed=False,
     ),
     "tanh": Cell(
         _tanh, 1, 1,
@@ -97,7 +103,11 @@ LIBRARY = torch.library.Library("tnbackprop", "DEF")  # type: ignore[no-untyped-
 FIRST = "str cell, Tensor gates, "
 LAST = "Tensor hidden, Tensor? state, int time, bool back) -> Tensor"
 LIBRARY.define(f"scan({FIRST}Tensor weight, Tensor? bias, {LAST}")  # type: ignore[no-untyped-call]
-LIBRARY.define(f"states({FIRST}Tensor recurrent, Tensor kept, Tensor weight, {LAST}")  # type: ignore[no-untyped-call]
+LIBRARY.define(f"states({FIRST}Tensor? recurrent, Tensor kept, Tensor weight, {LAST}")  # type: ignore[no-untyped-call]
+LIBRARY.define(  # type: ignore[no-untyped-call]
+    "layer(Tensor x, Tensor hidden, Tensor state, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+    "int time, bool back) -> Tensor"
+)
 
 
 def _run(code: str, time: int, back: bool, **values: Any) -> Any:
@@ -115,11 +125,12 @@ def _scan(
 
 
 def _kept(cell: str, gates: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return gates.new_empty(*gates.shape[:2], CELLS[cell].keeps * weight.shape[1])
+    time, size = rest[-2], weight.shape[1]
+    return gates.new_empty(gates.shape[time], CELLS[cell].keeps, gates.shape[1 - time], size)
 
 
-def _states(cell: str, gates: Tensor, recurrent: Tensor, kept: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return kept[..., -CELLS[cell].states * weight.shape[1] :].clone()
+def _states(cell: str, gates: Tensor, recurrent: Any, kept: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return scans.states(kept, CELLS[cell].states > 1, *rest[-2:])
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -130,8 +141,9 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _back(context: Any, cotangent: Tensor) -> tuple[Any, ...]:
     values = dict(zip(("kept", "weight", "hidden", "state"), context.saved_tensors, strict=True))
-    gates, recurrent, *first = _run(context.cell.backward, context.time, context.back, cotangents=cotangent, **values)
-    return None, gates, recurrent, None, None, first[0], (*first, None)[1], None, None
+    found = iter(_run(context.cell.backward, context.time, context.back, cotangents=cotangent, **values))
+    read = next(found), None if context.cell.summed else next(found)
+    return None, *read, None, None, next(found), next(found, None), None, None
 
 
 LIBRARY.impl("scan", _scan, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -146,25 +158,39 @@ def _placed(code: str, call: Any) -> str:
     return code.replace(PLACE, f"{call.time}, {call.back}")
 
 
-def _legs(call: Any, last: str) -> dict[str, str]:
-    return {"output": f"n, t, {last}" if call.time else f"t, n, {last}"}
-
-
 @TABLE.rule(OPS.scan.default)
 def scan(call: Any) -> Rule:
     code = CELLS[call.cell].forward
-    return Rule(forward=_placed(code, call), legs=_legs(call, "k"), functions=(_called(code),))
+    return Rule(forward=_placed(code, call), legs={"output": "t, k, n, h"}, functions=(_called(code),))
 
 
 @TABLE.rule(OPS.states.default)
 def states(call: Any) -> Rule:
     cell = CELLS[call.cell]
-    first = ("hidden", "state")[: 1 + (call.state is not None)]
+    operands = [name for name in ("gates", "recurrent", "hidden", "state") if call.arguments[name] is not None]
     return Rule(
-        forward=f"{{kept}}[..., -{cell.states * call.weight.shape[1]}:]",
-        vjp={", ".join(("gates", "recurrent", *first)): _placed(cell.backward, call)},
-        legs=_legs(call, "s"),
-        functions=(_called(cell.backward),),
+        forward=_placed(f"states({{kept}}, {cell.states > 1}, {PLACE})", call),
+        vjp={", ".join(operands): _placed(cell.backward, call)},
+        legs={"output": "n, t, h" if call.time else "t, n, h"},
+        functions=(scans.states, _called(cell.backward)),
+    )
+
+
+OPERANDS = ("x", "hidden", "state", "w_ih", "w_hh", "b_ih", "b_hh")
+
+
+@TABLE.rule(OPS.layer.default)
+def layer(call: Any) -> Rule:
+    """What `states` gives, by kernels that have no formula."""
+    given = ", ".join(f"{{{name}}}" for name in OPERANDS)
+    kernel = _placed(f"lstm_layer_backward({{cotangent}}, {{every}}, {PLACE})", call)
+    return Rule(
+        saved={"every": _placed(f"lstm_layer_forward({given}, {PLACE})", call)},
+        forward="{every}[0]",
+        vjp={", ".join(OPERANDS[:3]): kernel},
+        backward={", ".join(OPERANDS): kernel},
+        legs={"output": "n, t, h" if call.time else "t, n, h"},
+        functions=(fused.lstm_layer_forward, fused.lstm_layer_backward),
     )
 
 
@@ -190,24 +216,33 @@ def _written_out(cell: str, gates: Tensor, own: Weights, state: State, time: int
     return torch.stack(hidden[::-1] if back else hidden, time), state
 
 
+def _whole(
+    x: Tensor, hidden: Tensor, state: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Any, b_hh: Any, time: int, back: bool
+) -> Tensor:
+    own = w_hh, b_hh, None
+    every, (_, end) = _written_out("lstm", F.linear(x, w_ih, b_ih), own, (hidden, state), time, back)
+    return torch.cat([every, end.unsqueeze(time)], time)
+
+
+LIBRARY.impl("layer", _whole, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+
+
 def _scanned(cell: str, gates: Tensor, own: Weights, state: State, time: int, back: bool) -> tuple[Tensor, State]:
     weight, bias, projection = own
     if projection is not None:
         return _written_out(cell, gates, own, state, time, back)
-    count, size = CELLS[cell].states, weight.shape[1]
     known = weight.detach(), None if bias is None else bias.detach()
     first = tuple(each.detach() for each in state)
-    last = first[1] if count > 1 else None
+    start, last = (each[1] if len(each) > 1 else None for each in (state, first))
     kept = OPS.scan(cell, gates.detach(), *known, first[0], last, time, back)
-    begin = -count * size
-    rest = kept[..., begin : begin + size if count > 1 else None].narrow(time, int(back), gates.shape[time] - 1)
-    before = first[0].unsqueeze(time)
+    steps, hidden = gates.shape[time], kept.select(1, -1).movedim(0, time)
+    rest, before = hidden.narrow(time, int(back), steps - 1), first[0].unsqueeze(time)
     recurrent = F.linear(torch.cat([rest, before] if back else [before, rest], time), weight, bias)
-    start = state[1] if count > 1 else None
-    found = OPS.states(cell, gates, recurrent, kept, known[0], state[0], start, time, back)
-    hidden = found[..., :size] if count > 1 else found
-    end = found.select(time, 0 if back else gates.shape[time] - 1)
-    return hidden, end.split(size, -1)
+    read = (gates + recurrent, None) if CELLS[cell].summed else (gates, recurrent)
+    found = OPS.states(cell, *read, kept, known[0], state[0], start, time, back)
+    hidden = found.narrow(time, 0, steps)
+    ends = (hidden.select(time, 0 if back else -1), found.select(time, -1))
+    return hidden, ends[: len(state)]
 
 
 def _layers(
