@@ -69,6 +69,8 @@ def run(call: Call, env: Env, **replaced: Tensor) -> Tensor:
     n = next(v for k, v in env.items() if k.startswith("x")).shape[0]
     arguments = {("self" if k == "input" else k): concrete(v, env, n) for k, v in call.arguments.items()}
     arguments |= {("self" if k == "input" else k): v for k, v in replaced.items()}
+    if "hidden" in arguments:  # of attention by hand
+        arguments["attn_mask"] = ~arguments.pop("hidden")
     named = {a.name for a in call.target._schema.arguments}
     if "self" in arguments and "self" not in named:
         arguments["input"] = arguments.pop("self")

@@ -1,4 +1,4 @@
-"""Attention that the graph has in its parts, softmax(c · q kᵀ) v with or without a causal mask, as one call.
+"""Attention that the graph has in its parts, softmax(c · q kᵀ + mask) v, as one call.
 
 Where one column goes back nothing looks inside: the kernel of the whole does, and its rule. Written out by hand or by
 `scaled_dot_product_attention`, it is the same.
@@ -22,8 +22,10 @@ from .translate.graph import Call, Graph, Value
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
-SOFTMAX = (aten.softmax.int, aten._softmax.default)
-PARTS = (*SOFTMAX, aten.matmul.default, aten.masked_fill.Scalar, aten.mul.Tensor, aten.div.Tensor, aten.transpose.int)
+SAFE = aten._safe_softmax.default
+SOFTMAX = (aten.softmax.int, aten._softmax.default, SAFE)
+MASKED = (aten.masked_fill.Scalar, aten.add.Tensor)
+PARTS = (*SOFTMAX, *MASKED, aten.matmul.default, aten.mul.Tensor, aten.div.Tensor, aten.transpose.int)
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -68,15 +70,15 @@ class Reader:
         softmax = self.only(weights, SOFTMAX)
         if softmax is None or len(softmax.output.shape) != 4 or softmax.dim % 4 != 3:
             return None
-        scores, causal = self._mask(softmax.input)
+        scores, masks = self._mask(softmax)
         product, scale = self._scale(scores)
         query, transposed = self._matmul(self.only(product, (aten.matmul.default,)))
         key = self._transposed(transposed)
         if query is None or key is None or value is None or not _fits(query, key, value, call.output):
             return None
         arguments = {
-            "query": query, "key": key, "value": value, "attn_mask": None, "dropout_p": 0.0, "is_causal": causal,
-            "scale": scale, "enable_gqa": False,
+            "query": query, "key": key, "value": value, "attn_mask": None, "dropout_p": 0.0, "is_causal": False,
+            "scale": scale, "enable_gqa": False, **masks,
         }  # fmt: skip
         return Call(ATTENTION, MappingProxyType(arguments), call.output, call.path, call.module_type)
 
@@ -91,17 +93,37 @@ class Reader:
             return None, None
         return call.input, call.other
 
-    def _mask(self, scores: Value) -> tuple[Value, bool]:
-        """What is masked, where the mask leaves each position those that are not after it."""
-        call = self.only(scores, (aten.masked_fill.Scalar,))
-        if call is None or call.value != float("-inf") or scores.shape[2] != scores.shape[3]:
-            return scores, False
-        hidden = self.made.get(call.mask.name)
-        kept = self.made.get(hidden.input.name) if hidden is not None and hidden.target in NOT else None
-        ones = self.made.get(kept.input.name) if kept is not None and kept.target is aten.tril.default else None
-        if kept is None or ones is None or ones.target is not aten.ones.default or kept.diagonal != 0:
-            return scores, False
-        return (call.input, True) if kept.output.shape == scores.shape[2:] else (scores, False)
+    def _mask(self, softmax: Call) -> tuple[Value, dict[str, Any]]:
+        """What is masked, and the arguments that say by what; the kernel has no derivative by them.
+
+        `hidden` is none of the operator's own: what is filled by hand. A row of which nothing is left `softmax` makes
+        nan, where the operator has zeros. What is added by hand stays: where a whole row is -1e9, the kernel's is off.
+        """
+        call, safe = self.only(softmax.input, MASKED), softmax.target is SAFE
+        if call is None:
+            return softmax.input, {}
+        scores, name, mask = call.input, "attn_mask", None
+        if call.target is aten.masked_fill.Scalar and call.value == float("-inf"):
+            hidden = self.made.get(call.mask.name)
+            kept = hidden.input if hidden is not None and hidden.target in NOT else None
+            if self._triangle(kept, aten.tril.default, 0, 1, scores):
+                return scores, {"is_causal": True}
+            name, mask = ("attn_mask", kept) if safe else ("hidden", call.mask)
+        elif call.target is aten.add.Tensor and isinstance(call.other, Value) and call.alpha == 1:
+            scores, mask = sorted((call.input, call.other), key=lambda value: not value.differentiable)
+            if self._triangle(mask, aten.triu.default, 1, float("-inf"), scores):
+                return scores, {"is_causal": True}
+            mask = mask if safe and len(mask.axes) != 3 else None
+        return (scores, {name: mask}) if _spread(mask, scores) else (softmax.input, {})
+
+    def _triangle(self, mask: Value | None, target: Any, diagonal: int, number: float, scores: Value) -> bool:
+        """Whether it has this number in a triangle, and leaves each position those that are not after it."""
+        cut = self.made.get(mask.name) if mask is not None else None
+        full = self.made.get(cut.input.name) if cut is not None and cut.target is target else None
+        if cut is None or full is None or cut.diagonal != diagonal or full.target not in FULL:
+            return False
+        same = full.arguments.get("fill_value", 1) == number
+        return same and cut.output.shape == scores.shape[2:] and scores.shape[2] == scores.shape[3]
 
     def _scale(self, scores: Value) -> tuple[Value, float]:
         for targets, number in SCALED:
@@ -119,11 +141,20 @@ class Reader:
         return own if call.target is aten.mT.default or {call.dim0 % 4, call.dim1 % 4} == {2, 3} else None
 
 
+FULL = (aten.full.default, aten.ones.default)
 NOT = (aten.bitwise_not.default, aten.logical_not.default)
 SCALED: tuple[tuple[tuple[Any, ...], Callable[[float], float]], ...] = (
     ((aten.mul.Tensor, aten.mul.Scalar), lambda number: number),
     ((aten.div.Tensor, aten.div.Scalar), lambda number: 1 / number),
 )
+
+
+def _spread(mask: Value | None, scores: Value) -> bool:
+    """Whether the kernel takes the mask: no derivative is asked by it, and it broadcasts against the scores."""
+    if mask is None or mask.differentiable or mask.dtype not in (torch.bool, scores.dtype) or not mask.axes:
+        return False
+    sizes = zip(mask.axes[::-1], scores.axes[::-1], strict=False)
+    return len(mask.axes) <= 4 and all(own in (full, (1,)) for own, full in sizes)
 
 
 def _fits(query: Value, key: Value, value: Value, output: Value) -> bool:

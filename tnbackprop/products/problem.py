@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..api import Loss
 from ..compiler.capture.export import batch_size, model_arguments, plain, takes_names
+from ..compiler.running.torch_versions import WholeHeads
 from ..compiler.translate.torch_modes import Random, own_dtypes, twice_differentiable
 from ..errors import InputError, UnsupportedError
 from ..runtime.fingerprint import fingerprint
@@ -29,6 +31,26 @@ class Reduction(Enum):
 
     MEAN = "mean"
     SUM = "sum"
+
+
+class Reads(TorchFunctionMode):
+    """While active, what is computed of parameters by themselves is refused: a product is of functions of theta."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        read = [self.names[id(leaf)] for leaf in pytree.tree_leaves((args, kwargs)) if id(leaf) in self.names]
+        if read and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(made)):
+            raise UnsupportedError(
+                f"the loss itself reads {read[0]!r}, and a product has the derivatives by the model's output alone.\n"
+                "  Let the model compute what it reads it for (the logits), or detach() it."
+            )
+        return made
 
 
 class Problem:
@@ -56,6 +78,7 @@ class Problem:
             if p.is_complex():
                 raise UnsupportedError(f"{name!r} is complex: complex tensors are not supported")
         self.random = Random.of(next(iter(self.theta.values())).device)
+        self.reads = Reads({id(p): name for name, p in model.named_parameters() if p.requires_grad})
 
     def output(self, theta: dict[str, Tensor]) -> Any:
         """The model's output. Buffers are copies; kernels are used that have second derivatives."""
@@ -76,7 +99,7 @@ class Problem:
         return self._loss_of(output, self.y)
 
     def _loss_of(self, output: Any, y: Any) -> Tensor:
-        with twice_differentiable(), ClosedForm():
+        with WholeHeads(), twice_differentiable(), ClosedForm(), self.reads:
             value = self.given_loss(output, y)
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
             shown = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -18,6 +18,7 @@ from ..compiler.capture.export import Wrapped, batch_size, plain, takes_names
 from ..compiler.capture.state import copied, resized
 from ..compiler.emit.naming import comment
 from ..compiler.running.printing import SILENT
+from ..compiler.running.torch_versions import WholeHeads
 from ..compiler.translate.foreign import MISTAKES
 from ..compiler.translate.graph import NotGiven
 from ..compiler.translate.torch_internals import alone, version
@@ -81,7 +82,7 @@ def prove(program: Program, example: Batch, rules: Rules, whole: bool = False) -
     device = next((p.device for p in program.model.parameters()), torch.device("cpu"))
     first = every if whole else min(SAMPLES, every)
     reason = ""
-    with alone(), own_dtypes(device), torch.inference_mode(False), SILENT:
+    with alone(), own_dtypes(device), torch.inference_mode(False), SILENT, WholeHeads():
         for size in dict.fromkeys((first, every)):  # it may take the whole batch only
             proof = Proof(program, wrapped, resized(batch, size), size, rules, size == every)
             try:

@@ -151,8 +151,9 @@ def _normalized(call: Any) -> tuple[list[str], list[str], str]:
     return [*legs[:dim], "c", *legs[dim + 1 :]], [*legs[:dim], "k", *legs[dim + 1 :]], "c, k"
 
 
-@TABLE.rule(aten.softmax.int, aten._softmax.default)
+@TABLE.rule(aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 def softmax(call: Any) -> Rule:
+    """`_safe_softmax` gives zeros for a row of -inf, and so do its derivatives by this formula."""
     out, into, pair = _normalized(call)
     jacobian = f"output[{join(out)}] * (delta[{pair}] - output[{join(into)}])"
     vjp = _native(call, "torch.ops.aten._softmax_backward_data")

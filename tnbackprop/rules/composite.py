@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from ..notation.rule import Rule
 from ..table import Composite, Table
+from .text import access, broadcast_sizes
 
 TABLE = Table()
 aten = torch.ops.aten
@@ -109,8 +111,7 @@ QKV = ("query", "key", "value")
 
 def _flash(call: Any) -> Rule:
     """The kernel of PyTorch for processors (Dao et al. 2022, arXiv:2205.14135); the formula with numbers that fit."""
-    length, heads = call.key.shape[2], call.query.shape[1:]
-    kept = f"torch.ones({heads[1]}, {length}, dtype={{query}}.dtype, device={{query}}.device)"
+    kept, mask, saved = _masked(call)
     kernel = "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"
     as_it_is = "{0} if {0}.stride(-1) == 1 else {0}.contiguous()"
     dense = {
@@ -118,23 +119,38 @@ def _flash(call: Any) -> Rule:
         for name, position in zip(QKV, "tss", strict=True)
     }
     operands = ", ".join(f"{{dense_{name}}}" for name in QKV)
-    options = f"0.0, {call.is_causal}"
-    cotangent = as_it_is.format("{cotangent}")
-    backward = f"{kernel}_backward({cotangent}, {operands}, {{both}}[0], {{both}}[1], {options}"
+    options = f"0.0, {call.is_causal}, {mask}scale={call.scale!r})"
+    backward = f"{kernel}_backward({as_it_is.format('{cotangent}')}, {operands}, {{both}}[0], {{both}}[1], {options}"
     return Rule(
-        """score[n, h, t, s] = c * query[n, h, t, d] * key[n, h, s, d]
-           weight[n, h, t, s] = exp(score[n, h, t, s]) * kept[t, s]
+        f"""score[n, h, t, s] = c * query[n, h, t, d] * key[n, h, s, d]
+           weight[n, h, t, s] = exp(score[n, h, t, s]) * {kept}
            total[n, h, t] = weight[n, h, t, s]
            output[n, h, t, d] = weight[n, h, t, s] * total[n, h, t]**(-1) * value[n, h, s, d]""",
-        constants={"c": call.scale},
-        saved={
-            "kept[t, s]": f"{kept}.tril()" if call.is_causal else kept,
-        }
-        | dense
-        | {"both": f"{kernel}({operands}, {options}, scale={call.scale!r})"},
+        constants={"c": call.scale} | broadcast_sizes(kept),
+        saved=saved | dense | {"both": f"{kernel}({operands}, {options}"},
         forward="{both}[0]",
-        vjp={", ".join(QKV): f"{backward}, scale={call.scale!r})"},
+        vjp={", ".join(QKV): backward},
     )
+
+
+def _masked(call: Any) -> tuple[str, str, dict[str, str]]:
+    """The factor of exp(score), the mask as an argument of the kernel, which adds it, and what is saved for them.
+
+    A row of which nothing is left is zeros; it is nan where it is `hidden` by hand, as `softmax` makes it.
+    """
+    length, shape = call.key.shape[2], call.output.shape[:3]
+    name = next((each for each in ("attn_mask", "hidden") if call.arguments.get(each) is not None), "")
+    if not name:
+        ones = f"torch.ones({shape[2]}, {length}, dtype={{query}}.dtype, device={{query}}.device)"
+        return "kept[t, s]", "", {"kept[t, s]": f"{ones}.tril()" if call.is_causal else ones}
+    mask, added = call.arguments[name], f"{{{name}}}"
+    if mask.dtype == torch.bool:
+        rows = ".masked_fill_({hidden}.all(-1, keepdim=True), float('nan'))" if name == "hidden" else ""
+        hidden = added if name == "hidden" else f"~{added}"
+        added = f"torch.zeros_like({added}, dtype={{query}}.dtype).masked_fill_({hidden}, float('-inf')){rows}"
+    kept = access("kept", mask, SimpleNamespace(shape=(*shape, length)), ["n", "h", "t", "s"])
+    fit = "" if len(mask.shape) in (2, 4) else ".unsqueeze(0)"  # the kernel takes no other
+    return kept, f"attn_mask={{added}}{fit}, ", {"added": added, kept: "{added}.exp()"}
 
 
 @TABLE.composite(aten.scaled_dot_product_attention.default, whole=_flash)
@@ -153,12 +169,13 @@ def attention(
         repeats = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(repeats, -3) for t in (key, value))
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    softmax = torch.softmax if attn_mask is None else torch._safe_softmax  # a row that is masked whole gives zeros
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None:
         masked = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, float("-inf")) if masked else scores + attn_mask
-    weights = torch.softmax(scores, -1)
+    weights = softmax(scores, -1)
     return (torch.dropout(weights, dropout_p, True) if dropout_p else weights) @ value
 
 

@@ -18,6 +18,7 @@ from ...quantities import Quantity
 from ...table import Rules
 from ..running.printing import SILENT
 from ..running.repeated import Repeats
+from ..running.torch_versions import WholeHeads
 from ..translate.graph import Graph
 from ..translate.inputs import refuse_complex
 from ..translate.opaque import named_tensors
@@ -85,7 +86,7 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
     _check_transforms(model, (x, y))
     batch = batch_size((x, y))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with alone(), own_dtypes(device), torch.inference_mode(False):
+    with alone(), own_dtypes(device), torch.inference_mode(False), WholeHeads():
         wrapped = Wrapped(model, loss, takes_names(model, example[0]))
         seen = rehearse(wrapped, (x, y), batch, rules)
         with SILENT:

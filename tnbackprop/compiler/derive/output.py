@@ -14,7 +14,7 @@ from ...errors import InputError, UnsupportedError
 from ...notation.bind import BoundRule
 from ...quantities import Output, Propagation, Residual, Sampler
 from ..sweep.derived import Noise, column_leg
-from ..sweep.roots import LossRoot, elementwise_root, labelled_root, loss_root, output_of
+from ..sweep.roots import LossRoot, elementwise_root, labelled_root, loss_root, output_of, read_behind
 from ..sweep.state import Sweep
 from ..sweep.sweep import cotangent
 from ..translate.foreign import foreign
@@ -111,6 +111,12 @@ class AtOutput(Output):
     def _check_loss(self) -> None:
         if self._graph.loss is None:
             raise UnsupportedError(f"{self._what} need a loss, and this program has none: pass loss= to compile.")
+        if behind := read_behind(self._graph):
+            raise UnsupportedError(
+                f"{self._what}: the loss itself reads {', '.join(map(repr, behind))}, and the curvature by the output "
+                f"{self._output} alone is not theirs.\n  Let the model compute what they are for (logits). Jacobians, "
+                "which are of the output, are for another program: without, curvature is taken past the parameters."
+            )
 
     def _root(self, signed: bool = False) -> LossRoot:
         self._check_loss()

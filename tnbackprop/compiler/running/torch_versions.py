@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._decomp import decompositions
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import sym_node
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from ..translate.torch_internals import alone
@@ -81,6 +83,22 @@ def lstm_states() -> Iterator[None]:
 def _one_layer(own: Callable[..., Any], inp: Tensor, hidden: tuple[Tensor, Tensor], *args: Any, **options: Any) -> Any:
     output, last = own(inp, hidden, *args, **options)
     return output, tuple(a[0] if a.ndim > first.ndim else a for a, first in zip(last, hidden, strict=True))
+
+
+HEADS = getattr(F, "linear_cross_entropy", None)
+"""A linear map and the cross-entropy of it in one function of Python; None before torch 2.13."""
+
+
+class WholeHeads(TorchFunctionMode):
+    """While active, `F.linear_cross_entropy` is its two operators, also where it is asked to work in chunks.
+
+    Those have a backward pass of their own, without second derivatives; the numbers are the same.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*args, **{**(kwargs or {}), **({"options": None} if func is HEADS else {})})
 
 
 def asked_by_checkpoint() -> bool:

@@ -20,7 +20,7 @@ from ...diagram.jacobian import Jacobian
 from ...errors import UnsupportedError
 from ...notation.bind import CURVATURE, HESSIAN_ROOT, NOISE, BoundRoot, BoundRule
 from ...notation.code import Code, Hole
-from ..translate.graph import Call, Graph, Value
+from ..translate.graph import Call, Graph, Value, needed
 
 _UNIFORM = Hole(NOISE)
 NORMAL = Code.of(
@@ -137,24 +137,50 @@ def output_of(graph: Graph, what: str) -> Value:
 
 
 def at_loss(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...]) -> Value | None:
-    """What the loss's own call reads of the only output, where that is the output moved, cut or summed alone.
+    """Where curvature is taken if not at the only output: further on, nearer to the loss's own call.
 
-    The map is linear, so its curvature is that of the output: J^T A^T H A J. None for any other loss.
+    Past all that reads a parameter, if the loss itself does (its head, say, or the model gives its loss): the curvature
+    by parameters is that of the whole then. Past what moves, cuts or sums alone, to what the loss's own call reads:
+    the map is linear, so its curvature is the same, J^T A^T H A J.
     """
-    outputs = graph.read_by_loss
-    if len(outputs) != 1:
-        return None
-    (output,) = outputs.values()
-    value: Value | None = output
+    outputs = list(graph.read_by_loss.values())
+    first = _past_parameters(graph) if read_behind(graph) else outputs[0] if len(outputs) == 1 else None
+    value, moved = first, first not in outputs
     while value is not None:
         reading = [(call, rule) for call, rule in bound if value in call.tensors.values()]
         if len(reading) != 1:
-            return None
+            break
         ((call, rule),) = reading
         if call.output.name == graph.loss:
-            return value if value != output and (rule.root or _elementwise(rule, value)) else None
+            known = rule.root or _elementwise(rule, value)
+            return value if known and (moved or value != first) else first if moved else None
         value = call.output if _linear(rule, call.output, value) else None
-    return None
+    return first if moved else None
+
+
+def read_behind(graph: Graph) -> list[str]:
+    """The trainable parameters that the loss reads by itself, not through an output alone."""
+    outputs = {value.name for value in graph.read_by_loss.values()} - {graph.loss, *graph.parameters}
+    made = {call.output.name: call for call in graph.calls if call.output.name not in outputs}
+    seen, todo = set[str](), [graph.loss] if graph.loss else []
+    while todo:
+        name = todo.pop()
+        if name in made and name not in seen:
+            todo += [value.name for value in made[name].tensors.values()]
+        seen.add(name)
+    trainable = (name for name in graph.parameters if graph.values[name].differentiable and name not in outputs)
+    return [graph.parameters[name][0] for name in trainable if name in seen]
+
+
+def _past_parameters(graph: Graph) -> Value | None:
+    """The first value of samples of which the loss is computed without a parameter; None: there is none."""
+    found, read = None, set[str]()
+    for call in reversed(needed(list(graph.calls), {graph.loss} if graph.loss else set())):
+        own = call.output
+        if read == {own.name} and any(N in axis for axis in own.axes):
+            found = own
+        read = read - {own.name} | {value.name for value in call.tensors.values() if value.differentiable}
+    return found
 
 
 def _linear(rule: BoundRule, made: Value, read: Value) -> bool:
