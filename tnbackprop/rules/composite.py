@@ -169,7 +169,7 @@ def attention(
         repeats = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(repeats, -3) for t in (key, value))
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    softmax = torch.softmax if attn_mask is None else torch._safe_softmax  # a row that is masked whole gives zeros
+    softmax = torch.softmax if attn_mask is None else aten._safe_softmax  # a row that is masked whole gives zeros
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None:
