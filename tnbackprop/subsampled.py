@@ -226,7 +226,7 @@ class Subsampled(Program):
         return f"{self.whole!r}{parts}"
 
 
-def apart(program: Program, batch: tuple[Any, Any]) -> Iterator[tuple[Program, tuple[Any, ...]]]:
+def with_rows(program: Program, batch: tuple[Any, Any]) -> Iterator[tuple[Program, tuple[Any, ...]]]:
     """Each program that runs on a batch, with its samples."""
     yield program.each[0], batch
     if isinstance(program, Subsampled):

@@ -26,7 +26,7 @@ from ..diagram.reference import size_of
 from ..errors import InputError, UnsupportedError
 from ..quantities import Propagation, Quantity
 from ..runtime import Program
-from ..subsampled import apart
+from ..subsampled import with_rows
 from .draws import unsettled
 from .merged import check_merged
 from .quantities import ALL, check_quantities
@@ -51,7 +51,7 @@ def try_model(
         loss, y = _default(model, x, y)
     programs, left_out = programs_for(model, loss, (x, y), quantities or ALL, rules, bool(quantities))
     for program in programs:
-        for each, own in apart(program, (x, y)):
+        for each, own in with_rows(program, (x, y)):
             yield from _program_case(each, own, each is programs[0].each[0])
     yield from left_out
 
@@ -78,7 +78,7 @@ def try_program(program: Program, batch: Batch, quantities: Sequence[Quantity] |
     model = program.model
     x, y = batch if batch[0] is not None else _batch_for(program)
     model = _finite(model, filled(x))
-    for each, own in apart(program, (filled(x), filled(y))):
+    for each, own in with_rows(program, (filled(x), filled(y))):
         yield from _program_case(in_float64(each, model), own, each is program.each[0])
 
 
