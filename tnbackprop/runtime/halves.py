@@ -45,12 +45,12 @@ class Saved:
     ) -> None:
         self.owner, self.plan, self.batch, self.trial = owner, plan, batch, None
         self.tensors, self.inputs, self.model = tensors, inputs, model
-        self._versions = [(name, t, version(t)) for name, t in _named({**tensors, **inputs, **read})]
-        self._outside = {t.untyped_storage().data_ptr() for _, t in _named({**inputs, **model})}
+        self._versions = [(name, t, version(t)) for name, t in named({**tensors, **inputs, **read})]
+        self._outside = {t.untyped_storage().data_ptr() for _, t in named({**inputs, **model})}
 
     @property
     def nbytes(self) -> int:
-        own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in _named(self.tensors)}
+        own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in named(self.tensors)}
         return sum(size for at, size in own.items() if at not in self._outside)
 
     def check(self, owner: object) -> None:
@@ -71,9 +71,13 @@ class Saved:
         raise TypeError("saved values are not pickled: they belong to a program of this process")
 
 
-def _named(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def named(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor with the name of the value that it is, or is in."""
     for name, each in tensors.items():
-        yield from ((name, leaf) for leaf in pytree.tree_leaves(each) if isinstance(leaf, Tensor))
+        if isinstance(each, Tensor):  # a tree of one leaf costs more to walk than all else that is done with it
+            yield name, each
+        else:
+            yield from ((name, leaf) for leaf in pytree.tree_leaves(each) if isinstance(leaf, Tensor))
 
 
 @dataclass(frozen=True, repr=False)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
 from ..compiler.translate.torch_internals import get_unwrapped, is_functorch_wrapped_tensor
+from ..results import Values
 
 Terms = list[tuple[int, int, int]]
 
@@ -34,6 +36,14 @@ class Owner:
             memory = _memory(tensor)
         self._given.setdefault(memory, []).append(tensor)
         return tensor
+
+
+    def values(self, by: Values) -> dict[str, dict[str, Any]]:
+        """All results, by quantity and parameter; a value may be several tensors."""
+        def each(value: Tensor | tuple[Tensor, ...]) -> Any:
+            return self.own(value) if isinstance(value, Tensor) else tuple(map(self.own, value))
+
+        return {quantity: {name: each(value) for name, value in own.items()} for quantity, own in by.items()}
 
 
 def _memory(tensor: Tensor) -> int:

@@ -30,7 +30,7 @@ from ..quantities import Quantity
 from ..results import Batch, Result, Values, assemble, shown
 from .given import LATER, check_batch, device_of, flattened, floating_of
 from .graphed import Graphed
-from .halves import Halves, Saved
+from .halves import Halves, Saved, named
 from .handed import Handed
 from .indefinite import Indefinite, check_definite
 from .loaded import Loaded
@@ -222,7 +222,7 @@ class Program:
             self._tried(saved.trial[0], {**own, **saved.trial[1], **rest})
             saved.trial = None
         read: dict[Any, torch.Tensor] = {**own, **saved.inputs, **rest}
-        read |= dict(enumerate(pytree.tree_leaves(dict(saved.tensors))))
+        read |= dict(enumerate(tensor for _, tensor in named(saved.tensors)))
         return self._result(saved.plan, read, loss, None, values, *checks)
 
     @torch.no_grad()
@@ -309,8 +309,8 @@ class Program:
         """What the emitted function returns, as a user reads it, in memory of its own."""
         if self.indefinite is Indefinite.REFUSE:
             check_definite(checks)
-        own = Owner(read.values()).own
-        values = pytree.tree_map(own, dict(values))
+        owner = Owner(read.values())
+        own, values = owner.own, owner.values(values)
         every = sized.loaded.blocks
         made: dict[str, Any] = {name: assemble(each, values, name) for name, each in every.items()}
         loss = None if loss is None or isinstance(self.loss, Handed) else own(loss)
