@@ -218,7 +218,7 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "dtype": (nll, lambda f, u: u.long(), r"draws torch.int64 \[N\], and y is .*\.to\(torch.float64\)"),
     "no tensor": (nll, lambda f, u: (u, u), "returns tuple: return labels, one tensor"),
     "its own numbers": (nll, by_rand, "sampler by_rand draws random numbers"),
-    "fails": (nll, lambda f, u: f @ u, "sampler <lambda> fails: RuntimeError"),
+    "fails": (nll, lambda f, u: f.mean_of(u), "sampler <lambda> fails: AttributeError"),
     "a value": (nll, lambda f, u: u if f.sum() > 0 else -u, "depends on the values of what it is given"),
 }
 

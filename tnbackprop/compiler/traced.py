@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def traced(function: Callable[[Any], Any], given: Any, where: str, prefix: str) 
     Raises `UnsupportedError` where the code depends on values or on one number of samples, or draws random ones,
     `InputError` where it fails.
     """
-    batch = torch.export.Dim("batch")
+    batch = torch.export.Dim("batch", max=sys.maxsize - 1)  # slices end at sys.maxsize: torch 2.7 tells them apart
     dims = pytree.tree_map(lambda each: {k: batch for k, size in enumerate(each.shape) if size == N} or None, given)
     fixed = {size for each in pytree.tree_leaves(given) for size in each.shape}
     samples = next(many for many in count(SAMPLES) if many not in fixed)
