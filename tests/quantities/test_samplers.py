@@ -208,6 +208,11 @@ def pair_loss(f: Tensor, y: tuple[Tensor, Tensor]) -> Tensor:
     return nll(f, y[0]) + nll(f, y[1])
 
 
+def over_positive(f: Tensor, y: Tensor) -> Tensor:
+    kept = (y > 0).to(f.dtype)
+    return ((y - f[:, 0]) ** 2 * kept).sum() / kept.sum()
+
+
 def by_rand(f: Tensor, u: Tensor) -> Tensor:
     return f[:, 0] + torch.randn_like(u)
 
@@ -237,6 +242,8 @@ def test_labels_that_cannot_be_drawn() -> None:
         tn.compile(net, pair_loss, (x, (y, y)), [quantity])
     with pytest.raises(tn.UnsupportedError, match="the loss divides by what it keeps of the labels"):
         tn.compile(net, nn.CrossEntropyLoss(), (x, torch.zeros(N, dtype=torch.long)), [quantity])
+    with pytest.raises(tn.UnsupportedError, match="the loss divides by what it keeps of the labels"):
+        tn.compile(net, over_positive, (x, y), [quantity])
     with pytest.raises(tn.UnsupportedError, match="need a loss"):
         tn.compile(net, None, (x, None), [quantity])
 

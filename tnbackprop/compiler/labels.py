@@ -9,12 +9,17 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..diagram.core import N
 from ..errors import InputError, UnsupportedError
 from .program.inputs import of_loss
 from .sweep.derived import Columns, Derived
-from .sweep.roots import DrawnLabels, LossRoot
+from .sweep.roots import DrawnLabels, LossRoot, calls_behind
 from .traced import Given, traced
 from .translate.graph import Call, Graph, Value
+
+KEPT = """\
+{where}: the loss divides by what it keeps of the labels of a batch, and drawn ones would change that.
+  Take a loss that divides by N alone; or leave the sampler out where the loss's own rule draws labels."""
 
 
 def with_labels(graph: Graph, derived: Derived, known: Derived | None = None) -> Derived:
@@ -46,10 +51,7 @@ def _drawn(
     where = f"sampler {getattr(sampler, '__name__', type(sampler).__name__)}"
     y = _label(graph, where)
     if derived.divisors:
-        raise UnsupportedError(
-            f"{where}: the loss divides by what it keeps of the labels of a batch, and drawn ones would change that.\n"
-            "  Its rule draws labels itself: leave the sampler out; or take a loss that divides by N alone."
-        )
+        raise UnsupportedError(KEPT.format(where=where))
     loss = _behind(graph, root.output, y, where)
     exact = torch.float32 if root.output.dtype.itemsize == 2 else root.output.dtype  # 16 bits draw too few numbers
     outputs, spec = pytree.tree_flatten(graph.output)
@@ -82,12 +84,10 @@ def _label(graph: Graph, where: str) -> Value:
 
 def _behind(graph: Graph, output: Value, y: Value, where: str) -> tuple[Call, ...]:
     """The calls that lead from the output or y to the loss."""
-    reached, found = {output.name, y.name}, []
-    for call in graph.calls:
-        if reached & {value.name for value in call.tensors.values()}:
-            reached.add(call.output.name)
-            found.append(call)
+    found = calls_behind(graph, output, y)
     for call in found:
+        if not call.output.differentiable and not any(N in axis for axis in call.output.axes):
+            raise UnsupportedError(KEPT.format(where=where))
         if call.by_rule:
             raise UnsupportedError(f"{where}: {call.where} is known by its formula alone: write the loss in torch code")
     made = {call.output.name for call in found}

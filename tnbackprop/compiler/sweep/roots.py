@@ -204,12 +204,7 @@ def _from_hessian(graph: Graph, output: Value, signed: bool) -> LossRoot:
             f"the root of this loss's Hessian needs an output with the batch alone on axis 0, and it is {output}.\n"
             "  Use one of torch's losses directly, or declare a rule with a root: tnbackprop.Root."
         )
-    reached = {output.name}
-    calls = []
-    for call in graph.calls:
-        if reached & {v.name for v in call.tensors.values()}:
-            reached.add(call.output.name)
-            calls.append(call)
+    calls = calls_behind(graph, output)
     for call in calls:
         if call.by_rule:
             raise UnsupportedError(
@@ -222,6 +217,16 @@ def _from_hessian(graph: Graph, output: Value, signed: bool) -> LossRoot:
     drawn = Code.of("(", NORMAL, f").reshape(N, {size}).t().unsqueeze(-1)")
     sample = Code.of("(", columns, f".reshape({size}, N, {size}) * ", drawn, f").sum(0).reshape({shape})")
     return LossRoot(output, BoundRoot(size, Code.of(columns, " * 1"), sample), None, tuple(calls), signed)
+
+
+def calls_behind(graph: Graph, *values: Value) -> list[Call]:
+    """The calls that read one of these values, or what is made of them."""
+    reached, found = {value.name for value in values}, []
+    for call in graph.calls:
+        if reached & {value.name for value in call.tensors.values()}:
+            reached.add(call.output.name)
+            found.append(call)
+    return found
 
 
 def _per_position(root: BoundRoot, output: Value) -> BoundRoot:
