@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import tnbackprop as tn
 from tnbackprop.drawing import quantity
+from tnbackprop.results import Merger
 
 from ..cases import CASES, Problem
 from ..second_order import assert_equal
@@ -90,6 +91,11 @@ def test_merged_and_kept() -> None:
     with pytest.raises(tn.InputError, match=r"of samples \[\(2, 0\), \(1,\)\] and \[\(1,\)\]"):
         both.merge(other)
     assert torch.equal(both.flat("grad"), before)
+    merger = Merger(one)
+    some = {**two.some, FEW: two.some[FEW].to(dtype=torch.float32)}
+    with pytest.raises(tn.InputError, match="convert one"):
+        merger.add(two.with_values(two.loss, two.output, two.own, two.batch, some))
+    assert_equal(merger.result()["diag_ggn"], one["diag_ggn"], "nothing is half merged")
 
 
 def test_operands_seeds_and_other_parameters() -> None:
