@@ -84,6 +84,39 @@ def test_what_is_counted() -> None:
         tn.OverData(make, batches(6, 5), count=lambda batch: -1.0).to_dense()
 
 
+SORTED, KEPT = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1]), torch.tensor([0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 2])
+WEIGHTS = torch.tensor([0.5, 2.0, 3.0]).double()
+JOINED: dict[str, tuple[nn.Module, Tensor, tuple[int, ...], Callable[[Any], Any]]] = {
+    # where every batch is a mean over its own samples, and they do not join as such
+    "weights, by class": (nn.CrossEntropyLoss(weight=WEIGHTS), SORTED, (6, 5), lambda b: WEIGHTS[b[1]].sum()),
+    "the last is ignored": (nn.CrossEntropyLoss(ignore_index=2), KEPT, (6, 4, 1), ignoring),
+}
+
+
+@pytest.mark.parametrize("kind", ["ggn", "hessian", "empirical"])
+@pytest.mark.parametrize("case", JOINED)
+def test_batches_that_are_means_alone(case: str, kind: str) -> None:
+    """They are refused without `count`, and with it they are all data in one batch."""
+    loss, y, sizes, count = JOINED[case]
+    empirical = partial(tn.fisher_product, fisher=tn.Fisher.EMPIRICAL)
+    product = {"ggn": tn.ggn_product, "hessian": tn.hessian_product, "empirical": empirical}[kind]
+    make, loader = partial(product, network(), loss), list(zip(X.split(sizes), y.split(sizes), strict=True))
+    with pytest.raises(tn.InputError, match="does not join with it so"):
+        tn.OverData(make, loader).to_dense()
+    close(tn.OverData(make, loader, count=count).to_dense(), make((X, y)).to_dense())
+
+
+def test_lengths_that_do_not_fit() -> None:
+    """A mean over positions counts a sample by its length; a sum joins all the same. Single samples tell, too."""
+    model = nn.Linear(3, 2).double()
+    loader = [(torch.randn(n, t, 3).double(), torch.randn(n, t, 2).double()) for n, t in ((1, 4), (1, 4), (2, 2))]
+    over = tn.OverData(partial(tn.ggn_product, model, nn.MSELoss()), loader)
+    with pytest.raises(tn.InputError, match="does not join with it so"):
+        over.to_dense()
+    make = partial(tn.ggn_product, model, nn.MSELoss(reduction="sum"))
+    close(tn.OverData(make, loader).to_dense(), sum(make(batch).to_dense() for batch in loader))
+
+
 def test_it_is_one_matrix() -> None:
     """Shuffled batches, masks and drawn labels are the same each time, and torch's generator goes on as it was."""
     model, loss = network(nn.Dropout(0.5)), nn.CrossEntropyLoss()
@@ -179,12 +212,12 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: tn.OverData(lambda batch: 1, batches(11)),
         "the product of a batch is int; give what",
     ),
-    "single samples": (lambda: tn.OverData(GGN, batches(*[1] * 11)), "batches of one sample"),
+    "one sample": (lambda: tn.OverData(GGN, [(X[:1], Y[:1])]), "neither the mean nor the sum.*one sample alone"),
     "fewer": (lambda: [each.to_dense() for each in [tn.OverData(GGN, Shrinking())] * 2], "gave 8 samples, and now 4"),
     "vector": (lambda: tn.OverData(GGN, batches(6, 5)) @ torch.ones(30).double(), r"shape \[30\]: give \[31\]"),
     "two kinds": (
         lambda: tn.OverData(partial(tn.ggn_product, MODEL, mixed), batches(4, 7)).to_dense(),
-        "GGN over data: the loss is a sum over the samples of one batch and a mean over those",
+        "GGN over data: the loss is a mean over the samples of one batch, and another one does not join",
     ),
 }
 

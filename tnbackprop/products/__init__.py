@@ -2,7 +2,7 @@
 
 from .make import fisher_product, ggn_product, hessian_product
 from .over_data import OverData
-from .problem import Reduction
+from .parts import Reduction
 from .product import Blocks, CurvatureProduct
 
 __all__ = [

@@ -78,10 +78,11 @@ def fisher_product(
     if mc_samples < 1:
         raise InputError(f"mc_samples={mc_samples}: draw at least one column per sample")
     draw = partial(_columns, fisher=fisher, mc_samples=mc_samples, seed=seed)
-    return _product(f"{_TITLES[fisher]} Fisher", Problem(model, loss, batch), blocks, draw)
+    return _product(_TITLES[fisher], Problem(model, loss, batch), blocks, draw)
 
 
-_TITLES = {Fisher.MC: "MC", Fisher.EMPIRICAL: "empirical"}
+EMPIRICAL = "empirical Fisher"
+_TITLES = {Fisher.MC: "MC Fisher", Fisher.EMPIRICAL: EMPIRICAL}
 
 
 def _product(
@@ -108,11 +109,12 @@ def _product(
         label,
         blocks,
         problem.size,
+        2 if label == EMPIRICAL else 1,
         problem.theta,
         product,
         _others(problem.model),
         lambda: (_made_again, *problem.recipe(label), columns),
-        problem.reduction,
+        problem.parts,
         _at_once(problem),
     )
 

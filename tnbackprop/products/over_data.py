@@ -11,7 +11,7 @@ from torch import Tensor
 from ..compiler.translate.torch_modes import Random
 from ..errors import InputError, check_member
 from ..runtime.progress import counted
-from .problem import Reduction
+from .parts import Reduction
 from .product import CurvatureProduct, Vector
 
 Batch = tuple[Any, Any]
@@ -20,11 +20,12 @@ Batch = tuple[Any, Any]
 class OverData:
     """v -> M v for the matrix of all batches: ``tn.OverData(partial(tn.ggn_product, model, loss), loader) @ v``.
 
-    M = (1/N) Σ_b N_b M_b for a loss that is a mean over samples, Σ_b M_b for a sum: that of all data in one batch.
+    M = (1/N) Σ_b N_b M_b for a loss that is a mean over samples, Σ_b M_b for a sum: that of all data in one batch. With
+    `count` W_b a batch, M = (1/W) Σ_b W_b M_b, and (N/W²) Σ_b (W_b²/N_b) M_b of an empirical Fisher.
 
     product    makes the product M_b of a batch (x, y): `ggn_product`, `hessian_product` or `fisher_product`
     loader     batches, run through at each product: a DataLoader, a list; no generator
-    reduction  of the loss; told by the batches, each in two parts, unless it is given
+    reduction  of the loss; told by the batches, each in two parts and with the first one, unless it is given
     count      what a batch counts in a mean, if not its samples: with `ignore_index` or class weights the sum of the
                weights, ``lambda batch: (batch[1] != -100).sum()``
     progress   a bar for the batches
@@ -57,6 +58,7 @@ class OverData:
         self.product, self.loader, self.count, self.progress = product, loader, count, progress
         self._given = reduction or (None if count is None else Reduction.MEAN)
         self._told, self._samples = self._given, 0
+        self._sample: tuple[Any, Any] | None = None  # the first one: the output, and y
         with Random.of(torch.device("cpu")).again():
             self.label, self.names, self.shape, self.dtype, self.device = self._first()
         self._random = Random.of(self.device)
@@ -67,7 +69,9 @@ class OverData:
         for batch in self.loader:
             made = self._made(batch)
             found = found or (made.label, made.names, made.shape, made.dtype, made.device)
-            self._told = self._told or made.reduction()
+            if self._told is None:
+                ways = self._ways(made)
+                self._told = ways.pop() if len(ways) == 1 else None
             if self._told is not None or made.samples > 1:
                 break
         if found is None:
@@ -76,12 +80,20 @@ class OverData:
             self._refuse(found[0])
         return found
 
-    def _refuse(self, label: str, told: Reduction | None = None) -> None:
+    def _ways(self, made: CurvatureProduct) -> set[Reduction]:
+        """What the loss may be, as a batch tells in two parts and with a sample of the first one."""
+        parts = made.parts()
+        if parts is None:
+            return set()
+        first, self._sample = self._sample, self._sample or parts.some(0, 1).values
+        return parts.ways(first)
+
+    def _refuse(self, label: str) -> None:
         was = "neither the mean nor the sum of those of its samples, as two parts of a batch tell"
-        if told is not None and self._told is not None:
-            was = f"a {told.value} over the samples of one batch and a {self._told.value} over those of another one"
+        if self._told is not None:
+            was = f"a {self._told.value} over the samples of one batch, and another one does not join with it so"
         raise InputError(
-            f"{label} over data: the loss is {was} (class weights, ignore_index, batches of one sample?).\n"
+            f"{label} over data: the loss is {was} (class weights, ignore_index, lengths, one sample alone?).\n"
             "  Give reduction=tn.Reduction.MEAN or SUM; and count=, what a batch counts, where that is not its samples"
         )
 
@@ -107,14 +119,15 @@ class OverData:
     def __call__(self, vector: Tensor | Vector) -> Tensor | dict[str, Tensor]:
         total: list[Tensor] = []
         names: list[str] | None = None
-        weights, samples = 0.0, 0
+        weights, samples, degree = 0.0, 0, 1
         with self._random.again():
             for batch in counted(self.loader, f"{self.label} over batches") if self.progress else self.loader:
                 made = self._made(batch)
                 self._check_reduction(made)
                 found = made(vector)
                 weight = 1.0 if self._told is Reduction.SUM else self._weight(batch, made)
-                weights, samples = weights + weight, samples + made.samples
+                weights, samples, degree = weights + weight, samples + made.samples, made.degree
+                weight *= 1.0 if degree == 1 or self._told is Reduction.SUM else weight / made.samples
                 del made  # before the next one is made
                 names = None if isinstance(found, Tensor) else list(found)
                 pieces = [found] if isinstance(found, Tensor) else list(found.values())
@@ -123,7 +136,8 @@ class OverData:
                     sum_.add_(piece, alpha=weight)
         self._check_samples(samples)
         if self._told is Reduction.MEAN:
-            total = [sum_.div_(weights) for sum_ in total]
+            whole = weights if degree == 1 else weights**2 / samples
+            total = [sum_.div_(whole) for sum_ in total]
         return total[0] if names is None else dict(zip(names, total, strict=True))
 
     __matmul__ = __call__
@@ -136,8 +150,8 @@ class OverData:
 
     def _check_reduction(self, made: CurvatureProduct) -> None:
         """The first time that the batch is seen."""
-        if self._given is None and not self._samples and made.samples > 1 and (told := made.reduction()) != self._told:
-            self._refuse(made.label, told)
+        if self._given is None and not self._samples and self._told not in self._ways(made):
+            self._refuse(made.label)
 
     def _check_samples(self, samples: int) -> None:
         if samples != (self._samples or samples):

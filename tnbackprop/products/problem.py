@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -22,15 +21,9 @@ from ..compiler.translate.torch_modes import Random, own_dtypes, twice_different
 from ..errors import InputError, UnsupportedError
 from ..runtime.fingerprint import fingerprint
 from ..runtime.second_derivatives import ClosedForm
+from .parts import Parts
 
 Linear = Callable[[Any], Any]
-
-
-class Reduction(Enum):
-    """What a loss is of those of its samples."""
-
-    MEAN = "mean"
-    SUM = "sum"
 
 
 class Reads(TorchFunctionMode):
@@ -115,25 +108,17 @@ class Problem:
         _, push = vjp_of(pull, ones)  # any point: some kernels have none at zero
         return output, push, pull
 
-    def reduction(self) -> Reduction | None:
-        """Whether the loss is the mean or the sum of those of its samples, told by that of two parts of the batch.
-
-        None where it is neither (class weights, `ignore_index`), where both would do, and where there are no two parts.
-        """
-        first = self.size // 3 or 1
+    def parts(self) -> Parts | None:
+        """The samples with the model's output, by one more forward; None where they are not on axis 0 of everything."""
         with self.random.again(), self.own_dtypes(), torch.no_grad():
-            output = self.output(self.theta)
-            leaves = pytree.tree_leaves((output, self.y))
-            if self.size < 2 or not all(isinstance(t, Tensor) and t.shape[:1] == (self.size,) for t in leaves):
-                return None
-            parts = (slice(None), slice(first), slice(first, None))
-            whole, *halves = (
-                self._loss_of(*pytree.tree_map(lambda t, part=part: t[part], (output, self.y))) for part in parts
-            )
-        mean = (first * halves[0] + (self.size - first) * halves[1]) / self.size
-        slack = 100 * torch.finfo(whole.dtype).eps * sum(abs(float(value)) for value in (whole, *halves))
-        same = [abs(float(whole - value)) <= slack for value in (mean, halves[0] + halves[1])]
-        return None if same[0] == same[1] else Reduction.MEAN if same[0] else Reduction.SUM
+            values = self.output(self.theta), self.y
+        if not all(isinstance(t, Tensor) and t.shape[:1] == (self.size,) for t in pytree.tree_leaves(values)):
+            return None
+        return Parts(values, self._plain_loss, self.size)
+
+    def _plain_loss(self, output: Any, y: Any) -> Tensor:
+        with self.random.again(), self.own_dtypes():
+            return self._loss_of(output, y)
 
     def recipe(self, label: str) -> tuple[Any, ...]:
         """What the product is made from, for pickle. Raises `TypeError` where that is gone, or cannot be pickled."""

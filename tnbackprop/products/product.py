@@ -15,7 +15,7 @@ from torch.func import vmap
 from ..compiler.running.torch_quiet import UNWARNED
 from ..compiler.translate.torch_modes import check_constant
 from ..errors import InputError, UnsupportedError
-from .problem import Reduction
+from .parts import Parts, Reduction
 
 Vector = Mapping[str, Tensor]
 Multiply = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -46,11 +46,12 @@ class CurvatureProduct:
     label: str
     blocks: Blocks
     samples: int
+    degree: int  # how often the factor of the loss is in it
     _theta: Mapping[str, Tensor]
     _multiply: Multiply
     _others: Mapping[str, str]  # other names of parameters -> why they have no entry
     _recipe: Recipe
-    _reduction: Callable[[], Reduction | None]
+    _parts: Callable[[], Parts | None]
     _at_once: int | None  # vectors; None: all
 
     def __deepcopy__(self, memo: object) -> CurvatureProduct:
@@ -71,12 +72,17 @@ class CurvatureProduct:
         """Itself: M is symmetric."""
         return self
 
+    def parts(self) -> Parts | None:
+        """Output and targets, sample by sample; None where these are not on axis 0. It runs the model once more."""
+        return self._parts()
+
     def reduction(self) -> Reduction | None:
         """Whether the loss is the mean or the sum of those of its samples, told by two parts of the batch; else None.
 
         It runs the model once more.
         """
-        return self._reduction()
+        ways = set[Reduction]() if (parts := self.parts()) is None else parts.ways()
+        return ways.pop() if len(ways) == 1 else None
 
     @property
     def device(self) -> torch.device:
