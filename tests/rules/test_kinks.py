@@ -16,6 +16,7 @@ from tnbackprop.rules import kinks
 from tnbackprop.rules.kinks import KINKS, Kink, slope
 
 from ..models import Apply
+from ..tried import Tried, randn
 
 INF = float("inf")
 ENDS = torch.tensor([-1.0, 0.0, 0.5]).double(), torch.tensor([1.0, 0.0, 0.5]).double()
@@ -98,6 +99,35 @@ def test_the_slope_is_that_of_torch(name: str) -> None:
         torch.testing.assert_close(result["jacobians"]["p"][n], torch.stack(rows))
         (want,) = torch.autograd.grad((output - y[n : n + 1]).square().sum(), model.p)
         torch.testing.assert_close(result["batch_grad"]["p"][n], want)
+
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "threshold": lambda h: F.threshold(h, 0.2, 0.0),
+    "hardtanh": lambda h: F.hardtanh(h, 0, 1),
+    "hardsigmoid": lambda h: F.hardsigmoid(4 * h),
+    "hardshrink": lambda h: F.hardshrink(h.exp(), 1),
+    "softshrink": lambda h: F.softshrink(h.exp(), 1),
+    "clamp": lambda h: h.clamp(0, 1),
+    "clamp_max": lambda h: -h.clamp(max=0),
+    "clamp_to_a_tensor": lambda h: h.clamp(min=torch.zeros_like(h)),
+    "where": lambda h: torch.where(h > 0, h, 0.0),
+    "where_other": lambda h: torch.where(h < 0, torch.zeros_like(h), h),
+    "masked_fill": lambda h: h.masked_fill(h < 0, 0),
+    "maximum": lambda h: torch.maximum(h, torch.zeros_like(h)),
+    "minimum": lambda h: -torch.minimum(h, torch.zeros_like(h)),
+    "triangle": lambda h: h.exp().reshape(-1, 2, 2).tril().flatten(1),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_an_infinite_slope_does_not_pass_a_shut_gate(name: str) -> None:
+    """√ at 0 behind a function with slope 0 there: gradients and columns are chosen, not multiplied by 0."""
+    gate = GATES[name]
+    parts = {"a": lambda: nn.Linear(3, 4), "b": lambda: nn.Linear(4, 2)}
+    bound = 1e-6 if name == "hardsigmoid" else 1e-8  # its slope in torch is 1/6 in single precision
+    Tried(name, lambda m, x: m.b(gate(m.a(x)).sqrt()), randn(5, 3), parts, bound=bound).check()
 
 
 @pytest.mark.parametrize("name", LOSSES)

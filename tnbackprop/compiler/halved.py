@@ -75,11 +75,12 @@ def halved(graph: Graph, derived: Derived, plan: Plan, header: str) -> Halved:
         for value in step.inputs:
             readers.setdefault(value, []).append(step)
     crossing = [v for v in first if v in readers or v in wanted]
-    bounds, fixed = _bounds(derived, plan), wanted | set(plan.output.values())
+    masks = {v for name, v in plan.forward.items() if name in graph.values and graph.values[name].dtype is torch.bool}
+    bounds, fixed = _bounds(derived, plan), wanted | set(plan.output.values()) | masks
     packed = _worth({v: None if v in fixed else _packed(v, readers[v], bounds.get(v)) for v in crossing})
     extra = [step for each in packed.values() if each is not None for step in each.before]
     names = {f"{SAVED}:{k}": v for k, v in enumerate(crossing)}
-    saved = {name: _saving(packed[v], v) for name, v in names.items()}
+    saved = {name: _saving(packed[v], v, v in masks) for name, v in names.items()}
     forward = replace(
         plan, steps=(*first, *extra), loss=None, checks={}, divisor=None,
         results={Result(SAVED): {name: saving.value for name, saving in saved.items()}},
@@ -173,8 +174,8 @@ def _worth(packed: Mapping[Value, _Packed | None]) -> dict[Value, _Packed | None
     return {value: None if _base(value) in kept else each for value, each in packed.items()}
 
 
-def _saving(packed: _Packed | None, value: Value) -> Saving:
-    return Saving(value) if packed is None else Saving(packed.small, packed.itemsize)
+def _saving(packed: _Packed | None, value: Value, mask: bool) -> Saving:
+    return Saving(value, int(mask)) if packed is None else Saving(packed.small, packed.itemsize)
 
 
 def _packed(value: Value, readers: list[Value], bound: int | None) -> _Packed | None:

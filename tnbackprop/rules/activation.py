@@ -10,7 +10,7 @@ import torch
 from ..notation.rule import Rule
 from ..table import Table
 from .kinks import slope
-from .text import access, broadcast_sizes, elementwise, join, leg_names, literal, refuse
+from .text import access, broadcast_sizes, chosen, elementwise, join, leg_names, literal, refuse, whole
 
 TABLE = Table()
 aten = torch.ops.aten
@@ -141,7 +141,7 @@ def clamp(call: Any) -> Rule:
     if low is not None and low != -math.inf:
         outside.append(f"({{input}} {'<' if inside else '<='} {low!r})")
         text = f"{literal(low)} if x {'<' if inside else '<='} {literal(low)} else ({text})"
-    vjp = f"{{cotangent}}.masked_fill({' | '.join(outside)}, 0)" if outside else ""
+    vjp = chosen(f"~({' | '.join(outside)})", "{cotangent}") if outside else ""
     return elementwise(text, vjp=vjp, kinks=f"{int(inside)} at both ends")(call)
 
 
@@ -218,18 +218,13 @@ def where(call: Any) -> Rule:
     legs = leg_names(call.output)
     mask, yes, no = (access(v, call.arguments[v], call.output, legs) for v in ("condition", "input", "other"))
     mask = mask.replace("condition", "mask", 1)
-    codes = {"input": "torch.where({condition}, {cotangents}, 0)", "other": "torch.where({condition}, 0, {cotangents})"}
+    codes = {"input": chosen("{condition}"), "other": chosen("~{condition}")}
     return Rule(
         f"output[{join(legs)}] = {mask} * {yes} + (1 - {mask}) * {no}",
         saved={mask: "{condition}.to({input}.dtype)"},
-        vjp={name: code for name, code in codes.items() if _whole(call, name)},
+        vjp={name: code for name, code in codes.items() if whole(call, name)},
         constants=broadcast_sizes(mask),
     )
-
-
-def _whole(call: Any, name: str) -> bool:
-    """Whether an operand has the output's axes: its cotangent is chosen from, where a product has 0 times infinity."""
-    return name in call.tensors and call.tensors[name].axes == call.output.axes
 
 
 @TABLE.rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
@@ -243,6 +238,6 @@ def masked_fill(call: Any) -> Rule:
         jacobian={"input": keep},
         legs={"input": join(legs), "output": join(legs)},
         saved={keep: "(~{mask}).to({input}.dtype)"},
-        vjp={"input": "{cotangents}.masked_fill({mask}, 0)"} if _whole(call, "input") else {},
+        vjp={"input": chosen("~{mask}")} if whole(call, "input") else {},
         constants=broadcast_sizes(keep),
     )

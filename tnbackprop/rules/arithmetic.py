@@ -9,7 +9,7 @@ import torch
 from ..notation.rule import Rule
 from ..table import Table
 from .kinks import slope
-from .text import access, axis, broadcast, join, leg_names, literal, refuse, sizes
+from .text import access, axis, broadcast, chosen, join, leg_names, literal, refuse, sizes, whole
 
 TABLE = Table()
 aten = torch.ops.aten
@@ -34,14 +34,17 @@ def maximum(call: Any) -> Rule:
     legs = leg_names(call.output)
     a, b = (access(v, call.arguments[v], call.output, legs) for v in ("input", "other"))
     sign, less = ("+", "<") if call.target == aten.maximum.default else ("-", ">")
-    pairs = (("input", "other"), ("other", "input"))
-    chosen = "torch.where({{{0}}} == {{{1}}}, {{cotangents}} / 2, {{cotangents}}).masked_fill({{{0}}} {2} {{{1}}}, 0)"
-    whole = (p for p in pairs if p[0] in call.tensors and call.tensors[p[0]].axes == call.output.axes)
+    rivals = {"input": "other", "other": "input"}
     return Rule(
         f"output[{join(legs)}] = ({a} + {b} {sign} abs({a} - {b})) / 2",
-        vjp={one: chosen.format(one, other, less) for one, other in whole},
+        vjp={x: _half_at(f"{{{x}}} == {{{y}}}", chosen(f"~({{{x}}} {less} {{{y}}})"))
+             for x, y in rivals.items() if whole(call, x)},
         kinks="half each at a tie",
     )
+
+
+def _half_at(tie: str, code: str) -> str:
+    return f"{code} * (1 - ({tie}).to({{cotangents}}.dtype) / 2)"
 
 
 @TABLE.rule(aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor)
@@ -65,7 +68,18 @@ def clamp_to(call: Any) -> Rule:
     if high:
         text = f"{high} if {x} > {high}{f' or {crossed}' if crossed else ''} else ({text})"
     kinks = "1/2 for each of input and end at an end" if slope("clamp to a tensor") == 0.5 else "1 at both ends"
-    return Rule(f"output[{join(legs)}] = {text}", kinks=kinks)
+    vjp = {"input": _inside(call)} if whole(call, "input") else {}
+    return Rule(f"output[{join(legs)}] = {text}", vjp=vjp, kinks=kinks)
+
+
+def _inside(call: Any) -> str:
+    """The cotangents of what is clamped to tensors: those between the ends."""
+    ends = [(end, sign) for end, sign in (("min", "<"), ("max", ">")) if call.arguments.get(end) is not None]
+    code = chosen(f"~({' | '.join(f'({{input}} {sign} {{{end}}})' for end, sign in ends)})")
+    if slope("clamp to a tensor") != 0.5:
+        return code
+    ties = " | ".join(f"({{input}} == {{{end}}})" for end, _ in ends)
+    return _half_at(ties if len(ends) == 1 else f"({ties}) & ({{min}} < {{max}})", code)
 
 
 def _reduced(call: Any) -> tuple[str, str, list[str]]:

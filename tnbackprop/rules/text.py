@@ -108,6 +108,19 @@ def broadcast(template: str) -> Row:
     return row
 
 
+def chosen(condition: str, of: str = "{cotangents}") -> str:
+    """Torch code for the cotangents where a condition holds, and 0 elsewhere, where a product has 0 times infinity.
+
+    It takes several columns at once, as fast as a product is: torch's functions of masks are not.
+    """
+    return f"torch.ops.aten.threshold_backward({of}, ({condition}).to({of}.dtype), 0)"
+
+
+def whole(call: Any, name: str) -> bool:
+    """Whether an operand has the output's axes, so that its cotangent can be chosen from that of the output."""
+    return name in call.tensors and call.tensors[name].axes == call.output.axes
+
+
 def elementwise(
     function: str,
     *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from typing import cast
 
 import opt_einsum
 import sympy
@@ -18,7 +19,7 @@ from ..program.numbers import Number
 from ..program.store import Store
 from .arrange import arranged, as_stored, copy_work, in_order, reshaped, sizes_of
 from .candidate import Candidate, Made, Then
-from .pairs import contract_pair, elementwise, sum_legs
+from .pairs import contract_pair, elementwise, gated, sum_legs
 
 Legs = tuple[Leg, ...]
 Path = tuple[tuple[int, ...], ...]
@@ -53,6 +54,8 @@ def _term(store: Store, product: Product, legs: Legs, inside: bool) -> Ref:
         return _full(store, legs, sympy.Integer(0))
     (product,) = folded
     own = tuple(leg for leg in legs if leg in set(product.legs))
+    if (found := _gated(store, product, own)) is not None:
+        return found if own == legs else _expanded(store, found, legs)
     if not (len(product.operands) == 1 and set(own) != set(product.legs) and is_square(product.operands[0])):
         product = Product(product.scale, tuple(_mapped(store, op) for op in product.operands))
     ref = _multiplied(store, Product(sympy.Integer(1), product.operands), own, inside)
@@ -114,11 +117,46 @@ def _mapped(store: Store, op: Operand) -> Operand:
     return op
 
 
+def _gated(store: Store, product: Product, legs: Legs) -> Ref | None:
+    """A value times a map that is 0 or one positive number; None for any other product."""
+    gates = [(op, open_) for op in product.operands if isinstance(op, Map) and (open_ := _open(op.expr)) is not None]
+    others = [op for op in product.operands if isinstance(op, Tensor)]
+    if (len(gates), len(others), len(product.operands)) != (1, 1, 2) or set(others[0].legs) != set(legs):
+        return None
+    ((gate, number),) = gates
+    if not set(gate.legs) <= set(legs):
+        return None
+    found = gated(store, diagonal(store, read(store, others[0])), read(store, cast(Tensor, _mapped(store, gate))))
+    scale = product.scale * number
+    return (found if scale == 1 else _times(store, found, scale)).reordered(legs)
+
+
+def _open(expr: sympy.Expr) -> sympy.Expr | None:
+    """The other value of a map that is 0 in parts and a positive number elsewhere."""
+    zero, *numbers = sorted(_pieces(expr), key=lambda value: value != 0)
+    return numbers[0] if zero == 0 and len(numbers) == 1 and numbers[0].is_positive else None
+
+
+def _pieces(expr: sympy.Expr) -> set[sympy.Expr]:
+    """The values that a map has in its parts."""
+    return set().union(*(_pieces(each) for each, _ in expr.args)) if isinstance(expr, sympy.Piecewise) else {expr}
+
+
 def is_square(op: Operand) -> bool:
     return isinstance(op, Map) and len(op.args) == 1 and op.expr == argument(0) ** 2
 
 
 def read(store: Store, tensor: Tensor) -> Ref:
+    """The numbers behind a tensor operand; integers and truth values as floating ones, whose products do not wrap."""
+    ref = indices(store, tensor)
+    if tensor.name not in store.integers:
+        return ref
+    expr, work = Call(f.TO, (ref.value, Call(f.DTYPE, (store.like,)))), copy_work(ref.stored)
+    made = store.add(expr, ref.value.shape, Kernel.COPY, work, floating=store.one_dtype, strided=ref.value.strided)
+    return Ref(made, ref.stored, ref.order)
+
+
+def indices(store: Store, tensor: Tensor) -> Ref:
     """The value behind a tensor operand, built now if nothing has read it yet."""
     value = store.find(tensor.name)
     base = value.seen

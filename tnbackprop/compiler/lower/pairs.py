@@ -9,9 +9,10 @@ from math import prod
 import sympy
 
 from ...diagram.core import Leg, Size, argument, ordered_union
+from ...notation.code import Code
 from ..program import functions as f
 from ..program.cost import Kernel, Work, size_at
-from ..program.expr import Call, Expr, Pointwise, Ref
+from ..program.expr import Call, Expr, Filled, Pointwise, Ref
 from ..program.functions import Memory, helper
 from ..program.store import Store
 from .arrange import (
@@ -142,6 +143,18 @@ def elementwise(store: Store, expr: sympy.Expr, args: tuple[Ref, ...]) -> Ref:
     symbols = tuple((argument(k), each) for k, each in enumerate(read))
     made: Expr = Call(f.SQUARE, (read[0],)) if expr == argument(0) ** 2 else Pointwise(expr, symbols)
     return Ref(store.add(made, sizes_of(legs), Kernel.ELEMENTWISE, work, own=True), legs, legs)
+
+
+GATE = Code.parsed("torch.ops.aten.threshold_backward({value}, {gate}, 0)")
+
+
+def gated(store: Store, value: Ref, gate: Ref) -> Ref:
+    """The value where the gate, which has no other legs, is above 0; where it is 0 it is 0, also of an infinity."""
+    legs = value.stored
+    one, other = (arranged(store, r, tuple((leg,) if leg in r.stored else () for leg in legs)) for r in (value, gate))
+    work = Work(flops=((1, legs),), moved=((2, legs), (1, gate.stored)), fresh=((1, legs),))
+    made = Filled(GATE, (("value", one), ("gate", other)))
+    return Ref(store.add(made, sizes_of(legs), Kernel.ELEMENTWISE, work, own=True), legs, value.order)
 
 
 def contract_pair(store: Store, a: Ref, b: Ref, output: Legs, ordered: bool) -> Ref:

@@ -25,7 +25,7 @@ from ..program.functions import Memory, helper
 from ..program.store import Store
 from .arrange import arranged, merged, sizes_of
 from .candidate import Candidate
-from .contract import as_tensor, read
+from .contract import as_tensor, indices, read
 
 Legs = tuple[Leg, ...]
 
@@ -297,7 +297,7 @@ def _kernels(store: Store, fields: Fields) -> Value:
 def _rows(store: Store, fields: Fields) -> Value:
     """Where the kernels of all choices begin."""
     positions = tuple((axis.position,) for axis in fields.axes)
-    index = read(store, fields.selection.index)
+    index = indices(store, fields.selection.index)
     at = arranged(store, index, ((BATCH,), (fields.outer,), *positions))
     width, own = int(fields.selection.choice[1].size), (BATCH, fields.outer, *(leg for (leg,) in positions))
     down = store.add(Call(f.FLOOR_DIV, (at, width)), sizes_of(own), Kernel.ELEMENTWISE, Work(moved=((2, own),)))

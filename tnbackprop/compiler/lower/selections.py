@@ -14,7 +14,7 @@ from ..program.expr import Call, Expr, Ref, Slice, Value
 from ..program.store import Store
 from .arrange import arranged, merged, placed, sizes_of
 from .candidate import Candidate, Made, Then
-from .contract import as_tensor, read
+from .contract import as_tensor, indices
 
 Legs = tuple[Leg, ...]
 
@@ -64,7 +64,7 @@ def _agreeing(store: Store, op: Selection, others: list[Operand]) -> list[Operan
 
 def _equal(store: Store, one: Selection, other: Selection) -> Tensor:
     """[index, index'] -> 1 where both choose the same."""
-    refs = [read(store, op.index) for op in (one, other)]
+    refs = [indices(store, op.index) for op in (one, other)]
     legs = ordered_union(refs[0].order, refs[1].order)
     first, second = (arranged(store, r, tuple((leg,) if leg in r.order else () for leg in legs)) for r in refs)
     meets = Call(f.AND, (Call(f.EQUAL, (first, second)), _inside(first, merged(one.choice))))
@@ -95,7 +95,7 @@ def _rows_of(store: Store, *tables: Ref, op: Selection, rest: tuple[Operand, ...
     if not tables:
         return _of(list(rest), legs)
     table, *others = tables
-    splits = _splits(table, op, read(store, op.index).order)
+    splits = _splits(table, op, indices(store, op.index).order)
     ways = [partial(rows, op=op, table=table, split=split) for rows in (_rows, _padded_rows) for split in splits]
 
     def go_on(store: Store, found: Ref) -> Made:
@@ -132,7 +132,7 @@ def _splits(table: Ref, op: Selection, index: Legs) -> list[tuple[Legs, Legs, Le
 def _rows(store: Store, op: Selection, table: Ref, split: tuple[Legs, Legs, Legs]) -> Ref:
     """The rows of a table [leading, choice, trailing] that an index [leading, own] names: [leading, own, trailing]."""
     leading, own, trailing = split
-    outside, flat = _flat(store, read(store, op.index), leading, own, op.choice, 0)
+    outside, flat = _flat(store, indices(store, op.index), leading, own, op.choice, 0)
     rows = Call(f.INDEX_SELECT, (placed(store, table, ((*leading, *op.choice), *_axis(trailing))), 0, flat))
     out = (*leading, *own, *trailing)
     mask = Call(f.RESHAPE, (outside, -1, *([1] if trailing else [])))
@@ -145,7 +145,7 @@ def _padded_rows(store: Store, op: Selection, table: Ref, split: tuple[Legs, Leg
     """The same from a table with a row of zeros more, for an index outside: better where more rows are looked up."""
     leading, own, trailing = split
     rows, out = (*leading, *op.choice), (*leading, *own, *trailing)
-    _, flat = _flat(store, read(store, op.index), leading, own, op.choice, merged(rows))
+    _, flat = _flat(store, indices(store, op.index), leading, own, op.choice, merged(rows))
     padding = (0, 0, 0, 1) if trailing else (0, 1)
     expr = Call(f.PAD, (arranged(store, table, (rows, *_axis(trailing))), padding))
     work = Work(moved=((4, (*rows, *trailing)),), fresh=((2, (*rows, *trailing)),))
@@ -166,7 +166,7 @@ def _scattered(store: Store, op: Selection, others: list[Operand], legs: Legs) -
     rest = [other for other in others if other not in holders]
     needed = {*legs, *_legs(holders)}
     free = tuple(leg for leg in _legs(rest) if leg in needed and leg not in op.index.legs)
-    index = read(store, op.index)
+    index = indices(store, op.index)
     scatter = partial(_added, op=op, index=index, holders=tuple(holders), kept=frozenset(needed), legs=legs)
     return Candidate(scatter, (_of(rest, (*index.order, *free)),))
 

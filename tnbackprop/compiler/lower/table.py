@@ -15,7 +15,7 @@ from ..program.store import Store
 from .arrange import in_order, sizes_of
 from .by_rows import PRODUCTS, SHIFTED_SQUARES
 from .candidate import Candidate, Lowering
-from .contract import as_tensor, contracted, diagonal, read
+from .contract import as_tensor, contracted, diagonal, indices, read
 from .convolve import convolutions
 from .digits import viewed
 from .pairs import sum_of_squares
@@ -81,7 +81,7 @@ def _as_like(store: Store, expr: Expr) -> Expr:
 
 
 def _one_hot(store: Store, operand: Selection) -> Tensor:
-    index = read(store, operand.index)
+    index = indices(store, operand.index)
     if set(operand.choice) & set(index.order):
         return _one_hot_within(store, operand, index)
     count = 1

@@ -29,7 +29,7 @@ from ...diagram.core import (
 )
 from ..lower.arrange import arranged, in_order, sizes_of
 from ..lower.candidate import Candidate
-from ..lower.contract import as_tensor, build, read
+from ..lower.contract import as_tensor, build, indices
 from ..program.cost import Kernel, Terms, Work, number
 from ..program.expr import Body, Expr, Join, Ref, Rounds, Value, reads, sizes_in
 from ..program.lines import alive
@@ -215,7 +215,7 @@ def leaves_of(diagram: Diagram) -> dict[str, Tensor]:
 
 def _argument(store: Store, tensor: Tensor) -> tuple[Expr, int | None]:
     """What a parameter is given, and the axis along which it is cut."""
-    ref = read(store, tensor)
+    ref = indices(store, tensor)
     expr = arranged(store, ref, tuple((leg,) for leg in tensor.legs))
     return expr, tensor.legs.index(BATCH) if BATCH in tensor.legs else None
 

@@ -68,9 +68,9 @@ def _over_cotangent(expr: Filled) -> Iterator[tuple[Value, Any]]:
     """A native VJP of an elementwise operator over the cotangent that it reads."""
     call, holes = expr.code.call, dict(expr.holes)
     into = row_of(overload(call.aten)).into if call.aten else ""
-    own = holes.get(call.first)
+    own = base_of(holes.get(call.first))
     others = tuple(each for hole, each in expr.holes if hole != call.first)
-    if call.whole and into and isinstance(own, Value) and own not in reads(others):
+    if call.whole and into and own is not None and own not in reads(others):
         yield own, Filled(expr.code.written(f"{call.name}.{into}", into, call.first), expr.holes)
 
 

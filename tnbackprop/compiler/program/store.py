@@ -63,6 +63,7 @@ class Store:
         self.fixed: set[Value] = parent.fixed if parent else set()  # what has a name, and is made once
         self.one_dtype: bool = parent.one_dtype if parent else False  # all floating values of the graph have one dtype
         self.mixed: bool = parent.mixed if parent else False  # they have several
+        self.integers: dict[str, torch.dtype] = parent.integers if parent else {}  # values that are no floating numbers
         self.like: Value = parent.like if parent else NOTHING
         self.accumulate: torch.dtype | None = parent.accumulate if parent else None  # of squares and factors
         self.copies: dict[str, str] = parent.copies if parent else {}  # of that dtype: name -> of what
@@ -83,6 +84,7 @@ class Store:
         inner = Store(self.rates, batch, self.itemsize, one_sample)
         inner.note, inner._count, inner.mixed = self.note, self._count, self.mixed
         inner.lowerings, inner.outermost, inner.accumulate = self.lowerings, self.outermost, self.accumulate
+        inner.integers = self.integers
         return inner
 
     def adopt(self, trial: Store) -> None:

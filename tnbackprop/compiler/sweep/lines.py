@@ -44,8 +44,7 @@ def elementwise(equation: Equation, operand: str) -> bool:
 
 def columns_by_formula(rule: BoundRule, operand: str) -> bool:
     """Whether several columns go by the formula: what does not depend on them is computed once for all of them."""
-    alone = elementwise(rule.equations[-1], operand) or COTANGENTS not in rule.vjp[operand].holes
-    return alone and not rule.fallback
+    return COTANGENTS not in rule.vjp[operand].holes and not rule.fallback
 
 
 def unchanged(along: Callable[[Jacobian], Jacobian], equation: Equation, operand: str) -> bool:

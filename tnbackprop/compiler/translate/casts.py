@@ -12,6 +12,9 @@ from .operators import Same, row_of
 from .spellings import cast_to
 from .torch_internals import OpOverload
 
+NUMBERS = frozenset({"input", "other", "tensor1", "tensor2", "exponent", "end", "min", "max", "tensors"})
+"""Arguments that torch takes for numbers, also where they are integers or truth values. Others may be indices."""
+
 
 class Casts:
     """Those that were made, each once."""
@@ -33,7 +36,7 @@ class Casts:
         def cast(value: Any, name: str) -> Any:
             if isinstance(value, tuple):
                 return tuple(cast(each, name) for each in value)
-            number = isinstance(value, Value) and (name == "other" or value.dtype.is_floating_point)
+            number = isinstance(value, Value) and (name in NUMBERS or value.dtype.is_floating_point)
             return self._cast(value, dtype, append) if number and _holds(dtype, value.dtype) else value
 
         return {name: cast(value, name) for name, value in arguments.items()}
@@ -58,4 +61,4 @@ class Casts:
 
 def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
     """Whether it has every number of another one."""
-    return other not in (dtype, torch.bool) and torch.promote_types(dtype, other) == dtype
+    return other != dtype and torch.promote_types(dtype, other) == dtype
