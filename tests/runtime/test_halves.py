@@ -246,6 +246,21 @@ def test_inputs_of_what_is_cut() -> None:
     torch.testing.assert_close(result["input_grad"]["x"], wanted)
 
 
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Linear(2, 3), nn.Tanh()).requires_grad_(False), nn.Tanh()], ids=str)
+def test_inputs_alone(model: nn.Module) -> None:
+    """Of a model that is frozen, or has no parameters, there are gradients by its inputs, and no others."""
+    model, x = model.double(), torch.randn(4, 2).double()
+    y = torch.randn_like(model(x))
+    program = tn.compile(model, nn.MSELoss(), (x, y), [tn.InputGrad()])
+    given = x.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(nn.MSELoss()(model(given), y), given)
+    _, saved = program.forward(x)
+    for result in (program(x, y), program.backward(saved, y)):
+        torch.testing.assert_close(result["input_grad"]["x"], wanted)
+    with pytest.raises(tn.InputError, match=r"grad: .*so there is nothing to differentiate by"):
+        tn.compile(model, nn.MSELoss(), (x, y), [tn.InputGrad(), tn.Grad()])
+
+
 def test_an_infinite_cotangent_does_not_pass_a_shut_gate() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2).requires_grad_(False)).double()
     with torch.no_grad():

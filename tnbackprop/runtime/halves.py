@@ -18,7 +18,7 @@ from ..compiler.halved import SAVED, Halved, halved
 from ..compiler.translate.torch_internals import version
 from ..compiler.translate.torch_modes import own_dtypes
 from ..errors import InputError
-from .given import device_of
+from .given import floating_of
 from .pages import Blocks as Pages
 
 
@@ -26,6 +26,7 @@ class Saved:
     """What the first half of a program leaves for the second: `program.backward(saved, y)`. It may be used again.
 
     batch    the number of samples
+    like     of the dtype and on the device that everything is computed in
     plan     the plan that ran
     trial    another one, with the whole input to try it on
     nbytes   bytes of memory that it keeps, without parameters, buffers and inputs
@@ -42,8 +43,10 @@ class Saved:
         model: Mapping[str, Tensor],
         read: Mapping[str, Tensor],
         batch: int,
+        like: Tensor,
     ) -> None:
         self.owner, self.plan, self.batch, self.trial = owner, plan, batch, None
+        self.like = like.new_empty(())
         self.tensors, self.inputs, self.model = tensors, inputs, model
         self._versions = [(name, t, version(t)) for name, t in named({**tensors, **inputs, **read})]
         self._outside = {t.untyped_storage().data_ptr() for _, t in named({**inputs, **model})}
@@ -123,15 +126,16 @@ class Halves:
         pages: Pages,
     ) -> tuple[Any, Saved]:
         """The leaves of the output, and what is saved; `of`: whose it is, and by which plan."""
-        with running(self.cut.forward, "program.halves.forward"), own_dtypes(device_of(model)), pages.call():
+        like = floating_of({**model, **inputs})
+        with running(self.cut.forward, "program.halves.forward"), own_dtypes(like.device), pages.call():
             _, output, results = self._forward({**model, **inputs}, **_memory(self._forward, pages))
         own = {name: tensor for name, tensor in model.items() if name in self.cut.own}
         given = {name: tensor for name, tensor in inputs.items() if name in self.cut.given}
-        return output, Saved(*of, results[SAVED], given, model, own, batch)
+        return output, Saved(*of, results[SAVED], given, model, own, batch, like)
 
     def backward(self, saved: Saved, rest: Mapping[str, Tensor], pages: Pages) -> Any:
         """(loss, (), results, …), of what was saved and what the loss reads."""
-        with running(self.cut.backward, "program.halves.backward"), own_dtypes(device_of(saved.model)), pages.call():
+        with running(self.cut.backward, "program.halves.backward"), own_dtypes(saved.like.device), pages.call():
             given = {**saved.model, **saved.inputs, **saved.tensors, **rest}
             return self._backward(given, **_memory(self._backward, pages))
 

@@ -214,9 +214,8 @@ class Program:
         sizes = (t.shape[k] for n, t in rest.items() for k, s in enumerate(graph.values[n].shape) if s == N)
         if (size := next(sizes, saved.batch)) != saved.batch:
             raise InputError(f"y has {size} samples, and forward had {saved.batch}")
-        floating = floating_of(own)
-        rest |= self._operands.tensors(operands, saved.batch, floating)
-        rest |= drawn(self._compiled.plan.noises, saved.batch, floating, seed, generator)
+        rest |= self._operands.tensors(operands, saved.batch, saved.like)
+        rest |= drawn(self._compiled.plan.noises, saved.batch, saved.like, seed, generator)
         loss, _, values, *checks = saved.plan.loaded.halves.backward(saved, rest, self._memory)
         if saved.trial is not None and not saved.trial[0].proved:
             self._tried(saved.trial[0], {**own, **saved.trial[1], **rest})

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from ...errors import InputError, TnError, UnsupportedError
-from ...quantities import Quantity
+from ...quantities import InputGrad, Quantity
 from ...table import Rules
 from ..running.printing import SILENT
 from ..running.repeated import Repeats
@@ -193,7 +193,8 @@ def _check_loss(model: nn.Module, loss: nn.Module) -> None:
 
 
 def check_trainable(model: object, quantities: Sequence[Quantity]) -> None:
-    """Quantities are of parameters: a result without one entry is a slip. Raises `InputError`."""
+    """Quantities are of parameters, or of inputs: a result without one entry is a slip. Raises `InputError`."""
+    quantities = [quantity for quantity in quantities if not isinstance(quantity, InputGrad)]
     if not quantities or not isinstance(model, nn.Module) or any(p.requires_grad for p in model.parameters()):
         return
     name, what = type(model).__name__, ", ".join(quantity.name for quantity in quantities)
