@@ -356,3 +356,13 @@ def test_scalars() -> None:
     close((K / torch.tensor(4.0)).to_dense(), K.to_dense() / 4)
     second = replace(K, roles=(Role.INPUT, Role.LOSS)).scale(3.0)
     assert torch.equal(second.factors[0], K.factors[0]) and torch.equal(second.factors[1], 3 * K.factors[1])
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e20])
+def test_the_norm_of_small_and_large_numbers(scale: float) -> None:
+    """Squares of float32 are 0 or infinite where the numbers, and their norm, are not."""
+    K = tn.KroneckerFactors((torch.eye(3, dtype=torch.float32) * scale, torch.eye(4, dtype=torch.float32)), (3, 4))
+    spectral = K.eigh().with_eigenvalues(torch.full((3, 4), scale))
+    for norm in (K.norm(), spectral.norm()):
+        assert norm.dtype == torch.float32
+        assert abs(float(norm) / (scale * 12**0.5) - 1) < 1e-6

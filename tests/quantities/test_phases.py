@@ -343,6 +343,7 @@ def test_refused_totals_and_propagations() -> None:
         (lambda: tn.ClippedGrad(max_norm=0), "max_norm=0"),
         (lambda: tn.ClippedGrad(mode="flat"), "mode='flat'"),  # type: ignore[arg-type]
         (lambda: tn.NaturalGradientSMW(damping=-1), "damping=-1"),
+        (lambda: tn.NaturalGradientSMW(damping=float("inf")), "damping=inf: give a finite number"),
     ):
         with pytest.raises(tn.InputError, match=message):
             make()

@@ -178,7 +178,8 @@ def test_batches_join() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     x, y = torch.randn(7, 3).double(), torch.randint(3, (7,))
     norm = Streamed("norm", lambda G: G.square().sum())
-    quantities = [Streamed(), Streamed("largest", largest, rows=True), norm, tn.Total(Streamed())]
+    large = Streamed("large", lambda G: (G.abs() > 0.1).sum(0))
+    quantities = [Streamed(), Streamed("largest", largest, rows=True), norm, large, tn.Total(Streamed())]
     for loss in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")):
         program = tn.compile(model, loss, (x, y), quantities)
         whole, found = program(x, y), tn.over(program, [(x[:2], y[:2]), (x[2:3], y[2:3]), (x[3:], y[3:])])

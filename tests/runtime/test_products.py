@@ -200,11 +200,6 @@ def test_the_order_of_names_does_not_matter() -> None:
     assert tuple(found(gradient)) == found.names == tuple(oracle.parameters(problem.model))
 
 
-def test_no_vectors() -> None:
-    found = product("hessian", BY_NAME["linear"].build())
-    assert found(torch.empty(found.shape[0], 0, dtype=torch.float64)).shape == (found.shape[0], 0)
-
-
 def test_what_it_shows() -> None:
     found = product("mc", BY_NAME["linear"].build(), blocks=tn.Blocks.PARAMETER)
     assert found.shape == (8, 8)
@@ -358,3 +353,12 @@ def test_the_result_is_the_callers() -> None:
             value.add_(torch.rand_like(value))
         assert_equal(v, draw(problem), "the vector", 0.0)
         assert_equal(found(v), again, "again", 0.0)
+
+
+@pytest.mark.parametrize("make", [tn.ggn_product, tn.hessian_product, tn.fisher_product])
+def test_no_vectors(make: Any) -> None:
+    model, x, y = nn.Linear(5, 3), torch.randn(6, 5), torch.arange(6) % 3
+    product = make(model, nn.CrossEntropyLoss(), (x, y))
+    assert (product @ torch.empty(18, 0)).shape == (18, 0)
+    empty = {name: torch.empty(2, 0, *p.shape) for name, p in model.named_parameters()}
+    assert {name: v.shape for name, v in product(empty).items()} == {name: v.shape for name, v in empty.items()}

@@ -147,6 +147,9 @@ def random_model() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
 def test_no_samples(samples: Any) -> None:
     with pytest.raises(tn.InputError, match=r"DiagGGN: samples=.*: give places in a batch, each once"):
         tn.DiagGGN(samples=samples)
+    model, loss, x, y = net()
+    with pytest.raises(tn.InputError, match=r"ClippedGrad: samples=.*: give places in a batch, each once"):
+        tn.compile(model, loss, (x, y), [tn.ClippedGrad(samples=samples)])
 
 
 def test_refused() -> None:

@@ -279,7 +279,7 @@ class Diagram:
     held = part  # its earlier name
 
     def sum_parameter(self) -> Diagram:
-        """Sum every output leg but the batch leg, its copies and root columns."""
+        """Sum every output leg but the batch leg, its copies and root columns: legs of one's own, too."""
         return self.sum(*(leg.name for leg in self.legs if not is_head(leg)))
 
     def ordered(self, *names: str) -> Diagram:

@@ -229,8 +229,8 @@ class Spectral(LinearOperator):
 
     def norm(self) -> Tensor:
         """Frobenius norm, a scalar."""
-        found: Tensor = torch.linalg.vector_norm(self.eigenvalues)
-        return found
+        found: Tensor = torch.linalg.vector_norm(self.eigenvalues, dtype=torch.float64)
+        return found.to(self.eigenvalues.dtype)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         """log det(M + damping · I), a scalar. Raises `InputError` for a singular M without damping."""

@@ -81,8 +81,8 @@ class Row(ABC):
         """F x for every row."""
 
     def norm(self, f: Tensor) -> Tensor:
-        """Frobenius norms [g]."""
-        found: Tensor = torch.linalg.vector_norm(f.flatten(1), dim=1)
+        """Frobenius norms [g], in float64: squares of float32 are 0 or infinite where numbers are not."""
+        found: Tensor = torch.linalg.vector_norm(f.flatten(1), dim=1, dtype=torch.float64)
         return found
 
     def scaled(self, f: Tensor, c: float) -> Tensor:
@@ -249,7 +249,7 @@ class _LowRank(Row):
         return x @ f @ f.mT
 
     def norm(self, f: Tensor) -> Tensor:
-        small = f if f.shape[-2] < f.shape[-1] else f.mT
+        small = (f if f.shape[-2] < f.shape[-1] else f.mT).double()
         found: Tensor = torch.linalg.matrix_norm(small @ small.mT)
         return found
 

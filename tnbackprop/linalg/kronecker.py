@@ -92,7 +92,7 @@ class KroneckerFactors(Stored):
         """Frobenius norm, ‖K‖² = Σ_g Π_i ‖F_ig‖², a scalar."""
         norms = torch.stack([ROWS[kind].norm(f) for f, kind in zip(self._blocked, self.kinds, strict=True)])
         total: Tensor = torch.linalg.vector_norm(norms.prod(0))
-        return total
+        return total.to(self.dtype)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         """log det(K + damping · I) exactly, from the eigenvalues, a scalar. A singular K without damping is refused."""

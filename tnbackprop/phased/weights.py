@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -95,8 +96,8 @@ class NaturalGradientSMW(Quantity):
     damping: float = 1e-2
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.damping, int | float) and self.damping > 0):
-            raise InputError(f"NaturalGradientSMW: damping={self.damping!r}: give a number > 0")
+        if not (isinstance(self.damping, int | float) and 0 < self.damping < math.inf):
+            raise InputError(f"NaturalGradientSMW: damping={self.damping!r}: give a finite number > 0")
 
     @property
     def needs(self) -> tuple[Quantity, ...]:

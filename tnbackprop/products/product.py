@@ -136,10 +136,12 @@ class CurvatureProduct:
         lead = self._leading_axes(vector)
         ordered = {name: vector[name].detach() for name in self._theta}
         count = math.prod(lead)
+        if not count:
+            return {name: torch.zeros_like(v) for name, v in ordered.items()}
         stacked = {name: v.reshape(count, *self._theta[name].shape) if lead else v for name, v in ordered.items()}
         try:
             with UNWARNED:
-                several = vmap(self._multiply, chunk_size=self._at_once if count else None)
+                several = vmap(self._multiply, chunk_size=self._at_once)
                 found = (several if lead else self._multiply)(stacked)
         except RuntimeError as error:
             if "is not implemented" not in str(error):

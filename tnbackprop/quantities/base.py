@@ -49,8 +49,7 @@ class Quantity(ABC):
     samples: Samples | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.of_samples is not None:
-            object.__setattr__(self, "samples", _indices(self.samples, type(self).__name__))
+        check_samples(self)
         for option in fields(self):
             if option is not SAMPLES:
                 _check_option(option, getattr(self, option.name), type(self).__name__)
@@ -103,6 +102,12 @@ class Quantity(ABC):
 
 
 (SAMPLES,) = (option for option in fields(Quantity) if option.name == "samples")
+
+
+def check_samples(quantity: Quantity) -> None:
+    """Its samples as a tuple; also of a class whose own `__post_init__` looks at other options alone."""
+    if quantity.of_samples is not None:
+        object.__setattr__(quantity, "samples", _indices(quantity.samples, type(quantity).__name__))
 
 
 def whole(quantity: Quantity) -> Quantity:
@@ -176,6 +181,7 @@ def check_quantities(quantities: object) -> None:
             raise InputError(f"{quantity.__name__} is a class: give an instance, {quantity.__name__}()")
         if not isinstance(quantity, Quantity):
             raise InputError(f"{_shown(quantity)} is no tn.Quantity: give instances, [tn.Grad(), tn.KFAC()]")
+        check_samples(quantity)
         _check_propagations(quantity)
         if quantity.needs:
             check_quantities(quantity.needs)

@@ -282,6 +282,8 @@ def _add(mine: Tensor, before: float | Tensor, other: Tensor, now: float | Tenso
         mine.mul_(before)
     if isinstance(now, Tensor):
         mine.addcmul_(other, now.to(mine.dtype))
+    elif now == 1.0:
+        mine.add_(other)  # whole numbers have no other factor
     else:
         mine.add_(other, alpha=now)
 
