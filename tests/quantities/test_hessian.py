@@ -196,3 +196,27 @@ def test_shares_with_the_ggn() -> None:
     alone = tn.compile(problem.model, problem.loss, batch, [tn.DiagGGN()])
     both = tn.compile(problem.model, problem.loss, batch, [tn.DiagGGN(), tn.HessianDiag()])
     assert len(both.compiled.plan.steps) == len(alone.compiled.plan.steps)
+
+
+class Heads(nn.Module):
+    """Two of one layer's outputs, the second of width 1: an axis that the diagrams do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy, self.value = nn.Linear(4, 2), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.policy(x), self.value(x)
+
+
+def test_a_head_of_width_one() -> None:
+    model, x = Heads().double(), torch.randn(5, 4).double()
+    y = torch.randn(5, 2).double(), torch.randn(5, 1).double()
+
+    def loss(f: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(f[0], y[0]) + F.mse_loss(f[1], y[1])
+
+    found = tn.compute(model, loss, (x, y), [tn.HessianDiag()])["hessian_diag"]
+    squares = x.square().sum(0)
+    torch.testing.assert_close(found["value.weight"], 2 / 5 * squares.expand(1, 4))
+    torch.testing.assert_close(found["policy.weight"], 1 / 5 * squares.expand(2, 4))

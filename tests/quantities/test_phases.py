@@ -48,6 +48,15 @@ def test_clipped(name: str) -> None:
     assert_equal(result["own"], weighted((-norms(G)).exp(), G), "own")
 
 
+def test_clipped_at_a_quantile() -> None:
+    """Torch has quantiles of 2²⁴ numbers at most, and the code is for any number of samples below that."""
+    problem = BY_NAME["cross_entropy_image"].build()
+    G = unscaled(problem)
+    result = run(problem, [tn.ClippedGrad(mode=lambda n: (n.quantile(0.5) / n).clamp(max=1))])
+    weights = (norms(G).quantile(0.5) / norms(G)).clamp(max=1)
+    assert_equal(result["clipped_grad"], weighted(weights, G), "at a quantile")
+
+
 @pytest.mark.parametrize("name", thinned(LAYERS))
 def test_natural_gradient(name: str) -> None:
     problem = BY_NAME[name].build()

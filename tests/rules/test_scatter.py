@@ -1,4 +1,4 @@
-"""Elements that are replaced at computed indices: `scatter` with a tensor and with a number."""
+"""Elements at computed indices: `scatter` with a tensor and with a number, taken along an axis, copies of a batch."""
 
 from __future__ import annotations
 
@@ -60,3 +60,22 @@ def test_scatter_of_several_to_one_place() -> None:
         torch.testing.assert_close(result[name], value)
     with pytest.raises(UnsupportedError, match=r"(?s)src .* is larger than index .*Slice src first"):
         tried(lambda m, x: m.a(x).scatter(1, order(x), m.b(x))).program()
+
+
+DRAWS = randn(2, 4, seed=8)
+COPIED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    # several draws for each sample, next to each other or one batch after the other; and rows by index
+    "repeat_interleave": lambda m, x: spread(m.a(x).repeat_interleave(2, 0), m).unflatten(0, (-1, 2)).mean(1),
+    "repeat": lambda m, x: m.a(x).repeat(2, 1).unflatten(0, (2, -1)).tanh().mul(m.p[:, None, None]).sum(0),
+    "take_along_dim": lambda m, x: torch.take_along_dim(m.a(x), order(x), 1) * m.p,
+    "take_along_dim of a table": lambda m, x: torch.take_along_dim(m.b(x)[:, :, None], order(x)[:, None] % 1, 2) * m.p,
+}
+
+
+def spread(h: Tensor, m: Any) -> Tensor:
+    return (h.unflatten(0, (-1, 2)) + DRAWS * m.p[:, None]).flatten(0, 1).tanh()
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_copies_of_a_batch(name: str) -> None:
+    tried(COPIED[name], name).check()

@@ -48,14 +48,16 @@ def test_a_mean_is_handed_in() -> None:
         tn.compile(model, tn.HANDED, (X, Y), [tn.Grad()])
 
 
-def test_trees_of_inputs_and_outputs() -> None:
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_trees_of_inputs_and_outputs(order: str) -> None:
+    """Names have no order: neither in the block, nor in a call of the program."""
     torch.manual_seed(0)
     model = Several().double()
     x = {"a": torch.randn(5, 3).double(), "b": torch.rand(5, 4).double()}
     program = tn.compile(model, tn.HANDED, x, [tn.Grad(), tn.InputGrad()])
     x["b"].requires_grad_()
     with tn.attach(program) as attached:
-        found = model(**x)
+        found = model(**{key: x[key] for key in order})
         (found["hidden"].square().sum() + found["output"].sin().sum()).backward()
     got, mine = x["b"].grad, {n: p.grad for n, p in model.named_parameters()}
     x["b"].grad = None
@@ -66,6 +68,31 @@ def test_trees_of_inputs_and_outputs() -> None:
     for n, p in model.named_parameters():
         torch.testing.assert_close(mine[n], p.grad)
     assert_equal(attached.result["grad"], {n: p.grad for n, p in model.named_parameters()}, "grad")
+    turned = program.forward({key: x[key].detach() for key in order})[0]
+    torch.testing.assert_close(turned["output"], found["output"].detach())
+
+
+def test_an_output_that_is_written_over() -> None:
+    """As in autograd: what no derivative reads may be, and a last layer that has its derivative of it says so."""
+    model, wide = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), torch.randn(5, 3).double()
+
+    def step(model: nn.Module) -> None:
+        output = model(wide)
+        output /= 2
+        output.sin().sum().backward()
+
+    step(model)
+    wanted = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad()
+    with tn.attach(tn.compile(model, tn.HANDED, wide, [tn.Grad()])):
+        step(model)
+    assert_equal({n: p.grad for n, p in model.named_parameters()}, wanted, "grad")
+    last = nn.Sequential(*model, nn.Tanh())
+    with (
+        tn.attach(tn.compile(last, tn.HANDED, wide, [tn.Grad()])),
+        pytest.raises(tn.InputError, match=r"the model's output \(.*\) was written over in place"),
+    ):
+        step(last)
 
 
 def test_attached_to_any_loss() -> None:

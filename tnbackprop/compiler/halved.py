@@ -70,6 +70,7 @@ def halved(graph: Graph, derived: Derived, plan: Plan, header: str) -> Halved:
     first, rest = _cut(graph, plan)
     wanted = {*plan.checks.values(), *(v for by in plan.results.values() for v in by.values())}
     wanted |= {value for value in (plan.loss, plan.divisor) if value is not None}
+    rest = alive(rest, wanted)  # without a loss that is no result
     readers: dict[Value, list[Value]] = {}
     for step in rest:
         for value in step.inputs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +27,10 @@ from .translate.torch_internals import OpOverload, alone, arguments_of, export_r
 WRITTEN = (OutputKind.USER_INPUT_MUTATION, OutputKind.BUFFER_MUTATION)
 SAMPLES = 11
 """At least so many it is traced for: a number that is no other size, so that nothing is taken for the batch."""
+
+
+MOST = 2**23
+"""Of samples: slices end at sys.maxsize, which torch 2.7 tells apart from them, and quantiles are of at most 2²⁴."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def traced(function: Callable[[Any], Any], given: Any, where: str, prefix: str) 
     Raises `UnsupportedError` where the code depends on values or on one number of samples, or draws random ones,
     `InputError` where it fails.
     """
-    batch = torch.export.Dim("batch", max=sys.maxsize - 1)  # slices end at sys.maxsize: torch 2.7 tells them apart
+    batch = torch.export.Dim("batch", max=MOST)
     dims = pytree.tree_map(lambda each: {k: batch for k, size in enumerate(each.shape) if size == N} or None, given)
     fixed = {size for each in pytree.tree_leaves(given) for size in each.shape}
     samples = next(many for many in count(SAMPLES) if many not in fixed)

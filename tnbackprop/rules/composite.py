@@ -24,7 +24,7 @@ for _target in (
     aten.max.other, aten.min.other, aten.clip.default, aten.special_expit.default,
     aten.multiply.Tensor, aten.multiply.Scalar, aten.subtract.Tensor, aten.divide.Tensor, aten.divide.Scalar,
     aten.true_divide.Tensor, aten.negative.default, aten.absolute.default, aten.arctan.default,
-    aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf, aten.take_along_dim.default,
+    aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf,
     aten.kl_div.default, aten.poisson_nll_loss.default, aten.hinge_embedding_loss.default,
     aten.margin_ranking_loss.default, aten.cosine_embedding_loss.default, aten.triplet_margin_loss.default,
     aten.cosine_similarity.default, aten.pairwise_distance.default, aten.diff.default,
@@ -56,6 +56,18 @@ def vsplit(x: Tensor, parts: Any) -> Sequence[Tensor]:
 @TABLE.composite(aten.dsplit.int, aten.dsplit.array)
 def dsplit(x: Tensor, parts: Any) -> Sequence[Tensor]:
     return torch.tensor_split(x, parts, 2)
+
+
+@TABLE.composite(aten.take_along_dim.default)
+def take_along_dim(x: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
+    """What PyTorch makes of it asks whether sizes are equal, which leaves one batch size."""
+    if dim is None:
+        return x.flatten().gather(0, indices.flatten())
+    one, other = x.select(dim, 0).shape, indices.select(dim, 0).shape
+    others = torch.broadcast_shapes(one, other)  # type: ignore[no-untyped-call]
+    place = dim % x.ndim
+    wide = (*others[:place], -1, *others[place:])
+    return x.expand(wide).gather(dim, indices.expand(wide))
 
 
 @TABLE.composite(aten.aminmax.default)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..compiler.program.inputs import of_loss
+from ..compiler.program.inputs import of_loss, specs_of
 from ..compiler.translate.torch_internals import has_hooks, in_transform, version
 from ..errors import InputError, UnsupportedError
 from ..quantities import Grad, InputGrad
 from ..results import Result
+from .given import in_order
 from .halves import Saved
 from .handed import Handed
 from .program import Program
@@ -144,7 +145,8 @@ class Attached:
             return self._mine[MODEL].__wrapped__(*args, **kwargs)
         if args and kwargs:
             raise InputError("attach: call the model with positional arguments, or with keyword arguments, as compiled")
-        leaves, spec = pytree.tree_flatten(kwargs or (args[0] if len(args) == 1 else args))
+        first, *_ = specs_of(self.program.compiled.graph)
+        leaves, spec = pytree.tree_flatten(in_order(kwargs or (args[0] if len(args) == 1 else args), first))
         if _moving(enumerate(leaves)) is not None and not self._inputs:
             raise InputError(
                 "attach: an input requires grad, and the program has no gradient by inputs: compile with "

@@ -30,7 +30,7 @@ def flattened(parts: tuple[Any, ...], graph: Graph) -> dict[str, Any]:
         place += spec.num_leaves
         if k >= len(parts) or parts[k] is LATER:
             continue
-        leaves, mine = pytree.tree_flatten(plain(parts[k]))
+        leaves, mine = pytree.tree_flatten(in_order(plain(parts[k]), spec))
         if mine != spec or (k == 0 and parts[0] is None and own):
             raise InputError(
                 f"the batch (x, y) has the structure {structure(mine)} as its {'xy'[k]}, but the program was compiled "
@@ -43,6 +43,12 @@ def flattened(parts: tuple[Any, ...], graph: Graph) -> dict[str, Any]:
         if isinstance(leaf, torch.Tensor):
             check_plain(f"input {name!r}", leaf)
     return found
+
+
+def in_order(part: Any, spec: pytree.TreeSpec) -> Any:
+    """A dict with its keys in the order of the one that was compiled for: what a call names has none."""
+    keys = spec.context if spec.type is dict else ()
+    return {key: part[key] for key in keys} if type(part) is dict and part.keys() == set(keys) else part
 
 
 def structure(spec: pytree.TreeSpec) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
 from typing import Any
@@ -26,6 +26,7 @@ class Saved:
     """What the first half of a program leaves for the second: `program.backward(saved, y)`. It may be used again.
 
     batch    the number of samples
+    told     what the saved values are, for people
     like     of the dtype and on the device that everything is computed in
     plan     the plan that ran
     trial    another one, with the whole input to try it on
@@ -44,7 +45,9 @@ class Saved:
         read: Mapping[str, Tensor],
         batch: int,
         like: Tensor,
+        told: Mapping[str, str],
     ) -> None:
+        self.told = told
         self.owner, self.plan, self.batch, self.trial = owner, plan, batch, None
         self.like = like.new_empty(())
         self.tensors, self.inputs, self.model = tensors, inputs, model
@@ -63,7 +66,8 @@ class Saved:
         for name, tensor, then in self._versions:
             if version(tensor) != then:
                 raise InputError(
-                    f"{name} was written over in place after forward, and backward needs it as it was.\n"
+                    f"{self.told.get(name, name)} was written over in place after forward, and backward needs it as it "
+                    "was.\n"
                     "  Clone before you change it, or step the optimiser after backward."
                 )
 
@@ -89,11 +93,13 @@ class Halves:
 
     compiled: Compiled
     title: str
+    valued: bool = True  # whether the value of the loss is a result
 
     @cached_property
     def cut(self) -> Halved:
         """The sources, and what is saved between them."""
-        return halved(self.compiled.graph, self.compiled.derived, self.compiled.plan, self.title)
+        plan = self.compiled.plan if self.valued else replace(self.compiled.plan, loss=None)
+        return halved(self.compiled.graph, self.compiled.derived, plan, self.title)
 
     def __repr__(self) -> str:
         plan = self.compiled.plan
@@ -108,6 +114,13 @@ class Halves:
             yield f"{saving.value} [{shape}]" + (f", {saving.what}" if saving.what else "")
         theirs = "" if autograd is None else f"; autograd saves {autograd / 1e6:.3g} MB for the loss"
         yield f"{total / 1e6:.3g} MB for {plan.batch} samples{theirs}"
+
+    @cached_property
+    def _told(self) -> dict[str, str]:
+        """What each saved value is."""
+        output = set(self.compiled.plan.output.values())
+        values = {name: saving.value for name, saving in self.cut.saved.items()}
+        return {name: f"the model's output ({v})" if v in output else f"{v} of the model" for name, v in values.items()}
 
     @cached_property
     def _forward(self) -> Any:
@@ -131,7 +144,7 @@ class Halves:
             _, output, results = self._forward({**model, **inputs}, **_memory(self._forward, pages))
         own = {name: tensor for name, tensor in model.items() if name in self.cut.own}
         given = {name: tensor for name, tensor in inputs.items() if name in self.cut.given}
-        return output, Saved(*of, results[SAVED], given, model, own, batch, like)
+        return output, Saved(*of, results[SAVED], given, model, own, batch, like, self._told)
 
     def backward(self, saved: Saved, rest: Mapping[str, Tensor], pages: Pages) -> Any:
         """(loss, (), results, …), of what was saved and what the loss reads."""

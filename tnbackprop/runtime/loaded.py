@@ -25,8 +25,9 @@ class Loaded:
     halves: Halves
 
     @classmethod
-    def of(cls, title: str, quantities: Iterable[str], compiled: Compiled) -> Loaded:
+    def of(cls, title: str, quantities: Iterable[str], compiled: Compiled, valued: bool = True) -> Loaded:
+        """`valued`   whether the value of the loss is a result"""
         function = load(compiled.source)
         found = {name: blocks(compiled, name) for name in quantities}
-        takes, halves = frozenset(signature(function).parameters), Halves(compiled, title)
+        takes, halves = frozenset(signature(function).parameters), Halves(compiled, title, valued)
         return cls(function, takes, found, merged_by(compiled, found), halves)

@@ -85,7 +85,8 @@ class Program:
         keep_freed_pages()
         self._memory = Pages()
         title = f"{type(model).__name__}: {', '.join(self.quantities)}"
-        self._sizes = Sizes(compiled, partial(Loaded.of, title, tuple(self.quantities)), check)
+        made = partial(Loaded.of, title, tuple(self.quantities), valued=not isinstance(loss, Handed))
+        self._sizes = Sizes(compiled, made, check)
         self._fixed = dict(compiled.graph.constants)
         self._fixed |= compiled.derived.constants
         self._own, self._operands = ModelTensors(compiled.graph, others), Operands(compiled)

@@ -193,7 +193,9 @@ def _run(store: Store, ref: Ref, groups: Groups) -> int:
     if not flat:
         return 1
     if ref.value.near is not None:  # a short stride takes what it skips as well
-        steps = {ref.stored[k]: step for k, step in ref.value.near.items()}
+        axes = [k for k, size in enumerate(ref.value.shape) if size != 1]  # a leg may stand for none of size 1
+        legs = [leg for leg in ref.stored if leg.size != 1]
+        steps = {leg: ref.value.near[k] for k, leg in zip(axes, legs, strict=False) if k in ref.value.near}
         return max(1, size_at(flat[-1].size, store.batch) // steps[flat[-1]]) if flat[-1] in steps else 1
     run, stored = 1, store.real(ref.stored)
     while flat and stored and flat[-1] == stored[-1]:

@@ -133,8 +133,9 @@ def _gated(store: Store, product: Product, legs: Legs) -> Ref | None:
 
 def _open(expr: sympy.Expr) -> sympy.Expr | None:
     """The other value of a map that is 0 in parts and a positive number elsewhere."""
-    zero, *numbers = sorted(_pieces(expr), key=lambda value: value != 0)
-    return numbers[0] if zero == 0 and len(numbers) == 1 and numbers[0].is_positive else None
+    zero, *others = sorted(_pieces(expr), key=lambda value: value != 0)
+    number = others[0] if zero == 0 and len(others) == 1 else None
+    return number if number is not None and number.is_number and number.is_positive else None
 
 
 def _pieces(expr: sympy.Expr) -> set[sympy.Expr]:

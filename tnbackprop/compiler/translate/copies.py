@@ -68,12 +68,12 @@ def copy_of_batch(target: Any, arguments: dict[str, Any], shape: tuple[Size, ...
 
 
 def copies_in_batch(target: Any, arguments: dict[str, Any]) -> tuple[int, int] | None:
-    """Where a call copies an axis with the batch and other indices: the place of an axis for the copies, how many."""
+    """Where a call copies the axis with the batch: the place of an axis for the copies, how many."""
     source = arguments.get("input")
     if not isinstance(source, Value):
         return None
     batch = batch_axis(source)
-    if batch is None or len(source.axes[batch]) == 1:
+    if batch is None:
         return None
     if target is aten.repeat_interleave.self_int and arguments["dim"] is not None:
         dim, count = arguments["dim"] % len(source.shape), arguments["repeats"]
