@@ -24,7 +24,8 @@ ORDER = (
     "phased",
     "compiler.translate", "compiler.running", "compiler.capture", "compiler.program", "compiler.sweep",
     "compiler.derive", "compiler.lower", "compiler.entered", "compiler.plan", "compiler.emit", "compiler.invariants",
-    "compiler.merge", "compiler.explain", "compiler", "linalg", "results", "runtime", "subsampled", "proof", "declare",
+    "compiler.merge", "compiler.explain", "compiler", "linalg", "results", "runtime.memory", "runtime", "subsampled",
+    "proof", "declare",
     "layer", "api", "kernels", "products", "drawing", "generation.parts", "generation.checks", "generation",
     "definitions", "verification", "__init__", "commands", "__main__",
 )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import tnbackprop as tn
-from tnbackprop.runtime.owned import Owner
+from tnbackprop.runtime.memory.owned import Owner
 
 from ..models import Apply
 

@@ -25,16 +25,16 @@ from tnbackprop.compiler.program.expr import Call, Expr, Value
 from tnbackprop.compiler.program.lines import with_out
 from tnbackprop.compiler.program.numbers import Number
 from tnbackprop.diagram.core import N
-from tnbackprop.runtime import pages
-from tnbackprop.runtime.pages import Blocks
+from tnbackprop.runtime.memory import pages
+from tnbackprop.runtime.memory.pages import Blocks
 
 from ..programs import shown
 
 A, B, OUT = (Value(name, None, (2, 3, 3), hint=name) for name in "abo")
-KEEP = "from tnbackprop.runtime.pages import keep_freed_pages\nkeep_freed_pages()\n"
+KEEP = "from tnbackprop.runtime.memory.pages import keep_freed_pages\nkeep_freed_pages()\n"
 MAPPED = """
 import ctypes, torch
-from tnbackprop.runtime import pages
+from tnbackprop.runtime.memory import pages
 
 class Mallinfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int) for name in "arena ordblks smblks hblks hblkhd usmblks b c d e".split()]

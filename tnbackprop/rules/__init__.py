@@ -8,7 +8,6 @@ from . import (
     arithmetic,
     composite,
     convolution,
-    ctc,
     declared,
     einsum,
     embedding,
@@ -21,6 +20,7 @@ from . import (
     resize,
     shape,
 )
+from .recurrent import ctc
 
 TABLES = (
     linear, convolution, activation, pooling, shape, moves, resize, arithmetic, einsum, normalization, embedding, loss,

@@ -19,7 +19,7 @@ from ..compiler.translate.torch_internals import version
 from ..compiler.translate.torch_modes import own_dtypes
 from ..errors import InputError
 from .given import floating_of
-from .pages import Blocks as Pages
+from .memory.pages import Blocks as Pages
 
 
 class Saved:

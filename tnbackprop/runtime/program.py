@@ -34,12 +34,12 @@ from .halves import Halves, Saved, named
 from .handed import Handed
 from .indefinite import Indefinite, check_definite
 from .loaded import Loaded
+from .memory.owned import Owner
+from .memory.pages import Blocks as Pages
+from .memory.pages import keep_freed_pages
 from .model_tensors import ModelTensors
 from .noise import drawn
 from .operands import Given, Operands, Shape
-from .owned import Owner
-from .pages import Blocks as Pages
-from .pages import keep_freed_pages
 from .progress import bars
 
 

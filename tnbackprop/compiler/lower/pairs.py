@@ -9,7 +9,6 @@ from math import prod
 import sympy
 
 from ...diagram.core import Leg, Size, argument, ordered_union
-from ...notation.code import Code
 from ..program import functions as f
 from ..program.cost import Kernel, Work, size_at
 from ..program.expr import Call, Expr, Filled, Pointwise, Ref
@@ -145,15 +144,12 @@ def elementwise(store: Store, expr: sympy.Expr, args: tuple[Ref, ...]) -> Ref:
     return Ref(store.add(made, sizes_of(legs), Kernel.ELEMENTWISE, work, own=True), legs, legs)
 
 
-GATE = Code.parsed("torch.ops.aten.threshold_backward({value}, {gate}, 0)")
-
-
 def gated(store: Store, value: Ref, gate: Ref) -> Ref:
     """The value where the gate, which has no other legs, is above 0; where it is 0 it is 0, also of an infinity."""
     legs = value.stored
     one, other = (arranged(store, r, tuple((leg,) if leg in r.stored else () for leg in legs)) for r in (value, gate))
     work = Work(flops=((1, legs),), moved=((2, legs), (1, gate.stored)), fresh=((1, legs),))
-    made = Filled(GATE, (("value", one), ("gate", other)))
+    made = Filled(f.GATE, (("value", one), ("gate", other)))
     return Ref(store.add(made, sizes_of(legs), Kernel.ELEMENTWISE, work, own=True), legs, value.order)
 
 

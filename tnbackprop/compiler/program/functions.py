@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ...diagram.core import Size
+from ...notation.code import Code
 from ...notation.code.helper import Helper
 from ..translate.torch_internals import OpOverload
 
@@ -230,6 +231,9 @@ SIGN = method("sign")
 AMAX = method("amax")
 MIN = method("min")
 CLONE = method("clone")
+
+GATE = Code.parsed("torch.ops.aten.threshold_backward({value}, {gate}, 0)")
+"""A value where a gate is above 0, and 0 elsewhere, also of an infinity."""
 
 ONE_BY_ONE = """\
 def one_by_one(vjp, axes, cotangents, *rows):

@@ -70,10 +70,7 @@ def copy_of_batch(target: Any, arguments: dict[str, Any], shape: tuple[Size, ...
 def copies_in_batch(target: Any, arguments: dict[str, Any]) -> tuple[int, int] | None:
     """Where a call copies the axis with the batch: the place of an axis for the copies, how many."""
     source = arguments.get("input")
-    if not isinstance(source, Value):
-        return None
-    batch = batch_axis(source)
-    if batch is None:
+    if not isinstance(source, Value) or (batch := batch_axis(source)) is None:
         return None
     if target is aten.repeat_interleave.self_int and arguments["dim"] is not None:
         dim, count = arguments["dim"] % len(source.shape), arguments["repeats"]

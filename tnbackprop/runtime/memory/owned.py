@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..compiler.translate.torch_internals import get_unwrapped, is_functorch_wrapped_tensor
-from ..results import Values
+from ...compiler.translate.torch_internals import get_unwrapped, is_functorch_wrapped_tensor
+from ...results import Values
 
 Terms = list[tuple[int, int, int]]
 

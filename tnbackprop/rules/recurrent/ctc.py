@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..table import Table
+from ...table import Table
 
 TABLE = Table()
 NEVER = -1e30
