@@ -48,6 +48,7 @@ def test_clipped(name: str) -> None:
     assert_equal(result["own"], weighted((-norms(G)).exp(), G), "own")
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="older versions of torch do not trace a quantile of any size")
 def test_clipped_at_a_quantile() -> None:
     """Torch has quantiles of 2²⁴ numbers at most, and the code is for any number of samples below that."""
     problem = BY_NAME["cross_entropy_image"].build()
