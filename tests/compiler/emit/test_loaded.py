@@ -31,7 +31,7 @@ def test_lines_leave_with_the_program() -> None:
     del program
     assert known() - before == {name}
     del copied
-    assert known() == before
+    assert known() <= before  # programs of other tests may leave meanwhile
 
 
 def test_an_error_keeps_its_lines() -> None:
@@ -43,4 +43,4 @@ def test_an_error_keeps_its_lines() -> None:
         kept = error
     assert "# here" in "".join(traceback.format_exception(kept))
     del kept
-    assert known() == before
+    assert known() <= before  # programs of other tests may leave meanwhile
