@@ -273,8 +273,8 @@ def _inputs(store: Store, graph: Graph) -> None:
         value = graph.values[name]
         store.given(name, value.shape, store.one_dtype and value.dtype in dtypes)
     store.like = store.given(LIKE, ())
-    whole = {name: value.dtype for name, value in graph.values.items() if not value.dtype.is_floating_point}
-    store.integers.update({name: dtype for name, dtype in whole.items() if not dtype.is_complex})
+    kinds = ((name, value.dtype) for name, value in graph.values.items())
+    store.integers = frozenset(name for name, kind in kinds if not (kind.is_floating_point or kind.is_complex))
 
 
 def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule]) -> None:

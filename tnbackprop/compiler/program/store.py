@@ -63,7 +63,7 @@ class Store:
         self.fixed: set[Value] = parent.fixed if parent else set()  # what has a name, and is made once
         self.one_dtype: bool = parent.one_dtype if parent else False  # all floating values of the graph have one dtype
         self.mixed: bool = parent.mixed if parent else False  # they have several
-        self.integers: dict[str, torch.dtype] = parent.integers if parent else {}  # values that are no floating numbers
+        self.integers: frozenset[str] = parent.integers if parent else frozenset()  # what is no floating number
         self.like: Value = parent.like if parent else NOTHING
         self.accumulate: torch.dtype | None = parent.accumulate if parent else None  # of squares and factors
         self.copies: dict[str, str] = parent.copies if parent else {}  # of that dtype: name -> of what
