@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -243,22 +244,27 @@ def test_what_a_bound_is() -> None:
 
 IMPORT_TIME = """
 import time
-import torch
 start = time.process_time()
+import torch
+middle = time.process_time()
 import tnbackprop
-print(time.process_time() - start)
+print((time.process_time() - middle) / (middle - start))
 """
 
 
-def test_import_is_quick_and_silent() -> None:
-    """Less than 2 s of the processor beyond `import torch`: the better of two, since the machine may be busy."""
-    seconds = []
-    while not seconds or (len(seconds) < 2 and seconds[-1] >= 2):
-        command = [sys.executable, "-W", "error", "-c", IMPORT_TIME]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_import_is_quick_and_silent(tmp_path: Path) -> None:
+    """Of the processor's time no more than `import torch`, 2 s on a slow machine: the better of two, as it may be busy.
+
+    As an installed package has it, from bytecode, though this process may be one that writes none."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
+    outputs = []
+    for silence in ([], ["-W", "error"], ["-W", "error"]):
+        command = [sys.executable, *silence, "-c", IMPORT_TIME]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
-        seconds.append(float(done.stdout))  # and nothing else
-    assert min(seconds) < 2, seconds
+        outputs.append(float(done.stdout))  # and nothing else
+    assert min(outputs[1:]) < 1, outputs  # the first writes the bytecode
 
 
 # After bind nothing is parsed, matched or replaced in text. What still takes text apart, and why it may:
