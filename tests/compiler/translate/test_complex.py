@@ -54,7 +54,33 @@ def pieces(m: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([two, one.conj()], 1).angle()
 
 
+def low_modes(m: nn.Module, x: Tensor) -> Tensor:
+    """A Fourier neural operator's layer as it is published: what is kept is written into zeros."""
+    z = fft.rfft(m.l(x))
+    kept = torch.zeros(len(x), 3, dtype=z.dtype)
+    kept[:, :2] = z[:, :2] * torch.view_as_complex(m.w)
+    return fft.irfft(kept, n=4)
+
+
+def rows(m: nn.Module, x: Tensor) -> Tensor:
+    """Single rows, a conjugate, real numbers into complex ones, steps."""
+    z = fft.rfft(m.l(x))
+    made = torch.zeros(len(x), 6, dtype=z.dtype)
+    made[:, 1], made[:, 4], made[:, ::5] = z[:, 0] * 1j, x[:, 0], z[:, 1:].conj()
+    return made.abs()
+
+
+def diagonal(m: nn.Module, x: Tensor) -> Tensor:
+    z = fft.rfft(m.l(x))
+    made = torch.zeros(len(x), 3, 3, dtype=z.dtype)
+    made.diagonal(dim1=1, dim2=2).copy_(z)
+    return torch.view_as_real(made).flatten(1)
+
+
 CASES = [
+    Tried("low modes", low_modes, X, {**LINEAR, "w": randn(2, 2)}),
+    Tried("rows", rows, X, LINEAR, FIRST),
+    Tried("diagonal", diagonal, X, LINEAR),
     Tried("spectrum", spectrum, X, LINEAR),
     Tried("fft", lambda m, x: fft.fft(m.l(x)).real, X, LINEAR),
     Tried("FNet", lambda m, x: fft.fft(fft.fft(m.l(x), dim=-1), dim=-2).real.flatten(1), randn(4, 2, 3), LINEAR),

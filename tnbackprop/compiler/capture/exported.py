@@ -17,7 +17,7 @@ from ...errors import TnError, UnsupportedError
 from ...table import Composite, Rules
 from ..running.bags import refuse_ragged
 from ..running.failure import line_here, place
-from ..running.parts import in_parts
+from ..running.parts import WRITES, in_parts
 from ..running.repeated import Repeats
 from ..running.torch_quiet import Quiet, noting_forwards
 from ..running.torch_tracer import module_calls
@@ -96,7 +96,7 @@ def exported(
                 if parts and not mutates_view(program.graph_module):
                     copy_views(program.graph_module)
                 if parts or has_autocast(program.graph_module) or mutates_view(program.graph_module):
-                    program = decomposed(program, parts)
+                    program = decomposed(program, parts | WRITES)
             conditions = Sizes(program).conditions(asked) if batch is torch.export.Dim.DYNAMIC else ()
             return Exported(program, opaque, conditions, 0 if repeats is None else repeats.count)
         except TnError as error:  # torch adds what it was executing

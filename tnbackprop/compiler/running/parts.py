@@ -13,11 +13,12 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ...table import Composite, Rules
-from ..translate.torch_internals import alone, arguments_of, name_of
+from ..translate.torch_internals import OpOverload, alone, arguments_of, name_of
 from .torch_versions import overload_called
 
 FUNCTIONS = (torch, F, torch.Tensor)
@@ -79,6 +80,23 @@ class Parts(TorchFunctionMode):
         target, function = found
         positional, named = _ordered(target, args, kwargs)
         return partial(function, *positional, **named)
+
+
+def _in_real_numbers(scatter: OpOverload, input: Tensor, source: Tensor, *places: Any, **named: Any) -> Any:
+    """A complex slice, row or diagonal that is written, as two real ones, of which torch has derivatives."""
+    if not input.is_complex():
+        return NotImplemented  # it stays as it is
+    own = (each.to(input.dtype) + 0 for each in (input, source))  # the sum is not conjugate, as a view of others may be
+    whole, part = (torch.view_as_real(each).unbind(-1) for each in own)
+    return torch.complex(*(scatter(a, b, *places, **named) for a, b in zip(whole, part, strict=True)))
+
+
+aten = torch.ops.aten
+WRITES = {
+    scatter: partial(_in_real_numbers, scatter)
+    for scatter in (aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default)
+}
+"""What writing in place becomes in a graph, where torch knows no derivative of it for complex numbers."""
 
 
 def _ordered(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
