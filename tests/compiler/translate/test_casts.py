@@ -123,3 +123,40 @@ def test_one_dtype_has_no_casts() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     program = tn.compile(model, MSE, (X.float(), randn(4, 2).float()), [tn.BatchL2(), tn.DiagGGN(), tn.HessianDiag()])
     assert ".to(" not in program.source
+
+
+class AroundNorm(nn.Module):
+    """Layers in bfloat16, the norm between them in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n, self.b = nn.Linear(4, 6).to(HALF), nn.LayerNorm(6), nn.Linear(6, 3).to(HALF)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.n(self.a(x.to(self.a.weight)).to(self.n.weight))
+        return self.b(h.to(self.b.weight)).to(self.n.weight)
+
+
+OF_BOTH = [
+    tn.Grad(), tn.BatchGrad(), tn.BatchL2(), tn.SecondMoment(), tn.Variance(), tn.DiagGGN(), tn.SqrtGGN(),
+    tn.GGNTrace(), tn.HessianDiag(), tn.HesScale(), tn.KFLR(), tn.KFLR(sharing=tn.Sharing.REDUCE),
+    tn.KFAC(fisher=tn.Fisher.EMPIRICAL),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("quantity", OF_BOTH, ids=repr)
+def test_results_are_in_the_dtype_of_their_parameter(quantity: tn.Quantity) -> None:
+    """Also where a loop adds them up, and as near as bfloat16 is."""
+    torch.manual_seed(0)
+    model = AroundNorm()
+    exact = copy.deepcopy(model).double()
+    x, y = torch.randn(4, 5, 4), torch.randn(4, 5, 3)
+    got = tn.compute(model, MSE, (x, y), [quantity], seed=0)[quantity.name]
+    want = tn.compute(exact, MSE, (x.double(), y.double()), [quantity], seed=0)[quantity.name]
+    for name, parameter in model.named_parameters():
+        found, right = (each[name] for each in (got, want))
+        if isinstance(found, tn.KroneckerFactors):
+            assert {factor.dtype for factor in found.tensors()} == {parameter.dtype}, name
+            found, right = found.to_dense(), right.to_dense()
+        assert found.dtype == parameter.dtype, name
+        assert (found - right).norm() <= 0.05 * right.norm(), name

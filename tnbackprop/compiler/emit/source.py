@@ -185,8 +185,10 @@ class Writer:
         return (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs, *self.plan.operands)
 
     def _floating(self) -> str:
+        """What is called like, the first of those with the most bits."""
         graph = self.graph
-        return next(n for n in (*graph.parameters, *graph.inputs) if graph.values[n].dtype.is_floating_point)
+        own = [n for n in (*graph.parameters, *graph.inputs) if graph.values[n].dtype.is_floating_point]
+        return max(own, key=lambda name: graph.values[name].dtype.itemsize)
 
     def _inputs(self) -> list[str]:
         """The lines that take the tensors that are read."""

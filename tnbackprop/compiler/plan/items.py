@@ -177,9 +177,9 @@ def _extract(
         whole = quantity.factor is None
         whole = whole and not item.own & set(ref.order)
         sizes = _result_shape(ref.order, shape) if whole else sizes_of(ref.order)
-        dtype = _cast_dtype(graph, item.parameter)
-        if own.diagrams[quantity] is not item.diagrams[quantity] and ref.value.dtype is None:
-            dtype = store.accumulate  # it is made of indices alone
+        dtype = graph.values[item.parameter].dtype if store.several else None
+        if own.diagrams[quantity] is not item.diagrams[quantity]:
+            dtype = store.accumulate if ref.value.dtype is None else None  # it is made of indices alone
         values[quantity] = _final(store, ref, sizes, dtype)
     return values, choice
 
@@ -200,13 +200,6 @@ def _streams(store: Store, graph: Graph, item: Extraction) -> tuple[dict[Result,
         shape = graph.values[item.parameter].shape
         values[quantity] = streamed(store, diagram, item.streams[quantity.quantity], shape).value
     return values, None
-
-
-def _cast_dtype(graph: Graph, parameter: str) -> torch.dtype | None:
-    """The dtype of a parameter that is read in another one: so are its results computed."""
-    own = graph.values[parameter].dtype
-    reading = (call.output.dtype for call in graph.readers.get(parameter, ()))
-    return own if any(dtype != own for dtype in reading if dtype.is_floating_point) else None
 
 
 def _result_shape(order: tuple[Leg, ...], shape: tuple[Size, ...]) -> tuple[Size, ...]:
@@ -233,7 +226,7 @@ def _final(store: Store, ref: Ref, shape: tuple[Size, ...], dtype: torch.dtype |
     """The result; one that is constant along some legs is written out, so that it can be written to."""
     expr = shaped(store, ref, shape)
     if dtype is not None:
-        return store.add(Call(f.TO, (expr, dtype)), shape, Kernel.COPY)
+        return store.add(Call(f.TO, (expr, dtype)), shape, Kernel.COPY, dtype=dtype)
     if isinstance(expr, Value):
         return expr
     if ref.value.spread is not None:

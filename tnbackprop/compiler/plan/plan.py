@@ -267,6 +267,7 @@ def _in_order(results: dict[Result, dict[str, Value]], graph: Graph) -> dict[Res
 
 def _inputs(store: Store, graph: Graph) -> None:
     dtypes = {value.dtype for value in graph.values.values() if value.dtype.is_floating_point}
+    store.several = len(dtypes) > 1
     dtypes |= set() if store.accumulate is None else {store.accumulate}
     store.one_dtype, store.mixed = len(dtypes) == 1, len(dtypes) > 1
     for name in (*graph.parameters, *graph.buffers, *graph.constants, *graph.inputs):

@@ -62,7 +62,8 @@ class Store:
         self.planned: dict[Any, list[Any]] = parent.planned if parent else {}  # what may be done again, by form
         self.fixed: set[Value] = parent.fixed if parent else set()  # what has a name, and is made once
         self.one_dtype: bool = parent.one_dtype if parent else False  # all floating values of the graph have one dtype
-        self.mixed: bool = parent.mixed if parent else False  # they have several
+        self.several: bool = parent.several if parent else False  # they have several
+        self.mixed: bool = parent.mixed if parent else False  # so they have, or copies have another one
         self.integers: frozenset[str] = parent.integers if parent else frozenset()  # what is no floating number
         self.like: Value = parent.like if parent else NOTHING
         self.accumulate: torch.dtype | None = parent.accumulate if parent else None  # of squares and factors
