@@ -28,6 +28,7 @@ from .runtime import Indefinite, Program, Result
 from .runtime.attached import check_detached
 from .runtime.fingerprint import Fingerprint, fingerprint
 from .runtime.handed import Handed, with_cotangent
+from .runtime.model_tensors import other_buffer
 from .runtime.operands import Given
 from .runtime.selected import Selection, frozen, left_out
 from .subsampled import Subsampled, divisible, rows
@@ -203,6 +204,7 @@ def compute(
     kept = [] if state is None else _PROGRAMS.get(model, [])
     size = batch_size((plain(batch[0]), plain(batch[1]))) if kept else 0
     found = [each for each in kept if state is not None and each[0].matches(state) and each[1].fits(size)]
+    found = [each for each in found if not other_buffer(each[1].compiled.graph, model, loss)]
     nearest = min(found, key=lambda each: abs(math.log(size / each[1].compiled.plan.batch)), default=None)
     if nearest is not None and (not replan or nearest[1].suits(size)):
         _PROGRAMS[model] = [nearest, *(each for each in kept if each is not nearest)]

@@ -22,7 +22,7 @@ from ..quantities import Handed, InputGrad, Quantity, Total
 from ..quantities.propagation import COTANGENT
 from ..table import Rules
 from ..version import __version__
-from .parts.function import Function, Inputs, Tree, extractions, flops, formulas, function, refuse_random
+from .parts.function import Function, Inputs, Tree, extractions, flops, formulas, function, refuse_unchecked
 from .parts.kronecker import Block, absorbed, blocks_of, factors_of
 from .parts.names import Names, formula_names, layer_names
 from .parts.text import sizes
@@ -81,7 +81,7 @@ def prepare(module: torch.nn.Module, x: Any, quantities: Sequence[Quantity], rul
     """The layer through the compiler. Raises `UnsupportedError` for one that has no rule or no batch in front."""
     layer = compile_layer(module, x, quantities, rules)
     graph = layer.graph
-    refuse_random(graph)
+    refuse_unchecked(graph)
     if read := layer.derived.readings:
         told = f"{next(iter(read.values()))} is handed in at the call"
         raise _not_alone(", ".join(q.name for q in quantities), told)

@@ -34,7 +34,7 @@ from .checks.checking import Checks, Recorded, check_lines, lines_of_text, note,
 from .checks.model_checking import model_checks, split, split_lines
 from .generated import Target
 from .parts.domains import Domain, domains
-from .parts.function import Function, asked, extractions, flops_of_many, literal, refuse_random
+from .parts.function import Function, asked, extractions, flops_of_many, literal, refuse_unchecked
 from .parts.kronecker import WITH_ONE_TEXT, Block, blocks_of
 from .parts.text import WIDTH, assigned, call, data, definition, docstring, rows, sizes, statement
 
@@ -69,7 +69,7 @@ def model_source(
         raise InputError(f"cannot generate from {type(model).__name__}: give a torch.nn.Module")
     check_trainable(model, quantities)
     compiled = compile_program(model, loss, (example[0], example[1]), quantities, written_out(rules), here=False)
-    refuse_random(compiled.graph)
+    refuse_unchecked(compiled.graph)
     rest = shown(compiled.graph.conditions)
     if compiled.graph.least > 1 or rest:
         raise UnsupportedError(

@@ -44,7 +44,13 @@ class ModelTensors:
             self._checked = names, trainable, [ref(tensor) for tensor in tensors]
         found = dict(zip(names, tensors, strict=True))
         found |= _of_loss(loss) if isinstance(loss, nn.Module) else {}
-        return self._by_value(found if parameters is None else replaced(found, graph, parameters))
+        found = found if parameters is None else replaced(found, graph, parameters)
+        if other := _other(graph, found):
+            raise InputError(
+                f"buffer {other!r} has other values now, and the program holds numbers or shapes that are made of "
+                "them: compile again"
+            )
+        return self._by_value(found)
 
     def _by_value(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         values = {}
@@ -80,6 +86,19 @@ def _walked(model: nn.Module) -> tuple[list[str], list[Tensor]]:
                     tensors.append(tensor)
         rest += [(f"{prefix}{name}.", child) for name, child in modules.items() if child is not None]
     return names, tensors
+
+
+def other_buffer(graph: Graph, model: nn.Module, loss: object) -> str:
+    """A buffer that has other values than those that a program is made of, or ""."""
+    if not graph.fixed:
+        return ""
+    found = dict(zip(*_walked(model), strict=True))
+    return _other(graph, found | (_of_loss(loss) if isinstance(loss, nn.Module) else {}))
+
+
+def _other(graph: Graph, found: Mapping[str, Tensor]) -> str:
+    same = (name for name, value in graph.fixed if name not in found or not torch.equal(found[name], value))
+    return next(same, "")
 
 
 def _of_loss(loss: nn.Module) -> dict[str, Tensor]:

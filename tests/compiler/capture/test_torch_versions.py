@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import tnbackprop as tn
-from tnbackprop.compiler.capture.assertions import READING
 from tnbackprop.compiler.running import torch_versions as versions
+from tnbackprop.compiler.running.assertions import READING
 from tnbackprop.errors import UnsupportedError
 
 from ...capturing import Function

@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 from ...errors import InputError, TnError, UnsupportedError
 from ...quantities import InputGrad, Quantity
 from ...table import Rules
+from ..running.assertions import Answering
+from ..running.known import Telling
 from ..running.printing import SILENT
 from ..running.repeated import Repeats
 from ..running.torch_versions import WholeHeads
@@ -25,11 +27,10 @@ from ..translate.opaque import named_tensors
 from ..translate.sizes import first_broken
 from ..translate.torch_internals import alone, peek_interpreter_stack
 from ..translate.torch_modes import check_plain, own_dtypes
-from .assertions import Answering
 from .exported import Exported, ExportError, OneSizeError, exported
 from .one_sample import least_batch
 from .outputs import as_tree
-from .rehearse import SAMPLES, Seen, rehearse
+from .rehearse import SAMPLES, Seen, asked_of_constants, named_buffers, rehearse
 from .state import resized
 from .transformed import cannot, transformed
 from .translate import translate
@@ -94,14 +95,21 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
 
 
 def _captured(wrapped: Wrapped, example: tuple[Any, Any], batch: int, rules: Rules, seen: Seen) -> Graph:
-    """With equal modules traced once; each by itself where that graph is not what the model does, or there is none."""
+    """With equal modules traced once; each by itself where that graph is not what the model does, or there is none.
+
+    What torch.export asks of buffers and other constants is told only then, as they are run once more for it.
+    """
     repeated: list[Repeats] = []
     try:
         return _compared(wrapped, example, batch, rules, seen, repeated)
-    except TnError:
-        if not any(each.count or each.inside for each in repeated):
-            raise
-    return _compared(wrapped, example, batch, rules, seen)
+    except TnError as error:
+        refused = error
+    telling = Telling(asked_of_constants(wrapped, example))
+    if not telling.known and not any(each.count or each.inside for each in repeated):
+        raise refused
+    graph = _compared(wrapped, example, batch, rules, seen, telling=telling)
+    buffers = named_buffers(wrapped)
+    return replace(graph, fixed=tuple((name, buffers[name].detach().clone()) for name in sorted(telling.read)))
 
 
 def _compared(
@@ -111,11 +119,13 @@ def _compared(
     rules: Rules,
     seen: Seen,
     repeated: list[Repeats] | None = None,
+    telling: Telling | None = None,
 ) -> Graph:
+    telling = telling or Telling({})
     answering = Answering(seen.checks)
     try:
         with answering:
-            graph, found = _any_size(wrapped, example, batch, rules, seen, repeated)
+            graph, found = _any_size(wrapped, example, batch, rules, seen, telling, repeated)
     except (InputError, ExportError) as error:  # it ran without torch.export: what it writes to may be why
         seen.refuse_writes(error)
         if isinstance(error, ExportError):
@@ -273,6 +283,7 @@ def _any_size(
     batch: int,
     rules: Rules,
     seen: Seen,
+    telling: Telling,
     repeated: list[Repeats] | None,
 ) -> tuple[Graph, Exported]:
     """Export for any size; else for the sizes that do what the example's does; else with one that nothing else has.
@@ -291,7 +302,8 @@ def _any_size(
         if repeated is not None and repeats is not None:
             repeated.append(repeats)
         try:
-            found = exported(source, used, rules, dimension, repeats)
+            with telling.once():
+                found = exported(source, used, rules, dimension, repeats)
         except (OneSizeError, ExportError, InputError) as error:
             if isinstance(error, InputError) and refused is None:
                 raise

@@ -21,8 +21,10 @@ from torch.utils import _pytree as pytree
 from ...errors import InputError, UnsupportedError
 from ...notation.rule import Primitive
 from ...table import Rules
+from ..running.assertions import ASKS, READING, Place, place_of_check
 from ..running.failure import line_here
 from ..running.failure import place as place_of
+from ..running.known import Known, Noticing, agreed
 from ..running.printing import SILENT
 from ..running.torch_versions import asked_by_checkpoint
 from ..translate.foreign import MISTAKES
@@ -43,7 +45,6 @@ from ..translate.torch_internals import (
     space_of,
     tensor_hooks,
 )
-from .assertions import ASKS, READING, Place, place_of_check
 from .exported import ExportError
 from .state import Copies, copied, resized
 
@@ -318,6 +319,28 @@ def rehearse(wrapped: nn.Module, example: tuple[Any, Any], batch: int, rules: Ru
     assert failed is not None
     at = place_of(wrapped, failed.__traceback__)
     raise InputError(f"the {at.whole} fails on the example{at.within}: {failed}{at.line}") from failed
+
+
+def asked_of_constants(wrapped: nn.Module, example: tuple[Any, Any]) -> Known:
+    """What the model and the loss ask of tensors that are the same for any samples, in numbers and shapes."""
+    runs = []
+    for size in (SAMPLES, SAMPLES + 1):
+        batch = resized(example, size)
+        with copied(wrapped), SILENT:
+            data = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+            noticing = Noticing([*data, *wrapped.parameters()], named_buffers(wrapped))
+            try:
+                with noticing:
+                    wrapped(*batch)
+            except (RuntimeError, AssertionError, *MISTAKES):  # it takes other sizes only
+                return {}
+        runs.append({place: tuple(answers) for place, answers in noticing.answers.items()})
+    return agreed(*runs)
+
+
+def named_buffers(wrapped: nn.Module) -> dict[str, Tensor]:
+    """By the names that a `ModelTensors` has."""
+    return {name.removeprefix("model."): buffer for name, buffer in wrapped.named_buffers()}
 
 
 class _Failed(Exception):

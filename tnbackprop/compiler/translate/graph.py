@@ -165,6 +165,7 @@ class Graph:
     least: int = 1  # samples: for fewer the model does something else
     conditions: tuple[Condition, ...] = ()  # on N, for others it does something else, too
     unchecked: tuple[str, ...] = ()  # checks of values that the forward has and a program leaves out
+    fixed: tuple[tuple[str, torch.Tensor], ...] = ()  # buffers whose values it is made of, by dotted name
     left: tuple[str, ...] = ()  # outputs that no program gives and the loss does not read, each with the reason
     joint: str = ""  # the value where curvature is taken, where that is not the output: several joined, one moved
     cotangent: str = ""  # of a layer on its own: the input that is the cotangent of its output
@@ -231,7 +232,8 @@ class Graph:
         sizes = f", for {sizes}" if sizes else ""
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         gives = f"gives  output {self.output}, loss {self.loss}{sizes}"
-        told = [*(f"leaves  {each}" for each in self.left), *(f"not checked  {line}" for line in self.unchecked)]
+        made = [f"holds  numbers or shapes made of {', '.join(name for name, _ in self.fixed)}"] if self.fixed else []
+        told = [*made, *(f"leaves  {each}" for each in self.left), *(f"not checked  {line}" for line in self.unchecked)]
         return ["reads  " + ", ".join(named), *lines, gives, *told]
 
 

@@ -177,8 +177,13 @@ def _tensor_of(term: Diagram | Native) -> str:
     return only.name if isinstance(only, Tensor) else ""
 
 
-def refuse_random(graph: Graph) -> None:
-    """Raises `UnsupportedError` for an operation that draws: what a file computes could not be checked."""
+def refuse_unchecked(graph: Graph) -> None:
+    """Raises `UnsupportedError` for what no file could check: operations that draw, shapes that buffers decide."""
+    for name, _ in graph.fixed:
+        raise UnsupportedError(
+            f"forward makes numbers or shapes of the values of buffer {name!r}, and a file could not check that they "
+            "are the same.\n  Give them to the module as numbers, or read the buffer with torch's functions alone."
+        )
     for each in graph.calls:
         if torch.Tag.nondeterministic_seeded in getattr(each.target, "tags", ()):
             raise UnsupportedError(f"{each.where} is random, and a file could not be checked: call model.eval() first.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import linecache
 import math
+import os
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -29,13 +30,21 @@ ASKS = Tensor.__bool__
 
 def place_of_check() -> Place | None:
     """Where the code stands that has just asked, if it only raises for the answer, or hands it to who does."""
+    found = place_called_from()
+    return found if found is not None and (found[0] == constraints.__file__ or found[1] in _checks(found[0])) else None
+
+
+def place_called_from() -> Place | None:
+    """Where the code stands that calls a function of torch, asked by a mode."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name == "__torch_function__":
+    while frame is not None and (frame.f_code.co_name == "__torch_function__" or _is_ours(frame.f_code.co_filename)):
         frame = frame.f_back
-    if frame is None:
-        return None
-    found = frame.f_code.co_filename, frame.f_lineno, frame.f_lasti
-    return found if found[0] == constraints.__file__ or found[1] in _checks(found[0]) else None
+    return None if frame is None else (frame.f_code.co_filename, frame.f_lineno, frame.f_lasti)
+
+
+@lru_cache(256)
+def _is_ours(file: str) -> bool:
+    return os.path.dirname(file) == os.path.dirname(__file__)
 
 
 @lru_cache(256)
