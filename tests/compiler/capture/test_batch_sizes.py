@@ -158,3 +158,32 @@ def test_numbers_of_the_batch_size(scale: Callable[[int], int], size: int) -> No
     program, (x, y) = compiled(model, 6), batch(size)
     want = torch.autograd.grad(LOSS(model(x), y), list(model.parameters()))
     torch.testing.assert_close(tuple(program(x, y)["grad"].values()), want)
+
+
+def windows(m: Any, x: Tensor) -> Tensor:
+    """Cut into windows and put together again, as hierarchical vision transformers are published."""
+    cut = m.a(x[:, None, None].expand(-1, 4, 4, -1)).view(-1, 2, 2, 2, 2, 3).transpose(2, 3).reshape(-1, 2, 2, 3)
+    size = int(cut.shape[0] / (4 * 4 / 2 / 2))
+    return m.b(cut.view(size, 2, 2, 2, 2, -1).transpose(2, 3).reshape(size, 16, -1)).sum(1)
+
+
+NUMBERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "int": lambda m, x: m.b(m.a(x).reshape(int(x.shape[0]), -1)),
+    "int of a quotient": windows,
+    "int of a product": lambda m, x: m.b(m.a(x).view(int(x.size(0) * 2 * 0.5), 3)),
+    "float": lambda m, x: m.b(m.a(x)) / float(x.shape[0]),
+    "as ever": lambda m, x: m.b(m.a(x).view(int(x.shape[0]), int("3"))) * float("0.5") * isinstance(int(3.5), int),
+}
+
+
+@pytest.mark.parametrize("function", NUMBERS.values(), ids=NUMBERS)
+def test_numbers_made_of_sizes(function: Callable[[Any, Tensor], Tensor]) -> None:
+    """`int` and `float` of a batch size are sizes while a model is exported, and Python's own again afterwards."""
+    model = Function(function, **layers())
+    program = compiled(model, 5)
+    assert "int" not in globals() and "float" not in globals()
+    for size in (5, 3, 1):
+        x, y = batch(size)
+        want = torch.autograd.grad(LOSS(model(x), y), list(model.parameters()))
+        for value, expected in zip(program(x, y)["grad"].values(), want, strict=True):
+            torch.testing.assert_close(value, expected)

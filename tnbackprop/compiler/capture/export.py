@@ -20,7 +20,7 @@ from ..running.assertions import Answering
 from ..running.known import Telling
 from ..running.printing import SILENT
 from ..running.repeated import Repeats
-from ..running.torch_versions import WholeHeads
+from ..running.torch_versions import WholeHeads, numbers_of_sizes
 from ..translate.graph import Graph
 from ..translate.inputs import refuse_complex
 from ..translate.opaque import named_tensors
@@ -97,7 +97,8 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
 def _captured(wrapped: Wrapped, example: tuple[Any, Any], batch: int, rules: Rules, seen: Seen) -> Graph:
     """With equal modules traced once; each by itself where that graph is not what the model does, or there is none.
 
-    What torch.export asks of buffers and other constants is told only then, as they are run once more for it.
+    What torch.export asks of buffers and other constants is told only then, as they are run once more for it; and what
+    makes Python numbers of sizes is given sizes.
     """
     repeated: list[Repeats] = []
     try:
@@ -105,9 +106,11 @@ def _captured(wrapped: Wrapped, example: tuple[Any, Any], batch: int, rules: Rul
     except TnError as error:
         refused = error
     telling = Telling(asked_of_constants(wrapped, example))
-    if not telling.known and not any(each.count or each.inside for each in repeated):
+    modules = refused.modules if isinstance(refused, OneSizeError) else ()
+    if not (telling.known or modules or any(each.count or each.inside for each in repeated)):
         raise refused
-    graph = _compared(wrapped, example, batch, rules, seen, telling=telling)
+    with numbers_of_sizes(modules):
+        graph = _compared(wrapped, example, batch, rules, seen, telling=telling)
     buffers = named_buffers(wrapped)
     return replace(graph, fixed=tuple((name, buffers[name].detach().clone()) for name in sorted(telling.read)))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -16,12 +16,12 @@ from torch.utils import _pytree as pytree
 from ...errors import TnError, UnsupportedError
 from ...table import Composite, Rules
 from ..running.bags import refuse_ragged
-from ..running.failure import line_here, place
+from ..running.failure import frame_here, line_here, place
 from ..running.parts import WRITES, in_parts
 from ..running.repeated import Repeats
 from ..running.torch_quiet import Quiet, noting_forwards
 from ..running.torch_tracer import module_calls
-from ..running.torch_versions import lstm_states, refuse_valueless, sizes_by_builtins
+from ..running.torch_versions import lstm_states, reads_numbers, refuse_valueless, sizes_by_builtins
 from ..translate.foreign import MISTAKES
 from ..translate.inplace import copy_views, mutates_view, nodes_of
 from ..translate.opaque import Opaque, opaque_calls
@@ -40,7 +40,14 @@ from .state import attributes_kept
 
 
 class OneSizeError(UnsupportedError):
-    """The exported graph holds for some batch sizes only."""
+    """The exported graph holds for some batch sizes only.
+
+    modules  the globals of code that made numbers of a size where it was fixed
+    """
+
+    def __init__(self, text: str, modules: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__(text)
+        self.modules = modules
 
 
 class ExportError(UnsupportedError):
@@ -71,6 +78,14 @@ def exported(
     """
     shapes = pytree.tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.ndim else None, example)
     asked: list[tuple[Any, str]] = []
+    modules: list[dict[str, Any]] = []
+
+    def guarded(condition: Any) -> None:
+        asked.append((condition, line_here()))
+        frame = frame_here()
+        if frame is not None and reads_numbers(frame) and not any(frame.f_globals is each for each in modules):
+            modules.append(frame.f_globals)
+
     with (
         opaque_calls(wrapped, rules) as opaque,
         symbolic_kernels(),
@@ -84,7 +99,7 @@ def exported(
         lstm_states(),
         attributes_kept(wrapped),
         torch.enable_grad(),
-        guards_of_sizes(lambda condition: asked.append((condition, line_here()))),
+        guards_of_sizes(guarded),
     ):
         try:
             with Quiet():
@@ -102,7 +117,7 @@ def exported(
         except TnError as error:  # torch adds what it was executing
             raise type(error)(_said(error)) from error
         except export_refusals() as error:
-            _refuse(wrapped, error, asked)
+            _refuse(wrapped, error, asked, modules)
         except (RuntimeError, AssertionError, *MISTAKES) as error:
             at = place(wrapped, error.__traceback__)
             raise ExportError(
@@ -139,7 +154,9 @@ def _said(error: Exception) -> str:
     return text if isinstance(error, TnError) or len(text) <= LONGEST else text[:LONGEST].rsplit(" ", 1)[0] + " …"
 
 
-def _refuse(wrapped: nn.Module, error: Exception, asked: list[tuple[Any, str]]) -> NoReturn:
+def _refuse(
+    wrapped: nn.Module, error: Exception, asked: list[tuple[Any, str]], modules: list[dict[str, Any]]
+) -> NoReturn:
     text = str(error)
     at = place(wrapped, error.__traceback__)
     sizes = "specialized" in text or "Constraints violated" in text or "not all values of batch" in text
@@ -147,7 +164,8 @@ def _refuse(wrapped: nn.Module, error: Exception, asked: list[tuple[Any, str]]) 
         raise OneSizeError(
             f"the model or the loss is written for one batch size (or a range): the graph must hold for any."
             f"{_place_of_size(asked)}\n  Use x.shape[0] or -1 for the batch axis, not a number, and neither branch on "
-            "it nor loop over samples or parts of the batch: each sample goes through by itself."
+            "it nor loop over samples or parts of the batch: each sample goes through by itself.",
+            modules,
         ) from error
     target = "the loss, as a module," if at.loss else "that module"
     raise UnsupportedError(

@@ -8,7 +8,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import torch
 from torch import nn
@@ -66,13 +66,19 @@ def place(wrapped: nn.Module, trace: TracebackType | None) -> Place:
 
 def line_here() -> str:
     """The innermost line of the user's own code that a forward is at, on a line of its own; "" where there is none."""
-    for frame, number in traceback.walk_stack(sys._getframe(1)):
+    frame = frame_here()
+    return "" if frame is None else _line(frame.f_code.co_filename, frame.f_lineno)
+
+
+def frame_here() -> FrameType | None:
+    """Of that line."""
+    for frame, _ in traceback.walk_stack(sys._getframe(1)):
         code = frame.f_code
         if _of_user(code.co_filename):
-            return _line(code.co_filename, number)
+            return frame
         if code.co_filename.startswith(PACKAGE) and code.co_name in ("forward", "loss_of"):
             break
-    return ""
+    return None
 
 
 def line_of(node: Node) -> str:

@@ -114,7 +114,7 @@ class Sizes:
 
 def _plain(expr: Any) -> Any:
     if not getattr(expr, "args", ()):
-        return expr
+        return sympy.Integer(expr) if getattr(expr, "is_Float", False) and float(expr).is_integer() else expr
     args = [_plain(a) for a in expr.args]
     name = type(expr).__name__
     return PLAIN[name](*args) if name in PLAIN else expr.func(*args)
