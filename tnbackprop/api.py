@@ -103,6 +103,7 @@ def compile_many(
     compiled for.
     """
     several = isinstance(quantities, Iterable) and not isinstance(quantities, str)
+    quantities = list(quantities) if several else []
     if not several or any(isinstance(each, Quantity) for each in quantities):
         raise InputError("compile_many: give lists of quantities, [[tn.Grad()], [tn.Grad(), tn.KFAC()]]")
     options = _Options(model, loss, rules, memory_limit, indefinite, lowerings, check, replan, parameters, accumulate)

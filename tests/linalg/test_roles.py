@@ -185,3 +185,19 @@ def test_other_reasons_not_to_join() -> None:
     assert found["1.weight"].assumption.endswith("; a block of its own: it has a block for each group")
     assert found["3.weight"].kinds[1] is tn.Kind.DIAGONAL
     assert found["3.weight"].assumption.endswith("; a block of its own: its factors are not B and A, both whole")
+
+
+def test_factors_of_float32_in_float64() -> None:
+    """What was rounding in the one is no fault in the other."""
+    torch.manual_seed(0)
+    model = seq(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 8)).float()
+    x, y = torch.randn(32, 40), torch.randint(8, (32,))
+    found = tn.compute(model, nn.CrossEntropyLoss(), (x, y), [tn.KFAC(fisher=tn.Fisher.EMPIRICAL), tn.KFLR()])
+    for factors in (*found["kfac"].values(), *found["kflr"].values()):
+        exact = factors.to(torch.float64)
+        vector = torch.randn(exact.space.shape).double()
+        got = exact.inverse(1e-2, tn.Damping.EXACT) @ vector
+        dense = exact.to_dense()
+        want = torch.linalg.solve(dense + 1e-2 * torch.eye(len(dense)).double(), vector.flatten())
+        torch.testing.assert_close(got.flatten(), want, rtol=1e-4, atol=1e-4)
+        assert exact.sqrt() is not None and torch.isfinite(exact.logdet(1e-3))

@@ -362,3 +362,29 @@ def test_no_vectors(make: Any) -> None:
     assert (product @ torch.empty(18, 0)).shape == (18, 0)
     empty = {name: torch.empty(2, 0, *p.shape) for name, p in model.named_parameters()}
     assert {name: v.shape for name, v in product(empty).items()} == {name: v.shape for name, v in empty.items()}
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_a_product_is_of_the_batch_that_it_was_made_with(kind: str) -> None:
+    """Also once the next batch is read into the same memory."""
+    problem = BY_NAME["mlp_sum"].build()
+    m, vector = product(kind, problem), draw(problem)
+    before = {name: value.clone() for name, value in (m @ vector).items()}
+    problem.x.mul_(2).add_(1)
+    for name, value in (m @ vector).items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_blocks_of_a_norm(kind: str) -> None:
+    """Several vectors at once, where torch writes what is batched into what is not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    batch = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    options = (model, nn.MSELoss(), batch)
+    whole, blocks = (MAKE[kind](*options, blocks=each).to_dense() for each in (tn.Blocks.FULL, tn.Blocks.PARAMETER))
+    want, start = torch.zeros_like(whole), 0
+    for parameter in model.parameters():
+        own = slice(start, start := start + parameter.numel())
+        want[own, own] = whole[own, own]
+    torch.testing.assert_close(blocks, want)

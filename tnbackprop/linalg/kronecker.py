@@ -110,7 +110,7 @@ class KroneckerFactors(Stored):
                 w, q = ROWS[kind].eigh(factor)
             except LinAlgError as error:
                 raise InputError(f"{self._factor(i)} has no eigendecomposition in float64: {error}") from error
-            slack = 0.0 if ROWS[kind].exact else math.sqrt(torch.finfo(w.dtype).eps)
+            slack = 0.0 if ROWS[kind].exact else _rounding(w.dtype)
             if bool((w < -slack * w.abs().amax(-1, keepdim=True)).any()):
                 raise InputError(
                     f"{self._factor(i)} is not positive semi-definite: its eigenvalues begin at {w.min().item():.3g} "
@@ -131,7 +131,7 @@ class KroneckerFactors(Stored):
         if not bool(factor.isfinite().all()):
             raise InputError(f"{self._factor(i)} has entries that are not finite; look at the batch that made it")
         asymmetry = ROWS[self.kinds[i]].asymmetry(factor)
-        if asymmetry is not None and bool(asymmetry > math.sqrt(torch.finfo(factor.dtype).eps) * factor.abs().max()):
+        if asymmetry is not None and bool(asymmetry > _rounding(factor.dtype) * factor.abs().max()):
             raise InputError(f"{self._factor(i)} is not symmetric; give (F + F.mT) / 2 if that is meant")
 
     def power(self, p: float, damping: float = 0.0) -> Spectral:
@@ -295,3 +295,8 @@ class KroneckerFactors(Stored):
             f"trace {self.trace().item():.4g}, {self.dtype} on {self.device}, "
             f"assumption: {self.assumption or 'not stated'})"
         )
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """What is taken for rounding, next to the largest entry: factors in float64 may have been made in float32."""
+    return max(math.sqrt(torch.finfo(dtype).eps), 100 * torch.finfo(torch.float32).eps)

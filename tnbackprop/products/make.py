@@ -188,8 +188,13 @@ class _Shifted(nn.Module):
 
 def _blockwise(multiply: Multiply, theta: Vector) -> Multiply:
     """Every parameter's entries alone, one after the other."""
-    zeros = {name: torch.zeros_like(p) for name, p in theta.items()}
-    return lambda vector: {name: multiply(zeros | {name: part})[name] for name, part in vector.items()}
+
+    def one(name: str, part: Tensor) -> Tensor:
+        """Where several come at once, the zeros beside them are as many: some kernels write one into the other."""
+        zeros = {other: part.new_zeros(p.shape, dtype=p.dtype) for other, p in theta.items()}
+        return multiply(zeros | {name: part})[name]
+
+    return lambda vector: {name: one(name, part) for name, part in vector.items()}
 
 
 def _others(model: nn.Module) -> dict[str, str]:

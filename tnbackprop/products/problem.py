@@ -56,7 +56,8 @@ class Problem:
             raise InputError(f"loss is {type(loss).__name__}: pass a function (output, y) -> scalar, or a module")
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise InputError("the batch must be the pair (x, y)")
-        self.batch = pytree.tree_map_only(Tensor, Tensor.detach, (plain(batch[0]), plain(batch[1])))
+        # Copies: what is kept of them for the products would change with the buffer that the next batch is read into.
+        self.batch = pytree.tree_map_only(Tensor, lambda leaf: leaf.detach().clone(), tuple(map(plain, batch)))
         x, self.y = self.batch
         self.model, self.given_loss, self.size = model, loss, batch_size((x, self.y))
         self.named = takes_names(model, batch[0]) if named is None else named

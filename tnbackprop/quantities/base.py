@@ -166,7 +166,7 @@ def _check_option(option: Field[object], value: object, owner: str) -> None:
         raise InputError(f"{what}: draw at least one column per sample")
     if option.name == "root":
         check_root(owner, value)
-    if option.name in OF_ROWS and isinstance(value, int) and value < 1:
+    if option.name in OF_ROWS and type(value) is int and value < 1:
         raise InputError(f"{what}: {OF_ROWS[option.name]} has at least one row")
     if option.name == "name" and not value:
         raise InputError(f"{what}: the key in the result is a text that is not empty")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from types import MethodType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..compiler.capture.export import plain
 from ..compiler.program.inputs import of_loss, specs_of
+from ..compiler.running.torch_versions import call_of, called, is_one, keeps_graph, replace_call
 from ..compiler.translate.torch_internals import has_hooks, in_transform, version
 from ..errors import InputError, UnsupportedError
 from ..quantities import Grad, InputGrad
@@ -35,6 +37,10 @@ attach: the model's output has a hook, or retains its gradient, and a program wi
 TWICE = """\
 attach: the gradient is to be differentiated again (create_graph=True), and that of a program has no derivative.
   Take such a step outside of the block."""
+
+BATCHED = """\
+attach: many cotangents come at once (is_grads_batched=True, jacobian(vectorize=True)), and a program takes one.
+  Take them one after the other, or outside of the block."""
 
 
 @dataclass(eq=False)
@@ -62,39 +68,37 @@ TENSOR = object()
 """Stands for a tensor among the leaves of a call: the tensors themselves keep it alive."""
 
 
-class _Replaced:
-    """The forward of a module in the block. Copies of the module have their own one."""
+def check_detached(model: nn.Module) -> None:
+    """Raises `InputError` for a model that a program is attached to."""
+    if isinstance(call_of(model), _Replaced):
+        raise InputError("the model is attached to a program: leave the block `with tn.attach(…)`, and compile then")
 
-    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
-        self.module, self.call, self.__wrapped__ = module, call, module.forward
+
+@dataclass(frozen=True, eq=False)
+class _Replaced:
+    """What a module runs in the block, where hooks are part of the program; and what it ran before."""
+
+    call: Callable[..., Any]
+    before: Any
+    plain: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)
 
-    def __deepcopy__(self, memo: Mapping[int, Any]) -> Any:
-        copy = memo.get(id(self.module))
-        return self if copy is None else MethodType(type(copy).forward, copy)
-
-    def __reduce__(self) -> Any:
-        return getattr, (self.module, "forward")
-
-
-def check_detached(model: nn.Module) -> None:
-    """Raises `InputError` for a model that a program is attached to."""
-    if isinstance(vars(model).get("forward"), _Replaced):
-        raise InputError("the model is attached to a program: leave the block `with tn.attach(…)`, and compile then")
-
 
 class Attached:
-    """While it is entered, the model's forward is the first half of a program, and autograd calls the second.
+    """While it is entered, calling the model is the first half of a program, and autograd calls the second.
 
     results  what came of each backward pass, in order; `result` is the last. They stay after it is left
     loss     of a program with a loss of its own: call it in the place of a loss that is a function
     """
 
     def __init__(self, program: Program) -> None:
+        if not isinstance(program, Program):
+            raise InputError(f"attach: {type(program).__name__} is no program: give what tn.compile gave")
         grads = [q.name for q in program.quantities.values() if type(q) is Grad]
-        if not grads:
+        self._inputs = next((q.name for q in program.quantities.values() if type(q) is InputGrad), "")
+        if not grads and not (self._inputs and not any(p.requires_grad for p in program.model.parameters())):
             raise InputError("attach: the program has no tn.Grad(), and .grad is what backward leaves: compile with it")
         if program.others:
             raise InputError(
@@ -103,9 +107,13 @@ class Attached:
             )
         if not isinstance(program.model, nn.Module):
             raise InputError("attach: the program has no model any more: take one that tn.compile gave")
+        if program.operands:
+            raise InputError(
+                f"attach: {next(iter(program.operands))!r} is handed in at a call of the program, and backward hands "
+                "in nothing: leave out the quantities that read operands"
+            )
         self.program, self.results = program, list[Result]()
-        self._grad = grads[0]
-        self._inputs = next((q.name for q in program.quantities.values() if type(q) is InputGrad), "")
+        self._grad = next(iter(grads), "")
         self._calls: Any = WeakIdKeyDictionary()  # tensor of an output -> the call that gave it, and its place there
         self._mine: dict[str, _Replaced] = {}
 
@@ -113,23 +121,31 @@ class Attached:
     def result(self) -> Result:
         """Of the last backward pass."""
         if not self.results:
-            raise InputError("attach: no backward pass has run through the model yet")
+            raise InputError(
+                "attach: no backward pass has run through the model yet: call the model itself, not its forward, nor "
+                "what torch.compile made of it"
+            )
         return self.results[-1]
 
     def _modules(self) -> Iterator[tuple[str, nn.Module, Callable[..., Any]]]:
-        """What has another forward in the block, and which."""
+        """What runs something else in the block, and what."""
         yield MODEL, self.program.model, self._forward
         if isinstance(self.program.loss, nn.Module):
             yield LOSS, self.program.loss, self.loss
 
     def __enter__(self) -> Attached:
         for what, module, _ in self._modules():
-            own = vars(module).get("forward")
-            if own is not None and own != MethodType(type(module).forward, module):
-                raise InputError(f"attach: forward of {what} is replaced already: leave that first")
-        for what, module, forward in self._modules():
-            self._mine[what] = _Replaced(module, forward)
-            module.forward = self._mine[what]
+            if type(module).__call__ is not nn.Module.__call__:
+                raise InputError(
+                    f"attach: {type(module).__name__} has a __call__ of its own, which runs around forward: give the "
+                    f"program {what} that it wraps, or write that into forward"
+                )
+        if isinstance(call_of(self.program.model), _Replaced):
+            raise InputError("attach: the model is attached to a program already: leave that block first")
+        for what, module, call in self._modules():
+            before = call_of(module)
+            self._mine[what] = _Replaced(call, before, called(module, before))
+            replace_call(module, self._mine[what])
         return self
 
     def __exit__(
@@ -137,16 +153,13 @@ class Attached:
     ) -> None:
         for what, module, _ in self._modules():
             mine = self._mine.pop(what, None)
-            if mine is not None and vars(module).get("forward") is mine:
-                del module.__dict__["forward"]
+            if mine is not None and call_of(module) is mine:
+                replace_call(module, mine.before)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or in_transform():
-            return self._mine[MODEL].__wrapped__(*args, **kwargs)
-        if args and kwargs:
-            raise InputError("attach: call the model with positional arguments, or with keyword arguments, as compiled")
-        first, *_ = specs_of(self.program.compiled.graph)
-        leaves, spec = pytree.tree_flatten(in_order(kwargs or (args[0] if len(args) == 1 else args), first))
+            return self._mine[MODEL].plain(*args, **kwargs)
+        leaves, spec = pytree.tree_flatten(self._as_compiled(args, kwargs))
         if _moving(enumerate(leaves)) is not None and not self._inputs:
             raise InputError(
                 "attach: an input requires grad, and the program has no gradient by inputs: compile with "
@@ -159,18 +172,46 @@ class Attached:
         for at, tensor in zip(call.tensors, tensors, strict=True):
             found[at] = tensor
             self._calls[tensor] = call, at
+        self._let_go()
         return pytree.tree_unflatten(found, call.spec)
+
+    def _let_go(self) -> None:
+        """What a forward keeps on modules is of another call: gone, so that nobody takes it for that of this one."""
+        for name in self.program.compiled.graph.kept:
+            path, _, key = name.rpartition(".")
+            vars(self.program.model.get_submodule(path)).pop(key, None)
+
+    def _as_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The x of a call: arguments have names and places, and those that are None may be left out."""
+        first, *_ = specs_of(self.program.compiled.graph)
+        plainly = kwargs or (args[0] if len(args) == 1 else args)
+        if not (args and kwargs) and pytree.tree_structure(given := in_order(plain(plainly), first)) == first:
+            return given
+        bound = inspect.signature(self.program.model.forward).bind(*args, **kwargs)
+        tried: list[Any] = [{name: each for name, each in bound.arguments.items() if each is not None}]
+        tried.append(dict(bound.arguments))
+        if all(each is None for each in bound.kwargs.values()):
+            places = list(bound.args)
+            while places and places[-1] is None:
+                places.pop()
+            tried += [*(places if len(places) == 1 else ()), tuple(places), bound.args]
+        for each in tried:
+            given = in_order(plain(each), first)
+            if given is not None and pytree.tree_structure(given) == first:
+                return given
+        return plainly
 
     def loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """The program's loss. Its backward pass gives the program's results, and `.grad` times what arrives."""
         loss = self.program.loss
         if loss is None or isinstance(loss, Handed):
             raise InputError("attach: the program has no loss of its own: call yours on the output of the model")
-        plain: Callable[..., Tensor] = self._mine[LOSS].__wrapped__ if LOSS in self._mine else loss
-        given = tuple(inspect.signature(plain).bind(*args, **kwargs).arguments.values()) if kwargs else args
+        own: Callable[..., Tensor] = self._mine[LOSS].plain if LOSS in self._mine else loss
+        signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+        given = tuple(signature.bind(*args, **kwargs).arguments.values()) if kwargs else args
         call = self._call_of(given[:1]) if torch.is_grad_enabled() and not in_transform() else None
         if call is None:
-            return plain(*args, **kwargs)
+            return own(*args, **kwargs)
         if len(given) != 2:
             raise InputError(f"attach: the loss gets {len(given)} arguments; it was compiled as loss(output, y)")
         output, y = given
@@ -179,7 +220,7 @@ class Attached:
                 "attach: y requires grad, and a program has no gradient by it: detach it, or compile with "
                 "loss=tn.HANDED"
             )
-        value = plain(pytree.tree_map(_detached, output), y)
+        value = own(pytree.tree_map(_detached, output), y)
         if value.requires_grad:
             raise InputError(
                 "attach: the loss reads a tensor that requires grad besides the output, and a program has no gradient "
@@ -210,9 +251,14 @@ class Attached:
 
         reached  the parameters that what arrives depends on: others have None, as autograd leaves them
         """
-        assert call.saved is not None
+        if call.saved is None:
+            raise InputError(
+                "attach: backward runs a second time through a call of the model, whose saved values are gone:\n  "
+                "retain_graph=True in the first one keeps them"
+            )
         result = self.program.backward(call.saved, y)
         self.results.append(result)
+        call.saved = call.saved if keeps_graph() else None
         grads = (result[self._grad][name] if name in reached else None for name in call.trained)
         found = [*self._inputs_of(result, len(call.inputs)), *grads]
         return [each if each is None or factor is None else each * factor for each in found]
@@ -251,6 +297,14 @@ def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
+def _refuse(again: bool, cotangents: Iterable[Tensor | None]) -> None:
+    """Backward passes that nothing here can follow."""
+    if again:
+        raise UnsupportedError(TWICE)
+    if in_transform() or not all(map(is_one, cotangents)):
+        raise UnsupportedError(BATCHED)
+
+
 class _Model(torch.autograd.Function):
     """The model: its backward is the program's second half, with the cotangent that arrives."""
 
@@ -268,8 +322,7 @@ class _Model(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         owner, call = ctx.owner, ctx.call
-        if torch.is_grad_enabled():
-            raise UnsupportedError(TWICE)
+        _refuse(torch.is_grad_enabled(), cotangents)
         if not isinstance(owner.program.loss, Handed):
             raise UnsupportedError(ELSE)
         leaves, reached = [None] * len(call.leaves), frozenset[str]()
@@ -292,8 +345,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise UnsupportedError(TWICE)
+        _refuse(torch.is_grad_enabled(), (factor,))
         if any(map(has_hooks, ctx.output)):
             raise UnsupportedError(HOOKED)
         if any(version(leaf) != then for leaf, then in ctx.versions):
@@ -317,6 +369,10 @@ def attach(program: Program) -> Attached:
     mean, compile with ``loss=tn.HANDED_MEAN``: what is made of ∇ℓ_n (Variance, norms to clip by) then knows the N.
     One with a loss of its own has curvature, too: its loss module, or `attached.loss` for a function, has to be called
     on the model's output, and results are of that loss, whatever factor `.grad` gets.
+
+    What hooks do to values is part of the program; what they, or a forward, keep elsewhere is not there: attributes
+    that forward sets to what it computes are removed from the modules by a call in the block, and `explain("capture")`
+    names them. Return what the loss reads.
 
     Raises `InputError` without `tn.Grad` among the quantities.
     """

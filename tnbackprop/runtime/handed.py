@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..compiler.capture.export import Wrapped, batch_size, plain, takes_names
+from ..compiler.capture.outputs import Fields, as_tree
 from ..compiler.capture.state import copied
 from ..compiler.translate.torch_internals import alone
 from ..errors import InputError, UnsupportedError
@@ -27,7 +28,7 @@ class Handed:
     mean: bool = False
 
     def __call__(self, output: Any, y: Any) -> Tensor:
-        every = (leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+        every = (leaf for leaf in pytree.tree_leaves(as_tree(output)) if isinstance(leaf, Tensor))
         leaves = [leaf for leaf in every if leaf.is_floating_point()]
         cotangents = [c for c in pytree.tree_leaves(y) if c is not None]
         terms = [self._term(leaf, cotangent) for leaf, cotangent in zip(leaves, cotangents, strict=True)]
@@ -74,6 +75,12 @@ def with_cotangent(model: nn.Module, example: Any, quantities: Sequence[Quantity
                 f"the model fails on the example: {error}\n  With loss=tn.HANDED the example is x alone: the cotangent "
                 "of the output takes the place of y."
             ) from error
+    parts = pytree.tree_leaves(output, is_leaf=lambda part: isinstance(part, Fields))
+    if any(isinstance(part, Fields) for part in parts):
+        raise UnsupportedError(
+            "the model returns an object of a class of its own, and a cotangent that is handed in is a tensor, a tuple "
+            "or a dict, as the output is.\n  Return one of these, or compile with the loss."
+        )
     floating = {
         f"output{pytree.keystr(path)}": list(leaf.shape)
         for path, leaf in pytree.tree_flatten_with_path(output)[0]

@@ -23,12 +23,18 @@ class ModelTensors:
     objects as at the call before, or are trainable otherwise.
     """
 
-    def __init__(self, graph: Graph, others: frozenset[str]) -> None:
-        """`others`   trainable parameters that the program is not of"""
+    def __init__(self, graph: Graph, others: frozenset[str], loss: object = None) -> None:
+        """
+        others  trainable parameters that the program is not of
+        loss    whose tensors are constants of the graph, read by name where it is a module
+        """
         self._others = others
         self._checked: tuple[list[str], list[bool], list[ref[Tensor]]] = [], [], []
         own = (("parameter", name, dotted) for name, (dotted, *_) in graph.parameters.items())
         read = (*own, *(("buffer", name, dotted) for name, dotted in graph.buffers.items()))
+        given = _of_loss(loss) if isinstance(loss, nn.Module) else {}
+        constants = ((n, c, d) for n, c in graph.constants.items() for d, t in given.items() if _is_one(c, t))
+        read = (*read, *(("buffer", name, dotted) for name, _, dotted in constants))
         self._read = [(kind, name, dotted, *_wanted(graph.values[name])) for kind, name, dotted in read]
 
     def tensors(self, model: nn.Module, loss: object, graph: Graph, parameters: object = None) -> dict[str, Tensor]:
@@ -57,7 +63,7 @@ class ModelTensors:
         for kind, name, dotted, dtype, shape in self._read:
             tensor = found.get(dotted)
             if tensor is None:
-                raise InputError(f"the model has no {kind} {dotted!r} any more: compile again")
+                raise InputError(f"there is no {kind} {dotted!r} any more: compile again")
             if tensor.dtype != dtype or tensor.shape != shape:
                 differs = tensor.dtype != dtype
                 what, now, then = ("dtype", tensor.dtype, dtype) if differs else ("shape", [*tensor.shape], [*shape])
@@ -66,6 +72,12 @@ class ModelTensors:
                 )
             values[name] = tensor.detach()
         return values
+
+
+def _is_one(constant: Tensor, tensor: Tensor) -> bool:
+    """Whether a constant is a tensor of the loss: it was detached."""
+    same = constant.dtype == tensor.dtype and constant.shape == tensor.shape and constant.stride() == tensor.stride()
+    return same and tensor.numel() > 0 and constant.data_ptr() == tensor.data_ptr()
 
 
 def _wanted(value: Value) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -157,7 +169,15 @@ def replaced(found: dict[str, Tensor], graph: Graph, parameters: object) -> dict
         check_plain(f"{name!r} of parameters", tensor)
         if (one := given.setdefault(known[name], name)) != name and parameters[one] is not tensor:
             raise InputError(f"parameters: {one!r} and {name!r} are one parameter of the model (tied): give one")
+        for what in ("dtype", "shape"):
+            now, own = getattr(tensor, what), getattr(before, what)
+            if now != own:
+                raise InputError(f"parameters: {name!r} has {what} {_told(now)}, the model's {_told(own)}")
         if tensor.device != before.device:
             raise InputError(f"parameters: {name!r} is on {tensor.device}, the model's on {before.device}: move it")
         other[known[name]] = tensor
     return other
+
+
+def _told(value: object) -> object:
+    return [*value] if isinstance(value, torch.Size) else value

@@ -89,7 +89,7 @@ class Program:
         self._sizes = Sizes(compiled, made, check)
         self._fixed = dict(compiled.graph.constants)
         self._fixed |= compiled.derived.constants
-        self._own, self._operands = ModelTensors(compiled.graph, others), Operands(compiled)
+        self._own, self._operands = ModelTensors(compiled.graph, others, loss), Operands(compiled)
         self._shapes = parameter_shapes(compiled.graph)
         self._made = {quantity.name: shown(quantity) for quantity in quantities}
         self._output_spec = pytree.tree_structure(compiled.graph.output)

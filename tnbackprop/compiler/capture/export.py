@@ -137,7 +137,7 @@ def _compared(
     if first_broken(graph.conditions, SAMPLES) is not None:  # what was rehearsed is another branch
         seen = rehearse(wrapped, example, batch, rules, whole=True)
     seen.check(graph)
-    return _with_least(replace(graph, unchecked=answering.lines), wrapped, found, example)
+    return _with_least(replace(graph, unchecked=answering.lines, kept=seen.kept), wrapped, found, example)
 
 
 def _check_model(model: nn.Module) -> None:

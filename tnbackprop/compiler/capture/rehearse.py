@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -46,7 +46,7 @@ from ..translate.torch_internals import (
     tensor_hooks,
 )
 from .exported import ExportError
-from .state import Copies, copied, resized
+from .state import Copies, copied, is_computed, resized, set_on
 
 SAMPLES = 2
 """As many of the example's run, where the model takes so many; torch.export, too, takes the batch for two or more."""
@@ -263,6 +263,7 @@ class Seen:
     transformed  what forward differentiates or maps itself, with its line, or ""
     ruled    something in it has a rule of its own
     host     what first hands values of a tensor to Python, with its line, or ""
+    kept     attributes of modules of the model that are set to what it computes, by dotted name
     """
 
     written: tuple[str, ...]
@@ -272,6 +273,7 @@ class Seen:
     transformed: str = ""
     ruled: bool = False
     host: str = ""
+    kept: tuple[str, ...] = ()
 
     def refuse_host(self, cause: ExportError) -> None:
         if self.host:
@@ -350,6 +352,7 @@ class _Failed(Exception):
 def _rehearsed(wrapped: nn.Module, example: tuple[Any, Any], rules: Rules) -> Seen:
     with copied(wrapped) as copies:
         rehearsal = Rehearsal(wrapped, rules)
+        before = set_on(wrapped)
         with rehearsal.followed(), rehearsal:
             try:
                 results = wrapped(*example)
@@ -357,7 +360,9 @@ def _rehearsed(wrapped: nn.Module, example: tuple[Any, Any], rules: Rules) -> Se
                 raise _Failed from error
         rehearsal.stack = [Owner("the loss")]
         rehearsal.claim(results)
-        return _judged(rehearsal, copies, results)
+        now = set_on(wrapped)
+        kept = tuple(name for name, value in now.items() if before.get(name) is not value and is_computed(value))
+        return replace(_judged(rehearsal, copies, results), kept=kept)
 
 
 def _judged(rehearsal: Rehearsal, copies: Copies, results: Any) -> Seen:

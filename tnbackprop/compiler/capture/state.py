@@ -97,6 +97,19 @@ def resized(example: tuple[Any, Any], size: int) -> tuple[Any, Any]:
     return batch
 
 
+def set_on(wrapped: nn.Module) -> dict[str, Any]:
+    """The attributes of the modules of the model that are no parameters, buffers or modules, by dotted name."""
+    model = wrapped.get_submodule("model")
+    every = ((path, key, value) for path, module in model.named_modules() for key, value in vars(module).items())
+    return {f"{path}.{key}".removeprefix("."): value for path, key, value in every}
+
+
+def is_computed(value: Any) -> bool:
+    """Whether there is a tensor in it that autograd follows."""
+    leaves = pytree.tree_leaves(value)
+    return any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in leaves)
+
+
 TABLES = ("_parameters", "_buffers", "_modules")
 
 

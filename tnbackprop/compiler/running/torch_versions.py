@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._decomp import decompositions
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -178,3 +178,34 @@ def overload_called(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     except RuntimeError:  # what functions call input may be self in the schema
         named = {"self" if key == "input" else key: value for key, value in kwargs.items()}
         return overload_called(name, args, named) if named.keys() != kwargs.keys() else ""
+
+
+def call_of(module: nn.Module) -> Any:
+    """What calling a module runs in the place of its forward and hooks; None: those."""
+    return vars(module).get("_compiled_call_impl")
+
+
+def replace_call(module: nn.Module, call: Any) -> None:
+    """Calling the module runs this, hooks and all; None: its own again. Copies and files of it have their own."""
+    if call is None:
+        vars(module).pop("_compiled_call_impl", None)
+    else:
+        vars(module)["_compiled_call_impl"] = call
+
+
+def called(module: nn.Module, before: Any) -> Callable[..., Any]:
+    """What calling the module ran when `call_of` gave that."""
+    whole: Callable[..., Any] = module._call_impl if before is None else before
+    return whole
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that runs was asked to leave its graph, with retain_graph=True."""
+    kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+    return kept
+
+
+def is_one(cotangent: Tensor | None) -> bool:
+    """Whether it is no batch of many, which autograd sends through one graph as if it were one."""
+    keys = None if cotangent is None else torch._C._dispatch_keys(cotangent)
+    return keys is None or not keys.has("Batched")

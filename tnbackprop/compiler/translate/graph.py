@@ -166,6 +166,7 @@ class Graph:
     conditions: tuple[Condition, ...] = ()  # on N, for others it does something else, too
     unchecked: tuple[str, ...] = ()  # checks of values that the forward has and a program leaves out
     fixed: tuple[tuple[str, torch.Tensor], ...] = ()  # buffers whose values it is made of, by dotted name
+    kept: tuple[str, ...] = ()  # attributes that a forward sets on modules of the model, and a program does not
     left: tuple[str, ...] = ()  # outputs that no program gives and the loss does not read, each with the reason
     joint: str = ""  # the value where curvature is taken, where that is not the output: several joined, one moved
     cotangent: str = ""  # of a layer on its own: the input that is the cotangent of its output
@@ -227,12 +228,11 @@ class Graph:
             operands = ", ".join(value.name for value in call.tensors.values())
             rows.append((call.output.name, call.output.axes_text, op_text(call.target), operands, call.path))
         widths = [max(len(row[k]) for row in rows) for k in range(5)]
-        least = [f"N >= {self.least}"] if self.least > 1 else []
-        sizes = ", ".join([*least, *filter(None, [shown(self.conditions)])])
-        sizes = f", for {sizes}" if sizes else ""
+        sizes = ", ".join(filter(None, [f"N >= {self.least}" * (self.least > 1), shown(self.conditions)]))
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        gives = f"gives  output {self.output}, loss {self.loss}{sizes}"
+        gives = f"gives  output {self.output}, loss {self.loss}" + (f", for {sizes}" if sizes else "")
         made = [f"holds  numbers or shapes made of {', '.join(name for name, _ in self.fixed)}"] if self.fixed else []
+        made += [f"keeps  not {', '.join(self.kept)}, which forward sets on modules"] if self.kept else []
         told = [*made, *(f"leaves  {each}" for each in self.left), *(f"not checked  {line}" for line in self.unchecked)]
         return ["reads  " + ", ".join(named), *lines, gives, *told]
 
