@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -201,3 +202,23 @@ def test_factors_of_float32_in_float64() -> None:
         want = torch.linalg.solve(dense + 1e-2 * torch.eye(len(dense)).double(), vector.flatten())
         torch.testing.assert_close(got.flatten(), want, rtol=1e-4, atol=1e-4)
         assert exact.sqrt() is not None and torch.isfinite(exact.logdet(1e-3))
+
+
+@pytest.mark.parametrize("one,other", [(1e-25, 1e-25), (1e25, 1e25), (1e30, 1e-30)])
+def test_products_of_eigenvalues_outside_of_float32(one: float, other: float) -> None:
+    """Roots, draws, log-determinants and traces that are in its range."""
+    factors = tn.KroneckerFactors((one * torch.eye(2), other * torch.eye(3)), (2, 3))
+    root = (one * other) ** 0.5
+    torch.testing.assert_close(factors.sqrt() @ torch.ones(2, 3), torch.full((2, 3), root), rtol=1e-5, atol=0)
+    assert 0 < factors.sample(torch.Generator().manual_seed(0)).abs().max() < 5 * root
+    assert float(factors.logdet(1e-3)) == pytest.approx(6 * math.log(one * other + 1e-3), rel=1e-5, abs=1e-5)
+    three = tn.KroneckerFactors((one * torch.eye(2), one * torch.eye(2), torch.eye(1) / one), (2, 2, 1))
+    torch.testing.assert_close(three.trace(), torch.tensor(4 * one), rtol=1e-5, atol=0)
+
+
+def test_small_dampings() -> None:
+    singular = tn.KroneckerFactors((torch.diag(torch.tensor([1.0, 0.0])), torch.eye(3)), (2, 3))
+    for found in (singular.logdet(1e-46), singular.power(1).logdet(1e-46)):
+        assert float(found) == pytest.approx(3 * math.log(1e-46), rel=1e-5)
+    with pytest.raises(tn.InputError, match=r"overflows torch\.float32"):
+        singular.power(-1, 1e-46)

@@ -66,16 +66,20 @@ class Eigen:
         check_damping(damping, self.label)
         if damping == 0 and p < 0:
             self.check_full_rank()
-        return Spectral(self.spectrum(), self).power(p, damping)
+        (first, *_) = self.values
+        exact = outer([value.double() for value in self.blocked])  # the products could leave the range of float32
+        found = _powers(exact, p, damping, first.dtype, f"eigenvalues of {self.label}")
+        return Spectral(found, self, _made(p), damping)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         """log det(K + damping · I), a scalar."""
         check_damping(damping, self.label)
-        if damping == 0:  # per factor: the products could leave the range of float32
+        if damping == 0:  # per factor, as there is no sum in it
             self.check_full_rank()
             size = math.prod(self.space.layout.sizes)
             return torch.stack([size / value.shape[1] * value.log().sum() for value in self.blocked]).sum()
-        return (self.spectrum() + damping).log().sum()
+        (first, *_) = self.values
+        return (outer([value.double() for value in self.blocked]) + damping).log().sum().to(first.dtype)
 
     def with_eigenvalues(self, eigenvalues: Tensor) -> Spectral:
         """Q diag(eigenvalues) Qᵀ, of the parameter's shape, in the place of `to_eigenbasis`: EKFAC.
@@ -198,18 +202,8 @@ class Spectral(LinearOperator):
     def power(self, p: float, damping: float = 0.0) -> Spectral:
         """(M + damping · I)^p for any real p. Raises `InputError` where that is not finite in this dtype."""
         check_damping(damping, self.label)
-        if not math.isfinite(p):
-            raise InputError(f"{self.label}: the power {p} is not a finite number")
-        found = (self.eigenvalues + damping).pow(p)
-        if not bool(found.isfinite().all()):
-            low = float(self.eigenvalues.min())
-            if low + damping <= 0:
-                raise InputError(f"{self.label} is singular: its smallest eigenvalue is {low:g}; give a damping")
-            raise InputError(
-                f"{self.label}: (smallest eigenvalue {low:g} + damping {damping:g}) to the power {p:g} overflows "
-                f"{found.dtype}; raise the damping, or convert first: .to(torch.float64)"
-            )
-        return Spectral(found, self.eigen, "inverse" if p == -1 else f"power {p:g}", damping)
+        found = _powers(self.eigenvalues.double(), p, damping, self.eigenvalues.dtype, self.label)
+        return Spectral(found, self.eigen, _made(p), damping)
 
     def sample(self, generator: torch.Generator | None = None, lead: Sequence[int] = ()) -> Tensor:
         """Draws from N(0, M), [*lead, *p]: M^(1/2) z. Of an inverse it draws from N(0, (K + damping · I)^-1)."""
@@ -235,15 +229,35 @@ class Spectral(LinearOperator):
     def logdet(self, damping: float = 0.0) -> Tensor:
         """log det(M + damping · I), a scalar. Raises `InputError` for a singular M without damping."""
         check_damping(damping, self.label)
-        shifted = self.eigenvalues + damping
+        shifted = self.eigenvalues.double() + damping
         if not bool((shifted > 0).all()):
             raise InputError(f"{self.label} is singular: its smallest eigenvalue is 0; give a damping")
-        return shifted.log().sum()
+        return shifted.log().sum().to(self.eigenvalues.dtype)
 
     def __repr__(self) -> str:
         layout = self.space.layout
         sizes = "×".join(map(str, layout.sizes))
         return f"Spectral({self.label}, {layout.blocks} blocks of {sizes}, damping {self.damping:g})"
+
+
+def _made(p: float) -> str:
+    return "inverse" if p == -1 else f"power {p:g}"
+
+
+def _powers(exact: Tensor, p: float, damping: float, dtype: torch.dtype, label: str) -> Tensor:
+    """(eigenvalues + damping)^p, of eigenvalues in float64. Raises `InputError` where that is not finite in a dtype."""
+    if not math.isfinite(p):
+        raise InputError(f"{label}: the power {p} is not a finite number")
+    found = (exact + damping).pow(p).to(dtype)
+    if bool(found.isfinite().all()):
+        return found
+    low = float(exact.min())
+    if low + damping <= 0:
+        raise InputError(f"{label} is singular: its smallest eigenvalue is {low:g}; give a damping")
+    raise InputError(
+        f"{label}: (smallest eigenvalue {low:g} + damping {damping:g}) to the power {p:g} overflows {dtype}; raise the "
+        "damping, or convert first: .to(torch.float64)"
+    )
 
 
 def outer(values: Sequence[Tensor]) -> Tensor:

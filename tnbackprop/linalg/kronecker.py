@@ -86,7 +86,8 @@ class KroneckerFactors(Stored):
     def trace(self) -> Tensor:
         """tr K = Σ_g Π_i tr F_ig, a scalar."""
         rows = zip(self._blocked, self.kinds, strict=True)
-        return torch.stack([ROWS[kind].diagonal(f).sum(-1) for f, kind in rows]).prod(0).sum()
+        traces = torch.stack([ROWS[kind].diagonal(f).double().sum(-1) for f, kind in rows])
+        return traces.prod(0).sum().to(self.dtype)  # factors may be large and small
 
     def norm(self) -> Tensor:
         """Frobenius norm, ‖K‖² = Σ_g Π_i ‖F_ig‖², a scalar."""
