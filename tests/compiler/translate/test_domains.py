@@ -85,6 +85,12 @@ def test_a_domain_that_one_sample_leaves() -> None:
         tn.compile(model, nn.MSELoss(), (X[:1], randn(1, 4)), [tn.Grad()])
 
 
+def test_what_draws_is_not_said_to_mix() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.RReLU())
+    with pytest.raises(tn.UnsupportedError, match=r"module '1' \(RReLU\) has no rule, .*it draws random numbers"):
+        tn.compile(model, nn.MSELoss(), (X.float(), randn(4, 4).float()), [tn.Grad()])
+
+
 class Twice(nn.Module):
     """A primitive and a module with a rule before an operator without one: the trial runs them, too."""
 

@@ -132,6 +132,8 @@ def _sized(argument: Any, samples: int) -> Any:
 def refuse_mixing(call: Call, tensors: Mapping[str, Tensor], refused: Callable[[str], UnsupportedError]) -> None:
     """Replace the first sample by the second one, which is as good: the others must stay as they are."""
     own = batched(call)
+    if torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ()):
+        raise refused("it draws random numbers. In eval mode it may draw none: model.eval()")
     if own and sampled(call.output):
         changed = dict(tensors)
         for value in own:
