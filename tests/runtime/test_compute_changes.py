@@ -148,6 +148,7 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], Change]] = 
     "function": (Options, nn.MSELoss, lambda m, _: setattr(m, "function", torch.sin)),
     "constant": (Options, nn.MSELoss, lambda m, _: setattr(m, "constant", 3 * m.constant)),
     "constant_in_place": (Options, nn.MSELoss, lambda m, _: m.constant.mul_(3)),
+    "data_of_a_constant": (Options, nn.MSELoss, lambda m, _: setattr(m.constant, "data", 3 * m.constant.data)),
     "class_attribute": (Options, nn.MSELoss, lambda m, _: setattr(Options, "kind", Options.kind + 1)),
     "property": (Options, nn.MSELoss, lambda m, _: setattr(Options, "twice", property(lambda self: 3.0))),
     "method": (Options, nn.MSELoss, lambda m, _: setattr(Options, "last", lambda self, h: 5 * h)),

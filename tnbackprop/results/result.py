@@ -32,7 +32,12 @@ class Axes:
 
 
 class Result(Mapping[str, Mapping[str, Any]]):
-    """``result["variance"]["features.0.weight"]``, ``result.loss``, ``result.output``."""
+    """``result["variance"]["features.0.weight"]``, ``result.loss``, ``result.output``.
+
+    The output is in the structure in which the model returns it. None is in the place of what mixes samples and the
+    loss does not read (``program.explain("capture")`` says what is left out), and an object of a class of the user's
+    own is a namespace of its fields.
+    """
 
     def __init__(
         self,

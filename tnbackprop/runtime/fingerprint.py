@@ -225,10 +225,14 @@ class _Walk:
             self._identity(tensor)
 
     def _tensor(self, tensor: Tensor) -> None:
-        """A tensor that is a constant of the graph. Its values may have been read as numbers: so a version counts."""
+        """A tensor that is a constant of the graph. Its values may have been read as numbers: so a version counts.
+
+        So does the memory that it is in, which `.data =` changes and no version tells.
+        """
         self._kind_of(tensor)
         self._identity(tensor)
         self.written.append(None if tensor.is_inference() else version(tensor))
+        self.written.append(tensor.data_ptr() if tensor.layout == torch.strided else None)
 
     def _kind_of(self, tensor: Tensor) -> None:
         self.add(type(tensor))
