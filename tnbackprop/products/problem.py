@@ -126,7 +126,7 @@ class Problem:
         now = self.seen()
         if self.state is None or now is None or not self.state.matches(now):
             raise TypeError(
-                f"{label}: model, loss or batch changed since the product was made, or hide what they hold:\n"
+                f"{label}: model or loss changed since the product was made, or hide what they hold:\n"
                 "  pickle the product before they change, or model, loss and batch instead"
             )
         try:
