@@ -63,12 +63,15 @@ def test_hooks_run_once() -> None:
 
 
 def test_compiled_calls() -> None:
-    """A module that compiled itself is replaced, too; a wrapper around it is another module."""
+    """A module that compiled itself is replaced, too; a wrapper is, where it has no call of its own (torch 2.7)."""
     model = net()
     model.compile(backend="eager")
     same(model, tn.compile(model, tn.HANDED, X, [tn.Grad()]), lambda: F.cross_entropy(model(X), Y))
     wrapper = torch.compile(net(), backend="eager")
     program = tn.compile(wrapper, tn.HANDED, X, [tn.Grad()])
+    if type(wrapper).__call__ is nn.Module.__call__:
+        same(wrapper, program, lambda: F.cross_entropy(wrapper(X), Y))
+        return
     with pytest.raises(tn.InputError, match="OptimizedModule has a __call__ of its own"):
         tn.attach(program).__enter__()
 
