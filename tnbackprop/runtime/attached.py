@@ -64,6 +64,8 @@ class _Call:
         return [at for at, leaf in enumerate(self.leaves) if leaf is TENSOR]
 
 
+ABSENT = object()
+"""In the place of an attribute that is not there."""
 TENSOR = object()
 """Stands for a tensor among the leaves of a call: the tensors themselves keep it alive."""
 
@@ -96,6 +98,8 @@ class Attached:
     def __init__(self, program: Program) -> None:
         if not isinstance(program, Program):
             raise InputError(f"attach: {type(program).__name__} is no program: give what tn.compile gave")
+        if not isinstance(program.model, nn.Module):
+            raise InputError("attach: the program has no model any more: take one that tn.compile gave")
         grads = [q.name for q in program.quantities.values() if type(q) is Grad]
         self._inputs = next((q.name for q in program.quantities.values() if type(q) is InputGrad), "")
         if not grads and not (self._inputs and not any(p.requires_grad for p in program.model.parameters())):
@@ -105,8 +109,6 @@ class Attached:
                 f"attach: the program is not of {min(program.others)!r}, which requires grad and would get none: "
                 "freeze it, requires_grad_(False), or compile with all parameters"
             )
-        if not isinstance(program.model, nn.Module):
-            raise InputError("attach: the program has no model any more: take one that tn.compile gave")
         if program.operands:
             raise InputError(
                 f"attach: {next(iter(program.operands))!r} is handed in at a call of the program, and backward hands "
@@ -116,6 +118,7 @@ class Attached:
         self._grad = next(iter(grads), "")
         self._calls: Any = WeakIdKeyDictionary()  # tensor of an output -> the call that gave it, and its place there
         self._mine: dict[str, _Replaced] = {}
+        self._kept: list[tuple[dict[str, Any], str, Any]] = []  # attributes, one that forward sets, its value
 
     @property
     def result(self) -> Result:
@@ -142,6 +145,10 @@ class Attached:
                 )
         if isinstance(call_of(self.program.model), _Replaced):
             raise InputError("attach: the model is attached to a program already: leave that block first")
+        for name in self.program.compiled.graph.kept:
+            path, _, key = name.rpartition(".")
+            own = vars(self.program.model.get_submodule(path))
+            self._kept.append((own, key, own.get(key, ABSENT)))
         for what, module, call in self._modules():
             before = call_of(module)
             self._mine[what] = _Replaced(call, before, called(module, before))
@@ -155,9 +162,12 @@ class Attached:
             mine = self._mine.pop(what, None)
             if mine is not None and call_of(module) is mine:
                 replace_call(module, mine.before)
+        self._bring_back()
+        self._kept.clear()
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or in_transform():
+            self._bring_back()
             return self._mine[MODEL].plain(*args, **kwargs)
         leaves, spec = pytree.tree_flatten(self._as_compiled(args, kwargs))
         if _moving(enumerate(leaves)) is not None and not self._inputs:
@@ -177,9 +187,14 @@ class Attached:
 
     def _let_go(self) -> None:
         """What a forward keeps on modules is of another call: gone, so that nobody takes it for that of this one."""
-        for name in self.program.compiled.graph.kept:
-            path, _, key = name.rpartition(".")
-            vars(self.program.model.get_submodule(path)).pop(key, None)
+        for own, key, _ in self._kept:
+            own.pop(key, None)
+
+    def _bring_back(self) -> None:
+        """As it was, where a forward of the model itself may read it."""
+        for own, key, value in self._kept:
+            if value is not ABSENT:
+                own.setdefault(key, value)
 
     def _as_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The x of a call: arguments have names and places, and those that are None may be left out."""
@@ -371,9 +386,9 @@ def attach(program: Program) -> Attached:
     on the model's output, and results are of that loss, whatever factor `.grad` gets.
 
     What hooks do to values is part of the program; what they, or a forward, keep elsewhere is not there: attributes
-    that forward sets to what it computes are removed from the modules by a call in the block, and `explain("capture")`
-    names them. Return what the loss reads.
+    that forward sets to what it computes are not there after a call in the block, and `explain("capture")` names them.
+    Return what the loss reads.
 
-    Raises `InputError` without `tn.Grad` among the quantities.
+    Raises `InputError` without `tn.Grad` among the quantities; for a frozen model `tn.InputGrad` is enough.
     """
     return Attached(program)
