@@ -244,27 +244,26 @@ def test_what_a_bound_is() -> None:
 
 IMPORT_TIME = """
 import time
-start = time.process_time()
 import torch
-middle = time.process_time()
+start = time.process_time()
 import tnbackprop
-print((time.process_time() - middle) / (middle - start))
+print(time.process_time() - start)
 """
 
 
 def test_import_is_quick_and_silent(tmp_path: Path) -> None:
-    """Of the processor's time no more than `import torch`, 2 s on a slow machine: the better of two, as it may be busy.
+    """Less than 2 s of the processor beyond `import torch`: the better of two, since the machine may be busy.
 
     As an installed package has it, from bytecode, though this process may be one that writes none."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
-    outputs = []
+    seconds = []
     for silence in ([], ["-W", "error"], ["-W", "error"]):
         command = [sys.executable, *silence, "-c", IMPORT_TIME]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
-        outputs.append(float(done.stdout))  # and nothing else
-    assert min(outputs[1:]) < 1, outputs  # the first writes the bytecode
+        seconds.append(float(done.stdout))  # and nothing else
+    assert min(seconds[1:]) < 2, seconds  # the first writes the bytecode
 
 
 # After bind nothing is parsed, matched or replaced in text. What still takes text apart, and why it may:
