@@ -109,8 +109,12 @@ def other_buffer(graph: Graph, model: nn.Module, loss: object) -> str:
 
 
 def _other(graph: Graph, found: Mapping[str, Tensor]) -> str:
-    same = (name for name, value in graph.fixed if name not in found or not torch.equal(found[name], value))
-    return next(same, "")
+    return next((name for name, value in graph.fixed if name not in found or not _equal(found[name], value)), "")
+
+
+def _equal(now: Tensor, then: Tensor) -> bool:
+    """`torch.equal` refuses tensors of two dtypes or on two devices."""
+    return now.dtype == then.dtype and torch.equal(now, then.to(now.device))
 
 
 def _of_loss(loss: nn.Module) -> dict[str, Tensor]:
