@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from ...errors import TnError, UnsupportedError
 from ...table import Composite, Rules
 from ..running.bags import refuse_ragged
-from ..running.failure import frame_here, line_here, place
+from ..running.failure import frame_here, line_at, place
 from ..running.parts import WRITES, in_parts
 from ..running.repeated import Repeats
 from ..running.torch_quiet import Quiet, noting_forwards
@@ -81,8 +81,8 @@ def exported(
     modules: list[dict[str, Any]] = []
 
     def guarded(condition: Any) -> None:
-        asked.append((condition, line_here()))
         frame = frame_here()
+        asked.append((condition, line_at(frame)))
         if frame is not None and reads_numbers(frame) and not any(frame.f_globals is each for each in modules):
             modules.append(frame.f_globals)
 

@@ -66,12 +66,16 @@ def place(wrapped: nn.Module, trace: TracebackType | None) -> Place:
 
 def line_here() -> str:
     """The innermost line of the user's own code that a forward is at, on a line of its own; "" where there is none."""
-    frame = frame_here()
+    return line_at(frame_here())
+
+
+def line_at(frame: FrameType | None) -> str:
+    """The line that a frame is at."""
     return "" if frame is None else _line(frame.f_code.co_filename, frame.f_lineno)
 
 
 def frame_here() -> FrameType | None:
-    """Of that line."""
+    """The innermost frame of the user's own code in a forward; None where there is none."""
     for frame, _ in traceback.walk_stack(sys._getframe(1)):
         code = frame.f_code
         if _of_user(code.co_filename):
