@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..compiler.capture.export import plain
 from ..compiler.program.inputs import of_loss, specs_of
-from ..compiler.running.torch_versions import call_of, called, is_one, keeps_graph, replace_call
+from ..compiler.running.torch_calls import call_of, called, is_one, keeps_graph, replace_call
 from ..compiler.translate.torch_internals import has_hooks, in_transform, version
 from ..errors import InputError, UnsupportedError
 from ..quantities import Grad, InputGrad

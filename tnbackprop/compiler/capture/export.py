@@ -18,9 +18,10 @@ from ...quantities import InputGrad, Quantity
 from ...table import Rules
 from ..running.assertions import Answering
 from ..running.known import Telling
+from ..running.numbers import numbers_of_sizes
 from ..running.printing import SILENT
 from ..running.repeated import Repeats
-from ..running.torch_versions import WholeHeads, numbers_of_sizes
+from ..running.torch_versions import WholeHeads
 from ..translate.graph import Graph
 from ..translate.inputs import refuse_complex
 from ..translate.opaque import named_tensors

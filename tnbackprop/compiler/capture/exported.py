@@ -17,11 +17,12 @@ from ...errors import TnError, UnsupportedError
 from ...table import Composite, Rules
 from ..running.bags import refuse_ragged
 from ..running.failure import frame_here, line_at, place
+from ..running.numbers import reads_numbers
 from ..running.parts import WRITES, in_parts
 from ..running.repeated import Repeats
 from ..running.torch_quiet import Quiet, noting_forwards
 from ..running.torch_tracer import module_calls
-from ..running.torch_versions import lstm_states, reads_numbers, refuse_valueless, sizes_by_builtins
+from ..running.torch_versions import lstm_states, refuse_valueless, sizes_by_builtins
 from ..translate.foreign import MISTAKES
 from ..translate.inplace import copy_views, mutates_view, nodes_of
 from ..translate.opaque import Opaque, opaque_calls

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..translate.torch_internals import version
 from .assertions import Place, place_called_from
-from .torch_versions import lists_as
+from .torch_calls import lists_as
 
 VALUES = frozenset("item tolist numpy __array__ __bool__ __int__ __float__ __index__".split())
 SHAPES = frozenset(

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import builtins
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial, partialmethod
-from types import FrameType
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._decomp import decompositions
 from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental import sym_node
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -67,42 +65,6 @@ def _of_sizes(own: Callable[..., Any], symbolic: Callable[[Any, Any], Any], *arg
     return symbolic(*args) if sizes else own(*args, **options)
 
 
-class _Numbers(type):
-    """Of `int` and `float` that leave a size what it is."""
-
-    def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, cls.__mro__[1])
-
-    def __call__(cls, *args: Any, **options: Any) -> Any:
-        own: type = cls.__mro__[1]
-        if len(args) != 1 or not isinstance(args[0], torch.SymInt | torch.SymFloat):
-            return own(*args, **options)
-        return SYMBOLIC[own](args[0])
-
-
-SYMBOLIC: dict[type, Callable[[Any], Any]] = {int: torch.sym_int, float: torch.sym_float}
-NUMBERS = {"int": _Numbers("int", (int,), {}), "float": _Numbers("float", (float,), {})}
-
-
-def reads_numbers(frame: FrameType) -> bool:
-    """Whether its code calls one of them."""
-    return bool(NUMBERS.keys() & set(frame.f_code.co_names))
-
-
-@contextmanager
-def numbers_of_sizes(modules: Sequence[dict[str, Any]]) -> Iterator[None]:
-    """While active, `int` and `float` of a size are sizes in these modules: Python's take the number of the example."""
-    with alone():
-        added = [(own, name) for own in modules for name in NUMBERS if name not in own]
-        for own, name in added:
-            own[name] = NUMBERS[name]
-        try:
-            yield
-        finally:
-            for own, name in added:
-                own.pop(name, None)
-
-
 @contextmanager
 def lstm_states() -> Iterator[None]:
     """While active, the last states that an LSTM is traced with are [layers, N, H]; torch 2.7 has [layers, 1, N, H].
@@ -121,24 +83,6 @@ def lstm_states() -> Iterator[None]:
 def _one_layer(own: Callable[..., Any], inp: Tensor, hidden: tuple[Tensor, Tensor], *args: Any, **options: Any) -> Any:
     output, last = own(inp, hidden, *args, **options)
     return output, tuple(a[0] if a.ndim > first.ndim else a for a, first in zip(last, hidden, strict=True))
-
-
-@contextmanager
-def lists_as(told: Callable[[Callable[[Tensor], Any], Tensor], Any]) -> Iterator[None]:
-    """While active, `tolist` of a tensor that is traced is this, of torch's own and the tensor: no mode sees a call."""
-    with alone():
-        own = {traced: traced.tolist for traced in (FakeTensor, FunctionalTensor)}
-        for traced, function in own.items():
-            traced.tolist = partialmethod(_asked, told, function)  # type: ignore[assignment, method-assign]
-        try:
-            yield
-        finally:
-            for traced, function in own.items():
-                traced.tolist = function  # type: ignore[method-assign]
-
-
-def _asked(tensor: Tensor, told: Callable[..., Any], own: Callable[[Tensor], Any]) -> Any:
-    return told(own, tensor)
 
 
 HEADS = getattr(F, "linear_cross_entropy", None)
@@ -178,34 +122,3 @@ def overload_called(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     except RuntimeError:  # what functions call input may be self in the schema
         named = {"self" if key == "input" else key: value for key, value in kwargs.items()}
         return overload_called(name, args, named) if named.keys() != kwargs.keys() else ""
-
-
-def call_of(module: nn.Module) -> Any:
-    """What calling a module runs in the place of its forward and hooks; None: those."""
-    return vars(module).get("_compiled_call_impl")
-
-
-def replace_call(module: nn.Module, call: Any) -> None:
-    """Calling the module runs this, hooks and all; None: its own again. Copies and files of it have their own."""
-    if call is None:
-        vars(module).pop("_compiled_call_impl", None)
-    else:
-        vars(module)["_compiled_call_impl"] = call
-
-
-def called(module: nn.Module, before: Any) -> Callable[..., Any]:
-    """What calling the module ran when `call_of` gave that."""
-    whole: Callable[..., Any] = module._call_impl if before is None else before
-    return whole
-
-
-def keeps_graph() -> bool:
-    """Whether the backward pass that runs was asked to leave its graph, with retain_graph=True."""
-    kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()
-    return kept
-
-
-def is_one(cotangent: Tensor | None) -> bool:
-    """Whether it is no batch of many, which autograd sends through one graph as if it were one."""
-    keys = None if cotangent is None else torch._C._dispatch_keys(cotangent)
-    return keys is None or not keys.has("Batched")
