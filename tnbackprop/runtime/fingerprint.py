@@ -232,7 +232,10 @@ class _Walk:
         self._kind_of(tensor)
         self._identity(tensor)
         self.written.append(None if tensor.is_inference() else version(tensor))
-        self.written.append(tensor.data_ptr() if tensor.layout == torch.strided else None)
+        try:
+            self.written.append(tensor.data_ptr() if tensor.layout == torch.strided else None)
+        except RuntimeError:  # one that torch.func wraps shows no memory
+            self.hidden = True
 
     def _kind_of(self, tensor: Tensor) -> None:
         self.add(type(tensor))
