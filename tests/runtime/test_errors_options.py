@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -145,3 +146,18 @@ def test_quantities_are_instances_in_a_list(given: Any, message: str) -> None:
         tn.generate(layer, given, example=x)
     with pytest.raises(tn.InputError, match=message):
         tn.compile(layer, nn.MSELoss(), (x, torch.randn(4, 2)), given)
+
+
+@dataclass(frozen=True)
+class Norms(tn.Quantity):
+    """Has an option that is called as one of ours."""
+
+    name: str = "norms"
+    rows: bool = False
+
+    def extract(self, J: Any, g: Any) -> Any:
+        return ((J.T @ g) * (J.T @ g)).sum_parameter()
+
+
+def test_an_option_of_ones_own_means_what_it_means() -> None:
+    assert Norms().rows is False and Norms(rows=True).rows is True

@@ -110,7 +110,23 @@ def test_other_values_are_refused(name: str) -> None:
     assert not torch.allclose(before, after)
 
 
+def test_a_buffer_in_another_dtype_is_another_one() -> None:
+    model = Asks(*CASES["item"])
+    program = tn.compile(model, nn.MSELoss(), data(5), [tn.Grad()])
+    model.k = model.k.double()
+    with pytest.raises(tn.InputError, match=r"buffer 'k' has other values now"):
+        program(*data(5))
+
+
+def filled(h: Tensor, k: Tensor) -> Tensor:
+    """Written to by an index, which gives nothing back."""
+    first = torch.zeros(1, dtype=h.dtype)
+    first[0] = h.detach()[0].max()  # the same for any number of the example's samples
+    return h * first.item()
+
+
 REFUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "filled by an index": filled,
     "data": lambda h, k: h * h.max().item(),
     "written to a constant": lambda h, k: h * torch.zeros(()).copy_(h.detach().max()).item(),
     "of as many as there are samples": lambda h, k: h * float(torch.arange(len(h)).sum() + 1),

@@ -160,3 +160,19 @@ def test_results_are_in_the_dtype_of_their_parameter(quantity: tn.Quantity) -> N
             found, right = found.to_dense(), right.to_dense()
         assert found.dtype == parameter.dtype, name
         assert (found - right).norm() <= 0.05 * right.norm(), name
+
+
+def test_scales_are_in_the_widest_dtype() -> None:
+    """Behind a first layer in bfloat16 that is frozen, a head in float32 is as exact as by itself."""
+    torch.manual_seed(0)
+    first, head = nn.Linear(4, 6).to(HALF).requires_grad_(False), nn.Linear(6, 3)
+    x, y = torch.randn(5, 7, 4), torch.randn(5, 7, 3)
+    model = Function(lambda m, x: m.head(m.first(x.to(HALF)).float()), {"first": lambda: first, "head": lambda: head})
+    with torch.no_grad():
+        h = first(x.to(HALF)).float()
+    for quantity in (tn.DiagGGN(), tn.HessianDiag(), tn.GGNTrace()):
+        got = tn.compute(model, MSE, (x, y), [quantity])[quantity.name]
+        exact = copy.deepcopy(head).double()
+        want = tn.compute(exact, MSE, (h.double(), y.double()), [quantity])[quantity.name]
+        for name, value in want.items():
+            torch.testing.assert_close(got[f"head.{name}"].double(), value, rtol=1e-5, atol=1e-7)
