@@ -27,7 +27,7 @@ from ... import oracle
 from ...capturing import Function
 
 aten = torch.ops.aten
-PLACES = ("torch_internals", "torch_quiet", "torch_tracer", "torch_versions")
+PLACES = ("torch_calls", "torch_internals", "torch_quiet", "torch_tracer", "torch_versions")
 FILES = [path for path in Path(tn.__file__).parent.rglob("*.py") if path.stem not in PLACES]
 PRIVATE = re.compile(
     r"torch\._[a-zA-Z]|torch\.fx\.experimental|torch\.nn\.utils\.stateless|_op_dk|py_kernels|_dispatch_cache|_destroy\("
