@@ -34,15 +34,17 @@ Legs = tuple[Leg, ...]
 PANELS = 4
 SYMMETRIC_PRODUCT = """\
 def symmetric_product(x, out=None):
-    # xᵀ x in panels of rows: what is left of the diagonal is above it, too, and copied in tiles that stay in the cache.
+    # xᵀ x in panels of rows. What is left of the diagonal is above it, too, and is read down the columns of a panel,
+    # whose rows are a little longer than they have to be: at powers of two the cache has room for few of them.
     size = x.shape[1]
     width = min(-(-size // 4), 384)
     product = x.new_empty(size, size) if out is None else out
+    memory = x.new_empty(width, size + 16)
     for k in range(0, size, width):
-        panel = x[:, k : k + width].mT @ x[:, k:]
+        rows = x[:, k : k + width].mT
+        panel = torch.mm(rows, x[:, k:], out=memory[: len(rows), : size - k])
         product[k : k + width, k:] = panel
-        for j in range(width, size - k, width):
-            product[k + j : k + j + width, k : k + width] = panel[:, j : j + width].mT
+        product[k + width :, k : k + width] = panel[:, width:].mT
     return product"""
 SYMMETRIC = helper("symmetric_product", SYMMETRIC_PRODUCT, memory=Memory.OWN, into="symmetric_product")
 Dims = tuple[int | tuple[int, ...], ...]
