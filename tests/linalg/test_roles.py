@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -222,3 +223,10 @@ def test_small_dampings() -> None:
         assert float(found) == pytest.approx(3 * math.log(1e-46), rel=1e-5)
     with pytest.raises(tn.InputError, match=r"overflows torch\.float32"):
         singular.power(-1, 1e-46)
+
+
+def test_numbers_of_numpy_scale_and_arrays_of_them_do_not() -> None:
+    factors = tn.KroneckerFactors((torch.eye(2), torch.eye(3)), (2, 3))
+    assert (np.float64(2) * factors).trace() == (factors * np.float32(2)).trace() == 12
+    with pytest.raises(TypeError, match="KroneckerFactors"):
+        np.ones(3) * factors

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .kinds import ROWS, Kind
-from .operator import LinearOperator, Space, along, check_damping, moved
+from .operator import LinearOperator, Space, along, check_damping, moved, one_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class Eigen:
     def power(self, p: float, damping: float = 0.0) -> Spectral:
         """(K + damping · I)^p = Q (Λ + damping)^p Qᵀ for any real p; p < 0 without damping refuses a singular K."""
         check_damping(damping, self.label)
-        if damping == 0 and p < 0:
+        if damping == 0 and one_number(p, "power", self.label) < 0:
             self.check_full_rank()
         (first, *_) = self.values
         exact = outer([value.double() for value in self.blocked])  # the products could leave the range of float32
@@ -246,7 +246,7 @@ def _made(p: float) -> str:
 
 def _powers(exact: Tensor, p: float, damping: float, dtype: torch.dtype, label: str) -> Tensor:
     """(eigenvalues + damping)^p, of eigenvalues in float64. Raises `InputError` where that is not finite in a dtype."""
-    if not math.isfinite(p):
+    if not math.isfinite(one_number(p, "power", label)):
         raise InputError(f"{label}: the power {p} is not a finite number")
     found = (exact + damping).pow(p).to(dtype)
     if bool(found.isfinite().all()):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
+from numbers import Real
 from typing import NoReturn
 
 import torch
@@ -15,7 +16,7 @@ from ..errors import InputError
 from .eigen import Eigen, Spectral, outer
 from .factored import inverses, shifts
 from .kinds import ROWS, Kind, LinAlgError, Role, Row
-from .operator import Joined, Layout, LinearOperator, along, check_damping
+from .operator import Joined, Layout, LinearOperator, along, check_damping, one_number
 from .stored import Stored, check_alike
 
 
@@ -231,7 +232,7 @@ class KroneckerFactors(Stored):
         return self
 
     def _check_decay(self, decay: float) -> None:
-        if not 0 <= decay <= 1:
+        if not 0 <= one_number(decay, "decay", self.label) <= 1:
             raise InputError(f"{self.label}: the decay {decay} is not between 0 and 1")
 
     def _zip(self, other: KroneckerFactors, function: Callable[[Row, Tensor, Tensor], Tensor]) -> KroneckerFactors:
@@ -241,33 +242,29 @@ class KroneckerFactors(Stored):
 
     def scale(self, c: float | Tensor) -> KroneckerFactors:
         """c · K for a number c ≥ 0; all of the scale goes into B, or the first factor where roles are not said."""
-        if isinstance(c, Tensor) and c.numel() != 1:
-            raise InputError(f"{self.label}: the scale has shape {list(c.shape)}; give one number")
-        if not 0 <= float(c) < math.inf:
-            raise InputError(
-                f"{self.label}: the scale {float(c)} is not a finite number ≥ 0; negate the product instead"
-            )
+        number = one_number(c, "scale", self.label)
+        if not 0 <= number < math.inf:
+            raise InputError(f"{self.label}: the scale {number} is not a finite number ≥ 0; negate the product instead")
         lead = self.roles.index(Role.LOSS) if Role.LOSS in self.roles else 0
         rows = enumerate(zip(self.kinds, self.factors, strict=True))
-        return replace(self, factors=tuple(ROWS[k].scaled(f, float(c) if i == lead else 1.0) for i, (k, f) in rows))
+        return replace(self, factors=tuple(ROWS[k].scaled(f, number if i == lead else 1.0) for i, (k, f) in rows))
 
     def __mul__(self, c: float | Tensor) -> KroneckerFactors:
         if isinstance(c, LinearOperator):
             self._refuse("a product of two blocks", "apply one after the other, K @ (L @ v)")
-        return self.scale(c) if isinstance(c, int | float | Tensor) else NotImplemented
+        return self.scale(c) if isinstance(c, Real | Tensor) else NotImplemented
 
     __rmul__ = __mul__
 
     def __truediv__(self, c: float | Tensor) -> KroneckerFactors:
         if isinstance(c, LinearOperator):
             self._refuse("a quotient of two blocks", "solve instead, L.solve(K @ v, damping)")
-        if not isinstance(c, int | float | Tensor):
+        if not isinstance(c, Real | Tensor):
             return NotImplemented
-        if isinstance(c, Tensor) and c.numel() != 1:
-            raise InputError(f"{self.label}: the divisor has shape {list(c.shape)}; give one number")
-        if not 0 < float(c) < math.inf:
-            raise InputError(f"{self.label}: the divisor {float(c)} is not a finite number > 0; divide the product")
-        return self.scale(1 / float(c))
+        number = one_number(c, "divisor", self.label)
+        if not 0 < number < math.inf:
+            raise InputError(f"{self.label}: the divisor {number} is not a finite number > 0; divide the product")
+        return self.scale(1 / number)
 
     def __rtruediv__(self, c: float | Tensor) -> NoReturn:
         self._refuse("a number over a block", "take K.inverse(damping)")

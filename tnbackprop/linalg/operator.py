@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from numbers import Real
 from typing import Any, Self
 
 import torch
@@ -135,6 +136,8 @@ class Space:
 class LinearOperator(ABC):
     """A symmetric matrix on the elements of one parameter, known by its products."""
 
+    __array_ufunc__ = None  # numpy would take it for an element of an array of objects
+
     @property
     @abstractmethod
     def space(self) -> Space:
@@ -193,6 +196,8 @@ class LinearOperator(ABC):
 
     def _leading(self, vector: Tensor) -> int:
         """How many axes are in front of the parameter's own."""
+        if not isinstance(vector, Tensor):
+            raise InputError(f"{self.label}: the vector is a {type(vector).__name__}; give a torch.Tensor")
         axes = vector.ndim - len(self.shape)
         if axes < 0 or tuple(vector.shape[axes:]) != self.shape:
             raise InputError(
@@ -240,6 +245,8 @@ class LinearOperator(ABC):
 
     def _draw(self, generator: torch.Generator | None, lead: tuple[int, ...]) -> Tensor:
         """Standard normal numbers, [*lead, *shape]."""
+        if not isinstance(generator, torch.Generator | None):
+            raise InputError(f"{self.label}: the generator {generator!r} is none; give a torch.Generator, or nothing")
         if generator is not None and generator.device.type != self.device.type:
             raise InputError(
                 f"{self.label} is on {self.device}, the generator on {generator.device}; "
@@ -261,6 +268,15 @@ def moved(tensor: Tensor, target: torch.dtype | torch.device | str | None, devic
     return there if target is None else there.to(target)
 
 
+def one_number(value: object, what: str, label: str) -> float:
+    """A number, or a tensor of one, as a float. Raises `InputError` for anything else."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise InputError(f"{label}: the {what} has shape {list(value.shape)}; give one number")
+    if not isinstance(value, Real | Tensor):
+        raise InputError(f"{label}: the {what} {value!r} is not a number")
+    return float(value)
+
+
 def check_damping(damping: float, label: str) -> None:
-    if not 0 <= damping < math.inf:
+    if not 0 <= one_number(damping, "damping", label) < math.inf:
         raise InputError(f"{label}: the damping {damping} is not a finite number ≥ 0")

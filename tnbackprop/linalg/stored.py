@@ -195,6 +195,8 @@ class Stored(LinearOperator):
 
 def check_alike(one: Stored, other: Stored) -> None:
     """Both are of one parameter and one quantity. Raises `InputError`."""
+    if not isinstance(other, type(one)):
+        raise InputError(f"{one.label}: a {type(other).__name__} is not of this kind; give a {type(one).__name__}")
     for what, mine, others in (
         ("parameter", one.parameter, other.parameter),
         ("kinds", [kind.value for kind in one.kinds], [kind.value for kind in other.kinds]),
