@@ -378,19 +378,3 @@ def test_dict_batches() -> None:
     whole, found = program(batch), tn.over(program, parts)
     assert torch.allclose(found["batch_l2"]["net.weight"], whole["batch_l2"]["net.weight"], rtol=1e-12)
     assert {key: value.shape for key, value in found.output.items()} == {"logits": (N, 3), "each": (N,)}
-
-
-def test_loaders_that_are_none() -> None:
-    program = compiled(MODEL, nn.CrossEntropyLoss(), X, LABELS, [tn.Grad()])
-    for given, why in (
-        ([], "the loader gives no batch"),
-        (X, "a Tensor gives no batches: give a DataLoader"),
-        ({"x": X}, "a dict gives no batches"),
-        (3, "a int gives no batches"),
-    ):
-        with pytest.raises(tn.InputError, match=why):
-            tn.over(program, given)  # type: ignore[arg-type]
-    with pytest.raises(tn.InputError, match=r"tn.over: Sequential is no program: give what tn.compile returns"):
-        tn.over(MODEL, [(X, LABELS)])  # type: ignore[arg-type]
-    with pytest.raises(tn.InputError, match=r"seed=0.5: give a whole number"):
-        tn.over(program, [(X, LABELS)], seed=0.5)  # type: ignore[arg-type]

@@ -45,6 +45,12 @@ def flattened(parts: tuple[Any, ...], graph: Graph) -> dict[str, Any]:
     return found
 
 
+def fits(parts: tuple[Any, ...], graph: Graph) -> bool:
+    """Whether a batch (x, y) has the structure of the example."""
+    pairs = zip(parts, specs_of(graph), strict=False)
+    return all(pytree.tree_structure(in_order(plain(part), spec)) == spec for part, spec in pairs)
+
+
 def in_order(part: Any, spec: pytree.TreeSpec) -> Any:
     """A dict with its keys in the order of the one that was compiled for: what a call names has none."""
     keys = spec.context if spec.type is dict else ()

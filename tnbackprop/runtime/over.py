@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from ..compiler.translate.graph import Graph
 from ..errors import InputError
 from ..results import Merger, Result
+from .given import fits
 from .noise import is_seed
 from .operands import Given
 from .program import Program
@@ -27,7 +29,8 @@ def over(
 ) -> Result:
     """The result of a program on all data of a loader, as if it had been one batch.
 
-    loader    batches (x, y) of any sizes, or x alone (a dict); run through once. Moving them to a device is up to you
+    loader    batches of any sizes: (x, y), x alone, or what a DataLoader makes of them, [x] and [x_1, x_2, y]; run
+              through once. Moving them to a device is up to you
     seed      of what Monte-Carlo quantities draw, new numbers for every batch; None: torch's own generator
     progress  a bar for the batches
     operands  what quantities read besides, the same for every batch; or a function from a batch to them
@@ -43,9 +46,8 @@ def over(
     generator = None if seed is None else _generator(program, seed)
     merger: Merger[Result] | None = None
     for batch in counted(loader, "over batches") if progress else loader:
-        x, y = batch if isinstance(batch, tuple | list) and len(batch) == 2 else (batch, None)
         given = operands(batch) if callable(operands) else operands
-        found = program(x, y, generator=generator, operands=given)
+        found = program(*_pair(batch, program.compiled.graph), generator=generator, operands=given)
         if merger is None:
             merger = Merger(found, own=True)
         else:
@@ -54,6 +56,16 @@ def over(
     if merger is None:
         raise InputError("tn.over: the loader gives no batch")
     return merger.result()
+
+
+def _pair(batch: Any, graph: Graph) -> tuple[Any, Any]:
+    """x and y of what a loader gives: the way to read it that has the structure of the example."""
+    if not isinstance(batch, tuple | list) or not batch:
+        return batch, None
+    *front, last = batch
+    few = [(batch[0], last if front else None)] if len(batch) < 3 else []
+    ways: list[tuple[Any, Any]] = [(batch, None), (tuple(batch), None), (tuple(front), last), *few]
+    return next((way for way in ways if fits(way, graph)), ways[-1])
 
 
 def _generator(program: Program, seed: int) -> torch.Generator:
