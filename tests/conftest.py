@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections import Counter
 from zlib import crc32
 
 import pytest
@@ -38,10 +39,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 CASES = {case.name for case in EVERY + RANDOM_CASES}
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one case follow one another, whatever their file: so one process has them, and captures it once."""
+    _thin(items)
     order: dict[str, int] = {}
     items.sort(key=lambda item: order.setdefault(_case_of(item) or str(item.path), len(order)))
+
+
+def _thin(items: list[pytest.Item]) -> None:
+    """All but every `step`-th case of a test with `thinned(step)` are slow."""
+    seen: Counter[tuple[object, ...]] = Counter()
+    for item in items:
+        marker = item.get_closest_marker("thinned")
+        if marker is None or item.get_closest_marker("slow") is not None:
+            continue
+        function = (item.path, item.getparent(pytest.Class), getattr(item, "originalname", item.name))
+        if seen[function] % marker.args[0]:
+            item.add_marker(pytest.mark.slow)
+        seen[function] += 1
 
 
 def _case_of(item: pytest.Item) -> str | None:

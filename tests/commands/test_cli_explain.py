@@ -42,6 +42,7 @@ class Balanced(HTMLParser):
             assert self.open.pop() == tag
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("format", ["text", "markdown", "html"])
 def test_explain(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str) -> None:
     """Per layer: formula, Jacobian, diagram, assumption, path, polynomials with conditions; what is kept; the peak."""
@@ -94,6 +95,7 @@ def test_explain_without_greek_letters(file: Path, monkeypatch: pytest.MonkeyPat
     assert b"batch_l2[n] = ?_{o,i} G[n,o,i]?" in written.getvalue()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("format", ["text", "markdown", "html"])
 def test_before_and_after(file: Path, capsys: pytest.CaptureFixture[str], format: str) -> None:
     """The calls, what is propagated, Jᵀ g as it is and simplified, each quantity and what it becomes."""

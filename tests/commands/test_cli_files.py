@@ -86,6 +86,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 # ---------------------------------------------------------------- verify
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("name", "options", "status", "shown"),
     [
@@ -173,6 +174,7 @@ def test_every_mistake_in_a_rule(what: str, tmp_path: Path, capsys: pytest.Captu
 # ---------------------------------------------------------------- draw
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("suffix", "start"), [(".svg", "<svg"), (".dot", "digraph"), (".tex", r"\begin{tikzpicture}")])
 def test_draw(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str, start: str) -> None:
     for options in ((), ("--quantity", "batch_l2", "--parameter", "3.weight")):

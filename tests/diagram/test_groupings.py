@@ -110,6 +110,7 @@ def some(seed: int | str) -> tuple[tn.Quantity, ...]:
     return tuple(Random(seed).sample(QUANTITIES, 2))
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("what", CASES)
 def test_cases(what: str) -> None:
     make, shape = CASES[what]
@@ -119,12 +120,14 @@ def test_cases(what: str) -> None:
     check(model, torch.randn(3, *shape, dtype=torch.float64), some(what))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("seed", range(PROGRAMS))
 def test_random_programs(seed: int) -> None:
     model, x = regrouped(seed)
     check(model, x, some(seed))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("what", ["gather", "transposed view", "2 · 3 and 3 · 2"])
 def test_no_table_of_all_pairs_of_elements(what: str) -> None:
     """An axis that is read as others is a view: nothing has the square of the parameter's elements."""

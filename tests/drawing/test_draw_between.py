@@ -34,6 +34,7 @@ def tensors(drawn: tn.Drawing) -> set[str]:
     return {node.text for node in read(drawn.svg)[0].values() if node.kind == "tensor"}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("key", "of", "names"),
     [

@@ -110,6 +110,7 @@ def given(module: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return {"cotangent": 2 * (output - y), "columns": 2**0.5 * columns}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", LAYERS)
 def test_numbers_of_a_layer(name: str) -> None:
     """Each function, and all of them together, give what the program gives for squared errors of the layer."""
@@ -358,6 +359,7 @@ def test_a_wrong_model_fails_its_check(tmp_path: Path) -> None:
     assert checked(source.replace(line, line.replace("torch.mm(", "2 * torch.mm(")), tmp_path).returncode == 1
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("target", ["torch", "backpack", "autograd", "model", "operands"])
 def test_formatted(target: str, tmp_path: Path) -> None:
     """ruff, with this repository's rules, has nothing to say."""

@@ -58,6 +58,7 @@ def agrees(made: tn.Generated, *labels: str) -> list[str]:
 CHOICES = ("jacobians", "ntk", "grad,jacobians", "jacobians,diag_ggn", "kfac,ntk", "bl89", "diag_ggn,bl89")
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("quantities", CHOICES)
 def test_each_choice_of_quantities(quantities: str) -> None:
     """What a definition reads is in the file, also where no other quantity needs it."""
@@ -76,6 +77,7 @@ def test_only_what_is_recorded_and_roots() -> None:
     assert sum("as recorded" in line for line in lines) == 2
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("quantity", ["kflr", "kfac", "kfra"])
 def test_axes_of_size_one(quantity: str) -> None:
     batch = torch.randn(4, 1), torch.randn(4, 1)
@@ -83,6 +85,7 @@ def test_axes_of_size_one(quantity: str) -> None:
     agrees(tn.generate(ONE, quantity, example=batch, loss=nn.MSELoss()), *names)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("shape", [(2, 3), (1, 3), (3, 1), (1, 1)])
 def test_one_factor_of_a_parameter_with_two_axes(shape: tuple[int, int]) -> None:
     x, y = torch.randn(4), torch.randn(4, *shape)

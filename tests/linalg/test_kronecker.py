@@ -19,7 +19,6 @@ from .. import oracle_second
 from ..cases import CASES, Case, Problem, classes, normal, seq
 from ..models import Apply, Written
 from ..second_order import DIFFERENT, TOLERANCE, dense, error, make, run
-from ..thinned import thinned
 
 BY_NAME = {case.name: case for case in CASES}
 Make = Callable[[], nn.Module]
@@ -79,9 +78,10 @@ KINDS = {"kflr": ("KFLR", {}), "empirical": ("KFAC", {"fisher": "EMPIRICAL"})}
 SHARING = ("EXPAND", "REDUCE")
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("sharing", SHARING)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case, layer", thinned(WRITTEN), ids=lambda value: str(value))
+@pytest.mark.parametrize("case, layer", WRITTEN, ids=lambda value: str(value))
 def test_definition(case: Case, layer: str, kind: str, sharing: str) -> None:
     """All loss scale is in B, none in A; `factors` follow the parameter's axes."""
     problem = case.build()
@@ -247,6 +247,7 @@ def frozen_batch_norm() -> nn.Module:
 NORMS = (lambda: nn.LayerNorm(6), lambda: nn.RMSNorm(6), lambda: nn.GroupNorm(2, 6), frozen_batch_norm)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("sharing", SHARING)
 def test_norms(norm: Make, sharing: str) -> None:
@@ -305,6 +306,7 @@ def test_all_labels() -> None:
         assert error(torch.stack([drawn[c][name] for c in range(3)]).mean(0), exact) > DIFFERENT
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("sharing", SHARING)
 @pytest.mark.parametrize("kind", KINDS)
 def test_linear_is_a_1x1_convolution(kind: str, sharing: str) -> None:
@@ -321,6 +323,7 @@ def test_linear_is_a_1x1_convolution(kind: str, sharing: str) -> None:
     assert all(error(right[key], value) <= TOLERANCE for key, value in left.items())
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "layer, shape",
     [

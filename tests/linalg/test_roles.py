@@ -73,6 +73,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str], set[str
 }  # fmt: skip
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", MODELS)
 def test_roles(name: str) -> None:
     """Three times the loss is three times what has its scale, B, and leaves A and C as they are."""
@@ -112,6 +113,7 @@ def joined(model: nn.Module, *quantities: tn.Quantity) -> tn.Result:
         return tn.compute(model, nn.CrossEntropyLoss(), (X, Y), [tn.Grad(), tn.KFLR(bias=tn.Bias.JOINED), *quantities])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", ["linear", "convolution", "turned"])
 def test_join_and_split(kind: str) -> None:
     """A step through [weight, bias] as a matrix, and the values back where they were."""

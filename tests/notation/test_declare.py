@@ -88,6 +88,7 @@ WAYS: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("way", WAYS)
 def test_three_ways(way: str) -> None:
     """Nothing, the formula, the Jacobian: one program of the layer's operations, the others of one call."""
@@ -199,6 +200,7 @@ def of_call(call: Any) -> str:
 PACKET = torch.ops.tnbackprop_tests.powered
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("target", [powered_op, PACKET, PACKET.default], ids=["op", "packet", "overload"])
 @pytest.mark.parametrize("how", ["registered", "passed"])
 def test_custom_operator(target: Any, how: str) -> None:

@@ -124,6 +124,7 @@ def _batch(name: str) -> int:
     return {"batch on axis 1": 1, "star before the batch": 2}.get(name, 0)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if len(case.inputs) == 1 and not _batch(name)])
 def test_compiled(name: str) -> None:
     """As a layer of a model: one call with its own rule, and the quantities of the oracles."""

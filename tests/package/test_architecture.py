@@ -251,6 +251,7 @@ print(time.process_time() - start)
 """
 
 
+@pytest.mark.slow
 def test_import_is_quick_and_silent(tmp_path: Path) -> None:
     """Less than 2 s of the processor beyond `import torch`: the better of two, since the machine may be busy.
 

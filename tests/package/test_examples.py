@@ -65,6 +65,7 @@ def test_readme_links() -> None:
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in EXAMPLES])
 def test_example(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -107,6 +107,7 @@ def test_settings_are_from_the_grids() -> None:
         assert all(value in method.grid[key] for key, value in method.options.items()), method.name
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_no_candidate() -> None:
     """Tuning prefers anything to a step that is far too large."""
     method = EXAMPLE["METHODS"][4]

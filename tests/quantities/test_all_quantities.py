@@ -119,6 +119,7 @@ SATURATED = (
 )
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("loss, biases", SATURATED)
 def test_saturated_logits(loss: Callable[[], nn.Module], biases: tuple[tuple[float, ...], ...]) -> None:
     """p = 0 or 1 in float32, at each place: the numbers of float64, and of the oracle."""
@@ -248,6 +249,7 @@ def test_indefinite_losses(loss: Callable[[], nn.Module]) -> None:
     assert gap > DIFFERENT if loss is Ratio else gap <= TOLERANCE
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("scale", [1e-9, 1e9])
 @pytest.mark.parametrize("mixed", [True, False])
 def test_signs_do_not_depend_on_the_scale(mixed: bool, scale: float) -> None:
@@ -265,6 +267,7 @@ def test_signs_do_not_depend_on_the_scale(mixed: bool, scale: float) -> None:
         run(concave, "DiagGGN")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("key", ["diag", "hesscale", "kflr", "empirical"])
 def test_within_a_memory_limit(key: str) -> None:
     """Columns in rounds or slices of the batch: the peak is met with the same values, at any batch size."""

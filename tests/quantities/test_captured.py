@@ -53,6 +53,7 @@ def samples(problem: Problem) -> None:
     problem.y.resize_(2)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("change", [frozen, value, attribute, mode, loss, target, samples])
 def test_a_change_is_seen(change: Callable[[Problem], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """But for numbers, which no graph has."""
@@ -78,6 +79,7 @@ def test_a_dtype_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         assert captures.hits == 0
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)]
 )

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 import tnbackprop as tn
 
 from ..second_order import error
-from ..thinned import thinned
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 HALVES = [torch.float16, torch.bfloat16]
@@ -68,8 +67,9 @@ class Weighted(nn.Module):
 CURVATURES = [(1e6, -1.0), (1e6, -1e-3), (1e-6, -1e-8), (0.0, -1.0), (-1.0, -1e6)]
 
 
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("curvatures, rule", thinned(product(CURVATURES, (True, False)), 3))
+@pytest.mark.parametrize("curvatures, rule", list(product(CURVATURES, (True, False))))
 def test_one_sample_with_negative_curvature(curvatures: tuple[float, float], rule: bool, dtype: torch.dtype) -> None:
     """It is refused, however large that of another sample is; without a root it is right."""
     torch.manual_seed(0)
@@ -110,6 +110,7 @@ def test_probabilities_near_one() -> None:
 LOW: dict[str, Loss] = {"softplus": lambda f, y: F.softplus(f).mean(), "log_softmax": SATURABLE["kl"]}
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("kind", ["DiagGGN", "HesScale", "HessianDiag", "BL89", "KFLR"])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("loss", LOW)
@@ -142,6 +143,7 @@ WRITTEN: dict[str, Loss] = {
 }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", WRITTEN)
 def test_dtypes_in_the_loss(name: str) -> None:
     """What a loss makes in float32 goes with the float64 in which its Hessian is taken."""

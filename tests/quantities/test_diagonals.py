@@ -82,6 +82,7 @@ def of_own_logit(f: Tensor, y: Tensor) -> Tensor:
     return second * F.one_hot(y, f.shape[1]) / len(f)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid, nn.ReLU, nn.SiLU])
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.MSELoss])
 def test_hesscale(activation: Callable[[], nn.Module], loss: Callable[[], nn.Module]) -> None:
@@ -120,6 +121,7 @@ def test_exact_on_the_last_layer(name: str) -> None:
             assert error(found[key], value) > DIFFERENT, key
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["attention", "tied_transposed", "weight_normalized", "layer_norm", "position_table"])
 def test_any_graph(name: str) -> None:
     """Products of values, ties and norms have their recursion line by line; samples sum to the total."""

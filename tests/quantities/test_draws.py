@@ -117,6 +117,7 @@ DRAWN: Mapping[str, tuple[Case, Callable[[Problem], Draws]]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", DRAWN)
 def test_every_draw(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Σ_draws probability · (the sampled quantity) = the exact one; other probabilities give something else."""

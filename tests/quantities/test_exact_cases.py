@@ -233,6 +233,7 @@ MERGING: Mapping[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", MERGING)
 def test_hessian_where_paths_meet(name: str) -> None:
     """Residual columns of one value that come along two paths are one column; the GGN alone is not enough."""
@@ -246,6 +247,7 @@ def test_hessian_where_paths_meet(name: str) -> None:
     assert error(result["diag_ggn"][first], result["hessian_diag"][first]) > DIFFERENT
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", MERGING)
 def test_factors_where_paths_meet(name: str) -> None:
     """One sample, no positions: KFLR and KFRA are the block, with the blocks between values that KFRA keeps."""

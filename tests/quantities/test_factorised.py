@@ -27,7 +27,6 @@ from .. import oracle_second
 from ..cases import Case, Problem, normal, seq
 from ..models import Apply
 from ..second_order import DIFFERENT, TOLERANCE, dense, error, make, run
-from ..thinned import thinned
 
 SHARING = ("EXPAND", "REDUCE")
 KINDS: dict[str, tuple[str, dict[str, object]]] = {
@@ -210,6 +209,7 @@ def test_sharing_matters(layer: str, parameter: str) -> None:
     assert error(definition(problem, pieces), definition(problem, pieces, reduce=True)) > DIFFERENT
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("sharing", SHARING)
 @pytest.mark.parametrize("layer", FORMULAS)
 def test_declared_is_written(layer: str, sharing: str) -> None:
@@ -247,8 +247,9 @@ EXACT = [
 ]
 
 
+@pytest.mark.thinned(16)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name, batch, positions, exact", thinned(EXACT, 4))
+@pytest.mark.parametrize("name, batch, positions, exact", EXACT)
 def test_exact(name: str, batch: int, positions: int, exact: bool, kind: str) -> None:
     layer, parameter = name.split("-")
     problem, (quantity, options) = problem_of(layer, batch, positions), KINDS[kind]
@@ -278,6 +279,7 @@ def assert_block_exact(got: Tensor, want: Tensor, inside: Tensor, exact: bool) -
 # The sampled factors.
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("layer, parameter", [("cp_steps", "C"), ("bilinear", "form.weight"), ("cp", "A")])
 def test_sampled(layer: str, parameter: str) -> None:
     """KFAC has the input factors of KFLR; the other one is random, and right in the mean."""
@@ -301,6 +303,7 @@ def separable(kernel: int, padding: int, positions: int) -> Callable[[], nn.Modu
     )  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("sharing", SHARING)
 @pytest.mark.parametrize("kind", KINDS)
 def test_separable_definition(kind: str, sharing: str) -> None:
@@ -313,6 +316,7 @@ def test_separable_definition(kind: str, sharing: str) -> None:
         assert error(got[f"{layer}.bias"], oracle_second.bias_block(*arguments, **shape)) <= TOLERANCE
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("batch, padding, exact", [(1, 0, True), (3, 0, False), (1, 1, False)])
 def test_separable_exact(batch: int, padding: int, exact: bool) -> None:
     """One sample, a kernel as large as the image: the 1x1 kernel exactly, the grouped one within each channel."""

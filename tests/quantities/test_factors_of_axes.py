@@ -107,6 +107,7 @@ def test_a_table_of_one_matrix_normal_gradient_is_exact() -> None:
         assert error(got, want) <= TOLERANCE
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("sharing", ["EXPAND", "REDUCE"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_input_of_a_convolution_in_its_axes(groups: int, sharing: str) -> None:
@@ -159,6 +160,7 @@ SOME = (
 )  # fmt: skip
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("kind", ["KFLR", "KFRA"])
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in SOME], ids=str)
 def test_every_limit_keeps_the_trace(case: Case, kind: str) -> None:
@@ -180,6 +182,7 @@ READS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("read", READS)
 def test_positions_that_no_sample_chooses(read: str) -> None:
     """A is the mean over the positions, (1/T) Σ_t, and no 1/N: there is no sum over samples in it."""
@@ -204,6 +207,7 @@ AVERAGED = [
 ]
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("case", AVERAGED, ids=str)
 def test_a_batch_twice_has_the_factors_of_the_batch(case: Case) -> None:
     """Of a loss that averages: every mean over the samples is divided by as many as are summed."""
@@ -329,6 +333,7 @@ def test_no_factors_is_the_diagonal(name: str, kind: str) -> None:
         assert error(K.inverse(0.1) @ v, v / (want.reshape(K.shape) + 0.1)) <= TOLERANCE
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", UNLIKE_USES)
 def test_verified(name: str) -> None:
     """By the definitions of `tn.verify`, which are made of single lines, in a program with every kind of factors."""

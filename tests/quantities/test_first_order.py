@@ -11,7 +11,6 @@ import tnbackprop as tn
 
 from .. import oracle
 from ..cases import EVERY, Case
-from ..thinned import thinned
 
 QUANTITIES = (tn.Grad(), tn.BatchGrad(), tn.BatchL2(), tn.BatchDot(), tn.SecondMoment(), tn.Variance())
 TOLERANCE = 1e-10
@@ -26,7 +25,8 @@ def assert_equal(got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tenso
         assert error <= TOLERANCE, f"{what} of {name}: relative error {error:.3g}"
 
 
-@pytest.mark.parametrize("case", thinned(EVERY, 3), ids=str)
+@pytest.mark.thinned(15)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_all_together(case: Case) -> None:
     """One program with all quantities, which share what they can."""
     problem = case.build()

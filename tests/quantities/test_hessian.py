@@ -19,7 +19,6 @@ from .. import oracle_second
 from ..cases import CASES, Case, Problem, classes, normal, seq
 from ..models import Apply, Written
 from ..second_order import DIFFERENT, IMPRECISE, assert_equal, error, run
-from ..thinned import thinned
 
 BY_NAME = {case.name: case for case in CASES}
 PER_SAMPLE = (
@@ -31,13 +30,15 @@ def want(problem: Problem) -> oracle_second.Values:
     return oracle_second.hessian_diag(problem.model, problem.loss, problem.x, problem.y)
 
 
-@pytest.mark.parametrize("case", thinned((case for case in CASES if case.name not in IMPRECISE), 3), ids=str)
+@pytest.mark.thinned(15)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name not in IMPRECISE], ids=str)
 def test_diagonal(case: Case) -> None:
     """Second derivatives of activations, softmax, norms; products of values, branches, parameters used twice."""
     problem = case.build()
     assert_equal(run(problem, "HessianDiag"), want(problem), "hessian_diag")
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", PER_SAMPLE)
 def test_per_sample(name: str) -> None:
     """Each sample's share, also with first-order quantities and the GGN in the same program."""
@@ -52,6 +53,7 @@ def test_per_sample(name: str) -> None:
     assert_equal(result["diag_ggn"], ggn, "the GGN beside it")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 6, pytest.param(12, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["cnn", "attention", "reused_module", "cross_entropy_positions"])
 def test_columns_in_rounds(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +85,7 @@ def mlp(activation: Callable[[], nn.Module]) -> Case:
     return Case("mlp", model, (3,), classes(3), nn.CrossEntropyLoss, batch=4)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("activation, equal", [(nn.ReLU, True), (nn.LeakyReLU, True), (nn.Tanh, False)])
 def test_piecewise_linear_nets_have_only_the_ggn(activation: Callable[[], nn.Module], equal: bool) -> None:
     problem = mlp(activation).build()

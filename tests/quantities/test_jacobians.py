@@ -17,12 +17,12 @@ from tnbackprop.quantities.jacobian import CrossNTK
 from .. import oracle_second
 from ..cases import CASES, Case, Problem, classes, normal, seq
 from ..second_order import IMPRECISE, TOLERANCE, assert_equal, error, run
-from ..thinned import thinned
 
 BY_NAME = {case.name: case for case in CASES}
 
 
-@pytest.mark.parametrize("case", thinned((case for case in CASES if case.name not in IMPRECISE), 3), ids=str)
+@pytest.mark.thinned(15)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name not in IMPRECISE], ids=str)
 def test_definition(case: Case) -> None:
     """Without a loss."""
     problem = case.build()

@@ -77,6 +77,7 @@ def test_one_sample_is_the_ggn_of_both() -> None:
 OTHERS = (("KFAC", {"fisher": "EMPIRICAL"}), ("KFAC", {"mc_samples": 2}), ("KFRA", {}))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind, options", OTHERS)
 def test_other_factors(kind: str, options: dict[str, object]) -> None:
     """The same joint input factor with every B."""

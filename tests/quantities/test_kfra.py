@@ -16,7 +16,6 @@ from .. import oracle_second
 from ..cases import CASES, Case, Problem, classes, normal, seq
 from ..models import Apply
 from ..second_order import DIFFERENT, TOLERANCE, dense, error, run
-from ..thinned import thinned
 
 BY_NAME = {case.name: case for case in CASES}
 # Uses that swap the sides of the factors, or have other legs, have no common factors.
@@ -26,7 +25,8 @@ UNLIKE_USES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", thinned((case for case in CASES if case.name not in UNLIKE_USES), 3), ids=str)
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name not in UNLIKE_USES], ids=str)
 def test_one_sample_is_kflr(case: Case) -> None:
     """Through convolution, pooling, norms, attention, residual branches, parameters used twice."""
     problem = case.build()
@@ -62,6 +62,7 @@ def matrices(problem: Problem) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("loss, y", [(nn.CrossEntropyLoss, classes(3)), (nn.MSELoss, normal)])
 @pytest.mark.parametrize("sharing", ["EXPAND", "REDUCE"])
 def test_recursion(sharing: str, loss: Callable[[], nn.Module], y: Callable[[int, Tensor], Tensor]) -> None:

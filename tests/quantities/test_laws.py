@@ -46,6 +46,7 @@ def test_all_names_are_there() -> None:
     assert sorted(case.name for case in CHOSEN) == sorted(LAWS)
 
 
+@pytest.mark.thinned(5)
 def test_within_one_result(compiled: tuple[Problem, tn.Program, Results]) -> None:
     """Σ_n batch_grad = grad, the diagonal of batch_dot is batch_l2, variance + mean² = second moment."""
     problem, _, result = compiled
@@ -161,6 +162,7 @@ def by_name(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("case", [by_name("cnn"), by_name("mlp_sum"), by_name("loss_by_hand")], ids=str)
 def test_loss_times_a_constant(case: Case) -> None:
     """c·L: first powers times c, squares times c²."""
@@ -175,6 +177,7 @@ def test_loss_times_a_constant(case: Case) -> None:
             close(other[quantity][name], factor * value, f"{quantity} of {name}")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.1)], ids=str)
 @pytest.mark.parametrize("case", [by_name("cnn"), by_name("mlp_sum"), by_name("layer_norm")], ids=str)
 def test_low_precision(case: Case, dtype: torch.dtype, tolerance: float) -> None:

@@ -15,7 +15,6 @@ import tnbackprop as tn
 from .. import oracle
 from ..cases import CASES, Problem
 from ..second_order import assert_equal
-from ..thinned import thinned
 
 EXAMPLE = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "new_quantities.py"), run_name="example")
 BY_NAME = {case.name: case for case in CASES}
@@ -44,7 +43,8 @@ def pairs(G: Tensor) -> Tensor:
     return torch.stack([G[n] * G[m] for n in range(count) for m in range(count) if n != m]).mean(0)
 
 
-@pytest.mark.parametrize("name", thinned(LAYERS))
+@pytest.mark.thinned(8)
+@pytest.mark.parametrize("name", LAYERS)
 def test_definitions(name: str) -> None:
     problem = BY_NAME[name].build()
     quantities = [EXAMPLE[name]() for name in ("Signal", "TowardsOthers", "OthersL2", "FisherBlock")]
@@ -79,6 +79,7 @@ class Blocks(tn.Quantity):
 SHAPED = (*LAYERS, "conv3d", "linear_size_one", "flatten", "class_token")
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", SHAPED)
 def test_a_block_has_the_shape_of_its_parameter_twice(name: str) -> None:
     """Whatever legs the parameter is read with: groups, merged axes, axes of size 1, one element."""

@@ -15,7 +15,6 @@ import tnbackprop as tn
 from .. import oracle
 from ..cases import CASES, Problem
 from ..second_order import assert_equal
-from ..thinned import thinned
 
 BY_NAME = {case.name: case for case in CASES}
 LAYERS = (
@@ -51,7 +50,8 @@ def drawn(shapes: Any, size: int) -> Any:
     return torch.randn([size if s == tn.N else int(s) for s in shapes], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", thinned(LAYERS))
+@pytest.mark.thinned(8)
+@pytest.mark.parametrize("name", LAYERS)
 def test_directions_and_weights(name: str) -> None:
     problem = BY_NAME[name].build()
     quantities = [tn.DirectionalGrad(), tn.WeightedGrad(), tn.DirectionalCurvature(), tn.DirectionalRoot()]
@@ -69,8 +69,9 @@ def test_directions_and_weights(name: str) -> None:
     assert_equal(result["directional_curvature"], {n: a.square().sum(0) for n, a in along.items()}, "curvature")
 
 
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("root", [tn.Exact(), tn.Labels()], ids=["exact", "empirical"])
-@pytest.mark.parametrize("name", thinned(LAYERS))
+@pytest.mark.parametrize("name", LAYERS)
 def test_rotated_second_moment(name: str, root: tn.Propagation) -> None:
     """The diagonal of Qᵀ G Q, with any basis; with that of the factors next to G among what has it."""
     problem = BY_NAME[name].build()
@@ -89,7 +90,8 @@ def test_rotated_second_moment(name: str, root: tn.Propagation) -> None:
         assert torch.allclose(dense.diagonal().sum(), rows.square().sum())
 
 
-@pytest.mark.parametrize("name", thinned(LAYERS))
+@pytest.mark.thinned(8)
+@pytest.mark.parametrize("name", LAYERS)
 def test_axis_moments(name: str) -> None:
     problem = BY_NAME[name].build()
     result = run(problem, [tn.AxisMoments(), tn.AxisMoments("each", individual=True), tn.Grad()])
@@ -109,8 +111,9 @@ def whole(blocks: Tensor) -> Tensor:
     return torch.stack(each).reshape(*blocks.shape[:-3], *each[0].shape)
 
 
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("structure", tn.Structure)
-@pytest.mark.parametrize("name", thinned(LAYERS))
+@pytest.mark.parametrize("name", LAYERS)
 def test_projected_factors(name: str, structure: tn.Structure) -> None:
     problem = BY_NAME[name].build()
     program = tn.compile(
@@ -155,7 +158,8 @@ def test_blocks_of_projected_factors() -> None:
     assert "blocks of 32×32 in [i] 2048×2048" in program.explain()
 
 
-@pytest.mark.parametrize("name", thinned(LAYERS))
+@pytest.mark.thinned(8)
+@pytest.mark.parametrize("name", LAYERS)
 def test_sketch(name: str) -> None:
     """The Khatri-Rao projection of G, by the legs of the factors."""
     problem = BY_NAME[name].build()

@@ -106,6 +106,7 @@ def diagonal(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("options", [{"label_smoothing": 0.2}, {"ignore_index": 1}, {"reduction": "sum"}], ids=str)
 def test_options(options: dict[str, Any]) -> None:
     x, y = batch()

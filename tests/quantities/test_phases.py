@@ -15,7 +15,6 @@ from tnbackprop.diagram.core import COLUMN
 
 from ..cases import CASES
 from ..second_order import assert_equal
-from ..thinned import thinned
 from .test_operands import LAYERS, run, unscaled
 
 BY_NAME = {case.name: case for case in CASES}
@@ -30,7 +29,8 @@ def weighted(w: Tensor, G: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.einsum("n,n...->...", w, g) for name, g in G.items()}
 
 
-@pytest.mark.parametrize("name", thinned(LAYERS))
+@pytest.mark.thinned(8)
+@pytest.mark.parametrize("name", LAYERS)
 def test_clipped(name: str) -> None:
     problem = BY_NAME[name].build()
     G = unscaled(problem)
@@ -58,7 +58,8 @@ def test_clipped_at_a_quantile() -> None:
     assert_equal(result["clipped_grad"], weighted(weights, G), "at a quantile")
 
 
-@pytest.mark.parametrize("name", thinned(LAYERS))
+@pytest.mark.thinned(8)
+@pytest.mark.parametrize("name", LAYERS)
 def test_natural_gradient(name: str) -> None:
     problem = BY_NAME[name].build()
     G = unscaled(problem)
@@ -72,6 +73,7 @@ def test_natural_gradient(name: str) -> None:
 GROUPS = (None, str, {"weights": "*weight*", "rest": ["*"]})
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("groups", GROUPS, ids=["all", "each", "patterns"])
 def test_totals(groups: Any) -> None:
     problem = BY_NAME["cross_entropy_image"].build()
@@ -156,6 +158,7 @@ class Third(tn.Quantity):
         return ((J.T @ g) * g.operand("w")).sum("n")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("classes, limit", [(4, None), (40, None), (120, None), (40, 0.6)])
 def test_phases_of_loops(classes: int, limit: float | None) -> None:
     torch.manual_seed(0)
@@ -224,7 +227,8 @@ class Along(tn.Quantity):
         return (a * a).sum(COLUMN)
 
 
-@pytest.mark.parametrize("name", thinned(LAYERS))
+@pytest.mark.thinned(8)
+@pytest.mark.parametrize("name", LAYERS)
 def test_several_propagations(name: str) -> None:
     problem = BY_NAME[name].build()
     quantities = [Gamma(), Cross(), Along(), tn.SqrtGGN(), tn.SqrtGGNMC(mc_samples=2), tn.Grad()]

@@ -116,6 +116,7 @@ def assert_close(got: Any, want: Any) -> None:
         torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("name", LAYERS)
 def test_hutchinson(name: str, samples: int) -> None:

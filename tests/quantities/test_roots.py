@@ -12,13 +12,13 @@ from tnbackprop.proof.proof import prove
 
 from ..cases import CASES
 from ..second_order import assert_equal
-from ..thinned import thinned
 from .test_operands import LAYERS, run, unscaled
 
 BY_NAME = {case.name: case for case in CASES}
 
 
-@pytest.mark.parametrize("name", thinned(LAYERS))
+@pytest.mark.thinned(8)
+@pytest.mark.parametrize("name", LAYERS)
 def test_of_the_labels(name: str) -> None:
     """Columns ∇ℓ_n √scale: the empirical Fisher where the loss averages, their sum where it sums."""
     problem = BY_NAME[name].build()
@@ -40,7 +40,8 @@ def test_of_the_labels(name: str) -> None:
         torch.testing.assert_close(result["kflr"][n].to_dense(), K.to_dense())
 
 
-@pytest.mark.parametrize("name", thinned(LAYERS))
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("name", LAYERS)
 def test_of_drawn_columns(name: str) -> None:
     problem = BY_NAME[name].build()
     root = {"root": tn.Draws(2)}

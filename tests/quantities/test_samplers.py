@@ -68,6 +68,7 @@ def columns(net: nn.Module, x: Tensor, loss: Callable[..., Tensor], draw: Callab
     return {name: torch.einsum("vnf,nf...->vn...", s, own) for name, own in J.items()}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("draws", [1, 2, 70])
 @pytest.mark.parametrize("name", CASES)
 def test_columns_are_gradients_of_the_drawn_labels(name: str, draws: int) -> None:
@@ -106,6 +107,7 @@ def test_the_fisher_information_in_the_mean() -> None:
         tn.compute(net, nll, (x, y), [tn.DiagGGN()])
 
 
+@pytest.mark.slow
 def test_batches_of_other_sizes_and_dtypes() -> None:
     net, (x, y) = model(), batch(count=12)
     quantity = tn.DiagGGN(root=tn.Draws(2, sampler=gaussian))
@@ -177,6 +179,7 @@ def test_uniform_numbers_are_never_zero() -> None:
     assert all(value.isfinite().all() for value in values.values())
 
 
+@pytest.mark.slow
 def test_verify_compares_it_and_finds_another_distribution() -> None:
     net, (x, y) = model(), batch()
     root = tn.Draws(2, sampler=gaussian)
@@ -248,6 +251,7 @@ def test_labels_that_cannot_be_drawn() -> None:
         tn.compile(net, None, (x, None), [quantity])
 
 
+@pytest.mark.slow
 def test_a_generated_file_checks_itself(tmp_path: Path) -> None:
     two, one = (tn.Draws(k, sampler=gaussian) for k in (2, 1))
     quantities = [tn.Grad(), tn.DiagGGN(root=two), tn.KFLR(root=one)]

@@ -50,6 +50,7 @@ def wanted(kind: str, scale: tn.Scale, G: Tensor, s: float) -> Tensor:
     return DEFINITIONS[kind](G if unscaled else s * G)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("scale", tn.Scale)
@@ -91,6 +92,7 @@ MASKED = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("how", MASKED)
 def test_a_divisor_that_is_counted_in_the_batch(how: str) -> None:
     """A masked mean has all quantities that the sum of the masked losses has, times a constant."""

@@ -17,7 +17,6 @@ from .. import oracle, oracle_second
 from ..cases import CASES, Case, Problem, classes, normal, seq
 from ..models import Apply, Written
 from ..second_order import DIFFERENT, IMPRECISE, assert_equal, dense, error, make, products, run
-from ..thinned import thinned
 
 BY_NAME = {case.name: case for case in CASES}
 KINDS: Mapping[str, tuple[str, dict[str, object]]] = {
@@ -45,7 +44,8 @@ def check(key: str, got: Mapping[str, Tensor], problem: Problem) -> None:
     assert_equal(products(got), oracle_second.ggn_blocks(*arguments), key)
 
 
-@pytest.mark.parametrize("case", thinned((c for c in CASES if c.name not in IMPRECISE), 3, 1), ids=str)
+@pytest.mark.thinned(15)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name not in IMPRECISE], ids=str)
 def test_all_together(case: Case) -> None:
     """One program with all quantities, which share what they can."""
     problem = case.build()
@@ -64,6 +64,7 @@ def test_alone(name: str, key: str) -> None:
     check(key, run(problem, kind, **options), problem)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["cnn", "attention", "cross_entropy_positions", "mlp_sum"])
 def test_with_first_order(name: str) -> None:
     """Gradient and roots in one backward pass leave each other alone."""
@@ -76,6 +77,7 @@ def test_with_first_order(name: str) -> None:
         assert_equal(result[quantity.name], want, quantity.name)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("batch", [1, 6])
 @pytest.mark.parametrize("name", ["cnn", "linear_rank4", "cross_entropy_ignore", "bce_with_logits"])
 def test_another_batch_size(name: str, batch: int) -> None:
@@ -162,6 +164,7 @@ def test_one_value_many_ways(dtype: torch.dtype, bound: float) -> None:
         assert error(result["ggn_trace"][name], single.flatten(1).sum(1)) <= bound
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("activation, same", [(nn.ReLU, True), (nn.LeakyReLU, True), (nn.Tanh, False)])
 def test_diagonal_of_the_hessian(activation: Callable[[], nn.Module], same: bool) -> None:
     """A piecewise linear net's GGN has the Hessian's diagonal; a tanh net's has not."""
@@ -216,6 +219,7 @@ def test_one_seed_one_draw() -> None:
         assert error(V.square().sum(0), result["single"][name]) <= 1e-12
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", SAMPLED)
 def test_mean_is_the_ggn(name: str) -> None:
     """Many samples of the model's own distribution give the GGN of each loss, off the diagonal too."""
@@ -224,6 +228,7 @@ def test_mean_is_the_ggn(name: str) -> None:
     assert_equal(got, oracle_second.ggn_blocks(problem.model, problem.loss, problem.x, problem.y), name, bound=0.08)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["DiagGGNMC", "KFAC"])
 def test_rate(kind: str) -> None:
     """The error falls as 1/sqrt(M): by 4 for 16 times the samples, twice in a row, so there is no bias."""
@@ -259,6 +264,7 @@ def _mean_error(problem: Problem, kind: str, exact: Mapping[str, Tensor], sample
 # Edges: finite and right.
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e30])
 def test_saturated_logits(size: float) -> None:
     """p = 0 or 1 in float32: the GGN is zero up to rounding, never nan."""
@@ -280,6 +286,7 @@ def test_one_class(kind: str) -> None:
     assert all(value.abs().max() == 0 for value in run(problem, kind).values())
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", ["DiagGGN", "GGNTrace", "KFLR"])
 def test_perfect_fit(kind: str) -> None:
     """A batch without gradient has the GGN of any other targets; its empirical Fisher is zero."""
@@ -305,6 +312,7 @@ class Ratio(nn.Module):
         return (gap / (1 + gap)).mean()
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("loss", [Bumps, Ratio])
 @pytest.mark.parametrize("kind", ["DiagGGN", "DiagGGNMC", "KFLR", "SqrtGGN"])
 def test_indefinite_losses_are_refused_or_clipped(loss: Callable[[], nn.Module], kind: str) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import tnbackprop as tn
 
 from ..cases import CASES
-from ..thinned import thinned
 from .test_operands import LAYERS, run, unscaled
 
 BY_NAME = {case.name: case for case in CASES}
@@ -50,7 +49,8 @@ class Streamed(tn.Quantity):
         return tn.Stream((J.T @ g) / g.scale, self.function, self.rows)
 
 
-@pytest.mark.parametrize("name", thinned(LAYERS))
+@pytest.mark.thinned(8)
+@pytest.mark.parametrize("name", LAYERS)
 def test_streams(name: str) -> None:
     problem = BY_NAME[name].build()
     rows = Streamed("largest", largest, rows=True)
@@ -81,6 +81,7 @@ def test_never_all_at_once() -> None:
             assert (value - histogram(own[n])).abs().sum() <= 1e-3 * value.sum()  # on the border of a bin
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("size", [7, 11, 13])
 def test_an_axis_of_any_size_is_no_axis_of_samples(size: int) -> None:
     torch.manual_seed(0)
@@ -139,6 +140,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_stream(name: str) -> None:
     quantity, error, message = REFUSED[name]
@@ -172,6 +174,7 @@ class Plain(Streamed):
         return tn.Stream(J.T @ g, self.function, self.rows)
 
 
+@pytest.mark.slow
 def test_batches_join() -> None:
     """Sums over samples add up, rows are put one after the other; of what depends on N nobody knows."""
     torch.manual_seed(0)

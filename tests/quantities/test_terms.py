@@ -65,6 +65,7 @@ def spelt(layer: type[nn.Module]) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), layer()).double()
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("layer", SPELT)
 @pytest.mark.parametrize(
     "quantity", [tn.KFLR(), tn.KFAC(), tn.KFRA(), tn.KFLR(sharing=tn.Sharing.REDUCE), tn.KFLR(bias=tn.Bias.JOINED)]
@@ -78,6 +79,7 @@ def test_the_spelling_is_no_matter(layer: type[nn.Module], quantity: tn.Quantity
         assert error(two[name].to_dense(), K.to_dense()) <= TOLERANCE, name
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("layer", SPELT)
 def test_their_sum_is_right(layer: type[nn.Module]) -> None:
     model = spelt(layer)
@@ -120,6 +122,7 @@ FREE: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("forward", FREE.values(), ids=FREE)
 def test_what_has_no_data_is_the_block_itself(forward: Callable[..., Any]) -> None:
     """A value of parameters alone is the same for every sample: its block is exact, in one factor."""

@@ -165,6 +165,7 @@ TWINS = ("vit", "bert")
 """Layers that `gpt2` has, too."""
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "whole", [w if str(w) not in TWINS else pytest.param(w, marks=pytest.mark.slow) for w in WHOLE], ids=str
 )
@@ -203,6 +204,7 @@ def test_strict_refuses_a_whole_model(whole: Whole) -> None:
         tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.KFAC(strict=True)])
 
 
+@pytest.mark.slow
 def test_the_table_names_every_reason() -> None:
     """An axis that is too large, a one-hot input, a parameter without factors; positions that are summed."""
     model, x, y = WHOLE[0].build()

@@ -19,7 +19,6 @@ from ..cases import CASES, Case, seq
 from ..models import Apply, First, MultiHead
 from ..problems import function
 from ..second_order import TOLERANCE, error
-from ..thinned import thinned
 
 aten = torch.ops.aten
 
@@ -59,7 +58,8 @@ MADE_OF_OTHERS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", thinned(MADE_OF_OTHERS), ids=str)
+@pytest.mark.thinned(8)
+@pytest.mark.parametrize("case", MADE_OF_OTHERS, ids=str)
 def test_derivatives(case: Case) -> None:
     """Individual gradients, and the diagonal of the GGN of a squared error from the Jacobian."""
     problem = case.build()
@@ -101,6 +101,7 @@ def test_a_row_of_ones_own_comes_first() -> None:
     assert [call.target for call in program.compiled.graph.calls].count(target) == 1
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"num_layers": 2, "bidirectional": True}])
 def test_projected_states(options: dict[str, Any]) -> None:
     """proj_size: h_t = W_hr (o tanh c)."""

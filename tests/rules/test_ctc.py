@@ -31,6 +31,7 @@ def loss(f: Tensor, y: Tensor, **options: Any) -> Tensor:
 OPTIONS: list[dict[str, Any]] = [{}, {"reduction": "sum"}, {"zero_infinity": True}, {"blank": 3}]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_values(options: dict[str, Any]) -> None:
     labels = LABELS.clamp(max=2) if "blank" in options else LABELS
@@ -38,6 +39,7 @@ def test_values(options: dict[str, Any]) -> None:
     Tried("ctc", log_probs, X, PARTS, FIRST, partial(loss, **options), labels).check()
 
 
+@pytest.mark.slow
 def test_each() -> None:
     Tried("none", log_probs, X, PARTS, FIRST, lambda f, y: loss(f, y, reduction="none").mean(), LABELS).check()
 
@@ -49,6 +51,7 @@ def test_labels_that_cannot_be() -> None:
     Tried("impossible", log_probs, X, PARTS, FIRST, partial(loss, zero_infinity=True), labels).check()
 
 
+@pytest.mark.slow
 def test_second_derivatives() -> None:
     """By differences of torch's gradient."""
     tried = Tried("hessian", log_probs, X, PARTS, ("hessian_diag",), loss, LABELS)

@@ -53,6 +53,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return x, F.one_hot(x, VOCABULARY).double(), torch.randint(3, (4,))
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
 @pytest.mark.parametrize("sharing", ["EXPAND", "REDUCE"])
 @pytest.mark.parametrize("kind", KINDS)

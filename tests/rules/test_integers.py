@@ -62,6 +62,7 @@ def assert_as_doubles(model: nn.Module, loss: Any, x: Tensor, y: Tensor) -> None
             torch.testing.assert_close(got[quantity][name], value, rtol=1e-6, atol=1e-9, msg=f"{quantity} of {name}")
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", READ)
 def test_integers_in_a_model(name: str) -> None:
     model = Function(READ[name], PARTS).double()
@@ -73,6 +74,7 @@ def test_integers_in_a_model(name: str) -> None:
 LOSSES = {"mse": nn.MSELoss(), "l1": nn.SmoothL1Loss(), "huber": nn.HuberLoss(delta=50.0)}
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64, torch.bool])
 @pytest.mark.parametrize("name", LOSSES)
 def test_integers_as_targets(name: str, dtype: torch.dtype) -> None:

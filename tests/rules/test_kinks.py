@@ -77,6 +77,7 @@ def points(values: tuple[float, ...]) -> Tensor:
     return torch.tensor([*rows, [0.3, -0.7, 1.9]]).double()
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", TABLE)
 def test_the_slope_is_that_of_torch(name: str) -> None:
     """Of x + p at p = 0: gradients, individual gradients and Jacobians."""
@@ -121,6 +122,7 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", GATES)
 def test_an_infinite_slope_does_not_pass_a_shut_gate(name: str) -> None:
     """√ at 0 behind a function with slope 0 there: gradients and columns are chosen, not multiplied by 0."""
@@ -130,6 +132,7 @@ def test_an_infinite_slope_does_not_pass_a_shut_gate(name: str) -> None:
     Tried(name, lambda m, x: m.b(gate(m.a(x)).sqrt()), randn(5, 3), parts, bound=bound).check()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_slope_of_a_loss(name: str) -> None:
     loss, distance = LOSSES[name]

@@ -44,6 +44,7 @@ def compiled(
     return tn.compile(model, by_position, (x, y), [quantity], **options), x, y, model
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("quantity", [tn.Grad(), tn.BatchL2()], ids=lambda q: q.name)
 def test_there_are_two_values_as_large_as_the_logits(quantity: tn.Quantity, tied: bool) -> None:
@@ -71,6 +72,7 @@ OPTIONS = product(("mean", "sum", "none"), (-100, 1), (0.0, 0.1), (False, True))
 NAMES = ("reduction", "ignore_index", "label_smoothing", "weight")
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("options", [dict(zip(NAMES, each, strict=True)) for each in OPTIONS], ids=str)
 def test_individual_gradients_with_all_options(options: dict[str, Any]) -> None:
     """Σ_n of the individual gradients is the loss's own gradient, for class indices and for probabilities."""
@@ -145,6 +147,7 @@ def in_parts(f: Tensor, y: Tensor) -> Tensor:
     return F.nll_loss(F.log_softmax(f, 1), y, ignore_index=1)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("quantity", [tn.DiagGGN(), tn.KFLR(), tn.BatchGrad(), tn.HessianDiag()], ids=lambda q: q.name)
 @pytest.mark.parametrize("spatial", [False, True])
 def test_cross_entropy_in_its_parts(quantity: tn.Quantity, spatial: bool) -> None:
@@ -168,6 +171,7 @@ class Logarithms(nn.Linear):
         return F.log_softmax(super().forward(x), 1)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "model, loss",
     [

@@ -17,7 +17,6 @@ import tnbackprop as tn
 from .. import oracle, oracle_second
 from ..cases import Case, Problem, classes, normal, seq
 from ..second_order import DIFFERENT, TOLERANCE, assert_equal, error, products
-from ..thinned import thinned
 
 SOURCE = Path(__file__).parent.parent.parent / "examples" / "layers.py"
 EXAMPLE = runpy.run_path(str(SOURCE))
@@ -40,7 +39,8 @@ def problem_of(name: str, batch: int = 3, outputs: int = 3, classify: bool = Tru
     return Case(name, model, shape, normal, nn.MSELoss, batch).build()
 
 
-@pytest.mark.parametrize("name, classify", thinned(product(LAYERS, (True, False)), 3))
+@pytest.mark.thinned(9)
+@pytest.mark.parametrize("name, classify", list(product(LAYERS, (True, False))))
 def test_quantities(name: str, classify: bool) -> None:
     """One program with all of them, first and second order, at the compiled batch size and at another one."""
     problem = problem_of(name, classify=classify)
@@ -111,6 +111,7 @@ EXACT = {
 """Whether KFLR is the GGN block of a single sample."""
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", LAYERS)
 def test_kronecker_of_one_sample(name: str) -> None:
     problem = problem_of(name, batch=1)

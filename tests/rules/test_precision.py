@@ -157,6 +157,7 @@ def mean(output: Tensor, y: Tensor) -> Tensor:
     return output.sum(1).mean()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("text", ["log(softplus(h))", "sigmoid(h)", "logsigmoid(h)", "h * sigmoid(h)", "softplus(h)"])
 def test_a_layer_of_a_formula_in_float32(text: str) -> None:
     """Forward and derivatives of what is compiled, beside those in float64."""
@@ -181,6 +182,7 @@ def test_a_layer_of_a_formula_in_float32(text: str) -> None:
 # A power of tensors: the base may be negative or zero where the exponent is whole.
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("exponent", [2.0, 3.0, -1.0, -2.0, 1.0, 0.0])
 def test_powers_of_negative_numbers(exponent: float) -> None:
     model = nn.Sequential(nn.Linear(2, 3), Apply(lambda h: h ** torch.tensor([exponent, 2.0, 1.0]).to(h))).double()
@@ -232,6 +234,7 @@ NUMBERS: dict[str, Function] = {
 }
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers(name: str) -> None:
     model, loss = nn.Sequential(nn.Linear(3, 2), Apply(NUMBERS[name])).double(), nn.MSELoss()
@@ -241,6 +244,7 @@ def test_numbers(name: str) -> None:
     assert_equal(result["hessian_diag"], oracle_second.hessian_diag(model, loss, x, y), "hessian_diag")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -270,6 +274,7 @@ CAST_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", CAST_LOSSES)
 def test_a_loss_that_casts_its_sum(name: str) -> None:
     """A scalar of the loss goes by its formula: native code of a cast sees no samples there."""

@@ -15,7 +15,6 @@ from tnbackprop.table import written_out
 from .. import oracle, oracle_second
 from ..models import Apply, First
 from ..second_order import TOLERANCE, assert_equal, error
-from ..thinned import thinned
 
 N, T = 3, 4
 
@@ -109,6 +108,7 @@ TWINS = (
 """What others here differ from in their cell alone, or that stand in another test below."""
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", [n if n not in TWINS else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 def test_individual_gradients_and_curvature(name: str) -> None:
     model, loss, x, y = problem(name)
@@ -122,6 +122,7 @@ def test_individual_gradients_and_curvature(name: str) -> None:
     assert_equal(result["diag_ggn"], {name: want[name] for name in trained}, "diagonal of the GGN")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["LSTM", "GRU, time first, no bias", "tanh to tanh"])
 def test_second_derivatives_go_through_the_steps(name: str) -> None:
     """The Hessian has what a scan does not know."""
@@ -137,7 +138,8 @@ FACTORS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, kind", thinned(FACTORS))
+@pytest.mark.thinned(6)
+@pytest.mark.parametrize("name, kind", FACTORS)
 def test_factors_are_those_of_the_steps(name: str, kind: type[tn.KFLR]) -> None:
     """Positions of one use, or uses of one position each."""
     model, loss, x, y = problem(name)
@@ -186,6 +188,7 @@ def in_single(name: str) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     return model.float(), loss, x.float(), y.float()
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", [name for name in MODELS if "GRU" not in name and "anh" not in name])
 def test_the_gradient_alone_is_from_kernels_of_whole_layers(name: str) -> None:
     """For any batch, by the input, too; in float32, which is what they are for."""
@@ -202,6 +205,7 @@ def test_the_gradient_alone_is_from_kernels_of_whole_layers(name: str) -> None:
         torch.testing.assert_close(result["input_grad"]["x"], by_x, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("quantity", [tn.BatchL2(), tn.Variance(), tn.KFAC(), tn.ClippedGrad()], ids=lambda q: q.name)
 def test_what_is_finer_than_the_gradient_is_from_the_steps(quantity: tn.Quantity) -> None:
     """And the gradient beside it is that of the kernels."""
@@ -268,6 +272,7 @@ def test_the_report_names_the_kernel() -> None:
     assert f"gradient = {KERNEL}" in program.explain("derive"), program.explain("derive")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["LSTM, two layers, both ways", "LSTM, learned states", "LSTM, time first, no bias"])
 def test_the_source_runs_in_double_precision(name: str) -> None:
     """Autograd takes the place of the kernels there: the program is verified so."""

@@ -154,6 +154,7 @@ def chain(function: Callable[[Tensor], Tensor]) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 3), Apply(function))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("function", "shape"),
     [

@@ -39,6 +39,7 @@ def tried(function: Callable[[Any, Tensor], Tensor], name: str = "scatter") -> T
     return Tried(name, function, X, SCATTER)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", SCATTERED)
 def test_scatter(name: str) -> None:
     tried(SCATTERED[name], name).check()
@@ -76,6 +77,7 @@ def spread(h: Tensor, m: Any) -> Tensor:
     return (h.unflatten(0, (-1, 2)) + DRAWS * m.p[:, None]).flatten(0, 1).tanh()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", COPIED)
 def test_copies_of_a_batch(name: str) -> None:
     tried(COPIED[name], name).check()

@@ -61,6 +61,7 @@ class Applied(nn.Module):
         return self.function(x * self.w)
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", [*EQUAL, *MASKED])
 def test_as_autograd(name: str) -> None:
     model, x = Applied((EQUAL | MASKED)[name]), TIED if name in EQUAL else SIGNS
@@ -92,6 +93,7 @@ SIZES: dict[str, Callable[[int], float]] = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", SIZES)
 def test_a_loss_over_any_function_of_the_batch_size(name: str) -> None:
     torch.manual_seed(0)

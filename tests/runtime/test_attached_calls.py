@@ -108,6 +108,7 @@ CALLS: list[tuple[Any, list[Callable[[nn.Module], Tensor]]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("example,calls", CALLS, ids=["x", "(x,)", "(x, mask)", "names"])
 def test_arguments_by_place_and_by_name(example: Any, calls: list[Callable[[nn.Module], Tensor]]) -> None:
     model = Named()

@@ -68,6 +68,7 @@ def same(one: tn.Result, other: tn.Result) -> None:
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("quantity", ALL, ids=lambda q: q.name)
 def test_the_same_results(planned: list[int], quantity: tn.Quantity) -> None:
     """Also the same draws of one seed."""
@@ -80,6 +81,7 @@ def test_the_same_results(planned: list[int], quantity: tn.Quantity) -> None:
     assert fixed.source_for(64) == fixed.source == program.source
 
 
+@pytest.mark.slow
 def test_many_at_once(planned: list[int]) -> None:
     """Drawn ones too, whose columns go with the gradient for one size and not for another."""
     quantities = [tn.BatchL2(), tn.DiagGGNMC(mc_samples=40), tn.KFAC(), tn.SqrtGGN()]
@@ -158,6 +160,7 @@ def test_without(planned: list[int]) -> None:
     assert "no other plans: replan=False" in program.explain()
 
 
+@pytest.mark.slow
 def test_the_limit_holds_for_every_batch(planned: list[int]) -> None:
     torch.manual_seed(0)
     layers = (nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Flatten(), nn.Linear(36, 30))

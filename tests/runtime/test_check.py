@@ -96,6 +96,7 @@ def right(dtype: torch.dtype) -> tuple[api.Program, tuple[Tensor, Tensor]]:
     return tn.compile(mlp().to(dtype), CE, example, ALL, check=False), example
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", ["0.weight", "2.bias"])
 @pytest.mark.parametrize("quantity", ALL, ids=lambda quantity: quantity.name)
@@ -110,6 +111,7 @@ def test_a_wrong_number_is_found(quantity: tn.Quantity, name: str, dtype: torch.
 WIDE = [tn.DiagGGN(), tn.DiagGGN("each", per_sample=True), tn.SqrtGGN()]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("quantity", WIDE, ids=lambda quantity: quantity.name)
 def test_many_columns(quantity: tn.Quantity, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some entries, by products with the Jacobian."""
@@ -263,6 +265,7 @@ def test_what_autograd_rounds_to_zero_is_not_compared() -> None:
     assert second == "not compared: diag_ggn, which autograd has as zero everywhere"
 
 
+@pytest.mark.slow
 def test_derivatives_that_are_rounding() -> None:
     """The cosine of two numbers is 1 or -1: its derivatives are zero, and what is left of them is no difference."""
     torch.manual_seed(0)
@@ -274,6 +277,7 @@ def test_derivatives_that_are_rounding() -> None:
         assert program.checked.startswith("checked on 2 samples")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("seed", [0, 4, 12, 22])
 def test_rounding_of_small_denominators(seed: int) -> None:
     """The same of outputs near zero: what is left of the second derivative is larger than the spacing of numbers."""
@@ -284,6 +288,7 @@ def test_rounding_of_small_denominators(seed: int) -> None:
     assert checked(model, x, y, [tn.HessianDiag()], cosine).startswith("checked on 2 samples")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("quantity", [tn.Grad(), tn.HessianDiag(), tn.DiagGGN()], ids=lambda quantity: quantity.name)
 def test_a_tiny_wrong_number_is_found(quantity: tn.Quantity) -> None:
     """It is no rounding: autograd has it, too, of parameters that differ in their last digits."""
@@ -301,6 +306,7 @@ def cast(m: nn.Module, x: Tensor) -> Tensor:
     return m.a(x) @ (turned.float().double() - turned)
 
 
+@pytest.mark.slow
 def test_casts_that_cancel() -> None:
     """They are rounded in autograd, too, sample by sample or not: float64 without the casts says what is exact."""
     torch.manual_seed(0)

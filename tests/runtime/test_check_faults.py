@@ -177,6 +177,7 @@ FAULTS: Mapping[str, Fault] = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", FAULTS)
 def test_refused_without_its_remedy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = FAULTS[name]

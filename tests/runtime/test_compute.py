@@ -39,6 +39,7 @@ def test_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(compiled) == 3
 
 
+@pytest.mark.slow
 def test_forgotten_with_the_model() -> None:
     gc.collect()
     before = len(front._PROGRAMS)

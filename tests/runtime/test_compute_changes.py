@@ -23,8 +23,6 @@ from torch.nn.utils import parametrizations
 import tnbackprop as tn
 from tnbackprop import api as front
 
-from ..thinned import thinned
-
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(5, 3, generator=GENERATOR, dtype=torch.float64)
 Y = torch.randn(5, 2, generator=GENERATOR, dtype=torch.float64)
@@ -187,7 +185,8 @@ def assert_right(model: nn.Module, loss: Any) -> None:
         torch.testing.assert_close(got["batch_grad"][name].sum(0), want)
 
 
-@pytest.mark.parametrize("name", thinned(CHANGES))
+@pytest.mark.thinned(10)
+@pytest.mark.parametrize("name", CHANGES)
 def test_changed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right before and after, compiled again for the change, and not again for nothing."""
     build, build_loss, change = CHANGES[name]
@@ -270,6 +269,7 @@ def test_loggers_and_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(compiled) == 1
 
 
+@pytest.mark.slow
 def test_kept_programs_are_few() -> None:
     model = mlp().double()
     for k in range(front.KEPT + 3):
@@ -277,6 +277,7 @@ def test_kept_programs_are_few() -> None:
     assert len(front._PROGRAMS[model]) == front.KEPT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [mlp, lambda: tn.einsum_layer("output[n, o] = W[o, i] * input[n, i]", W=(2, 3))])
 def test_a_loss_does_not_keep_its_model(build: Callable[[], nn.Module]) -> None:
     """A loss that reads the model, a hook that closes over it, a layer with a rule as the model."""

@@ -32,6 +32,7 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_by_an_input(name: str) -> None:
     model = net()

@@ -44,6 +44,7 @@ CALLS: dict[str, tuple[Any, Any, str]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("what", CALLS)
 def test_calls(program: tn.Program, what: str) -> None:
     x, y, message = CALLS[what]
@@ -197,6 +198,7 @@ BAD = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("what", BAD)
 def test_compilation(what: str) -> None:
     bad = BAD[what]
@@ -277,6 +279,7 @@ RULES = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("quantity", [tn.Grad(), tn.DiagGGN(), tn.Jacobians()])
 @pytest.mark.parametrize(
     ("text", "name"), [("output[n, i] = input[n, i]", "scale"), ("output[n, i] = ONE * scale[i]", "input")]
@@ -292,6 +295,7 @@ def test_a_rule_that_leaves_out_an_operand(text: str, name: str, quantity: tn.Qu
         assert list(tn.compile(model, nn.MSELoss(), (X, Y), [quantity], rules=rules)(X, Y)[quantity.name])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("what", RULES)
 def test_rules_point_into_the_text(what: str) -> None:
     text, message = RULES[what]

@@ -80,6 +80,7 @@ OPTIONS: dict[str, tuple[Callable[[], object], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("what", OPTIONS)
 def test_options(what: str) -> None:
     attempt, message = OPTIONS[what]

@@ -14,7 +14,6 @@ import tnbackprop as tn
 
 from ..cases import CASES
 from ..second_order import assert_equal
-from ..thinned import thinned
 
 BY_NAME = {case.name: case for case in CASES}
 FIRST = (tn.Grad(), tn.BatchGrad(), tn.BatchL2(), tn.Variance(), tn.ClippedGrad())
@@ -29,7 +28,8 @@ def both(program: tn.Program, x: Any, y: Any, **options: Any) -> tuple[tn.Result
     return whole, program.backward(saved, y, **options), output
 
 
-@pytest.mark.parametrize("name", thinned(tuple(BY_NAME)))
+@pytest.mark.thinned(10)
+@pytest.mark.parametrize("name", tuple(BY_NAME))
 def test_halves_are_the_whole(name: str) -> None:
     problem = BY_NAME[name].build()
     program = tn.compile(problem.model, problem.loss, (problem.x, problem.y), list(FIRST), check=False)
@@ -40,7 +40,8 @@ def test_halves_are_the_whole(name: str) -> None:
         assert_equal(later[key], whole[key], key)
 
 
-@pytest.mark.parametrize("name", thinned(("mlp_sum", "conv2d_stride_padding", "cross_entropy_image", "layer_norm")))
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("name", ("mlp_sum", "conv2d_stride_padding", "cross_entropy_image", "layer_norm"))
 def test_halves_of_curvature(name: str) -> None:
     problem = BY_NAME[name].build()
     program = tn.compile(problem.model, problem.loss, (problem.x, problem.y), list(SECOND), check=False)
@@ -51,6 +52,7 @@ def test_halves_of_curvature(name: str) -> None:
         torch.testing.assert_close(later["kfac"][n].to_dense(), K.to_dense())
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("pooled", [False, True], ids=["linear", "pooled"])
 def test_halves_of_rounds_of_columns(pooled: bool) -> None:
     """A loop over columns reads what the second half has under another name."""
@@ -79,6 +81,7 @@ def convolutions() -> nn.Sequential:
 X, Y = torch.randn(6, 1, 16, 16, dtype=torch.float64), torch.randint(4, (6,))
 
 
+@pytest.mark.slow
 def test_other_batches_draws_and_operands() -> None:
     """Layers that draw do so in forward; seeds and operands are for backward, which may run twice."""
     model, loss = convolutions(), nn.CrossEntropyLoss()
@@ -124,6 +127,7 @@ CASES_OF_TUNING = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", CASES_OF_TUNING)
 def test_saved_bytes(name: str) -> None:
     """No more than autograd's; half where only gates and places are read."""

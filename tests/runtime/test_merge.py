@@ -118,6 +118,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("net", "loss"), EVERY)
 def test_every_quantity(net: str, loss: str) -> None:
     program, x, y, operands = case_of(net, loss)
@@ -153,6 +154,7 @@ QUANTITIES = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("kind", DIVIDED)
 def test_means_over_what_is_kept(kind: str) -> None:
     """Also of batches without a label: their loss is 0/0, and they add nothing."""
@@ -193,6 +195,7 @@ def centred(G: Any) -> Any:
     return (G * 3 - (G * 3).sum("n") / tn.N).part()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("by", [
     lambda G: (G * G * G).sum("n") * tn.N**2,
@@ -274,6 +277,7 @@ OTHER = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", OTHER)
 def test_what_depends_on_the_batch(kind: str) -> None:
     model, loss, why = OTHER[kind]

@@ -13,8 +13,6 @@ from torch.nn import functional as F
 
 import tnbackprop as tn
 
-from ..thinned import thinned
-
 QUANTITIES = [
     tn.DiagGGN(), tn.GGNTrace(), tn.DiagGGNMC(), tn.HessianDiag(), tn.HesScale(), tn.BL89(), tn.GGNGram(), tn.NTK(),
     tn.Jacobians(), tn.KFLR(), tn.KFRA(), tn.KFAC(),
@@ -47,7 +45,8 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name, loss", thinned(product(SHAPES, LOSSES), 3))
+@pytest.mark.thinned(9)
+@pytest.mark.parametrize("name, loss", list(product(SHAPES, LOSSES)))
 def test_one_tensor(name: str, loss: str) -> None:
     """The numbers of the model that returns the tensor itself; the result's output is what the model returns."""
     shape, take = SHAPES[name]
@@ -74,6 +73,7 @@ class Several(Shaped):
         return F.cross_entropy(o["logits"] + o["hidden"][0], y)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", ["HessianDiag", "DiagGGN", "KFLR", "KFRA", "BL89"])
 def test_several_tensors(kind: str) -> None:
     """Those of a model that returns them side by side."""

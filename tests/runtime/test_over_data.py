@@ -40,6 +40,7 @@ def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(X.split(sizes), Y.split(sizes), strict=True))
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("kind", MAKE)
@@ -93,6 +94,7 @@ JOINED: dict[str, tuple[nn.Module, Tensor, tuple[int, ...], Callable[[Any], Any]
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", ["ggn", "hessian", "empirical"])
 @pytest.mark.parametrize("case", JOINED)
 def test_batches_that_are_means_alone(case: str, kind: str) -> None:
@@ -229,6 +231,7 @@ def test_refused(what: str) -> None:
         attempt()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("at_once", [1, 3, 8, 100])
 def test_vectors_are_multiplied_a_few_at_a_time(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many it is, the product is the same; a small model has all of them at once."""

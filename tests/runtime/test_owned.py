@@ -102,6 +102,7 @@ def assert_owned(model: nn.Module, loss: Any, quantities: Any, y: Any = Y) -> No
         assert torch.equal(now, then)
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("quantities", [FIRST, GGN, LINEAR], ids=["first", "ggn", "linear"])
 def test_written_over(name: str, quantities: Any) -> None:

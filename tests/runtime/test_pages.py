@@ -62,6 +62,7 @@ def run(script: str) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
+@pytest.mark.slow
 def test_freed_pages_are_kept() -> None:
     """A large block is mapped on its own, and given back when freed, until glibc has learnt of larger ones."""
     if platform.libc_ver()[0] == "glibc":
@@ -202,6 +203,7 @@ def values(result: tn.Result) -> list[Tensor]:
     return [t for value in found for t in (getattr(value, "factors", None) or (value,))]
 
 
+@pytest.mark.thinned(5)
 @needs_advice
 @pytest.mark.parametrize("rows", [6, 10**6])
 @pytest.mark.parametrize(

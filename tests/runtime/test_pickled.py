@@ -40,6 +40,7 @@ def saved(value: Any) -> Any:
     return torch.load(file)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("read", [saved, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
 def test_results(read: Callable[[Any], Any]) -> None:
     quantities = [tn.Grad(), tn.KFLR(), tn.KFLR("joined", bias=tn.Bias.JOINED), tn.BatchL2()]
@@ -70,6 +71,7 @@ def test_factors_of_every_kind() -> None:
         torch.testing.assert_close(saved(factors.eigh()).logdet(0.1), factors.logdet(0.1))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", MAKE)
 def test_products(name: str) -> None:
     """The same matrix, masks and drawn columns included, also after the parameters changed in place."""

@@ -173,6 +173,7 @@ def test_blocks(name: str, kind: str) -> None:
     assert error(blocks, whole) > DIFFERENT
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("blocks", tn.Blocks)
 @pytest.mark.parametrize("kind", MAKE)
 def test_several_vectors(kind: str, blocks: tn.Blocks) -> None:
@@ -230,6 +231,7 @@ def at_once(problem: Problem) -> Tensor:
 BATCH_NORM = Case("batch_norm", lambda: seq(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), batch=5, train=True)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("case", [*RANDOM_CASES, BATCH_NORM], ids=str)
 def test_train_mode(case: Case) -> None:
     """As the model is: masks are drawn once, for Jv and Jᵀu alike; statistics are the batch's."""
@@ -241,6 +243,7 @@ def test_train_mode(case: Case) -> None:
     assert error(torch.stack([found(e) for e in torch.eye(found.shape[0]).double()]), want) <= TOLERANCE
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", MAKE)
 def test_the_model_is_left_alone(kind: str) -> None:
     """Nothing changes on the model, and its later changes do not reach the product."""
@@ -259,6 +262,7 @@ def test_the_model_is_left_alone(kind: str) -> None:
     assert error(product(kind, problem)(v)["0.weight"], first["0.weight"]) > DIFFERENT
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", ["ggn", "hessian"])
 @pytest.mark.parametrize("train", [False, True])
 def test_attention_of_torch(kind: str, train: bool) -> None:
@@ -271,6 +275,7 @@ def test_attention_of_torch(kind: str, train: bool) -> None:
         assert error(product(kind, problem).to_dense(), want) <= TOLERANCE
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("kind", ["ggn", "hessian"])
 def test_weight_norm(kind: str) -> None:
     """The second derivative of torch's fused kernel is wrong: its Hessian is not even symmetric."""
@@ -355,6 +360,7 @@ def test_the_result_is_the_callers() -> None:
         assert_equal(found(v), again, "again", 0.0)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("make", [tn.ggn_product, tn.hessian_product, tn.fisher_product])
 def test_no_vectors(make: Any) -> None:
     model, x, y = nn.Linear(5, 3), torch.randn(6, 5), torch.arange(6) % 3
@@ -364,6 +370,7 @@ def test_no_vectors(make: Any) -> None:
     assert {name: v.shape for name, v in product(empty).items()} == {name: v.shape for name, v in empty.items()}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", MAKE)
 def test_a_product_is_of_the_batch_that_it_was_made_with(kind: str) -> None:
     """Also once the next batch is read into the same memory."""
@@ -375,6 +382,7 @@ def test_a_product_is_of_the_batch_that_it_was_made_with(kind: str) -> None:
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", MAKE)
 def test_blocks_of_a_norm(kind: str) -> None:
     """Several vectors at once, where torch writes what is batched into what is not."""

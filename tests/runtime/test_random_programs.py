@@ -217,6 +217,7 @@ ONCE_WRONG: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("what", ONCE_WRONG)
 def test_models_that_were_wrong_once(what: str) -> None:
     torch.manual_seed(0)

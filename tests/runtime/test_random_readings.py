@@ -13,6 +13,7 @@ PROGRAMS = int(os.environ.get("TNBACKPROP_PROGRAMS", "6"))
 """How many: raise it to look for faults."""
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.slow), *range(1, PROGRAMS)])  # it takes 9 s
 def test_random_readings(seed: int) -> None:
     drawn = problem(seed)

@@ -34,6 +34,7 @@ def problem() -> tuple[Tied, nn.Module, torch.Tensor, torch.Tensor]:
     return Tied().double(), nn.CrossEntropyLoss(), torch.randint(7, (5, 3)), torch.randint(7, (5,))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "parameters, names",
     [

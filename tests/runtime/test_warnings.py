@@ -50,6 +50,7 @@ def quantities(model: nn.Module, x: Tensor) -> None:
     program(x, x)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("forward", [grid, written])
 @pytest.mark.parametrize("work", [quantities, products])
 def test_no_word_of_mapping(

@@ -15,7 +15,6 @@ import tnbackprop as tn
 from tnbackprop.definitions.report import message
 from tnbackprop.verification.draws import modules
 
-from ..thinned import thinned
 from ..verified import (
     AFFINE,
     DAMPED,
@@ -60,7 +59,8 @@ RIGHT: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", thinned(RIGHT))
+@pytest.mark.thinned(6)
+@pytest.mark.parametrize("name", RIGHT)
 def test_right_rules(name: str) -> None:
     rule, module = RIGHT[name]
     report = tn.verify(rule, module=module, quantities=FIRST)
@@ -107,6 +107,7 @@ def test_every_quantity_of_a_rule_and_of_its_input() -> None:
     assert re.search(r"hessian_diag +\d+ .* ok +'weight', 'bias', 'input'", text)
 
 
+@pytest.mark.slow
 def test_every_option_and_many_shapes_are_drawn() -> None:
     """Axes of size 1, N = 1, further axes, groups: all in the cases of the report."""
     rule = lambda layer: tn.Rule(  # noqa: E731
@@ -124,6 +125,7 @@ def test_every_option_and_many_shapes_are_drawn() -> None:
         assert any(f"input {shape}" in case for case in cases), (shape, cases)
 
 
+@pytest.mark.slow
 def test_a_class_with_a_registered_rule() -> None:
     with tn.registered({Affine: AFFINE}):
         assert tn.verify(Affine, quantities=FIRST).subject == "the rule of Affine"
@@ -133,6 +135,7 @@ def test_a_class_with_a_registered_rule() -> None:
         tn.verify(Affine, quantities=FIRST)
 
 
+@pytest.mark.slow
 def test_an_option_that_the_class_refuses_is_left_out() -> None:
     class Picky(Affine):
         def __init__(self, inputs: int, outputs: int, order: int = 1) -> None:
@@ -279,6 +282,7 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_rules(name: str) -> None:
     wrong = WRONG[name]
@@ -294,6 +298,7 @@ def test_wrong_rules(name: str) -> None:
     assert re.search(wrong.message, said), said
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["missing leg", "native VJP times two", "wrong padding", "wrong sign in a line"])
 def test_an_error_says_what_the_report_says(name: str) -> None:
     wrong = WRONG[name]

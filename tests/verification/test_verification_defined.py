@@ -105,6 +105,7 @@ PLANTED: dict[str, tuple[tn.Quantity, Callable[[Patch], None], str]] = {
 }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted(name: str, monkeypatch: Patch) -> None:
     quantity, plant, text = PLANTED[name]
@@ -113,6 +114,7 @@ def test_planted(name: str, monkeypatch: Patch) -> None:
         verify(quantity)
 
 
+@pytest.mark.slow
 def test_right() -> None:
     """All of them, with nothing planted; the report says what they were compared with."""
     diagonals = (tn.HesScale(), tn.BL89(), tn.HesScale("of_samples", per_sample=True))
@@ -136,6 +138,7 @@ SAMPLES = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", SAMPLES)
 def test_the_law_of_what_a_rule_draws(name: str) -> None:
     """The loss's gradient, Hessian and root are right; what it samples is not, but for one."""
@@ -150,6 +153,7 @@ def test_the_law_of_what_a_rule_draws(name: str) -> None:
             verify(*quantities, loss=Mahalanobis(), y=y)
 
 
+@pytest.mark.slow
 def test_a_loss_without_a_rule(monkeypatch: Patch) -> None:
     """Its columns are not unique: the mean over many seeds is compared, and says so."""
     quantities = (tn.SqrtGGNMC(mc_samples=2), tn.DiagGGNMC(mc_samples=2), tn.KFAC(mc_samples=2))

@@ -30,6 +30,7 @@ BY_NAME = {case.name: case for case in CASES}
 NETS = ("cnn", "attention", "layer_norm", "tied_transposed", "residual")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", NETS)
 def test_models(name: str) -> None:
     case = BY_NAME[name].build()
@@ -38,6 +39,7 @@ def test_models(name: str) -> None:
     assert {"formula", "Jacobian", "batch_l2", "diag_ggn", "ntk"} <= {row.what for row in report.rows}
 
 
+@pytest.mark.slow
 def test_a_program_in_its_own_dtype() -> None:
     """float32, drawn classes; the source that is compared is the one that runs; the model is as it was."""
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
@@ -76,6 +78,7 @@ def test_a_wrong_program_is_found() -> None:
         tn.verify(program)
 
 
+@pytest.mark.slow
 def test_merged_batches_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two parts of the batch give what the whole gives; a wrong power of N is found."""
     model, loss = nn.Linear(3, 2).double(), nn.CrossEntropyLoss(weight=torch.tensor([0.3, 0.7]).double())
@@ -97,6 +100,7 @@ def test_merged_batches_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         tn.verify(model, x, y, loss=loss, quantities=[tn.Grad()])
 
 
+@pytest.mark.slow
 def test_an_operation_without_a_rule_is_left_out() -> None:
     model = nn.Sequential(nn.Linear(3, 3), Apply(lambda t: torch.cumprod(t, 1)), nn.Linear(3, 2))
     report = tn.verify(model, (4, 3), quantities=(tn.Grad(),))
@@ -133,6 +137,7 @@ FIRST_ORDER = {"grad", "batch_grad", "batch_l2", "batch_dot", "second_moment", "
 LSTM = pytest.param(lambda: nn.LSTM(2, 3, batch_first=True), (4, 1, 2), marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make,x", [(Two, (4, 3)), LSTM])
 def test_several_outputs(make: Any, x: tuple[int, ...]) -> None:
     """The squares of all of them; what needs one output is left out. An LSTM's states have the batch on axis 1."""
@@ -176,6 +181,7 @@ class Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, q)[:, 0].sum(1)
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_attention() -> None:
     """torch's fused kernel has none: the oracle takes the one that has."""
     report = tn.verify(Attention(), (2, 3, 3), quantities=[tn.HessianDiag(), tn.HesScale()])
@@ -183,6 +189,7 @@ def test_second_derivatives_of_attention() -> None:
     assert {"hessian_diag", "hesscale"} <= {row.what for row in report.rows}
 
 
+@pytest.mark.slow
 def test_it_leaves_the_generator_alone() -> None:
     module = Affine(2, 2)
     torch.manual_seed(3)
@@ -203,6 +210,7 @@ def test_the_oracle_knows_nothing_of_the_package() -> None:
             assert str(node.module).split(".")[0] in ("torch", "__future__", "collections", "dataclasses", "typing")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["mlp_sum", "cross_entropy_weights_ignore", "tied_transposed"])
 def test_the_oracle_against_the_other_one(name: str) -> None:
     """That of the tests was written before, from the definitions."""
@@ -225,6 +233,7 @@ def test_the_oracle_against_the_other_one(name: str) -> None:
             torch.testing.assert_close(got[key], value, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("curved", [False, True])
 def test_operators_that_vmap_differentiates_wrongly(curved: bool) -> None:
     """`cdist` and `solve`: torch.func.jacrev over all rows at once gives other numbers, and none of ours are wrong."""
@@ -248,6 +257,7 @@ OF_ONE = sorted(name for name, (count, _) in FUNCTIONS.items() if count == 1)
 QUICK = ("erfc", "sigmoid")
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "function", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OF_ONE]
 )

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 import tnbackprop as tn
 
-from ...thinned import thinned
 from ...tried import FIRST, MSE, TWICE, Tried, randn
 
 X, LABELS = randn(4, 3), torch.arange(4)
@@ -58,8 +57,9 @@ def validated() -> Iterator[None]:
     D.Distribution.set_default_validate_args(before)
 
 
+@pytest.mark.thinned(8)
 @pytest.mark.usefixtures("validated")
-@pytest.mark.parametrize("tried", thinned(DISTRIBUTIONS), ids=str)
+@pytest.mark.parametrize("tried", DISTRIBUTIONS, ids=str)
 def test_distributions(tried: Tried) -> None:
     text = tried.check().explain("capture")
     assert "not checked" in text and "distribution.py" in text

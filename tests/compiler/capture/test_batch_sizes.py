@@ -37,6 +37,7 @@ BRANCHES: list[tuple[Callable[[int], bool], int, str, tuple[int, ...], tuple[int
 ]
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("condition,size,said,same,others", BRANCHES)
 def test_branches(
     condition: Callable[[int], bool], size: int, said: str, same: tuple[int, ...], others: tuple[int, ...]
@@ -90,6 +91,7 @@ PARTS: list[Callable[..., Any]] = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("forward", PARTS)
 def test_parts_of_the_batch(forward: Callable[..., Any]) -> None:
     """How many there are depends on the batch size: one sentence says so, and what to do."""
@@ -124,6 +126,7 @@ SPECIAL: list[tuple[Callable[..., Any], str]] = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("forward,said", SPECIAL)
 def test_one_size(forward: Callable[..., Any], said: str) -> None:
     """The line is the user's own, and nothing of torch's is told."""
@@ -176,6 +179,7 @@ NUMBERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("function", NUMBERS.values(), ids=NUMBERS)
 def test_numbers_made_of_sizes(function: Callable[[Any, Tensor], Tensor]) -> None:
     """`int` and `float` of a batch size are sizes while a model is exported, and Python's own again afterwards."""

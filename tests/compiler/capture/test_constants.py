@@ -15,7 +15,6 @@ import tnbackprop as tn
 from ...capturing import Function
 from ...oracle_second import diag_ggn
 from ...rehearsing import LOSS, batch, check, layers, refused
-from ...thinned import thinned
 
 
 def parts() -> dict[str, Any]:
@@ -81,16 +80,19 @@ FORWARDS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("forward", FORWARDS.values(), ids=FORWARDS)
 def test_right(forward: Callable[..., Any]) -> None:
     check(Function(forward, **parts()))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["ones of two", "repeat of two", "chunk"])
 def test_one_sample(name: str) -> None:
     check(Function(FORWARDS[name], **parts()), 1)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["ones of two", "repeat of two", "split and cat", "attention, empty"])
 def test_curvature(name: str) -> None:
     model, (x, y) = Function(FORWARDS[name], **parts()).double(), batch()
@@ -156,7 +158,8 @@ LOSSES: list[Callable[..., Tensor]] = [
 ]
 
 
-@pytest.mark.parametrize("loss", thinned(LOSSES))
+@pytest.mark.thinned(8)
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("written", [False, True])
 def test_losses(loss: Callable[..., Tensor], written: bool) -> None:
     """Where forward writes to a view the graph is traced a second time."""

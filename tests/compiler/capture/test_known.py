@@ -73,6 +73,7 @@ def data(size: int) -> tuple[Tensor, Tensor]:
     return tuple(torch.randn(size, n, generator=generator, dtype=torch.float64) for n in (4, 2))  # type: ignore[return-value]
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("function,k", CASES.values(), ids=CASES)
 def test_values(function: Callable[[Tensor, Tensor], Any], k: Tensor) -> None:
     """Individual gradients for several batch sizes, against autograd of each sample."""
@@ -91,6 +92,7 @@ def test_values(function: Callable[[Tensor, Tensor], Any], k: Tensor) -> None:
 NAMED = ("mask", "written", "item", "branch", "list", "numpy", "each time another")
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", NAMED)
 def test_other_values_are_refused(name: str) -> None:
     """At the call, and not by `compute`, which compiles again; `explain` names the buffer."""
@@ -135,6 +137,7 @@ REFUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("function", REFUSED.values(), ids=REFUSED)
 def test_what_is_not_the_same_in_every_call_is_refused(function: Callable[[Tensor, Tensor], Any]) -> None:
     with pytest.raises(tn.UnsupportedError):

@@ -66,11 +66,13 @@ def written(code: str) -> Function:
     return Function(forward, **layers())
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name,code", [*ASSIGNED, *CHANGED], ids=[name for name, _ in [*ASSIGNED, *CHANGED]])
 def test_right(name: str, code: str) -> None:
     check(written(code))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("code", ["h[h > 0] = 0", "h[h > 0] *= 2", "h[h > 0] = h[h > 0].log()"])
 def test_curvature(code: str) -> None:
     model, (x, y) = written(code).double(), batch()
@@ -142,6 +144,7 @@ TARGETS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] =
 }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", TARGETS)
 def test_losses_of_outputs_and_targets(name: str) -> None:
     """The gradient of two batches, and the diagonal of the GGN by the loss's own Hessian."""

@@ -44,6 +44,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_taken_apart_while_exported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any) -> Any:

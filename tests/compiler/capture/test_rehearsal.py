@@ -246,6 +246,7 @@ def without_gradient(m: Any, x: Tensor) -> Tensor:
     return m.b(m.a(x) * scale + m.a(x).detach())
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "forward",
     [
@@ -275,6 +276,7 @@ class Cut(torch.autograd.Function):
         return output
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "forward,message",
     [

@@ -131,6 +131,7 @@ def written(blocks: Any, x: Tensor) -> Tensor:
     return x
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     "make,count",
     [
@@ -193,6 +194,7 @@ def no_grad(blocks: Any, x: Tensor) -> Tensor:
     return blocks[1](x) + kept
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     "make",
     [

@@ -51,6 +51,7 @@ def clamp(m: Any, x: Tensor) -> None:
     m.a.weight.data.clamp_(-0.1, 0.1)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     "name,write",
     [
@@ -73,6 +74,7 @@ def test_writes(name: str, write: Callable[..., Any]) -> None:
     assert all(after[key] is tensor and torch.equal(tensor, values[key]) for key, tensor in before.items())
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "layer",
     [
@@ -115,6 +117,7 @@ def branch(condition: Callable[[int], bool]) -> nn.Module:
     return Function(lambda m, x: m.a(x) * 3 if condition(x.shape[0]) else m.b(m.a(x)), **layers())
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("condition", [lambda n: n == 1, lambda n: n > 1, lambda n: 3 * n < 4])
 def test_a_branch_on_one_sample(condition: Callable[[int], bool]) -> None:
     """Compiled with one it is refused; compiled with more, one is refused when it comes, and the others are right."""
@@ -148,6 +151,7 @@ def test_a_branch_that_changes_only_the_gradient() -> None:
         compiled(Function(forward, **layers()), 3)(*batch(1))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_sizes_in_numbers_and_squeezed_axes(size: int) -> None:
     check(Function(lambda m, x: m.b(m.a(x)[:, None].squeeze(1)) * torch.ones(x.shape[0], 1).double(), **layers()), size)

@@ -78,11 +78,13 @@ FORWARDS: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("forward", FORWARDS.values(), ids=FORWARDS)
 def test_right(forward: Callable[..., Any]) -> None:
     check(Function(forward, **layers(conv=nn.Conv1d(1, 2, 2), norm=nn.LayerNorm(3))))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["grad of samples", "vmap", "ensemble", "vjp"])
 def test_curvature(name: str) -> None:
     model, (x, y) = Function(FORWARDS[name], **layers()).double(), batch()
@@ -110,6 +112,7 @@ def dual(m: Any, x: Tensor) -> Any:
         return forward_ad.unpack_dual(field(m, forward_ad.make_dual(x, torch.ones_like(x)))).tangent
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "forward",
     [

@@ -32,6 +32,7 @@ OTHERWISE: dict[str, Loss] = {
 }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", [*MOVED, *OTHERWISE])
 def test_curvature(name: str) -> None:
     """Both against J^T H J and the Hessian by torch.func, in float64; the root by rule wherever there is one."""

@@ -203,6 +203,7 @@ def compared(problem: Problem) -> str:
     return program.source
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("mix", (*WHOLE, *NOTHING), ids=lambda mix: mix.__name__)
 def test_one_kernel(mix: Mix) -> None:
     source = compared(problem_of(mix))
@@ -210,6 +211,7 @@ def test_one_kernel(mix: Mix) -> None:
     assert "softmax" not in source
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("mix", PARTS, ids=lambda mix: mix.__name__)
 def test_in_its_parts(mix: Mix) -> None:
     source = compared(problem_of(mix))
@@ -289,6 +291,7 @@ def test_rows_of_which_nothing_is_left() -> None:
     assert gradient.isnan().all() and result["grad"]["out.weight"].isnan().all()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("causal", [False, True])
 def test_encoders_under_a_mask(causal: bool) -> None:
     """Of padding, as `nn.TransformerEncoder` adds it up with a causal one."""

@@ -104,6 +104,7 @@ def only_condensed(derived: Derived) -> Derived:
 QUICK = ("overlapping", "grouped", "a set of points")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("rows", [4, pytest.param(10**4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_the_same_values(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:

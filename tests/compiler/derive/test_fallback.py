@@ -151,6 +151,7 @@ LOOPED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", LOOPED)
 def test_a_loop_where_vmap_is_wrong(name: str) -> None:
     """One sample, and several; the gradient, columns of a root, and each output; the report says so."""

@@ -95,6 +95,7 @@ def test_other_operands(norm: Callable[[], nn.Module]) -> None:
     assert_gradients(model_of(norm()), [tn.Grad()])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("quantity", [tn.DiagGGN(), tn.HessianDiag(), tn.ClippedGrad(), tn.WeightedGrad()], ids=str)
 def test_next_to_other_sweeps(quantity: tn.Quantity) -> None:
     """Columns, second derivatives, phases and weights have formulas of their own."""

@@ -20,7 +20,6 @@ from ... import oracle_second
 from ...cases import seq
 from ...programs import code_of
 from ...second_order import assert_equal
-from ...thinned import thinned
 
 Model = Callable[[], nn.Module]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -160,8 +159,9 @@ def all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=4096))
 
 
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("size", [1, 4])
-@pytest.mark.parametrize("name", thinned(CASES))
+@pytest.mark.parametrize("name", CASES)
 def test_where_columns_meet(name: str, size: int) -> None:
     """They meet where every path goes through, and nowhere else; the Hessian is what it was."""
     model, x, y = problem(name, size)
@@ -173,6 +173,7 @@ def test_where_columns_meet(name: str, size: int) -> None:
     assert_equal(result["each"], oracle_second.hessian_diag_per_sample(model, loss, x, y), name)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("loss", [weighted, indefinite, elementwise, twice], ids=lambda loss: loss.__name__)
 @pytest.mark.parametrize("rows", [1, 12, 64])
 def test_weights_and_rounds(loss: Loss, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:

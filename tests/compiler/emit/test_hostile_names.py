@@ -24,7 +24,6 @@ from tnbackprop.compiler.invariants.stage import Stage
 from tnbackprop.quantities import Quantity
 
 from ...hostile import CANARY, NAMES, PLACES, Model, Scaled, class_named, fits
-from ...thinned import thinned
 
 KINDS: tuple[Any, ...] = (tn.BatchGrad, tn.BatchL2, tn.Variance, tn.DiagGGN, tn.SqrtGGNMC, tn.KFAC)
 TRIALS = range(int(os.environ.get("TNBACKPROP_NAMES", "4")))
@@ -94,7 +93,8 @@ def assert_lines(text: str) -> None:
     assert not [line for line in text.split("\n") if not line.isprintable()]
 
 
-@pytest.mark.parametrize("trial", thinned(TRIALS))
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("trial", TRIALS)
 def test_results_and_texts(plain: Problem, trial: int) -> None:
     hostile = Problem(arranged(trial))
     assert all(map(torch.equal, plain.numbers(), hostile.numbers()))
@@ -163,8 +163,9 @@ WORDS = ("like", "each", "g_out", "values", "state", "print", "class", "one_by_o
 """What a file of a layer has for itself, and what no argument can be called."""
 
 
+@pytest.mark.thinned(20)
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("name", thinned(WORDS, 5))
+@pytest.mark.parametrize("name", WORDS)
 def test_files_of_layers_with_parts(name: str, last: bool) -> None:
     module, x = Inside(name, last).double(), torch.rand(4, 3, dtype=torch.float64)
     own = Scaled(name, "shift") if last else Scaled("scale", name)
@@ -177,8 +178,9 @@ WORDS_OF_MODELS = ("like", "loss_of", "output", "N", "values", "results", "tenso
                    "noise_0", "print", "class", "root_0", "p_first_weight", "t0")  # fmt: skip
 
 
+@pytest.mark.thinned(16)
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("name", thinned(WORDS_OF_MODELS, 4))
+@pytest.mark.parametrize("name", WORDS_OF_MODELS)
 def test_files_of_models_with_parts(name: str, last: bool) -> None:
     """The file of a whole model, with the roots of its loss's Hessian, agrees with autograd."""
     x, y = torch.rand(4, 3, dtype=torch.float64), torch.randint(2, (4,))
@@ -208,6 +210,7 @@ class Keyed(nn.Module):
         return batch[self.called] * parameter
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["class", "\r", '"""', f'")\n{CANARY}\n#', f"']\n{CANARY}\n#", f'"), {CANARY}, ("'])
 def test_code_that_torch_writes(name: str) -> None:
     """Where operators are made of others, torch.export writes the names into code and runs it."""

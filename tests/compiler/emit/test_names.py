@@ -18,7 +18,6 @@ from tnbackprop.compiler.program.expr import Call, Value
 from tnbackprop.compiler.program.functions import Function
 
 from ...programs import writer
-from ...thinned import thinned
 
 
 class Named(nn.Module):
@@ -35,10 +34,11 @@ class Named(nn.Module):
         return result
 
 
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize(
     "name",
-    thinned(["memory", "progress", "like", "tensors", "results", "added", "slice_0", "column_0", "root_0", "total_0_0",
-             "weight_0", "slot_0_0", "noise_1", "draw_1", "both_1", "t5", "t28", "u3"]),
+    ["memory", "progress", "like", "tensors", "results", "added", "slice_0", "column_0", "root_0", "total_0_0",
+             "weight_0", "slot_0_0", "noise_1", "draw_1", "both_1", "t5", "t28", "u3"],
 )  # fmt: skip
 def test_any_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers as under another name, with loops, drawn columns and large values."""

@@ -34,6 +34,7 @@ def line_of(line: Line, to: dict[Value, Value]) -> tuple[str, tuple[Value, ...]]
     return text, tuple(to.get(value, value) for value in line.frees)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("net", NETS, ids=lambda net: net.__name__)
 def test_the_same_lines(net: Callable[[int], nn.Module]) -> None:
     """Calls, with their lines put back, are the lines of the program, in order."""
@@ -60,6 +61,7 @@ def test_the_same_lines(net: Callable[[int], nn.Module]) -> None:
     assert at == len(lines)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("net", NETS, ids=lambda net: net.__name__)
 def test_the_same_numbers(net: Callable[[int], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -78,6 +80,7 @@ def test_the_same_numbers(net: Callable[[int], nn.Module], monkeypatch: pytest.M
             assert torch.equal(one[quantity][name], value), (quantity, name)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("net", [residual, normed], ids=lambda net: net.__name__)
 def test_the_source_grows_with_the_layers_that_differ(net: Callable[[int], nn.Module]) -> None:
     """For each layer more there are its parameters, its results, and calls."""

@@ -25,7 +25,6 @@ from ... import oracle_second
 from ...cases import seq
 from ...programs import broken, called, run, shapes_of, store_of
 from ...second_order import assert_equal
-from ...thinned import thinned
 
 FLOPS = dict.fromkeys(cost.Kernel, 1e3) | {cost.Kernel.RECEPTIVE: 1e18}
 EAGER = replace(CPU, launch=0.0, bandwidth=1e18, flops=FLOPS)
@@ -259,7 +258,8 @@ def models() -> dict[str, tuple[nn.Module, tuple[int, ...], int]]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", thinned(models(), 3))
+@pytest.mark.thinned(6)
+@pytest.mark.parametrize("name", list(models()))
 def test_in_a_program(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Hessian's diagonal and the GGN's are what they are, for other batches, too."""
     monkeypatch.setitem(cost.RATES, "cpu", EAGER)

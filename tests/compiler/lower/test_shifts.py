@@ -23,7 +23,6 @@ from tnbackprop.diagram.core import BATCH, Diagram, Leg, Product, Tensor, Window
 from tnbackprop.diagram.reference import evaluate
 
 from ...programs import broken, called, run, shapes_of, store_of
-from ...thinned import thinned
 from .test_lowerings import Slide, tensors
 
 Legs = tuple[Leg, ...]
@@ -103,14 +102,16 @@ SLIDES = {
 OFFERED = {"two_strided_over_the_kernel": 1, "two_one_of_kernel_one": 1, "two_steps_with_a_divisor": 1, "three": 3}
 
 
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("slides", thinned(SLIDES, 4))
+@pytest.mark.parametrize("slides", SLIDES)
 def test_several_axes(slides: str, groups: int, batch: int) -> None:
     """One plan for every axis that can be shifted."""
     assert check(gram(SLIDES[slides], groups), batch) == OFFERED.get(slides, 2)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("wider", [0, 1])
 @pytest.mark.parametrize("slides", ["two", "two_unequal", "two_asymmetric"])
 def test_two_tensors(slides: str, wider: int) -> None:
@@ -218,6 +219,7 @@ NETS = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("net", NETS)
 def test_factors_of_convolutions(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """KFAC's factors with and without shifts; planned for 3 samples, run with 3 and 1."""

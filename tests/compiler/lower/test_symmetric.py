@@ -33,6 +33,7 @@ def program(symmetric: int, patch: pytest.MonkeyPatch, *quantities: tn.Quantity)
     return tn.compile(model.double(), LOSS, (x, torch.arange(4) % 3), list(quantities))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "quantities",
     [(tn.KFLR(),), (tn.KFAC(mc_samples=2),), (tn.KFRA(), tn.Grad()), (tn.NTK(), tn.BatchDot(), tn.DiagGGN())],

@@ -19,6 +19,7 @@ SOME = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("case", SOME, ids=str)
 def test_the_same_numbers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = case.build()

@@ -19,7 +19,6 @@ from tnbackprop.compiler.sweep.derived import Backward, Extraction, PerSample
 
 from ...cases import CASES
 from ...second_order import assert_equal
-from ...thinned import thinned
 
 FIRST = (tn.Grad(), tn.BatchGrad(), tn.BatchL2(), tn.Variance())
 SECOND: Mapping[str, tuple[tn.Quantity, ...]] = {
@@ -60,8 +59,9 @@ NAMES = (
 BY_NAME = {case.name: case for case in CASES}
 
 
+@pytest.mark.thinned(24)
 @pytest.mark.parametrize("second", SECOND)
-@pytest.mark.parametrize("name", thinned(NAMES, 6))
+@pytest.mark.parametrize("name", NAMES)
 def test_the_same_numbers(name: str, second: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = BY_NAME[name].build()
     batch, quantities = (problem.x, problem.y), [*FIRST, *SECOND[second]]

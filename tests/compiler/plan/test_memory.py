@@ -30,6 +30,7 @@ def problem() -> tuple[nn.Module, nn.Module, torch.Tensor, torch.Tensor]:
     return model, nn.CrossEntropyLoss(), torch.randn(16, 3, 8, 8).double(), torch.randint(5, (16,))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("share", [0.7, 0.5, 0.4])
 def test_same_values_within_the_limit(share: float) -> None:
     model, loss, x, y = problem()
@@ -136,6 +137,7 @@ CLOSE = 0.1
 """How far the peak that is planned may be from that of the tensors; what kernels need for themselves is in neither."""
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("quantity", ALL, ids=lambda q: q.name)
 @pytest.mark.parametrize(
     "model", [mlp, cnn, pytest.param(encoder, marks=pytest.mark.slow)], ids=lambda each: each.__name__
@@ -152,6 +154,7 @@ def test_the_peak_is_that_of_the_tensors(model: Callable[..., Any], quantity: tn
     assert abs(program.peak_bytes / held.peak - 1) < CLOSE, (program.peak_bytes, held.peak)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("quantity", [tn.DiagGGN(), tn.GGNTrace(), tn.HessianDiag()], ids=lambda q: q.name)
 def test_no_root_of_the_whole(quantity: tn.Quantity) -> None:
     """V [V, N, *p] is never formed for a diagonal or a trace, by squares or by loops over columns; SqrtGGN forms it."""

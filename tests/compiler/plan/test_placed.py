@@ -57,6 +57,7 @@ PATTERNS = (strided,)
 """A stride is no block: it keeps its pattern."""
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("split", SPLITS, ids=lambda split: split.__name__)
 def test_values(split: Callable[[Tensor], Tensor]) -> None:
     problem = Case(split.__name__, lambda: seq(nn.Linear(5, 12), Apply(split)), (5,)).build()

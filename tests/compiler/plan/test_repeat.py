@@ -63,6 +63,7 @@ def anew(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "again", lambda *_: None)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("net", [mlp, tied, residual, normed, other_epsilons], ids=lambda net: net.__name__)
 def test_the_same_program(net: Callable[[int], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -82,6 +83,7 @@ TWO_SWEEPS = (tn.BatchGrad(), tn.DiagGGNMC(), tn.KFAC())
 """The second finds in place what the first one had built again: the norms' centred inputs."""
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("net", "quantities"),
     [(mlp, QUANTITIES), (residual, QUANTITIES), (normed, QUANTITIES), (normed, TWO_SWEEPS)],

@@ -59,6 +59,7 @@ def check(program: tn.Program, model: nn.Module, loss: nn.Module, x: Values, y: 
     assert_equal(result["diag_ggn"], oracle_second.diag_ggn(model, loss, x, y), name)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", CASES)
 def test_exact(name: str) -> None:
     """Every sweep of many columns goes so; for any batch, also one of a single sample."""
@@ -72,6 +73,7 @@ def test_exact(name: str) -> None:
         check(program, model, loss, *problem(name, size)[1:], name)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("loss", [weighted, indefinite, F.cross_entropy], ids=["weighted", "indefinite", "plain"])
 def test_weights(loss: Callable[[Values, Values], Values]) -> None:
     """Columns of either sign, and what the loss averages over: the batch is that of the call, not one sample."""

@@ -43,6 +43,7 @@ def _is_tile(plan: Any) -> bool:
     return getattr(finish, "__qualname__", "").startswith("columns_first")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("tile", [1.0, 150.0], ids=["each sample", "several samples"])
 @pytest.mark.parametrize("name", SMALL)
 def test_the_same_values(name: str, tile: float, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,6 @@ from tnbackprop.diagram.core import N
 
 from ...cases import CASES, Case
 from ...programs import elementwise
-from ...thinned import thinned
 
 GUARDED = [case for case in CASES if not case.train][::3]
 QUANTITIES = (tn.Grad(), tn.BatchL2(), tn.Variance(), tn.DiagGGN(), tn.KFLR(), tn.SqrtGGN())
@@ -66,7 +65,8 @@ TOGETHER, IN_ROUNDS = 10**6, 1
 TRIED = [(case, TOGETHER) for case in GUARDED[::2]] + [(case, IN_ROUNDS) for case in GUARDED[1::2]]
 
 
-@pytest.mark.parametrize(("case", "rows"), thinned(TRIED, 5), ids=str)
+@pytest.mark.thinned(25)
+@pytest.mark.parametrize(("case", "rows"), TRIED, ids=str)
 def test_every_pass_keeps_the_values(case: Case, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cost.RATES, "cpu", replace(cost.CPU, rows=rows))
     monkeypatch.setattr(search, "WIDER", ())

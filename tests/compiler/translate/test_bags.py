@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 import tnbackprop as tn
 
-from ...thinned import thinned
 from ...tried import FIRST, MSE, TWICE, Tried, expected, randn
 
 BAGS = torch.tensor([[0, 3, 4], [1, 1, 5], [2, 0, 0], [5, 4, 3]])
@@ -40,9 +39,10 @@ def offsets(i: Tensor) -> Tensor:
 FORMS = {"matrix": lambda m, i: m.e(i) ** 2, "flat": lambda m, i: m.e(i.flatten(), offsets(i)) ** 2}
 
 
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize(
     "kind, form",
-    thinned(product(KINDS, FORMS), 3),
+    list(product(KINDS, FORMS)),
     ids=lambda value: value if isinstance(value, str) else "_".join(map(str, value.values())),
 )
 def test_bags(form: str, kind: dict[str, Any]) -> None:

@@ -59,6 +59,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(case: Tried) -> None:
     """Of parameters in float64, to the precision that there is on the way; nothing falls back on torch.func."""
@@ -144,6 +145,7 @@ OF_BOTH = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("quantity", OF_BOTH, ids=repr)
 def test_results_are_in_the_dtype_of_their_parameter(quantity: tn.Quantity) -> None:
     """Also where a loop adds them up, and as near as bfloat16 is."""

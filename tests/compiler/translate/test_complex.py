@@ -98,6 +98,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("tried", CASES, ids=str)
 def test_values(tried: Tried) -> None:
     tried.check()

@@ -142,6 +142,7 @@ SEVERAL = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("tried", SEVERAL, ids=str)
 def test_several_operands(tried: Tried) -> None:
     tried.check()

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 import tnbackprop as tn
 
-from ...thinned import thinned
 from ...tried import FIRST, GGN, TWICE, Tried, randn
 
 IMAGE, X = randn(4, 2, 2, 2), randn(4, 3)
@@ -58,7 +57,8 @@ GRAPHS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("tried", thinned(GRAPHS, 3), ids=str)
+@pytest.mark.thinned(9)
+@pytest.mark.parametrize("tried", GRAPHS, ids=str)
 def test_in_a_graph_that_writes(tried: Tried) -> None:
     assert "by torch.func" not in tried.check().explain("bind")
 
@@ -77,6 +77,7 @@ NATIVE = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("tried", NATIVE, ids=str)
 def test_native_operators(tried: Tried) -> None:
     assert "by torch.func" not in tried.check().explain("bind")
@@ -96,6 +97,7 @@ OF_A_WEIGHT = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("tried", OF_A_WEIGHT, ids=str)
 def test_of_a_weight(tried: Tried) -> None:
     tried.check()

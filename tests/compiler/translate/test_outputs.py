@@ -48,6 +48,7 @@ INDEXED = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("tried", INDEXED, ids=str)
 def test_indices(tried: Tried) -> None:
     tried.check()
@@ -97,6 +98,7 @@ MADE = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("tried", MADE, ids=str)
 def test_outputs_of_operators_that_are_others(tried: Tried) -> None:
     tried.check()
