@@ -217,6 +217,10 @@ REFUSED = {
     "no leg": (lambda J, g: g.operand("w", (3,)), "3 is no leg"),
     "columns": (lambda J, g: g.operand("w", (tn.Leg("ν", 3),)), "the leg of columns 'ν'"),
     "other size": (lambda J, g: J.operand("w", (tn.Leg(J.legs[0].name, 99),)), "has size 99, and there is one of size"),
+    "a leg of the parameter": (
+        lambda J, g: g.operand("w", (tn.Leg(J.legs[0].name, 3),)),
+        r"operand 'w' has a leg '\w+' of its own, and a parameter has one of that name \(\[.*call it otherwise",
+    ),
     "no size": (lambda J, g: g.operand("w", (tn.Leg("a", 0),)), "has size 0; give a number > 0"),
     "no key": (lambda J, g: g.operand(""), "a text that is not empty"),
     "twice": (lambda J, g: g.operand("w", ("n", "n")), "two of its legs are called 'n'"),

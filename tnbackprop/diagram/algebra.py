@@ -74,7 +74,7 @@ class Uses:
         """A tensor of this parameter that is handed in when the program is called, ``operands={key: {name: tensor}}``.
 
         legs  of its axes: `J.legs` (the default: it has the shape of the parameter), ``"n"``, ``tn.Leg(name, size)``,
-              or a tuple of legs that are one axis together
+              or a tuple of legs that are one axis together. One that equals a leg of `J.legs` is that leg
         Raises `InputError` for a leg that nobody knows.
         """
         return self.readings.read(key, self.legs if legs is None else tuple(legs), self.name, self.legs)
@@ -129,7 +129,7 @@ class Cotangents:
         """A tensor that is handed in when the program is called, one for all parameters: ``operands={key: tensor}``.
 
         legs  of its axes: ``"n"`` for one number of each sample (the default), ``tn.Leg(name, size)``
-        Raises `InputError` for a leg that nobody knows.
+        Raises `InputError` for a leg that nobody knows, and for one that is called as a leg of the parameter.
         """
         return self.readings.read(key, tuple(legs))
 

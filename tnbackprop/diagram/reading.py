@@ -72,10 +72,11 @@ class Readings:
 
     found: dict[str, Reading] = field(default_factory=dict)
     of: str = ""
+    beside: Legs = ()
 
-    def within(self, quantity: str) -> Readings:
-        """The same, for what a quantity reads that has some of it made between its phases."""
-        return Readings(self.found, quantity)
+    def within(self, quantity: str, beside: Legs) -> Readings:
+        """The same for a parameter with these legs, and what a quantity reads that has some made between its phases."""
+        return Readings(self.found, quantity, beside)
 
     def read(self, key: str, axes: Axes, parameter: str = "", own: Legs = ()) -> Diagram:
         """The diagram of an operand. Raises `InputError` for legs that nobody knows, and for a key that means two."""
@@ -83,6 +84,7 @@ class Readings:
             raise InputError(f"the key of an operand is {key!r}: a text that is not empty")
         joined = tuple(isinstance(axis, tuple) for axis in axes)
         reading = Reading(key, tuple(_axis(key, axis, own) for axis in axes), parameter, self.of, own, joined)
+        self._check_own(reading)
         names = [leg.name for leg in reading.legs]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -97,6 +99,17 @@ class Readings:
             name = f"operand:{':'.join(filter(None, (self.of, key, parameter)))}{f':{number}' * bool(number)}"
             self.found[name] = reading
         return Diagram(reading.legs, (Product(sympy.Integer(1), (Tensor(name, reading.legs),)),))
+
+
+    def _check_own(self, reading: Reading) -> None:
+        """What is one tensor for all parameters has no leg that is called as one of theirs: they would be one leg."""
+        same = {leg.name for leg in reading.legs} & {leg.name for leg in self.beside}
+        if same and not reading.parameter:
+            legs = ", ".join(map(str, self.beside))
+            raise InputError(
+                f"{reading} has a leg {min(same)!r} of its own, and a parameter has one of that name ([{legs}]): call it "
+                "otherwise. What has legs of the parameter is J.operand(…)"
+            )
 
 
 def _check_alike(one: Reading, other: Reading) -> None:

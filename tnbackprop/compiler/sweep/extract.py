@@ -45,7 +45,7 @@ def _condensed(sweep: Sweep, found: Extraction, uses: Uses, g: Cotangents) -> di
 
 def _asked(sweep: Sweep, name: str, quantity: Quantity, uses: Uses, g: Cotangents) -> object:
     """What a quantity says of a parameter; what it reads besides is noted."""
-    readings = sweep.readings.within(quantity.name if quantity.needs else "")
+    readings = sweep.readings.within(quantity.name if quantity.needs else "", uses.legs)
     each = (g if p == quantity.host else _of_other(sweep, name, quantity, p, uses) for p in quantity.propagations)
     extract: Callable[..., object] = quantity.extract
     return extract(replace(uses, readings=readings), *(replace(one, readings=readings) for one in each))
