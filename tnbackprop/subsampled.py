@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from .compiler.capture.export import plain
 from .compiler.invariants.stage import Stage
 from .compiler.program.inputs import specs_of
-from .compiler.translate.graph import Call, Graph
+from .compiler.running.drawing_calls import draws
+from .compiler.translate.graph import Graph
 from .diagram.core import N
 from .errors import InputError, UnsupportedError
 from .quantities import Quantity
@@ -60,17 +61,13 @@ def divisible(program: Program, loss: object) -> Graph:
             "samples= with a cotangent that is handed in: it is that of the whole batch's loss, and some samples have "
             "another.\n  Compile with the loss, or hand in rows of x and their own cotangent."
         )
-    drawing = next((call for call in captured.calls if torch.Tag.nondeterministic_seeded in _tags(call)), None)
+    drawing = next((call for call in captured.calls if draws(call.target, call.arguments)), None)
     if drawing is not None:
         raise UnsupportedError(
             f"samples= with a model that draws random numbers ({drawing.where}): some samples would have others.\n"
             "  Call model.eval(), or compile a program of its own for these samples."
         )
     return captured
-
-
-def _tags(call: Call) -> Collection[object]:
-    return getattr(call.target, "tags", ())
 
 
 class SavedBoth(Saved):

@@ -10,6 +10,8 @@ import pytest
 
 import tnbackprop as tn
 from tnbackprop.commands.cli import main
+from tnbackprop.commands.loading import _known
+from tnbackprop.generation.quantities import KEYS
 
 QUICK = ("--steps", "3", "--rounds", "1")
 
@@ -67,3 +69,11 @@ def test_a_missing_extra_is_named() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "tnbackprop[examples]" in done.stderr
+
+
+def test_a_key_is_the_quantity_that_the_package_names() -> None:
+    """Not one of its subclasses inside, which has the same key."""
+    known = {quantity.name: quantity for quantity in _known(tn.Quantity, None)}  # type: ignore[type-abstract]
+    assert {"grad", "diag_ggn", "kflr", "sqrt_ggn", "clipped_grad"} <= known.keys()
+    assert all(getattr(tn, type(each).__name__, None) is type(each) for each in known.values())
+    assert all(type(known[key]) is cls for key, cls in KEYS.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -123,3 +124,38 @@ def test_parameters_and_outputs_without_axes(of_layer: bool) -> None:
     example = X if of_layer else (X, torch.randn(4))
     made = tn.generate(model, quantities, example=example, loss=None if of_layer else nn.MSELoss())
     agrees(made, *(f"{key} of 1.gain" for key in quantities.split(",")[:-2]))
+
+
+class Attention(nn.Module):
+    """With a chance of dropping that is handed to the operator."""
+
+    def __init__(self, chance: float) -> None:
+        super().__init__()
+        self.chance, self.net = chance, nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = self.net(x).unsqueeze(1)
+        return nn.functional.scaled_dot_product_attention(f, f, f, dropout_p=self.chance * self.training).squeeze(1)
+
+
+EACH = tn.BatchGrad(scale=tn.Scale.UNSCALED)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.25), nn.Linear(4, 3)).eval(),
+        nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.0), nn.Linear(4, 3)),
+        nn.Sequential(nn.Linear(3, 4), nn.RReLU(), nn.AlphaDropout(0.25), nn.Linear(4, 3)).eval(),
+        Attention(0.25).eval(),
+        Attention(0.0),
+    ],
+    ids=["eval", "chance 0", "others", "attention", "attention of chance 0"],
+)
+def test_what_drops_nothing_is_not_random(model: nn.Module) -> None:
+    loss = nn.CrossEntropyLoss()
+    agrees(tn.generate(model, "grad,batch_l2", "model", example=(X, Y), loss=loss), "grad", "batch_l2")
+    some = tn.compile(model, loss, (X, Y), [replace(EACH, samples=(1, 2))], check=False)(X, Y)["batch_grad"]
+    whole = tn.compute(model, loss, (X, Y), [EACH])["batch_grad"]
+    for name, value in some.items():
+        torch.testing.assert_close(value, whole[name][1:3])

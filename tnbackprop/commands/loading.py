@@ -268,10 +268,11 @@ def quantities_of(names: list[str] | None, default: tuple[str, ...], loaded: Loa
 
 
 def _known(base: type[Quantity], loaded: Loaded | None) -> Iterator[Quantity]:
-    """An instance of each class of quantity that needs no options, of the package and of the file."""
-    own = {"tnbackprop", loaded.file.__name__ if loaded else ""}
+    """An instance of each class of quantity that needs no options: what the package names, and what the file has."""
+    file = loaded.file.__name__ if loaded else ""
     for cls in base.__subclasses__():
-        if cls.__module__.split(".")[0] in own and not required(cls) and not inspect.isabstract(cls):
+        own = cls.__module__.split(".")[0] == file or vars(sys.modules["tnbackprop"]).get(cls.__name__) is cls
+        if own and not required(cls) and not inspect.isabstract(cls):
             yield cls()  # type: ignore[call-arg]
         yield from _known(cls, loaded)
 

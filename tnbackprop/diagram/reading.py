@@ -72,11 +72,11 @@ class Readings:
 
     found: dict[str, Reading] = field(default_factory=dict)
     of: str = ""
-    beside: Legs = ()
+    taken: Legs = ()
 
-    def within(self, quantity: str, beside: Legs) -> Readings:
+    def within(self, quantity: str, taken: Legs) -> Readings:
         """The same for a parameter with these legs, and what a quantity reads that has some made between its phases."""
-        return Readings(self.found, quantity, beside)
+        return Readings(self.found, quantity, taken)
 
     def read(self, key: str, axes: Axes, parameter: str = "", own: Legs = ()) -> Diagram:
         """The diagram of an operand. Raises `InputError` for legs that nobody knows, and for a key that means two."""
@@ -103,12 +103,12 @@ class Readings:
 
     def _check_own(self, reading: Reading) -> None:
         """What is one tensor for all parameters has no leg that is called as one of theirs: they would be one leg."""
-        same = {leg.name for leg in reading.legs} & {leg.name for leg in self.beside}
+        same = {leg.name for leg in reading.legs} & {leg.name for leg in self.taken}
         if same and not reading.parameter:
-            legs = ", ".join(map(str, self.beside))
+            legs = ", ".join(map(str, self.taken))
             raise InputError(
-                f"{reading} has a leg {min(same)!r} of its own, and a parameter has one of that name ([{legs}]): call it "
-                "otherwise. What has legs of the parameter is J.operand(…)"
+                f"{reading} has a leg {min(same)!r} of its own, and a parameter has one of that name ([{legs}]): call "
+                "it otherwise. What has legs of the parameter is J.operand(…)"
             )
 
 

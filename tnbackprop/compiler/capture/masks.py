@@ -11,6 +11,7 @@ import torch
 
 from ...diagram.core import Size
 from ...errors import UnsupportedError
+from ..running.drawing_calls import draws
 from ..translate.graph import Call, Value
 from ..translate.torch_internals import OpOverload, name_of
 
@@ -296,10 +297,7 @@ def _equal(a: Value, b: Value, calls: Mapping[str, Call]) -> bool:
     one, two = calls.get(a.name), calls.get(b.name)
     if one is None or two is None or one.target != two.target or one.module is not two.module:
         return False
-    if (
-        torch.Tag.nondeterministic_seeded in getattr(one.target, "tags", ())
-        or one.arguments.keys() != two.arguments.keys()
-    ):
+    if draws(one.target, one.arguments) or one.arguments.keys() != two.arguments.keys():
         return False
     return all(_alike(one.arguments[key], two.arguments[key], calls) for key in one.arguments)
 

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ...diagram.core import N
 from ...errors import UnsupportedError
+from ..running.drawing_calls import draws
 from ..running.printing import SILENT
 from ..running.torch_quiet import UNWARNED
 from ..translate.axes import batch_axis
@@ -132,7 +133,7 @@ def _sized(argument: Any, samples: int) -> Any:
 def refuse_mixing(call: Call, tensors: Mapping[str, Tensor], refused: Callable[[str], UnsupportedError]) -> None:
     """Replace the first sample by the second one, which is as good: the others must stay as they are."""
     own = batched(call)
-    if torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ()):
+    if draws(call.target, call.arguments):
         raise refused("it draws random numbers. In eval mode it may draw none: model.eval()")
     if own and sampled(call.output):
         changed = dict(tensors)

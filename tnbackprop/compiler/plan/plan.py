@@ -23,6 +23,7 @@ from ..program.expr import Expr, Rounds, Value
 from ..program.lines import alive
 from ..program.memory import peak_of
 from ..program.store import LIKE, Store, Supplier
+from ..running.drawing_calls import draws
 from ..sweep.derived import Columns, Derived, Extraction, Result
 from ..translate.graph import Call, Graph, op_text
 from ..translate.operators import Memory, row_of
@@ -292,7 +293,7 @@ def _forward(store: Store, graph: Graph, bound: Mapping[str, BoundRule]) -> None
             if equation.name in native:
                 continue
             store.suppliers[equation.name] = Supplier(equation.diagram, _supply)
-        random = torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ())
+        random = draws(call.target, call.arguments)
         own: bool | None = None
         if rule is not None and rule.forward:
             expr = fill(store, rule.forward, {})

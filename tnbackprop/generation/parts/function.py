@@ -20,6 +20,7 @@ from ...compiler.plan.plan import Plan
 from ...compiler.program.expr import Body, Expr, Value, helpers, reads, sizes_in
 from ...compiler.program.lines import lines_of
 from ...compiler.program.passes import passed
+from ...compiler.running.drawing_calls import draws
 from ...compiler.sweep.derived import Backward, Derived, Extraction, Given, Native
 from ...compiler.translate.graph import Graph
 from ...diagram.core import Diagram, N, Size, Tensor, V, hint_of, leaves
@@ -185,7 +186,7 @@ def refuse_unchecked(graph: Graph) -> None:
             "are the same.\n  Give them to the module as numbers, or read the buffer with torch's functions alone."
         )
     for each in graph.calls:
-        if torch.Tag.nondeterministic_seeded in getattr(each.target, "tags", ()):
+        if draws(each.target, each.arguments):
             raise UnsupportedError(f"{each.where} is random, and a file could not be checked: call model.eval() first.")
 
 
