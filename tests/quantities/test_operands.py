@@ -212,6 +212,60 @@ class Reading(tn.Quantity):
         return ((J.T @ g) * self.read(J, g)).sum("n")
 
 
+@dataclass(frozen=True)
+class Along(tn.Quantity):
+    """Individual gradients times an operand with a leg of its own, in some order."""
+
+    name: str = "along"
+    order: tuple[str, ...] = ()
+    kept: bool = False
+
+    def extract(self, J: tn.Uses, g: tn.Cotangents) -> tn.Diagram:
+        found = (J.T @ g) / g.scale * g.operand("w", ("n", tn.Leg("direction", 2)))
+        return (found if self.kept else found.sum("n")).ordered(*self.order)
+
+
+@pytest.mark.parametrize("order, kept, letters", [
+    ((), False, "...j"), (("direction",), False, "j..."), (("n", "direction"), True, "nj..."), ((), True, "n...j"),
+])  # fmt: skip
+@pytest.mark.parametrize("model", [nn.Linear(1, 3), nn.Linear(3, 1), nn.Linear(1, 1)], ids=str)
+def test_the_axes_of_a_parameter_are_all_there(
+    model: nn.Module, order: tuple[str, ...], kept: bool, letters: str
+) -> None:
+    """Also those of size 1, where the operand has a leg of its own."""
+    torch.manual_seed(0)
+    model, x, w = model.double(), torch.randn(4, model.in_features).double(), torch.randn(4, 2).double()
+    each = tn.BatchGrad(scale=tn.Scale.UNSCALED)
+    found = tn.compute(model, nn.MSELoss(), (x, torch.zeros(4, model.out_features).double()), [Along(order=order,
+        kept=kept), each], operands={"w": w})  # fmt: skip
+    for name, gradient in found["batch_grad"].items():
+        torch.testing.assert_close(found["along"][name], torch.einsum(f"n...,nj->{letters}", gradient, w))
+
+
+UNLIKE: dict[str, tuple[Callable[[Any, Any], object], str]] = {
+    "a leg in front": (
+        lambda J, g: ((J.T @ g) * g.operand("w", ("n", tn.Leg("q", 2)))).ordered("q", "n"),
+        r"\[q, n, o, i\], and those of samples and columns come first: .ordered\('n'\)",
+    ),
+    "a leg twice": (lambda J, g: (J.T @ g).relabel(n=J.legs[0].name), r"the legs of its result, \[o, o, i\], are not different"),
+    "a complex factor": (lambda J, g: (J.T @ g) * 1j, r"a diagram times 1j: a factor is a real number"),
+    "no factor": (lambda J, g: (J.T @ g) / True, "a diagram times True: a factor is a real number"),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_what_is_no_result(name: str) -> None:
+    @dataclass(frozen=True)
+    class Own(tn.Quantity):
+        name: str = "own"
+
+        def extract(self, J: tn.Uses, g: tn.Cotangents) -> Any:
+            return UNLIKE[name][0](J, g)
+
+    with pytest.raises(tn.InputError, match=f"(?s){UNLIKE[name][1]}"):
+        run(BY_NAME["linear"].build(), [Own()])
+
+
 REFUSED = {
     "unknown leg": (lambda J, g: g.operand("w", ("q",)), r"an unknown leg 'q': there are n.*tn.Leg\('q'"),
     "no leg": (lambda J, g: g.operand("w", (3,)), "3 is no leg"),

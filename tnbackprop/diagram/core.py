@@ -218,7 +218,7 @@ class Diagram:
     def __mul__(self, other: Diagram | Scalar) -> Diagram:
         """Elementwise on legs of equal name, outer on the others; the factors stay recognisable as halves."""
         if not isinstance(other, Diagram):
-            return self._scaled(sympy.sympify(other))
+            return self._scaled(other)
         operands = (*self.part().products[0].operands, *other.part().products[0].operands)
         return Diagram(ordered_union(self.legs, other.legs), (Product(sympy.Integer(1), operands),))
 
@@ -232,12 +232,12 @@ class Diagram:
         return found
 
     def __rmul__(self, other: Scalar) -> Diagram:
-        return self._scaled(sympy.sympify(other))
+        return self._scaled(other)
 
     def __truediv__(self, other: Scalar) -> Diagram:
         if isinstance(other, Diagram):
             return NotImplemented
-        return self._scaled(1 / sympy.sympify(other))
+        return self._scaled(other, -1)
 
     def __add__(self, other: Diagram) -> Diagram:
         """Sum by leg name; the one with fewer legs is constant along the others."""
@@ -298,7 +298,11 @@ class Diagram:
                 return leg
         raise KeyError(f"no leg {name!r} among [{_names(self.legs)}]")
 
-    def _scaled(self, factor: sympy.Expr) -> Diagram:
+    def _scaled(self, number: Scalar, power: int = 1) -> Diagram:
+        factor = sympy.sympify(number)
+        if not isinstance(factor, sympy.Expr) or factor.has(sympy.I):
+            raise InputError(f"a diagram times {number!r}: a factor is a real number, of sizes too (tn.N)")
+        factor = factor**power
         if factor.has(sympy.nan, sympy.zoo, sympy.oo):
             raise ValueError("the scale of a diagram is not finite")
         return Diagram(self.legs, tuple(Product(p.scale * factor, p.operands) for p in self.products))

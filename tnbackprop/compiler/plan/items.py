@@ -175,8 +175,7 @@ def _extract(
     for quantity, ref in refs.items():
         store.note = f"{quantity} of {dotted}"
         whole = quantity.factor is None
-        whole = whole and not item.own & set(ref.order)
-        sizes = _result_shape(ref.order, shape) if whole else sizes_of(ref.order)
+        sizes = _result_shape(ref.order, shape, item.own) if whole else sizes_of(ref.order)
         dtype = graph.values[item.parameter].dtype if store.several else None
         if own.diagrams[quantity] is not item.diagrams[quantity]:
             dtype = store.accumulate if ref.value.dtype is None else None  # it is made of indices alone
@@ -202,8 +201,17 @@ def _streams(store: Store, graph: Graph, item: Extraction) -> tuple[dict[Result,
     return values, None
 
 
-def _result_shape(order: tuple[Leg, ...], shape: tuple[Size, ...]) -> tuple[Size, ...]:
-    """The legs that are copies of the batch (and columns) first, then the parameter's own shape, as often as it is."""
+def _result_shape(order: tuple[Leg, ...], shape: tuple[Size, ...], own: frozenset[Leg]) -> tuple[Size, ...]:
+    """The legs that are copies of the batch (and columns) first, then the parameter's own shape, as often as it is.
+
+    With legs of an operand the parameter's shape stands where its legs do, if those are one after the other.
+    """
+    if own & set(order):
+        mine = [k for k, leg in enumerate(order) if not is_head(leg) and leg not in own]
+        first, last = (mine[0], mine[-1] + 1) if mine else (0, 0)
+        together = bool(mine) and last - first == len(mine)
+        whole = together and _copies(sizes_of(order[first:last]), prod(int(size) for size in shape)) == 1
+        return (*sizes_of(order[:first]), *shape, *sizes_of(order[last:])) if whole else sizes_of(order)
     head = tuple(leg.size for leg in order if is_head(leg))
     rest = tuple(leg.size for leg in order if not is_head(leg))
     copies = _copies(rest, prod(int(size) for size in shape))

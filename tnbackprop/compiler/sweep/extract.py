@@ -98,7 +98,7 @@ def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction
             diagrams[Result(quantity.name)] = found.diagram.ordered(*(leg.name for leg in legs))
             streams[quantity.name] = found
         elif isinstance(found, Diagram):
-            diagrams[Result(quantity.name)] = found
+            diagrams[Result(quantity.name)] = _in_place(quantity, found)
         else:
             what = f"quantity {quantity.name!r}: extract returns {type(found).__name__}"
             raise InputError(f"{what}: return a tn.Diagram, as (J.T @ g).sum('n') is, tn.Factors or tn.Stream")
@@ -108,6 +108,20 @@ def extraction(sweep: Sweep, name: str, uses: Uses, g: Cotangents) -> Extraction
     own = frozenset(leg for leg in read if leg not in uses.legs and not is_head(leg))
     native = _kernel(sweep, name, uses, g, diagrams)
     return Extraction(name, diagrams, factors, {}, groups, streams, own=own, carriers=g.names, native=native)
+
+
+def _in_place(quantity: Quantity, found: Diagram) -> Diagram:
+    """What `extract` returns. Raises `InputError` where a leg is there twice, or one of samples not in front."""
+    names, head = [leg.name for leg in found.legs], [is_head(leg) for leg in found.legs]
+    if len({*names}) < len(names):
+        raise InputError(f"quantity {quantity.name!r}: the legs of its result, [{', '.join(names)}], are not different")
+    if head != sorted(head, reverse=True):
+        front = ", ".join(repr(leg.name) for leg in found.legs if is_head(leg))
+        raise InputError(
+            f"quantity {quantity.name!r}: the legs of its result are [{', '.join(names)}], and those of samples and "
+            f"columns come first: .ordered({front})"
+        )
+    return found
 
 
 def _kernel(sweep: Sweep, name: str, uses: Uses, g: Cotangents, diagrams: Mapping[Result, Diagram]) -> Native | None:
