@@ -161,7 +161,7 @@ class _Options:
             with told_of_replaced(self.rules):
                 compiled = compile_program(
                     model, loss, example, list(quantities), table, limit, lowerings=rows, known=known,
-                    accumulate=_dtype(self.accumulate, quantities),
+                    accumulate=_dtype(self.accumulate, quantities, self.model),
                 )
             program = Program(model, compiled, loss, quantities, self.indefinite, self.check, others)
             limited = limit is not None
@@ -239,12 +239,18 @@ def _state(
     return fingerprint(model, *given, built_in=(*RULES, *RULES.values()))
 
 
-def _dtype(accumulate: object, quantities: Sequence[Quantity]) -> torch.dtype | None:
+def _dtype(accumulate: object, quantities: Sequence[Quantity], model: torch.nn.Module) -> torch.dtype | None:
     """That of squares and factors."""
     if accumulate is None:
         return None
     if not isinstance(accumulate, torch.dtype) or not accumulate.is_floating_point:
         raise InputError(f"accumulate={accumulate!r} is no floating dtype: torch.float32, or None for the model's own")
+    for name, parameter in model.named_parameters() if isinstance(model, torch.nn.Module) else ():
+        if torch.promote_types(parameter.dtype, accumulate) != accumulate:
+            raise InputError(
+                f"accumulate={accumulate} would round squares and factors of parameter {name!r}, {parameter.dtype}: "
+                "give a wider dtype, or None for the model's own"
+            )
     late = [quantity.name for quantity in quantities if quantity.needs]
     if late:
         raise UnsupportedError(

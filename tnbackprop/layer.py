@@ -177,7 +177,8 @@ def _check_names(formula: str, tensors: Mapping[str, Any], read: Mapping[str, Ac
     words = {word for leg in re.findall(r"\w+", formula) for word in (leg, leg.upper())}
     for name, given in tensors.items():
         if name not in (words if _is_number(given) else read):
-            raise RuleError(f"'{name}' is given, but the formula does not read it", hint=nearest(name, read))
+            hint = f"a tensor without axes is read as {name}[]" if name in words else nearest(name, read)
+            raise RuleError(f"'{name}' is given, but the formula does not read it", hint=hint)
         if _is_number(given) and name in read:
             raise read[name].place.error(f"'{name}' is a number, but the formula reads {read[name]}", "give its shape")
 

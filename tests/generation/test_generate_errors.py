@@ -77,6 +77,8 @@ REFUSED: tuple[tuple[str, type[Exception], str, Any, Any, dict[str, Any]], ...] 
     ("random", tn.UnsupportedError, "is random.*model.eval", nn.Sequential(LINEAR, nn.Dropout()), "grad",
      {"loss": nn.MSELoss(), "example": (X, torch.randn(4, 2))}),
     ("random layer", tn.UnsupportedError, "is random.*model.eval", nn.Sequential(LINEAR, nn.Dropout()), "grad", {}),
+    ("no operation", tn.UnsupportedError, "its input as it is: there is nothing", nn.Flatten(), "grad", {}),
+    ("no quantities", tn.InputError, "no quantities: give .*batch_grad", LINEAR, [], {}),
     ("shapes", tn.InputError, "no shape for weight", "output[n, o] = weight[o, i] * input[n, i]", "grad",
      {"example": {"input": (4, 3)}}),
     ("no shapes", tn.InputError, '"input": \\(8, 3\\)', "output[n, i] = 2 * input[n, i]", "grad", {}),

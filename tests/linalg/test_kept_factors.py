@@ -325,6 +325,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "an average with a number": (lambda: PAIR.ema(3, 0.5), "a int is not of this kind; give a KroneckerFactors"),
     "a seed for a generator": (lambda: PAIR.sample(3), "the generator 3 is none; give a torch.Generator"),
     "infinite power": (lambda: PAIR.power(float("inf")), "the power inf is not a finite number"),
+    "large": (lambda: PAIR.power(2e3, 1.0), r"\(largest .* overflows torch.float64; take a smaller power$"),
     "overflow": (lambda: (1e-30 * PAIR.to(torch.float32)).power(-3.0), r"to the power -3 overflows torch.float32"),
     "singular form": (lambda: PAIR.eigh().with_eigenvalues(0 * PAIR.eigh().spectrum()[0]).inverse(), "is singular.*0;"),
     "negative form": (lambda: PAIR.eigh().with_eigenvalues(-torch.ones(2, 3).double()), "begin at -1 .*finite"),

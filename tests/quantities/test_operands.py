@@ -247,7 +247,7 @@ UNLIKE: dict[str, tuple[Callable[[Any, Any], object], str]] = {
         lambda J, g: ((J.T @ g) * g.operand("w", ("n", tn.Leg("q", 2)))).ordered("q", "n"),
         r"\[q, n, o, i\], and those of samples and columns come first: .ordered\('n'\)",
     ),
-    "a leg twice": (lambda J, g: (J.T @ g).relabel(n=J.legs[0].name), r"the legs of its result, \[o, o, i\], are not different"),
+    "a leg twice": (lambda J, g: (J.T @ g).relabel(n=J.legs[0].name), r"its result, \[o, o, i\], are not different"),
     "a complex factor": (lambda J, g: (J.T @ g) * 1j, r"a diagram times 1j: a factor is a real number"),
     "no factor": (lambda J, g: (J.T @ g) / True, "a diagram times True: a factor is a real number"),
 }

@@ -45,6 +45,11 @@ OPTIONS: dict[str, tuple[Callable[[], object], str]] = {
     "sharing": (lambda: tn.KFLR(sharing="reduce"), "sharing='reduce': give one of tn.Sharing.EXPAND"),
     "bias": (lambda: tn.KFRA(bias="joined"), "bias='joined': give one of tn.Bias.OWN"),
     "per_sample": (lambda: tn.DiagGGN(per_sample=1), "per_sample=1 is int, not bool"),
+    "a narrow sum": (
+        computed(tn.SecondMoment(), accumulate=torch.float32),
+        "accumulate=torch.float32 would round squares and factors of parameter '0.weight', torch.float64: give a wider",
+    ),
+    "no device": (lambda: tn.compute(MODEL, nn.MSELoss(), (X, Y), [tn.Grad()]).to("gpu1"), "'gpu1' is no device: give"),
     "no samples": (lambda: tn.KFAC(mc_samples=0), "KFAC: mc_samples=0: draw at least one"),
     "half a sample": (lambda: tn.SqrtGGNMC(mc_samples=1.5), "mc_samples=1.5 is float, not int"),
     "no rows": (lambda: tn.ProjectedFactors(rows=0), "rows=0: a block of a factor has at least one row"),

@@ -137,6 +137,7 @@ def test_to(result: tn.Result) -> None:
         assert torch.equal(after, before.float()) and before.dtype == torch.float64
     assert moved["kflr"]["one.weight"].dtype == torch.float32
     close(moved.flat("grad"), result.flat("grad").float())
+    assert result.to(torch.float32).loss.dtype == torch.float32
     kept = tn.Result(None, {"mask": Y > 0, "text": "a"}, {}).to(dtype=torch.float16).output
     assert kept["mask"].dtype == torch.bool and kept["text"] == "a"
 

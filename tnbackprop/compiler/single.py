@@ -26,6 +26,8 @@ def compile_layer(module: torch.nn.Module, x: Any, quantities: Sequence[Quantity
     """The same stages for a module on its own, up to the diagrams; what is computed of them is planned by `part`."""
     rules, quantities = written_out(rules), of_all_samples(quantities)
     graph = capture(module, None, (x, None), rules)
+    if graph.output in graph.inputs:
+        raise UnsupportedError(f"{type(module).__name__} gives its input as it is: there is nothing to generate.")
     seen = asked(module, quantities)
     graph = opened(check(Stage.CAPTURE, graph, seen))
     check(Stage.CAPTURE, graph, seen)

@@ -25,6 +25,8 @@ def named(quantities: Sequence[Quantity | str] | str) -> list[Quantity]:
         check_quantities(quantities)
     parts = quantities.split(",") if isinstance(quantities, str) else quantities
     found = [_quantity(part) for part in parts]
+    if not found:
+        raise InputError(f"no quantities: give {', '.join(sorted(KEYS))}, or objects")
     check_quantities(found)
     return found
 

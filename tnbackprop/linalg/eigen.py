@@ -252,11 +252,14 @@ def _powers(exact: Tensor, p: float, damping: float, dtype: torch.dtype, label: 
     if bool(found.isfinite().all()):
         return found
     low = float(exact.min())
-    if low + damping <= 0:
+    if low + damping < 0 or (p < 0 and low + damping == 0):
         raise InputError(f"{label} is singular: its smallest eigenvalue is {low:g}; give a damping")
+    which, base = ("smallest", low) if p < 0 else ("largest", float(exact.max()))
+    remedies = ["raise the damping" if p < 0 else "take a smaller power"]
+    remedies += ["convert first: .to(torch.float64)"] if dtype != torch.float64 else []
     raise InputError(
-        f"{label}: (smallest eigenvalue {low:g} + damping {damping:g}) to the power {p:g} overflows {dtype}; raise the "
-        "damping, or convert first: .to(torch.float64)"
+        f"{label}: ({which} eigenvalue {base:g} + damping {damping:g}) to the power {p:g} overflows {dtype}; "
+        f"{', or '.join(remedies)}"
     )
 
 

@@ -222,7 +222,7 @@ class LinearOperator(ABC):
         Of one parameter its value; of a weight and a bias the matrix [..., out, in + 1]. Names of others may be there.
         """
         for name in self.parameters:
-            if name not in values:
+            if not isinstance(values, Mapping) or name not in values:
                 raise InputError(f"{self.label}: there is no value of {name!r} to join; give {list(self.parameters)}")
         joined, (first, *rest) = self.space.joined, (values[name] for name in self.parameters)
         if joined is None:

@@ -154,14 +154,23 @@ class Result(Mapping[str, Mapping[str, Any]]):
         merger.add(other)
         return merger.result()
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Result:
-        """The result on a device, and its real numbers in a dtype; whole numbers and masks keep theirs."""
+    def to(self, device: torch.device | torch.dtype | str | None = None, dtype: torch.dtype | None = None) -> Result:
+        """The result on a device, and its real numbers in a dtype; whole numbers and masks keep theirs.
+
+        A dtype alone may come first, as for tensors: ``result.to(torch.float64)``.
+        """
+        if isinstance(device, torch.dtype) and dtype is None:
+            device, dtype = None, device
+        try:
+            place = None if device is None else torch.device(device)  # type: ignore[arg-type]
+        except (RuntimeError, TypeError) as error:
+            raise InputError(f"{device!r} is no device: give a device, result.to('cpu'), a dtype, or both") from error
 
         def moved(value: Any) -> Any:
             if isinstance(value, KroneckerFactors):
-                return value.to(dtype, device=device)
+                return value.to(dtype, device=place)
             if isinstance(value, torch.Tensor):
-                return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+                return value.to(device=place, dtype=dtype if value.is_floating_point() else None)
             return value
 
         return self._mapped(moved, pytree.tree_map(moved, self.output))
@@ -198,6 +207,8 @@ class Result(Mapping[str, Mapping[str, Any]]):
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Result:
         """What `state_dict` was taken of. Raises `InputError` where something is missing."""
+        if not isinstance(state, Mapping):
+            raise InputError(f"the state of a result is a {type(state).__name__}: give what state_dict() gave")
         missing = [key for key in ("loss", "output", "values", "axes", "shapes") if key not in state]
         if missing:
             raise InputError(f"the state of a result has no {missing[0]!r}: give what state_dict() gave")
