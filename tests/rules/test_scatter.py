@@ -45,6 +45,66 @@ def test_scatter(name: str) -> None:
     tried(SCATTERED[name], name).check()
 
 
+def at(x: Tensor, shift: int = 0) -> tuple[Tensor, Tensor]:
+    """One place of each sample, as `f[torch.arange(N), label]` writes it."""
+    return torch.arange(len(x)), (x.argmax(-1) + shift) % 4
+
+
+def pairs(f: Tensor) -> Tensor:
+    return f[:, :, None] * f[:, None, :]
+
+
+def margin(m: Any, x: Tensor) -> Tensor:
+    f = m.a(x).tanh().clone()
+    f[at(x)] -= m.p[0] * f[at(x)].square()
+    return f
+
+
+def row(m: Any, x: Tensor, *index: Any) -> Tensor:
+    f = pairs(m.a(x)).clone()
+    f[index] = m.b(x).sin()
+    return f.flatten(1)
+
+
+WRITTEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a margin": margin,
+    "a number": lambda m, x: m.a(x).index_put(at(x), torch.tensor(2.5, dtype=x.dtype)) * m.b(x),
+    "hidden": lambda m, x: m.a(x).index_put(at(x), torch.tensor(float("-inf"), dtype=x.dtype)).softmax(1) * m.b(x),
+    "a parameter": lambda m, x: m.a(x).index_put(at(x), m.p[0]) * m.b(x),
+    "added": lambda m, x: m.a(x).index_put(at(x), m.b(x).sin().sum(1), accumulate=True).tanh(),
+    "a number added": lambda m, x: m.a(x).index_put(at(x), torch.ones((), dtype=x.dtype), accumulate=True).tanh(),
+    "of zeros": lambda m, x: torch.zeros_like(m.a(x)).index_put(at(x), m.b(x).sum(1)) * m.a(x),
+    "a row": lambda m, x: row(m, x, *at(x)),
+    "a column": lambda m, x: row(m, x, at(x)[0], slice(None), at(x)[1]),
+    "an entry": lambda m, x: pairs(m.a(x)).index_put((*at(x), at(x, 1)[1]), m.b(x).sum(1)).flatten(1),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_one_place_of_each_sample(name: str) -> None:
+    tried(WRITTEN[name], name).check()
+
+
+def test_several_places_of_a_sample() -> None:
+    def wrong(m: Any, x: Tensor) -> Tensor:
+        return m.a(x).index_put((torch.arange(len(x))[:, None], order(x)), m.b(x)[:, :2])
+
+    with pytest.raises(UnsupportedError, match=r"(?s)index_put.* it writes several places of a sample.*Use scatter"):
+        tried(wrong).program()
+
+
+INFINITE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "scatter": lambda m, x: m.a(x).scatter(1, order(x)[:, :1], float("-inf")).logsumexp(1, keepdim=True),
+    "pad": lambda m, x: nn.functional.pad(m.a(x), (2, 1), value=float("-inf")).softmax(1)[:, 1:6] * m.p[0],
+    "pad of two axes": lambda m, x: nn.functional.pad(pairs(m.a(x)), (0, 1, -1, 1), value=float("inf")).amin((1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", INFINITE)
+def test_infinite_numbers_hide_places(name: str) -> None:
+    tried(INFINITE[name], name).check()
+
+
 def test_scatter_of_several_to_one_place() -> None:
     """The one that torch takes has the derivative. (Its autograd gives one to all of them.)"""
 

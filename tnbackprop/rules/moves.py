@@ -227,10 +227,9 @@ def scatter(call: Any) -> Rule:
     _size(call, dim)
     kept = f"output[{join(legs)}] = keep[{join(legs)}] * input[{join(legs)}]"
     saved = {f"keep[{join(legs)}]": f"torch.ones_like({{input}}).scatter({dim}, {{index}}, 0)"}
-    if call.target == aten.scatter.value:
-        written = {f"there[{join(legs)}]": f"torch.zeros_like({{input}}).scatter({dim}, {{index}}, 1)"}
-        text = f"{kept} + value * there[{join(legs)}]"
-        return Rule(text, saved=saved | written, constants={"value": call.arguments["value"]})
+    if call.target == aten.scatter.value:  # the value may be infinite, so it is in no formula
+        both = {"input": join(legs), "output": join(legs)}
+        return Rule(jacobian={"input": f"keep[{join(legs)}]"}, legs=both, saved=saved)
     if call.src.shape != call.index.shape:
         refuse(call, f"src {call.src.shape} is larger than index {call.index.shape}", "Slice src first.")
     index, inside = list(legs), ""
@@ -276,6 +275,25 @@ def index(call: Any) -> Rule:
             items.append(f"k{k}")
     ones = {leg.upper(): 1 for read in saved for leg in read.partition("[")[2].rstrip("]").split(", ") if leg[0] == "u"}
     return Rule(f"output[{join(out)}] = {factors}input[{join(items)}]", saved=saved, constants=ones)
+
+
+@TABLE.rule(aten.index_put.default)
+def index_put(call: Any) -> Rule:
+    """One place of each sample is written: output = input but there, as the index of the samples counts them."""
+    legs, given = leg_names(call.output, skip="k"), {k: v for k, v in enumerate(call.indices) if v is not None}
+    if any(len(value.axes) != 1 or isinstance(value.shape[0], int) for value in given.values()) or 0 not in given:
+        refuse(call, "it writes several places of a sample", "Use scatter, or torch.where.")
+    names = [next((n for n, v in call.tensors.items() if v is each), None) for each in call.indices]
+    at = ", ".join("None" if name is None else f"{{{name}}}" for name in names)
+    keep, all_ = f"keep[{join(legs)}]", {"input": join(legs), "output": join(legs)}
+    code = f"torch.ops.aten.index_put(torch.ones_like({{input}}), [{at}], {{input}}.new_zeros(()))"
+    if not call.values.differentiable:  # what is written may be infinite, so it is in no formula
+        return Rule(jacobian={"input": "1" if call.accumulate else keep}, legs=all_, saved={keep: code})
+    left = [leg for k, leg in enumerate(legs) if k == 0 or k not in given]
+    target = _Shape(tuple(call.output.shape[legs.index(leg)] for leg in left))
+    written = access("values", call.values, target, left)
+    kept = "input" if call.accumulate else f"{keep} * input"
+    return Rule(f"output[{join(legs)}] = {kept}[{join(legs)}] + (1 - {keep}) * {written}", saved={keep: code})
 
 
 class _Shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -164,6 +165,10 @@ def pad(call: Any) -> Rule | str:
     if not padded:
         return "output[...] = input[...]"
     text = f"output[{join(legs)}] = {factors}input[{join(items)}]"
+    if mode == "constant" and math.isinf(value):  # it is in no formula
+        own = [leg * 2 if k in padded else leg for k, leg in enumerate(legs)]
+        inside = " * ".join(f"delta[{legs[k]}, 1*{own[k]} + {literal(left)}]" for k, (left, _) in padded.items())
+        return Rule(jacobian={"input": inside}, legs={"input": join(own), "output": join(legs)})
     if mode == "constant" and value:
         outside = f"outside[{join([legs[k] for k in sorted(padded)])}]"
         extent = [call.input.shape[k] for k in sorted(padded)]
