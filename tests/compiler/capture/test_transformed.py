@@ -59,7 +59,17 @@ def backward(m: Any, x: Tensor) -> Any:
     return x.grad
 
 
+def penalty(m: Any, x: Tensor, along: Callable[[Tensor], Tensor]) -> Tensor:
+    """(‖∇(u · v)‖ - 1)², where v is made of sizes or numbers."""
+    x = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(field(m, x), x, along(x), create_graph=True)
+    return (found.norm(dim=1, keepdim=True) - 1) ** 2
+
+
 FORWARDS: dict[str, Callable[..., Any]] = {
+    "along ones of a size": lambda m, x: penalty(m, x, lambda x: torch.ones(x.size(0), 3, dtype=x.dtype)),
+    "along ones of a length": lambda m, x: penalty(m, x, lambda x: x.new_ones(len(x), 3)),
+    "along numbers": lambda m, x: penalty(m, x, lambda x: torch.tensor([[1.0, 2.0, 3.0]]).to(x).expand(len(x), -1)),
     "pinn": pinn,
     "force": force,
     "constant": constant,

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import UnsupportedError
 from ..running.torch_quiet import Quiet
+from ..running.torch_versions import sizes_by_builtins
 from ..translate.foreign import MISTAKES
 from ..translate.opaque import named_tensors
 from ..translate.torch_internals import traced_below_autograd, with_tensors
@@ -102,7 +103,7 @@ def _traced(wrapped: nn.Module, example: tuple[Any, Any]) -> Traced:
         specs[:] = [spec]
         return found
 
-    with Quiet():
+    with Quiet(), sizes_by_builtins():
         program = traced_below_autograd(flat, list(tensors.values()), leaves)
     _cut_again(program)
     return Traced(wrapped, program, specs[0])

@@ -224,7 +224,7 @@ def traced_below_autograd(
         return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(sizes))
 
     given = [*(fake(tensor, False) for tensor in fixed), *(fake(tensor, True) for tensor in batched)]
-    with alone(), enable_python_dispatcher():
+    with alone(), enable_python_dispatcher(), mode:  # what is made of sizes has symbols, too
         return make_fx(function)(*given)
 
 
