@@ -66,6 +66,14 @@ def row(m: Any, x: Tensor, *index: Any) -> Tensor:
     return f.flatten(1)
 
 
+def put(f: Tensor, values: Tensor, *index: Any, added: bool = False) -> Tensor:
+    places = [None if each is ALL else each for each in index]
+    return torch.ops.aten.index_put(f, places, values.to(f.dtype), added)
+
+
+ALL = slice(None)
+PAIRS = (torch.tensor([[1], [3]]), torch.tensor([2, 1, 0]))
+APART = (ALL, torch.tensor([0, 1, 0]), ALL, torch.tensor([3, 0, 1]))
 WRITTEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a margin": margin,
     "a number": lambda m, x: m.a(x).index_put(at(x), torch.tensor(2.5, dtype=x.dtype)) * m.b(x),
@@ -76,21 +84,23 @@ WRITTEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "of zeros": lambda m, x: torch.zeros_like(m.a(x)).index_put(at(x), m.b(x).sum(1)) * m.a(x),
     "a row": lambda m, x: row(m, x, *at(x)),
     "a column": lambda m, x: row(m, x, at(x)[0], slice(None), at(x)[1]),
+    "columns": lambda m, x: put(m.a(x), m.b(x)[:, :3].sin(), ALL, torch.tensor([2, 0, 3])).tanh(),
+    "columns added": lambda m, x: put(m.a(x), m.b(x)[:, :1], ALL, torch.tensor([2, 0, 2]), added=True).tanh(),
+    "a place": lambda m, x: put(m.a(x), m.b(x)[:, 1].sin(), ALL, torch.tensor(2)).tanh(),
+    "numbers": lambda m, x: put(pairs(m.a(x)), torch.tensor(float("-inf")), ALL, torch.tensor([1, 3])).amax(1),
+    "pairs": lambda m, x: put(pairs(m.a(x)), m.b(x)[:, :1, None].sin(), ALL, *PAIRS).flatten(1),
+    "pairs apart": lambda m, x: (
+        put(pairs(m.a(x)).unflatten(1, (2, 2)), m.b(x)[:, :3].T[..., None].sin(), *APART).flatten(1)
+    ),
+    "several of a sample": lambda m, x: put(m.a(x), m.b(x)[:, :2].sin(), at(x)[0][:, None], order(x)).tanh(),
+    "some of a sample": lambda m, x: put(pairs(m.a(x)), m.b(x)[:, None], at(x)[0][:, None], order(x)).flatten(1),
     "an entry": lambda m, x: pairs(m.a(x)).index_put((*at(x), at(x, 1)[1]), m.b(x).sum(1)).flatten(1),
 }
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_one_place_of_each_sample(name: str) -> None:
+def test_places_of_each_sample(name: str) -> None:
     tried(WRITTEN[name], name).check()
-
-
-def test_several_places_of_a_sample() -> None:
-    def wrong(m: Any, x: Tensor) -> Tensor:
-        return m.a(x).index_put((torch.arange(len(x))[:, None], order(x)), m.b(x)[:, :2])
-
-    with pytest.raises(UnsupportedError, match=r"(?s)index_put.* it writes several places of a sample.*Use scatter"):
-        tried(wrong).program()
 
 
 INFINITE: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -105,11 +115,17 @@ def test_infinite_numbers_hide_places(name: str) -> None:
     tried(INFINITE[name], name).check()
 
 
-def test_scatter_of_several_to_one_place() -> None:
-    """The one that torch takes has the derivative. (Its autograd gives one to all of them.)"""
+TWICE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "scatter": lambda m, x: m.a(x).scatter(1, torch.zeros_like(x[:, :2], dtype=torch.int64), m.b(x)[:, :2]),
+    "index": lambda m, x: put(m.a(x), m.b(x)[:, :2], ALL, torch.zeros(2, dtype=torch.int64)),
+    "index of each sample": lambda m, x: put(m.a(x), m.b(x)[:, :2], at(x)[0][:, None], 0 * order(x)),
+}
 
-    def twice(m: Any, x: Tensor) -> Tensor:
-        return m.a(x).scatter(1, torch.zeros_like(x[:, :2], dtype=torch.int64), m.b(x)[:, :2])
+
+@pytest.mark.parametrize("name", TWICE)
+def test_several_to_one_place(name: str) -> None:
+    """The one that torch takes has the derivative. (Its autograd gives one to all of them.)"""
+    twice = TWICE[name]
 
     def last(m: Any, x: Tensor) -> Tensor:
         return torch.cat([m.b(x)[:, 1:2], m.a(x)[:, 1:]], 1)
@@ -119,6 +135,9 @@ def test_scatter_of_several_to_one_place() -> None:
     result = tn.compile(model, MSE, (X, y), [tn.BatchGrad()], check=False)(X, y)["batch_grad"]
     for name, value in oracle.batch_grad(want, MSE, X, y).items():
         torch.testing.assert_close(result[name], value)
+
+
+def test_a_source_that_is_too_large() -> None:
     with pytest.raises(UnsupportedError, match=r"(?s)src .* is larger than index .*Slice src first"):
         tried(lambda m, x: m.a(x).scatter(1, order(x), m.b(x))).program()
 

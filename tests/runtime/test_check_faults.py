@@ -170,6 +170,10 @@ FAULTS: Mapping[str, Fault] = {
     "groupings": Fault(
         untied, lambda m, x: x * m.p + m.p.flatten().sum(), randn(4, 3, 4), {"p": par(randn(3, 4))}, "'p'"
     ),
+    "several values for one place": Fault(
+        lambda _: None, lambda m, x: aten.index_put(x, [None, torch.zeros(2, dtype=torch.int64)], m.l(x)), randn(4, 3),
+        {"l": lin(3, 2)}, "'l.weight'",
+    ),
     "softplus": Fault(
         lambda _: None, lambda m, x: m.act(m.l(x)), randn(4, 3) * 1e4, {"l": lin(3, 2), "act": nn.Softplus},
         "the output", rules={nn.Softplus: "output[*s] = log(1 + exp(input[*s]))"},

@@ -59,7 +59,8 @@ CAUSES = {
     OUTPUT: "forward or the loss reads what has changed since it was captured, or does something else for this number "
     "of samples.",
     FIRST: "a backward pass of its own (an autograd.Function, a hook), a branch on the number of samples, samples that "
-    "meet, or a rule whose Jacobian is not the derivative of its module.",
+    "meet, several values for one place (torch gives the derivative to each of them), or a rule whose Jacobian is not "
+    "the derivative of its module.",
     ROOT: "the second derivative of the loss, or what is said of a derivative above.",
     SECOND: "the second derivative of an operation or of the loss, or a rule whose Jacobian is not the derivative of "
     "its module.",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from ..notation.rule import Rule
 from ..table import Table
-from .text import access, axis, join, leg_names, per_axis, refuse
+from .text import access, axis, broadcast_sizes, join, leg_names, per_axis, refuse
 
 TABLE = Table()
 aten = torch.ops.aten
@@ -21,6 +22,13 @@ def _size(call: Any, dim: int) -> int:
     if not isinstance(size, int):
         refuse(call, "it moves samples", "Move along another axis.")
     return int(size)
+
+
+def _dim(call: Any) -> int:
+    """The axis of the input along which it moves."""
+    dim = axis(call.dim, len(call.input.axes))
+    _size(call, dim)
+    return dim
 
 
 def _sourced(call: Any, sources: Mapping[int, str]) -> Rule:
@@ -57,9 +65,7 @@ def roll(call: Any) -> Rule:
 
 @TABLE.rule(aten.index_select.default)
 def index_select(call: Any) -> Rule:
-    dim = axis(call.dim, len(call.input.axes))
-    _size(call, dim)
-    return _sourced(call, {dim: "{index}"})
+    return _sourced(call, {_dim(call): "{index}"})
 
 
 @TABLE.rule(aten.rot90.default)
@@ -190,9 +196,7 @@ def col2im(call: Any) -> Rule:
 @TABLE.rule(aten.gather.default)
 def gather(call: Any) -> Rule:
     """output[…, p, …] = input[…, index[…, p, …], …]."""
-    legs = leg_names(call.output, skip="k")
-    dim = axis(call.dim, len(legs))
-    _size(call, dim)
+    legs, dim = leg_names(call.output, skip="k"), _dim(call)
     if any(a != b for k, (a, b) in enumerate(zip(call.index.shape, call.input.shape, strict=True)) if k != dim):
         refuse(call, f"index {call.index.shape} is smaller than input {call.input.shape}", "Slice the input first.")
     into = [*legs[:dim], "k", *legs[dim + 1 :]]
@@ -202,9 +206,7 @@ def gather(call: Any) -> Rule:
 @TABLE.rule(aten.scatter_add.default, aten.index_add.default)
 def scatter_add(call: Any) -> Rule:
     """output = input, and each element of the source added at its index."""
-    legs = leg_names(call.output, skip="k")
-    dim = axis(call.dim, len(legs))
-    _size(call, dim)
+    legs, dim = leg_names(call.output, skip="k"), _dim(call)
     src = "src" if "src" in call.arguments else "source"
     shape = call.arguments[src].shape
     index = [*legs[:dim], "k", *legs[dim + 1 :]]
@@ -222,9 +224,7 @@ def scatter_add(call: Any) -> Rule:
 @TABLE.rule(aten.scatter.src, aten.scatter.value)
 def scatter(call: Any) -> Rule:
     """output = input, but at the index; of several elements for one place, the one that torch takes is `live`."""
-    legs = leg_names(call.output, skip="k")
-    dim = axis(call.dim, len(legs))
-    _size(call, dim)
+    legs, dim = leg_names(call.output, skip="k"), _dim(call)
     kept = f"output[{join(legs)}] = keep[{join(legs)}] * input[{join(legs)}]"
     saved = {f"keep[{join(legs)}]": f"torch.ones_like({{input}}).scatter({dim}, {{index}}, 0)"}
     if call.target == aten.scatter.value:  # the value may be infinite, so it is in no formula
@@ -246,61 +246,66 @@ def scatter(call: Any) -> Rule:
     return Rule(text, saved=saved)
 
 
+class _Places:
+    """The places of an input that integer tensors choose, one for each of some axes, broadcast with each other.
+
+    legs, shape  of what is there
+    items        legs of the input
+    factors      choose the places, from what is saved
+    """
+
+    def __init__(self, call: Any) -> None:
+        given = {k: v for k, v in enumerate(call.indices) if v is not None}
+        if any(value.dtype in (torch.bool, torch.uint8) for value in given.values()):
+            refuse(call, "it is indexed by a mask", "Use torch.where, or index with integers.")
+        names = [next((f"{{{n}}}" for n, v in call.tensors.items() if v is each), "None") for each in call.indices]
+        shown, places = max(len(value.axes) for value in given.values()), sorted(given)
+        first = places[0] if places == list(range(places[0], places[-1] + 1)) else 0
+        padded = [(*(1,) * (shown - len(value.axes)), *value.shape) for value in given.values()]
+        common = [next((size for size in along if size != 1), 1) for along in zip(*padded, strict=True)]
+        rest = [size for k, size in enumerate(call.input.shape) if k not in given]
+        self.shape = (*rest[:first], *common, *rest[first:])
+        self.axes = [(size,) for size in self.shape]
+        self.legs, self.indices = leg_names(self, skip="k"), f"[{join(names)}]"
+        self.common, self.items, self.factors, self.saved = self.legs[first : first + shown], [], "", {}
+        left, target = iter(self.legs[:first] + self.legs[first + shown :]), SimpleNamespace(shape=common)
+        for k, size in enumerate(call.input.shape):
+            counts = not isinstance(size, int)  # capture has seen to it that an index of the batch axis is arange(N)
+            if k in given and not counts:
+                read = access(f"at{k}", given[k], target, self.common)
+                there = "" if given[k].device == call.input.device else ".to({input}.device)"  # a CPU's will do
+                self.saved[read] = f"{names[k]}{there} % {size}"
+                self.factors += f"select({read}, k{k}) * "
+            self.items.append(next(left) if k not in given else "n" if counts else f"k{k}")
+
+
 @TABLE.rule(aten.index.Tensor)
 def index(call: Any) -> Rule:
-    """Integer tensors, broadcast with each other, for some axes. Where one is for the batch axis, it counts samples."""
-    rank, given = len(call.input.axes), {k: v for k, v in enumerate(call.indices) if v is not None}
-    if any(value.dtype in (torch.bool, torch.uint8) for value in given.values()):
-        refuse(call, "it is indexed by a mask", "Use torch.where, or index with integers.")
-    out = leg_names(call.output, skip="k")
-    shown = max(len(value.axes) for value in given.values())
-    places = sorted(given)
-    together = places == list(range(places[0], places[-1] + 1))
-    first = places[0] if together else 0
-    common = out[first : first + shown]
-    rest = iter([leg for leg in out if leg not in common])
-    target = _Shape(call.output.shape[first : first + shown])
-    items, factors, saved = [], "", {}
-    for k in range(rank):
-        if k not in given:
-            items.append(next(rest))
-        elif not isinstance(call.input.shape[k], int):
-            items.append("n")  # capture has seen to it that this index is arange(N)
-        else:
-            read = access(f"at{k}", given[k], target, common)
-            name = next(n for n, v in call.tensors.items() if v is given[k] and n.startswith("indices"))
-            there = "" if given[k].device == call.input.device else ".to({input}.device)"  # torch takes one of the CPU
-            saved[read] = f"{{{name}}}{there} % {call.input.shape[k]}"
-            factors += f"select({read}, k{k}) * "
-            items.append(f"k{k}")
-    ones = {leg.upper(): 1 for read in saved for leg in read.partition("[")[2].rstrip("]").split(", ") if leg[0] == "u"}
-    return Rule(f"output[{join(out)}] = {factors}input[{join(items)}]", saved=saved, constants=ones)
+    """output = input[indices]."""
+    at = _Places(call)
+    text = f"output[{join(at.legs)}] = {at.factors}input[{join(at.items)}]"
+    return Rule(text, saved=at.saved, constants=broadcast_sizes(join([*at.saved])))
 
 
 @TABLE.rule(aten.index_put.default)
 def index_put(call: Any) -> Rule:
-    """One place of each sample is written: output = input but there, as the index of the samples counts them."""
-    legs, given = leg_names(call.output, skip="k"), {k: v for k, v in enumerate(call.indices) if v is not None}
-    if any(len(value.axes) != 1 or isinstance(value.shape[0], int) for value in given.values()) or 0 not in given:
-        refuse(call, "it writes several places of a sample", "Use scatter, or torch.where.")
-    names = [next((n for n, v in call.tensors.items() if v is each), None) for each in call.indices]
-    at = ", ".join("None" if name is None else f"{{{name}}}" for name in names)
-    keep, all_ = f"keep[{join(legs)}]", {"input": join(legs), "output": join(legs)}
-    code = f"torch.ops.aten.index_put(torch.ones_like({{input}}), [{at}], {{input}}.new_zeros(()))"
+    """output = input, but at the indices; of several values for one place, the one that torch takes is `live`."""
+    at, put = _Places(call), "torch.ops.aten.index_put"
+    legs, keep = join(at.items), "1" if call.accumulate else f"keep[{join(at.items)}]"
+    saved = {keep: f"{put}(torch.ones_like({{input}}), {at.indices}, {{input}}.new_zeros(()))"} if keep != "1" else {}
     if not call.values.differentiable:  # what is written may be infinite, so it is in no formula
-        return Rule(jacobian={"input": "1" if call.accumulate else keep}, legs=all_, saved={keep: code})
-    left = [leg for k, leg in enumerate(legs) if k == 0 or k not in given]
-    target = _Shape(tuple(call.output.shape[legs.index(leg)] for leg in left))
-    written = access("values", call.values, target, left)
-    kept = "input" if call.accumulate else f"{keep} * input"
-    return Rule(f"output[{join(legs)}] = {kept}[{join(legs)}] + (1 - {keep}) * {written}", saved={keep: code})
-
-
-class _Shape:
-    """The broadcast shape of several indices."""
-
-    def __init__(self, shape: tuple[Any, ...]) -> None:
-        self.shape = shape
+        return Rule(jacobian={"input": keep}, legs={"input": legs, "output": legs}, saved=saved)
+    written = at.factors + access("values", call.values, at, at.legs)
+    if saved and {*at.common} - {"n"}:
+        read = f"torch.ops.aten.index({{input}}, {at.indices})"
+        order = f"torch.arange({read}.numel(), device={{input}}.device).view({read}.shape)"
+        last = f"{put}(torch.zeros_like({{input}}, dtype=torch.int64), {at.indices}, {order})"
+        live = f"live[{join(at.legs)}]"
+        saved[live] = f"(torch.ops.aten.index({last}, {at.indices}) == {order}).to({{input}}.dtype)"
+        written = f"{live} * {written}"
+    sizes = {leg.upper(): size for leg, size in zip(at.legs, at.shape, strict=True) if isinstance(size, int)}
+    text = f"output[{legs}] = {keep} * input[{legs}] + {written}"
+    return Rule(text, saved=saved | at.saved, constants=sizes | broadcast_sizes(written))
 
 
 @TABLE.rule(
@@ -309,9 +314,7 @@ class _Shape:
 )  # fmt: skip
 def ordered(call: Any) -> Rule:
     """The values in their order along one axis; the saved index says where they are."""
-    legs = leg_names(call.input, skip="k")
-    dim = axis(call.dim, len(legs))
-    _size(call, dim)
+    legs, dim = leg_names(call.input, skip="k"), _dim(call)
     into = [*legs[:dim], "k", *legs[dim + 1 :]]
     options = {
         aten.topk.default: f"topk({call.arguments.get('k')}, {dim}, {call.arguments.get('largest')})",
@@ -355,8 +358,7 @@ def extremum(call: Any) -> Rule:
 @TABLE.rule(aten.slice_scatter.default, aten.select_scatter.default)
 def placed(call: Any) -> Rule:
     """The input with a piece of it replaced."""
-    legs = leg_names(call.output, skip="k")
-    dim = axis(call.dim, len(legs))
+    legs, dim = leg_names(call.output, skip="k"), _dim(call)
     size, leg = _size(call, dim), legs[dim]
     ones = f"torch.ones({size}, dtype={{input}}.dtype, device={{input}}.device)"
     if call.target == aten.select_scatter.default:
