@@ -80,6 +80,7 @@ def test_product_is_elementwise_by_leg_name(one: Diagram, other: Diagram) -> Non
         one**0
 
 
+@pytest.mark.slow
 @LAW
 @given(diagrams(most=2), diagrams(most=2))
 def test_sum_and_difference_broadcast_by_leg_name(one: Diagram, other: Diagram) -> None:

@@ -83,6 +83,7 @@ def test_operand(pair: tuple[Jacobian, Sizes]) -> None:
     assert_alike(jacobian, other, jacobian.out)
 
 
+@pytest.mark.slow
 @MANY
 @given(jacobians().flatmap(lambda j: st.tuples(st.just(j), shapes(count_of(j.out)))))
 def test_output(pair: tuple[Jacobian, Sizes]) -> None:

@@ -241,6 +241,7 @@ MODULES = (
 ).split()
 
 
+@pytest.mark.slow
 def test_the_symbolic_part_needs_no_torch() -> None:
     """Its modules, and their tests, load without torch (the package's front is what imports it)."""
     root = Path(__file__).parents[2]

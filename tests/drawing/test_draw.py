@@ -32,6 +32,7 @@ def test_reads_back(name: str) -> None:
     assert joined(tn.draw(DIAGRAMS[name]).svg) == wanted(DIAGRAMS[name])
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("name", "what"), [(n, w) for n, w in PICTURES if w in ("formulas", "jacobian", "batch_grad", "kfac", "cotangents")]
 )

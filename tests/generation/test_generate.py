@@ -290,6 +290,7 @@ class Gated(nn.Module):
         return value * self.state * torch.sigmoid(gate) + self.offset
 
 
+@pytest.mark.slow
 def test_two_inputs_and_a_buffer(tmp_path: Path) -> None:
     made = tn.generate(Gated(), "grad,diag_ggn", example=(torch.randn(4, 3), torch.randn(4, 3)))
     assert loaded(made.source)["INPUTS"] == ("value", "gate")
@@ -344,6 +345,7 @@ def test_a_model(name: str, tmp_path: Path) -> None:
                 close(results[quantity][parameter], want[quantity][parameter])
 
 
+@pytest.mark.slow
 def test_a_recurrent_model(tmp_path: Path) -> None:
     """Its steps are written out: the file checks itself by autograd, in float64, whatever the first states are."""
     model, x = First(nn.LSTM(2, 3, batch_first=True)), torch.randn(4, 3, 2)
@@ -352,6 +354,7 @@ def test_a_recurrent_model(tmp_path: Path) -> None:
     passes(source, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_wrong_model_fails_its_check(tmp_path: Path) -> None:
     model, x = nn.Linear(3, 2), torch.randn(4, 3)
     source = tn.generate(model, "grad,diag_ggn", loss=nn.MSELoss(), example=(x, torch.randn(4, 2))).source

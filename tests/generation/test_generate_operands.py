@@ -53,6 +53,7 @@ def expected(program: tn.Program, x: Any, y: Any) -> tuple[dict[str, Any], dict[
     return operands, shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_agrees_with_definitions_and_with_the_program(reduction: str) -> None:
     """All that has a definition in first derivatives is compared with it, and is what the program gives."""

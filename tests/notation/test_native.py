@@ -19,7 +19,7 @@ class Scaled(nn.Module):
 UNIT = "square[n] = input[n, i]**2\n output[n, i] = input[n, i] * square[n]**(-1/2)"
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("native, right", [("{input}.square().sum(1)", True), ("{input}.square().mean(1)", False)])
 def test_a_line_from_native_code(native: str, right: bool) -> None:
     """A saved line is what the formula says; verify tells where it is not."""

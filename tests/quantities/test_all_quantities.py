@@ -94,6 +94,7 @@ def test_loss_times_a_constant() -> None:
         assert_equal(after[key], times(values, 2.5 ** int(CHANGES[key][1])), key)
 
 
+@pytest.mark.slow
 def test_linear_is_a_1x1_convolution() -> None:
     """On [N, S, D] and [N, D, H, W], with the same weights: all quantities."""
     model = lambda: seq(nn.Linear(2, 2), nn.Sigmoid(), Apply(lambda t: t.sum(1) / 2), nn.Linear(2, 2))  # noqa: E731
@@ -161,6 +162,7 @@ def linear(f: Tensor, y: Tensor) -> Tensor:
     return (f * y).sum() / f.shape[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss, rank", [(sum_of_outputs, 1), (linear, 0)])
 def test_rank_deficient_hessians(loss: Callable[[Tensor, Tensor], Tensor], rank: int) -> None:
     problem = replace(mlp(lambda: Written(loss)), y=normal).build()
@@ -215,6 +217,7 @@ def signed() -> nn.Module:
 ROOTS = ("SqrtGGNMC", "GGNTrace", "GGNGram", "KFAC", "KFRA")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [Ratio, signed])
 def test_indefinite_losses(loss: Callable[[], nn.Module]) -> None:
     """Everything with a root refuses, or takes the positive part; what has none is right."""
@@ -249,7 +252,7 @@ def test_indefinite_losses(loss: Callable[[], nn.Module]) -> None:
     assert gap > DIFFERENT if loss is Ratio else gap <= TOLERANCE
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-9, 1e9])
 @pytest.mark.parametrize("mixed", [True, False])
 def test_signs_do_not_depend_on_the_scale(mixed: bool, scale: float) -> None:
@@ -267,7 +270,7 @@ def test_signs_do_not_depend_on_the_scale(mixed: bool, scale: float) -> None:
         run(concave, "DiagGGN")
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["diag", "hesscale", "kflr", "empirical"])
 def test_within_a_memory_limit(key: str) -> None:
     """Columns in rounds or slices of the batch: the peak is met with the same values, at any batch size."""

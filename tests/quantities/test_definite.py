@@ -35,6 +35,7 @@ def linear(weight: Tensor) -> nn.Linear:
     return model
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("quantity", [tn.DiagGGN(), tn.HessianDiag()], ids=lambda q: q.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("loss", SATURABLE)
@@ -67,7 +68,7 @@ class Weighted(nn.Module):
 CURVATURES = [(1e6, -1.0), (1e6, -1e-3), (1e-6, -1e-8), (0.0, -1.0), (-1.0, -1e6)]
 
 
-@pytest.mark.thinned(9)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("curvatures, rule", list(product(CURVATURES, (True, False))))
 def test_one_sample_with_negative_curvature(curvatures: tuple[float, float], rule: bool, dtype: torch.dtype) -> None:
@@ -110,7 +111,7 @@ def test_probabilities_near_one() -> None:
 LOW: dict[str, Loss] = {"softplus": lambda f, y: F.softplus(f).mean(), "log_softmax": SATURABLE["kl"]}
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize("kind", ["DiagGGN", "HesScale", "HessianDiag", "BL89", "KFLR"])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("loss", LOW)
@@ -175,6 +176,7 @@ def test_an_operator_that_knows_one_dtype() -> None:
         assert (got - want).abs().max() <= 1e-6
 
 
+@pytest.mark.slow
 def test_one_hessian_for_all_roots() -> None:
     """Exact, drawn, signed and in one matrix: one eigendecomposition, and the numbers of each alone."""
     torch.manual_seed(0)
@@ -188,6 +190,7 @@ def test_one_hessian_for_all_roots() -> None:
         torch.testing.assert_close(result[quantity.name]["weight"], alone)
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_it_whole() -> None:
     model, batch = nn.Linear(3, 3), (torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0]))
     program = tn.compile(model, SATURABLE["logsumexp"], batch, [tn.DiagGGN(), tn.HessianDiag(), tn.BL89()])

@@ -82,7 +82,7 @@ def of_own_logit(f: Tensor, y: Tensor) -> Tensor:
     return second * F.one_hot(y, f.shape[1]) / len(f)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid, nn.ReLU, nn.SiLU])
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.MSELoss])
 def test_hesscale(activation: Callable[[], nn.Module], loss: Callable[[], nn.Module]) -> None:
@@ -93,6 +93,7 @@ def test_hesscale(activation: Callable[[], nn.Module], loss: Callable[[], nn.Mod
     assert_equal(run(problem, "HesScale"), {name: h.sum(0) for name, h in want.items()}, "hesscale")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
 def test_bl89(activation: Callable[[], nn.Module]) -> None:
     problem = chain(activation).build()

@@ -89,6 +89,7 @@ def claims() -> Iterator[object]:
     yield pytest.param(Claim(positions, both, "2.weight", "0.weight"), id="positions")
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("claim", list(claims()))
 def test_factors_are_the_block(claim: Claim) -> None:
     problem = replace(claim.case, seed=3).build()

@@ -192,6 +192,7 @@ def definition(problem: Problem, pieces: Pieces, *, reduce: bool = False, empiri
 DEFINED = [pytest.param(*key, id="-".join(key)) for key in PIECES]
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("sharing", SHARING)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layer, parameter", DEFINED)

@@ -73,6 +73,7 @@ def whole_block(problem: Problem, kind: str, name: str) -> Tensor:
     return V.T @ V
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("largest", [5, 3])
 @pytest.mark.parametrize("shape", [(4, 3), (1, 3, 4), (2, 3, 4)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,6 +126,7 @@ def test_the_input_of_a_convolution_in_its_axes(groups: int, sharing: str) -> No
                  sum(torch.kron(b, a).trace() for b, a in zip(want.B, want.A, strict=True))) <= TOLERANCE  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", ["OWN", "JOINED"])
 def test_an_axis_that_is_too_large_has_its_diagonal(bias: str) -> None:
     """Of a linear layer's input, of its output, of its bias; which is not joined to what has no dense factors."""
@@ -308,6 +310,7 @@ def test_options_that_are_refused(build: Callable[[], object], message: str) -> 
 UNLIKE_USES = ("tied_transposed", "embedding_tied", "vector_products", "lerp", "quotients", "weight_normalized")
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("kind", ["kflr", "sampled", "empirical"])
 @pytest.mark.parametrize("name", UNLIKE_USES)
 def test_no_factors_is_the_diagonal(name: str, kind: str) -> None:

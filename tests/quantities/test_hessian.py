@@ -53,7 +53,7 @@ def test_per_sample(name: str) -> None:
     assert_equal(result["diag_ggn"], ggn, "the GGN beside it")
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 6, pytest.param(12, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["cnn", "attention", "reused_module", "cross_entropy_positions"])
 def test_columns_in_rounds(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +107,7 @@ def test_loss_times_a_constant() -> None:
     assert_equal(run(scaled, "HessianDiag"), {name: -2.5 * value for name, value in before.items()}, "c L")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction, factor", [("mean", 1.0), ("sum", 2.0)])
 def test_duplicated_data(reduction: str, factor: float) -> None:
     problem = replace(mlp(nn.Sigmoid), loss=lambda: nn.CrossEntropyLoss(reduction=reduction)).build()
@@ -159,6 +160,7 @@ def test_indefinite_losses(loss: Callable[[], nn.Module]) -> None:
     assert min(float(value.min()) for value in hessian.values()) < 0 < max(float(v.max()) for v in hessian.values())
 
 
+@pytest.mark.slow
 def test_edges() -> None:
     """One sample, one class, a perfect fit, saturated logits in float32: finite and right."""
     one = replace(mlp(nn.Tanh), batch=1).build()

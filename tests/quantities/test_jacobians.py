@@ -56,6 +56,7 @@ def test_gram(name: str) -> None:
         assert float(spectrum[shared:].abs().sum() + want[shared:].abs().sum()) <= TOLERANCE, parameter
 
 
+@pytest.mark.slow
 def test_all_columns_are_propagated_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the device likes: what multiplies columns with each other needs all of them."""
     problem = BY_NAME["cnn"].build()
@@ -96,6 +97,7 @@ def test_kernel_of_the_model() -> None:
 CROSS = (*GRAM, "residual", "position_table", "scalar_parameter", "unused_and_zero_gradient", "prelu")
 
 
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", CROSS)
 @pytest.mark.parametrize("first", [1, 2])
 def test_kernel_between_batches(name: str, first: int) -> None:

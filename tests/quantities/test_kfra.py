@@ -25,7 +25,7 @@ UNLIKE_USES = (
 )  # fmt: skip
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("case", [case for case in CASES if case.name not in UNLIKE_USES], ids=str)
 def test_one_sample_is_kflr(case: Case) -> None:
     """Through convolution, pooling, norms, attention, residual branches, parameters used twice."""

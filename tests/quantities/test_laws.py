@@ -64,6 +64,7 @@ def test_within_one_result(compiled: tuple[Problem, tn.Program, Results]) -> Non
         assert (result["variance"][name] > -1e-12).all()
 
 
+@pytest.mark.thinned(2)
 def test_grad_is_autograd(compiled: tuple[Problem, tn.Program, Results]) -> None:
     problem, _, result = compiled
     output = problem.model(problem.x)
@@ -193,6 +194,7 @@ def test_low_precision(case: Case, dtype: torch.dtype, tolerance: float) -> None
             assert error < tolerance, f"{quantity} of {name}: {error:.3g}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [by_name("cnn"), by_name("reused_module")], ids=str)
 def test_torch_compile_accepts_the_source(case: Case) -> None:
     """One graph, no break: the emitted function is straight-line."""

@@ -68,7 +68,7 @@ def columns(net: nn.Module, x: Tensor, loss: Callable[..., Tensor], draw: Callab
     return {name: torch.einsum("vnf,nf...->vn...", s, own) for name, own in J.items()}
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("draws", [1, 2, 70])
 @pytest.mark.parametrize("name", CASES)
 def test_columns_are_gradients_of_the_drawn_labels(name: str, draws: int) -> None:

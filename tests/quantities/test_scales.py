@@ -92,7 +92,7 @@ MASKED = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("how", MASKED)
 def test_a_divisor_that_is_counted_in_the_batch(how: str) -> None:
     """A masked mean has all quantities that the sum of the masked losses has, times a constant."""

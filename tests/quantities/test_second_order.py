@@ -55,6 +55,7 @@ def test_all_together(case: Case) -> None:
         check(key, result[key], problem)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("key", KINDS)
 @pytest.mark.parametrize("name", ALONE)
 def test_alone(name: str, key: str) -> None:
@@ -112,6 +113,7 @@ def times(values: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
     return {name: factor * value for name, value in values.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction, factor", [("mean", 1.0), ("sum", 2.0)])
 def test_duplicated_data(reduction: str, factor: float) -> None:
     """Every sample twice: a mean stays, a sum doubles."""

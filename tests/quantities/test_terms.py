@@ -122,7 +122,7 @@ FREE: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("forward", FREE.values(), ids=FREE)
 def test_what_has_no_data_is_the_block_itself(forward: Callable[..., Any]) -> None:
     """A value of parameters alone is the same for every sample: its block is exact, in one factor."""

@@ -165,7 +165,7 @@ TWINS = ("vit", "bert")
 """Layers that `gpt2` has, too."""
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "whole", [w if str(w) not in TWINS else pytest.param(w, marks=pytest.mark.slow) for w in WHOLE], ids=str
 )

@@ -58,7 +58,7 @@ MADE_OF_OTHERS = (
 )  # fmt: skip
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MADE_OF_OTHERS, ids=str)
 def test_derivatives(case: Case) -> None:
     """Individual gradients, and the diagonal of the GGN of a squared error from the Jacobian."""

@@ -31,7 +31,7 @@ def loss(f: Tensor, y: Tensor, **options: Any) -> Tensor:
 OPTIONS: list[dict[str, Any]] = [{}, {"reduction": "sum"}, {"zero_infinity": True}, {"blank": 3}]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_values(options: dict[str, Any]) -> None:
     labels = LABELS.clamp(max=2) if "blank" in options else LABELS
@@ -44,6 +44,7 @@ def test_each() -> None:
     Tried("none", log_probs, X, PARTS, FIRST, lambda f, y: loss(f, y, reduction="none").mean(), LABELS).check()
 
 
+@pytest.mark.slow
 def test_labels_that_cannot_be() -> None:
     """One class twice needs three steps."""
     labels = LABELS.clone()

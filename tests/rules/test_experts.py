@@ -296,6 +296,7 @@ def factors(function: Any, parts: dict[str, Part], x: Tensor) -> Any:
     return tn.compile(model, MSE, (x, y), [tn.KFLR(strict=True)])(x, y)["kflr"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x", [X, TOKENS], ids=["tokens", "sequences"])
 def test_factors_of_a_loop_with_masks(x: Tensor) -> None:
     """Those of the same experts on all tokens, weighted by the gates."""

@@ -74,7 +74,7 @@ def test_integers_in_a_model(name: str) -> None:
 LOSSES = {"mse": nn.MSELoss(), "l1": nn.SmoothL1Loss(), "huber": nn.HuberLoss(delta=50.0)}
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64, torch.bool])
 @pytest.mark.parametrize("name", LOSSES)
 def test_integers_as_targets(name: str, dtype: torch.dtype) -> None:

@@ -72,7 +72,7 @@ OPTIONS = product(("mean", "sum", "none"), (-100, 1), (0.0, 0.1), (False, True))
 NAMES = ("reduction", "ignore_index", "label_smoothing", "weight")
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(zip(NAMES, each, strict=True)) for each in OPTIONS], ids=str)
 def test_individual_gradients_with_all_options(options: dict[str, Any]) -> None:
     """Σ_n of the individual gradients is the loss's own gradient, for class indices and for probabilities."""

@@ -120,6 +120,7 @@ TWICE: dict[Any, Function] = {aten.hardsigmoid.default: lambda x: F.relu6(x + 3)
 """The same function, where torch has no second derivative of the operator."""
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("target", pointwise_calls())
 def test_activations(target: Any, dtype: torch.dtype) -> None:
@@ -182,7 +183,7 @@ def test_a_layer_of_a_formula_in_float32(text: str) -> None:
 # A power of tensors: the base may be negative or zero where the exponent is whole.
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [2.0, 3.0, -1.0, -2.0, 1.0, 0.0])
 def test_powers_of_negative_numbers(exponent: float) -> None:
     model = nn.Sequential(nn.Linear(2, 3), Apply(lambda h: h ** torch.tensor([exponent, 2.0, 1.0]).to(h))).double()

@@ -122,7 +122,7 @@ def test_individual_gradients_and_curvature(name: str) -> None:
     assert_equal(result["diag_ggn"], {name: want[name] for name in trained}, "diagonal of the GGN")
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LSTM", "GRU, time first, no bias", "tanh to tanh"])
 def test_second_derivatives_go_through_the_steps(name: str) -> None:
     """The Hessian has what a scan does not know."""
@@ -188,7 +188,7 @@ def in_single(name: str) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     return model.float(), loss, x.float(), y.float()
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MODELS if "GRU" not in name and "anh" not in name])
 def test_the_gradient_alone_is_from_kernels_of_whole_layers(name: str) -> None:
     """For any batch, by the input, too; in float32, which is what they are for."""
@@ -205,7 +205,7 @@ def test_the_gradient_alone_is_from_kernels_of_whole_layers(name: str) -> None:
         torch.testing.assert_close(result["input_grad"]["x"], by_x, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("quantity", [tn.BatchL2(), tn.Variance(), tn.KFAC(), tn.ClippedGrad()], ids=lambda q: q.name)
 def test_what_is_finer_than_the_gradient_is_from_the_steps(quantity: tn.Quantity) -> None:
     """And the gradient beside it is that of the kernels."""

@@ -82,6 +82,7 @@ def slope(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return torch.stack(found)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("target", pointwise_calls())
 def test_kinks_and_large_arguments(target: Any) -> None:
     """The derivative is autograd's at every kink, and finite where autograd's is."""

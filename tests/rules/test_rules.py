@@ -172,6 +172,7 @@ def split(call: Call, name: str, value: Tensor, env: Env) -> dict[str, Any]:
     return {base: [value if v.name == own else env[v.name] for v in call.arguments[base]]}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("case", EVERY + RANDOM_CASES, ids=str)
 def test_rows(case: Case) -> None:
     """Formula = operator, saved code and forward code run, Jacobian = autograd, native VJP = autograd."""

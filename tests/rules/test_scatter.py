@@ -98,6 +98,7 @@ WRITTEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", WRITTEN)
 def test_places_of_each_sample(name: str) -> None:
     tried(WRITTEN[name], name).check()

@@ -49,7 +49,7 @@ def leaves(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else [each for each in value.factors if each is not None]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [dense, image, words, classes])
 def test_values(build: Any) -> None:
     """A model in float32, squares in float64: as far from float64 as what was squared, and of its dtype."""

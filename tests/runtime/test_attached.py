@@ -28,6 +28,7 @@ class Several(nn.Module):
         return {"hidden": h, "output": self.two(h), "best": h.argmax(1)}
 
 
+@pytest.mark.slow
 def test_a_mean_is_handed_in() -> None:
     """∇ℓ_n are as large as those of a program that has the loss."""
     model, loss = convolutions().eval(), nn.CrossEntropyLoss()

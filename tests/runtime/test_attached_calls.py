@@ -119,6 +119,7 @@ def test_arguments_by_place_and_by_name(example: Any, calls: list[Callable[[nn.M
         model(X, MASK, scale=SCALE)
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_let_go_of() -> None:
     """After a backward pass, unless that was asked to leave its graph; a second one then says so."""
     model = net()

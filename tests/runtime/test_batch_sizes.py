@@ -111,6 +111,7 @@ class Clipped(tn.Quantity):
         return (J.T @ g * g.operand("factor") * g.operand("weight")).sum("n")
 
 
+@pytest.mark.slow
 def test_operands_and_phases(planned: list[int]) -> None:
     """What comes between phases is captured once."""
     program = tn.compile(cnn(), CE, batch(1), [Clipped()])

@@ -277,7 +277,7 @@ def test_derivatives_that_are_rounding() -> None:
         assert program.checked.startswith("checked on 2 samples")
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 4, 12, 22])
 def test_rounding_of_small_denominators(seed: int) -> None:
     """The same of outputs near zero: what is left of the second derivative is larger than the spacing of numbers."""

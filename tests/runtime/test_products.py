@@ -102,6 +102,7 @@ NOT_TWICE = "hardsigmoid"
 """torch has no derivative of its derivative."""
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", ["ggn", "hessian"])
 @pytest.mark.parametrize("case", [case for case in CASES if case.name != NOT_TWICE], ids=str)
 def test_against_the_dense_matrix(case: Case, kind: str) -> None:
@@ -109,6 +110,7 @@ def test_against_the_dense_matrix(case: Case, kind: str) -> None:
     assert error(product(kind, problem).to_dense(), DENSE[kind](problem)) <= TOLERANCE
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", SAMPLE)
 def test_empirical_fisher(name: str) -> None:
     problem = BY_NAME[name].build()
@@ -122,6 +124,7 @@ def test_empirical_fisher_of_a_scaled_loss() -> None:
     assert error(product("empirical", problem).to_dense(), 2.5**2 * dense_empirical(plain)) <= TOLERANCE
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", SAMPLE)
 def test_mc_fisher_has_the_drawn_columns(name: str) -> None:
     """One draw: the same seed gives a program the same columns V, and F = sum V Vᵀ."""
@@ -132,6 +135,7 @@ def test_mc_fisher_has_the_drawn_columns(name: str) -> None:
     assert error(product("mc", problem).to_dense(), rows.mT @ rows) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("cnn", marks=pytest.mark.slow), "bce_with_logits", "mlp_sum"])
 def test_mc_fisher_tends_to_the_ggn(name: str) -> None:
     """Its error halves with four times the samples."""

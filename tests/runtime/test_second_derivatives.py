@@ -107,6 +107,7 @@ class Large(TorchDispatchMode):
         return found
 
 
+@pytest.mark.slow
 def test_few_values_as_large_as_the_output() -> None:
     """The output is kept; next to it a product has J v in two summands and their sum, or J v, p and p v."""
     torch.manual_seed(0)

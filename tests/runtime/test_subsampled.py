@@ -41,7 +41,7 @@ def flat(value: Any) -> Any:
     return {name: v.to_dense() if isinstance(v, tn.KroneckerFactors) else v for name, v in value.items()}
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("case", problems())
 def test_as_if_the_batch_had_no_others(case: Any) -> None:
     problem = case.build()

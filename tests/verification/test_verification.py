@@ -90,6 +90,7 @@ def test_where_a_choice_lies(near: int) -> None:
     assert report.ok == (near == 2)
 
 
+@pytest.mark.slow
 def test_every_quantity_of_a_rule_and_of_its_input() -> None:
     """Second derivatives, too, and what is defined line by line; nothing is left out."""
     report = tn.verify(norm, module=nn.LayerNorm(3), x=(2, 3))

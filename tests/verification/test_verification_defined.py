@@ -138,7 +138,7 @@ SAMPLES = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLES)
 def test_the_law_of_what_a_rule_draws(name: str) -> None:
     """The loss's gradient, Hessian and root are right; what it samples is not, but for one."""

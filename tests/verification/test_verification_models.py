@@ -257,7 +257,7 @@ OF_ONE = sorted(name for name, (count, _) in FUNCTIONS.items() if count == 1)
 QUICK = ("erfc", "sigmoid")
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OF_ONE]
 )

@@ -152,6 +152,7 @@ def test_another_function_in_another_branch() -> None:
     refused(model, "Function 'Half'")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "scale", [lambda n: min(n, 4), lambda n: max(n, 4), lambda n: n % 3, lambda n: n // 3 + 1, lambda n: -(-n // 4)]
 )

@@ -50,6 +50,7 @@ REFUSED: list[tuple[str, Callable[..., Any], str]] = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name,forward,message", REFUSED, ids=[row[0] for row in REFUSED])
 def test_refused(name: str, forward: Callable[..., Any], message: str) -> None:
     model = Function(forward, a=nn.Linear(3, 3), bn=nn.BatchNorm1d(3), lstm=nn.LSTM(3, 2))

@@ -44,6 +44,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("forward,message", REFUSED.values(), ids=REFUSED)
 def test_refused(forward: Callable[..., Any], message: str, capfd: pytest.CaptureFixture[str]) -> None:
     model = Function(forward, **layers(r=nn.LSTM(3, 3, batch_first=True)))

@@ -92,7 +92,7 @@ def test_values(function: Callable[[Tensor, Tensor], Any], k: Tensor) -> None:
 NAMED = ("mask", "written", "item", "branch", "list", "numpy", "each time another")
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
 def test_other_values_are_refused(name: str) -> None:
     """At the call, and not by `compute`, which compiles again; `explain` names the buffer."""

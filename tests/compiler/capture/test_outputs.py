@@ -69,6 +69,7 @@ OUTPUTS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Tensor
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("pack,take", OUTPUTS.values(), ids=OUTPUTS)
 def test_only_what_the_loss_reads(pack: Callable[..., Any], take: Callable[..., Any]) -> None:
     def forward(m: Any, x: Tensor) -> Any:
@@ -145,6 +146,7 @@ SEVERAL: dict[str, Callable[[Any, Tensor], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forward", SEVERAL.values(), ids=SEVERAL)
 def test_several_that_the_loss_reads(forward: Callable[[Any, Tensor], Any]) -> None:
     """Curvature is taken at all of them side by side. Oracle: the model that returns them so, with one output."""

@@ -54,6 +54,7 @@ def test_taken_apart_while_exported(name: str, monkeypatch: pytest.MonkeyPatch) 
     _compare(Called(FUNCTIONS[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [lambda t: t.tile(1, 1, 2), lambda t: torch.linalg.vecdot(t, t.sin())])
 def test_others_by_a_trace(function: Callable[[Tensor], Tensor]) -> None:
     """Those that PyTorch takes apart itself."""

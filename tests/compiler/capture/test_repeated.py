@@ -194,7 +194,7 @@ def no_grad(blocks: Any, x: Tensor) -> Tensor:
     return blocks[1](x) + kept
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

@@ -122,7 +122,7 @@ def dual(m: Any, x: Tensor) -> Any:
         return forward_ad.unpack_dual(field(m, forward_ad.make_dual(x, torch.ones_like(x)))).tangent
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "forward",
     [
@@ -152,6 +152,7 @@ class Scale(nn.Module):
         return input * self.g
 
 
+@pytest.mark.slow
 def test_next_to_a_rule() -> None:
     rules = {**tn.RULES, Scale: tn.Rule("output[n, i] = input[n, i] * g[i]")}
     model = Function(lambda m, x: m.scale(pinn(m, x)), **layers(scale=Scale()))

@@ -222,6 +222,7 @@ def test_fewer_queries() -> None:
     assert "flash" in compared(problem_of(by_hand, queries=3))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("mix", WHOLE, ids=lambda mix: mix.__name__)
 def test_the_rule(mix: Mix) -> None:
     """Formula, forward and native VJP are those of the operator."""
@@ -250,6 +251,7 @@ def test_a_mask_that_is_learned_has_its_gradient() -> None:
     assert "flash" not in compared(Case("relative", Relative, (5, 4)).build())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_blocks_of_the_kernel(dtype: torch.dtype) -> None:
     """More positions than the kernel takes at once, of which some see nothing, against autograd."""
@@ -291,7 +293,7 @@ def test_rows_of_which_nothing_is_left() -> None:
     assert gradient.isnan().all() and result["grad"]["out.weight"].isnan().all()
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 def test_encoders_under_a_mask(causal: bool) -> None:
     """Of padding, as `nn.TransformerEncoder` adds it up with a causal one."""

@@ -75,6 +75,7 @@ def test_not_where_more_is_asked(norm: str) -> None:
     assert ALL not in program.source
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("frozen", [["1.weight"], ["1.bias"], ["1.weight", "1.bias"], ["0.weight", "0.bias"]])
 def test_frozen_parameters(norm: str, frozen: list[str]) -> None:
@@ -128,6 +129,7 @@ FORMULA = "output[n, a, i] = input[n, a, i] * gain[i]"
 KERNEL = "(2 * {cotangent} * {gain} / 2, ({cotangent} * {input}).sum((0, 1)))"
 
 
+@pytest.mark.slow
 def test_a_kernel_of_ones_own() -> None:
     """It is taken for the gradient alone, and compared with the formula."""
     rule = tn.Rule(FORMULA, backward={"input, gain": KERNEL})

@@ -61,6 +61,7 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 2), nn.Tanh(), Apply(lambda h: h + 0.1)).double()
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", NO_SUM)
 def test_no_sum(name: str) -> None:
     """The gradient, too: whoever reads it asks for the individual ones next."""

@@ -34,7 +34,7 @@ def line_of(line: Line, to: dict[Value, Value]) -> tuple[str, tuple[Value, ...]]
     return text, tuple(to.get(value, value) for value in line.frees)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("net", NETS, ids=lambda net: net.__name__)
 def test_the_same_lines(net: Callable[[int], nn.Module]) -> None:
     """Calls, with their lines put back, are the lines of the program, in order."""
@@ -61,7 +61,7 @@ def test_the_same_lines(net: Callable[[int], nn.Module]) -> None:
     assert at == len(lines)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("net", NETS, ids=lambda net: net.__name__)
 def test_the_same_numbers(net: Callable[[int], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -104,6 +104,7 @@ def test_the_same_memory() -> None:
     assert abs(program.peak_bytes / held.peak - 1) < CLOSE, (program.peak_bytes, held.peak)
 
 
+@pytest.mark.slow
 def test_large_values_and_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """A function is given what its lines read that is no value: where large values go, and what follows a loop."""
     torch.manual_seed(0)

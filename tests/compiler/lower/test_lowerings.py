@@ -196,6 +196,7 @@ SLIDES = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("slides", SLIDES)
 @pytest.mark.parametrize("kind", KINDS)

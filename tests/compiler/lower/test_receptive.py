@@ -258,7 +258,7 @@ def models() -> dict[str, tuple[nn.Module, tuple[int, ...], int]]:
     }  # fmt: skip
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(models()))
 def test_in_a_program(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Hessian's diagonal and the GGN's are what they are, for other batches, too."""

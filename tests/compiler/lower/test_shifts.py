@@ -102,7 +102,7 @@ SLIDES = {
 OFFERED = {"two_strided_over_the_kernel": 1, "two_one_of_kernel_one": 1, "two_steps_with_a_divisor": 1, "three": 3}
 
 
-@pytest.mark.thinned(12)
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("slides", SLIDES)

@@ -59,7 +59,7 @@ NAMES = (
 BY_NAME = {case.name: case for case in CASES}
 
 
-@pytest.mark.thinned(24)
+@pytest.mark.slow
 @pytest.mark.parametrize("second", SECOND)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_numbers(name: str, second: str, monkeypatch: pytest.MonkeyPatch) -> None:

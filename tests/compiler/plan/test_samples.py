@@ -215,6 +215,7 @@ def test_what_stays_together(quantity: tn.Quantity) -> None:
     assert not calls(tn.compile(model, nn.CrossEntropyLoss(), (x, y), [quantity]))
 
 
+@pytest.mark.slow
 def test_in_a_file_of_its_own(tmp_path: Path) -> None:
     """What is generated checks itself: against autograd, for several batch sizes."""
     torch.manual_seed(0)

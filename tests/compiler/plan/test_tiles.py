@@ -43,7 +43,7 @@ def _is_tile(plan: Any) -> bool:
     return getattr(finish, "__qualname__", "").startswith("columns_first")
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [1.0, 150.0], ids=["each sample", "several samples"])
 @pytest.mark.parametrize("name", SMALL)
 def test_the_same_values(name: str, tile: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +82,7 @@ def many_columns(tile: float, monkeypatch: pytest.MonkeyPatch) -> tuple[tn.Progr
     return tn.compile(model, nn.CrossEntropyLoss(), (x, torch.arange(4) % 3), [tn.HessianDiag()]), x
 
 
+@pytest.mark.slow
 def test_once_behind_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop adds up what tiles are linear in, once for the weight and the bias; what is looked up is never whole."""
     whole, x = many_columns(1e9, monkeypatch)

@@ -113,6 +113,7 @@ def test_low_precision() -> None:
     as_near_as_autograd(attention, randn(3, 5, 4), parts, HALF)
 
 
+@pytest.mark.slow
 def test_autocast_in_forward() -> None:
     """Parameters stay in float32, and so are their results."""
     parts = {"c": partial(nn.Conv2d, 2, 3, 3, padding=1), "k": partial(nn.Linear, 12, 8),
@@ -164,6 +165,7 @@ def test_results_are_in_the_dtype_of_their_parameter(quantity: tn.Quantity) -> N
         assert (found - right).norm() <= 0.05 * right.norm(), name
 
 
+@pytest.mark.slow
 def test_scales_are_in_the_widest_dtype() -> None:
     """Behind a first layer in bfloat16 that is frozen, a head in float32 is as exact as by itself."""
     torch.manual_seed(0)

@@ -50,6 +50,7 @@ DOMAINS = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("tried", DOMAINS, ids=str)
 def test_in_its_domain(tried: Tried) -> None:
     assert "no rule: VJPs by torch.func" in tried.check().explain("bind")
@@ -158,6 +159,7 @@ VIEWS = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("tried", VIEWS, ids=str)
 def test_transposed(tried: Tried) -> None:
     assert "by torch.func" not in tried.check().explain("bind")

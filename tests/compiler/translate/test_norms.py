@@ -57,7 +57,7 @@ GRAPHS = [
 ]  # fmt: skip
 
 
-@pytest.mark.thinned(9)
+@pytest.mark.slow
 @pytest.mark.parametrize("tried", GRAPHS, ids=str)
 def test_in_a_graph_that_writes(tried: Tried) -> None:
     assert "by torch.func" not in tried.check().explain("bind")
@@ -77,7 +77,7 @@ NATIVE = [
 ]  # fmt: skip
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("tried", NATIVE, ids=str)
 def test_native_operators(tried: Tried) -> None:
     assert "by torch.func" not in tried.check().explain("bind")

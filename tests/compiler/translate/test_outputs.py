@@ -78,6 +78,7 @@ PARTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("tried", PARTS, ids=str)
 def test_outputs_by_torch_func(tried: Tried) -> None:
     tried.check()
