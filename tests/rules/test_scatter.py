@@ -138,6 +138,11 @@ def test_several_to_one_place(name: str) -> None:
         torch.testing.assert_close(result[name], value)
 
 
+def test_what_torch_cannot_differentiate() -> None:
+    with pytest.raises(UnsupportedError, match=r"scatter\.value_reduce .* it knows no derivative of it"):
+        tried(lambda m, x: m.a(x).scatter(1, order(x), 2.5, reduce="multiply")).program()
+
+
 def test_a_source_that_is_too_large() -> None:
     with pytest.raises(UnsupportedError, match=r"(?s)src .* is larger than index .*Slice src first"):
         tried(lambda m, x: m.a(x).scatter(1, order(x), m.b(x))).program()
