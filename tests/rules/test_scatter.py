@@ -92,6 +92,9 @@ WRITTEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "pairs apart": lambda m, x: (
         put(pairs(m.a(x)).unflatten(1, (2, 2)), m.b(x)[:, :3].T[..., None].sin(), *APART).flatten(1)
     ),
+    "copied": lambda m, x: m.a(x).index_copy(1, torch.tensor([2, 0]), m.b(x)[:, :2].sin()).tanh(),
+    "filled": lambda m, x: m.a(x).index_fill(1, torch.tensor([2, 0]), float("-inf")).softmax(1) * m.b(x),
+    "filled by a parameter": lambda m, x: m.a(x).index_fill(-1, torch.tensor([2, 0]), m.p[0]) * m.b(x),
     "several of a sample": lambda m, x: put(m.a(x), m.b(x)[:, :2].sin(), at(x)[0][:, None], order(x)).tanh(),
     "some of a sample": lambda m, x: put(pairs(m.a(x)), m.b(x)[:, None], at(x)[0][:, None], order(x)).flatten(1),
     "an entry": lambda m, x: pairs(m.a(x)).index_put((*at(x), at(x, 1)[1]), m.b(x).sum(1)).flatten(1),
@@ -119,6 +122,7 @@ def test_infinite_numbers_hide_places(name: str) -> None:
 TWICE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "scatter": lambda m, x: m.a(x).scatter(1, torch.zeros_like(x[:, :2], dtype=torch.int64), m.b(x)[:, :2]),
     "index": lambda m, x: put(m.a(x), m.b(x)[:, :2], ALL, torch.zeros(2, dtype=torch.int64)),
+    "copy": lambda m, x: m.a(x).index_copy(1, torch.zeros(2, dtype=torch.int64), m.b(x)[:, :2]),
     "index of each sample": lambda m, x: put(m.a(x), m.b(x)[:, :2], at(x)[0][:, None], 0 * order(x)),
 }
 

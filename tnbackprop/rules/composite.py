@@ -33,7 +33,7 @@ for _target in (
     aten.column_stack.default, aten.vstack.default, aten.dstack.default, aten.row_stack.default, aten.ger.default,
     aten.trapezoid.dx, aten.trapezoid.x, aten.linalg_vander.default, aten.diag.default, aten.linalg_matmul.default,
     aten.special_logit.default, aten.special_logsumexp.default, aten.linalg_matrix_power.default,
-    aten.multi_margin_loss.default,
+    aten.multi_margin_loss.default, aten.index_copy.default, aten.index_fill.int_Scalar, aten.index_fill.int_Tensor,
 ):  # fmt: skip
     TABLE.rule(_target)(Composite())
 
