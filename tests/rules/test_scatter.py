@@ -71,6 +71,12 @@ def put(f: Tensor, values: Tensor, *index: Any, added: bool = False) -> Tensor:
     return torch.ops.aten.index_put(f, places, values.to(f.dtype), added)
 
 
+def through(f: Tensor, values: Tensor) -> Tensor:
+    made = f.new_zeros(f.shape[0], 2, 4)
+    made.transpose(1, 2)[:] = f[:, :, None] * values[:, None, :2]
+    return made.reshape(-1, 8)
+
+
 ALL = slice(None)
 PAIRS = (torch.tensor([[1], [3]]), torch.tensor([2, 1, 0]))
 APART = (ALL, torch.tensor([0, 1, 0]), ALL, torch.tensor([3, 0, 1]))
@@ -94,6 +100,17 @@ WRITTEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
     ),
     "copied": lambda m, x: m.a(x).index_copy(1, torch.tensor([2, 0]), m.b(x)[:, :2].sin()).tanh(),
     "filled": lambda m, x: m.a(x).index_fill(1, torch.tensor([2, 0]), float("-inf")).softmax(1) * m.b(x),
+    "copied in place": lambda m, x: m.a(x).clone().index_copy_(1, torch.tensor([2, 0]), m.b(x)[:, :2].sin()).tanh(),
+    "filled in place": lambda m, x: m.a(x).clone().index_fill_(1, torch.tensor([2]), 2.5) * m.b(x),
+    "spread": lambda m, x: m.a(x)[at(x)[0][:, None].expand(-1, 2), order(x)] * m.b(x)[:, :2],
+    "repeated": lambda m, x: (
+        pairs(m.a(x))[at(x)[0].view(-1, 1, 1).repeat(1, 2, 2), order(x)[:, :, None], order(x)[:, None]].flatten(1)
+    ),
+    "spread in front": lambda m, x: m.a(x)[at(x)[0].expand(2, -1), order(x).T].T * m.b(x)[:, :2],
+    "written where it is spread": lambda m, x: (
+        put(m.a(x), m.b(x)[:, :2], at(x)[0][:, None].repeat(1, 2), order(x)).tanh()
+    ),
+    "through a transpose": lambda m, x: through(m.a(x), m.b(x).sin()),
     "filled by a parameter": lambda m, x: m.a(x).index_fill(-1, torch.tensor([2, 0]), m.p[0]) * m.b(x),
     "several of a sample": lambda m, x: put(m.a(x), m.b(x)[:, :2].sin(), at(x)[0][:, None], order(x)).tanh(),
     "some of a sample": lambda m, x: put(pairs(m.a(x)), m.b(x)[:, None], at(x)[0][:, None], order(x)).flatten(1),
@@ -142,9 +159,22 @@ def test_several_to_one_place(name: str) -> None:
         torch.testing.assert_close(result[name], value)
 
 
-def test_what_torch_cannot_differentiate() -> None:
-    with pytest.raises(UnsupportedError, match=r"scatter\.value_reduce .* it knows no derivative of it"):
-        tried(lambda m, x: m.a(x).scatter(1, order(x), 2.5, reduce="multiply")).program()
+BAD: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    r"scatter\.value_reduce .* it knows no derivative of it": lambda m, x: (
+        m.a(x).scatter(1, order(x), 2.5, reduce="multiply")
+    ),
+    r"take\.default .* it fails on a sample by itself": lambda m, x: m.a(x).take(at(x)[0] * 4 + at(x)[1])[:, None],
+    r"(?s)masked_scatter.* in the order of all samples.*Use torch\.where": lambda m, x: (
+        m.a(x).masked_scatter(x[:, :1] > -9, m.b(x))
+    ),
+    r"picks samples of .* by reshape": lambda m, x: m.a(x)[at(x)[0][:, None].expand(-1, 2).reshape(-1)].reshape(-1, 8),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_refused(message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        tried(BAD[message]).program()
 
 
 def test_a_source_that_is_too_large() -> None:

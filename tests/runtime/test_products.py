@@ -110,7 +110,6 @@ def test_against_the_dense_matrix(case: Case, kind: str) -> None:
     assert error(product(kind, problem).to_dense(), DENSE[kind](problem)) <= TOLERANCE
 
 
-@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", SAMPLE)
 def test_empirical_fisher(name: str) -> None:
     problem = BY_NAME[name].build()
@@ -124,7 +123,6 @@ def test_empirical_fisher_of_a_scaled_loss() -> None:
     assert error(product("empirical", problem).to_dense(), 2.5**2 * dense_empirical(plain)) <= TOLERANCE
 
 
-@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", SAMPLE)
 def test_mc_fisher_has_the_drawn_columns(name: str) -> None:
     """One draw: the same seed gives a program the same columns V, and F = sum V Vᵀ."""

@@ -29,11 +29,13 @@ from ..translate.opaque import Opaque, opaque_calls
 from ..translate.sizes import Condition, Sizes
 from ..translate.symbolic import shapes_only, symbolic_kernels
 from ..translate.torch_internals import (
+    OpOverload,
     any_target,
     decomposed,
     evenly,
     export_refusals,
     guards_of_sizes,
+    name_of,
     traced_here,
     whole_einsums,
 )
@@ -130,8 +132,9 @@ def exported(
 def _composites(program: torch.fx.GraphModule, rules: Rules) -> dict[Any, Callable[..., Any]]:
     """What the operators that are made of others are made of. All of them, as one may be made of another."""
     rows = {target: row for target, row in rules.items() if isinstance(row, Composite)}
-    if not any(node.target in rows for node in nodes_of(program)):
-        return {}
+    called = {name_of(node.target) for node in nodes_of(program) if isinstance(node.target, OpOverload)}
+    if not {(name.removesuffix("_"), which) for name, which in called} & {name_of(target) for target in rows}:
+        return {}  # what writes in place has the row of what it is called without a _
     known = torch.export.default_decompositions()
     return {target: row.function or known[target] for target, row in rows.items()}
 

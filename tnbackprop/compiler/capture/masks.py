@@ -57,6 +57,11 @@ def picked_call(
     """
     given = [a for a in arguments.values() if isinstance(a, Picked)]
     name = name_of(target)[0]
+    if name == "masked_scatter" and not all(isinstance(size, int) for size in made.shape):
+        raise UnsupportedError(
+            f"{where} takes its values one after the other, in the order of all samples.\n"
+            "  Use torch.where(mask, values, h) with a value for every place, or scatter."
+        )
     found = _mask(arguments) if name in ("index", "index_put") else None
     if not given and found is None and name != "masked_select":
         return None

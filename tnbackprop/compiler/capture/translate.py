@@ -245,8 +245,8 @@ class _Translator:
             self.aggregates.add(output.name)
         row = row_of(target)
         counted = row.counts and arguments["end"] == N and not arguments.get("start")
-        kept = (row.reshapes or row.same is Same.CAST) and any(v.name in self.ranges for v in inputs[:1])
-        if counted or kept:
+        spread = target in (aten.expand.default, aten.repeat.default) or row.reshapes or row.same is Same.CAST
+        if counted or (spread and (N,) in output.axes and any(v.name in self.ranges for v in inputs[:1])):
             self.ranges.add(output.name)
 
     def _arguments(self, node: Node) -> dict[str, Any]:

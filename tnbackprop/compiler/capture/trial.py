@@ -156,7 +156,9 @@ def refuse_mixing(call: Call, tensors: Mapping[str, Tensor], refused: Callable[[
         raise refused("it knows no derivative of it") from error
 
 
-def maps(call: Call, operand: Value, tensors: Mapping[str, Tensor]) -> bool:
+def maps(
+    call: Call, operand: Value, tensors: Mapping[str, Tensor], refused: Callable[[str], UnsupportedError]
+) -> bool:
     """Whether vmap over samples and columns gives what single VJPs give."""
     own, one, generator = batched(call), one_sample(call), torch.Generator().manual_seed(1)
     each = sampled(call.output)
@@ -171,7 +173,10 @@ def maps(call: Call, operand: Value, tensors: Mapping[str, Tensor]) -> bool:
 
     rows = [_samples(v, tensors[v.name]) for v in own]
     cotangents = cotangents.to(tensors[operand.name].device, call.output.dtype)
-    single = [torch.stack([vjp(*sample) for sample in zip(column, *rows, strict=True)]) for column in cotangents]
+    try:
+        single = [torch.stack([vjp(*sample) for sample in zip(column, *rows, strict=True)]) for column in cotangents]
+    except (RuntimeError, IndexError) as error:
+        raise refused(f"it fails on a sample by itself ({error})") from error
     try:
         over_samples = torch.func.vmap(vjp, (0, *(0 for _ in rows)))
         with UNWARNED:

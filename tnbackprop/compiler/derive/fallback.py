@@ -81,10 +81,11 @@ def fallback(call: Call, trial: Trial) -> BoundRule:
         if value.differentiable and sampled(value) and not sampled(call.output):
             raise _refused(call, f"it reduces over the samples of '{value.name}'")
     tensors = trial.operands(call)
-    refuse_mixing(call, tensors, partial(_refused, call))
+    refused = partial(_refused, call)
+    refuse_mixing(call, tensors, refused)
     legs = tuple(BATCH if N in axis else Leg(f"a{k}", _int(axis)) for k, axis in enumerate(call.output.axes))
     operands = tuple(v for v in dict.fromkeys(values) if v.differentiable)
-    looped = frozenset(v.name for v in operands if not maps(call, v, tensors))
+    looped = frozenset(v.name for v in operands if not maps(call, v, tensors, refused))
     if looped and any(place_of(v) for v in (*values, call.output)):
         raise _refused(call, "it takes a loop over samples, which are not in front")
     code = {v.name: OperatorVjp(one_sample(call), v, v.name in looped) for v in operands}
