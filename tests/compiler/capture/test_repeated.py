@@ -268,3 +268,26 @@ def test_what_cannot_be_compared(repeated: list[str]) -> None:
     model = Many(Reads(), Reads(), how=scaled).double()
     assert capture(model, CE, (x, y), tn.RULES).rows() == plainly(model, (x, y))
     assert repeated.count("Reads")
+
+
+def elsewhere(where: str) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    """A model and a loss, of which one calls frozen modules that only a function knows."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Sequential(nn.Linear(6, 6), nn.Tanh())).double()
+    teacher.requires_grad_(False)
+
+    class Calls(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(teacher(x))
+
+    if where == "the model":
+        return Calls(6, 3).double(), CE
+    return nn.Linear(6, 6).double(), lambda f, y: (teacher(f) - teacher(f.detach() + 1)).square().mean()
+
+
+@pytest.mark.parametrize("where", ["the model", "the loss"])
+def test_modules_that_are_no_part_of_the_model(where: str) -> None:
+    model, loss = elsewhere(where)
+    result = tn.compute(model, loss, (X, Y), [tn.BatchGrad()])
+    for name, value in oracle.batch_grad(model, loss, X, Y).items():
+        torch.testing.assert_close(result["batch_grad"][name], value)

@@ -21,7 +21,17 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from ..translate.torch_internals import OpOverload, global_hooks, is_mutation
-from .torch_tracer import another, described, is_traced, memory_of, modules_around, node_of, track, unseen
+from .torch_tracer import (
+    another,
+    described,
+    installed,
+    is_traced,
+    memory_of,
+    modules_around,
+    node_of,
+    track,
+    unseen,
+)
 
 PLAIN = (int, str, bool, types.NoneType, bytes, range, torch.dtype, torch.device, torch.layout, torch.Size)
 """Types whose values say all."""
@@ -286,7 +296,8 @@ class Repeats:
     ) -> Any:
         """What a call of a module gives. One that is called twice is traced each time."""
         self.inside = True
-        call = None if id(module) in self._called else _Call.of(module, args, dict(kwargs))
+        known = id(module) in self._called or not installed(tracer, module)
+        call = None if known else _Call.of(module, args, dict(kwargs))
         self._called.add(id(module))
         traced = None if call is None else self._known.get(call.key)
         found = None if call is None or traced is None else traced.again(tracer, module, call)

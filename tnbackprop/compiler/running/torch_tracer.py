@@ -93,6 +93,15 @@ def track(tracer: Any, tensor: Tensor, node: Node) -> None:
     track_tensor_tree(tensor, Proxy(node, tracer), constant=None, tracer=tracer)
 
 
+def installed(tracer: Any, module: nn.Module) -> bool:
+    """Whether it is a part of what is exported, and not one that a function has from elsewhere."""
+    try:
+        tracer.path_of_module(module)
+    except NameError:
+        return False
+    return True
+
+
 def modules_around(tracer: Any) -> dict[str, tuple[str, str]]:
     """Where the tracer is: the modules whose forwards run, as nodes have them."""
 
