@@ -13,7 +13,7 @@ import torch
 from ..diagram.core import N
 from ..quantities import Gradient, Quantity
 from .derive.output import Bound
-from .sweep.roots import at_loss
+from .sweep.roots import at_loss, trained_outputs
 from .translate.graph import Call, Graph, Value, depends_on, needed
 from .translate.names import Names
 
@@ -27,7 +27,7 @@ def with_one_output(graph: Graph, quantities: Sequence[Quantity]) -> Graph:
     change where an output has the batch elsewhere than alone on axis 0, and where a quantity is of the outputs
     themselves (a Jacobian), which are several then.
     """
-    read = list(graph.read_by_loss.values()) if graph.loss else []
+    read = list(trained_outputs(graph).values()) if graph.loss else []
     if len(read) < 2 or not _curved(quantities) or not _alike(read):
         return graph
     before = needed(list(graph.calls), {value.name for value in read})

@@ -207,3 +207,30 @@ def test_an_object_whose_methods_the_loss_calls(kind: str) -> None:
     program = tn.compile(model, loss, (x, y), [tn.Grad(), tn.BatchL2()])
     want = torch.autograd.grad(loss(model(x), y), list(model.parameters()))
     torch.testing.assert_close(tuple(program(x, y)["grad"].values()), want)
+
+
+class GivesWeights(nn.Module):
+    """A prediction, and weights of the loss that no parameter which is trained reaches."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.l, self.t, self.how = nn.Linear(4, 3), nn.Linear(4, 3).requires_grad_(False), how
+
+    def forward(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        p = self.l(x)
+        how = {"input": m, "mask": m > 0.5, "detached": p.detach().sigmoid(), "frozen": self.t(x).sigmoid()}
+        return p, how[self.how]
+
+
+@pytest.mark.parametrize("how", ["input", "mask", "detached", "frozen"])
+def test_an_output_that_no_parameter_reaches_is_as_a_label(how: str) -> None:
+    """Curvature is by the prediction alone, as the loss is convex in it and not in its weights; in closed form."""
+    model, x, y = GivesWeights(how).double(), (torch.randn(4, 4).double(), torch.rand(4, 3).double()), torch.zeros(4, 3)
+    loss: Callable[..., Tensor] = lambda f, y: ((f[0] - y).square() * f[1]).sum(1).mean()  # noqa: E731
+    result = tn.compute(model, loss, (x, y.double()), [tn.DiagGGN(), tn.KFLR(), tn.HessianDiag()])
+    weights = model(*x)[1].double()
+    G = 2 * torch.einsum("no,ni->oi", weights, x[0].square()) / 4
+    for key in ("diag_ggn", "hessian_diag"):
+        torch.testing.assert_close(result[key]["l.weight"], G)
+    torch.testing.assert_close(result["kflr"]["l.bias"].factors[0].diagonal(), 2 * weights.mean(0))

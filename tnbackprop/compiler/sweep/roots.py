@@ -116,12 +116,21 @@ def elementwise_root(found: LossRoot) -> LossRoot:
     return replace(found, root=root) if code else found
 
 
+def trained_outputs(graph: Graph) -> dict[str, Value]:
+    """The outputs that the loss reads and a parameter reaches; all that it reads where none is.
+
+    A mask or a detached target that the model gives back is to the loss what a label is.
+    """
+    outputs = graph.read_by_loss
+    return {place: value for place, value in outputs.items() if value.differentiable} or outputs
+
+
 def output_of(graph: Graph, what: str) -> Value:
     """The only output tensor of the model that the loss reads, alone or inside a dictionary or a tuple.
 
     Raises `UnsupportedError` where there are none or several.
     """
-    outputs = graph.read_by_loss
+    outputs = trained_outputs(graph)
     if len(outputs) == 1:
         (output,) = outputs.values()
         if not output.differentiable:
@@ -143,7 +152,7 @@ def at_loss(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...]) -> Value | 
     by parameters is that of the whole then. Past what moves, cuts or sums alone, to what the loss's own call reads:
     the map is linear, so its curvature is the same, J^T A^T H A J.
     """
-    outputs = list(graph.read_by_loss.values())
+    outputs = list(trained_outputs(graph).values())
     first = _past_parameters(graph) if read_behind(graph) else outputs[0] if len(outputs) == 1 else None
     value, moved = first, first not in outputs
     while value is not None:
