@@ -111,6 +111,7 @@ def test_verify(
     assert re.search(shown, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sign", "status"), [("+", 0), ("-", 1)])
 def test_verify_follows_the_registry(
     sign: str, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

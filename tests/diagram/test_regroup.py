@@ -72,6 +72,7 @@ def count_of(legs: tuple[Leg, ...]) -> int:
     return prod(int(leg.size) for leg in legs if leg != BATCH)
 
 
+@pytest.mark.slow
 @MANY
 @given(jacobians().flatmap(lambda j: st.tuples(st.just(j), shapes(count_of(j.into)))))
 def test_operand(pair: tuple[Jacobian, Sizes]) -> None:

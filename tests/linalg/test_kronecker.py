@@ -78,7 +78,7 @@ KINDS = {"kflr": ("KFLR", {}), "empirical": ("KFAC", {"fisher": "EMPIRICAL"})}
 SHARING = ("EXPAND", "REDUCE")
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("sharing", SHARING)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case, layer", WRITTEN, ids=lambda value: str(value))
@@ -213,7 +213,7 @@ CLAIMS = [
 ]  # fmt: skip
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("claim", CLAIMS, ids=str)
 def test_exact(claim: Claim) -> None:
     problem = claim.case.build()

@@ -29,7 +29,7 @@ def empty_registry() -> Iterator[None]:
         yield
 
 
-@pytest.mark.thinned(12)
+@pytest.mark.thinned(24)
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks(page: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One page is one script."""

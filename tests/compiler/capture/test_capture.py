@@ -96,6 +96,7 @@ def test_multihead_attention(batch_first: bool) -> None:
     assert all("attention.in_proj_weight" in c.output.depends_on for c in graph.calls[-3:])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "forward",
     [

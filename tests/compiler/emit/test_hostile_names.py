@@ -163,7 +163,7 @@ WORDS = ("like", "each", "g_out", "values", "state", "print", "class", "one_by_o
 """What a file of a layer has for itself, and what no argument can be called."""
 
 
-@pytest.mark.thinned(20)
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("name", WORDS)
 def test_files_of_layers_with_parts(name: str, last: bool) -> None:
@@ -210,7 +210,7 @@ class Keyed(nn.Module):
         return batch[self.called] * parameter
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["class", "\r", '"""', f'")\n{CANARY}\n#', f"']\n{CANARY}\n#", f'"), {CANARY}, ("'])
 def test_code_that_torch_writes(name: str) -> None:
     """Where operators are made of others, torch.export writes the names into code and runs it."""
