@@ -133,7 +133,8 @@ def _composites(program: torch.fx.GraphModule, rules: Rules) -> dict[Any, Callab
     """What the operators that are made of others are made of. All of them, as one may be made of another."""
     rows = {target: row for target, row in rules.items() if isinstance(row, Composite)}
     called = {name_of(node.target) for node in nodes_of(program) if isinstance(node.target, OpOverload)}
-    if not {(name.removesuffix("_"), which) for name, which in called} & {name_of(target) for target in rows}:
+    made = {name_of(target) for target in rows if isinstance(target, OpOverload)}
+    if not {(name.removesuffix("_"), which) for name, which in called} & made:
         return {}  # what writes in place has the row of what it is called without a _
     known = torch.export.default_decompositions()
     return {target: row.function or known[target] for target, row in rows.items()}

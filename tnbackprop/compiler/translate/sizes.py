@@ -78,10 +78,14 @@ class Sizes:
                     self._batch |= dict.fromkeys(size.node.expr.free_symbols, N)
 
     def conditions(self, asked: Iterable[tuple[Any, str]]) -> tuple[Condition, ...]:
-        """Those of the expressions, each with its line, that are of the batch size."""
+        """Those of the expressions, each with its line, that are of the batch size.
+
+        Without what holds for all but one sample: torch asks that of N by itself, too, as 2·N // 2 != 1, and whether
+        the graph is that of one sample is seen by running it (`one_sample`).
+        """
         found = (Condition(self._replaced(expr), line) for expr, line in asked)
         known = (c for c in found if c.asked.free_symbols and c.asked.free_symbols <= set(self._batch))
-        return tuple(dict.fromkeys(known))
+        return tuple(c for c in dict.fromkeys(known) if c.at(1) or not all(map(c.at, TRIED[1:])))
 
     def shape(self, val: torch.Tensor, where: str = "", line: str = "") -> tuple[Size, ...]:
         """The shape of a (fake) tensor."""
