@@ -23,7 +23,8 @@ ALL = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"
 ORDER = (
     "errors", "version", "diagram", "notation.code", "notation", "table", "rules.recurrent", "rules", "quantities",
     "phased",
-    "compiler.translate", "compiler.running", "compiler.capture", "compiler.program", "compiler.sweep",
+    "compiler.translate", "compiler.running", "compiler.batched", "compiler.capture", "compiler.program",
+    "compiler.sweep",
     "compiler.derive", "compiler.lower", "compiler.entered", "compiler.plan", "compiler.emit", "compiler.invariants",
     "compiler.merge", "compiler.explain", "compiler", "linalg", "results", "runtime.memory", "runtime", "subsampled",
     "proof", "declare",

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from ...errors import InputError, UnsupportedError
-from ..translate.axes import show
+from ..batched.axes import show
 from ..translate.graph import Value
 
 WRITTEN = frozenset({"BUFFER_MUTATION", "PARAMETER_MUTATION"})

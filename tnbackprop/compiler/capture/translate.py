@@ -15,22 +15,22 @@ from torch.utils import _pytree as pytree
 
 from ...diagram.core import N, Size
 from ...errors import UnsupportedError
+from ..batched.axes import batch_axis, show, value_axes
+from ..batched.copies import over_batch
+from ..batched.masks import Picked, lists_of_picked, picked_call
+from ..batched.mixing import check_mixing
 from ..running.failure import line_of
-from ..translate.axes import batch_axis, show, value_axes
 from ..translate.canonical import alias_of, canonical, output_call
 from ..translate.casts import Casts
 from ..translate.complex import Complex
-from ..translate.copies import over_batch
 from ..translate.graph import Call, Graph, NotGiven, Value, depends_on, needed, values_in
 from ..translate.inplace import functional, owner
 from ..translate.inputs import enter
-from ..translate.mixing import check_mixing
 from ..translate.names import Names, module_of, op_name
 from ..translate.opaque import NAMESPACE, Opaque
 from ..translate.operators import Same, row_of
 from ..translate.sizes import Sizes
 from ..translate.torch_internals import HigherOrderOperator, OpOverload, arguments_of, is_mutation, name_of
-from .masks import Picked, lists_of_picked, picked_call
 from .reach import above, batch_in_train, check_loss, refuse_written
 
 aten = torch.ops.aten

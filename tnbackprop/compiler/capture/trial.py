@@ -19,10 +19,10 @@ from torch.utils import _pytree as pytree
 
 from ...diagram.core import N
 from ...errors import UnsupportedError
+from ..batched.axes import batch_axis
 from ..running.drawing_calls import draws
 from ..running.printing import SILENT
 from ..running.torch_quiet import UNWARNED
-from ..translate.axes import batch_axis
 from ..translate.graph import Call, Graph, Value, needed
 from ..translate.opaque import named_tensors, signature_of
 from ..translate.torch_internals import OpOverload, arguments_of

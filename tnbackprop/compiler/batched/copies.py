@@ -9,8 +9,8 @@ import sympy
 import torch
 
 from ...diagram.core import N, Size
+from ..translate.graph import Value
 from .axes import batch_axis
-from .graph import Value
 
 aten = torch.ops.aten
 Shape = tuple[Size, ...]

@@ -9,9 +9,9 @@ import sympy
 
 from ...diagram.core import N, Size
 from ...errors import UnsupportedError
-from .graph import Value
-from .names import op_name
-from .operators import Copies, row_of
+from ..translate.graph import Value
+from ..translate.names import op_name
+from ..translate.operators import Copies, row_of
 
 Axes = tuple[tuple[Size, ...], ...]
 PARTS = frozenset("split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk slice narrow".split())

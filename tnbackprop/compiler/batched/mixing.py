@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import UnsupportedError
+from ..translate.graph import Value
+from ..translate.operators import row_of
 from .axes import ADVICE, batch_axis, show
-from .graph import Value
-from .operators import row_of
 
 
 def check_mixing(target: Any, arguments: Mapping[str, Any], output: Value, ranges: set[str], where: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tnbackprop as tn
-from tnbackprop.compiler.translate.axes import value_axes
+from tnbackprop.compiler.batched.axes import value_axes
 from tnbackprop.compiler.translate.graph import Value
 from tnbackprop.compiler.translate.inplace import functional
 from tnbackprop.compiler.translate.torch_internals import operators
