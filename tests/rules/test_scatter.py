@@ -163,7 +163,7 @@ BAD: dict[str, Callable[[Any, Tensor], Tensor]] = {
     r"scatter\.value_reduce .* it fails on a sample by itself \(derivative .* not implemented": lambda m, x: (
         m.a(x).scatter(1, order(x), 2.5, reduce="multiply")
     ),
-    r"take\.default .* it fails on a sample by itself": lambda m, x: m.a(x).take(at(x)[0] * 4 + at(x)[1])[:, None],
+    r"picks samples of .* by add": lambda m, x: m.a(x).take(at(x)[0] * 3 + at(x)[1])[:, None],
     r"(?s)masked_scatter.* in the order of all samples.*Use torch\.where": lambda m, x: (
         m.a(x).masked_scatter(x[:, :1] > -9, m.b(x))
     ),

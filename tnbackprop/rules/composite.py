@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +35,7 @@ for _target in (
     aten.trapezoid.dx, aten.trapezoid.x, aten.linalg_vander.default, aten.diag.default, aten.linalg_matmul.default,
     aten.special_logit.default, aten.special_logsumexp.default, aten.linalg_matrix_power.default,
     aten.multi_margin_loss.default, aten.index_copy.default, aten.index_fill.int_Scalar, aten.index_fill.int_Tensor,
+    aten.take.default,
 ):  # fmt: skip
     TABLE.rule(_target)(Composite())
 
@@ -48,14 +50,8 @@ def hsplit(x: Tensor, parts: Any) -> Sequence[Tensor]:
     return torch.tensor_split(x, parts, min(1, x.ndim - 1))
 
 
-@TABLE.composite(aten.vsplit.int, aten.vsplit.array)
-def vsplit(x: Tensor, parts: Any) -> Sequence[Tensor]:
-    return torch.tensor_split(x, parts, 0)
-
-
-@TABLE.composite(aten.dsplit.int, aten.dsplit.array)
-def dsplit(x: Tensor, parts: Any) -> Sequence[Tensor]:
-    return torch.tensor_split(x, parts, 2)
+for _dim, _split in ((0, aten.vsplit), (2, aten.dsplit)):
+    TABLE.composite(_split.int, _split.array)(partial(torch.tensor_split, dim=_dim))
 
 
 @TABLE.composite(aten.take_along_dim.default)

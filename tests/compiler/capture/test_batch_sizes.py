@@ -171,6 +171,23 @@ def windows(m: Any, x: Tensor) -> Tensor:
     return m.b(cut.view(size, 2, 2, 2, 2, -1).transpose(2, 3).reshape(size, 16, -1)).sum(1)
 
 
+def twins(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Two batches through one net, one after the other: how torch cuts them asks whether a half has one sample."""
+    first, second = m.a(torch.cat([x, y])).sigmoid().chunk(2)
+    return m.b(first * second)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_twins(size: int) -> None:
+    """Sizes of several inputs are one size, and one sample is as good as many."""
+    model, (x, y) = Function(twins, **layers()).double(), batch(4)
+    program = tn.compile(model, LOSS, ((x[:size], y[:size]), y[:size]), [tn.Grad()])
+    for number in (1, 2, 4):
+        part = x[:number], y[:number]
+        want = torch.autograd.grad(LOSS(model(*part), y[:number]), list(model.parameters()))
+        torch.testing.assert_close(tuple(program(part, y[:number])["grad"].values()), want)
+
+
 NUMBERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "int": lambda m, x: m.b(m.a(x).reshape(int(x.shape[0]), -1)),
     "int of a quotient": windows,

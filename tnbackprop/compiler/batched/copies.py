@@ -26,6 +26,11 @@ def over_batch(target: Any, arguments: dict[str, Any], shape: Shape, append: App
         split = (*source.shape[:axis], *source.axes[axis], *source.shape[axis + 1 :])
         source = append(aten.reshape.default, {"input": source, "shape": split}, split)
         return aten.select.int, {"input": source, "dim": axis, "index": index}
+    every = each_of_several(target, arguments, shape)
+    if every is not None:
+        split, axis, index = every
+        source = append(aten.reshape.default, {"input": arguments["input"], "shape": split}, split)
+        return aten.select.int, {"input": source, "dim": axis, "index": index}
     along = batches_in_a_row(target, arguments)
     if along is not None:
         tensors = arguments["tensors"]
@@ -65,6 +70,25 @@ def copy_of_batch(target: Any, arguments: dict[str, Any], shape: tuple[Size, ...
     if source.axes[dim][1:] != (N,) or shape[dim] != N or not place.is_Integer or arguments["step"] != 1:
         return None
     return dim, int(place)
+
+
+def each_of_several(
+    target: Any, arguments: dict[str, Any], shape: tuple[Size, ...]
+) -> tuple[tuple[Size, ...], int, int] | None:
+    """Where the call takes every s-th of k entries of each sample, that stand side by side, s a divisor of k.
+
+    The shape with an axis of s, its place, and which of them.
+    """
+    source = arguments.get("input")
+    if target is not aten.slice.Tensor or not isinstance(source, Value):
+        return None
+    dim, start, step = arguments["dim"] % len(source.axes), arguments["start"] or 0, arguments["step"]
+    axis = source.axes[dim]
+    if axis[:1] != (N,) or len(axis) != 2 or not isinstance(start, int) or not isinstance(step, int) or step < 2:
+        return None
+    if not isinstance(axis[1], int) or axis[1] % step or not 0 <= start < step or shape[dim] != N * (axis[1] // step):
+        return None
+    return (*source.shape[:dim], shape[dim], step, *source.shape[dim + 1 :]), dim + 1, start
 
 
 def copies_in_batch(target: Any, arguments: dict[str, Any]) -> tuple[int, int] | None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...diagram.core import N
 from ...errors import UnsupportedError
 from ..translate.graph import Value
 from ..translate.operators import row_of
 from .axes import ADVICE, batch_axis, show
 
 
-def check_mixing(target: Any, arguments: Mapping[str, Any], output: Value, ranges: set[str], where: str) -> None:
-    """Refuse a differentiable call that couples samples. `ranges`: names of values equal to arange(N)."""
+def check_mixing(
+    target: Any, arguments: Mapping[str, Any], output: Value, ranges: Mapping[str, int], where: str
+) -> None:
+    """Refuse a differentiable call that couples samples. `ranges`: the k of values that are k·arange(N), by name."""
     if not output.depends_on:
         return
     row = row_of(target)
@@ -35,10 +38,10 @@ def check_mixing(target: Any, arguments: Mapping[str, Any], output: Value, range
         )
     indices = arguments[row.indices] if row.indices else ()
     index = indices[axis] if axis < len(indices) else None
-    if isinstance(index, Value) and index.name not in ranges:
+    if isinstance(index, Value) and (ranges.get(index.name) != 1 or source.axes[axis] != (N,)):
         raise UnsupportedError(
             f"{where} picks samples of {shown} by {index.name}. {ADVICE}"
-            "index the batch axis with ':' or torch.arange(batch)"
+            "index the batch axis with ':' or torch.arange(batch), n rows of each by idx + n * torch.arange(batch)"
         )
 
 

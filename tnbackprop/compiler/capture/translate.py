@@ -13,10 +13,12 @@ from torch.export.graph_signature import OutputKind
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from ...diagram.core import N, Size
+from ...diagram.core import Size
 from ...errors import UnsupportedError
 from ..batched.axes import batch_axis, show, value_axes
 from ..batched.copies import over_batch
+from ..batched.flat import Known, by_sample, multiple_of_range
+from ..batched.grouped import own_kernels
 from ..batched.masks import Picked, lists_of_picked, picked_call
 from ..batched.mixing import check_mixing
 from ..running.failure import line_of
@@ -73,7 +75,7 @@ class _Translator:
         self.calls: list[Call] = []
         self.uniform: dict[str, Call] = {}  # tensors of equal entries, by name
         self.aggregates: set[str] = set()  # differentiable values in which the batch was summed
-        self.ranges: set[str] = set()  # values that count the samples: arange(N)
+        self.ranges: dict[str, int] = {}  # values that count the samples, k·arange(N): their k
         self.complex = Complex()
         self.casts = Casts()
         self.no_grad = False
@@ -189,7 +191,9 @@ class _Translator:
             return same
         if not self.no_grad:
             arguments = self.casts.in_one_dtype(target, arguments, dtype, append)
-        target, arguments = over_batch(target, arguments, shape, partial(append, dtype=dtype))
+        known, ours = Known(self.ranges, self.calls), partial(append, dtype=dtype)
+        alone = by_sample(target, arguments, shape, known, append) or own_kernels(target, arguments, shape, ours)
+        target, arguments = alone or over_batch(target, arguments, shape, ours)
         row = row_of(target)
         inputs = values_in(arguments)
         depends: frozenset[str] = depends_on(arguments)
@@ -243,11 +247,8 @@ class _Translator:
             and any(batch_axis(v) is not None or v.name in self.aggregates for v in inputs)
         ):
             self.aggregates.add(output.name)
-        row = row_of(target)
-        counted = row.counts and arguments["end"] == N and not arguments.get("start")
-        spread = target in (aten.expand.default, aten.repeat.default) or row.reshapes or row.same is Same.CAST
-        if counted or (spread and (N,) in output.axes and any(v.name in self.ranges for v in inputs[:1])):
-            self.ranges.add(output.name)
+        if (multiple := multiple_of_range(target, arguments, output, self.ranges)) is not None:
+            self.ranges[output.name] = multiple
 
     def _arguments(self, node: Node) -> dict[str, Any]:
         """The arguments by schema name, defaults filled in, `self` as `input`."""

@@ -1,0 +1,117 @@
+"""Convolutions with a group for each sample: its kernels are its own, as in a modulated convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tnbackprop as tn
+
+from ... import oracle
+from ...capturing import Function
+from ...oracle_second import diag_ggn, hessian_diag
+from ...rehearsing import layers, refused
+
+CE = nn.CrossEntropyLoss()
+
+
+class Modulated(nn.Module):
+    """Kernels [N, out, in, …] of an image, by its mean; `of` makes the positions of the output."""
+
+    def __init__(self, of: Callable[..., Tensor], *kernel: int) -> None:
+        super().__init__()
+        self.of = of
+        self.weight, self.style, self.head = nn.Parameter(torch.randn(*kernel)), nn.Linear(4, 4), nn.LazyLinear(3)
+        self.shift = nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.of(self, x, 1 + self.style(x.mean((2, 3))))
+        return self.head(y.tanh().flatten(2).mean(2))
+
+
+def styled(m: Any, x: Tensor, style: Tensor) -> Tensor:
+    """With strides, dilation and demodulation."""
+    size, *shape = x.shape
+    w = m.weight[None] * style[:, None, :, None, None]
+    w = w * torch.rsqrt(w.square().sum((2, 3, 4), keepdim=True) + 1e-8)
+    flat, wide = x.reshape(1, -1, *shape[1:]), w.reshape(-1, *m.weight.shape[1:])
+    y = F.conv2d(flat, wide, padding=1, stride=2, dilation=(1, 2), groups=size)
+    return y.reshape(size, -1, *y.shape[2:])
+
+
+def shifted(m: Any, x: Tensor, style: Tensor) -> Tensor:
+    w = (m.weight[None] * style[:, None, :, None, None]).flatten(0, 1)
+    y = F.conv2d(x.view(1, -1, *x.shape[2:]), w, m.shift(style).flatten(), groups=len(x), padding="same")
+    return y.view(len(x), -1, *y.shape[2:])
+
+
+def correlated(m: Any, x: Tensor, style: Tensor) -> Tensor:
+    """Channel by channel, as trackers correlate a template."""
+    w = (m.weight[None] * style[:, :, None, None, None]).reshape(-1, 1, *m.weight.shape[2:])
+    y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), w, groups=len(x) * x.shape[1])
+    return y.reshape(len(x), -1, *y.shape[2:])
+
+
+def line(m: Any, x: Tensor, style: Tensor) -> Tensor:
+    w = (m.weight[None] * style[:, None, :, None]).flatten(0, 1)
+    return F.conv1d(x.reshape(1, -1, 20), w, groups=len(x), padding=1).reshape(len(x), -1, 20)
+
+
+def enlarged(m: Any, x: Tensor, style: Tensor) -> Tensor:
+    w = (m.weight[None] * style[:, :, None, None, None]).flatten(0, 1)
+    flat = x.reshape(1, -1, *x.shape[2:])
+    y = F.conv_transpose2d(flat, w, stride=2, padding=1, output_padding=1, groups=len(x))
+    return y.reshape(len(x), -1, *y.shape[2:])
+
+
+def enlarged_by_groups(m: Any, x: Tensor, style: Tensor) -> Tensor:
+    w = (m.weight[None] * style[:, :, None, None]).flatten(0, 1)
+    y = F.conv_transpose1d(x.reshape(1, -1, 20), w, m.shift(style).flatten(), 3, groups=2 * len(x))
+    return y.reshape(len(x), -1, y.shape[2])
+
+
+CASES: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
+    "styled": (styled, (6, 4, 3, 2)),
+    "shifted": (shifted, (6, 4, 3, 3)),
+    "correlated": (correlated, (4, 1, 2, 3)),
+    "line": (line, (6, 4, 3)),
+    "enlarged": (enlarged, (4, 5, 3, 3)),
+    "enlarged by groups": (enlarged_by_groups, (4, 3, 2)),
+}
+
+
+def images(size: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(size, 4, 5, 4, generator=generator).double(), torch.arange(size) % 3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_right(name: str) -> None:
+    """For other batches, too, and second derivatives, as both operands have them."""
+    torch.manual_seed(0)
+    (x, y), quantities = images(4), [tn.Grad(), tn.BatchGrad(), tn.DiagGGN(), tn.HessianDiag()]
+    of, kernel = CASES[name]
+    model = Modulated(of, *kernel).double()
+    model(x)
+    program = tn.compile(model, CE, (x[:2], y[:2]), quantities)
+    for size in (1, 4):
+        result, own = program(x[:size], y[:size]), (model, CE, x[:size], y[:size])
+        wanted = {"grad": oracle.grad(*own), "batch_grad": oracle.batch_grad(*own)}
+        wanted |= {"diag_ggn": diag_ggn(*own), "hessian_diag": hessian_diag(*own)} if size == 4 else {}
+        for key, expected in wanted.items():
+            for parameter, value in expected.items():
+                torch.testing.assert_close(result[key][parameter], value)
+
+
+def test_samples_as_positions() -> None:
+    """A kernel that sees several of them is refused."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return F.conv1d(m.a(x)[None], m.b.weight[0, 0].expand(len(x), len(x), 1))[0]
+
+    refused(Function(forward, **layers()), "two batch axes")

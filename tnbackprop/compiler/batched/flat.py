@@ -1,0 +1,130 @@
+"""Flat indices: rows of all samples in a row, chosen by idx + n·arange(N), are those of each sample chosen by idx."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from ...diagram.core import N, Size
+from ..translate.graph import Call, Value
+from ..translate.operators import Same, row_of
+from ..translate.spellings import call_of
+from .masks import Append
+
+aten = torch.ops.aten
+CHOOSING = (aten.index_select.default, aten.index_add.default)
+"""What chooses whole rows, as index does."""
+ALONG = (aten.gather.default, aten.scatter_add.default, aten.scatter.src, aten.scatter.value)
+"""What chooses entries of rows."""
+
+
+def multiple_of_range(
+    target: Any, arguments: Mapping[str, Any], output: Value, ranges: Mapping[str, int]
+) -> int | None:
+    """k where a call makes k·arange(N), with axes of one beside, or copies of it. `ranges`: the k of other values."""
+    row = row_of(target)
+    if row.counts:
+        step = arguments.get("step") or 1
+        starts = not arguments.get("start") and isinstance(step, int)
+        return step if starts and arguments["end"] == step * N else None
+    known = ranges.get(getattr(arguments.get("input"), "name", ""))
+    if known is None or (N,) not in output.axes:
+        return None
+    if target is aten.mul.Tensor:
+        return known * arguments["other"] if isinstance(arguments["other"], int) else None
+    spread = target in (aten.expand.default, aten.repeat.default) or row.reshapes or row.same is Same.CAST
+    return known if spread else None
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the values so far: the k of k·arange(N), by name, and what makes each."""
+
+    ranges: Mapping[str, int]
+    calls: list[Call]
+
+    def own(self, index: Value, count: int, append: Append) -> Value | None:
+        """idx where the index is idx + count·arange(N), in the index's shape."""
+        if self.ranges.get(index.name) == count:
+            return append(aten.mul.Tensor, {"input": index, "other": 0}, index.shape, index.dtype)
+        call = next((call for call in reversed(self.calls) if call.output.name == index.name), None)
+        if call is None:
+            return None
+        given, row = dict(call.arguments), row_of(call.target)
+        if call.target is aten.add.Tensor and given["alpha"] == 1:
+            both = given["input"], given["other"]
+            for one, other in (both, both[::-1]):
+                if isinstance(other, Value) and self.ranges.get(other.name) == count:
+                    zero = append(aten.mul.Tensor, {"input": other, "other": 0}, other.shape, other.dtype)
+                    own = {"input": zero, "other": one, "alpha": 1}
+                    return append(aten.add.Tensor, own, index.shape, index.dtype)
+            return None
+        if not row.reshapes and row.same is not Same.CAST and call.target is not aten.expand.default:
+            return None
+        inner = self.own(given["input"], count, append)
+        return None if inner is None else append(call.target, given | {"input": inner}, index.shape, index.dtype)
+
+
+def by_sample(
+    target: Any, arguments: dict[str, Any], shape: tuple[Size, ...], known: Known, append: Append
+) -> tuple[Any, dict[str, Any]] | None:
+    """The call, of tensors whose axis 0 of N·n rows is one of samples and one of their rows; None for other calls."""
+    source, index = arguments.get("input"), _index(target, arguments)
+    if index is None or not isinstance(source, Value) or source.axes[0][:1] != (N,) or len(source.axes[0]) != 2:
+        return None
+    count, rest = source.axes[0][1], source.shape[1:]
+    own = known.own(index, count, append) if isinstance(count, int) else None
+    if own is None or own.axes[0][:1] != (N,):
+        return None
+
+    def by_rows(value: Value, behind: int) -> Value:
+        split = (N, *_rows(value, behind), *value.shape[len(value.shape) - behind :])
+        return append(aten.reshape.default, {"input": value, "shape": split}, split, value.dtype)
+
+    given = arguments | {"input": by_rows(source, len(rest))}
+    if target in ALONG:
+        given |= {"dim": 1, "index": by_rows(own, len(rest))}
+        given |= {"src": by_rows(given["src"], len(rest))} if isinstance(given.get("src"), Value) else {}
+        wide = given["index"].shape if target is aten.gather.default else given["input"].shape
+    else:
+        target, given = _chosen(target, given, by_rows(own, 0), by_rows, append)
+        wide = (N, given["indices"][1].shape[1], *rest) if "values" not in given else given["input"].shape
+    return aten.reshape.default, {"input": append(target, given, wide, source.dtype), "shape": shape}
+
+
+def _chosen(
+    target: Any, given: dict[str, Any], own: Value, by_rows: Callable[[Value, int], Value], append: Append
+) -> tuple[Any, dict[str, Any]]:
+    """A call of index or index_put, of whole rows of each sample."""
+    every = call_of(aten.arange.default, {"end": N, "dtype": own.dtype, "device": torch.device(own.device)})
+    counted = append(*every, (N,), own.dtype)
+    indices = append(aten.reshape.default, {"input": counted, "shape": (N, 1)}, (N, 1), own.dtype), own
+    source = given["input"]
+    if target is not aten.index_add.default:
+        return aten.index.Tensor, {"input": source, "indices": indices}
+    values = by_rows(given["source"], len(source.axes) - 2)
+    if given["alpha"] != 1:
+        values = append(aten.mul.Tensor, {"input": values, "other": given["alpha"]}, values.shape, values.dtype)
+    return aten.index_put.default, {"input": source, "indices": indices, "values": values, "accumulate": True}
+
+
+def _rows(value: Value, behind: int) -> tuple[Size]:
+    """How many rows a sample has, where so many axes are behind those of the rows."""
+    factors = [factor for axis in value.axes[: len(value.axes) - behind] for factor in axis][1:]
+    return (prod(factors),)
+
+
+def _index(target: Any, arguments: Mapping[str, Any]) -> Value | None:
+    """What chooses along axis 0, if nothing else chooses."""
+    if target is aten.index.Tensor:
+        first, *others = arguments["indices"]
+        found = first if all(other is None for other in others) else None
+    elif target in CHOOSING or target in ALONG:
+        found = arguments["index"] if arguments["dim"] % len(arguments["input"].axes) == 0 else None
+    else:
+        return None
+    return found if isinstance(found, Value) and found.dtype in (torch.int64, torch.int32) and found.axes else None
