@@ -191,3 +191,14 @@ def test_refused_without_its_remedy(name: str, monkeypatch: pytest.MonkeyPatch) 
     rules = {**tn.RULES, **fault.rules}
     with pytest.raises(tn.VerificationError, match=rf"(?s){fault.named}.*Likely: "):
         tn.compile(model, fault.loss, (fault.x, y), list(fault.quantities), rules=rules)
+
+
+def test_a_loss_with_one_derivative() -> None:
+    """That torch has no second one is no fault of the program."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    loss = lambda f, y: torch.cdist(f[:, None], y[:, None]).mean()  # noqa: E731
+    said = "(?s)^root of the loss Hessian: .*'_cdist_backward' .* a first derivative of that only.*square"
+    with pytest.raises(tn.UnsupportedError, match=said):
+        tn.compile(model, loss, (x, y), [tn.DiagGGN()])
+    assert "grad" in tn.compute(model, loss, (x, y), [tn.Grad()])

@@ -24,7 +24,7 @@ from ..compiler.translate.graph import NotGiven
 from ..compiler.translate.torch_internals import alone, version
 from ..compiler.translate.torch_modes import InFloat64, own_dtypes
 from ..diagram.core import N
-from ..errors import InputError, VerificationError
+from ..errors import InputError, UnsupportedError, VerificationError
 from ..results import Result
 from ..rules import RULES
 from ..runtime.indefinite import Indefinite
@@ -181,6 +181,11 @@ class Proof:
         if error.__cause__ is not None and self.last:  # a quantity may be of so many samples
             with copied(self.wrapped):
                 self._reference(self.wrapped, self.batch)
+            if "derivative for" in reason and "is not implemented" in reason:
+                raise UnsupportedError(
+                    f"{reason.removeprefix('the batch fails in ')} torch has a first derivative of that only.\n  Write "
+                    "it in operators that have more (.square().sum(-1).sqrt() for torch.cdist), or declare its module."
+                ) from error
             raise VerificationError(
                 f"the program of {type(self.program.model).__name__} fails on {_counted(self.size, 'sample')} of the "
                 f"example, where the model does not: {reason}\n{NEXT}"

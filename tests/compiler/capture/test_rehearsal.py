@@ -306,3 +306,10 @@ def test_a_rule_may_have_a_derivative_that_torch_has_not() -> None:
     x = torch.ones(5, 3, dtype=torch.float64)
     result = tn.compile(model.double(), lambda o, y: o.sum(), (x, x), [tn.Grad()], rules=rules)(x, x)
     torch.testing.assert_close(result["grad"]["a.bias"], torch.full((3,), 10.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["sign", "sgn", "floor", "ceil", "round", "trunc", "fix"])
+def test_derivatives_that_are_zero(name: str) -> None:
+    """Parameters before a step have a gradient, which is zero."""
+    result = check(Function(lambda m, x: m.b(getattr(torch, name)(m.a(x))), **layers()))
+    assert not result["grad"]["a.weight"].any()

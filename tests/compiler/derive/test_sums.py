@@ -53,6 +53,8 @@ A_SUM: dict[str, Loss] = {
     "norm of order 1": lambda f, y: torch.linalg.vector_norm(f, 1),
     "logsumexp of each": lambda f, y: f.logsumexp(1).mean(),
     "norm of each": lambda f, y: f.norm(dim=1).sum(),
+    "square of the norm": lambda f, y: torch.norm(f - y[:, None]) ** 2 / 2,
+    "square of the Frobenius norm": lambda f, y: torch.linalg.norm(f - 0.3, "fro").square(),
 }
 
 
@@ -88,3 +90,13 @@ def test_what_to_do() -> None:
         tn.compile(model(), NO_SUM["logsumexp"], (x, y), [tn.HessianDiag()])
     with pytest.raises(tn.UnsupportedError, match=r"aten.trace.default .* reads a sum over them, and has no rule"):
         tn.compile(model(), NO_SUM["trace of the Gram matrix, without a rule"], (x, y), [tn.Grad()])
+
+
+def test_the_square_of_a_norm_has_curvature() -> None:
+    """As the sum of squares that it is."""
+    x, y = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    found, want = (
+        tn.compute(model(), loss, (x, y), [tn.DiagGGN()])["diag_ggn"]
+        for loss in (lambda f, y: torch.norm(f - y).pow(2), nn.MSELoss(reduction="sum"))
+    )
+    assert_equal(found, dict(want), "diag_ggn")

@@ -49,7 +49,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "flatten.using_ints": (X, 1, 2), "unflatten.int": (X, 1, [2, 2]),
     "expand": (X, [2, 3, 4, 5]), "broadcast_to": (X, [2, 3, 4, 5]), "expand_as": (X, drawn(2, 3, 4, 5)),
     "swapaxes": (X, 0, 2), "swapdims": (X, -1, 0),
-    "slice.Tensor": (X, 1, -3, 2 ** 60, 1), "narrow": (X, 1, 1, 2), "select.int": (X, 1, 2),
+    "slice.Tensor": (X, 1, -3, 2 ** 60, 1), "narrow": (X, 1, 1, 2), "sgn": (X,), "select.int": (X, 1, 2),
     "slice_scatter": (X, PUT[:, 1:], 1, 1), "select_scatter": (X, PUT[:, 2], 1, 1),
     "split.Tensor": (X, 2, 2), "split.sizes": (X, [1, 3], 1), "split_with_sizes": (X, [1, 3], 1), "chunk": (X, 2, 2),
     "tensor_split.sections": (X, 2, -1), "tensor_split.indices": (X, [1, 2], -1), "unsafe_split.Tensor": (X, 2, 2),

@@ -47,11 +47,15 @@ class Known:
     ranges: Mapping[str, int]
     calls: list[Call]
 
+    def made(self, value: Value) -> Call | None:
+        """What makes a value, if a call does."""
+        return next((call for call in reversed(self.calls) if call.output.name == value.name), None)
+
     def own(self, index: Value, count: int, append: Append) -> Value | None:
         """idx where the index is idx + count·arange(N), in the index's shape."""
         if self.ranges.get(index.name) == count:
             return append(aten.mul.Tensor, {"input": index, "other": 0}, index.shape, index.dtype)
-        call = next((call for call in reversed(self.calls) if call.output.name == index.name), None)
+        call = self.made(index)
         if call is None:
             return None
         given, row = dict(call.arguments), row_of(call.target)

@@ -6,7 +6,7 @@ The model and the loss run once on copies of their tensors, on samples of the ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -201,8 +201,15 @@ DERIVED: dict[Any, str] = {
 """What asks for a derivative in a forward."""
 
 
-def nodes(roots: Iterable[Any], known: Any = ()) -> Iterator[Any]:
-    """Every node of autograd's graph above some, each once, without those that are known and what is above them."""
+ZERO = frozenset(f"{name}Backward{k}" for name in ("Sign", "Sgn", "Floor", "Ceil", "Round", "Trunc") for k in (0, 1))
+"""Nodes of autograd's graph whose derivative is zero everywhere."""
+
+
+def nodes(roots: Iterable[Any], known: Any = (), zero: Collection[str] = ()) -> Iterator[Any]:
+    """Every node of autograd's graph above some, each once, without those that are known and what is above them.
+
+    zero  names of nodes above which no others count
+    """
     todo, seen = list(roots), set()
     while todo:
         node = todo.pop()
@@ -210,7 +217,8 @@ def nodes(roots: Iterable[Any], known: Any = ()) -> Iterator[Any]:
             continue
         seen.add(node)
         yield node
-        todo.extend(above for above, _ in node.next_functions)
+        if type(node).__name__ not in zero:
+            todo.extend(above for above, _ in node.next_functions)
 
 
 def told(path: str, module: nn.Module) -> str:
@@ -379,7 +387,7 @@ def _judged(rehearsal: Rehearsal, copies: Copies, results: Any) -> Seen:
                 "would be left out.\n  Compute it in forward, or detach() it."
             )
     Seen(copies.written(registered=False)).refuse_writes()  # torch.export would write to those, too
-    leaves = [{id(leaf_of(node)) for node in each} for each in (reached, nodes(rehearsal.roots(results[0])))]
+    leaves = [{id(leaf_of(n)) for n in nodes(rehearsal.roots(own), zero=ZERO)} for own in (results, results[0])]
     reached_by, by_loss = (frozenset(name for name, ids in copies.parameters.items() if ids & own) for own in leaves)
     own = rehearsal.checks, rehearsal.transformed, rehearsal.ruled, rehearsal.host
     return Seen(copies.written(registered=True), reached_by, by_loss, *own)

@@ -16,11 +16,10 @@ from torch.utils import _pytree as pytree
 from ...diagram.core import Size
 from ...errors import UnsupportedError
 from ..batched.axes import batch_axis, show, value_axes
-from ..batched.copies import over_batch
-from ..batched.flat import Known, by_sample, multiple_of_range
-from ..batched.grouped import own_kernels
+from ..batched.flat import Known, multiple_of_range
 from ..batched.masks import Picked, lists_of_picked, picked_call
 from ..batched.mixing import check_mixing
+from ..batched.rewritten import rewritten
 from ..running.failure import line_of
 from ..translate.canonical import alias_of, canonical, output_call
 from ..translate.casts import Casts
@@ -181,7 +180,7 @@ class _Translator:
         **facts: Any,
     ) -> Value:
         where, given = self._where(node), target
-        append = partial(self._append, node)
+        append = partial(self._before, node)
         arguments = self.casts.copied(target, arguments, dtype, append)
         target, arguments = canonical(target, arguments, shape)
         facts = facts if target is given else {}
@@ -191,9 +190,7 @@ class _Translator:
             return same
         if not self.no_grad:
             arguments = self.casts.in_one_dtype(target, arguments, dtype, append)
-        known, ours = Known(self.ranges, self.calls), partial(append, dtype=dtype)
-        alone = by_sample(target, arguments, shape, known, append) or own_kernels(target, arguments, shape, ours)
-        target, arguments = alone or over_batch(target, arguments, shape, ours)
+        target, arguments = rewritten(target, arguments, shape, dtype, Known(self.ranges, self.calls), append)
         row = row_of(target)
         inputs = values_in(arguments)
         depends: frozenset[str] = depends_on(arguments)
@@ -208,6 +205,10 @@ class _Translator:
         facts = dict(zip(("path", "module_type"), module_of(node)[1:], strict=True)) | facts
         call = Call(target, MappingProxyType(self.complex.within(arguments, where, target)), output, **facts)
         return self.complex.keep(call, self.no_grad, where) if dtype.is_complex else self._made(call)
+
+    def _before(self, node: Node, target: Any, arguments: Any, shape: Any, dtype: torch.dtype, name: str = "") -> Value:
+        """Append a call that another of the same node reads."""
+        return self._append(node, target, arguments, shape, dtype, name or op_name(target))
 
     def _reordered(self, value: Any, arguments: dict[str, Any]) -> Any:
         """A tensor of equal entries, made anew with the order of an axis k·N that the other operands have."""
@@ -318,7 +319,7 @@ class _Translator:
     # names and messages
 
     def _name(self, node: Node, target: Any, name: str) -> str:
-        if node is self.loss_node and not name.endswith("_cast"):
+        if node is self.loss_node and not name:
             return self.names.fresh("loss")
         key, path, _ = module_of(node)
         if path and path != "loss" and self.last_of_module.get(key) is node and not name:

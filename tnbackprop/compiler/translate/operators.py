@@ -214,6 +214,7 @@ TABLE: Mapping[str, Operator] = {
     # no derivative
     "detach rand_like randn_like zero fill.Scalar bernoulli bernoulli.p normal_functional sign floor ceil round "
     "trunc": Operator(no_gradient=True),
+    "sgn": Operator(canonical=s.as_sign),
     "zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full": Operator(
         no_gradient=True, uniform=True
     ),

@@ -67,6 +67,11 @@ def cast_to(source: Any, dtype: torch.dtype) -> Spelling:
     return call_of(aten.to.dtype, {"input": source, "dtype": dtype})
 
 
+def as_sign(arguments: Arguments, shape: Shape) -> Spelling | None:
+    """Of real numbers."""
+    return None if arguments["input"].dtype.is_complex else call_of(aten.sign.default, arguments)
+
+
 def narrowed_as_slice(arguments: Arguments, shape: Shape) -> Spelling:
     start = arguments["start"]
     return _slice(arguments["input"], arguments["dim"], start, start + arguments["length"])
