@@ -46,6 +46,11 @@ REFUSED: list[tuple[str, Callable[..., Any], str]] = [
     ("mask", lambda m, x: m.a(x)[x > 0], "depend"),
     ("complex", lambda m, x: torch.fft.fft(m.a(x)), "returns a complex tensor"),
     ("counter", lambda m, x: m.a(x) + m.count.add_(1), "writes to 'count'"),
+    (
+        "no shapes",
+        lambda m, x: torch.fake_quantize_per_tensor_affine(m.a(x), 0.1, 0, -128, 127),
+        r"(?s)torch has no shape function of aten.fake_quantize.*Write that otherwise, or give the module a rule",
+    ),
     ("batch norm", lambda m, x: m.bn(m.a(x)), r"model.eval\(\)"),
 ]
 

@@ -30,6 +30,7 @@ from ..translate.sizes import Condition, Sizes
 from ..translate.symbolic import shapes_only, symbolic_kernels
 from ..translate.torch_internals import (
     OpOverload,
+    UnsupportedOperatorException,
     any_target,
     decomposed,
     evenly,
@@ -123,9 +124,12 @@ def exported(
             _refuse(wrapped, error, asked, modules)
         except (RuntimeError, AssertionError, *MISTAKES) as error:
             at = place(wrapped, error.__traceback__)
+            unknown = isinstance(error, UnsupportedOperatorException)
             raise ExportError(
-                f"torch.export fails on the {at.whole}, which runs as it is{at.within}: {_said(error)}{at.line}\n"
-                "  Write that otherwise (.detach() for .data), or give the module a rule (examples/add_a_layer.py)."
+                f"torch.export fails on the {at.whole}, which runs as it is{at.within}: "
+                f"{'torch has no shape function of ' * unknown}{_said(error)}{at.line}\n"
+                f"  Write that otherwise{' (.detach() for .data)' * (not unknown)}, or give the module a rule "
+                "(examples/add_a_layer.py)."
             ) from error
 
 

@@ -25,6 +25,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_impls import get_fast_op_impls
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import UnsupportedOperatorException as UnsupportedOperatorException
 from torch.autograd import forward_ad
 from torch.backends import opt_einsum
 from torch.fx import graph as fx_graph
