@@ -29,6 +29,10 @@ SCATTERED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "one for a smaller axis": lambda m, x: (
         m.a(x).unflatten(1, (2, 2)).scatter(1, order(x)[:, :1, None] % 2, m.b(x)[:, :1, None]).flatten(1)
     ),
+    "added": lambda m, x: m.a(x).scatter_add(1, order(x), m.b(x)[:, :2]).tanh(),
+    "added to some": lambda m, x: (
+        m.a(x).unflatten(1, (2, 2)).scatter_add(1, order(x)[:, :1, None] % 2, m.b(x)[:, :1, None]).flatten(1)
+    ),
     "a number": lambda m, x: m.a(x).scatter(1, order(x), 2.5) * m.b(x),
     "a parameter": lambda m, x: m.a(x).scatter(1, order(x), m.p.expand(x.shape[0], 2)),
 }
@@ -177,9 +181,10 @@ def test_refused(message: str) -> None:
         tried(BAD[message]).program()
 
 
-def test_a_source_that_is_too_large() -> None:
+@pytest.mark.parametrize("name", ["scatter", "scatter_add"])
+def test_a_source_that_is_too_large(name: str) -> None:
     with pytest.raises(UnsupportedError, match=r"(?s)src .* is larger than index .*Slice src first"):
-        tried(lambda m, x: m.a(x).scatter(1, order(x), m.b(x))).program()
+        tried(lambda m, x: getattr(m.a(x), name)(1, order(x), m.b(x))).program()
 
 
 DRAWS = randn(2, 4, seed=8)

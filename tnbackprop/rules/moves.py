@@ -203,22 +203,34 @@ def gather(call: Any) -> Rule:
     return Rule(f"output[{join(legs)}] = select(index[{join(legs)}], k) * input[{join(into)}]")
 
 
-@TABLE.rule(aten.scatter_add.default, aten.index_add.default)
+def _along(call: Any, legs: list[str], dim: int) -> tuple[str, str]:
+    """The legs of the index and of the source, and what says which of the input's they meet, where they are smaller."""
+    if call.src.shape != call.index.shape:  # torch has no derivative either
+        refuse(call, f"src {call.src.shape} is larger than index {call.index.shape}", "Slice src first.")
+    index, inside = list(legs), ""
+    index[dim] = "k"
+    for k, (size, leg) in enumerate(zip(call.index.shape, legs, strict=True)):
+        if k != dim and size != call.input.shape[k]:
+            index[k] = leg * 2
+            inside += f" * delta[{leg}, 1*{index[k]} + 0]"
+    return join(index), inside
+
+
+@TABLE.rule(aten.scatter_add.default)
 def scatter_add(call: Any) -> Rule:
     """output = input, and each element of the source added at its index."""
     legs, dim = leg_names(call.output, skip="k"), _dim(call)
-    src = "src" if "src" in call.arguments else "source"
-    shape = call.arguments[src].shape
-    index = [*legs[:dim], "k", *legs[dim + 1 :]]
-    if any(a != b for k, (a, b) in enumerate(zip(shape, call.input.shape, strict=True)) if k != dim):
-        refuse(call, f"{src} {shape} is smaller than input {call.input.shape}", "Slice the input first.")
-    chosen = join(index) if src == "src" else "k"
-    alpha = call.arguments.get("alpha", 1)
-    return Rule(
-        f"output[{join(legs)}] = input[{join(legs)}]"
-        f" + alpha * select(index[{chosen}], {legs[dim]}) * {src}[{join(index)}]",
-        constants={"alpha": alpha},
-    )
+    (index, inside), out = _along(call, legs, dim), join(legs)
+    return Rule(f"output[{out}] = input[{out}] + select(index[{index}], {legs[dim]}) * src[{index}]{inside}")
+
+
+@TABLE.rule(aten.index_add.default)
+def index_add(call: Any) -> Rule:
+    """output = input, and each slice of the source added at its index."""
+    legs, dim = leg_names(call.output, skip="k"), _dim(call)
+    into = join([*legs[:dim], "k", *legs[dim + 1 :]])
+    text = f"output[{join(legs)}] = input[{join(legs)}] + alpha * select(index[k], {legs[dim]}) * source[{into}]"
+    return Rule(text, constants={"alpha": call.alpha})
 
 
 @TABLE.rule(aten.scatter.src, aten.scatter.value)
@@ -230,20 +242,12 @@ def scatter(call: Any) -> Rule:
     if call.target == aten.scatter.value:  # the value may be infinite, so it is in no formula
         both = {"input": join(legs), "output": join(legs)}
         return Rule(jacobian={"input": f"keep[{join(legs)}]"}, legs=both, saved=saved)
-    if call.src.shape != call.index.shape:
-        refuse(call, f"src {call.src.shape} is larger than index {call.index.shape}", "Slice src first.")
-    index, inside = list(legs), ""
-    index[dim] = "k"
-    for k, (size, leg) in enumerate(zip(call.index.shape, legs, strict=True)):
-        if k != dim and size != call.input.shape[k]:
-            index[k] = leg * 2
-            inside += f" * delta[{leg}, 1*{index[k]} + 0]"
+    index, inside = _along(call, legs, dim)
     order = f"torch.arange({call.index.shape[dim]}, device={{index}}.device).view({[-1, *[1] * (len(legs) - 1 - dim)]})"
     order = f"{order}.expand_as({{index}})"
     last = f"torch.zeros_like({{input}}, dtype=torch.int64).scatter({dim}, {{index}}, {order})"
-    saved[f"live[{join(index)}]"] = f"({last}.gather({dim}, {{index}}) == {order}).to({{input}}.dtype)"
-    text = f"{kept} + select(index[{join(index)}], {legs[dim]}) * live[{join(index)}] * src[{join(index)}]{inside}"
-    return Rule(text, saved=saved)
+    saved[f"live[{index}]"] = f"({last}.gather({dim}, {{index}}) == {order}).to({{input}}.dtype)"
+    return Rule(f"{kept} + select(index[{index}], {legs[dim]}) * live[{index}] * src[{index}]{inside}", saved=saved)
 
 
 class _Places:
