@@ -222,3 +222,37 @@ def test_parameters_may_be_replaced_by_others_like_them(tied: bool) -> None:
     x, y = batch()
     want = torch.autograd.grad(LOSS(model(x), y), model[0].weight)[0]
     torch.testing.assert_close(program(x, y)["grad"]["0.weight"], want)
+
+
+def cached(m: Any, x: Tensor) -> Tensor:
+    """As vision transformers keep their position biases in evaluation mode."""
+    if "cpu" not in m.kept:
+        m.kept["cpu"] = m.a.weight.tanh()
+    return m.b(x @ m.kept["cpu"].T)
+
+
+def listed(m: Any, x: Tensor) -> Tensor:
+    m.seen.append(m.a(x))
+    m.nested["all"].append(len(m.seen))
+    return m.b(m.seen[-1]) * len(m.seen)
+
+
+@pytest.mark.parametrize("forward", [cached, listed])
+def test_what_a_forward_keeps_in_containers(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    """Each run finds them as they were, so what is kept there is computed in the program; they are left as they were."""
+    model = Function(forward, **layers()).double()
+    model.kept, model.seen, model.nested = dict[str, Tensor](), list[Tensor](), {"all": list[int]()}
+    program, (x, y) = compiled(model), batch()
+    assert (model.kept, model.seen, model.nested) == ({}, [], {"all": []})
+    parameters = list(model.parameters())
+    want = torch.autograd.grad(LOSS(model(x), y), parameters, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(tuple(program(x, y)["grad"].values()), want)
+
+
+def test_what_a_forward_kept_before() -> None:
+    """A weight that a call before has read is a constant for torch.export, and none for autograd."""
+    model = Function(cached, **layers()).double()
+    model.kept = {}
+    model(batch()[0])
+    with pytest.raises(UnsupportedError, match=r"'a.weight' has a gradient, but not .* \(a cache\)"):
+        compiled(model)

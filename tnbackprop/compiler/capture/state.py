@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,25 +76,31 @@ def copied(wrapped: nn.Module) -> Iterator[Copies]:
 
 @contextmanager
 def attributes_kept(wrapped: nn.Module) -> Iterator[None]:
-    """Afterwards modules have the attributes that they had."""
+    """Afterwards modules have the attributes that they had, and lists, sets and mappings what was in them."""
     before = [(module, _attributes(module)) for module in wrapped.modules()]
+    filled: dict[int, tuple[Any, Any]] = {}
+    for _, attributes in before:
+        _note_contents(attributes.values(), filled)
     try:
         yield
     finally:
         for module, attributes in before:
             _restore(module, attributes)
+        for each, contents in filled.values():
+            each.clear()
+            each.extend(contents) if isinstance(each, list) else each.update(contents)
 
 
 def resized(example: tuple[Any, Any], size: int) -> tuple[Any, Any]:
     """A batch of `size` of the same samples, repeated where there are fewer; the tensors are copies."""
 
-    def copy(leaf: Any) -> Any:
+    def some(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         leaf = leaf.detach()
         return leaf[torch.arange(size, device=leaf.device) % leaf.shape[0]] if leaf.ndim else leaf.clone()
 
-    batch: tuple[Any, Any] = pytree.tree_map(copy, example)
+    batch: tuple[Any, Any] = pytree.tree_map(some, example)
     return batch
 
 
@@ -131,6 +138,14 @@ def _copy(
         copy = made[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
     holder[key] = copy
     copies.tensors.append(Copy(name, holder, key, tensor, copy, version(copy), registered))
+
+
+def _note_contents(values: Iterable[Any], filled: dict[int, tuple[Any, Any]]) -> None:
+    """Lists, sets and mappings among some values, and in each other: where a forward keeps what it computed."""
+    for value in values:
+        if isinstance(value, dict | list | set) and id(value) not in filled:
+            filled[id(value)] = value, copy(value)
+            _note_contents(value.values() if isinstance(value, dict) else value, filled)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
