@@ -38,8 +38,12 @@ def compiled(forward: Forward) -> tuple[nn.Module, tn.Program]:
         (lambda m, x: torch._safe_softmax(m.a(x), 0), "softmax.*works along the batch axis"),
         (lambda m, x: torch.take_along_dim(m.a(x), torch.zeros(3, dtype=torch.long)) + x, "batch|samples"),
         (lambda m, x: m.a.bias.repeat(2 * x.shape[0], 1).unflatten(0, (-1, 2)).sum(1), "in which order"),
+        (
+            lambda m, x: m.a(x)[(m.a(x) > 0).sum(1).sort()[1] // 1],
+            "picks samples of .* sort those of each .* experts_implementation='batched_mm'",
+        ),
     ],
-    ids=["renorm", "safe_softmax", "flat", "repeated for each sample"],
+    ids=["renorm", "safe_softmax", "flat", "repeated for each sample", "sorted"],
 )
 def test_refused(forward: Forward, match: str) -> None:
     with pytest.raises(tn.UnsupportedError, match=match):

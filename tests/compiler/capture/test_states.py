@@ -239,7 +239,7 @@ def listed(m: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("forward", [cached, listed])
 def test_what_a_forward_keeps_in_containers(forward: Callable[[Any, Tensor], Tensor]) -> None:
-    """Each run finds them as they were, so what is kept there is computed in the program; they are left as they were."""
+    """Each run finds them as they were, so a program computes what is kept; afterwards they are as they were."""
     model = Function(forward, **layers()).double()
     model.kept, model.seen, model.nested = dict[str, Tensor](), list[Tensor](), {"all": list[int]()}
     program, (x, y) = compiled(model), batch()

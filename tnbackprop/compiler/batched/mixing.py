@@ -8,14 +8,16 @@ from typing import Any
 from ...diagram.core import N
 from ...errors import UnsupportedError
 from ..translate.graph import Value
+from ..translate.names import op_name
 from ..translate.operators import row_of
 from .axes import ADVICE, batch_axis, show
+from .flat import Known
 
 
 def check_mixing(
-    target: Any, arguments: Mapping[str, Any], output: Value, ranges: Mapping[str, int], where: str
+    target: Any, arguments: Mapping[str, Any], output: Value, known: Known, where: str
 ) -> None:
-    """Refuse a differentiable call that couples samples. `ranges`: the k of values that are k·arange(N), by name."""
+    """Refuse a differentiable call that couples samples."""
     if not output.depends_on:
         return
     row = row_of(target)
@@ -38,11 +40,22 @@ def check_mixing(
         )
     indices = arguments[row.indices] if row.indices else ()
     index = indices[axis] if axis < len(indices) else None
-    if isinstance(index, Value) and (ranges.get(index.name) != 1 or source.axes[axis] != (N,)):
-        raise UnsupportedError(
-            f"{where} picks samples of {shown} by {index.name}. {ADVICE}"
-            "index the batch axis with ':' or torch.arange(batch), n rows of each by idx + n * torch.arange(batch)"
-        )
+    if isinstance(index, Value) and (known.ranges.get(index.name) != 1 or source.axes[axis] != (N,)):
+        raise UnsupportedError(f"{where} picks samples of {shown} by {index.name}. {ADVICE}{_otherwise(known, index)}")
+
+
+def _otherwise(known: Known, index: Value) -> str:
+    """What to do instead."""
+    call = known.made(index)
+    while call is not None and op_name(call.target) not in ("sort", "argsort"):
+        source = call.arguments.get("input")
+        call = known.made(source) if isinstance(source, Value) else None
+    if call is None:
+        return "index the batch axis with ':' or torch.arange(batch), n rows of each by idx + n * torch.arange(batch)"
+    return (
+        "sort those of each sample, x.unflatten(0, …). Of experts whose tokens are sorted, take an implementation in "
+        "which each token goes by itself (transformers: experts_implementation='batched_mm')"
+    )
 
 
 def _check_equation(equation: str, tensors: tuple[Value, ...], where: str) -> None:

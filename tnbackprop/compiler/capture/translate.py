@@ -190,7 +190,8 @@ class _Translator:
             return same
         if not self.no_grad:
             arguments = self.casts.in_one_dtype(target, arguments, dtype, append)
-        target, arguments = rewritten(target, arguments, shape, dtype, Known(self.ranges, self.calls), append)
+        known = Known(self.ranges, self.calls)
+        target, arguments = rewritten(target, arguments, shape, dtype, known, append)
         row = row_of(target)
         inputs = values_in(arguments)
         depends: frozenset[str] = depends_on(arguments)
@@ -200,7 +201,7 @@ class _Translator:
         made = node.meta.get("val")
         device = made.device.type if isinstance(made, torch.Tensor) else inputs[0].device if inputs else "cpu"
         output = Value(self._name(node, target, name), axes, dtype, depends, device)
-        check_mixing(target, arguments, output, self.ranges, where)
+        check_mixing(target, arguments, output, known, where)
         self._follow_batch(target, arguments, inputs, output, where)
         facts = dict(zip(("path", "module_type"), module_of(node)[1:], strict=True)) | facts
         call = Call(target, MappingProxyType(self.complex.within(arguments, where, target)), output, **facts)
