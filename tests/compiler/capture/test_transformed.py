@@ -163,3 +163,38 @@ def test_next_to_a_rule() -> None:
 def test_samples_that_meet() -> None:
     model = Function(lambda m, x: m.a(x) * vmap(lambda z: z.mean(0), in_dims=1)(m.b(x)), **layers())
     refused(model, "mixes samples")
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross-entropy": nn.CrossEntropyLoss(),
+    "with weights": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]).double(), ignore_index=1),
+    "of each": lambda f, y: nn.functional.cross_entropy(f, y, reduction="none").mean(),
+    "of probabilities": lambda f, y: nn.functional.cross_entropy(f, nn.functional.one_hot(y, 3).to(f.dtype)),
+    "of images": lambda f, y: nn.functional.cross_entropy(
+        f[:, :, None, None].expand(-1, -1, 2, 1), y.view(-1, 1, 1).expand(-1, 2, 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_classes(name: str) -> None:
+    """Losses that torch takes apart below autograd, in what has no derivative of its own."""
+    torch.manual_seed(0)
+    model, loss = Function(lambda m, x: m.b(torch.vmap(torch.sin)(m.a(x))), **layers()).double(), LOSSES[name]
+    x, y = batch()[0], torch.tensor([0, 2, 1, 0, 2])
+    result = tn.compute(model, loss, (x, y), [tn.Grad(), tn.DiagGGN()])
+    want = torch.autograd.grad(loss(model(x), y), list(model.parameters()))
+    torch.testing.assert_close(tuple(result["grad"].values()), want)
+    for parameter, value in diag_ggn(model, loss, x, y).items():  # type: ignore[arg-type]
+        torch.testing.assert_close(result["diag_ggn"][parameter], value)
+
+
+def test_a_recurrent_layer() -> None:
+    """oneDNN's has no rule."""
+    torch.manual_seed(0)
+    own = layers(lstm=nn.LSTM(3, 3, batch_first=True))
+    model = Function(lambda m, x: m.lstm(torch.vmap(torch.sin)(m.a(x))[:, None])[0][:, 0], **own)
+    x, y = (t.float() for t in batch())
+    result = tn.compute(model.float(), LOSS, (x, y), [tn.Grad()])["grad"]
+    want = torch.autograd.grad(LOSS(model(x), y), list(model.parameters()), allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(tuple(result.values()), want)

@@ -29,6 +29,8 @@ CUT = aten.alias_copy.default
 """An operator that is the identity, and that no forward calls, for what the user has cut."""
 STATISTICS = (aten.native_layer_norm.default, aten.native_group_norm.default, aten.native_batch_norm.default)
 """Their backward takes its second and third output for constants, and has the whole derivative by the input."""
+WHOLE = dict.fromkeys((aten.nll_loss_forward.default, aten.nll_loss2d_forward.default), aten.nll_loss_nd.default)
+"""What is left of losses below autograd, as it is called: the first output, which alone has a derivative."""
 DETACHING = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
@@ -103,7 +105,7 @@ def _traced(wrapped: nn.Module, example: tuple[Any, Any]) -> Traced:
         specs[:] = [spec]
         return found
 
-    with Quiet(), sizes_by_builtins():
+    with Quiet(), sizes_by_builtins(), torch.backends.mkldnn.flags(enabled=False):  # whose recurrent layer has no rule
         program = traced_below_autograd(flat, list(tensors.values()), leaves)
     _cut_again(program)
     return Traced(wrapped, program, specs[0])
@@ -117,6 +119,10 @@ def _cut_again(program: GraphModule) -> None:
             program.graph.erase_node(node)
         elif node.target is CUT:
             node.target = aten.detach.default
+        elif node.target is operator.getitem and node.args[0].target in WHOLE and not node.args[1]:
+            with program.graph.inserting_before(node):
+                loss = program.graph.call_function(WHOLE[node.args[0].target], node.args[0].args)
+            node.replace_all_uses_with(loss)
         elif node.target is operator.getitem and node.args[0].target in STATISTICS and node.args[1]:
             with program.graph.inserting_after(node):
                 cut = program.graph.call_function(aten.detach.default, (node,))
