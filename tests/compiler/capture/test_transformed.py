@@ -179,6 +179,8 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_classes(name: str) -> None:
     """Losses that torch takes apart below autograd, in what has no derivative of its own."""
+    if name == "of probabilities" and torch.__version__ < "2.13":
+        pytest.skip("older versions of torch put the number of samples in as it is: it is refused")
     torch.manual_seed(0)
     model, loss = Function(lambda m, x: m.b(torch.vmap(torch.sin)(m.a(x))), **layers()).double(), LOSSES[name]
     x, y = batch()[0], torch.tensor([0, 2, 1, 0, 2])
