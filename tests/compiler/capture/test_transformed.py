@@ -165,11 +165,16 @@ def test_samples_that_meet() -> None:
     refused(model, "mixes samples")
 
 
+WEIGHTS = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross-entropy": nn.CrossEntropyLoss(),
-    "with weights": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]).double(), ignore_index=1),
+    "with weights": nn.CrossEntropyLoss(WEIGHTS, ignore_index=1),
     "of each": lambda f, y: nn.functional.cross_entropy(f, y, reduction="none").mean(),
     "of probabilities": lambda f, y: nn.functional.cross_entropy(f, nn.functional.one_hot(y, 3).to(f.dtype)),
+    "smoothed": nn.CrossEntropyLoss(label_smoothing=0.1),
+    "smoothed, without some": nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=1),
+    "smoothed with weights": nn.CrossEntropyLoss(WEIGHTS, ignore_index=1, label_smoothing=0.1),
+    "smoothed of each": lambda f, y: nn.functional.cross_entropy(f, y, label_smoothing=0.1, reduction="none").mean(),
     "of images": lambda f, y: nn.functional.cross_entropy(
         f[:, :, None, None].expand(-1, -1, 2, 1), y.view(-1, 1, 1).expand(-1, 2, 1)
     ),
@@ -179,8 +184,6 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_classes(name: str) -> None:
     """Losses that torch takes apart below autograd, in what has no derivative of its own."""
-    if name == "of probabilities" and torch.__version__ < "2.13":
-        pytest.skip("older versions of torch put the number of samples in as it is: it is refused")
     torch.manual_seed(0)
     model, loss = Function(lambda m, x: m.b(torch.vmap(torch.sin)(m.a(x))), **layers()).double(), LOSSES[name]
     x, y = batch()[0], torch.tensor([0, 2, 1, 0, 2])

@@ -22,6 +22,7 @@ from ..running.torch_quiet import Quiet
 from ..running.torch_versions import sizes_by_builtins
 from ..translate.foreign import MISTAKES
 from ..translate.opaque import named_tensors
+from ..translate.symbolic import symbolic_kernels
 from ..translate.torch_internals import traced_below_autograd, with_tensors
 
 aten = torch.ops.aten
@@ -105,7 +106,8 @@ def _traced(wrapped: nn.Module, example: tuple[Any, Any]) -> Traced:
         specs[:] = [spec]
         return found
 
-    with Quiet(), sizes_by_builtins(), torch.backends.mkldnn.flags(enabled=False):  # whose recurrent layer has no rule
+    onednn = torch.backends.mkldnn.flags(enabled=False)  # its recurrent layer has no rule
+    with Quiet(), sizes_by_builtins(), symbolic_kernels(), onednn:
         program = traced_below_autograd(flat, list(tensors.values()), leaves)
     _cut_again(program)
     return Traced(wrapped, program, specs[0])

@@ -24,17 +24,36 @@ def _cross_entropy_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """For probabilities older torch (2.11 is one) divides by their number as an int."""
-    if input.shape != target.shape or not target.is_floating_point() or ignore_index >= 0:
+    """For probabilities older torch (2.11 is one) divides by their number as an int.
+
+    For smoothed classes torch takes a mean of one part, and a sum by a number that it counts of the other.
+    """
+    axis, classes = min(1, input.ndim - 1), not target.is_floating_point()
+    if classes and label_smoothing > 0:
+        return _smoothed(input.log_softmax(axis), target, weight, reduction, ignore_index, label_smoothing)
+    if input.shape != target.shape or classes or ignore_index >= 0:
         rest = weight, reduction, ignore_index, label_smoothing
         own: Tensor = composite_kernel(aten.cross_entropy_loss.default, input, target, *rest)
         return own
-    axis = min(1, input.ndim - 1)
     target = target * (1 - label_smoothing) + label_smoothing / input.shape[axis]
     if weight is not None:
         target = target * weight.reshape(-1, *(1,) * (input.ndim - axis - 1))
     each = -(input.log_softmax(axis) * target).sum(axis)
     return each if reduction == NONE else each.mean() if reduction == MEAN else each.sum()
+
+
+def _smoothed(
+    log_p: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, smoothing: float
+) -> Tensor:
+    """The loss of classes, a part of each spread over all of them."""
+    axis, counts = min(1, log_p.ndim - 1), target != ignore_index
+    own = aten.nll_loss_nd.default(log_p, target, weight, NONE, ignore_index)
+    weighted = log_p if weight is None else log_p * weight.reshape(-1, *(1,) * (log_p.ndim - axis - 1))
+    spread = -weighted.sum(axis).masked_fill(~counts, 0) / log_p.shape[axis]
+    each: Tensor = (1 - smoothing) * own + smoothing * spread
+    if reduction != MEAN:
+        return each if reduction == NONE else each.sum()
+    return each.sum() / (counts if weight is None else weight[target.where(counts, 0)].where(counts, 0)).sum()
 
 
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
