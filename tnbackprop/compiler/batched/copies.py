@@ -2,66 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import sympy
 import torch
 
-from ...diagram.core import N, Size
+from ...diagram.core import N
 from ..translate.graph import Value
 from .axes import batch_axis
+from .calls import Append, Rewritten, Shape, reshaped
 
 aten = torch.ops.aten
-Shape = tuple[Size, ...]
-Append = Callable[[Any, dict[str, Any], Shape], Value]
-"""Append a call of an operator, with the shape of its output."""
 
 
-def over_batch(target: Any, arguments: dict[str, Any], shape: Shape, append: Append) -> tuple[Any, dict[str, Any]]:
+def over_batch(target: Any, arguments: dict[str, Any], shape: Shape, append: Append) -> Rewritten:
     """The call, as one of tensors in which the batch is an axis of its own where it needs that."""
-    copy = copy_of_batch(target, arguments, shape)
-    if copy is not None:
-        source, (axis, index) = arguments["input"], copy
-        split = (*source.shape[:axis], *source.axes[axis], *source.shape[axis + 1 :])
-        source = append(aten.reshape.default, {"input": source, "shape": split}, split)
-        return aten.select.int, {"input": source, "dim": axis, "index": index}
-    every = each_of_several(target, arguments, shape)
-    if every is not None:
-        split, axis, index = every
-        source = append(aten.reshape.default, {"input": arguments["input"], "shape": split}, split)
-        return aten.select.int, {"input": source, "dim": axis, "index": index}
+    one = copy_of_batch(target, arguments, shape) or each_of_several(target, arguments, shape)
+    if one is not None:
+        split, axis, index = one
+        return aten.select.int, {"input": reshaped(append, arguments["input"], split), "dim": axis, "index": index}
     along = batches_in_a_row(target, arguments)
     if along is not None:
         tensors = arguments["tensors"]
         stacked = (*shape[:along], len(tensors), *tensors[0].shape[along:])
-        source = append(aten.stack.default, {"tensors": tensors, "dim": along}, stacked)
+        source = append(aten.stack.default, {"tensors": tensors, "dim": along}, stacked, tensors[0].dtype)
         return aten.reshape.default, {"input": source, "shape": shape}
     inner = copies_in_batch(target, arguments)
     if inner is not None:
         place, count = inner
-        source = arguments["input"]
-        split = (*source.shape[:place], 1, *source.shape[place:])
-        wide = (*split[:place], count, *split[place + 1 :])
-        source = append(aten.reshape.default, {"input": source, "shape": split}, split)
-        source = append(aten.expand.default, {"input": source, "size": wide, "implicit": False}, wide)
+        size = arguments["input"].shape
+        source = _spread(append, arguments["input"], (*size[:place], 1, *size[place:]), place, count)
         return aten.reshape.default, {"input": source, "shape": shape}
     spread = spread_over_batch(target, arguments)
     if spread is None:
         return target, arguments
     split, place, rest = spread
-    wide = (*split[:place], N, *split[place + 1 :])
-    source = append(aten.reshape.default, {"input": arguments["input"], "shape": split}, split)
-    source = append(aten.expand.default, {"input": source, "size": wide, "implicit": False}, wide)
+    source = _spread(append, arguments["input"], split, place, N)
     if all(size == 1 for size in rest):
         return aten.reshape.default, {"input": source, "shape": shape}
-    merged = (*wide[:place], N * wide[place + 1], *wide[place + 2 :])
-    source = append(aten.reshape.default, {"input": source, "shape": merged}, merged)
-    return aten.repeat.default, {"input": source, "repeats": rest}
+    merged = (*split[:place], N * split[place + 1], *split[place + 2 :])
+    return aten.repeat.default, {"input": reshaped(append, source, merged), "repeats": rest}
 
 
-def copy_of_batch(target: Any, arguments: dict[str, Any], shape: tuple[Size, ...]) -> tuple[int, int] | None:
-    """(axis, k) where the call takes the k-th of several batches that were concatenated, axis (copies, N)."""
+def _spread(append: Append, source: Value, split: Shape, place: int, count: Any) -> Value:
+    """Copies along an axis of one in `split`."""
+    wide = (*split[:place], count, *split[place + 1 :])
+    source = reshaped(append, source, split)
+    return append(aten.expand.default, {"input": source, "size": wide, "implicit": False}, wide, source.dtype)
+
+
+def copy_of_batch(target: Any, arguments: dict[str, Any], shape: Shape) -> tuple[Shape, int, int] | None:
+    """Where the call takes one of several batches that were concatenated: its axes, the place of the copies, which."""
     source = arguments.get("input")
     if target is not aten.slice.Tensor or not isinstance(source, Value):
         return None
@@ -69,12 +60,10 @@ def copy_of_batch(target: Any, arguments: dict[str, Any], shape: tuple[Size, ...
     place = sympy.sympify(arguments["start"] or 0) / N
     if source.axes[dim][1:] != (N,) or shape[dim] != N or not place.is_Integer or arguments["step"] != 1:
         return None
-    return dim, int(place)
+    return (*source.shape[:dim], *source.axes[dim], *source.shape[dim + 1 :]), dim, int(place)
 
 
-def each_of_several(
-    target: Any, arguments: dict[str, Any], shape: tuple[Size, ...]
-) -> tuple[tuple[Size, ...], int, int] | None:
+def each_of_several(target: Any, arguments: dict[str, Any], shape: Shape) -> tuple[Shape, int, int] | None:
     """Where the call takes every s-th of k entries of each sample, that stand side by side, s a divisor of k.
 
     The shape with an axis of s, its place, and which of them.
@@ -106,7 +95,7 @@ def copies_in_batch(target: Any, arguments: dict[str, Any]) -> tuple[int, int] |
     return (batch, count) if isinstance(count, int) and not others else None
 
 
-def spread_over_batch(target: Any, arguments: dict[str, Any]) -> tuple[tuple[Size, ...], int, tuple[Size, ...]] | None:
+def spread_over_batch(target: Any, arguments: dict[str, Any]) -> tuple[Shape, int, Shape] | None:
     """Where a call repeats an axis N times: the shape with an axis of one for that, its place, the other repeats."""
     source = arguments.get("input")
     if not isinstance(source, Value) or batch_axis(source) is not None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from ...diagram.core import N, Size
+from ...diagram.core import N
 from ..translate.graph import Call, Value
 from ..translate.operators import Same, row_of
 from ..translate.spellings import call_of
-from .masks import Append
+from .calls import Append, Rewritten, Shape, reshaped
 
 aten = torch.ops.aten
 CHOOSING = (aten.index_select.default, aten.index_add.default)
@@ -74,8 +74,8 @@ class Known:
 
 
 def by_sample(
-    target: Any, arguments: dict[str, Any], shape: tuple[Size, ...], known: Known, append: Append
-) -> tuple[Any, dict[str, Any]] | None:
+    target: Any, arguments: dict[str, Any], shape: Shape, known: Known, append: Append
+) -> Rewritten | None:
     """The call, of tensors whose axis 0 of N·n rows is one of samples and one of their rows; None for other calls."""
     source, index = arguments.get("input"), _index(target, arguments)
     if index is None or not isinstance(source, Value) or source.axes[0][:1] != (N,) or len(source.axes[0]) != 2:
@@ -86,8 +86,9 @@ def by_sample(
         return None
 
     def by_rows(value: Value, behind: int) -> Value:
-        split = (N, *_rows(value, behind), *value.shape[len(value.shape) - behind :])
-        return append(aten.reshape.default, {"input": value, "shape": split}, split, value.dtype)
+        front = len(value.axes) - behind
+        rows = prod([factor for axis in value.axes[:front] for factor in axis][1:])
+        return reshaped(append, value, (N, rows, *value.shape[front:]))
 
     given = arguments | {"input": by_rows(source, len(rest))}
     if target in ALONG:
@@ -102,11 +103,10 @@ def by_sample(
 
 def _chosen(
     target: Any, given: dict[str, Any], own: Value, by_rows: Callable[[Value, int], Value], append: Append
-) -> tuple[Any, dict[str, Any]]:
+) -> Rewritten:
     """A call of index or index_put, of whole rows of each sample."""
     every = call_of(aten.arange.default, {"end": N, "dtype": own.dtype, "device": torch.device(own.device)})
-    counted = append(*every, (N,), own.dtype)
-    indices = append(aten.reshape.default, {"input": counted, "shape": (N, 1)}, (N, 1), own.dtype), own
+    indices = reshaped(append, append(*every, (N,), own.dtype), (N, 1)), own
     source = given["input"]
     if target is not aten.index_add.default:
         return aten.index.Tensor, {"input": source, "indices": indices}
@@ -114,12 +114,6 @@ def _chosen(
     if given["alpha"] != 1:
         values = append(aten.mul.Tensor, {"input": values, "other": given["alpha"]}, values.shape, values.dtype)
     return aten.index_put.default, {"input": source, "indices": indices, "values": values, "accumulate": True}
-
-
-def _rows(value: Value, behind: int) -> tuple[Size]:
-    """How many rows a sample has, where so many axes are behind those of the rows."""
-    factors = [factor for axis in value.axes[: len(value.axes) - behind] for factor in axis][1:]
-    return (prod(factors),)
 
 
 def _index(target: Any, arguments: Mapping[str, Any]) -> Value | None:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 
-from ...diagram.core import Size
 from ...errors import UnsupportedError
 from ..running.drawing_calls import draws
 from ..translate.graph import Call, Value
 from ..translate.torch_internals import OpOverload, name_of
+from .calls import Append, reshaped
 
 aten = torch.ops.aten
 UNPICKED = 0.5
 """What stands where the mask is not: most functions have a finite derivative there, which nothing multiplies."""
-
-Append = Callable[[Any, dict[str, Any], tuple[Size, ...], torch.dtype], Value]
-"""Append a call of an operator, with the shape and the dtype of its output."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +187,7 @@ def _aligned(mask: Value, after: int, append: Append) -> Value:
     if not after:
         return mask
     shape = (*mask.shape, *(1,) * after)
-    return append(aten.reshape.default, {"input": mask, "shape": shape}, shape, mask.dtype)
+    return reshaped(append, mask, shape)
 
 
 def _filled(source: Value, mask: Value, value: float, append: Append) -> Value:
@@ -227,7 +224,7 @@ def _written(
             )
         shape = (*values.shape[:first], *(1,) * len(mask.shape), *values.shape[first + 1 :])
         if shape != values.shape:
-            values = append(aten.reshape.default, {"input": values, "shape": shape}, shape, values.dtype)
+            values = reshaped(append, values, shape)
     aligned = _aligned(mask, after, append)
     if not arguments["accumulate"]:
         given = {"condition": aligned, "input": values, "other": source}

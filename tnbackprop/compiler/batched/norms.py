@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from ..translate.graph import Value
+from .calls import Append, Rewritten
 from .flat import Known
-from .masks import Append
 
 aten = torch.ops.aten
 
 
 def squared_norm(
     target: Any, arguments: Mapping[str, Any], known: Known, append: Append
-) -> tuple[Any, dict[str, Any]] | None:
+) -> Rewritten | None:
     """sum(v²) for (the 2-norm of all entries of v)²; None for other calls."""
     source = arguments.get("input")
     squares = target is aten.square.default or (target is aten.pow.Tensor_Scalar and arguments["exponent"] == 2)

@@ -191,7 +191,7 @@ class _Translator:
         if not self.no_grad:
             arguments = self.casts.in_one_dtype(target, arguments, dtype, append)
         known = Known(self.ranges, self.calls)
-        target, arguments = rewritten(target, arguments, shape, dtype, known, append)
+        target, arguments = rewritten(target, arguments, shape, known, append)
         row = row_of(target)
         inputs = values_in(arguments)
         depends: frozenset[str] = depends_on(arguments)
