@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from ..compiler.running.failure import lacks_derivative
 from ..compiler.running.torch_quiet import UNWARNED
 from ..compiler.translate.torch_modes import check_constant
 from ..errors import InputError, UnsupportedError
@@ -144,7 +145,7 @@ class CurvatureProduct:
                 several = vmap(self._multiply, chunk_size=self._at_once)
                 found = (several if lead else self._multiply)(stacked)
         except RuntimeError as error:
-            if "is not implemented" not in str(error):
+            if not lacks_derivative(error):
                 raise
             raise UnsupportedError(f"{self.label}: {error}. Write that operation with others of torch.") from error
         # Copies: a derivative may share memory, with the vector or with itself where it was expanded.

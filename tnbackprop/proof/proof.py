@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from ..compiler.capture.export import Wrapped, batch_size, plain, takes_names
 from ..compiler.capture.state import copied, resized
 from ..compiler.emit.naming import comment
+from ..compiler.running.failure import lacks_derivative
 from ..compiler.running.printing import SILENT
 from ..compiler.running.torch_versions import WholeHeads
 from ..compiler.translate.foreign import MISTAKES
@@ -181,10 +182,10 @@ class Proof:
         if error.__cause__ is not None and self.last:  # a quantity may be of so many samples
             with copied(self.wrapped):
                 self._reference(self.wrapped, self.batch)
-            if "derivative for" in reason and "is not implemented" in reason:
+            if lacks_derivative(error.__cause__):
                 raise UnsupportedError(
-                    f"{reason.removeprefix('the batch fails in ')} torch has a first derivative of that only.\n  Write "
-                    "it in operators that have more (.square().sum(-1).sqrt() for torch.cdist), or declare its module."
+                    f"{reason} torch has a first derivative of that only.\n  Write it in operators that have more "
+                    "(.square().sum(-1).sqrt() for torch.cdist), or declare its module."
                 ) from error
             raise VerificationError(
                 f"the program of {type(self.program.model).__name__} fails on {_counted(self.size, 'sample')} of the "

@@ -107,3 +107,8 @@ def _of_user(file: str) -> bool:
 def _line(file: str, number: int) -> str:
     text = linecache.getline(file, number).strip()
     return f"\n  {file}, line {number}" + (f": {text}" if text else "")
+
+
+def lacks_derivative(error: BaseException | None) -> bool:
+    """Whether it is what torch raises where an operator has no derivative, or none of its derivative."""
+    return isinstance(error, RuntimeError) and "is not implemented" in str(error)
