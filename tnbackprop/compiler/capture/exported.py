@@ -24,7 +24,7 @@ from ..running.torch_quiet import Quiet, noting_forwards
 from ..running.torch_tracer import module_calls
 from ..running.torch_versions import lstm_states, refuse_valueless, sizes_by_builtins
 from ..translate.foreign import MISTAKES
-from ..translate.inplace import copy_views, mutates_view, nodes_of
+from ..translate.inplace import copy_views, cut_blocks, mutates_view, nodes_of
 from ..translate.opaque import Opaque, opaque_calls
 from ..translate.sizes import Condition, Sizes
 from ..translate.symbolic import shapes_only, symbolic_kernels
@@ -115,6 +115,7 @@ def exported(
                 if parts and not mutates_view(program.graph_module):
                     copy_views(program.graph_module)
                 if parts or has_autocast(program.graph_module) or mutates_view(program.graph_module):
+                    cut_blocks(program.graph_module)
                     program = decomposed(program, parts | WRITES)
             conditions = Sizes(program).conditions(asked) if batch is torch.export.Dim.DYNAMIC else ()
             return Exported(program, opaque, conditions, 0 if repeats is None else repeats.count)

@@ -25,7 +25,7 @@ from ..translate.canonical import alias_of, canonical, output_call
 from ..translate.casts import Casts
 from ..translate.complex import Complex
 from ..translate.graph import Call, Graph, NotGiven, Value, depends_on, needed, values_in
-from ..translate.inplace import functional, owner
+from ..translate.inplace import NO_GRAD_BLOCK, functional, owner
 from ..translate.inputs import enter
 from ..translate.names import Names, module_of, op_name
 from ..translate.opaque import NAMESPACE, Opaque
@@ -35,7 +35,6 @@ from ..translate.torch_internals import HigherOrderOperator, OpOverload, argumen
 from .reach import above, batch_in_train, check_loss, refuse_written
 
 aten = torch.ops.aten
-no_grad_block = torch.ops.higher_order.wrap_with_set_grad_enabled
 
 
 def translate(
@@ -112,7 +111,7 @@ class _Translator:
 
     def _node(self, node: Node) -> None:
         value = node.meta.get("val")
-        if node.target is no_grad_block:
+        if node.target is NO_GRAD_BLOCK:
             self.env[node] = self._block(node)
         elif isinstance(node.target, HigherOrderOperator):
             raise UnsupportedError(

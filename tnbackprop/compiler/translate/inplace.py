@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ...errors import UnsupportedError
+from .names import op_name
 from .operators import Memory, row_of
 from .torch_internals import (
     OpOverload,
@@ -18,6 +21,9 @@ from .torch_internals import (
     shares_memory,
     written_arguments,
 )
+
+aten = torch.ops.aten
+NO_GRAD_BLOCK = torch.ops.higher_order.wrap_with_set_grad_enabled
 
 
 def functional(target: Any, where: str) -> OpOverload:
@@ -97,3 +103,23 @@ def copy_views(program: GraphModule) -> None:
 
 def _is_view(node: Node) -> bool:
     return may_view(node.target) and row_of(node.target).memory is not Memory.ITSELF
+
+
+def cut_blocks(program: GraphModule) -> None:
+    """Detach what leaves a `torch.no_grad()` block: once operators are made of others, such blocks are gone."""
+    for part in [part for part in program.modules() if isinstance(part, GraphModule)]:
+        for node in part.graph.find_nodes(op="call_function", target=NO_GRAD_BLOCK):
+            if node.args[0]:
+                continue
+            (made,) = getattr(part, str(node.args[1].target)).graph.output_node().args
+            for output in [user for user in node.users if op_name(user.target) == "getitem"]:
+                if owner(made[output.args[1]]).op == "call_function" and _is_floating(output):
+                    with part.graph.inserting_after(output):
+                        cut = part.graph.call_function(aten.detach.default, (output,))
+                    cut.meta = dict(output.meta)
+                    output.replace_all_uses_with(cut, delete_user_cb=lambda user, cut=cut: user is not cut)
+
+
+def _is_floating(node: Node) -> bool:
+    made = node.meta.get("val")
+    return isinstance(made, Tensor) and (made.is_floating_point() or made.is_complex())
