@@ -92,7 +92,39 @@ def some_of_six(m: Any, x: Tensor) -> Tensor:
     return m.b(h[1::3].sigmoid().view(-1, 2, 3)[:, 1])
 
 
+def of_each_row(m: Any, x: Tensor) -> Tensor:
+    """One entry of each of the rows of all samples, as a loss reads its class."""
+    h = rows(m.a(x)).flatten(0, 1)
+    return m.b(h[torch.arange(h.size(0)), h.argmax(-1)].view(-1, 3))
+
+
+def all_rows(m: Any, x: Tensor) -> Tensor:
+    h = rows(m.a(x)).flatten(0, 1)
+    return m.b(h[torch.arange(len(h))].view(-1, 3, 2).sum(2))
+
+
+def some_of_each_row(m: Any, x: Tensor) -> Tensor:
+    h = (rows(m.a(x))[..., None] * m.b(x)[:, None, None]).flatten(0, 1)
+    return h[torch.arange(len(h))[:, None], :, h.detach().sum(1).argsort(-1)[:, :2]].flatten(1).view(-1, 3, 4).sum(2)
+
+
+def written_to_each_row(m: Any, x: Tensor) -> Tensor:
+    """As sparse attention writes what it has computed for some queries."""
+    h = (rows(m.a(x)).transpose(1, 2)[..., None] * m.b(x)[:, None, None]).flatten(0, 1)
+    top, each = h.detach().sum(2).argsort(-1)[:, :2], torch.arange(len(h))[:, None]
+    out = h.cumsum(1).clone()
+    out[each, top, :] = h[each, top, :].sin()
+    return out.view(-1, 2, 3, 3).sum((1, 2))
+
+
+def one_column(m: Any, x: Tensor) -> Tensor:
+    h = rows(m.a(x)).flatten(0, 1)
+    h = h.index_put((torch.arange(len(h)), torch.tensor([1])), m.b(x).flatten(), accumulate=True)
+    return m.b(h.view(-1, 3, 2).sum(2))
+
+
 ALL: list[Forward] = [
+    of_each_row, all_rows, some_of_each_row, written_to_each_row, one_column,
     neighbours, by_a_step, the_same_of_each, the_first, the_second, taken, entries, pooled, scattered, moved, pairs,
     some_of_six,
 ]  # fmt: skip
@@ -103,7 +135,7 @@ def test_right(forward: Forward) -> None:
     check(Function(forward, **layers()))
 
 
-@pytest.mark.parametrize("forward", [neighbours, pooled, pairs], ids=lambda forward: forward.__name__)
+@pytest.mark.parametrize("forward", [neighbours, pooled, pairs, written_to_each_row], ids=lambda f: f.__name__)
 def test_other_batches_and_curvature(forward: Forward) -> None:
     model, (x, y) = Function(forward, **layers()).double(), batch(4)
     program = tn.compile(model, nn.MSELoss(), (x[:2], y[:2]), [tn.DiagGGN()])

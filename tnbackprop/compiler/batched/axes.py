@@ -32,7 +32,7 @@ def value_axes(target: Any, arguments: Mapping[str, Any], shape: tuple[Size, ...
         )
     if not any(multiples):
         return tuple((size,) for size in shape)
-    if row_of(target).uniform and not inputs:
+    if (row_of(target).uniform or row_of(target).counts) and not inputs:
         return tuple((size,) if k == 0 else _grouped(1, k) for size, k in zip(shape, multiples, strict=True))
     if row_of(target).reshapes:
         return _reshaped(inputs[0], shape, multiples, where)

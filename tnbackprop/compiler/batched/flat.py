@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,10 +16,12 @@ from ..translate.spellings import call_of
 from .calls import Append, Rewritten, Shape, reshaped
 
 aten = torch.ops.aten
-CHOOSING = (aten.index_select.default, aten.index_add.default)
-"""What chooses whole rows, as index does."""
+ROWS = (aten.index_select.default, aten.index_add.default)
+"""What chooses whole rows along one axis."""
 ALONG = (aten.gather.default, aten.scatter_add.default, aten.scatter.src, aten.scatter.value)
 """What chooses entries of rows."""
+PLACES = (aten.index.Tensor, aten.index_put.default)
+"""What chooses by indices of several axes."""
 
 
 def multiple_of_range(
@@ -59,6 +61,9 @@ class Known:
         if call is None:
             return None
         given, row = dict(call.arguments), row_of(call.target)
+        if row.counts and (given["end"], given.get("start") or 0, given.get("step") or 1) == (count * N, 0, 1):
+            rows = append(*call_of(call.target, given | {"end": count}), (count,), index.dtype)
+            return reshaped(append, _expanded(append, rows, (N, count)), index.shape)
         if call.target is aten.add.Tensor and given["alpha"] == 1:
             both = given["input"], given["other"]
             for one, other in (both, both[::-1]):
@@ -84,45 +89,62 @@ def by_sample(
     own = known.own(index, count, append) if isinstance(count, int) else None
     if own is None or own.axes[0][:1] != (N,):
         return None
-
-    def by_rows(value: Value, behind: int) -> Value:
-        front = len(value.axes) - behind
-        rows = prod([factor for axis in value.axes[:front] for factor in axis][1:])
-        return reshaped(append, value, (N, rows, *value.shape[front:]))
-
-    given = arguments | {"input": by_rows(source, len(rest))}
+    given = arguments | {"input": by_rows(append, source, len(rest))}
     if target in ALONG:
-        given |= {"dim": 1, "index": by_rows(own, len(rest))}
-        given |= {"src": by_rows(given["src"], len(rest))} if isinstance(given.get("src"), Value) else {}
+        given |= {"dim": 1, "index": by_rows(append, own, len(rest))}
+        given |= {"src": by_rows(append, given["src"], len(rest))} if isinstance(given.get("src"), Value) else {}
         wide = given["index"].shape if target is aten.gather.default else given["input"].shape
     else:
-        target, given = _chosen(target, given, by_rows(own, 0), by_rows, append)
-        wide = (N, given["indices"][1].shape[1], *rest) if "values" not in given else given["input"].shape
+        others = arguments["indices"][1:] if target in PLACES else ()
+        rest = tuple(size for k, size in enumerate(rest) if k >= len(others) or others[k] is None)
+        target, given = _chosen(target, given, [own, *others], rest, append)
+        wide = given["input"].shape if "values" in given else (N, given["indices"][1].shape[1], *rest)
     return aten.reshape.default, {"input": append(target, given, wide, source.dtype), "shape": shape}
 
 
-def _chosen(
-    target: Any, given: dict[str, Any], own: Value, by_rows: Callable[[Value, int], Value], append: Append
-) -> Rewritten:
-    """A call of index or index_put, of whole rows of each sample."""
-    every = call_of(aten.arange.default, {"end": N, "dtype": own.dtype, "device": torch.device(own.device)})
-    indices = reshaped(append, append(*every, (N,), own.dtype), (N, 1)), own
-    source = given["input"]
-    if target is not aten.index_add.default:
-        return aten.index.Tensor, {"input": source, "indices": indices}
-    values = by_rows(given["source"], len(source.axes) - 2)
-    if given["alpha"] != 1:
+def by_rows(append: Append, value: Value, behind: int) -> Value:
+    """[N, rows, …] of a value whose axes before the last so many have N in front."""
+    front = len(value.axes) - behind
+    rows = prod([factor for axis in value.axes[:front] for factor in axis][1:])
+    return reshaped(append, value, (N, rows, *value.shape[front:]))
+
+
+def _chosen(target: Any, given: dict[str, Any], indices: list[Value | None], rest: Shape, append: Append) -> Rewritten:
+    """A call of index or index_put by those of the sample and these. `rest`: the axes that none chooses along."""
+    known = [index for index in indices if index is not None]
+    longest = max(len(index.axes) for index in known)
+    padded = [(*(1,) * (longest - len(index.axes)), *index.shape) for index in known]
+    wide = tuple(next((size for size in sizes if size != 1), 1) for sizes in zip(*padded, strict=True))
+    every = call_of(aten.arange.default, {"end": N, "dtype": known[0].dtype, "device": torch.device(known[0].device)})
+    samples = reshaped(append, append(*every, (N,), known[0].dtype), (N, 1))
+    places = (samples, *(index and by_rows(append, _expanded(append, index, wide), 0) for index in indices))
+    call = {"input": given["input"], "indices": places}
+    if target in (aten.index_select.default, aten.index.Tensor):
+        return aten.index.Tensor, call
+    values = given["values"] if "values" in given else given["source"]
+    if given.get("alpha", 1) != 1:
         values = append(aten.mul.Tensor, {"input": values, "other": given["alpha"]}, values.shape, values.dtype)
-    return aten.index_put.default, {"input": source, "indices": indices, "values": values, "accumulate": True}
+    values = by_rows(append, _expanded(append, values, (*wide, *rest)), len(rest))
+    return aten.index_put.default, call | {"values": values, "accumulate": given.get("accumulate", True)}
+
+
+def _expanded(append: Append, value: Value, shape: Shape) -> Value:
+    if value.shape == shape:
+        return value
+    return append(aten.expand.default, {"input": value, "size": shape, "implicit": False}, shape, value.dtype)
 
 
 def _index(target: Any, arguments: Mapping[str, Any]) -> Value | None:
-    """What chooses along axis 0, if nothing else chooses."""
-    if target is aten.index.Tensor:
-        first, *others = arguments["indices"]
-        found = first if all(other is None for other in others) else None
-    elif target in CHOOSING or target in ALONG:
+    """What chooses along axis 0, if all that chooses are integers."""
+    if target in PLACES:
+        indices = arguments["indices"]
+        found = indices[0] if all(index is None or _counts(index) for index in indices) else None
+    elif target in ROWS or target in ALONG:
         found = arguments["index"] if arguments["dim"] % len(arguments["input"].axes) == 0 else None
     else:
         return None
-    return found if isinstance(found, Value) and found.dtype in (torch.int64, torch.int32) and found.axes else None
+    return found if found is not None and _counts(found) and found.axes else None
+
+
+def _counts(index: Any) -> bool:
+    return isinstance(index, Value) and index.dtype in (torch.int64, torch.int32)
