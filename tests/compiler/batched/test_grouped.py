@@ -108,6 +108,47 @@ def test_right(name: str) -> None:
                 torch.testing.assert_close(result[key][parameter], value)
 
 
+def normed(m: Any, x: Tensor, weights: bool = True) -> Tensor:
+    y = m.c(x)
+    size, channels = y.shape[:2]
+    own = (m.g.repeat(size), (m.g * m.g).repeat(size)) if weights else (None, None)
+    y = F.batch_norm(y.reshape(1, -1, *y.shape[2:]), None, None, *own, True)
+    return y.view(size, channels, -1).tanh().mean(2)
+
+
+def adapted(m: Any, x: Tensor) -> Tensor:
+    """As adaptive instance norms are published: a scale and a shift of each sample."""
+    y = m.c(x)
+    size, channels = y.shape[:2]
+    scale, shift = m.style(x.mean((2, 3))).chunk(2, 1)
+    running = m.mean.repeat(size), m.var.repeat(size)
+    flat = F.batch_norm(
+        y.contiguous().view(1, size * channels, *y.shape[2:]), *running, scale.reshape(-1), shift.reshape(-1), True, 0.1
+    )
+    return flat.view(size, channels, *y.shape[2:]).tanh().mean((2, 3))
+
+
+def plain(m: Any, x: Tensor) -> Tensor:
+    return normed(m, x, weights=False)
+
+
+@pytest.mark.parametrize("forward", [normed, plain, adapted])
+def test_a_batch_norm_of_each_sample(forward: Callable[..., Tensor]) -> None:
+    """Its samples are channels: that is an instance norm."""
+    torch.manual_seed(0)
+    model = Function(forward, c=nn.Conv2d(4, 3, 2), style=nn.Linear(4, 6))
+    model.g = nn.Parameter(torch.randn(3))
+    model.register_buffer("mean", torch.zeros(3))
+    model.register_buffer("var", torch.ones(3))
+    (x, y), own = images(4), (model.double(), CE, *images(4))
+    program = tn.compile(model, CE, (x[:2], y[:2]), [tn.Grad(), tn.BatchGrad(), tn.HessianDiag()])
+    result = program(x, y)
+    wanted = {"grad": oracle.grad(*own), "batch_grad": oracle.batch_grad(*own), "hessian_diag": hessian_diag(*own)}
+    for key, expected in wanted.items():
+        for parameter, value in expected.items():
+            torch.testing.assert_close(result[key][parameter], value)
+
+
 def test_samples_as_positions() -> None:
     """A kernel that sees several of them is refused."""
 

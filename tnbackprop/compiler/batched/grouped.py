@@ -1,4 +1,7 @@
-"""Convolutions with a group for each sample: kernels of its own, as a matrix product with the patches of its input."""
+"""Samples side by side as channels: convolutions with a group for each, and batch norms that are of one sample then.
+
+Kernels of its own are a matrix product with the patches of a sample's input; statistics are those of an instance norm.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,27 @@ def own_kernels(target: Any, given: dict[str, Any], shape: Shape, append: Append
         shift = reshaped(append, bias, (*made.shape[:2], *(1,) * count))
         made = append(aten.add.Tensor, {"input": made, "other": shift, "alpha": 1}, made.shape, made.dtype)
     return aten.reshape.default, {"input": made, "shape": shape}
+
+
+def own_statistics(target: Any, given: dict[str, Any], shape: Shape, append: Append) -> Rewritten | None:
+    """The call, where a batch norm takes its statistics of [1, N·C, …]; running ones that it writes to are copies."""
+    source = given.get("input")
+    if target is not aten.batch_norm.default or not given["training"] or not isinstance(source, Value):
+        return None
+    sides = [source.axes[1], *(v.axes[0] for v in map(given.get, OF_CHANNELS) if isinstance(v, Value))]
+    if source.axes[0] != (1,) or any(side[0] != N for side in sides):
+        return None
+    wide = (N, prod(source.axes[1][1:]), *source.shape[2:])
+    options = {"input": reshaped(append, source, wide), "use_input_stats": True, "momentum": 0.0, "eps": given["eps"]}
+    made = append(*call_of(aten.instance_norm.default, {**dict.fromkeys(OF_CHANNELS), **options}), wide, source.dtype)
+    for name, combine, more in (("weight", aten.mul.Tensor, {}), ("bias", aten.add.Tensor, {"alpha": 1})):
+        if isinstance(given[name], Value):
+            other = reshaped(append, given[name], (*wide[:2], *(1,) * len(wide[2:])))
+            made = append(combine, {"input": made, "other": other, **more}, wide, source.dtype)
+    return aten.reshape.default, {"input": made, "shape": shape}
+
+
+OF_CHANNELS = ("weight", "bias", "running_mean", "running_var")
 
 
 def _patches(given: dict[str, Any], groups: int, places: Shape, append: Append) -> Value:

@@ -7,7 +7,7 @@ from typing import Any
 from .calls import Append, Rewritten, Shape
 from .copies import over_batch
 from .flat import Known, by_sample
-from .grouped import own_kernels
+from .grouped import own_kernels, own_statistics
 from .norms import squared_norm
 
 
@@ -16,6 +16,7 @@ def rewritten(target: Any, arguments: dict[str, Any], shape: Shape, known: Known
     return (
         by_sample(target, arguments, shape, known, append)
         or own_kernels(target, arguments, shape, append)
+        or own_statistics(target, arguments, shape, append)
         or squared_norm(target, arguments, known, append)
         or over_batch(target, arguments, shape, append)
     )

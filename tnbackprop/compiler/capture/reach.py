@@ -49,7 +49,10 @@ def above(node: Any) -> set[Node]:
 
 
 def batch_in_train(node: Node) -> bool:
-    """Whether a batch norm takes its statistics from samples, not from a weight."""
+    """Whether a batch norm takes its statistics from samples, not from a weight, or from each of them as channels."""
     source = node.args[0]
     assert isinstance(source, Node)
-    return bool(node.args[5]) and any(isinstance(size, torch.SymInt) for size in source.meta["val"].shape)
+    first, channels, *positions = source.meta["val"].shape
+    alone = not isinstance(first, torch.SymInt) and first == 1
+    sizes = (first, *positions) if alone else (first, channels, *positions)
+    return bool(node.args[5]) and any(isinstance(size, torch.SymInt) for size in sizes)
