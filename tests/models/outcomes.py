@@ -86,11 +86,14 @@ def read(problem: Problem, output: Any, y: Any) -> tuple[Tensor, Callable[[Tenso
 
 
 def diag_ggn(problem: Problem) -> dict[str, Tensor]:
-    """diag of sum_n J_nᵀ H_n J_n, [*p], row by row of J_n; the loss's Hessian by autograd, twice."""
+    """diag of sum_n J_nᵀ H_n J_n, [*p], row by row of J_n; the loss's Hessian by autograd, twice.
+
+    J_n is of the first of two copies of a sample, as in `individual`.
+    """
     parameters, count = trainable(problem), size(problem.x)
     found = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for n in range(count):
-        output, y = call(problem, sample(problem.x, n)), sample(problem.y, n)
+        output, y = sample(call(problem, pair(problem.x, n)), 0), sample(problem.y, n)
         f, loss = read(problem, output, y)
         H = torch.autograd.functional.hessian(loss, f.detach()).double() / count
         rows = [gradient(o, parameters) for o in f]

@@ -41,7 +41,6 @@ REFUSED = {
     "Mixtral, a loop over experts (transformers)": r"depends on the data, .*MixtralExperts(?s:.*)for expert_idx in",
     "Switch (transformers)": r"the model writes to '.*router.classifier.weight' during forward",
     "Longformer (transformers)": r"depends on the data, .*LongformerSelfAttention(?s:.*)if is_global_attn",
-    "LeViT (transformers)": r"parameter '.*attention_biases' has a gradient, but not in the graph .*\(a cache\)",
     "ViLT (transformers)": r"depends on the data, .*ViltEmbeddings",
 }
 """Models that do not compile at all, and what the refusal says."""

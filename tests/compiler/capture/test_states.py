@@ -256,3 +256,22 @@ def test_what_a_forward_kept_before() -> None:
     model(batch()[0])
     with pytest.raises(UnsupportedError, match=r"'a.weight' has a gradient, but not .* \(a cache\)"):
         compiled(model)
+
+
+class Frozen(dict[str, int]):
+    """As libraries keep configurations."""
+
+    def clear(self) -> None:
+        raise TypeError("frozen")
+
+    def update(self, *_: Any, **__: Any) -> None:
+        raise TypeError("frozen")
+
+
+def test_a_mapping_that_may_not_be_written_to_is_left_alone() -> None:
+    model = Function(lambda m, x: m.b(m.a(x)) * m.config["scale"], **layers()).double()
+    config = model.config = Frozen(scale=2)
+    program, (x, y) = compiled(model), batch()
+    assert model.config is config and config == {"scale": 2}
+    want = torch.autograd.grad(LOSS(model(x), y), list(model.parameters()))
+    torch.testing.assert_close(tuple(program(x, y)["grad"].values()), want)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..translate.torch_internals import evenly, own_tables, version
+
+Contents = list[tuple[Any, Any]]
+"""Of a mapping: keys and values; of a list or a set: None and the items."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def copied(wrapped: nn.Module) -> Iterator[Copies]:
 def attributes_kept(wrapped: nn.Module) -> Iterator[None]:
     """Afterwards modules have the attributes that they had, and lists, sets and mappings what was in them."""
     before = [(module, _attributes(module)) for module in wrapped.modules()]
-    filled: dict[int, tuple[Any, Any]] = {}
+    filled: dict[int, tuple[Any, Contents]] = {}
     for _, attributes in before:
         _note_contents(attributes.values(), filled)
     try:
@@ -87,8 +89,7 @@ def attributes_kept(wrapped: nn.Module) -> Iterator[None]:
         for module, attributes in before:
             _restore(module, attributes)
         for each, contents in filled.values():
-            each.clear()
-            each.extend(contents) if isinstance(each, list) else each.update(contents)
+            _refill(each, contents)
 
 
 def resized(example: tuple[Any, Any], size: int) -> tuple[Any, Any]:
@@ -140,12 +141,28 @@ def _copy(
     copies.tensors.append(Copy(name, holder, key, tensor, copy, version(copy), registered))
 
 
-def _note_contents(values: Iterable[Any], filled: dict[int, tuple[Any, Any]]) -> None:
+def _note_contents(values: Iterable[Any], filled: dict[int, tuple[Any, Contents]]) -> None:
     """Lists, sets and mappings among some values, and in each other: where a forward keeps what it computed."""
     for value in values:
         if isinstance(value, dict | list | set) and id(value) not in filled:
-            filled[id(value)] = value, copy(value)
+            filled[id(value)] = value, _contents(value)
             _note_contents(value.values() if isinstance(value, dict) else value, filled)
+
+
+def _contents(value: dict[Any, Any] | list[Any] | set[Any]) -> Contents:
+    return list(value.items()) if isinstance(value, dict) else [(None, item) for item in value]
+
+
+def _refill(value: Any, contents: Contents) -> None:
+    """Left alone if it has what it had: a mapping may refuse to be written to, and then nothing was."""
+    now = _contents(value)
+    if len(now) == len(contents) and all(a is c and b is d for (a, b), (c, d) in zip(now, contents, strict=True)):
+        return
+    value.clear()
+    if isinstance(value, dict):
+        value.update(contents)
+    else:
+        (value.extend if isinstance(value, list) else value.update)(item for _, item in contents)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
