@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -237,13 +239,40 @@ def listed(m: Any, x: Tensor) -> Tensor:
     return m.b(m.seen[-1]) * len(m.seen)
 
 
-@pytest.mark.parametrize("forward", [cached, listed])
+def queued(m: Any, x: Tensor) -> Tensor:
+    m.queue.append(m.a(x))
+    return m.b(m.queue[-1]) * len(m.queue)
+
+
+def in_a_tuple(m: Any, x: Tensor) -> Tensor:
+    m.pair[1].append(m.a(x))
+    return m.b(m.pair[1][-1]) * len(m.pair[1])
+
+
+def of_an_object(m: Any, x: Tensor) -> Tensor:
+    if m.state.weight is None:
+        m.state.weight = m.a.weight.tanh()
+    m.state.calls.append(x)
+    return m.b(x @ m.state.weight.T) * len(m.state.calls)
+
+
+def of_an_object_in_a_list(m: Any, x: Tensor) -> Tensor:
+    m.states[0].calls += 1
+    m.states[0].last = m.a(x)
+    return m.b(m.states[0].last) * m.states[0].calls
+
+
+@pytest.mark.parametrize("forward", [cached, listed, queued, in_a_tuple, of_an_object, of_an_object_in_a_list])
 def test_what_a_forward_keeps_in_containers(forward: Callable[[Any, Tensor], Tensor]) -> None:
     """Each run finds them as they were, so a program computes what is kept; afterwards they are as they were."""
     model = Function(forward, **layers()).double()
     model.kept, model.seen, model.nested = dict[str, Tensor](), list[Tensor](), {"all": list[int]()}
+    model.queue, model.pair = deque[Tensor](maxlen=3), (0, list[Tensor]())
+    model.state, model.states = SimpleNamespace(weight=None, calls=[]), [SimpleNamespace(calls=0)]
+    held = (model.kept, model.seen, model.nested, model.queue, model.pair, model.state, model.states)
+    before = repr(held)
     program, (x, y) = compiled(model), batch()
-    assert (model.kept, model.seen, model.nested) == ({}, [], {"all": []})
+    assert repr(held) == before
     parameters = list(model.parameters())
     want = torch.autograd.grad(LOSS(model(x), y), parameters, allow_unused=True, materialize_grads=True)
     torch.testing.assert_close(tuple(program(x, y)["grad"].values()), want)

@@ -40,7 +40,7 @@ from ..translate.torch_internals import (
     traced_here,
     whole_einsums,
 )
-from .state import attributes_kept
+from .kept import attributes_kept
 
 
 class OneSizeError(UnsupportedError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..translate.torch_internals import evenly, own_tables, version
-
-Contents = list[tuple[Any, Any]]
-"""Of a mapping: keys and values; of a list or a set: None and the items."""
+from .kept import attributes_kept
 
 
 @dataclass(frozen=True)
@@ -76,22 +74,6 @@ def copied(wrapped: nn.Module) -> Iterator[Copies]:
             yield copies
 
 
-@contextmanager
-def attributes_kept(wrapped: nn.Module) -> Iterator[None]:
-    """Afterwards modules have the attributes that they had, and lists, sets and mappings what was in them."""
-    before = [(module, _attributes(module)) for module in wrapped.modules()]
-    filled: dict[int, tuple[Any, Contents]] = {}
-    for _, attributes in before:
-        _note_contents(attributes.values(), filled)
-    try:
-        yield
-    finally:
-        for module, attributes in before:
-            _restore(module, attributes)
-        for each, contents in filled.values():
-            _refill(each, contents)
-
-
 def resized(example: tuple[Any, Any], size: int) -> tuple[Any, Any]:
     """A batch of `size` of the same samples, repeated where there are fewer; the tensors are copies."""
 
@@ -118,9 +100,6 @@ def is_computed(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in leaves)
 
 
-TABLES = ("_parameters", "_buffers", "_modules")
-
-
 def _copy(
     copies: Copies,
     made: dict[int, Tensor],
@@ -139,45 +118,6 @@ def _copy(
         copy = made[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
     holder[key] = copy
     copies.tensors.append(Copy(name, holder, key, tensor, copy, version(copy), registered))
-
-
-def _note_contents(values: Iterable[Any], filled: dict[int, tuple[Any, Contents]]) -> None:
-    """Lists, sets and mappings among some values, and in each other: where a forward keeps what it computed."""
-    for value in values:
-        if isinstance(value, dict | list | set) and id(value) not in filled:
-            filled[id(value)] = value, _contents(value)
-            _note_contents(value.values() if isinstance(value, dict) else value, filled)
-
-
-def _contents(value: dict[Any, Any] | list[Any] | set[Any]) -> Contents:
-    return list(value.items()) if isinstance(value, dict) else [(None, item) for item in value]
-
-
-def _refill(value: Any, contents: Contents) -> None:
-    """Left alone if it has what it had: a mapping may refuse to be written to, and then nothing was."""
-    now = _contents(value)
-    if len(now) == len(contents) and all(a is c and b is d for (a, b), (c, d) in zip(now, contents, strict=True)):
-        return
-    value.clear()
-    if isinstance(value, dict):
-        value.update(contents)
-    else:
-        (value.extend if isinstance(value, list) else value.update)(item for _, item in contents)
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {key: dict(value) if key in TABLES else value for key, value in vars(module).items()}
-
-
-def _restore(module: nn.Module, attributes: dict[str, Any]) -> None:
-    own = vars(module)
-    for key in TABLES:
-        table = own[key]
-        table.clear()
-        table.update(attributes[key])
-    for key in own.keys() - attributes.keys():
-        del own[key]
-    own.update({key: value for key, value in attributes.items() if key not in TABLES})
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
