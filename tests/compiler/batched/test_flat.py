@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tnbackprop as tn
+from tnbackprop.errors import InputError
 
 from ...capturing import Function
 from ...oracle_second import diag_ggn
@@ -160,3 +161,18 @@ def test_other_samples() -> None:
     ):
         refused(Function(elsewhere(offset), **layers()), "picks samples of .* idx \\+ n \\* torch.arange")
     refused(Function(lambda m, x: m.b(m.a(x))[::2].repeat(2, 1)[: len(x)], **layers()), "cuts the batch")
+
+
+def test_rows_of_the_sample_in_front() -> None:
+    """An index below zero is one of them, and no row from the back of its own sample."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.b(m.a(x)) * m.a(x).reshape(-1)[torch.arange(len(x)) * 3 + x[:, 0].long()][:, None]
+
+    model, (x, y) = Function(forward, **layers()).double(), batch(4)
+    x[:, 0] = 1
+    program = tn.compile(model, nn.MSELoss(), (x, y), [tn.BatchGrad()])
+    program(x, y)
+    x[2, 0] = -1
+    with pytest.raises(InputError, match="index 3 is out of bounds for dimension 1 with size 3"):
+        program(x, y)

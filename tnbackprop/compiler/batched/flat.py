@@ -70,7 +70,7 @@ class Known:
                 if isinstance(other, Value) and self.ranges.get(other.name) == count:
                     zero = append(aten.mul.Tensor, {"input": other, "other": 0}, other.shape, other.dtype)
                     own = {"input": zero, "other": one, "alpha": 1}
-                    return append(aten.add.Tensor, own, index.shape, index.dtype)
+                    return _from_zero(append, append(aten.add.Tensor, own, index.shape, index.dtype), count)
             return None
         if not row.reshapes and row.same is not Same.CAST and call.target is not aten.expand.default:
             return None
@@ -126,6 +126,12 @@ def _chosen(target: Any, given: dict[str, Any], indices: list[Value | None], res
         values = append(aten.mul.Tensor, {"input": values, "other": given["alpha"]}, values.shape, values.dtype)
     values = by_rows(append, _expanded(append, values, (*wide, *rest)), len(rest))
     return aten.index_put.default, call | {"values": values, "accumulate": given.get("accumulate", True)}
+
+
+def _from_zero(append: Append, own: Value, count: int) -> Value:
+    """One past the last for what is below zero, which is an error: it would be a row of the sample in front."""
+    below = append(aten.lt.Scalar, {"input": own, "other": 0}, own.shape, torch.bool)
+    return append(aten.masked_fill.Scalar, {"input": own, "mask": below, "value": count}, own.shape, own.dtype)
 
 
 def _expanded(append: Append, value: Value, shape: Shape) -> Value:
