@@ -55,6 +55,16 @@ def the_second(m: Any, x: Tensor) -> Tensor:
     return m.b(m.a(x)) * m.a(x).reshape(-1)[torch.arange(len(x)) * 3 + 1][:, None]
 
 
+def every_other(m: Any, x: Tensor) -> Tensor:
+    h = torch.cat([m.a(x), m.b(x)[:, :1].sin()], 1).reshape(-1)
+    even, odd = torch.arange(0, 4 * len(x), 2), torch.arange(1, 4 * len(x), 2)
+    return m.b(m.a(x)) * (h[even] * h[odd].tanh()).view(-1, 2).sum(1)[:, None]
+
+
+def one_in_three(m: Any, x: Tensor) -> Tensor:
+    return m.b(m.a(x)) * m.a(x).reshape(-1)[torch.arange(1, 3 * len(x), 3)][:, None]
+
+
 def taken(m: Any, x: Tensor) -> Tensor:
     return m.b(m.a(x)) * m.a(x).take(torch.arange(len(x)) * 3 + x.argmax(1))[:, None]
 
@@ -127,7 +137,7 @@ def one_column(m: Any, x: Tensor) -> Tensor:
 ALL: list[Forward] = [
     of_each_row, all_rows, some_of_each_row, written_to_each_row, one_column,
     neighbours, by_a_step, the_same_of_each, the_first, the_second, taken, entries, pooled, scattered, moved, pairs,
-    some_of_six,
+    some_of_six, every_other, one_in_three,
 ]  # fmt: skip
 
 
@@ -158,6 +168,9 @@ def test_other_samples() -> None:
         lambda x: torch.arange(3, 3 * len(x) + 3, 3) % (3 * len(x)),
         lambda x: torch.arange(len(x)) + torch.arange(len(x)),
         lambda x: x.argmax(1),
+        lambda x: torch.arange(len(x)) * (x[:, 0] > 0),
+        lambda x: torch.arange(3, 3 * len(x) + 3, 3) - 2,
+        lambda x: torch.add(torch.arange(len(x)) * 3, -x.argmax(1), alpha=-1),
     ):
         refused(Function(elsewhere(offset), **layers()), "picks samples of .* idx \\+ n \\* torch.arange")
     refused(Function(lambda m, x: m.b(m.a(x))[::2].repeat(2, 1)[: len(x)], **layers()), "cuts the batch")
@@ -176,3 +189,10 @@ def test_rows_of_the_sample_in_front() -> None:
     x[2, 0] = -1
     with pytest.raises(InputError, match="index 3 is out of bounds for dimension 1 with size 3"):
         program(x, y)
+
+
+def test_rows_that_no_sample_has_alike() -> None:
+    def by_the_batch(m: Any, x: Tensor) -> Tensor:
+        return m.b(m.a(x)) * m.a(x).reshape(-1)[torch.arange(0, 3 * len(x), len(x))]
+
+    refused(Function(by_the_batch, **layers()), "picks samples of .* idx \\+ n \\* torch.arange")

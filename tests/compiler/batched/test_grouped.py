@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tnbackprop as tn
+from tnbackprop.errors import UnsupportedError
 
 from ... import oracle
 from ...capturing import Function
@@ -128,13 +130,20 @@ def adapted(m: Any, x: Tensor) -> Tensor:
     return flat.view(size, channels, *y.shape[2:]).tanh().mean((2, 3))
 
 
+def evaluated(m: Any, x: Tensor) -> Tensor:
+    """By statistics that are given: no instance norm."""
+    y = m.c(x)
+    given = (m.mean + 0.5).repeat(len(y)), (2 * m.var).repeat(len(y))
+    return F.batch_norm(y.reshape(1, -1, *y.shape[2:]), *given).view(len(y), 3, -1).tanh().mean(2)
+
+
 def plain(m: Any, x: Tensor) -> Tensor:
     return normed(m, x, weights=False)
 
 
-@pytest.mark.parametrize("forward", [normed, plain, adapted])
+@pytest.mark.parametrize("forward", [normed, plain, adapted, evaluated])
 def test_a_batch_norm_of_each_sample(forward: Callable[..., Tensor]) -> None:
-    """Its samples are channels: that is an instance norm."""
+    """Its samples are channels: that is an instance norm, if it takes statistics."""
     torch.manual_seed(0)
     model = Function(forward, c=nn.Conv2d(4, 3, 2), style=nn.Linear(4, 6))
     model.g = nn.Parameter(torch.randn(3))
@@ -147,6 +156,54 @@ def test_a_batch_norm_of_each_sample(forward: Callable[..., Tensor]) -> None:
     for key, expected in wanted.items():
         for parameter, value in expected.items():
             torch.testing.assert_close(result[key][parameter], value)
+
+
+def kernels(x: Tensor, *size: int) -> Tensor:
+    """[N·2, 2, *size] of [N, 4, 5, 4]."""
+    numbers = torch.arange(1.0, 1 + 4 * prod(size), dtype=x.dtype)
+    return (x.mean((1, 2, 3))[:, None] * numbers).reshape(-1, 2, *size)
+
+
+def in_another_order(m: Any, x: Tensor) -> Tensor:
+    """Samples next to those of another channel."""
+    flat = m.c(x)[:, :2].transpose(0, 1).reshape(1, -1, 4, 3)
+    return F.conv2d(flat, kernels(x, 1, 1), groups=len(x)).reshape(len(x), -1)[:, :3]
+
+
+def uneven(m: Any, x: Tensor) -> Tensor:
+    """One position more behind than in front."""
+    flat = m.c(x)[:, :2].reshape(1, -1, 4, 3)
+    return F.conv2d(flat, kernels(x, 1, 2), padding="same", groups=len(x)).reshape(len(x), -1)[:, :3]
+
+
+def twice(m: Any, x: Tensor) -> Tensor:
+    flat = m.c(x)[:, :2].reshape(1, -1, 4, 3)
+    both = torch.cat([flat, flat.sin()])
+    return F.conv2d(both, kernels(x, 1, 1), groups=len(x)).sum(0).reshape(len(x), -1)[:, :3]
+
+
+def normed_twice(m: Any, x: Tensor) -> Tensor:
+    """Of both parts together."""
+    flat = m.c(x).reshape(1, -1, 4, 3)
+    both = F.batch_norm(torch.cat([flat, flat.sin()]), None, None, training=True)
+    return both.sum(0).reshape(len(x), -1)[:, :3]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (in_another_order, "conv2d.* in different orders, 2·N and N·2"),
+        (uneven, "conv2d.* finds the batch on axis 1"),
+        (twice, "conv2d.* finds the batch on axis 1"),
+        (normed_twice, "batch_norm.* is in train mode, so it mixes samples"),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_what_is_not_of_one_sample(forward: Callable[..., Tensor], message: str) -> None:
+    model = Function(forward, c=nn.Conv2d(4, 3, 2)).double()
+    with pytest.raises(UnsupportedError, match=f"(?s){message}"):
+        tn.compile(model, CE, images(4), [tn.BatchGrad()])
 
 
 def test_samples_as_positions() -> None:

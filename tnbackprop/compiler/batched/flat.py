@@ -61,9 +61,12 @@ class Known:
         if call is None:
             return None
         given, row = dict(call.arguments), row_of(call.target)
-        if row.counts and (given["end"], given.get("start") or 0, given.get("step") or 1) == (count * N, 0, 1):
-            rows = append(*call_of(call.target, given | {"end": count}), (count,), index.dtype)
-            return reshaped(append, _expanded(append, rows, (N, count)), index.shape)
+        if row.counts:
+            start, step = given.get("start") or 0, given.get("step") or 1
+            if given["end"] != count * N or not isinstance(step, int) or start not in range(step) or count % step:
+                return None
+            rows = append(*call_of(call.target, given | {"end": count}), (count // step,), index.dtype)
+            return reshaped(append, _expanded(append, rows, (N, count // step)), index.shape)
         if call.target is aten.add.Tensor and given["alpha"] == 1:
             both = given["input"], given["other"]
             for one, other in (both, both[::-1]):
