@@ -168,7 +168,7 @@ def test_other_samples() -> None:
         lambda x: torch.arange(3, 3 * len(x) + 3, 3) % (3 * len(x)),
         lambda x: torch.arange(len(x)) + torch.arange(len(x)),
         lambda x: x.argmax(1),
-        lambda x: torch.arange(len(x)) * (x[:, 0] > 0),
+        lambda x: torch.arange(len(x)) * 3 * (x[:, 0] > 0),
         lambda x: torch.arange(3, 3 * len(x) + 3, 3) - 2,
         lambda x: torch.add(torch.arange(len(x)) * 3, -x.argmax(1), alpha=-1),
     ):
@@ -195,4 +195,12 @@ def test_rows_that_no_sample_has_alike() -> None:
     def by_the_batch(m: Any, x: Tensor) -> Tensor:
         return m.b(m.a(x)) * m.a(x).reshape(-1)[torch.arange(0, 3 * len(x), len(x))]
 
+    def by_six(m: Any, x: Tensor) -> Tensor:
+        return m.b(m.a(x)) * m.a(x).reshape(-1)[torch.arange(0, 3 * len(x), 6)].sum()
+
+    def but_the_first(m: Any, x: Tensor) -> Tensor:
+        return m.b(m.a(x)) * m.a(x).reshape(-1)[torch.arange(3, 3 * len(x), 3)].sum()
+
+    for forward in by_six, but_the_first:
+        refused(Function(forward, **layers()), "arange.* is no multiple of the batch size N")
     refused(Function(by_the_batch, **layers()), "picks samples of .* idx \\+ n \\* torch.arange")
