@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .compiler import compile_program
 from .compiler.capture.export import batch_size, check_trainable, plain
+from .compiler.capture.kept import draws_kept
 from .compiler.lower.candidate import Lowering
 from .compiler.running.collector import UNCOLLECTED
 from .compiler.translate.graph import Graph
@@ -157,7 +158,7 @@ class _Options:
         example = with_cotangent(model, example, quantities) if isinstance(loss, Handed) else example
         limit, table, others = _bytes(self.memory_limit), resolve(self.rules), left_out(model, self.parameters)
         rows = tuple(self.lowerings)
-        with UNCOLLECTED, frozen(model, others):
+        with UNCOLLECTED, draws_kept(model, loss), frozen(model, others):
             with told_of_replaced(self.rules):
                 compiled = compile_program(
                     model, loss, example, list(quantities), table, limit, lowerings=rows, known=known,

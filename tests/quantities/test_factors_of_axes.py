@@ -354,3 +354,25 @@ def test_strict_refuses() -> None:
         with pytest.raises(tn.UnsupportedError, match=r"'\w+.*different Kronecker structure[\s\S]*strict=False"):
             run(problem, kind, strict=True)
     assert DIFFERENT < max(error(K.to_dense(), K.to_dense().T * 0) for K in run(problem, "KFLR").values())
+
+
+class Gate(nn.Module):
+    """One factor for each element: blocks of size one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate[:, 0]
+
+
+def test_what_is_turned_has_a_basis() -> None:
+    model, x, y = nn.Sequential(Gate(), nn.Linear(4, 3)).double(), torch.randn(5, 4).double(), torch.randint(3, (5,))
+    K = tn.compute(model, nn.CrossEntropyLoss(), (x, y), [tn.KFLR(), tn.DiagGGN()])
+    program = tn.compile(model, nn.CrossEntropyLoss(), (x, y), [tn.RotatedSecondMoment()])
+    bases = tn.RotatedSecondMoment.bases({name: each.eigh() for name, each in K["kflr"].items()})
+    assert {key: set(by) for key, by in bases.items()} == {key: set(by) for key, by in program.operands.items()}
+    torch.testing.assert_close(
+        program(x, y, operands=bases)["rotated_second_moment"]["0.gate"], K["diag_ggn"]["0.gate"]
+    )

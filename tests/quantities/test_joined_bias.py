@@ -113,3 +113,25 @@ def test_no_bias_joins_two_weights() -> None:
         found = joined(problem, "KFLR")
     assert {name: value.name for name, value in found.items()} == {"left": "left, first", "right": "right, second"}
     assert [value.shape for value in found.values()] == [(3, 4), (3, 4)]
+
+
+class Bilinears(nn.Module):
+    def __init__(self, one: int, other: int) -> None:
+        super().__init__()
+        self.one = one
+        self.bilinear, self.head = nn.Bilinear(one, other, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.bilinear(x[:, : self.one], x[:, self.one :]))
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (3, 2)])
+@pytest.mark.parametrize("kind,options", [("KFLR", {}), ("KFAC", {"fisher": "EMPIRICAL"})])
+def test_more_factors_than_two(kind: str, options: dict[str, str], sizes: tuple[int, int]) -> None:
+    """Beside a weight that is joined: they are what they are without it."""
+    problem = Case("bilinear", lambda: Bilinears(*sizes), (sum(sizes),), classes(3), nn.CrossEntropyLoss).build()
+    found, own = joined(problem, kind, **options), run(problem, kind, **options)
+    assert set(found) == {"bilinear.weight", "bilinear.bias", "head.weight"}
+    for name in ("bilinear.weight", "bilinear.bias"):
+        for factor, want in zip(found[name].factors, own[name].factors, strict=True):
+            assert error(factor, want) <= TOLERANCE

@@ -88,6 +88,17 @@ def test_autocast_has_no_effect() -> None:
             assert torch.equal(found[quantity][name], value), (quantity, name)
 
 
+def test_autocast_has_no_effect_on_a_handed_cotangent() -> None:
+    """Which has the dtype of the program's output, not of what the model would give."""
+    model, x, y = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(5, 3), torch.randint(3, (5,))
+    want = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        program = tn.compile(model, tn.HANDED, x, [tn.Grad()])
+        with tn.attach(program) as attached:
+            nn.functional.cross_entropy(model(x), y).backward()
+    torch.testing.assert_close(tuple(attached.result["grad"].values()), want)
+
+
 def test_a_result_is_a_mapping() -> None:
     result = tn.compute(nn.Linear(3, 2), nn.MSELoss(), (torch.randn(4, 3), torch.randn(4, 2)), [tn.Grad()])
     assert "grad" in result and "kfac" not in result

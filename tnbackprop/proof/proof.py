@@ -23,7 +23,7 @@ from ..compiler.running.torch_versions import WholeHeads
 from ..compiler.translate.foreign import MISTAKES
 from ..compiler.translate.graph import NotGiven
 from ..compiler.translate.torch_internals import alone, version
-from ..compiler.translate.torch_modes import InFloat64, own_dtypes
+from ..compiler.translate.torch_modes import InFloat64, device_of_module, own_dtypes
 from ..diagram.core import N
 from ..errors import InputError, UnsupportedError, VerificationError
 from ..results import Result
@@ -81,10 +81,9 @@ def prove(program: Program, example: Batch, rules: Rules, whole: bool = False) -
     wrapped = Wrapped(program.model, program.loss, takes_names(program.model, example[0]))
     batch = (plain(example[0]), plain(example[1]))
     every = batch_size(batch)
-    device = next((p.device for p in program.model.parameters()), torch.device("cpu"))
     first = every if whole else min(SAMPLES, every)
     reason = ""
-    with alone(), own_dtypes(device), torch.inference_mode(False), SILENT, WholeHeads():
+    with alone(), own_dtypes(device_of_module(program.model)), torch.inference_mode(False), SILENT, WholeHeads():
         for size in dict.fromkeys((first, every)):  # it may take the whole batch only
             proof = Proof(program, wrapped, resized(batch, size), size, rules, size == every)
             try:

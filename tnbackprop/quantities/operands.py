@@ -97,7 +97,7 @@ class RotatedSecondMoment(Quantity):
     matrix. George et al. 2018, arXiv:1806.03884, Eq. 8.
 
     Operands: ``"basis_k"`` of each factor k that is stored whole, its eigenvectors as columns [d, d], with blocks
-    [g, d, d]: `bases` makes them of ``{name: K.eigh()}``. A factor that is a diagonal has none.
+    [g, d, d]: `bases` makes them of ``{name: K.eigh()}``. A factor that is a diagonal, or has d = 1, has none.
     """
 
     name: str = "rotated_second_moment"
@@ -113,7 +113,7 @@ class RotatedSecondMoment(Quantity):
         turned: dict[Leg, Leg] = {}
         for k, side in enumerate(J.sides(self.sharing)):
             new = {leg: Leg(f"{leg.name}_turned", leg.size) for leg in side.legs if not side.diagonal}
-            if new:
+            if any(leg.size != 1 for leg in new):
                 basis = J.operand(f"basis_{k}", (*filter(None, [side.blocks]), side.legs, tuple(new.values())))
                 V = (V * basis).sum(*(leg.name for leg in side.legs))
                 turned |= new

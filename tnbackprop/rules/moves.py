@@ -102,8 +102,6 @@ def repeat(call: Any) -> Rule:
 def repeat_interleave(call: Any) -> Rule:
     """Copies of each element, side by side."""
     legs = leg_names(call.input, skip="r")
-    if call.dim is None:
-        refuse(call, "it flattens the samples", "Say dim=.")
     dim = axis(call.dim, len(legs))
     left = [f"{leg}.r" if k == dim else leg for k, leg in enumerate(legs)]
     return Rule(f"output[{join(left)}] = input[{join(legs)}]", constants={"R": call.repeats})

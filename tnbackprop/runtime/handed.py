@@ -14,6 +14,7 @@ from ..compiler.capture.export import Wrapped, batch_size, plain, takes_names
 from ..compiler.capture.outputs import Fields, as_tree
 from ..compiler.capture.state import copied
 from ..compiler.translate.torch_internals import alone
+from ..compiler.translate.torch_modes import device_of_module, own_dtypes
 from ..errors import InputError, UnsupportedError
 from ..quantities import Gradient, Quantity
 
@@ -57,8 +58,7 @@ def with_cotangent(model: nn.Module, example: Any, quantities: Sequence[Quantity
     Raises `UnsupportedError` for quantities that need the curvature of a loss.
     """
     for quantity in quantities:
-        curved = [p for p in quantity.propagations if p.needs_loss and not isinstance(p, Gradient)]
-        if curved:
+        if curved := [p for p in quantity.propagations if p.needs_loss and not isinstance(p, Gradient)]:
             raise UnsupportedError(
                 f"{quantity.name!r} propagates {type(curved[0]).__name__}, which needs the curvature of a loss: this "
                 "program is handed the cotangent of the output; compile with the loss"
@@ -67,7 +67,7 @@ def with_cotangent(model: nn.Module, example: Any, quantities: Sequence[Quantity
     if not isinstance(model, nn.Module):
         raise InputError(f"model is {type(model).__name__}, not a torch.nn.Module")
     wrapped = Wrapped(model, None, takes_names(model, x))
-    with alone(), copied(wrapped), torch.no_grad():
+    with alone(), own_dtypes(device_of_module(model)), copied(wrapped), torch.no_grad():
         try:
             _, output = wrapped(plain(x), None)
         except TypeError as error:

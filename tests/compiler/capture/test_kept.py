@@ -21,7 +21,7 @@ def holding(value: Any) -> nn.Module:
 
 def found(value: Any) -> list[Any]:
     """But for those that every module has, its hooks, which are empty."""
-    return [each for each in containers([holding(value)]) if each]
+    return [each for each in containers(holding(value)) if each]
 
 
 def test_containers_in_each_other() -> None:

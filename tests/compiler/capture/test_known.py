@@ -89,6 +89,54 @@ def test_values(function: Callable[[Tensor, Tensor], Any], k: Tensor) -> None:
                 torch.testing.assert_close(found[name][n], value, rtol=0, atol=1e-10)
 
 
+class Half(nn.Module):
+    def forward(self, f: Tensor, y: Any) -> Tensor:
+        return f.square().sum() / 2
+
+
+class Entries(nn.Module):
+    """Entries of data and of a parameter, where what is not data says which."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.l, self.w, self.function = nn.Linear(4, 2), nn.Parameter(torch.randn(2)), function
+        self.register_buffer("times", torch.tensor([1, 2]))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+ENTRIES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "along an axis": lambda m, x: m.l(x).repeat_interleave(m.times, dim=1),
+    "by name": lambda m, x: torch.repeat_interleave(m.l(x), repeats=m.times, dim=-1),
+    "a number as a tensor": lambda m, x: m.l(x).repeat_interleave(torch.tensor(2), dim=1),
+    "one as a tensor": lambda m, x: m.l(x).repeat_interleave(torch.tensor([2]), dim=1),
+    "of a parameter": lambda m, x: m.l(x) * m.w.repeat_interleave(m.times)[1:],
+    "flattened": lambda m, x: m.l(x) @ (m.l.weight[:, :1] * m.w).repeat_interleave(2).view(2, 4),
+    "flattened samples": lambda m, x: m.l(x).repeat_interleave(2).view(-1, 4),
+    "combinations": lambda m, x: x[:, :1] * torch.combinations(m.l.weight[0]).prod(1),
+    "masked_select": lambda m, x: m.l(x) * m.l.weight.masked_select(m.times[:, None] == 2)[:2],
+}
+
+
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("function", ENTRIES.values(), ids=ENTRIES)
+def test_entries(function: Callable[[Any, Tensor], Tensor]) -> None:
+    model = Entries(function)
+    x = data(5)[0]
+    program = tn.compile(model, Half(), (x, x), [tn.BatchGrad()])
+    for size in (5, 1):
+        x = data(size)[0]
+        found = program(x, x)["batch_grad"]
+        for n in range(size):
+            loss, own = Half()(model(x[n : n + 1]), None), list(model.parameters())
+            want = torch.autograd.grad(loss, own, allow_unused=True, materialize_grads=True)
+            for (name, _), value in zip(model.named_parameters(), want, strict=True):
+                torch.testing.assert_close(found[name][n], value, rtol=0, atol=1e-10)
+
+
 NAMED = ("mask", "written", "item", "branch", "list", "numpy", "each time another")
 
 

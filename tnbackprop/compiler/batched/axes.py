@@ -114,13 +114,15 @@ def _carried(target: Any, inputs: list[Value], shape: tuple[Size, ...], axis: in
     """The factor order of an axis k·N of an op that is no reshape: that of the input axis of the same size."""
     size, copies = shape[axis], row_of(target).copies
     sources = {v.axes[place] for v in inputs if (place := axis - len(shape) + len(v.axes)) >= 0}
-    if copies is Copies.ONE and sources <= {(1,)}:
+    if copies is not None and sources <= {(1,)}:
         return _grouped(1, batch_multiple(size) or 1)
     if copies in (Copies.OUTER, Copies.INNER) and len(sources) == 1:
         (source,) = sources
         multiple = batch_multiple(size) or 0
         return _outer(source, multiple) if copies is Copies.OUTER else _inner(source, size)
     found = {a for v in inputs for a in v.axes if _same(_product(list(a)), size)}
+    if not found and row_of(target).uniform:
+        return _grouped(1, batch_multiple(size) or 1)
     if len(found) != 1:
         orders = " or ".join("·".join(str(f) for f in a) for a in sorted(found, key=str)) or "none"
         raise UnsupportedError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import sympy
@@ -17,6 +18,7 @@ aten = torch.ops.aten
 
 def over_batch(target: Any, arguments: dict[str, Any], shape: Shape, append: Append) -> Rewritten:
     """The call, as one of tensors in which the batch is an axis of its own where it needs that."""
+    arguments = _along_an_axis(target, arguments, append)
     one = copy_of_batch(target, arguments, shape) or each_of_several(target, arguments, shape)
     if one is not None:
         split, axis, index = one
@@ -42,6 +44,14 @@ def over_batch(target: Any, arguments: dict[str, Any], shape: Shape, append: App
         return aten.reshape.default, {"input": source, "shape": shape}
     merged = (*split[:place], N * split[place + 1], *split[place + 2 :])
     return aten.repeat.default, {"input": reshaped(append, source, merged), "repeats": rest}
+
+
+def _along_an_axis(target: Any, arguments: dict[str, Any], append: Append) -> dict[str, Any]:
+    """Elements that are repeated without dim= are those of the flattened tensor."""
+    if target is not aten.repeat_interleave.self_int or arguments["dim"] is not None:
+        return arguments
+    source = arguments["input"]
+    return arguments | {"input": reshaped(append, source, (prod(source.shape),)), "dim": 0}
 
 
 def _spread(append: Append, source: Value, split: Shape, place: int, count: Any) -> Value:
@@ -85,7 +95,7 @@ def copies_in_batch(target: Any, arguments: dict[str, Any]) -> tuple[int, int] |
     source = arguments.get("input")
     if not isinstance(source, Value) or (batch := batch_axis(source)) is None:
         return None
-    if target is aten.repeat_interleave.self_int and arguments["dim"] is not None:
+    if target is aten.repeat_interleave.self_int:
         dim, count = arguments["dim"] % len(source.shape), arguments["repeats"]
         return (dim + 1, count) if dim == batch and isinstance(count, int) else None
     if target is not aten.repeat.default or len(arguments["repeats"]) != len(source.shape):
@@ -100,7 +110,7 @@ def spread_over_batch(target: Any, arguments: dict[str, Any]) -> tuple[Shape, in
     source = arguments.get("input")
     if not isinstance(source, Value) or batch_axis(source) is not None:
         return None
-    if target is aten.repeat_interleave.self_int and arguments["repeats"] == N and arguments["dim"] is not None:
+    if target is aten.repeat_interleave.self_int and arguments["repeats"] == N:
         place = arguments["dim"] % len(source.shape) + 1
         return (*source.shape[:place], 1, *source.shape[place:]), place, ()
     if target is not aten.repeat.default or N not in arguments["repeats"]:

@@ -27,7 +27,7 @@ from ..translate.inputs import refuse_complex
 from ..translate.opaque import named_tensors
 from ..translate.sizes import first_broken
 from ..translate.torch_internals import alone, peek_interpreter_stack
-from ..translate.torch_modes import check_plain, own_dtypes
+from ..translate.torch_modes import check_plain, device_of_module, own_dtypes
 from .exported import Exported, ExportError, OneSizeError, exported
 from .one_sample import least_batch
 from .outputs import as_tree
@@ -87,8 +87,7 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
     x, y = _distinct((plain(example[0]), plain(example[1])))
     _check_transforms(model, (x, y))
     batch = batch_size((x, y))
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with alone(), own_dtypes(device), torch.inference_mode(False), WholeHeads():
+    with alone(), own_dtypes(device_of_module(model)), torch.inference_mode(False), WholeHeads():
         wrapped = Wrapped(model, loss, takes_names(model, example[0]))
         seen = rehearse(wrapped, (x, y), batch, rules)
         with SILENT:

@@ -35,25 +35,20 @@ from ..translate.torch_internals import (
     OpOverload,
     OpOverloadPacket,
     PythonNode,
-    backward_hooks,
-    forward_hooks,
-    global_backward_hooks,
     leaf_of,
     makes_dual,
     packs_sequences,
     peek_interpreter_stack,
     space_of,
-    tensor_hooks,
 )
 from .exported import ExportError
+from .hooks import REPLACED, refuse_hooks, told
+from .kept import plain_tensors
 from .state import Copies, copied, is_computed, resized, set_on
+from .writes import Undoing
 
 SAMPLES = 2
 """As many of the example's run, where the model takes so many; torch.export, too, takes the batch for two or more."""
-REPLACED = (
-    "A program has no backward pass of autograd, so it would be left out.\n  Write a rule with the Jacobian that is "
-    "meant: for a module, or for a function that tn.primitive wraps (examples/add_a_layer.py)."
-)
 OPERATOR_SPACES = ("aten", "prims", "prim")
 """Where torch's own operators are; those of other libraries stay one node, with a derivative of their own."""
 
@@ -93,6 +88,11 @@ class Rehearsal(TorchFunctionMode):
                 f"packed sequences in {self.stack[-1].text}{line_here()}\n  How long each is is in the data. Give "
                 "the padded tensor to the layer, and leave out what is behind the end with torch.where(step < length, "
                 "…, 0); or gather() the last step of each."
+            )
+        if kwargs.get("generator") is not None and not self.stack[-1].ruled:
+            raise UnsupportedError(
+                f"random numbers of a generator of its own in {self.stack[-1].text}{line_here()}\n  A program has "
+                "those of torch's generator, or of seed= and generator= of its call: leave out generator= in forward."
             )
         if not self.host and func in HOST and not (self.looking or self.stack[-1].ruled):
             self.host = f"{HOST[func]} in {self.stack[-1].text}{line_here()}"
@@ -221,45 +221,6 @@ def nodes(roots: Iterable[Any], known: Any = (), zero: Collection[str] = ()) -> 
             todo.extend(above for above, _ in node.next_functions)
 
 
-def told(path: str, module: nn.Module) -> str:
-    """A module by its path below `Wrapped`, as errors tell it."""
-    whole, _, inside = path.partition(".")
-    kind = type(module).__name__
-    if not inside:
-        return f"the {whole} ({kind})"
-    return f"module {inside!r} ({kind})" + (" of the loss" if whole == "loss" else "")
-
-
-def refuse_hooks(wrapped: nn.Module, rules: Rules) -> None:
-    """Functions that autograd calls with gradients, and hooks of modules that a rule takes the place of."""
-    if global_backward_hooks():
-        raise UnsupportedError(
-            "every module has a backward hook (torch.nn.modules.module.register_module_full_backward_hook or its kind)."
-            " A program has no backward pass of autograd, so it would be left out.\n  Remove it before you compile: "
-            "handle.remove()."
-        )
-    inside: set[nn.Module] = set()
-    for path, module in wrapped.named_modules():
-        if backward_hooks(module):
-            raise UnsupportedError(
-                f"{told(path, module)} has a backward hook. {REPLACED}\n  A hook that only looks: handle.remove()."
-            )
-        if module in inside and forward_hooks(module):
-            raise UnsupportedError(
-                f"{told(path, module)} has a forward hook, inside a module with a rule, which says nothing of it.\n"
-                "  Remove it (handle.remove()), or register it on the module with the rule."
-            )
-        if rule_class(module, rules) is not None:
-            inside |= set(module.modules()) - {module}
-    for path, parameter in wrapped.named_parameters():
-        if parameter.requires_grad and tensor_hooks(parameter):
-            raise UnsupportedError(
-                f"parameter {path.partition('.')[2]!r} has a hook (register_hook or "
-                "register_post_accumulate_grad_hook). A program has no backward pass of autograd, so it would be left "
-                "out.\n  Remove it before you compile (handle.remove()), and do to the result what it does."
-            )
-
-
 @dataclass(frozen=True)
 class Seen:
     """What a rehearsal found that is told once the graph is known.
@@ -360,8 +321,9 @@ class _Failed(Exception):
 def _rehearsed(wrapped: nn.Module, example: tuple[Any, Any], rules: Rules) -> Seen:
     with copied(wrapped) as copies:
         rehearsal = Rehearsal(wrapped, rules)
-        before = set_on(wrapped)
-        with rehearsal.followed(), rehearsal:
+        before, named = set_on(wrapped), plain_tensors(wrapped.get_submodule("model"))
+        undoing = Undoing([*pytree.tree_leaves(example), *(one.copy for one in copies.tensors)])
+        with rehearsal.followed(), undoing, rehearsal:
             try:
                 results = wrapped(*example)
             except (RuntimeError, AssertionError, *MISTAKES) as error:
@@ -370,6 +332,7 @@ def _rehearsed(wrapped: nn.Module, example: tuple[Any, Any], rules: Rules) -> Se
         rehearsal.claim(results)
         now = set_on(wrapped)
         kept = tuple(name for name, value in now.items() if before.get(name) is not value and is_computed(value))
+        undoing.refuse(named, others=not rehearsal.host)  # copy.deepcopy makes memory unseen
         return replace(_judged(rehearsal, copies, results), kept=kept)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import sympy
 import torch
@@ -19,6 +20,7 @@ from ...diagram.core import BATCH, Diagram, Leg, Map, N, Operand, Part, Product,
 from ..sweep.derived import Backward, Basis, Columns, Derived, Extraction, Formula, Individual, Native, Phase, Schedule
 from ..sweep.roots import LossRoot
 from ..translate.graph import Call, Graph, Value
+from ..translate.torch_internals import name_of, of_aten
 
 MADE = "what is made of its totals depends on the whole batch"
 ZERO, HALF = sympy.Integer(0), sympy.Rational(1, 2)
@@ -228,9 +230,25 @@ class Degrees:
                 even = even or degree.even or bool(degree.loss and self.derived.divisors)
         for call in phase.calls:
             sized = any(isinstance(each, sympy.Expr) and each.free_symbols for each in call.arguments.values())
-            if torch.Tag.pointwise not in getattr(call.target, "tags", ()) or sized:
+            if sized or not _of_each_sample(call.target):
                 raise Undecided(MADE)
         return Degree(even=even)
+
+
+EACH = {
+    *("to", "_to_copy", "detach", "alias", "log_sigmoid", "full", "full_like", "new_full"),
+    *(f"{of}{number}{like}" for number in ("zeros", "ones") for of, like in (("", ""), ("", "_like"), ("new_", ""))),
+}
+"""Operators of aten that torch does not call pointwise: their elements are of one element, or are the same for all."""
+
+
+def _of_each_sample(target: Any) -> bool:
+    """Whether every element of an operator's result depends on what stands in its place alone."""
+    name, _ = name_of(target)
+    others = getattr(target, "overloadpacket", None)  # where() has the tag in one of its overloads only
+    overloads = [getattr(others, each) for each in others.overloads()] if others is not None else [target]
+    pointwise = any(torch.Tag.pointwise in getattr(each, "tags", ()) for each in overloads)
+    return pointwise or (of_aten(target) and name in EACH)
 
 
 def _by_result(derived: Derived) -> Mapping[object, list[Diagram]]:

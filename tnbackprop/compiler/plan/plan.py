@@ -261,9 +261,10 @@ def _with_columns(item: Extraction) -> set[Result]:
 
 
 def _in_order(results: dict[Result, dict[str, Value]], graph: Graph) -> dict[Result, dict[str, Value]]:
-    """Parameters in the order of the model, not of the sweep."""
+    """Parameters in the order of the model, not of the sweep; all factors of a quantity before their means."""
     names = [dotted[0] for dotted in graph.parameters.values()]
-    return {q: {name: by[name] for name in (*names, *by) if name in by} for q, by in results.items()}
+    ordered = sorted(results.items(), key=lambda each: each[0].mean)  # parameters differ in how many factors they have
+    return {q: {name: by[name] for name in (*names, *by) if name in by} for q, by in ordered}
 
 
 def _inputs(store: Store, graph: Graph) -> None:

@@ -30,6 +30,29 @@ PICKS = frozenset({"__getitem__", "__setitem__"})
 ASKING = VALUES | SHAPES | PICKS
 """Functions by name: those that hand a value to Python, whose shapes depend on values, and that read a mask."""
 
+
+def _repeated(
+    input: Tensor, repeats: Tensor | int, dim: int | None = None, output_size: int | None = None
+) -> tuple[Tensor, int | None]:
+    times = torch.as_tensor(repeats).expand(input.numel() if dim is None else input.shape[dim])
+    return torch.repeat_interleave(times), dim
+
+
+def _combined(input: Tensor, r: int = 2, with_replacement: bool = False) -> tuple[Tensor, None]:
+    return torch.combinations(torch.arange(len(input), device=input.device), r, with_replacement), None
+
+
+def _selected(input: Tensor, mask: Tensor) -> tuple[Tensor, None]:
+    return mask.expand(input.shape).flatten().nonzero().squeeze(1), None
+
+
+ENTRIES: dict[str, Callable[..., tuple[Tensor, int | None]]] = {
+    "repeat_interleave": _repeated,
+    "combinations": _combined,
+    "masked_select": _selected,
+}
+"""Functions by name: which entries of their first argument they give, and along which axis; None: of all in a row."""
+
 Origin = frozenset[str] | None
 """The buffers that a tensor is made of; None: also of the data, of parameters or of random numbers."""
 
@@ -38,11 +61,13 @@ Origin = frozenset[str] | None
 class Answer:
     """What a call gave, or for a call in `PICKS` the index that is read in the place of its own.
 
-    of  the buffers that it is made of
+    of       the buffers that it is made of
+    entries  of a call in `ENTRIES`: the value is which entries of its first argument it gives, and along which axis
     """
 
     value: Any
     of: frozenset[str]
+    entries: bool = False
 
     def same(self, other: Answer) -> bool:
         return self.of == other.of and _same(self.value, other.value)
@@ -76,6 +101,7 @@ class Noticing(TorchFunctionMode):
         name, before = getattr(func, "__name__", ""), [version(tensor) for tensor in given]
         origin, place = self._of(given), place_called_from() if name in ASKING and given else None
         picked = self._picked(args) if name in PICKS and place is not None else None
+        picked = self._entries(ENTRIES[name], args, kwargs) if name in ENTRIES and place is not None else picked
         generators = _generators()
         found = func(*args, **kwargs)
         origin = origin if all(map(torch.equal, generators, _generators())) else None
@@ -101,6 +127,12 @@ class Noticing(TorchFunctionMode):
         flat = tuple(one for part in parts for one in part)
         plain = all(not isinstance(each, Tensor) or self._of([each]) is not None for each in flat)
         return Answer(_copied(flat), origin) if plain else None
+
+    def _entries(self, of: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer | None:
+        """Which entries of data a call gives, where its other arguments tell."""
+        others = [each for each in (*args[1:], *kwargs.values()) if isinstance(each, Tensor)]
+        origin = self._of(others) if args else None
+        return None if origin is None else Answer(_copied(of(*args, **kwargs)), origin, entries=True)
 
     def _of(self, tensors: Iterable[Tensor]) -> Origin:
         found: frozenset[str] = frozenset()
@@ -144,6 +176,9 @@ class Telling(TorchFunctionMode):
         answer = self._answer() if name in ASKING else None
         if answer is None:
             return func(*args, **kwargs)
+        if answer.entries:
+            places, dim = answer.value
+            return args[0].flatten()[places] if dim is None else args[0].index_select(dim, places)
         return func(args[0], answer.value, *args[2:], **kwargs) if name in PICKS else _copied(answer.value)
 
     def _list(self, own: Callable[[Tensor], Any], tensor: Tensor) -> Any:

@@ -29,6 +29,7 @@ class Sweep:
     uses: dict[str, list[tuple[Jacobian, Diagram]]] = field(default_factory=dict)
     samples: dict[str, bool] = field(default_factory=dict)  # value -> has the batch leg
     reads: dict[str, bool] = field(default_factory=dict)  # value -> depends on the samples at all
+    counts: dict[str, bool] = field(default_factory=dict)  # value -> made of sums over samples that are all alike
     depends: dict[str, frozenset[str]] = field(default_factory=dict)  # value -> the trainable parameters behind it
     owner: dict[str, Call] = field(default_factory=dict)
     schedule: list[Backward | Individual | Extraction] = field(default_factory=list)

@@ -7,7 +7,7 @@ the loss, and its cotangent is a constant.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import sympy
 
@@ -52,14 +52,22 @@ def classify(sweep: Sweep, bound: tuple[tuple[Call, BoundRule], ...]) -> None:
     for call in graph.calls:
         reads = any(sweep.reads[v.name] for v in call.tensors.values())
         sweep.reads[call.output.name] = reads
+        sweep.counts[call.output.name] = _counts(sweep, call.output.name, [v.name for v in call.tensors.values()])
         for equation in rules[call.output.name].equations if call.output.name in rules else ():
             sweep.samples[equation.name] = BATCH in equation.legs
             # a line of parameters alone reads no sample, whatever the others read; a saved tensor may
             own = any(sweep.reads.get(name, reads) for name in operands_of(equation))
             sweep.reads[equation.name] = reads if equation.name == call.output.name else own
+            sweep.counts[equation.name] = _counts(sweep, equation.name, operands_of(equation))
             sweep.owner[equation.name] = call
             behind = (sweep.depends.get(name, frozenset()) for name in operands_of(equation))
             sweep.depends.setdefault(equation.name, frozenset().union(*behind))
+
+
+def _counts(sweep: Sweep, name: str, read: Iterable[str]) -> bool:
+    """Whether a value without samples is made of one with them, which does not depend on them: a size alone."""
+    made = any(sweep.samples.get(each, False) or sweep.counts.get(each, False) for each in read)
+    return made and not (sweep.samples[name] or sweep.reads[name])
 
 
 def _first_call_of_each_parameter(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...]) -> dict[str, int | None]:
@@ -187,7 +195,8 @@ def _pull(sweep: Sweep, call: Call, rule: BoundRule, equation: Equation, operand
         _check_diagonal(call, operand, jacobian)
     if sweep.reads[operand] and not in_samples and out_samples:
         raise UnsupportedError(f"{call.where} mixes samples: '{operand}' is a sum over the batch.")
-    if in_samples or sweep.reads[operand]:
+    counted = not out_samples and sweep.counts.get(operand, False) and equation.name not in sweep.uses
+    if in_samples or sweep.reads[operand] or counted:
         into = tuple(BATCH if leg.size == N else leg for leg in jacobian.into)
         term = pull_back(jacobian, cotangent, sweep.lead, into)
         if in_samples and not out_samples:

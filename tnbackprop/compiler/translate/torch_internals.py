@@ -38,6 +38,7 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
     free_unbacked_symbols,
 )
+from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
 from torch.nn.modules import module as module_globals
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 

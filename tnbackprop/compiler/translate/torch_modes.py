@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -22,6 +22,11 @@ from .torch_internals import (
     is_gradtrackingtensor,
     weight_norm,
 )
+
+
+def device_of_module(module: nn.Module) -> torch.device:
+    """That of its first parameter; without any, the CPU."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 def own_dtypes(device: torch.device) -> AbstractContextManager[object]:
