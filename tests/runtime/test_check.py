@@ -211,6 +211,23 @@ def test_short_dtypes() -> None:
     assert "grad of 4" in checked(model, *batch(dtype=torch.bfloat16))
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_gradient_that_is_rounding_alone(seed: int) -> None:
+    """That of the bias of keys is 0."""
+    torch.manual_seed(seed)
+    x, y = torch.randn(2, 3, 5, 16).bfloat16()
+    assert "grad of 6" in checked(Attention().bfloat16(), x, y)
+
+
 # ---------------------------------------------------------------- nothing is left
 
 

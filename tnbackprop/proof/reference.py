@@ -126,6 +126,8 @@ class Reference:
     def hessian(self, n: int) -> Tensor:
         """H_n of the outputs of sample n, [F, F], in float64."""
         own = self.elements[n]
+        if not own:  # torch has no derivative of what gives them
+            return torch.zeros(0, 0, dtype=torch.float64)
         g = torch.cat([part.reshape(-1)[at] for part, at in zip(self.cut.slopes, own, strict=True)])
         if not g.requires_grad:
             return torch.zeros(len(g), len(g), dtype=torch.float64)

@@ -65,6 +65,11 @@ def test_what_is_said_of_a_branch() -> None:
         tn.generate(branch(lambda n: n < 6).double(), [tn.BatchGrad()], loss=LOSS, example=batch(4))
 
 
+def test_a_branch_on_bits_of_the_size() -> None:
+    with pytest.raises(InputError, match=r"has 3 samples.*is for Eq\(and\(N, N - 1\), 0\)\.\n"):
+        compiled(branch(lambda n: n & (n - 1) == 0), 4)(*batch(3))
+
+
 def test_a_branch_in_the_loss_and_curvature() -> None:
     def loss(output: Tensor, y: Tensor) -> Tensor:
         return (output - y).square().mean() if output.shape[0] < 100 else output.sum()

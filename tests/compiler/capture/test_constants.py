@@ -141,6 +141,7 @@ def from_zeros(output: Tensor, y: Tensor) -> Tensor:
     return total.mean()
 
 
+CONSTANT = torch.arange(6.0, dtype=torch.float64).view(2, 3)
 LOSSES: list[Callable[..., Tensor]] = [
     weighted,
     sliced,
@@ -152,6 +153,11 @@ LOSSES: list[Callable[..., Tensor]] = [
     lambda f, y: F.cross_entropy(torch.cat([f, 2 * f]), torch.cat([labels(y), labels(-y)])),
     lambda f, y: F.cross_entropy(torch.stack([f, 2 * f], 1).view(-1, 3), labels(y).repeat_interleave(2)),
     lambda f, y: F.cross_entropy(torch.stack([f, 2 * f], 1).view(-1, 3), torch.ones(2 * f.shape[0], dtype=torch.long)),
+    lambda f, y: F.cross_entropy(torch.stack([f, 2 * f], 1).view(-1, 3), y.new_zeros(2 * len(f), dtype=torch.long)),
+    lambda f, y: F.cross_entropy(torch.cat([f, 2 * f]), f.new_full((2 * len(f),), 2, dtype=torch.long)),
+    lambda f, y: F.cross_entropy(torch.stack([f, 2 * f], 1).view(-1, 3), torch.tensor([1]).tile(2 * len(f))),
+    lambda f, y: F.cross_entropy(torch.stack([f, f], 1).view(-1, 3), torch.tensor([1]).repeat_interleave(2 * len(f))),
+    lambda f, y: F.mse_loss(torch.stack([f, 2 * f], 1).view(-1, 3), CONSTANT[:1].repeat(2 * len(f), 1)),
     lambda f, y: F.binary_cross_entropy_with_logits(
         torch.cat([f[:, 0], f[:, 1]]), torch.cat([torch.ones(f.shape[0]), torch.zeros(f.shape[0])]).double()
     ),

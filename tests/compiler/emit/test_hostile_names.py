@@ -219,3 +219,29 @@ def test_code_that_torch_writes(name: str) -> None:
     parameter = torch.ones(3, requires_grad=True)
     (want,) = torch.autograd.grad(Cosine()(x * parameter, y), parameter)
     torch.testing.assert_close(result["grad"][name], want)
+
+
+class Pooled(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.first, self.head, self.name = nn.Conv1d(2, 4, 2), nn.Linear(4, 2), name
+        self.add_module(name, nn.GroupNorm(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.get_submodule(self.name)(self.first(x)).mean(2))
+
+
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("name", ["g", "s0", "s1", "h0", "K", "r0", "column", "between", "noise", "weight"])
+def test_modules_called_as_what_is_propagated(name: str) -> None:
+    """A line of a rule in such a module, beside an operation that is called as the line is: here `mean`."""
+    found = []
+    for each in (name, "norm"):
+        torch.manual_seed(0)
+        model, x, y = Pooled(each).double(), torch.randn(3, 2, 5).double(), torch.randn(3, 2).double()
+        for quantities in ([tn.BatchGrad(), tn.DiagGGN(), tn.KFLR()], [tn.HessianDiag()], [tn.KFRA()], [tn.HesScale()]):
+            result = tn.compile(model, nn.MSELoss(), (x, y), quantities)(x, y)
+            blocks = (block for by in result.values() for block in by.values())
+            found.append([each if isinstance(each, Tensor) else each.to_dense() for each in blocks])
+    half = len(found) // 2
+    torch.testing.assert_close(found[:half], found[half:])

@@ -88,7 +88,8 @@ def _close(got: Sequence[Any], want: Sequence[Any]) -> bool:
     sizes = [_size(b) for _, b in pairs]
     largest = max(sizes, default=0.0)
     for (a, b), size in zip(pairs, sizes, strict=True):
-        tolerance = TOLERANCES.get(b.dtype, 5e-2) * (size + 1e-2 * largest)
+        share = max(1e-2, 16 * torch.finfo(b.dtype).eps) if b.is_floating_point() else 1e-2
+        tolerance = TOLERANCES.get(b.dtype, 5e-2) * (size + share * largest)
         near = bool(_largest(a.to(b.dtype) - b) <= tolerance) if b.numel() and b.is_floating_point() else False
         if not near and not torch.allclose(a.to(b.dtype), b, rtol=0, atol=tolerance, equal_nan=True):
             return False

@@ -204,7 +204,7 @@ def _pull(sweep: Sweep, call: Call, rule: BoundRule, equation: Equation, operand
         sweep.terms.setdefault(operand, []).append(term)
     elif sweep.reads[equation.name] and not out_samples:
         raise UnsupportedError(
-            f"the loss has a term in the parameters {', '.join(sorted(call.output.depends_on))} alone ({call.where}), "
+            f"the loss has a term in the parameters {', '.join(sorted(sweep.depends[operand]))} alone ({call.where}), "
             "which belongs to no sample.\n"
             "  Add the regulariser's derivatives yourself, and compile the loss without it."
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.printing.codeprinter import PrintMethodNotImplementedError
 
 from ...diagram.core import N, Size
 from ...errors import UnsupportedError
@@ -45,7 +46,10 @@ class Condition:
     def __str__(self) -> str:
         """N < 64"""
         asked = _plain(self.asked.xreplace(dict.fromkeys(self.asked.free_symbols, N)))
-        text: str = sympy.pycode(asked, fully_qualified_modules=False)
+        try:
+            text: str = sympy.pycode(asked, fully_qualified_modules=False)
+        except PrintMethodNotImplementedError:  # operators on bits
+            return str(asked).replace("BitwiseFn_bitwise_", "")
         return text.removeprefix("(").removesuffix(")") if isinstance(asked, sympy.core.relational.Relational) else text
 
 
