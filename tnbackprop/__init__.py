@@ -1,6 +1,7 @@
 """tnbackprop: declare a layer once as an einsum formula, get every derivative quantity as plain PyTorch."""
 
 from .api import compile, compile_many, compute
+from .attached import Attached, attach
 from .declare import REGISTRY, primitive, registered, rule
 from .diagram.algebra import Cotangents, Uses
 from .diagram.core import Diagram, Leg, N
@@ -78,14 +79,12 @@ from .rules.declared import Declared
 from .runtime import (
     HANDED,
     HANDED_MEAN,
-    Attached,
     Graphed,
     Halves,
     Indefinite,
     Program,
     Result,
     Saved,
-    attach,
     over,
     projections,
 )

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .attached import check_detached
 from .compiler import compile_program
 from .compiler.capture.export import batch_size, check_trainable, plain
 from .compiler.capture.kept import draws_kept
@@ -26,7 +28,6 @@ from .quantities.base import Samples, whole
 from .quantities.roots import resolved
 from .rules import RULES
 from .runtime import Indefinite, Program, Result
-from .runtime.attached import check_detached
 from .runtime.fingerprint import Fingerprint, fingerprint
 from .runtime.handed import Handed, with_cotangent
 from .runtime.model_tensors import other_buffer
@@ -202,7 +203,9 @@ def compute(
         "rules": rules, "memory_limit": memory_limit, "indefinite": indefinite, "lowerings": lowerings, "check": check,
         "parameters": parameters, "accumulate": accumulate,
     }  # fmt: skip
-    state = _state(model, loss, batch, quantities, options) if isinstance(model, torch.nn.Module) else None
+    pair = isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(model, torch.nn.Module)
+    whole = pair and not any(map(is_lazy, model.parameters()))  # else compile says what is wrong
+    state = _state(model, loss, batch, quantities, options) if whole else None
     kept = [] if state is None else _PROGRAMS.get(model, [])
     size = batch_size((plain(batch[0]), plain(batch[1]))) if kept else 0
     found = [each for each in kept if state is not None and each[0].matches(state) and each[1].fits(size)]

@@ -221,3 +221,54 @@ def test_tensors_of_the_loss_are_read_by_name() -> None:
     loss.float()
     with pytest.raises(tn.InputError, match=r"buffer 'loss\.weight' has dtype torch\.float32 now"):
         program(X, Y)
+
+
+def test_a_loss_of_two_models_is_left_in_any_order() -> None:
+    """Two monitors that are switched off one after the other: nothing is left on the loss."""
+    models, loss = (net(), net()), nn.CrossEntropyLoss()
+    first, second = (tn.attach(tn.compile(model, loss, (X, Y), [tn.Grad(), tn.KFLR()])) for model in models)
+    before = set(vars(loss))
+    first.__enter__()
+    second.__enter__()
+    for model in models:
+        loss(model(X), Y).backward()
+    first.__exit__(None, None, None)
+    loss(models[1](X), Y).backward()
+    second.__exit__(None, None, None)
+    assert (len(first.results), len(second.results)) == (1, 2)
+    assert vars(loss).keys() == before and grads(models[0], lambda: loss(models[0](X), Y))
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_one_output_and_the_loss_of_two_labels(retain: bool) -> None:
+    """Mixup: what is saved is kept until both have gone back."""
+    model, loss, other = net(), nn.CrossEntropyLoss(), 1 - Y
+    program = tn.compile(model, loss, (X, Y), [tn.Grad(), tn.KFLR()])
+
+    def mixed() -> Tensor:
+        output = model(X)
+        return 0.3 * loss(output, Y) + 0.7 * loss(output, other)
+
+    want = grads(model, mixed)
+    with tn.attach(program) as attached:
+        model.zero_grad()
+        mixed().backward(retain_graph=retain)
+        torch.testing.assert_close([p.grad for p in model.parameters()], want)
+        assert len(attached.results) == 2
+        one = loss(model(X), Y)
+        one.backward()
+        with pytest.raises(tn.InputError, match="backward runs a second time"):
+            one.backward()
+
+
+@pytest.mark.parametrize("change", [{"label_smoothing": 0.3}, {"reduction": "sum"}])
+def test_a_loss_that_is_another_now(change: dict[str, Any]) -> None:
+    """Its value and `.grad` would belong to two losses."""
+    model, loss = net(), nn.CrossEntropyLoss()
+    program = tn.compile(model, loss, (X, Y), [tn.Grad()])
+    vars(loss).update(change)
+    with tn.attach(program):
+        value = loss(model(X), Y)
+        with pytest.raises(tn.InputError, match=r"the loss gives \S+ and that of the program \S+: an option"):
+            value.backward()
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -106,10 +107,14 @@ SEEDS: list[dict[str, Any]] = [{"seed": "a"}, {"seed": 1.5}, {"seed": True}, {"s
 
 @pytest.mark.parametrize("options", SEEDS, ids=str)
 def test_seeds(program: tn.Program, options: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"give a whole number of 64 bits, or a torch.Generator"):
+    with pytest.raises(InputError, match=r"(seed|generator)=.*: give seed= a whole number of 64 bits, or gen"):
         program(X, Y, **options)
-    with pytest.raises(InputError, match=r"seed=1, generator="):
+    with pytest.raises(InputError, match=r"seed=1 and a generator: give one of them"):
         program(X, Y, seed=1, generator=torch.Generator())
+
+
+def test_seeds_of_numpy(program: tn.Program) -> None:
+    program(X, Y, seed=np.random.default_rng(0).integers(2**31))
 
 
 def test_the_model_has_other_layers_now() -> None:

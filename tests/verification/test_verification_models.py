@@ -269,3 +269,15 @@ def test_every_function_of_a_formula(function: str) -> None:
     report = tn.verify(nn.Sequential(layer, nn.Linear(3, 2)), torch.rand(4, 4), quantities=quantities)
     assert report.ok and {"formula", "Jacobian", "hessian_diag"} <= {row.what for row in report.rows}
     assert tn.verify(layer, (4, 4), quantities=quantities).ok and tn.verify(layer.rule, module=layer).ok
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [nn.MSELoss(reduction="sum"), tn.HANDED, tn.HANDED_MEAN], ids=repr)
+@pytest.mark.parametrize("given", [False, True])
+def test_losses_that_are_sums_and_cotangents(loss: Any, given: bool) -> None:
+    """A cotangent is drawn where there is none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    y = torch.randn(6, 2) if given or isinstance(loss, nn.Module) else None
+    report = tn.verify(model, torch.randn(6, 4), y, loss=loss)
+    assert {"grad", "axis_moments", "batch_l2"} <= {row.what for row in report.rows}

@@ -57,7 +57,7 @@ def expected(case: Defined, key: str, quantity: Any, got: Mapping[str, Any]) -> 
         case NaturalGradientSMW():
             return _natural(G, quantity.damping)
         case AxisMoments():
-            return {name: _dense(got[name], g, quantity.individual) for name, g in G.items()}
+            return {name: _dense(got[name], g, 0 if quantity.individual else problem.scale) for name, g in G.items()}
         case Sketch():
             return {name: _sketch(program, name, g, operands) for name, g in G.items()}
         case ProjectedFactors():
@@ -162,9 +162,9 @@ def _natural(G: Mapping[str, Tensor], damping: float) -> Values:
     return {name: part.reshape(g.shape[1:]) for (name, g), part in zip(G.items(), step.split(sizes), strict=True)}
 
 
-def _dense(got: KroneckerFactors, g: Tensor, individual: bool) -> Tensor | NotDefined:
-    """The Kronecker product of the moments of all axes."""
-    rows = g if individual else g.mean(0, keepdim=True)
+def _dense(got: KroneckerFactors, g: Tensor, scale: float) -> Tensor | NotDefined:
+    """The Kronecker product of the moments of all axes, of each sample or, with a scale of the loss, of their sum."""
+    rows = g.sum(0, keepdim=True) * scale if scale else g
     found = torch.ones(1, 1, dtype=g.dtype)
     for k, size in enumerate(rows.shape[1:]):
         flat = rows.movedim(k + 1, 1).reshape(len(rows), size, -1)

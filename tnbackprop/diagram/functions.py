@@ -81,7 +81,7 @@ class power(_Real):
     def fdiff(self, argindex: int = 1) -> sympy.Expr:
         base, exponent = self.args
         if argindex == 1:
-            return exponent * power(base, exponent - 1)
+            return sympy.Piecewise((0, sympy.Eq(exponent, 0)), (exponent * power(base, exponent - 1), True))
         # torch's: at base 0 the power is flat, for exponents that are not negative
         flat = sympy.And(sympy.Eq(base, 0), exponent >= 0)
         return sympy.Piecewise((0, flat), (self * sympy.log(base), True))

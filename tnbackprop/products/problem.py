@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..api import Loss
-from ..compiler.capture.export import batch_size, model_arguments, plain, takes_names
+from ..compiler.capture.export import batch_size, check_instances, check_shapes, model_arguments, plain, takes_names
 from ..compiler.running.torch_versions import WholeHeads
 from ..compiler.translate.torch_modes import Random, own_dtypes, twice_differentiable
 from ..errors import InputError, UnsupportedError
@@ -50,8 +50,10 @@ class Problem:
     """Output and loss as functions of the trainable parameters, on one batch of `size` samples."""
 
     def __init__(self, model: nn.Module, loss: Loss, batch: tuple[Any, Any], named: bool | None = None) -> None:
+        check_instances(model, loss)
         if not isinstance(model, nn.Module):
             raise InputError(f"model is {type(model).__name__}, not a torch.nn.Module")
+        check_shapes(model)
         if not callable(loss):
             raise InputError(f"loss is {type(loss).__name__}: pass a function (output, y) -> scalar, or a module")
         if not isinstance(batch, tuple | list) or len(batch) != 2:

@@ -234,9 +234,10 @@ def masked_fill(call: Any) -> Rule:
         refuse(call, "the value that is filled in depends on parameters", "Use torch.where.")
     legs = leg_names(call.output)
     keep = access("mask", call.mask, call.output, legs).replace("mask", "keep", 1)
+    own = access("", call.input, call.output, legs)[1:-1]
     return Rule(
         jacobian={"input": keep},
-        legs={"input": join(legs), "output": join(legs)},
+        legs={"input": own, "output": join(legs)},
         saved={keep: "(~{mask}).to({input}.dtype)"},
         vjp={"input": chosen("~{mask}")} if whole(call, "input") else {},
         constants=broadcast_sizes(keep),

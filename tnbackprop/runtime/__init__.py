@@ -1,7 +1,6 @@
 """What runs: the program, its checks and its result."""
 
 from ..results import Result
-from .attached import Attached, attach
 from .graphed import Graphed
 from .halves import Halves, Saved
 from .handed import HANDED, HANDED_MEAN
@@ -11,6 +10,6 @@ from .program import Program
 from .projections import projections
 
 __all__ = [
-    "HANDED", "HANDED_MEAN", "Attached", "Graphed", "Halves", "Indefinite", "Program", "Result", "Saved", "attach",
+    "HANDED", "HANDED_MEAN", "Graphed", "Halves", "Indefinite", "Program", "Result", "Saved",
     "over", "projections",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..compiler.capture.export import plain
+from ..compiler.capture.export import plain, told_layout
 from ..compiler.program.cost import size_at
 from ..compiler.program.inputs import specs_of
 from ..compiler.translate.graph import Graph
@@ -71,6 +71,8 @@ def check_batch(batch: Mapping[str, torch.Tensor], graph: Graph) -> dict[str, to
             continue
         if not isinstance(tensor, torch.Tensor):
             raise InputError(f"input {name!r} is {type(tensor).__name__}, not a tensor")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise InputError(f"input {name!r} is {told_layout(tensor)}: give dense tensors, .to_dense()")
         if tensor.dtype != value.dtype:
             raise InputError(
                 f"input {name!r} has dtype {tensor.dtype}, but the program was compiled for {value.dtype}: "

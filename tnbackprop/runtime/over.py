@@ -72,4 +72,4 @@ def _generator(program: Program, seed: int) -> torch.Generator:
     if not is_seed(seed):
         raise InputError(f"tn.over: seed={seed!r}: give a whole number of 64 bits")
     tensors = (*program.model.parameters(), *program.model.buffers())
-    return torch.Generator(tensors[0].device).manual_seed(seed)
+    return torch.Generator(tensors[0].device).manual_seed(int(seed))

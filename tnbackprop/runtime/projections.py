@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..quantities.operands import SKETCH
+from .noise import is_seed
 from .program import Program
 
 
@@ -23,7 +24,9 @@ def projections(program: Program, seed: int = 0) -> dict[str, dict[str, Tensor]]
     keys = sorted(key for key in program.operands if key.startswith(SKETCH))
     if not keys:
         raise InputError("tn.projections: the program has no tn.Sketch: compile with one")
-    generator, parameters = torch.Generator().manual_seed(seed), dict(program.model.named_parameters())
+    if not is_seed(seed):
+        raise InputError(f"tn.projections: seed={seed!r}: give a whole number of 64 bits")
+    generator, parameters = torch.Generator().manual_seed(int(seed)), dict(program.model.named_parameters())
     found: dict[str, dict[str, Tensor]] = {}
     for key in keys:
         shapes: Any = program.operands[key]

@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..linalg import KroneckerFactors
 from ..results import Result
 from ..runtime import Program
+from ..runtime.handed import Handed
 from .rules import Finding, first_entry
 
 HOW = "the whole batch: two parts of it give the same"
@@ -33,7 +34,10 @@ def check_merged(program: Program, x: Any, y: Any, size: int, case: str) -> Iter
     cut, operands = max(1, size // 3), program.some_operands(x, y)
 
     def result(own: slice, seed: int = SEED) -> Result:
-        return program(_part(x, own), _part(y, own), seed=seed, operands=_operands(program, operands, own))
+        each = _part(y, own)
+        if isinstance(program.loss, Handed) and program.loss.mean:  # that of a mean over these samples is larger
+            each = pytree.tree_map(lambda leaf: leaf * (size / len(leaf)), each)
+        return program(_part(x, own), each, seed=seed, operands=_operands(program, operands, own))
 
     try:
         whole = result(slice(0, size))

@@ -26,6 +26,7 @@ from ..diagram.reference import size_of
 from ..errors import InputError, UnsupportedError
 from ..quantities import Propagation, Quantity
 from ..runtime import Program
+from ..runtime.handed import Handed, with_cotangent
 from ..subsampled import with_rows
 from .draws import unsettled
 from .merged import check_merged
@@ -49,11 +50,18 @@ def try_model(
     loss = copy.deepcopy(loss).double().cpu() if isinstance(loss, nn.Module) else loss
     if loss is None:
         loss, y = _default(model, x, y)
-    programs, left_out = programs_for(model, loss, (x, y), quantities or ALL, rules, bool(quantities))
+    y = _cotangent(model, loss, x, y)
+    example = x if isinstance(loss, Handed) else (x, y)
+    programs, left_out = programs_for(model, loss, example, quantities or ALL, rules, bool(quantities))
     for program in programs:
         for each, own in with_rows(program, (x, y)):
             yield from _program_case(each, own, each is programs[0].each[0])
     yield from left_out
+
+
+def _cotangent(model: nn.Module, loss: Any, x: Any, y: Any) -> Any:
+    """What takes the place of y where the cotangent is handed in: drawn, if there is none."""
+    return with_cotangent(model, x, ())[1] if isinstance(loss, Handed) and y is None else y
 
 
 def _default(model: nn.Module, x: Any, y: Any) -> tuple[nn.Module, Any]:
@@ -78,6 +86,7 @@ def try_program(program: Program, batch: Batch, quantities: Sequence[Quantity] |
     model = program.model
     x, y = batch if batch[0] is not None else _batch_for(program)
     model = _finite(model, filled(x))
+    y = _cotangent(model, program.loss, filled(x), y)
     for each, own in with_rows(program, (filled(x), filled(y))):
         yield from _program_case(in_float64(each, model), own, each is program.each[0])
 
@@ -116,15 +125,22 @@ def compare_quantities(program: Program, x: Any, y: Any, size: int, case: str, m
         return found
 
     theta = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    problem = Problem(forward, loss, theta, x, y, size)
+    own = pytree.tree_map(lambda c: c * size, y) if isinstance(loss, Handed) and loss.mean else y
+    loss = _averaged if own is not y else loss
+    problem = Problem(forward, loss, theta, x, own, size)
     values = program(x, y, seed=SEED, operands=program.some_operands(x, y))
     yield from check_quantities(program, problem, dict(values), case, means)
+
+
+def _averaged(output: Tensor, y: Tensor) -> Tensor:
+    """The loss whose cotangent is handed in for `HANDED_MEAN`, of ∂ℓ_n/∂output."""
+    return (output * y).mean(0).sum()
 
 
 def programs_for(
     model: nn.Module,
     loss: Any,
-    example: Batch,
+    example: Any,
     quantities: Sequence[Quantity],
     rules: Mapping[Any, Declaration] | None,
     asked: bool = False,

@@ -87,6 +87,15 @@ def scattered(m: Any, x: Tensor) -> Tensor:
     return m.b(torch.zeros_like(h).scatter_add(0, flat, h).view(-1, 3, 2).sum(2))
 
 
+def reduced(m: Any, x: Tensor) -> Tensor:
+    """As libraries of graphs do it."""
+    h = rows(m.a(x)).view(-1, 2)
+    flat = (chosen(x) % 2 + torch.arange(len(x))[:, None] * 3).view(-1, 1).expand_as(h)
+    zeros = h.new_zeros(3 * len(x), 2)
+    found = sum(zeros.scatter_reduce(0, flat, h, way) for way in ("sum", "mean", "amax"))
+    return m.b(torch.as_tensor(found).view(-1, 3, 2).sum(2))
+
+
 def moved(m: Any, x: Tensor) -> Tensor:
     h = rows(m.a(x)).view(-1, 2)
     flat = (chosen(x) + torch.arange(len(x))[:, None] * 3).view(-1, 1).expand_as(h)
@@ -136,8 +145,8 @@ def one_column(m: Any, x: Tensor) -> Tensor:
 
 ALL: list[Forward] = [
     of_each_row, all_rows, some_of_each_row, written_to_each_row, one_column,
-    neighbours, by_a_step, the_same_of_each, the_first, the_second, taken, entries, pooled, scattered, moved, pairs,
-    some_of_six, every_other, one_in_three,
+    neighbours, by_a_step, the_same_of_each, the_first, the_second, taken, entries, pooled, reduced, scattered, moved,
+    pairs, some_of_six, every_other, one_in_three,
 ]  # fmt: skip
 
 

@@ -215,3 +215,14 @@ def test_second_derivatives_through_a_cast_of_a_parameter() -> None:
     whole = torch.func.hessian(of)(model.weight.detach()).reshape(3, 3)
     found = tn.compile(model, loss, (x, y), [tn.HessianDiag()], check=False)(x, y)["hessian_diag"]["weight"]
     torch.testing.assert_close(found.flatten(), whole.diagonal(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("function", [torch.linalg.det, lambda A: torch.linalg.slogdet(A)[1]], ids=["det", "slogdet"])
+def test_samples_that_do_not_stand_next_to_each_other(function: Callable[[Tensor], Tensor]) -> None:
+    """A part of each sample: torch's own derivative under vmap is another there, without grad mode."""
+    torch.manual_seed(0)
+    part = Apply(lambda h: function(h[:, :4].view(-1, 2, 2)) + h[:, 4:].sum(1))
+    model, loss = nn.Sequential(nn.Linear(3, 6), part).double(), nn.MSELoss()
+    x, y = torch.randn(4, 3).double(), torch.randn(4).double()
+    program = tn.compile(model, loss, (x[:1], y[:1]), [tn.BatchGrad()])
+    assert_equal(program(x, y)["batch_grad"], oracle.batch_grad(model, loss, x, y), "batch_grad")

@@ -18,7 +18,9 @@ from .calls import Append, Rewritten, Shape, reshaped
 aten = torch.ops.aten
 ROWS = (aten.index_select.default, aten.index_add.default)
 """What chooses whole rows along one axis."""
-ALONG = (aten.gather.default, aten.scatter_add.default, aten.scatter.src, aten.scatter.value)
+ALONG = (
+    aten.gather.default, aten.scatter_add.default, aten.scatter.src, aten.scatter.value, aten.scatter_reduce.two,
+)  # fmt: skip
 """What chooses entries of rows."""
 PLACES = (aten.index.Tensor, aten.index_put.default)
 """What chooses by indices of several axes."""

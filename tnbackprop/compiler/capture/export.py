@@ -74,9 +74,7 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
     does not fit the model, UnsupportedError where samples are mixed or the graph depends on the data or on one batch
     size.
     """
-    for name, given in (("model", model), ("loss", loss)):
-        if isinstance(given, type):
-            raise InputError(f"{name} is the class {given.__name__}: give an instance, {given.__name__}(…)")
+    check_instances(model, loss)
     _check_model(model)
     if loss is not None and not callable(loss):
         raise InputError(f"loss is {type(loss).__name__}: pass a function (output, y) -> scalar, a module, or None")
@@ -140,6 +138,13 @@ def _compared(
     return _with_least(replace(graph, unchecked=answering.lines, kept=seen.kept), wrapped, found, example)
 
 
+def check_instances(model: object, loss: object) -> None:
+    """Raises `InputError` for a class in the place of what is made of it."""
+    for name, given in (("model", model), ("loss", loss)):
+        if isinstance(given, type):
+            raise InputError(f"{name} is the class {given.__name__}: give an instance, {given.__name__}(…)")
+
+
 def _check_model(model: nn.Module) -> None:
     """A module whose tensors have shapes, and that has no backward pass of its own around it."""
     if not isinstance(model, nn.Module):
@@ -160,9 +165,8 @@ def _check_model(model: nn.Module) -> None:
                 f"{where} is wrapped in {kind}, which {WRAPPERS[kind]}.\n  Give what it wraps: "
                 f"model{'.' * bool(path)}{path}.module. Each process has its own program, for its own batch."
             )
+    check_shapes(model)
     for name, tensor in named_tensors(model).items():
-        if is_lazy(tensor):
-            raise InputError(f"{name!r} has no shape yet: run the model on a batch once, model(x)")
         if isinstance(tensor, nn.Parameter):  # a buffer is read as it is
             refuse_complex(name, tensor)
 
@@ -173,6 +177,13 @@ WRAPPERS = {
     "FullyShardedDataParallel": "has its parameters in pieces on several processes",
 }
 """Classes by name: some of them are imported only where torch was built with them."""
+
+
+def check_shapes(model: nn.Module) -> None:
+    """Raises `InputError` for a lazy module that has not run."""
+    for name, tensor in named_tensors(model).items():
+        if is_lazy(tensor):
+            raise InputError(f"{name!r} has no shape yet: run the model on a batch once, model(x)")
 
 
 def _check_transforms(model: nn.Module, example: tuple[Any, Any]) -> None:
@@ -186,7 +197,10 @@ def _check_transforms(model: nn.Module, example: tuple[Any, Any]) -> None:
             )
     for path, leaf in pytree.tree_flatten_with_path(example)[0]:
         if isinstance(leaf, Tensor):
-            check_plain(("x" if path[0] == pytree.SequenceKey(0) else "y") + pytree.keystr(path[1:]), leaf)
+            name = ("x" if path[0] == pytree.SequenceKey(0) else "y") + pytree.keystr(path[1:])
+            check_plain(name, leaf)
+            if leaf.layout is not torch.strided or leaf.is_nested:
+                raise UnsupportedError(f"{name} is {told_layout(leaf)}: give dense tensors, .to_dense()")
     if peek_interpreter_stack() is not None:
         raise UnsupportedError(
             "compiling inside a torch.func transform (grad, vjp, jvp, jacrev, vmap, …), whose tensors the model or the "
@@ -254,6 +268,11 @@ def plain(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {key: plain(value) for key, value in tree.items()}
     return tree
+
+
+def told_layout(tensor: Tensor) -> str:
+    """Of what is not dense: "sparse (torch.sparse_coo)"."""
+    return "a nested tensor" if tensor.is_nested else f"sparse ({tensor.layout})"
 
 
 def batch_size(example: tuple[Any, Any]) -> int:

@@ -93,7 +93,7 @@ def operator_vjp(store: Store, vjp: OperatorVjp, cotangent: Expr) -> Expr:
     pull = e.Call(f.ITEM, (e.Call(f.VJP, (e.Lambda((MOVED,), called), rows.get(own) or store.find(own))), 1))
     g = e.Call(f.UNSQUEEZE, (PULLED, pulled)) if vjp.sampled else PULLED
     each = e.Lambda((*rows.values(), PULLED), e.Call(f.ITEM, (e.Call(f.APPLY, (pull, g)), 0)))
-    stacked = tuple(map(store.find, rows))
+    stacked = tuple(e.Call(f.CONTIGUOUS, (store.find(name),)) for name in rows)  # det is wrong else
     if vjp.looped:
         return e.Call(f.LOOP, (each, vjp.axes, cotangent, *stacked))
     axes = (("in_dims", (*read, pulled)), ("out_dims", given)) if any(vjp.places) else ()

@@ -1,8 +1,9 @@
-"""Attach: quantities come out of the user's own `loss.backward()`, without a second forward."""
+"""The two halves of a program around a user's own `backward()`."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,15 +17,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..compiler.capture.export import plain
 from ..compiler.program.inputs import of_loss, specs_of
+from ..compiler.running.drawing_calls import draws
 from ..compiler.running.torch_calls import call_of, called, is_one, keeps_graph, replace_call
 from ..compiler.translate.torch_internals import has_hooks, in_transform, version
 from ..errors import InputError, UnsupportedError
 from ..quantities import Grad, InputGrad
 from ..results import Result
-from .given import in_order
-from .halves import Saved
-from .handed import Handed
-from .program import Program
+from ..runtime.given import in_order
+from ..runtime.halves import Saved
+from ..runtime.handed import Handed
+from ..runtime.program import Program
+from .replaced import Replaced, taken_away
 
 MODEL, LOSS = "the model", "the loss"
 ELSE = """\
@@ -37,7 +40,6 @@ attach: the model's output has a hook, or retains its gradient, and a program wi
 TWICE = """\
 attach: the gradient is to be differentiated again (create_graph=True), and that of a program has no derivative.
   Take such a step outside of the block."""
-
 BATCHED = """\
 attach: many cotangents come at once (is_grads_batched=True, jacobian(vectorize=True)), and a program takes one.
   Take them one after the other, or outside of the block."""
@@ -50,6 +52,7 @@ class _Call:
     inputs   the leaves of what it was given
     trained  the parameters that require grad, by name
     leaves   of the output; what is no tensor as it is
+    losses   how many of it have been called and not yet gone back
     """
 
     inputs: list[Any]
@@ -57,6 +60,7 @@ class _Call:
     saved: Saved | None = None
     spec: Any = None
     leaves: tuple[Any, ...] = ()
+    losses: int = 0
 
     @property
     def tensors(self) -> list[int]:
@@ -68,24 +72,6 @@ ABSENT = object()
 """In the place of an attribute that is not there."""
 TENSOR = object()
 """Stands for a tensor among the leaves of a call: the tensors themselves keep it alive."""
-
-
-def check_detached(model: nn.Module) -> None:
-    """Raises `InputError` for a model that a program is attached to."""
-    if isinstance(call_of(model), _Replaced):
-        raise InputError("the model is attached to a program: leave the block `with tn.attach(…)`, and compile then")
-
-
-@dataclass(frozen=True, eq=False)
-class _Replaced:
-    """What a module runs in the block, where hooks are part of the program; and what it ran before."""
-
-    call: Callable[..., Any]
-    before: Any
-    plain: Callable[..., Any]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
 
 
 class Attached:
@@ -117,7 +103,7 @@ class Attached:
         self.program, self.results = program, list[Result]()
         self._grad = next(iter(grads), "")
         self._calls: Any = WeakIdKeyDictionary()  # tensor of an output -> the call that gave it, and its place there
-        self._mine: dict[str, _Replaced] = {}
+        self._mine: dict[str, Replaced] = {}
         self._kept: list[tuple[dict[str, Any], str, Any]] = []  # attributes, one that forward sets, its value
 
     @property
@@ -143,7 +129,7 @@ class Attached:
                     f"attach: {type(module).__name__} has a __call__ of its own, which runs around forward: give the "
                     f"program {what} that it wraps, or write that into forward"
                 )
-        if isinstance(call_of(self.program.model), _Replaced):
+        if isinstance(call_of(self.program.model), Replaced):
             raise InputError("attach: the model is attached to a program already: leave that block first")
         for name in self.program.compiled.graph.kept:
             path, _, key = name.rpartition(".")
@@ -151,7 +137,7 @@ class Attached:
             self._kept.append((own, key, own.get(key, ABSENT)))
         for what, module, call in self._modules():
             before = call_of(module)
-            self._mine[what] = _Replaced(call, before, called(module, before))
+            self._mine[what] = Replaced(call, before, called(module, before))
             replace_call(module, self._mine[what])
         return self
 
@@ -159,9 +145,8 @@ class Attached:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for what, module, _ in self._modules():
-            mine = self._mine.pop(what, None)
-            if mine is not None and call_of(module) is mine:
-                replace_call(module, mine.before)
+            if (mine := self._mine.pop(what, None)) is not None:
+                taken_away(module, mine)
         self._bring_back()
         self._kept.clear()
 
@@ -224,8 +209,7 @@ class Attached:
         own: Callable[..., Tensor] = self._mine[LOSS].plain if LOSS in self._mine else loss
         signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
         given = tuple(signature.bind(*args, **kwargs).arguments.values()) if kwargs else args
-        call = self._call_of(given[:1]) if torch.is_grad_enabled() and not in_transform() else None
-        if call is None:
+        if not torch.is_grad_enabled() or in_transform() or (call := self._call_of(given[:1])) is None:
             return own(*args, **kwargs)
         if len(given) != 2:
             raise InputError(f"attach: the loss gets {len(given)} arguments; it was compiled as loss(output, y)")
@@ -241,6 +225,7 @@ class Attached:
                 "attach: the loss reads a tensor that requires grad besides the output, and a program has no gradient "
                 "by it: detach it, or compile with loss=tn.HANDED"
             )
+        call.losses += 1
         run: Callable[..., Tensor] = _Loss.apply
         tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         return run(self, call, value, tensors, y, *call.inputs, *call.trained.values())
@@ -260,11 +245,12 @@ class Attached:
         return call
 
     def backward(
-        self, call: _Call, y: Any, reached: frozenset[str], factor: Tensor | None = None
+        self, call: _Call, y: Any, reached: frozenset[str], factor: Tensor | None = None, value: Tensor | None = None
     ) -> list[Tensor | None]:
         """Runs the second half: the gradients of the leaves of the input, then those of the parameters, times a factor.
 
         reached  the parameters that what arrives depends on: others have None, as autograd leaves them
+        value    what the loss gave in the block
         """
         if call.saved is None:
             raise InputError(
@@ -272,8 +258,11 @@ class Attached:
                 "retain_graph=True in the first one keeps them"
             )
         result = self.program.backward(call.saved, y)
+        if value is not None and result.loss is not None and not self._draws:
+            _check_value(value, result.loss)
         self.results.append(result)
-        call.saved = call.saved if keeps_graph() else None
+        call.losses -= 1
+        call.saved = call.saved if keeps_graph() or call.losses > 0 else None
         grads = (result[self._grad][name] if name in reached else None for name in call.trained)
         found = [*self._inputs_of(result, len(call.inputs)), *grads]
         return [each if each is None or factor is None else each * factor for each in found]
@@ -284,6 +273,11 @@ class Attached:
         graph, by = self.program.compiled.graph, result[self._inputs]
         names = iter(name for name in graph.inputs if name not in of_loss(graph))
         return [None if at in graph.absent else by.get(next(names)) for at in range(leaves)]
+
+    @cached_property
+    def _draws(self) -> bool:
+        """Whether the value of a loss may be another each time."""
+        return any(draws(call.target, call.arguments) for call in self.program.compiled.graph.calls)
 
     @cached_property
     def outputs(self) -> list[frozenset[str]]:
@@ -306,6 +300,18 @@ class Attached:
 def _moving(tensors: Iterable[tuple[Any, Any]]) -> Any:
     """The first that requires grad."""
     return next((name for name, leaf in tensors if isinstance(leaf, Tensor) and leaf.requires_grad), None)
+
+
+def _check_value(value: Tensor, other: Tensor) -> None:
+    """The loss that was called is the program's. A GPU is not waited for."""
+    one, two = (float(each) if each.device.type == "cpu" else math.nan for each in (value, other))
+    share = 3 * torch.finfo(value.dtype).eps ** 0.5  # half of the digits
+    if math.isfinite(one) and abs(one - two) > share * max(abs(one), abs(two)) + share / 10:
+        raise InputError(
+            f"attach: the loss gives {one:.6g} and that of the program {two:.6g}: an option or a number that it reads "
+            "has changed since tn.compile, so its gradient would be that of another loss.\n  Compile again; what "
+            "changes while training goes with y, or is a buffer of the loss module."
+        )
 
 
 def _detached(leaf: Any) -> Any:
@@ -354,7 +360,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, owner: Attached, call: _Call, value: Tensor, output: list[Tensor], y: Any, *_: Any) -> Any:
-        ctx.owner, ctx.call, ctx.y, ctx.output = owner, call, y, output
+        ctx.owner, ctx.call, ctx.y, ctx.output, ctx.value = owner, call, y, output, value
         ctx.versions = [(leaf, version(leaf)) for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor)]
         return value.detach()
 
@@ -368,7 +374,7 @@ class _Loss(torch.autograd.Function):
                 "attach: y was written over in place after the loss, and backward needs it as it was.\n"
                 "  Clone before you change it."
             )
-        found = ctx.owner.backward(ctx.call, ctx.y, ctx.owner.of_loss, factor)
+        found = ctx.owner.backward(ctx.call, ctx.y, ctx.owner.of_loss, factor, ctx.value)
         return None, None, None, None, None, *found
 
 
