@@ -37,7 +37,10 @@ def compiled(forward: Forward) -> tuple[nn.Module, tn.Program]:
         (lambda m, x: torch.renorm(m.a(x), 2, 1, 9.0), "renorm.*works along the batch axis"),
         (lambda m, x: torch._safe_softmax(m.a(x), 0), "softmax.*works along the batch axis"),
         (lambda m, x: torch.take_along_dim(m.a(x), torch.zeros(3, dtype=torch.long)) + x, "batch|samples"),
-        (lambda m, x: m.a.bias.repeat(2 * x.shape[0], 1).unflatten(0, (-1, 2)).sum(1), "in which order"),
+        (
+            lambda m, x: (m.a.weight.repeat_interleave(len(x), 0) * m.a.bias.repeat(3 * len(x), 1)).view(-1, 3, 3)[:, 0],
+            "mixes samples|different orders",
+        ),
         (
             lambda m, x: m.a(x)[(m.a(x) > 0).sum(1).sort()[1] // 1],
             "picks samples of .* sort those of each .* experts_implementation='batched_mm'",
@@ -53,6 +56,13 @@ def test_refused(forward: Forward, match: str) -> None:
 def test_a_sample_is_scaled_on_its_own() -> None:
     """renorm scales what it finds at each index of `dim`: at 0, each sample."""
     model, program = compiled(lambda m, x: torch.renorm(m.a(x), 2, 0, 0.5))
+    result, loss = program(X[:4], X[:4]), nn.MSELoss(reduction="sum")
+    assert_equal(result["batch_grad"], oracle.batch_grad(model, loss, X[:4], X[:4]), "batch_grad")
+
+
+def test_copies_of_one_for_each_sample() -> None:
+    """All are the same, so that those of a sample may stand side by side."""
+    model, program = compiled(lambda m, x: m.a(x) * m.a.bias.repeat(2 * len(x), 1).unflatten(0, (-1, 2)).sum(1))
     result, loss = program(X[:4], X[:4]), nn.MSELoss(reduction="sum")
     assert_equal(result["batch_grad"], oracle.batch_grad(model, loss, X[:4], X[:4]), "batch_grad")
 
