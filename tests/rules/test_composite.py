@@ -21,6 +21,8 @@ from ..problems import function
 from ..second_order import TOLERANCE, error
 
 aten = torch.ops.aten
+INF = float("inf")
+GRID = torch.tensor([0.0, 1.0, 3.0, 4.0]).double()
 
 
 def attention(name: str, apply: Callable[[Tensor], Tensor], x: tuple[int, ...] = (3, 2)) -> Case:
@@ -52,6 +54,13 @@ MADE_OF_OTHERS = (
     Case("weight norm of the whole", lambda: weight_norm(nn.Linear(3, 2), dim=None)),
     function("moves", lambda t: torch.hstack([t.tile(2, 1), t.fliplr().swapaxes(1, 2).swapaxes(1, 2)]), (2, 3), 2),
     function("masks", lambda t: torch.where(t > 0.2, t, 0.5) * torch.max(t, t.sin()) * t.clip(-1, 1)),
+    function("sums of matrices", lambda t: torch.stack([torch.linalg.matrix_norm(t, k, keepdim=True)[:, 0, 0]
+             for k in (1, -1, INF, -INF)], 1), (3, 2)),
+    function("norms of vectors", lambda t: F.normalize(t, p=INF, dim=1)[:, :1] * torch.stack(
+        [torch.linalg.vector_norm(t, k, 1) for k in (INF, -INF, -1, 3)], 1)),
+    function("slopes on a grid", lambda t: torch.cat(
+        torch.gradient(t, spacing=0.5, dim=(1, 2), edge_order=2), 1), (3, 4)),
+    function("slopes at coordinates", lambda t: torch.gradient(t, spacing=(GRID,), dim=1)[0], (4, 2)),
     function("similarities", lambda t: F.cosine_similarity(t, t.roll(1, 1).exp(), 1)
              + F.pairwise_distance(t, t.roll(1, 1).sin())),
     function("products", lambda t: torch.linalg.vecdot(t, t.sin()) * torch.tensordot(t, torch.eye(4)[0].to(t), 1)),

@@ -13,6 +13,8 @@ import tnbackprop as tn
 from tnbackprop.errors import UnsupportedError
 
 from .. import oracle
+from ..capturing import Function
+from ..oracle_second import hessian_diag
 from ..tried import Part, Tried, randn
 
 MSE, WIDTH = nn.MSELoss(), 3
@@ -138,6 +140,26 @@ INFINITE: dict[str, Callable[[Any, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", INFINITE)
 def test_infinite_numbers_hide_places(name: str) -> None:
     tried(INFINITE[name], name).check()
+
+
+CONSTANT = (
+    lambda h, x: put(h, torch.tensor(2.0), ALL, torch.tensor([0, 2])),
+    lambda h, x: put(h, torch.tensor(2.0), *at(x)),
+    lambda h, x: put(h, torch.tensor(2.0), *at(x), added=True),
+    lambda h, x: h.index_fill(1, torch.tensor([1, 2]), 0.5),
+    lambda h, x: h.scatter(1, order(x), 0.5),
+)
+
+
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("write", CONSTANT)
+def test_second_derivatives_where_a_constant_is_written(write: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    written = Function(lambda m, x: m.b(write(m.a(x).tanh(), x) ** 2), a=nn.Linear(3, 4), b=nn.Linear(4, 2)).double()
+    x, y, loss = torch.randn(4, 3).double(), torch.randn(4, 2).double(), nn.MSELoss()
+    found = tn.compute(written, loss, (x, y), [tn.HessianDiag()])["hessian_diag"]
+    for name, value in hessian_diag(written, loss, x, y).items():
+        torch.testing.assert_close(found[name], value)
 
 
 TWICE: dict[str, Callable[[Any, Tensor], Tensor]] = {

@@ -20,11 +20,12 @@ from . import (
     resize,
     shape,
 )
+from .composites import differences, norms
 from .recurrent import ctc
 
 TABLES = (
     linear, convolution, activation, pooling, shape, moves, resize, arithmetic, einsum, normalization, embedding, loss,
-    composite, recurrent, ctc, declared,
+    composite, norms, differences, recurrent, ctc, declared,
 )  # fmt: skip
 
 

@@ -130,8 +130,8 @@ def vector_norm(call: Any) -> Rule:
     left, right, gone = _reduced(call)
     p = call.arguments.get("ord", call.arguments.get("p"))
     p = 2 if p is None else p
-    if p <= 0 or p == float("inf"):
-        refuse(call, f"the norm of order {p} has no formula", "Use amax of abs for the largest entry.")
+    if p == 0:
+        refuse(call, "it counts what is not 0, which has no derivative", "Use (x != 0).sum().")
     if p == 1:
         return Rule(f"output[{left}] = abs(input[{right}])", kinks="0 at 0")
     rest = join([leg for leg in leg_names(call.input) if leg not in gone])

@@ -21,8 +21,7 @@ aten = torch.ops.aten
 # what PyTorch itself makes of others
 for _target in (
     aten.tile.default, aten.fliplr.default, aten.flipud.default, aten.concat.default, aten.concatenate.default,
-    aten.inner.default, aten.tensordot.default, aten.linalg_vecdot.default, aten.linalg_norm.default,
-    aten.linalg_norm.ord_str, aten.linalg_matrix_norm.str_ord,
+    aten.inner.default, aten.tensordot.default, aten.linalg_vecdot.default,
     aten.max.other, aten.min.other, aten.clip.default, aten.special_expit.default,
     aten.multiply.Tensor, aten.multiply.Scalar, aten.subtract.Tensor, aten.divide.Tensor, aten.divide.Scalar,
     aten.true_divide.Tensor, aten.negative.default, aten.absolute.default, aten.arctan.default,

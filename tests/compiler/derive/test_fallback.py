@@ -217,7 +217,15 @@ def test_second_derivatives_through_a_cast_of_a_parameter() -> None:
     torch.testing.assert_close(found.flatten(), whole.diagonal(), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("function", [torch.linalg.det, lambda A: torch.linalg.slogdet(A)[1]], ids=["det", "slogdet"])
+OF_MATRICES: dict[str, Callable[[Tensor], Tensor]] = {
+    "det": torch.linalg.det,
+    "slogdet": lambda A: torch.linalg.slogdet(A)[1],
+    "largest singular value": lambda A: torch.linalg.norm(A, 2, dim=(1, 2)),
+    "smallest singular value": lambda A: torch.linalg.matrix_norm(A, -2),
+}
+
+
+@pytest.mark.parametrize("function", OF_MATRICES.values(), ids=OF_MATRICES)
 def test_samples_that_do_not_stand_next_to_each_other(function: Callable[[Tensor], Tensor]) -> None:
     """A part of each sample: torch's own derivative under vmap is another there, without grad mode."""
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from .calls import Append, Rewritten, Shape
 from .copies import over_batch
 from .flat import Known, by_sample
 from .grouped import own_kernels, own_statistics
-from .norms import squared_norm
+from .norms import extreme_norm, squared_norm
 
 
 def rewritten(target: Any, arguments: dict[str, Any], shape: Shape, known: Known, append: Append) -> Rewritten:
@@ -18,5 +18,6 @@ def rewritten(target: Any, arguments: dict[str, Any], shape: Shape, known: Known
         or own_kernels(target, arguments, shape, append)
         or own_statistics(target, arguments, shape, append)
         or squared_norm(target, arguments, known, append)
+        or extreme_norm(target, arguments, append)
         or over_batch(target, arguments, shape, append)
     )

@@ -59,7 +59,8 @@ class Parts(TorchFunctionMode):
         for target, row in rules.items():
             if isinstance(row, Composite) and row.function is not None:
                 name, overload = name_of(target)
-                for function in {getattr(place, name, None) for place in FUNCTIONS} - {None}:
+                own = getattr(torch.linalg, name.removeprefix("linalg_"), None) if name.startswith("linalg_") else None
+                for function in {own, *(getattr(place, name, None) for place in FUNCTIONS)} - {None}:
                     if not isinstance(function, FunctionType):  # in Python: another signature
                         self.known.setdefault(function, (name, {}))[1][overload] = target, row.function
 

@@ -231,6 +231,8 @@ def _facts(code: Code) -> tuple[frozenset[str], bool, Call, frozenset[str], froz
     words = {n.id for n in nodes if isinstance(n, ast.Name)} | {n.arg for n in nodes if isinstance(n, ast.arg)}
     nested = any(isinstance(n, SCOPES) for n in nodes)
     forms = {id(n.value) for n in nodes if isinstance(n, ast.Attribute) and n.attr in FORMS}
+    calls = [n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.args]
+    forms |= {id(n.args[0]) for n in calls if isinstance(n.func, ast.Attribute) and n.func.attr in LIKE}
     numbers = {holes[n.id] for n in nodes if isinstance(n, ast.Name) and n.id in holes and id(n) not in forms}
     called = {ast.unparse(node.func).rpartition(".")[2] for node in nodes if isinstance(node, ast.Call)}
     return frozenset(words - set(holes)), nested, _first_call(tree, holes), frozenset(numbers), frozenset(called)
@@ -302,8 +304,10 @@ class _Texts(ast.NodeTransformer):
 
 _NAMED = re.compile(r"\b(hole|text)(\d{4})\b")
 SCOPES = (ast.Lambda, ast.GeneratorExp, ast.ListComp, ast.SetComp, ast.DictComp)
-FORMS = frozenset({"dtype", "device", "shape", "numel"})
+FORMS = frozenset("dtype device shape numel new_zeros new_ones new_full new_empty".split())
 """Attributes that do not vary with the numbers of a tensor."""
+LIKE = frozenset("zeros_like ones_like full_like empty_like".split())
+"""Functions that read no numbers of their first operand."""
 
 
 def _first_call(tree: ast.expr, holes: Mapping[str, str]) -> Call:

@@ -1,0 +1,1 @@
+"""More operators made of others: norms of matrices, finite differences."""
