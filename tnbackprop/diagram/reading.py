@@ -96,7 +96,7 @@ class Readings:
         name = next(again, None)
         if name is None:
             number = sum(other.parameter == parameter for other in alike.values())
-            name = f"operand:{':'.join(filter(None, (self.of, key, parameter)))}{f':{number}' * bool(number)}"
+            name = f":operand:{':'.join(filter(None, (self.of, key, parameter)))}{f':{number}' * bool(number)}"
             self.found[name] = reading
         return Diagram(reading.legs, (Product(sympy.Integer(1), (Tensor(name, reading.legs),)),))
 

@@ -179,7 +179,7 @@ class _Binder:
         own = lines + [name for name in self.saved if name not in lines]  # a line may be saved by native code
         self.own = tuple(own)
         self.names = {name: names[name] for name, axes in operands.items() if axes is not None}
-        self.names |= {name: f":{output}:{name}" for name in (*own, *self.opaque)} | {"output": output}
+        self.names |= {name: f"{output}:{name}" for name in (*own, *self.opaque)} | {"output": output}
         self._check_names(operands)
         if output_axes is not None:
             self.axes["output"] = output_axes

@@ -136,7 +136,7 @@ def test_what_is_condensed() -> None:
         (product,) = inline(item.condensed[Result("diag_ggn")]).products
         assert sum(isinstance(op, Selection) for op in product.operands) == 2, "one for each half"
         names = {op.name for op in product.operands if isinstance(op, Tensor)}
-        assert {name.rpartition(":")[2] for name in names if name.startswith("s")} == {"layer_2"}, "behind the pooling"
+        assert {name.rpartition(":")[2] for name in names if name.startswith(":s")} == {"layer_2"}, "behind the pooling"
     mixing = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Conv2d(3, 4, 3), *model[1:]).double()
     derived = tn.compile(mixing, loss, (x, y), [tn.DiagGGN()]).compiled.derived
     found = [item.parameter for item in condensed_items(derived)]

@@ -55,7 +55,7 @@ class Averages:
 
 
 def block_name(one: str, other: str) -> str:
-    return f"K:{one}" if one == other else f"K::{one}:{other}"
+    return f":K:{one}" if one == other else f":K::{one}:{other}"
 
 
 def copied(legs: Legs) -> Legs:

@@ -269,7 +269,7 @@ def _from_basis(
 
 def _arriving(columns: Columns) -> Arriving:
     weight = columns.weight if columns.weighted else ""
-    return Arriving(f"s{columns.number}:{columns.until}", int(columns.count), weight)
+    return Arriving(f":s{columns.number}:{columns.until}", int(columns.count), weight)
 
 
 def _basis(found: Weighted) -> Basis:
@@ -324,7 +324,7 @@ def _sweep(
 ) -> Sweep:
     kept, propagation = (Leg(COLUMN, width), BATCH), setting.propagation
     sweep = Sweep(
-        setting.graph, quantities, scales={setting.scale}, prefix=f"{prefix or propagation.letter}{number}",
+        setting.graph, quantities, scales={setting.scale}, prefix=f":{prefix or propagation.letter}{number}",
         variable=f"column:{number}", several=True, lead=column_leg(width), kept=kept, weight=weight, partial=inside,
         along=along(propagation), readings=setting.gradient.readings,
     )  # fmt: skip

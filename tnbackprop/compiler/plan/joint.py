@@ -69,7 +69,7 @@ class JointSweep:
         alike = len(one.terms) == len(other.terms) and all(self._alike(*pair) for pair in pairs)
         if not (alike and self._sampled(other.value)):
             return False
-        store, name = self.store, f"both:{other.value}"
+        store, name = self.store, f":both:{other.value}"
         terms = tuple(self._joined(*pair) for pair in pairs)
         note = ", ".join([*([other.note] if other.note else []), "with the gradient"])
         backward(store, self.graph, Backward(name, other.value, terms, note), self._lead)

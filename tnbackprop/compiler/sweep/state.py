@@ -37,7 +37,7 @@ class Sweep:
     carriers: set[str] = field(default_factory=set)  # the values that are made there, up to the item `named`
     named: int = 0
     scales: set[sympy.Expr] = field(default_factory=set)
-    prefix: str = "g"
+    prefix: str = ":g"  # of names that no line of a rule has
     variable: str = ""  # the column at the model's output
     several: bool = False  # more than one column
     lead: tuple[Leg, ...] = ()  # the leg of columns that are propagated together
