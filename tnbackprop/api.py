@@ -33,7 +33,7 @@ from .runtime.handed import Handed, with_cotangent
 from .runtime.model_tensors import other_buffer
 from .runtime.operands import Given
 from .runtime.selected import Selection, frozen, left_out
-from .subsampled import Subsampled, divisible, rows
+from .subsampled import Subsampled, divisible, kept_bytes, rows
 
 Loss = Callable[..., torch.Tensor]
 
@@ -141,12 +141,25 @@ class _Options:
         if not by:
             return program
         captured = divisible(program, self.loss)
-        parts = {}
+        parts: dict[Samples, Program] = {}
         for samples, own in by.items():
+            options = self._with_less(kept_bytes((program, *parts.values())))
             graph = replace(captured, example_batch=len(samples))
             mine = rows(example if isinstance(example, tuple) else tuple(example), captured, samples)
-            parts[samples] = self._whole(mine, list(map(whole, own)), graph)
+            parts[samples] = options._whole(mine, list(map(whole, own)), graph)
         return Subsampled(program, parts, quantities)
+
+    def _with_less(self, held: float) -> _Options:
+        """The options beside results of so many bytes."""
+        if (limit := _bytes(self.memory_limit)) is None:
+            return self
+        if limit <= held:
+            raise UnsupportedError(
+                f"memory_limit={self.memory_limit} cannot be met: the results of the other quantities alone take "
+                f"{held:.0f} bytes at the example's batch size. Ask for fewer quantities, or compile those with "
+                "samples= by themselves."
+            )
+        return replace(self, memory_limit=limit - held)
 
     def _whole(self, example: Any, quantities: Sequence[Quantity], known: Graph | None = None) -> Program:
         """A program of quantities of all samples."""

@@ -52,6 +52,11 @@ def _rows(leaf: Any, shape: Collection[Any], samples: Samples) -> Any:
     return leaf.index_select(axis, torch.tensor(samples, device=leaf.device))
 
 
+def kept_bytes(programs: Sequence[Program]) -> float:
+    """What they give, at the example's batch size: it is there while the next one runs."""
+    return sum(program.compiled.plan.kept_bytes for program in programs)
+
+
 def divisible(program: Program, loss: object) -> Graph:
     """The graph of a program, of which other programs may be of some samples. Raises `UnsupportedError`."""
     captured = program.compiled.captured
@@ -112,7 +117,7 @@ class Subsampled(Program):
 
     @property
     def peak_bytes(self) -> float:
-        return self.whole.peak_bytes + max(part.peak_bytes for part in self.parts.values())
+        return max(kept_bytes(self.each[:k]) + each.peak_bytes for k, each in enumerate(self.each))
 
     @property
     def each(self) -> tuple[Program, ...]:

@@ -211,6 +211,17 @@ def test_short_dtypes() -> None:
     assert "grad of 4" in checked(model, *batch(dtype=torch.bfloat16))
 
 
+def test_a_singular_matrix_of_the_batch() -> None:
+    """An error of the batch, when it is called and when it is the example. All numbers in it are exact."""
+    model, loss, x, y = nn.Linear(4, 2, bias=False), nn.MSELoss(reduction="sum"), torch.ones(6, 4), torch.ones(6, 2)
+    nn.init.zeros_(model.weight)
+    quantity = tn.NaturalGradientSMW(damping=1e-30)
+    program = tn.compile(model, loss, (torch.eye(3, 4), y[:3]), [quantity])
+    for called in (lambda: program(x, y), lambda: tn.compile(model, loss, (x, y), [quantity])):
+        with pytest.raises(tn.InputError, match=r"natural_gradient.*singular"):
+            called()
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()

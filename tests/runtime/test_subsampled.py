@@ -173,3 +173,19 @@ def test_refused() -> None:
     other = tn.compile(model, loss, (x, y), [tn.Grad()])
     with pytest.raises(tn.InputError, match="this program's own forward"):
         program.backward(other.forward(x)[1], y)
+
+
+def test_memory_holds_the_results_of_all() -> None:
+    """Those of one program are there while the next one runs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    x, y, loss = torch.randn(64, 64), torch.randint(10, (64,)), nn.CrossEntropyLoss()
+    quantities = [tn.Grad(), tn.KFLR(samples=range(8))]
+    program = tn.compile(model, loss, (x, y), quantities)
+    result, peak = program(x, y), program.peak_bytes
+    factors = [factor for K in result["kflr"].values() for factor in K.factors]
+    assert peak > sum(each.nbytes for each in (*result["grad"].values(), *factors))
+    assert tn.compile(model, loss, (x, y), quantities, memory_limit=peak).peak_bytes <= peak
+    for limit in (0.95 * peak, 0.2 * peak):
+        with pytest.raises(tn.UnsupportedError, match=r"memory_limit=.* cannot be met"):
+            tn.compile(model, loss, (x, y), quantities, memory_limit=limit)

@@ -181,6 +181,8 @@ class Proof:
         if error.__cause__ is not None and self.last:  # a quantity may be of so many samples
             with copied(self.wrapped):
                 self._reference(self.wrapped, self.batch)
+            if isinstance(error.__cause__, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # of the batch
+                raise error
             if lacks_derivative(error.__cause__):
                 raise UnsupportedError(
                     f"{reason} torch has a first derivative of that only.\n  Write it in operators that have more "

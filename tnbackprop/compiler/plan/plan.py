@@ -91,6 +91,11 @@ class Plan:
         return sum(self.rates.seconds(step.kernel, step.work, self.batch, self.itemsize) for step in self.steps)
 
     @property
+    def kept_bytes(self) -> float:
+        """Of the values that it is for."""
+        return sum(bytes_of(value.shape, self.batch, self.itemsize) for value in self.kept)
+
+    @property
     def peak_bytes(self) -> float:
         """The most that it holds at once, results included, inputs and parameters not.
 
