@@ -149,17 +149,17 @@ class _Options:
             parts[samples] = options._whole(mine, list(map(whole, own)), graph)
         return Subsampled(program, parts, quantities)
 
-    def _with_less(self, held: float) -> _Options:
+    def _with_less(self, others: float) -> _Options:
         """The options beside results of so many bytes."""
         if (limit := _bytes(self.memory_limit)) is None:
             return self
-        if limit <= held:
+        if limit <= others:
             raise UnsupportedError(
                 f"memory_limit={self.memory_limit} cannot be met: the results of the other quantities alone take "
-                f"{held:.0f} bytes at the example's batch size. Ask for fewer quantities, or compile those with "
+                f"{others:.0f} bytes at the example's batch size. Ask for fewer quantities, or compile those with "
                 "samples= by themselves."
             )
-        return replace(self, memory_limit=limit - held)
+        return replace(self, memory_limit=limit - others)
 
     def _whole(self, example: Any, quantities: Sequence[Quantity], known: Graph | None = None) -> Program:
         """A program of quantities of all samples."""
