@@ -60,7 +60,8 @@ MADE_OF_OTHERS = (
         [torch.linalg.vector_norm(t, k, 1) for k in (INF, -INF, -1, 3)], 1)),
     function("slopes on a grid", lambda t: torch.cat(
         torch.gradient(t, spacing=0.5, dim=(1, 2), edge_order=2), 1), (3, 4)),
-    function("slopes at coordinates", lambda t: torch.gradient(t, spacing=(GRID,), dim=1)[0], (4, 2)),
+    function("slopes at coordinates", lambda t: torch.cat([torch.gradient(t, spacing=(GRID,), dim=1, edge_order=k)[0]
+             for k in (1, 2)], 1), (4, 2)),
     function("similarities", lambda t: F.cosine_similarity(t, t.roll(1, 1).exp(), 1)
              + F.pairwise_distance(t, t.roll(1, 1).sin())),
     function("products", lambda t: torch.linalg.vecdot(t, t.sin()) * torch.tensordot(t, torch.eye(4)[0].to(t), 1)),
