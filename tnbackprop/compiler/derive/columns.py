@@ -269,7 +269,12 @@ def _from_basis(
 
 def _arriving(columns: Columns) -> Arriving:
     weight = columns.weight if columns.weighted else ""
-    return Arriving(f":s{columns.number}:{columns.until}", int(columns.count), weight)
+    return Arriving(f"{_prefix(Propagation.letter, columns.number)}:{columns.until}", int(columns.count), weight)
+
+
+def _prefix(letter: str, number: int) -> str:
+    """Of the names of what columns propagate, which no line of a rule has."""
+    return f":{letter}{number}"
 
 
 def _basis(found: Weighted) -> Basis:
@@ -291,7 +296,7 @@ def _from_pair(setting: Setting, quantities: Sequence[Quantity], found: Paired, 
     sampled = setting.gradient.samples
     _start(one, found.value, found.residual.out if sampled[found.value] else own)
     run(one, setting.bound)
-    other = _sweep(setting, (), number, width, prefix="r")
+    other = _sweep(setting, (), number, width, letter="r")
     into = tuple(BATCH if leg.size == N else leg for leg in found.residual.into)
     keep = lead if sampled[found.other] else (*lead, BATCH)
     led = pull_back(found.residual, tensor(one.variable, (*lead, *own)), keep, into)
@@ -320,11 +325,11 @@ def _sweep(
     width: Size,
     weight: Diagram | None = None,
     inside: bool = True,
-    prefix: str = "",
+    letter: str = "",
 ) -> Sweep:
     kept, propagation = (Leg(COLUMN, width), BATCH), setting.propagation
     sweep = Sweep(
-        setting.graph, quantities, scales={setting.scale}, prefix=f":{prefix or propagation.letter}{number}",
+        setting.graph, quantities, scales={setting.scale}, prefix=_prefix(letter or propagation.letter, number),
         variable=f"column:{number}", several=True, lead=column_leg(width), kept=kept, weight=weight, partial=inside,
         along=along(propagation), readings=setting.gradient.readings,
     )  # fmt: skip
