@@ -20,8 +20,9 @@ from ...diagram.core import BATCH, Diagram, Leg, Map, N, Operand, Part, Product,
 from ..sweep.derived import Backward, Basis, Columns, Derived, Extraction, Formula, Individual, Native, Phase, Schedule
 from ..sweep.roots import LossRoot
 from ..translate.graph import Call, Graph, Value
-from ..translate.torch_internals import name_of, of_aten
+from ..translate.operators import Same, row_of
 
+aten = torch.ops.aten
 MADE = "what is made of its totals depends on the whole batch"
 ZERO, HALF = sympy.Integer(0), sympy.Rational(1, 2)
 
@@ -235,20 +236,12 @@ class Degrees:
         return Degree(even=even)
 
 
-EACH = {
-    *("to", "_to_copy", "detach", "alias", "log_sigmoid", "full", "full_like", "new_full"),
-    *(f"{of}{number}{like}" for number in ("zeros", "ones") for of, like in (("", ""), ("", "_like"), ("new_", ""))),
-}
-"""Operators of aten that torch does not call pointwise: their elements are of one element, or are the same for all."""
-
-
 def _of_each_sample(target: Any) -> bool:
     """Whether every element of an operator's result depends on what stands in its place alone."""
-    name, _ = name_of(target)
-    others = getattr(target, "overloadpacket", None)  # where() has the tag in one of its overloads only
-    overloads = [getattr(others, each) for each in others.overloads()] if others is not None else [target]
-    pointwise = any(torch.Tag.pointwise in getattr(each, "tags", ()) for each in overloads)
-    return pointwise or (of_aten(target) and name in EACH)
+    packet, row = getattr(target, "overloadpacket", None), row_of(target)
+    overloads = [target] if packet is None else [getattr(packet, each) for each in packet.overloads()]
+    pointwise = any(torch.Tag.pointwise in getattr(each, "tags", ()) for each in overloads)  # some of where() lack it
+    return pointwise or row.uniform or row.same in (Same.ALWAYS, Same.CAST) or target == aten.log_sigmoid.default
 
 
 def _by_result(derived: Derived) -> Mapping[object, list[Diagram]]:
