@@ -32,6 +32,7 @@ def program_and_batch(weights: Weights) -> tuple[tn.Program, Tensor, Tensor]:
         lambda n: (1 / n).masked_fill(n < 1, 1.0),
         lambda n: torch.full_like(n, 0.5),
         lambda n: F.logsigmoid(-n).exp(),
+        lambda n: (1 / n.detach()).clamp(max=1),
     ],
 )
 def test_weights_of_each_sample(weights: Weights) -> None:

@@ -236,12 +236,16 @@ class Degrees:
         return Degree(even=even)
 
 
+UNTAGGED = (aten.log_sigmoid.default, aten.detach.default)
+"""Pointwise operators that torch does not call so."""
+
+
 def _of_each_sample(target: Any) -> bool:
     """Whether every element of an operator's result depends on what stands in its place alone."""
     packet, row = getattr(target, "overloadpacket", None), row_of(target)
     overloads = [target] if packet is None else [getattr(packet, each) for each in packet.overloads()]
     pointwise = any(torch.Tag.pointwise in getattr(each, "tags", ()) for each in overloads)  # some of where() lack it
-    return pointwise or row.uniform or row.same in (Same.ALWAYS, Same.CAST) or target == aten.log_sigmoid.default
+    return pointwise or row.uniform or row.same in (Same.ALWAYS, Same.CAST) or target in UNTAGGED
 
 
 def _by_result(derived: Derived) -> Mapping[object, list[Diagram]]:
