@@ -63,6 +63,33 @@ def test_gradients(loss: Callable[[Output, Tensor], Tensor]) -> None:
             torch.testing.assert_close(result["each"][name], torch.stack([own[k] for own in each]))
 
 
+class Prompted(nn.Module):
+    """Words of a prompt, made of parameters alone for each sample, in front of the sample's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt, self.own, self.head = nn.Embedding(2, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+        self.tokens: Tensor
+        self.register_buffer("tokens", torch.arange(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.tokens.unsqueeze(0).expand(len(x), -1)[:1]  # the first of many, and again for each
+        prompt = self.own(self.prompt(tokens)).tanh().repeat(len(x), 1, 1)
+        return self.head(torch.cat([prompt, x], 1).softmax(1)).sum(1)
+
+
+def test_a_prompt() -> None:
+    """What each sample reads of it differs, though what it is made of is the same for all."""
+    torch.manual_seed(0)
+    model, loss = Prompted().double(), nn.MSELoss()
+    x, y = torch.randn(4, 3, 3).double(), torch.randn(4, 2).double()
+    result = tn.compute(model, loss, (x, y), [tn.Grad(), tn.BatchGrad("each", tn.Scale.UNSCALED)])
+    each = [gradients(model, loss, x[n : n + 1], y[n : n + 1]) for n in range(4)]
+    for k, (name, whole) in enumerate(zip(result["grad"], gradients(model, loss, x, y), strict=True)):
+        torch.testing.assert_close(result["grad"][name], whole)
+        torch.testing.assert_close(result["each"][name], torch.stack([own[k] for own in each]))
+
+
 def test_a_sum_beside_a_mean() -> None:
     """As of any other term: samples would have different shares in batches of different sizes."""
     model, x, y = Actor(), torch.randn(5, 3), torch.randn(5, 2)

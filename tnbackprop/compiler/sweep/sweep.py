@@ -195,7 +195,7 @@ def _pull(sweep: Sweep, call: Call, rule: BoundRule, equation: Equation, operand
         _check_diagonal(call, operand, jacobian)
     if sweep.reads[operand] and not in_samples and out_samples:
         raise UnsupportedError(f"{call.where} mixes samples: '{operand}' is a sum over the batch.")
-    counted = not out_samples and sweep.counts.get(operand, False)
+    counted = not out_samples and sweep.counts.get(operand, False) and equation.name not in sweep.uses
     if in_samples or sweep.reads[operand] or counted:
         into = tuple(BATCH if leg.size == N else leg for leg in jacobian.into)
         term = pull_back(jacobian, cotangent, sweep.lead, into)
