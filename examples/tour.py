@@ -17,8 +17,9 @@ import tnbackprop as tn
 from tnbackprop.compiler.program.interpret import Interpreter
 from tnbackprop.compiler.program.lines import Lines, lines_of
 from tnbackprop.compiler.program.passes import PASSES
-from tnbackprop.diagram.algebra import Cotangents, Uses, differentiate, inline, tensor
+from tnbackprop.diagram.algebra import Cotangents, Uses, inline, tensor
 from tnbackprop.diagram.core import N
+from tnbackprop.diagram.derivatives import differentiate
 from tnbackprop.diagram.reference import evaluate
 from tnbackprop.notation.bind import bind
 

@@ -11,7 +11,7 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnbackprop.diagram.algebra import Cotangents, Uses, differentiate, inline, map_of, parts, pull_back, tensor
+from tnbackprop.diagram.algebra import Cotangents, Uses, inline, parts, pull_back, tensor
 from tnbackprop.diagram.core import (
     BATCH,
     COLUMN,
@@ -29,6 +29,7 @@ from tnbackprop.diagram.core import (
     leaves,
     ordered_union,
 )
+from tnbackprop.diagram.derivatives import differentiate, map_of
 from tnbackprop.diagram.jacobian import Jacobian
 from tnbackprop.diagram.reference import Array
 from tnbackprop.errors import InputError, InvariantError, UnsupportedError

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 import tnbackprop as tn
 from tnbackprop.compiler.emit.printing import number_code, torch_code
-from tnbackprop.diagram.algebra import diagonal, differentiate, on_diagonal
+from tnbackprop.diagram.algebra import diagonal, on_diagonal
 from tnbackprop.diagram.core import Diagram, Map, N, argument
+from tnbackprop.diagram.derivatives import differentiate
 from tnbackprop.notation.bind import BoundRule, bind
 from tnbackprop.notation.parse import FUNCTIONS
 from tnbackprop.notation.rule import Rule
@@ -50,6 +51,15 @@ WRITTEN: dict[str, Function] = {
     "x * erfc(-x)": lambda x: x * torch.erfc(-x),
     "expm1(-x**2)": lambda x: torch.expm1(-(x**2)),
     "log1p(x**2)": lambda x: torch.log1p(x**2),
+    "exp(x) / (1 + exp(x))": lambda x: x.exp() / (1 + x.exp()),
+    "1 / (1 + exp(-x))": lambda x: 1 / (1 + (-x).exp()),
+    "sinh(x) / cosh(x)": lambda x: x.sinh() / x.cosh(),
+    "x / (1 + exp(-1.7 * x))": lambda x: x / (1 + (-1.7 * x).exp()),
+    "1 / sqrt(1 + x**2)": lambda x: 1 / (1 + x**2).sqrt(),
+    "x / (1 + abs(x))": F.softsign,
+    "1 / softplus(x)": lambda x: 1 / F.softplus(x, threshold=40),
+    "sqrt(softplus(x))": lambda x: F.softplus(x, threshold=40).sqrt(),
+    "exp(-x) / (1 + exp(-x))**2": lambda x: (-x).exp() / (1 + (-x).exp()) ** 2,
 }  # fmt: skip
 NAMED = {
     name: getattr(torch, name, None) or getattr(F, name)

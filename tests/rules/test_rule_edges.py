@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import tnbackprop.rules.activation as activation
 from tnbackprop.compiler.capture.export import capture
 from tnbackprop.compiler.translate.graph import Call, Value
-from tnbackprop.diagram.algebra import differentiate
 from tnbackprop.diagram.core import N
+from tnbackprop.diagram.derivatives import differentiate
 from tnbackprop.errors import RuleError, TnError, UnsupportedError
 from tnbackprop.notation.bind import COTANGENT, BoundRule, bind
 from tnbackprop.notation.code import Code

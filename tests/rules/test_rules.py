@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tnbackprop import compiler
 from tnbackprop.compiler.translate.graph import Call, Graph, Value
-from tnbackprop.diagram.algebra import differentiate
 from tnbackprop.diagram.core import Diagram, N
+from tnbackprop.diagram.derivatives import differentiate
 from tnbackprop.diagram.jacobian import Jacobian
 from tnbackprop.diagram.reference import evaluate
 from tnbackprop.notation.bind import COTANGENT, COTANGENTS, BoundRule, bind

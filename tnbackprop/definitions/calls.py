@@ -18,8 +18,8 @@ from ..compiler.translate.graph import Call, Value
 from ..compiler.translate.opaque import signature_of
 from ..compiler.translate.torch_internals import arguments_of
 from ..compiler.translate.torch_modes import twice_differentiable
-from ..diagram.algebra import differentiate
 from ..diagram.core import Diagram, Leg, N
+from ..diagram.derivatives import differentiate
 from ..diagram.jacobian import Jacobian
 from ..diagram.reference import evaluate, size_of
 from ..notation.bind import BoundRule, Equation

@@ -6,6 +6,7 @@ made of them (diagrams of Jacobians, plans, source) is not used.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -182,6 +183,7 @@ def _map(operand: Map, env: Env, like: Tensor) -> Tensor:
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "power": torch.pow,
+    "quotient": operator.truediv,
     "sigmoid": torch.sigmoid,
     "logsigmoid": torch.nn.functional.logsigmoid,
     "softplus": lambda x: -torch.nn.functional.logsigmoid(-x),

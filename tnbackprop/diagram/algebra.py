@@ -6,13 +6,13 @@ quantities see of a parameter: ``J.T @ g``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import sympy
 
-from ..errors import InvariantError, UnsupportedError
+from ..errors import InvariantError
 from .core import (
     BATCH,
     Delta,
@@ -25,13 +25,12 @@ from .core import (
     Renaming,
     Selection,
     Tensor,
-    argument,
-    fresh_names,
     ordered_union,
     summed_legs,
 )
 from .jacobian import Jacobian
 from .reading import Axes, Readings
+from .renamed import fresh
 from .simplify import simplify
 
 
@@ -146,8 +145,8 @@ def pull_back(jacobian: Jacobian, g: Diagram, keep: tuple[Leg, ...], into: tuple
     taken = {leg.name for p in jacobian.diagram.products for leg in p.legs}
     taken |= {leg.name for leg in (*jacobian.out, *jacobian.into, *g.legs, *into, *keep)}
     # The result must not confuse a summed output leg with an operand leg of the same name.
-    clash = {leg: _fresh(leg, taken) for leg in jacobian.out if leg in into and leg not in keep}
-    clash |= {leg: _fresh(leg, taken) for leg in g.legs if leg in into and leg not in keep and leg not in clash}
+    clash = {leg: fresh(leg, taken) for leg in jacobian.out if leg in into and leg not in keep}
+    clash |= {leg: fresh(leg, taken) for leg in g.legs if leg in into and leg not in keep and leg not in clash}
     j = jacobian.diagram.rename(clash)
     g = g.rename({leg: new for leg, new in clash.items() if leg in g.legs})
     final = dict(zip(jacobian.into, into, strict=True))
@@ -162,29 +161,6 @@ def pull_back(jacobian: Jacobian, g: Diagram, keep: tuple[Leg, ...], into: tuple
             scale = sympy.Mul(left.scale, moved.scale, *(leg.size for leg in summed))
             products.append(Product(scale, operands))
     return simplify(Diagram(legs, tuple(products))).rename(final)
-
-
-def differentiate(diagram: Diagram, name: str) -> Jacobian | None:
-    """The Jacobian of a formula with respect to the tensor `name`, by the product rule.
-
-    Each occurrence is taken out; its legs are left open and joined by deltas. None: `name` does not occur.
-    """
-    into: tuple[Leg, ...] | None = None
-    products: list[Product] = []
-    taken = {leg.name for p in diagram.products for leg in p.legs} | {leg.name for leg in diagram.legs}
-    for product in diagram.products:
-        for position, operand in enumerate(product.operands):
-            for occurrence, rest in _taken_out(operand, name):
-                if into is None:
-                    into = tuple(_fresh(leg, taken) for leg in occurrence.legs)
-                if [leg.size for leg in into] != [leg.size for leg in occurrence.legs]:
-                    raise UnsupportedError(f"{name} is read with different shapes in one formula: {diagram}")
-                deltas = tuple(Delta((a, b)) for a, b in zip(occurrence.legs, into, strict=True))
-                others = product.operands[:position] + product.operands[position + 1 :]
-                products.append(_summing_orphans(product, others + rest + deltas, diagram.legs + into))
-    if into is None:
-        return None
-    return Jacobian(simplify(Diagram(diagram.legs + into, tuple(products))), diagram.legs, into)
 
 
 def identity(legs: tuple[Leg, ...]) -> Jacobian:
@@ -296,43 +272,6 @@ def _of_tensors(operand: Operand, to: Mapping[str, str]) -> Operand:
             return operand
 
 
-def _taken_out(operand: Operand, name: str) -> Iterable[tuple[Tensor, tuple[Operand, ...]]]:
-    """For each occurrence of `name` in the operand: the occurrence, and what is left in its place."""
-    match operand:
-        case Tensor() if operand.name == name:
-            yield operand, ()
-        case Map():
-            for position, arg in enumerate(operand.args):
-                if arg.name == name:
-                    # The second derivative of |x| and sign(x) is 0 wherever it exists.
-                    derivative = sympy.diff(operand.expr, argument(position))
-                    yield arg, map_of(derivative.replace(sympy.DiracDelta, lambda *_: sympy.Integer(0)), operand.args)
-        case Selection() if operand.index.name == name:
-            raise InvariantError(f"{name} is an index and has no derivative")
-        case Part():
-            raise InvariantError("a formula has no parts")
-        case _:
-            pass
-
-
-def map_of(expr: sympy.Expr, args: tuple[Tensor, ...]) -> tuple[Operand, ...]:
-    """A map with the arguments that the expression really has; a constant 1 is no operand at all."""
-    used = [k for k in range(len(args)) if expr.has(argument(k))]
-    renumbered = expr.xreplace({argument(k): argument(i) for i, k in enumerate(used)})
-    if renumbered == 1:
-        return ()
-    if not used:
-        return (Map(renumbered, ()),)
-    return (Map(renumbered, tuple(args[k] for k in used)),)
-
-
-def _summing_orphans(product: Product, operands: tuple[Operand, ...], output: tuple[Leg, ...]) -> Product:
-    """The product with other operands, times the sizes of the summed legs that got lost on the way."""
-    present = ordered_union(*(op.legs for op in operands))
-    lost = [leg.size for leg in summed_legs(product, output) if leg not in present]
-    return Product(sympy.Mul(product.scale, *lost), operands)
-
-
 def _with_lost_sums(before: Product, after: Product, output: tuple[Leg, ...]) -> Product:
     lost = [leg.size for leg in summed_legs(before, output) if leg not in after.legs]
     return Product(sympy.Mul(after.scale, *lost), after.operands)
@@ -343,7 +282,7 @@ def _joined(a: Product, b: Product, shared: tuple[Leg, ...], taken: set[str]) ->
     mapping = {}
     for leg in b.legs:
         if leg not in shared and leg.name in taken | {other.name for other in a.legs}:
-            mapping[leg] = _fresh(leg, taken | {other.name for other in (*a.legs, *b.legs)})
+            mapping[leg] = fresh(leg, taken | {other.name for other in (*a.legs, *b.legs)})
             taken.add(mapping[leg].name)
     b = b.rename(mapping)
     return Product(a.scale * b.scale, a.operands + b.operands)
@@ -355,18 +294,12 @@ def _with_own_legs(product: Product, output: tuple[Leg, ...], taken: set[str]) -
     mapping: dict[Leg, Leg] = {}
     for leg in summed_legs(product, output):
         if leg.name in taken:
-            mapping[leg] = _fresh(leg, names)
+            mapping[leg] = fresh(leg, names)
     return product.rename(mapping)
 
 
 def _with_own_legs_in(diagram: Diagram, taken: set[str]) -> Diagram:
     return Diagram(diagram.legs, tuple(_with_own_legs(p, diagram.legs, taken) for p in diagram.products))
-
-
-def _fresh(leg: Leg, taken: set[str]) -> Leg:
-    name = next(fresh_names(taken, leg.name))
-    taken.add(name)
-    return Leg(name, leg.size)
 
 
 def renaming(old: tuple[Leg, ...], new: tuple[Leg, ...]) -> Renaming:

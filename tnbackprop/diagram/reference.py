@@ -26,6 +26,7 @@ _FUNCTIONS = {
     "logsigmoid": lambda x: -np.logaddexp(0, -x),
     "softplus": lambda x: np.logaddexp(0, x),
     "power": np.power,
+    "quotient": np.divide,
     "DiracDelta": np.zeros_like,  # derivatives are those of the branch taken: no mass at a kink
 }
 

@@ -1,11 +1,11 @@
-"""A diagram of tensors that are called otherwise."""
+"""Other names: of the tensors of a diagram, of a leg among others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 
-from .core import Diagram, Map, Operand, Part, Selection, Tensor
+from .core import Diagram, Leg, Map, Operand, Part, Selection, Tensor, fresh_names
 
 
 def renamed(diagram: Diagram, shown: Callable[[str], str]) -> Diagram:
@@ -29,3 +29,10 @@ def _operand(operand: Operand, shown: Callable[[str], str]) -> Operand:
 
 def _tensor(tensor: Tensor, shown: Callable[[str], str]) -> Tensor:
     return replace(tensor, name=shown(tensor.name))
+
+
+def fresh(leg: Leg, taken: set[str]) -> Leg:
+    """A leg of that size whose name is not taken; now it is."""
+    name = next(fresh_names(taken, leg.name))
+    taken.add(name)
+    return Leg(name, leg.size)

@@ -41,12 +41,12 @@ def remove_delta(product: Product, output: tuple[Leg, ...]) -> Product | None:
         a, b = op.legs
         rest = product.operands[:position] + product.operands[position + 1 :]
         if a == b:
-            return _resummed(product, rest, output)
+            return resummed(product, rest, output)
         gone, stays = (a, b) if a not in output else (b, a)
         if gone not in output:
             renamed = Product(product.scale, tuple(o.rename({gone: stays}) for o in rest))
             before = Product(product.scale, (*renamed.operands, Delta((stays, stays))))
-            return _resummed(before, renamed.operands, output)
+            return resummed(before, renamed.operands, output)
     return None
 
 
@@ -57,7 +57,7 @@ def fold_equal(product: Product, output: tuple[Leg, ...]) -> Product | None:
             folded = _fold(one, product.operands[j])
             if folded is not None:
                 rest = tuple(op for k, op in enumerate(product.operands) if k not in (i, j))
-                return _resummed(product, rest[:i] + folded + rest[i:], output)
+                return resummed(product, rest[:i] + folded + rest[i:], output)
     return None
 
 
@@ -66,7 +66,7 @@ def _fold(one: Operand, other: Operand) -> tuple[Operand, ...] | None:
         return (one,)
     if isinstance(one, Delta) and isinstance(other, Delta) and set(one.legs) == set(other.legs):
         return (one,)
-    f, g = _as_map(one), _as_map(other)
+    f, g = as_map(one), as_map(other)
     if f is None or g is None or f.args != g.args:
         return None
     if one == other or len(f.args) == 1:
@@ -81,7 +81,7 @@ def _fields(tensor: Tensor) -> tuple[str, tuple[Leg, ...]]:
     return tensor.name, tensor.legs
 
 
-def _as_map(operand: Operand) -> Map | None:
+def as_map(operand: Operand) -> Map | None:
     if isinstance(operand, Map):
         return operand if operand.args else None
     return Map(argument(0), (operand,)) if isinstance(operand, Tensor) else None
@@ -116,7 +116,7 @@ def trim_window(product: Product, output: tuple[Leg, ...]) -> Product | None:
             new = Window(op.image, kept, op.offset)
         if new is not None:
             operands = (*product.operands[:position], new, *product.operands[position + 1 :])
-            return _resummed(product, operands, output)
+            return resummed(product, operands, output)
     return None
 
 
@@ -150,7 +150,7 @@ def _split_tensor(tensor: Tensor, leg: Leg, into: tuple[Leg, ...]) -> Tensor:
     return Tensor(tensor.name, tensor.legs[:k] + into + tensor.legs[k + 1 :]) if k >= 0 else tensor
 
 
-def _resummed(before: Product, operands: tuple[Operand, ...], output: tuple[Leg, ...]) -> Product:
+def resummed(before: Product, operands: tuple[Operand, ...], output: tuple[Leg, ...]) -> Product:
     """The product with other operands; a summed leg that is orphaned by it multiplies by its size."""
     after = Product(before.scale, operands)
     present = set(after.legs)

@@ -9,8 +9,8 @@ from typing import overload
 
 from ..compiler.sweep.derived import Backward, Extraction
 from ..compiler.translate.graph import Call
-from ..diagram.algebra import differentiate
 from ..diagram.core import Diagram, hint_of, leaves
+from ..diagram.derivatives import differentiate
 from ..diagram.renamed import renamed
 from ..errors import InputError
 from ..notation.bind import BoundRule

@@ -12,8 +12,9 @@ from itertools import combinations_with_replacement
 
 import sympy
 
-from ...diagram.algebra import diagonal, differentiate, inline, on_diagonal, pull_back, tensor
+from ...diagram.algebra import diagonal, inline, on_diagonal, pull_back, tensor
 from ...diagram.core import BATCH, Diagram, Leg, N, Part, Product, Tensor, leaves
+from ...diagram.derivatives import differentiate
 from ...diagram.jacobian import Jacobian
 from ...diagram.regroup import common, regroup
 from ...diagram.simplify import simplify
@@ -143,8 +144,8 @@ def _check_saved(sweep: Sweep, call: Call, rule: BoundRule, equation: Equation, 
 
 def _total(equation: Equation, pulled: Diagram, name: str) -> Jacobian | None:
     """∂(Jᵀg)/∂operand, also through the line's own value where a declared Jacobian reads that."""
-    direct = differentiate(pulled, name)
-    inner = differentiate(pulled, equation.name)
+    direct = differentiate(pulled, name, COTANGENT)
+    inner = differentiate(pulled, equation.name, COTANGENT)
     jacobian = jacobian_of(equation, name)
     if inner is None or jacobian is None:
         return direct if direct is not None and direct.diagram.products else None

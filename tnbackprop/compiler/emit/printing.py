@@ -10,6 +10,7 @@ from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.pycode import PythonCodePrinter
 from sympy.printing.str import StrPrinter
 
+from ...diagram.functions import quotient
 from ...errors import RuleError
 from .layout import LONG, Chain, Doc, Group, flat
 
@@ -79,11 +80,15 @@ class _Printer(PythonCodePrinter):  # type: ignore[misc]
         return code
 
     def _factor(self, factor: sympy.Expr) -> Doc:
-        inside = factor.is_Add or (factor.is_Pow and " " in self._print(factor))
+        inside = factor.is_Add or isinstance(factor, quotient) or (factor.is_Pow and " " in self._print(factor))
         return Group("(", (self.doc(factor),), ")", comma=False) if inside else self.doc(factor)
 
     def _print_Mul(self, expr: sympy.Mul) -> str:
         return " * ".join(flat(self._factor(each)) for each in _factors(expr))
+
+    def _print_quotient(self, expr: quotient) -> str:
+        above = self.parenthesize(expr.args[0], PRECEDENCE["Mul"], strict=True)
+        return f"{above} / {self.parenthesize(expr.args[1], PRECEDENCE['Pow'])}"
 
     def _print_Rational(self, expr: sympy.Rational) -> str:
         return _number(expr)

@@ -7,8 +7,8 @@ from functools import partial
 
 import sympy
 
-from ...diagram.algebra import differentiate
 from ...diagram.core import BATCH, COLUMN, Diagram, Leg, Part, Product, Tensor, hint_of
+from ...diagram.derivatives import differentiate
 from ...diagram.simplify import simplify
 from ...notation.bind import COTANGENT, BoundRule, Equation
 from ..emit.compiled import Compiled

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from ...diagram.algebra import diagonal, differentiate
+from ...diagram.algebra import diagonal
 from ...diagram.core import Diagram, Selection, leaves
+from ...diagram.derivatives import differentiate
 from ...diagram.jacobian import Jacobian
 from ...diagram.simplify import simplify
 from ...notation.bind import COTANGENTS, BoundRule, Equation

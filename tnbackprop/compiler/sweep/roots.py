@@ -14,8 +14,9 @@ from typing import Any
 import sympy
 from torch import Tensor
 
-from ...diagram.algebra import diagonal, differentiate
+from ...diagram.algebra import diagonal
 from ...diagram.core import BATCH, Diagram, N, Size, leaves
+from ...diagram.derivatives import differentiate
 from ...diagram.jacobian import Jacobian
 from ...errors import UnsupportedError
 from ...notation.bind import CURVATURE, HESSIAN_ROOT, NOISE, BoundRoot, BoundRule
