@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import tnbackprop as tn
 from tnbackprop.errors import UnsupportedError
-from tnbackprop.rules import kinks
-from tnbackprop.rules.kinks import KINKS, Kink, slope
+from tnbackprop.rules.writing import kinks
+from tnbackprop.rules.writing.kinks import KINKS, Kink, slope
 
 from ..models import Apply
 from ..tried import Tried, randn

@@ -22,7 +22,7 @@ from tnbackprop.notation.bind import BoundRule, bind
 from tnbackprop.notation.parse import FUNCTIONS
 from tnbackprop.notation.rule import Rule
 from tnbackprop.rules import RULES
-from tnbackprop.rules.kinks import slope
+from tnbackprop.rules.writing.kinks import slope
 
 from .. import oracle, oracle_second
 from ..models import Apply

@@ -190,6 +190,8 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "log1p": torch.log1p,
     "expm1": torch.expm1,
     "erfc": torch.erfc,
+    "loggamma": torch.lgamma,
+    "polygamma": torch.polygamma,
 }
 
 

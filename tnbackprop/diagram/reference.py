@@ -22,6 +22,7 @@ _FUNCTIONS = {
     "erf": np.vectorize(math.erf, otypes=[float]),
     "erfc": np.vectorize(math.erfc, otypes=[float]),
     "loggamma": np.vectorize(math.lgamma, otypes=[float]),
+    "polygamma": np.vectorize(lambda order, x: float(sympy.polygamma(int(order), float(x)).evalf()), otypes=[float]),
     "sigmoid": lambda x: np.exp(-np.logaddexp(0, -x)),
     "logsigmoid": lambda x: -np.logaddexp(0, -x),
     "softplus": lambda x: np.logaddexp(0, x),

@@ -62,6 +62,8 @@ FUNCTIONS: Mapping[str, tuple[int, Callable[..., sympy.Expr]]] = MappingProxyTyp
         "erf": (1, sympy.erf),
         "abs": (1, sympy.Abs),
         "sign": (1, sympy.sign),
+        "lgamma": (1, sympy.loggamma),
+        "digamma": (1, sympy.digamma),
         **{f.__name__: (1, f) for f in (expm1, log1p, erfc, sigmoid, logsigmoid, softplus)},
         # at a tie the derivative is that of the first argument
         "maximum": (2, lambda a, b: _branch(a >= b, a, b)),

@@ -9,8 +9,8 @@ import torch
 
 from ..notation.rule import Rule
 from ..table import Table
-from .kinks import slope
-from .text import access, broadcast_sizes, chosen, elementwise, join, leg_names, literal, refuse, whole
+from .writing.kinks import slope
+from .writing.text import access, broadcast_sizes, chosen, elementwise, join, leg_names, literal, refuse, whole
 
 TABLE = Table()
 aten = torch.ops.aten

@@ -8,8 +8,8 @@ import torch
 
 from ..notation.rule import Rule
 from ..table import Table
-from .kinks import slope
-from .text import access, axis, broadcast, chosen, join, leg_names, literal, refuse, sizes, whole
+from .writing.kinks import slope
+from .writing.text import access, axis, broadcast, chosen, join, leg_names, literal, refuse, sizes, whole
 
 TABLE = Table()
 aten = torch.ops.aten

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..notation.rule import Rule
 from ..table import Composite, Table
-from .text import access, broadcast_sizes
+from .writing.text import access, broadcast_sizes
 
 TABLE = Table()
 aten = torch.ops.aten
@@ -32,12 +32,18 @@ for _target in (
     aten.kron.default, aten.meshgrid.default, aten.meshgrid.indexing, aten.block_diag.default,
     aten.atleast_1d.Sequence, aten.atleast_2d.Sequence, aten.atleast_3d.Sequence,
     aten.column_stack.default, aten.vstack.default, aten.dstack.default, aten.row_stack.default, aten.ger.default,
-    aten.trapezoid.dx, aten.trapezoid.x, aten.linalg_vander.default, aten.diag.default, aten.linalg_matmul.default,
-    aten.special_logit.default, aten.special_logsumexp.default, aten.linalg_matrix_power.default,
+    aten.trapezoid.dx, aten.trapezoid.x, aten.trapz.dx, aten.trapz.x, aten.linalg_vander.default,
+    aten.diag.default, aten.linalg_matmul.default, aten.special_logit.default, aten.special_logsumexp.default,
+    aten.linalg_matrix_power.default,
     aten.multi_margin_loss.default, aten.index_copy.default, aten.index_fill.int_Scalar, aten.index_fill.int_Tensor,
     aten.take.default,
 ):  # fmt: skip
     TABLE.rule(_target)(Composite())
+
+
+@TABLE.composite(aten.ldexp.Tensor)
+def ldexp(x: Tensor, exponent: Tensor) -> Tensor:
+    return x * torch.pow(2.0, exponent)
 
 
 @TABLE.composite(aten.hstack.default)

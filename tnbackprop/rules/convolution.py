@@ -8,7 +8,7 @@ import torch
 
 from ..notation.rule import Rule
 from ..table import Table
-from .text import IMAGE, KERNEL, SPACE, for_rank, join, per_axis, refuse
+from .writing.text import IMAGE, KERNEL, SPACE, for_rank, join, per_axis, refuse
 
 TABLE = Table()
 aten = torch.ops.aten

@@ -10,7 +10,7 @@ import torch
 
 from ..notation.rule import Rule
 from ..table import Table
-from .text import access, join, leg_names, literal
+from .writing.text import access, join, leg_names, literal
 
 TABLE = Table()
 aten = torch.ops.aten

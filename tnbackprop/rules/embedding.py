@@ -8,7 +8,7 @@ import torch
 
 from ..notation.rule import Rule
 from ..table import Table
-from .text import refuse
+from .writing.text import refuse
 
 TABLE = Table()
 aten = torch.ops.aten

@@ -8,7 +8,7 @@ import torch
 
 from ..notation.rule import Root, Rule
 from ..table import Table
-from .text import access, join, leg_names, literal, refuse, sizes
+from .writing.text import access, join, leg_names, literal, refuse, sizes
 
 TABLE = Table()
 aten = torch.ops.aten

@@ -10,7 +10,7 @@ import torch
 
 from ..notation.rule import Rule
 from ..table import Table
-from .text import access, axis, broadcast_sizes, join, leg_names, per_axis, refuse
+from .writing.text import access, axis, broadcast_sizes, join, leg_names, per_axis, refuse
 
 TABLE = Table()
 aten = torch.ops.aten

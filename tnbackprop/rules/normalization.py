@@ -10,7 +10,7 @@ import torch
 from ..diagram.core import N
 from ..notation.rule import Rule
 from ..table import Table
-from .text import join, leg_names, refuse, sizes
+from .writing.text import join, leg_names, refuse, sizes
 
 TABLE = Table()
 aten = torch.ops.aten

@@ -11,7 +11,7 @@ import torch
 
 from ..notation.rule import Constant, Rule
 from ..table import Table
-from .text import IMAGE, KERNEL, SPACE, axis, for_rank, join, leg_names, per_axis, refuse
+from .writing.text import IMAGE, KERNEL, SPACE, axis, for_rank, join, leg_names, per_axis, refuse
 
 TABLE = Table()
 aten = torch.ops.aten

@@ -8,7 +8,7 @@ import torch
 
 from ..notation.rule import Rule
 from ..table import Table
-from .text import IMAGE, SPACE, for_rank, join
+from .writing.text import IMAGE, SPACE, for_rank, join
 
 TABLE = Table()
 aten = torch.ops.aten

@@ -10,7 +10,7 @@ import torch
 
 from ..notation.rule import Rule
 from ..table import Table
-from .text import access, axis, join, leg_names, literal, refuse
+from .writing.text import access, axis, join, leg_names, literal, refuse
 
 TABLE = Table()
 aten = torch.ops.aten

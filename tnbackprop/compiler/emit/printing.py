@@ -19,6 +19,8 @@ _FUNCTIONS = {
     **{name: f"torch.{name}" for name in _TORCH.split()},
     "Abs": "torch.abs",
     "power": "torch.pow",
+    "loggamma": "torch.lgamma",
+    "polygamma": "torch.polygamma",
     "logsigmoid": "torch.nn.functional.logsigmoid",
     "softplus": "torch.nn.functional.softplus",
 }
@@ -105,6 +107,8 @@ class _Printer(PythonCodePrinter):  # type: ignore[misc]
 
     def _print_Function(self, expr: sympy.Function) -> str:
         name = type(expr).__name__
+        if expr.is_number:
+            return repr(float(expr))
         if name not in _FUNCTIONS:
             raise NotImplementedError(f"no torch code for the function {name} in {expr}")
         return f"{_FUNCTIONS[name]}({', '.join(self._print(a) for a in expr.args)}{_OPTIONS.get(name, '')})"

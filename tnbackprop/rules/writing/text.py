@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 import sympy
 
-from ..diagram.core import N
-from ..errors import RuleError, UnsupportedError
-from ..notation.rule import Constant, Rule
+from ...diagram.core import N
+from ...errors import RuleError, UnsupportedError
+from ...notation.rule import Constant, Rule
 
 SPACE = {1: ("w",), 2: ("h", "w"), 3: ("d", "h", "w")}
 """Legs of the output positions of a convolution or a pool, by the number of space axes."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import UnsupportedError
+from ...errors import UnsupportedError
 
 
 @dataclass(frozen=True)

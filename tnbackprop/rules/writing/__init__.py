@@ -1,0 +1,1 @@
+"""What rows are written with: accesses, legs, numbers, slopes at kinks."""
