@@ -20,6 +20,10 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[float, float]]] = {
     "a clamped denominator": (lambda u: u / u.abs().clamp(min=1e-25), (0.0, 2.0)),
     "large": (lambda u: u / (u + 1e25), (1e25, 3e24)),
     "addcdiv": (lambda u: torch.addcdiv(u, u.exp(), 1 + u.exp()), (80.0, 70.0)),
+    "logaddexp": (lambda u: torch.logaddexp(2 * u, u - 10), (10.0, 30.0)),
+    "logaddexp2": (lambda u: torch.logaddexp2(2 * u, u - 10), (10.0, 30.0)),
+    "hypot": (lambda u: torch.hypot(u, u.flip(-1)), (1e25, 3e24)),
+    "a tiny hypot": (lambda u: torch.hypot(u, u.flip(-1)), (1e-25, 3e-24)),
     "a square below": (lambda u: (-u).exp() / (1 + (-u).exp()) ** 2, (-40.0, -30.0)),
 }
 

@@ -25,8 +25,8 @@ from .composites import differences, norms
 from .recurrent import ctc
 
 TABLES = (
-    linear, convolution, activation, special, pooling, shape, moves, resize, arithmetic, einsum, normalization, embedding,
-    loss, composite, norms, differences, recurrent, ctc, declared,
+    linear, convolution, activation, special, pooling, shape, moves, resize, arithmetic, einsum, normalization,
+    embedding, loss, composite, norms, differences, recurrent, ctc, declared,
 )  # fmt: skip
 
 

@@ -41,7 +41,8 @@ enter(aten.elu.default)(elementwise(
     arguments=("alpha", "scale", "input_scale"), kinks="scale * alpha * input_scale at 0",
     vjp="torch.ops.aten.elu_backward({cotangent}, <alpha>, <scale>, <input_scale>, False, {input})"))
 enter(aten.celu.default)(elementwise(
-    "alpha * expm1(x / alpha) if x <= 0 else x", arguments=("alpha",)))
+    "alpha * expm1(x / alpha) if x <= 0 else x", arguments=("alpha",),
+    vjp="torch.ops.aten.elu_backward({cotangent}, <alpha>, 1, 1 / <alpha>, False, {input})"))
 enter(aten.selu.default)(elementwise(
     "scale * alpha * expm1(x) if x <= 0 else scale * x", kinks="scale * alpha at 0",
     constants={"alpha": 1.6732632423543772848170429916717, "scale": 1.0507009873554804934193349852946}))
@@ -87,7 +88,7 @@ enter(aten.acosh.default)(elementwise("", derivative="(x - 1)**(-1/2) * (x + 1)*
 enter(aten.atanh.default)(elementwise("", derivative="1 / (1 - x**2)"))
 enter(aten.asin.default)(elementwise("", derivative="(1 - x**2)**(-1/2)"))
 enter(aten.acos.default)(elementwise("", derivative="-(1 - x**2)**(-1/2)"))
-enter(aten.exp2.default)(elementwise("exp(c * x)", constants={"c": math.log(2)}))
+enter(aten.exp2.default)(elementwise("exp(c * x)", derivative="c * y", constants={"c": math.log(2)}))
 enter(aten.log2.default)(elementwise("log(x) / c", constants={"c": math.log(2)}))
 enter(aten.log10.default)(elementwise("log(x) / c", constants={"c": math.log(10)}))
 enter(aten.special_ndtr.default)(elementwise("erfc(-c * x) / 2", constants={"c": math.sqrt(0.5)}))

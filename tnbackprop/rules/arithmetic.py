@@ -24,9 +24,6 @@ TABLE.rule(aten.addcdiv.default)(broadcast("{input} + {value} * {tensor1} / {ten
 TABLE.rule(aten.lerp.Tensor, aten.lerp.Scalar)(broadcast("{input} + {weight} * {end} - {weight} * {input}"))
 TABLE.rule(aten.pow.Tensor_Tensor)(broadcast("{input} ** {exponent}"))
 
-TABLE.rule(aten.logaddexp.default)(broadcast("softplus({input} - {other}) + {other}"))
-TABLE.rule(aten.hypot.default)(broadcast("sqrt({input} ** 2 + {other} ** 2)"))
-
 
 @TABLE.rule(aten.maximum.default, aten.minimum.default)
 def maximum(call: Any) -> Rule:

@@ -9,11 +9,12 @@ import torch
 
 from ..notation.rule import Rule
 from ..table import Table
-from .writing.text import access, broadcast, broadcast_sizes, elementwise, join, leg_names
+from .writing.text import Row, access, broadcast, broadcast_sizes, elementwise, join, leg_names
 
 TABLE = Table()
 aten = torch.ops.aten
 enter = TABLE.rule
+_TWO = repr(math.log(2))
 
 # fmt: off
 enter(aten.lgamma.default, aten.special_gammaln.default)(elementwise("lgamma(x)"))
@@ -35,20 +36,29 @@ enter(aten.xlogy.Tensor, aten.xlogy.Scalar_Self, aten.xlogy.Scalar_Other)(
     broadcast("(0 if {input} == 0 and {other} <= 0 else {input} * log({other}))")
 )
 enter(aten.special_xlog1py.default)(broadcast("(0 if {input} == 0 and {other} <= -1 else {input} * log1p({other}))"))
-enter(aten.logaddexp2.default)(
-    broadcast(f"softplus(({{input}} - {{other}}) * {math.log(2)!r}) / {math.log(2)!r} + {{other}}")
+
+
+def _of_two(by_input: str, by_other: str) -> Row:
+    """A row with declared slopes, of {a}, {b} and the output {y}, for two operands that broadcast."""
+
+    def row(call: Any) -> Rule:
+        legs = leg_names(call.output)
+        a, b = (access(name, call.arguments[name], call.output, legs) for name in ("input", "other"))
+        slopes = {"input": by_input, "other": by_other}
+        return Rule(
+            jacobian={name: slopes[name].format(a=a, b=b, y=f"output[{join(legs)}]") for name in call.tensors},
+            legs={"input": a[len("input[") : -1], "other": b[len("other[") : -1], "output": join(legs)},
+            constants=broadcast_sizes(a) | broadcast_sizes(b),
+        )
+
+    return row
+
+
+_SQUARE = "({a}**2 + {b}**2)"
+enter(aten.atan2.default)(
+    _of_two(f"0 if {_SQUARE} == 0 else {{b}} / {_SQUARE}", f"0 if {_SQUARE} == 0 else -{{a}} / {_SQUARE}")
 )
-
-
-@enter(aten.atan2.default)
-def atan2(call: Any) -> Rule:
-    """The angle of (other, input); flat at the origin, as torch has it."""
-    legs = leg_names(call.output)
-    y, x = (access(name, call.arguments[name], call.output, legs) for name in ("input", "other"))
-    square = f"({y}**2 + {x}**2)"
-    slopes = {"input": f"{x} / {square}", "other": f"-{y} / {square}"}
-    return Rule(
-        jacobian={name: f"0 if {square} == 0 else {slope}" for name, slope in slopes.items()},
-        legs={"input": y[len("input[") : -1], "other": x[len("other[") : -1], "output": join(legs)},
-        constants=broadcast_sizes(y) | broadcast_sizes(x),
-    )
+enter(aten.hypot.default)(_of_two("0 if {y} == 0 else {a} / {y}", "0 if {y} == 0 else {b} / {y}"))
+# 1 - sigmoid(a - b) would be 0 where a is larger by 17
+enter(aten.logaddexp.default)(_of_two("sigmoid({a} - {b})", "sigmoid({b} - {a})"))
+enter(aten.logaddexp2.default)(_of_two(f"sigmoid(({{a}} - {{b}}) * {_TWO})", f"sigmoid(({{b}} - {{a}}) * {_TWO})"))

@@ -189,6 +189,7 @@ class _Translator:
             return same
         if not self.no_grad:
             arguments = self.casts.in_one_dtype(target, arguments, dtype, append)
+            target, arguments = self.casts.widened(target, arguments, shape, dtype, append)
         known = Known(self.ranges, self.calls)
         target, arguments = rewritten(target, arguments, shape, known, append)
         row = row_of(target)
