@@ -190,3 +190,36 @@ REFUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
 def test_what_is_not_the_same_in_every_call_is_refused(function: Callable[[Tensor, Tensor], Any]) -> None:
     with pytest.raises(tn.UnsupportedError):
         tn.compile(Asks(function, ONE), nn.MSELoss(), data(5), [tn.Grad()])
+
+
+COLD = """
+def signed(h, k):
+    yes = bool((k == k.abs()).all())
+    return h.sin() if yes else h
+"""
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 4])
+def test_a_function_that_python_has_not_run_yet(calls: int) -> None:
+    """Python rewrites the instructions of a function that it has run some times; what asks stays where it was."""
+    made: dict[str, Any] = {}
+    exec(COLD, made)
+    model = nn.Linear(4, 4, dtype=torch.float64)
+
+    class Cold(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = model
+            self.k: Tensor
+            self.register_buffer("k", FEW)
+
+        def forward(self, x: Tensor) -> Any:
+            h = self.l(x)
+            for _ in range(calls):
+                h = made["signed"](h, self.k)
+            return h
+
+    x, y = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    result = tn.compute(Cold(), F.mse_loss, (x, y), [tn.Grad()])["grad"]
+    (want,) = torch.autograd.grad(F.mse_loss(Cold()(x), y), model.weight)
+    torch.testing.assert_close(result["l.weight"], want)

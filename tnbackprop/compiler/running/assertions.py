@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import lru_cache
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from torch.distributions import constraints
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-Place = tuple[str, int, int]
-"""File, line, and which of its instructions."""
+Columns = tuple[int | None, int | None]
+Place = tuple[str, int, Columns]
+"""File, line, and from which of its columns to which: Python runs other instructions once a function is warm."""
 ASKS = Tensor.__bool__
 """What a mode sees where a tensor is asked for a bool."""
 
@@ -39,7 +40,15 @@ def place_called_from() -> Place | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and (frame.f_code.co_name == "__torch_function__" or _is_ours(frame.f_code.co_filename)):
         frame = frame.f_back
-    return None if frame is None else (frame.f_code.co_filename, frame.f_lineno, frame.f_lasti)
+    if frame is None:
+        return None
+    return frame.f_code.co_filename, frame.f_lineno, _columns(frame.f_code)[frame.f_lasti // 2]
+
+
+@lru_cache(1024)
+def _columns(code: CodeType) -> tuple[Columns, ...]:
+    """Of each instruction."""
+    return tuple((start, end) for _, _, start, end in code.co_positions())
 
 
 @lru_cache(256)
