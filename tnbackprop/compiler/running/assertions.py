@@ -22,9 +22,8 @@ from torch.distributions import constraints
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-Columns = tuple[int | None, int | None]
-Place = tuple[str, int, Columns]
-"""File, line, and from which of its columns to which: Python runs other instructions once a function is warm."""
+Place = tuple[str, int, int]
+"""File, line, and which of its instructions."""
 ASKS = Tensor.__bool__
 """What a mode sees where a tensor is asked for a bool."""
 
@@ -42,13 +41,20 @@ def place_called_from() -> Place | None:
         frame = frame.f_back
     if frame is None:
         return None
-    return frame.f_code.co_filename, frame.f_lineno, _columns(frame.f_code)[frame.f_lasti // 2]
+    return frame.f_code.co_filename, frame.f_lineno, _firsts(frame.f_code)[frame.f_lasti // 2]
 
 
 @lru_cache(1024)
-def _columns(code: CodeType) -> tuple[Columns, ...]:
-    """Of each instruction."""
-    return tuple((start, end) for _, _, start, end in code.co_positions())
+def _firsts(code: CodeType) -> tuple[int, ...]:
+    """For each instruction the first of those in a row for one piece of the source.
+
+    A call is two in Python 3.11, of which it runs the second no longer once a function is warm.
+    """
+    pieces = list(code.co_positions())
+    firsts: list[int] = []
+    for k, piece in enumerate(pieces):
+        firsts.append(firsts[-1] if k and piece == pieces[k - 1] else k)
+    return tuple(firsts)
 
 
 @lru_cache(256)
