@@ -120,6 +120,16 @@ DIFFERENT = {
         diagram("a", product(Part(INNER, (a,)))),
         diagram("a", product(Part(diagram("a", product(t("x", a, d), scale=2)), (a,)))),
     ),
+    "one sum or two, of equal factors": (
+        diagram("", product(*(t("x", Leg("n0", 3), Leg(f"q{k}", 2)) for k in range(2)))),
+        diagram("", product(*(t("x", Leg(f"n{k}", 3), Leg(f"q{k}", 2)) for k in range(2)))),
+    ),
+    "which of two sums equal factors share": (
+        *(
+            diagram("", product(t("y", *(Leg(f"n{j}", 3) for j in "01")), *(t("x", n_, Leg(q, 2)) for q in "qr")))
+            for n_ in (Leg("n0", 3), Leg("n1", 3))
+        ),
+    ),
     "cycles: 6-ring or two triangles": (
         diagram("", product(*(t("x", Leg(f"q{k}", 2), Leg(f"q{(k + 1) % 6}", 2)) for k in range(6)))),
         diagram(
@@ -144,11 +154,20 @@ def test_names_of_a_part_do_not_matter() -> None:
 
 def test_equal_tensors_in_a_symmetric_diagram() -> None:
     """Σ x[p] x[q] x[r] … with all legs alike: no order is preferred, and the key is still found quickly."""
-    legs = [Leg(f"q{k}", 2) for k in range(6)]
+    legs = [Leg(f"q{k}", 2) for k in range(20)]
     one = diagram("", product(*(t("x", leg) for leg in legs)))
     other = diagram("", product(*(t("x", leg) for leg in reversed(legs))))
     start = time.perf_counter()
     assert key(one) == key(other)
+    assert time.perf_counter() - start < 5
+
+
+def test_many_equal_factors() -> None:
+    """(Σ_pq x[p, q]²)^k: a factor is serialised by itself, so that time does not grow with the orders of all."""
+    factors = [t("x", Leg(f"p{k}", 2), Leg(f"q{k}", 2)) for k in range(12) for _ in range(2)]
+    start = time.perf_counter()
+    assert key(diagram("", product(*factors))) == key(diagram("", product(*reversed(factors))))
+    assert key(diagram("", product(*factors))) != key(diagram("", product(*factors[2:])))
     assert time.perf_counter() - start < 5
 
 

@@ -34,17 +34,37 @@ def product_key(product: Product, start: dict[Leg, tuple[int, int]]) -> Key:
 
 
 def _search(product: Product, colours: dict[Leg, int], shown: dict[Leg, str]) -> str:
-    """Refine; where legs stay alike, single one out in turn and keep the smallest serialisation."""
+    """Refine; where legs stay alike, single one out in turn and keep the smallest serialisation.
+
+    What is connected by such legs alone is serialised by itself: k equal factors are k searches, not k! of them.
+    """
     colours = _refine(product, colours)
     groups: dict[int, list[Leg]] = {}
     for leg, colour in colours.items():
         groups.setdefault(colour, []).append(leg)
     alike = next((group for _, group in sorted(groups.items()) if len(group) > 1), None)
+    names = {leg: f"{colours[leg]}:{shown[leg]}" for leg in colours}
     if alike is None:
-        names = {leg: f"{colours[leg]}{shown[leg]}" for leg in colours}
         return repr(sorted(_describe(op, names) for op in product.operands))
+    several = {leg for group in groups.values() if len(group) > 1 for leg in group}
+    parts = _connected(product.operands, several)
+    if len(parts) > 1:
+        pieces = (Product(product.scale, part) for part in parts)
+        names = {leg: name if leg in several else f"one {name}" for leg, name in names.items()}
+        return repr(sorted(_search(piece, {leg: colours[leg] for leg in piece.legs}, names) for piece in pieces))
     top = 2 * max(colours.values()) + 2
     return min(_search(product, {**colours, leg: top}, shown) for leg in alike)
+
+
+def _connected(operands: tuple[Operand, ...], by: set[Leg]) -> list[tuple[Operand, ...]]:
+    """Operands in groups, of which no two share one of these legs."""
+    groups: list[tuple[set[Leg], tuple[Operand, ...]]] = []
+    for op in operands:
+        legs = by & set(op.legs)
+        joined = [group for group in groups if group[0] & legs]
+        groups = [group for group in groups if not group[0] & legs]
+        groups.append((legs.union(*(own for own, _ in joined)), (*(o for _, own in joined for o in own), op)))
+    return [own for _, own in groups]
 
 
 def _refine(product: Product, colours: dict[Leg, int]) -> dict[Leg, int]:

@@ -225,10 +225,14 @@ def _paths(store: Store, refs: list[Ref], legs: tuple[Leg, ...]) -> tuple[Path, 
     )
 
 
+MANY = 12
+"""Operands up to which all orders are searched: there are about three times as many with each one more."""
+
+
 @lru_cache(2**12)  # the options of a parameter ask the same again and again
 def _searched(equation: str, shapes: tuple[tuple[int, ...], ...]) -> tuple[Path, ...]:
     found: dict[Path, None] = {}
-    for method in ("dp", "greedy"):
+    for method in ("dp", "greedy") if len(shapes) <= MANY else ("greedy",):
         some = [tuple(max(1, size) for size in shape) for shape in shapes]  # no path is best of no elements
         path, _ = opt_einsum.contract_path(equation, *some, shapes=True, optimize=method)
         found[tuple(tuple(p) for p in path)] = None
