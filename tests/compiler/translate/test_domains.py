@@ -43,7 +43,7 @@ DOMAINS = [
     Tried("logdet", lambda m, x: torch.logdet(definite(m.l(x)))[:, None], X, LINEAR),
     Tried("logdet of a parameter", lambda m, x: x * torch.logdet(positive(m.a)), X, {"a": MATRIX}),
     Tried("segment_reduce", segments, X, LINEAR, FIRST),
-    Tried("erfinv", lambda m, x: torch.erfinv(m.l(x).tanh()), X, LINEAR),
+    Tried("mvlgamma", lambda m, x: torch.mvlgamma(m.l(x).exp() + 0.5, 2), X, LINEAR),
     Tried("zeta", lambda m, x: torch.special.zeta(torch.full((4,), 2.0), m.l(x).exp() + 1), X, LINEAR, FIRST),
     Tried("solve", lambda m, x: torch.linalg.solve(m.a, m.l(x)[..., None])[..., 0],
           X, {**SQUARE, "a": MATRIX}),
