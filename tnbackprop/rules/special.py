@@ -14,7 +14,7 @@ from .writing.text import Row, access, broadcast, broadcast_sizes, elementwise, 
 TABLE = Table()
 aten = torch.ops.aten
 enter = TABLE.rule
-_TWO = repr(math.log(2))
+_LOG_2 = repr(math.log(2))
 
 # fmt: off
 enter(aten.lgamma.default, aten.special_gammaln.default)(elementwise("lgamma(x)"))
@@ -61,4 +61,4 @@ enter(aten.atan2.default)(
 enter(aten.hypot.default)(_of_two("0 if {y} == 0 else {a} / {y}", "0 if {y} == 0 else {b} / {y}"))
 # 1 - sigmoid(a - b) would be 0 where a is larger by 17
 enter(aten.logaddexp.default)(_of_two("sigmoid({a} - {b})", "sigmoid({b} - {a})"))
-enter(aten.logaddexp2.default)(_of_two(f"sigmoid(({{a}} - {{b}}) * {_TWO})", f"sigmoid(({{b}} - {{a}}) * {_TWO})"))
+enter(aten.logaddexp2.default)(_of_two(f"sigmoid(({{a}} - {{b}}) * {_LOG_2})", f"sigmoid(({{b}} - {{a}}) * {_LOG_2})"))
