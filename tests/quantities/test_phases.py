@@ -295,7 +295,10 @@ REFUSED: dict[str, tuple[Made, type[Exception], str]] = {
         Made(make=lambda t: {"w": t["batch_l2"] + torch.ones(7, dtype=torch.float64)}),
         tn.InputError, r"between.* fails: .*7",
     ),
-    "fails": (Made(make=lambda t: {"w": t["batch_dot"]}), tn.InputError, "between.* fails: KeyError: 'batch_dot'"),
+    "fails": (
+        Made(make=lambda t: {"w": t["batch_dot"]}),
+        tn.InputError, r"between.* fails: KeyError: 'batch_dot'\n  The keys are 'batch_l2'",
+    ),
     "no mapping": (Made(make=lambda t: t["batch_l2"]), tn.InputError, "returns Tensor|returns Value"),
     "unread": (Made(make=lambda t: dict.fromkeys("wv", t["batch_l2"])), tn.InputError, "makes 'v', which extract"),
     "random": (

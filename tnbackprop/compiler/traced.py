@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from types import MappingProxyType
@@ -82,7 +82,9 @@ def traced(function: Callable[[Any], Any], given: Any, where: str, prefix: str) 
             "  Use torch.where and clamp in place of an if, and .shape[0] in place of a number."
         ) from error
     except (RuntimeError, AssertionError, *MISTAKES) as error:
-        raise InputError(f"{where} fails: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        keys = isinstance(error, KeyError) and isinstance(given, Mapping)
+        there = f"\n  The keys are {', '.join(map(repr, given))}." if keys else ""
+        raise InputError(f"{where} fails: {type(error).__name__}: {str(error).splitlines()[0]}{there}") from error
     if any(spec.kind in WRITTEN for spec in program.graph_signature.output_specs):
         raise UnsupportedError(f"{where} writes over what it is given: work on a clone, or without in-place operations")
     found = _Reader(program, where, prefix).traced()
