@@ -93,7 +93,7 @@ def test_edges(name: str) -> None:
     program = tn.compile(model, lambda f, y: f.sum(), (torch.rand(2, 2).double(), torch.zeros(2)), [tn.Grad()])
     found = program(x, torch.zeros(1))["grad"]["shift"]
     (want,) = torch.autograd.grad(model(x).sum(), model.shift)
-    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(found, want.nan_to_num(0))  # torch 2.7 has no number for the angle at the origin
 
 
 def test_in_a_formula() -> None:
