@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiler.running.magnitudes import largest, largest_difference, sum_of_squares
 from ..quantities import (
     BL89,
     KFAC,
@@ -67,8 +68,8 @@ class Pair:
     @cached_property
     def largest(self) -> float:
         """The largest finite value of autograd's."""
-        largest = _largest(self.want)
-        return largest if math.isfinite(largest) else float(self.want.abs().nan_to_num(nan=0.0, posinf=0.0).max())
+        found = largest(self.want)
+        return found if math.isfinite(found) else float(self.want.abs().nan_to_num(nan=0.0, posinf=0.0).max())
 
     @cached_property
     def error(self) -> float:
@@ -80,20 +81,10 @@ def error(got: Tensor, want: Tensor) -> float:
     if got.shape != want.shape and got.numel() != want.numel():
         return float("inf")
     got, want = (each.int() if each.dtype == torch.bool else each for each in (got, want))
-    difference = got.reshape(-1) - want.reshape(-1)
-    if math.isfinite(largest := _largest(difference)):
-        return largest
-    difference = difference.abs()
-    known = want.reshape(-1).isfinite()
-    difference = difference if bool(known.all()) else difference[known]
-    return float(difference.nan_to_num(nan=float("inf")).max()) if difference.numel() else 0.0
-
-
-def _largest(tensor: Tensor) -> float:
-    """The largest magnitude, in one pass; NaN where one is."""
-    if not tensor.is_floating_point():
-        return float(tensor.double().abs().max()) if tensor.numel() else 0.0
-    return float(torch.linalg.vector_norm(tensor, torch.inf)) if tensor.numel() else 0.0
+    if math.isfinite(difference := largest_difference(got, want)):
+        return difference
+    off = (got.reshape(-1) - want.reshape(-1)).abs()[want.reshape(-1).isfinite()]
+    return float(off.nan_to_num(nan=float("inf")).max()) if off.numel() else 0.0
 
 
 Found = tuple[str, str, Tensor, Tensor, float]
@@ -114,8 +105,8 @@ def batch_grad(reference: Reference, quantity: Any, got: Values) -> Iterator[Fou
 def batch_l2(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:
     for n, row in reference.rows.items():
         for name, g in row.items():
-            want = g.double().square().sum()
-            yield name, f"sample {n}", got[name][n], _scaled(reference, quantity, got[name][n], want, 2), 0.0
+            want = _scaled(reference, quantity, got[name][n], sum_of_squares(g), 2)
+            yield name, f"sample {n}", got[name][n], want, 0.0
 
 
 def batch_dot(reference: Reference, quantity: Any, got: Values) -> Iterator[Found]:

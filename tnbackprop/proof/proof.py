@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..compiler.capture.export import Wrapped, batch_size, plain, takes_names
-from ..compiler.capture.state import copied, resized
+from ..compiler.capture.state import copied, copied_once, resized
 from ..compiler.emit.naming import comment
 from ..compiler.running.failure import lacks_derivative
 from ..compiler.running.printing import SILENT
@@ -87,9 +87,9 @@ def prove(program: Program, example: Batch, rules: Rules, whole: bool = False) -
         for size in dict.fromkeys((first, every)):  # it may take the whole batch only
             proof = Proof(program, wrapped, resized(batch, size), size, rules, size == every)
             try:
-                said = proof.said()
-                saved = proof.saved()
-                program.saved_by_autograd = saved and saved / size * program.compiled.plan.batch
+                with copied_once():
+                    said = proof.said()
+                program.saved_by_autograd = proof.saved and proof.saved / size * program.compiled.plan.batch
                 return said
             except _NotRunError as error:
                 reason = str(error)
@@ -110,6 +110,7 @@ class Proof:
         self.declared = tuple(dict.fromkeys(call.where for call in calls))
         dtypes = [v.dtype for v in self.graph.values.values() if v.dtype.is_floating_point]
         self.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+        self.saved: int | None = None
 
     def said(self) -> str:
         try:
@@ -130,31 +131,6 @@ class Proof:
         zero = {pair.quantity for pair in pairs if pair.kind == ROOT} - some
         left |= dict.fromkeys(sorted(zero), "which autograd has as zero everywhere")
         return _line(self.size, [pair for pair in pairs if pair.quantity not in zero], left)
-
-    def saved(self) -> int | None:
-        """Bytes of the memory that autograd keeps for the loss, without parameters, buffers and inputs.
-
-        None of a model with torch.func inside, under which torch counts nothing.
-        """
-        inputs = [leaf for leaf in pytree.tree_leaves(self.batch) if isinstance(leaf, Tensor)]
-        found: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with copied(self.wrapped), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            outside = [*self.wrapped.parameters(), *self.wrapped.buffers(), *inputs]
-            try:
-                kept = self.wrapped(*self.batch)
-            except RuntimeError as error:
-                if "saved tensor hooks" not in str(error):
-                    raise
-                return None
-            for each in outside:
-                found.pop(each.untyped_storage().data_ptr(), None)
-            del kept
-        return sum(found.values())
 
     def _run(self) -> Result:
         """The program's results."""
@@ -207,16 +183,12 @@ class Proof:
         reference = self._reference(wrapped, batch)
         reference.clipped = self.program.indefinite is Indefinite.CLIP
         reference.powers = (float(self.program.compiled.derived.scale.subs(N, self.size)),)
+        self.saved = reference.saved if wrapped is self.wrapped else self.saved
         pairs = list(_values(reference, result))
         if self._wrong(pairs) and _draws(reference):
             return [], {}, True
-        try:
-            reached = reference.reached
-        except RuntimeError as error:  # an operator of one's own without a backward
-            text = (str(error).splitlines() or [""])[0]
-            return pairs, {"derivatives": f"autograd has none ({text})"}, False
         found, left = pairs_of(reference, self.program.quantities, result)
-        unreached = reference.parameters.keys() - reached if self.declared else frozenset()
+        unreached = reference.unreached if self.declared else frozenset()
         for name in sorted(unreached):
             left[repr(name)] = "only a rule of your own has a derivative by it"
         return pairs + [pair for pair in found if pair.parameter not in unreached], left, False

@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..compiler.capture.export import Wrapped
+from ..compiler.capture.rehearse import nodes
 from ..compiler.translate.foreign import MISTAKES
 from ..compiler.translate.graph import Graph
+from ..compiler.translate.torch_internals import saved_of
 from ..compiler.translate.torch_modes import twice_differentiable
 from ..diagram.core import N
 
@@ -55,14 +57,30 @@ class Reference:
         self.places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         self.ends: list[Tensor] = [leaves[k] for k in self.places]
 
+    @cached_property
+    def saved(self) -> int | None:
+        """Bytes that autograd keeps for the loss and the outputs, without parameters, buffers and inputs."""
+        given = [leaf for leaf in pytree.tree_leaves(self.batch) if isinstance(leaf, Tensor)]
+        ends = [end.grad_fn for end in (self.loss, *self.ends) if isinstance(end, Tensor)]
+        try:
+            kept = [tensor.untyped_storage() for node in nodes(ends) for tensor in saved_of(node)]
+        except RuntimeError:  # written to since, so there is no gradient
+            return None
+        given += [*self.wrapped.parameters(), *self.wrapped.buffers()]
+        outside = {each.untyped_storage().data_ptr() for each in given}
+        return sum({each.data_ptr(): each.nbytes() for each in kept if each.data_ptr() not in outside}.values())
+
     # -- the gradient
 
     @cached_property
-    def reached(self) -> frozenset[str]:
-        """The parameters that autograd has a derivative by."""
+    def unreached(self) -> frozenset[str]:
+        """The parameters that autograd has no derivative by: all where an operator has none."""
         roots = [each for each in (self.loss, *self.ends) if isinstance(each, Tensor) and each.requires_grad]
-        found = _grad(roots, self.parameters, [torch.ones_like(root) for root in roots], whole=False)
-        return frozenset(found)
+        try:
+            found = _grad(roots, self.parameters, [torch.ones_like(root) for root in roots], whole=False)
+        except RuntimeError:  # an operator of one's own without a backward
+            found = {}
+        return frozenset(self.parameters) - found.keys()
 
     @cached_property
     def gradient(self) -> Gradients:
@@ -76,20 +94,27 @@ class Reference:
     # -- samples one by one
 
     @cached_property
-    def elements(self) -> list[list[Tensor]]:
-        """Which elements of each output, flattened, are of sample n."""
+    def layouts(self) -> list[tuple[list[int], int]]:
+        """Of each output: sizes that it can be viewed with, and which of them is the number of samples."""
         names = pytree.tree_leaves(self.graph.output)
-        found: list[list[Tensor]] = [[] for _ in range(self.size)]
+        found = []
         for k, end in zip(self.places, self.ends, strict=True):
             axes = self.graph.values[names[k]].axes if len(names) > k and isinstance(names[k], str) else ()
-            factors = [self.size if factor == N else int(factor) for axis in axes for factor in axis]
-            where = [j for j, factor in enumerate(f for axis in axes for f in axis) if factor == N]
-            if len(where) != 1 or torch.Size(factors).numel() != end.numel():
+            factors = [factor for axis in axes for factor in axis]
+            sizes = [self.size if factor == N else int(factor) for factor in factors]
+            if factors.count(N) != 1 or torch.Size(sizes).numel() != end.numel():
                 raise NotComparedError("an output of the model has no axis of the samples")
-            rows = torch.arange(end.numel(), device=end.device).view(factors).movedim(where[0], 0)
-            for n in range(self.size):
-                found[n].append(rows[n].reshape(-1))
+            found.append((sizes, factors.index(N)))
         return found
+
+    @cached_property
+    def elements(self) -> list[list[Tensor]]:
+        """Which elements of each output, flattened, are of sample n."""
+        every = [
+            torch.arange(end.numel(), device=end.device).view(sizes).movedim(axis, 0).flatten(1)
+            for end, (sizes, axis) in zip(self.ends, self.layouts, strict=True)
+        ]
+        return [[rows[n] for rows in every] for n in range(self.size)]
 
     @cached_property
     def cut(self) -> Cut:
@@ -107,7 +132,14 @@ class Reference:
     def rows(self) -> Mapping[int, Gradients]:
         """G_n = Jᵀ of ∂L/∂f with zeros for the other samples, for all n, or where those are many for two."""
         each = range(self.size) if self.size <= PASSES else (0, self.size - 1)
-        return {n: self.vjp(_masked(self.cut.cotangents, self.elements[n])) for n in each}
+        return {n: self.vjp([self._alone(n, k) for k in range(len(self.ends))]) for n in each}
+
+    def _alone(self, n: int, k: int) -> Tensor:
+        """The cotangent of output k with zeros for all samples but n."""
+        whole, (sizes, axis) = self.cut.cotangents[k], self.layouts[k]
+        found = torch.zeros_like(whole, memory_format=torch.contiguous_format)
+        found.view(sizes).select(axis, n).copy_(whole.reshape(sizes).select(axis, n))
+        return found
 
     @cached_property
     def individual(self) -> Gradients:
@@ -317,11 +349,3 @@ def _grad(
     dense: Callable[[Tensor], Tensor] = lambda g: g if g.layout == torch.strided else g.to_dense()  # noqa: E731
     every = zip(by.items(), found, strict=True)
     return {name: torch.zeros_like(p) if g is None else dense(g) for (name, p), g in every if whole or g is not None}
-
-
-def _masked(cotangents: list[Tensor], elements: list[Tensor]) -> list[Tensor]:
-    """Zero but for some elements."""
-    return [
-        torch.zeros_like(c).reshape(-1).index_put((at,), c.reshape(-1)[at]).view(c.shape)
-        for c, at in zip(cotangents, elements, strict=True)
-    ]

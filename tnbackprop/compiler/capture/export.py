@@ -32,7 +32,7 @@ from .exported import Exported, ExportError, OneSizeError, exported
 from .one_sample import least_batch
 from .outputs import as_tree
 from .rehearse import SAMPLES, Seen, asked_of_constants, named_buffers, rehearse
-from .state import resized
+from .state import copied_once, resized
 from .transformed import cannot, transformed
 from .translate import translate
 
@@ -85,7 +85,7 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
     x, y = _distinct((plain(example[0]), plain(example[1])))
     _check_transforms(model, (x, y))
     batch = batch_size((x, y))
-    with alone(), own_dtypes(device_of_module(model)), torch.inference_mode(False), WholeHeads():
+    with alone(), own_dtypes(device_of_module(model)), torch.inference_mode(False), WholeHeads(), copied_once():
         wrapped = Wrapped(model, loss, takes_names(model, example[0]))
         seen = rehearse(wrapped, (x, y), batch, rules)
         with SILENT:

@@ -12,6 +12,7 @@ from torch.fx import Interpreter
 from torch.utils import _pytree as pytree
 
 from ...errors import UnsupportedError
+from ..running.magnitudes import largest, largest_difference
 from ..translate.foreign import MISTAKES
 from ..translate.opaque import NAMESPACE, named_tensors
 from ..translate.sizes import TRIED, first_broken
@@ -86,19 +87,14 @@ def _close(got: Sequence[Any], want: Sequence[Any]) -> bool:
     both = zip(got, want, strict=True)
     pairs = [(_flat(a), _flat(b)) for a, b in both if isinstance(a, Tensor)]
     sizes = [_size(b) for _, b in pairs]
-    largest = max(sizes, default=0.0)
+    most = max(sizes, default=0.0)
     for (a, b), size in zip(pairs, sizes, strict=True):
         share = max(1e-2, 16 * torch.finfo(b.dtype).eps) if b.is_floating_point() else 1e-2
-        tolerance = TOLERANCES.get(b.dtype, 5e-2) * (size + share * largest)
-        near = bool(_largest(a.to(b.dtype) - b) <= tolerance) if b.numel() and b.is_floating_point() else False
+        tolerance = TOLERANCES.get(b.dtype, 5e-2) * (size + share * most)
+        near = b.is_floating_point() and largest_difference(a.to(b.dtype), b) <= tolerance
         if not near and not torch.allclose(a.to(b.dtype), b, rtol=0, atol=tolerance, equal_nan=True):
             return False
     return True
-
-
-def _largest(tensor: Tensor) -> float:
-    """The largest magnitude, in one pass; NaN where one is."""
-    return float(torch.linalg.vector_norm(tensor, torch.inf))
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -109,8 +105,8 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def _size(tensor: Tensor) -> float:
     """The largest finite value."""
-    if tensor.is_floating_point() and tensor.numel() and (largest := _largest(tensor)) < torch.inf:
-        return largest
+    if tensor.is_floating_point() and (found := largest(tensor)) < torch.inf:
+        return found
     finite = (tensor.int() if tensor.dtype == torch.bool else tensor)[tensor.isfinite()].abs()
     return float(finite.max()) if finite.numel() else 0.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,33 @@ from torch.utils import _pytree as pytree
 
 from ..translate.torch_internals import evenly, own_tables, version
 from .kept import attributes_kept
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Memory with the values of a tensor, of which `copied` made it."""
+
+    original: Tensor
+    memory: Tensor
+    version: int
+
+    @property
+    def fits(self) -> bool:
+        """What is written through `.data`, or by numpy, changes no version."""
+        return version(self.memory) == self.version and _alike(self.original, self.memory)
+
+
+_KEPT = ContextVar[dict[int, Kept] | None]("_KEPT", default=None)
+
+
+@contextmanager
+def copied_once() -> Iterator[None]:
+    """While active, what is `copied` again has the memory that it had, where nobody wrote to that or to the tensor."""
+    token = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
 
 @dataclass(frozen=True)
@@ -114,10 +142,28 @@ def _copy(
         return
     copy = made.get(id(tensor))
     if copy is None:
-        copy = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        copy = _memory(tensor).requires_grad_(tensor.requires_grad)
         copy = made[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
     holder[key] = copy
     copies.tensors.append(Copy(name, holder, key, tensor, copy, version(copy), registered))
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """The values of a tensor in memory of their own, as a new tensor."""
+    kept = _KEPT.get()
+    if kept is None:
+        return tensor.detach().clone()
+    found = kept.get(id(tensor))
+    if found is None or found.original is not tensor or not found.fits:
+        memory = tensor.detach().clone()
+        found = kept[id(tensor)] = Kept(tensor, memory, version(memory))
+    return found.memory.detach()
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """The same in every respect that a copy has."""
+    layout = a.layout is torch.strided and a.stride() == b.stride()
+    return layout and (a.dtype, a.device) == (b.dtype, b.device) and _same(a, b)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

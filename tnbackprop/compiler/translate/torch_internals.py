@@ -10,7 +10,7 @@ import keyword
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
 from torch.nn.modules import module as module_globals
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 OpOverload = torch._ops.OpOverload
@@ -304,6 +305,19 @@ def own_tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[
 def version(tensor: Tensor) -> int:
     """Grows with every operation that writes to the tensor, or to one that shares its memory."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def saved_of(node: Any) -> list[Tensor]:
+    """What a node of autograd's graph keeps for its derivative. Raises `RuntimeError` where that was written to."""
+    kind: Any = type(node)
+    named = [getattr(node, name) for name in _saved(kind)]
+    kept = named if named else getattr(node, "saved_tensors", ())  # of an autograd.Function
+    return [leaf for leaf in pytree.tree_leaves(list(kept)) if isinstance(leaf, Tensor)]
+
+
+@lru_cache(maxsize=1024)
+def _saved(kind: Any) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_saved_"))
 
 
 def has_hooks(tensor: Tensor) -> bool:
