@@ -7,8 +7,22 @@ from collections.abc import Iterator
 from ...diagram.core import Size, hint_of
 from ..emit.compiled import Compiled
 from ..program.inputs import parameter_shapes
-from ..sweep.derived import Extraction, Phase, Result
+from ..sweep.derived import Extraction, Phase, Result, Schedule
+from ..sweep.roots import LossRoot
 from ..translate.graph import op_text
+from .text import body_text, legs_text, shortened
+
+WIDTH = 144
+"""Of the formula of a Hessian."""
+
+
+def hessian_lines(compiled: Compiled, schedule: Schedule) -> Iterator[str]:
+    """The diagonal Hessian of the loss, where the columns of this sweep are of its root."""
+    for columns in compiled.derived.columns:
+        start = columns.start
+        if columns.schedule is schedule and isinstance(start, LossRoot) and start.curvature is not None:
+            at = f"{hint_of(start.value)}[{legs_text(start.curvature.legs)}]"
+            yield shortened(f"  ∂²loss/∂{at}² = {body_text(start.curvature, {})}", WIDTH)
 
 
 def operand_lines(compiled: Compiled) -> Iterator[str]:

@@ -22,7 +22,7 @@ from ..program.passes import PASSES
 from ..sweep.derived import Backward, Extraction, Formula, Individual, Native, Result, Schedule
 from .alternatives import Alternative, Way, alternatives, conditions, part_names, seconds, work_numbers
 from .factors import factor_lines
-from .phases import operand_lines, phase_lines
+from .phases import hessian_lines, operand_lines, phase_lines
 from .polynomials import Symbols, in_batch_text, number_text
 from .program import opaque, pass_lines, program_lines
 from .text import body_text, diagram_text, legs_text, milliseconds, shortened, size_text, table
@@ -109,6 +109,7 @@ def _diagrams(compiled: Compiled) -> Iterator[str]:
     yield from operand_lines(compiled)
     for title, schedule in _schedules(compiled):
         yield from (title,) if title else ()
+        yield from hessian_lines(compiled, schedule)
         for item in schedule:
             match item:
                 case Backward():

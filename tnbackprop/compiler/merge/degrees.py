@@ -180,7 +180,7 @@ class Degrees:
         if isinstance(start, LossRoot):
             mine = Degree(loss=HALF, even=self.even)
         elif isinstance(start, Basis) and start.weight is not None:
-            found = self._attempt(lambda: self.of(start.weight) or self._at_loss(Degree(self.scale)))
+            found = self._attempt(lambda: self._weight(start.weight))
             if isinstance(found, Undecided):
                 self.known[columns.weight] = found
                 return
@@ -191,6 +191,11 @@ class Degrees:
         if not isinstance(start, Formula):
             self.known[columns.variable] = mine
             self.known[columns.weight] = weight
+
+    def _weight(self, weight: Diagram) -> Degree:
+        """Of the weights of one-hot columns: of what is propagated, or second derivatives of the loss."""
+        found = self.of(weight) if set(leaves(weight)) & set(self.known) else self._of_loss(weight)
+        return found or self._at_loss(Degree(self.scale))
 
     def _at_loss(self, degree: Degree) -> Degree:
         """Of what comes right from the loss: its scale is N^scale."""
@@ -212,11 +217,12 @@ class Degrees:
     def _term(self, term: Diagram | Native, of_loss: bool) -> Degree | None:
         if isinstance(term, Native):
             return self.of(tensor(term.cotangent, ()))
-        read = set(leaves(term))
-        if not of_loss or read & set(self.known):
-            return self.of(term)
-        powers = {powers_in(p) for p in term.products}
-        if read & self.whole - set(self.derived.divisors) or len(powers) > 1 or len(self.derived.divisors) > 1:
+        return self.of(term) if not of_loss or set(leaves(term)) & set(self.known) else self._of_loss(term)
+
+    def _of_loss(self, term: Diagram) -> Degree | None:
+        """Of a derivative of the loss, a divisor of which may be of the batch."""
+        divisors, powers = set(self.derived.divisors), {powers_in(p) for p in term.products}
+        if set(leaves(term)) & self.whole - divisors or len(powers) > 1 or len(divisors) > 1:
             raise Undecided("the loss is divided by what depends on the whole batch")
         return self._at_loss(Degree(powers.pop())) if powers else None
 

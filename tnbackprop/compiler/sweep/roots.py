@@ -15,14 +15,16 @@ import sympy
 from torch import Tensor
 
 from ...diagram.algebra import diagonal
-from ...diagram.core import BATCH, Diagram, N, Size, leaves
+from ...diagram.core import BATCH, Diagram, Leg, N, Size, leaves
 from ...diagram.derivatives import differentiate
 from ...diagram.jacobian import Jacobian
 from ...errors import UnsupportedError
 from ...notation.bind import CURVATURE, HESSIAN_ROOT, NOISE, BoundRoot, BoundRule
 from ...notation.code import Code, Hole
 from ..translate.graph import Call, Graph, Value, needed
+from .composed import curvature_of
 
+Bound = tuple[tuple[Call, BoundRule], ...]
 _UNIFORM = Hole(NOISE)
 NORMAL = Code.of(
     "1.4142135623730951 * torch.erfinv((2 * ", _UNIFORM, " - 1) * (1 - torch.finfo(", _UNIFORM, ".dtype).eps))"
@@ -85,7 +87,7 @@ class LossRoot:
 
 
 def loss_root(
-    graph: Graph, bound: tuple[tuple[Call, BoundRule], ...], scale: sympy.Expr, what: str, signed: bool = False
+    graph: Graph, bound: Bound, scale: sympy.Expr, what: str, signed: bool = False
 ) -> LossRoot:
     """The root for the single loss call on the model's only output, for `what` is asked for, with the loss's scale.
 
@@ -101,6 +103,7 @@ def loss_root(
     found = None
     if output.name in {v.name for v in call.tensors.values()}:
         found = LossRoot(output, _per_position(rule.root, output), None) if rule.root else _elementwise(rule, output)
+    found = found or _written_out(graph, bound, output)
     return replace(found or _from_hessian(graph, output, signed), scale=scale)
 
 
@@ -146,7 +149,7 @@ def output_of(graph: Graph, what: str) -> Value:
     )
 
 
-def at_loss(graph: Graph, bound: tuple[tuple[Call, BoundRule], ...]) -> Value | None:
+def at_loss(graph: Graph, bound: Bound) -> Value | None:
     """Where curvature is taken if not at the only output: further on, nearer to the loss's own call.
 
     Past all that reads a parameter, if the loss itself does (its head, say, or the model gives its loss): the curvature
@@ -277,8 +280,23 @@ def _elementwise(rule: BoundRule, output: Value) -> LossRoot | None:
     if curvature is None:
         return None
     curvature = curvature.rename({leg: BATCH for leg in first.into if leg.size == BATCH.size})
+    return _on_diagonal(curvature, output, rule.draw or NORMAL)
+
+
+def _written_out(graph: Graph, bound: Bound, output: Value) -> LossRoot | None:
+    """The root of a loss of several lines whose Hessian is diagonal; None for any other."""
+    behind = {call.output.name for call in calls_behind(graph, output) if call.output.differentiable}
+    lines = [(call, rule) for call, rule in bound if call.output.name in behind]
+    sizes = [size for axis in output.axes for size in axis if size != 1]
+    legs = tuple(BATCH if size == N else Leg(f"o{k}", size) for k, size in enumerate(sizes))
+    curvature = curvature_of(output, legs, lines, str(graph.loss)) if len(lines) == len(behind) else None
+    return None if curvature is None else _on_diagonal(curvature, output, NORMAL)
+
+
+def _on_diagonal(curvature: Diagram, output: Value, draw: Code) -> LossRoot:
+    """The root of a diagonal Hessian; `draw` gives a number with mean 0 and variance 1 for each element."""
     shape = ", ".join(str(s) for s in output.shape)
     entries = Code.of(Hole(CURVATURE), ".clamp(min=0).sqrt()")
     root = _per_position(BoundRoot(1, Code.of(entries, f".reshape(1, {shape})"), Code()), output)
-    sample = Code.of(entries, f".reshape({shape}) * ", rule.draw or NORMAL)
+    sample = Code.of(entries, f".reshape({shape}) * ", draw)
     return LossRoot(output, BoundRoot(root.columns, root.code, sample), curvature)
