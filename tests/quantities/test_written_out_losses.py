@@ -1,4 +1,4 @@
-"""Losses written out in several lines: a diagonal Hessian is seen and has a formula, any other is decomposed.
+"""Losses written out in several lines: a diagonal Hessian, or that of a softmax, has a formula; others are decomposed.
 
 The oracle is the dense Hessian of the loss by the output, from autograd.
 """
@@ -84,6 +84,30 @@ DIAGONAL: dict[str, tuple[Loss, Callable[[], Tensor]]] = {
     "split": (lambda f, y: (f.view(-1, 2, 2) - y.view(-1, 2, 2)).pow(4).sum((1, 2)).mean(), real),
     "with every target": (lambda f, y: (f[:, :, None] - y[:, None, :]).pow(4).mean(), real),
 }
+def smoothed(f: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy with smoothed labels."""
+    logs = F.log_softmax(f, 1)
+    return -(0.9 * logs.gather(1, classes(y)).squeeze(1) + 0.1 * logs.mean(1)).mean()
+
+
+def classes(y: Tensor) -> Tensor:
+    return y.abs().long().clamp(max=3)[:, :1]
+
+
+SOFTMAX: dict[str, tuple[Loss, Callable[[], Tensor]]] = {
+    "divergence": (lambda f, y: F.kl_div(F.log_softmax(f, 1), y.softmax(1), reduction="batchmean"), real),
+    "distilled": (lambda f, y: 4 * F.kl_div(F.log_softmax(f / 2, 1), (y / 2).softmax(1), reduction="batchmean"), real),
+    "probabilities": (lambda f, y: -(y.softmax(-1) * F.log_softmax(f, -1)).sum(-1).mean(), real),
+    "labels": (lambda f, y: -F.log_softmax(f, 1).gather(1, classes(y)).mean(), real),
+    "smoothed": (smoothed, real),
+    "rewards": (lambda f, y: -(F.log_softmax(f, 1)[:, 1] * y[:, 0]).mean(), positive),
+    "rewards and penalties": (lambda f, y: -(F.log_softmax(f, 1)[:, 1] * y[:, 0]).mean(), real),
+    "positions": (lambda f, y: -(F.log_softmax(f.view(-1, 2, 2), 1) * y.view(-1, 2, 2)).sum((1, 2)).mean(), positive),
+    "positions first": (
+        lambda f, y: -(F.log_softmax(f.view(-1, 2, 2), 2) * y.view(-1, 2, 2)).sum((1, 2)).mean(),
+        positive,
+    ),
+}
 OTHERS: dict[str, tuple[Loss, Callable[[], Tensor]]] = {
     "a norm": (lambda f, y: torch.linalg.vector_norm(f - y, dim=1).pow(4).mean(), real),
     "mean and variance": (lambda f, y: (f[:, 2:].exp() * (f[:, :2] - y[:, :2]) ** 2 - f[:, 2:]).sum(-1).mean(), real),
@@ -94,9 +118,10 @@ OTHERS: dict[str, tuple[Loss, Callable[[], Tensor]]] = {
     "a sum": (lambda f, y: (f.mean(1) - y[:, 0]).square().mean(), real),
     "a matrix": (lambda f, y: ((f - y) @ VECTOR).square().mean(), real),
     "with each other": (lambda f, y: (f[:, :, None] - f[:, None, :]).pow(4).mean(), real),
-    "divergence": (lambda f, y: F.kl_div(F.log_softmax(f, 1), y.softmax(1), reduction="batchmean"), real),
+    "entropy": (lambda f, y: (F.log_softmax(f, 1) * (F.log_softmax(f, 1).exp() - y)).sum(1).mean(), positive),
+    "softmax and squares": (lambda f, y: F.mse_loss(f, y) - F.log_softmax(f, 1)[:, 0].mean(), real),
 }
-EVERY = {**DIAGONAL, **OTHERS}
+EVERY = {**DIAGONAL, **SOFTMAX, **OTHERS}
 
 
 def problem(name: str) -> tuple[nn.Module, Loss, Tensor, Tensor]:
@@ -151,7 +176,7 @@ def test_the_diagonal_of_the_hessian(name: str) -> None:
         torch.testing.assert_close(result[key], want, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["squares", "Poisson", "slices", "gathered", "masked mean", "split"])
+@pytest.mark.parametrize("name", ["squares", "slices", "masked mean", "split", *SOFTMAX])
 def test_what_is_drawn_is_the_diagonal_on_average(name: str) -> None:
     _, _, x, y = problem(name)
     result = compiled(name, tn.DiagGGN(), tn.DiagGGNMC(mc_samples=3000))(x, y, seed=0)
@@ -159,7 +184,7 @@ def test_what_is_drawn_is_the_diagonal_on_average(name: str) -> None:
         torch.testing.assert_close(result["diag_ggn_mc"][key], want, rtol=0.15, atol=0.05 * float(want.max()))
 
 
-@pytest.mark.parametrize("name", ["squares", "slices", "masked", "weights by sample", "split"])
+@pytest.mark.parametrize("name", ["squares", "slices", "masked", "weights by sample", "split", "distilled"])
 def test_of_batches_merged(name: str) -> None:
     _, _, x, y = problem(name)
     program = compiled(name, tn.DiagGGN(), tn.HessianDiag(), tn.HesScale(), tn.KFLR())
@@ -237,6 +262,20 @@ def test_several_outputs_with_axes_of_their_own() -> None:
     for key, found in program(x, x)["diag_ggn"].items():
         want = torch.einsum("nc...,ncmd,md...->...", J[key], H, J[key])
         torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
+
+
+def test_many_classes_at_many_positions() -> None:
+    """Draws take a number for each position, and no Hessian is made."""
+    torch.manual_seed(0)
+    model, tokens = nn.Sequential(nn.Embedding(3000, 8), nn.Linear(8, 3000)), torch.randint(3000, (4, 16))
+    loss = lambda f, y: -F.log_softmax(f, -1).gather(-1, y.unsqueeze(-1)).mean()  # noqa: E731
+    known = lambda f, y: F.cross_entropy(f.flatten(0, 1), y.flatten())  # noqa: E731
+    ours, theirs = (
+        tn.compile(model, each, (tokens, tokens), [tn.DiagGGNMC(mc_samples=2), tn.KFAC()])(tokens, tokens, seed=0)
+        for each in (loss, known)
+    )
+    for key, want in theirs["diag_ggn_mc"].items():
+        torch.testing.assert_close(ours["diag_ggn_mc"][key], want)
 
 
 def test_many_outputs() -> None:

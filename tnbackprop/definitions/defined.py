@@ -130,6 +130,14 @@ class Defined:
         columns: Tensor = torch.stack([draw(row) for row in own], 1) * found.samples**-0.5
         return columns
 
+    def draws_at_output(self, root: LossRoot) -> bool:
+        """Whether it has code that draws columns at the model's output, element by element, and not further on."""
+        if root.calls or root.sampler is not None:
+            return not root.calls
+        output = self.problem.output
+        at = trace(self.program, self.problem.x, self.problem.y, self.problem.size).env.get(root.value)
+        return at is None or (at.numel() == output.numel() and torch.allclose(at.reshape(-1), output.reshape(-1)))
+
     def draw(self, root: LossRoot, output: Tensor) -> Callable[[Tensor], Tensor]:
         """The rule's code for one column at an output, [N, F], of uniform numbers; or what a sampler's labels give."""
         size, graph = self.problem.size, self.program.compiled.graph

@@ -368,7 +368,7 @@ class _Binder:
         root = self.rule.root
         if root is None:
             return None
-        code, sample = self._code(root.code), self._code(root.sample, "noise")
+        code, sample = self._code(root.code, "curvature"), self._code(root.sample, "noise", "curvature")
         return BoundRoot(root.columns, code, sample, root.mixes, self._code(root.elementwise), root.by_position)
 
     def _code(self, code: str, *kept: str) -> Code:

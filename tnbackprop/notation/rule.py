@@ -23,6 +23,9 @@ class Root:
     elementwise  torch code for its diagonal, [*input], as it is where outputs are taken not to mix ("": the exact one)
     sample   torch code for one random column s with E[s sᵀ] = H; ``{noise}`` is uniform on (0, 1), shaped as the input
     by_position  ``{noise}`` is one number for each position: it has no axes of `mixes`
+
+    In the rule of a function that losses are linear in (log_softmax), it is that of minus its Hessian, the same for all
+    elements along `mixes`, times ``{curvature}``: minus the sum of the loss's slopes along them, [*positions].
     """
 
     columns: int

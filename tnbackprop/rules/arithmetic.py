@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from ..notation.rule import Rule
+from ..notation.rule import Root, Rule
 from ..table import Table
+from .loss import softmax_draw
 from .writing.kinks import slope
 from .writing.text import access, axis, broadcast, chosen, join, leg_names, literal, refuse, sizes, whole
 
@@ -174,9 +175,25 @@ def softmax(call: Any) -> Rule:
 @TABLE.rule(aten.log_softmax.int, aten._log_softmax.default)
 def log_softmax(call: Any) -> Rule:
     out, into, pair = _normalized(call)
+    """The Hessian of every element is p pᵀ - diag p."""
     jacobian = f"delta[{pair}] - exp(output[{join(into)}])"
     vjp = _native(call, "torch.ops.aten._log_softmax_backward_data")
-    return Rule(jacobian={"input": jacobian}, legs={"input": join(into), "output": join(out)}, vjp=vjp)
+    legs, dim = {"input": join(into), "output": join(out)}, call.dim % max(1, len(call.input.axes))
+    code = f"softmax_columns({{input}}, {{curvature}}, {dim})"
+    scale = "{curvature}.clamp(min=0).sqrt().reshape({noise}.shape).unsqueeze(1)"
+    sample = f"softmax_draw({{input}}.movedim({dim}, 1), {{noise}}, {scale}).movedim(1, {dim})"
+    size = call.input.shape[dim] if len(call.input.axes) > 1 else 1
+    root = Root(size, code, sample, (dim,), by_position=True) if isinstance(size, int) else None
+    functions = (softmax_columns, softmax_draw)
+    return Rule(jacobian={"input": jacobian}, legs=legs, vjp=vjp, root=root, functions=functions if root else ())
+
+
+def softmax_columns(input: torch.Tensor, weight: torch.Tensor, dim: int) -> torch.Tensor:
+    """The columns √p_v (onehot(v) - p) √weight of the root of weight (diag p - p pᵀ), with p along an axis."""
+    p = torch.softmax(input, dim).movedim(dim, -1)
+    scale = weight.clamp(min=0).sqrt().reshape(p.shape[:-1]).unsqueeze(-1) * p.sqrt()
+    eye = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
+    return ((eye - p.unsqueeze(-2)) * scale.unsqueeze(-1)).movedim(-2, 0).movedim(-1, dim + 1)
 
 
 def _native(call: Any, kernel: str) -> dict[str, str]:

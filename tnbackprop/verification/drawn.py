@@ -43,7 +43,7 @@ def check_law(case: Defined, text: str) -> Iterator[Finding]:
     logarithm the loss is, the gradients are zero in the mean.
     """
     keys = [key for key, quantity in case.program.quantities.items() if is_drawn(quantity)]
-    roots = [root for root in (case.root(key) for key in keys) if not root.calls]
+    roots = [root for root in (case.root(key) for key in keys) if case.draws_at_output(root)]
     for root in (root for k, root in enumerate(roots) if root not in roots[:k]):
         output = case.problem.output / 10
         drawn = _drawn(case, root, output)

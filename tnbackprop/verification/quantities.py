@@ -134,9 +134,9 @@ def check_quantities(
         if why:
             yield LeftOut(key, why)
             continue
-        if is_drawn(quantity) and defined.root(key).calls:
+        if is_drawn(quantity) and not defined.draws_at_output(defined.root(key)):
             if not isinstance(quantity, SqrtGGNMC | DiagGGNMC | KFAC):
-                yield LeftOut(key, "its columns are drawn by way of the loss's Hessian, which has no rule")
+                yield LeftOut(key, "its columns are drawn by way of the loss's Hessian, or behind the output")
             elif means:
                 yield from check_mean(defined, key, quantity, case)
             continue

@@ -90,7 +90,7 @@ class AtOutput(Output):
     def hessian(self, mixed: bool = True) -> tuple[Diagram, Diagram]:
         found = self._root(signed=True)
         found = found if mixed else elementwise_root(found)
-        if found.curvature is None:
+        if found.curvature is None or found.blocks:
             return self._of_root(found)
         return self._columns(Weighted(found.value, found.curvature.legs, found.curvature))
 

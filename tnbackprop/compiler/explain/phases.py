@@ -21,8 +21,10 @@ def hessian_lines(compiled: Compiled, schedule: Schedule) -> Iterator[str]:
     for columns in compiled.derived.columns:
         start = columns.start
         if columns.schedule is schedule and isinstance(start, LossRoot) and start.curvature is not None:
-            at = f"{hint_of(start.value)}[{legs_text(start.curvature.legs)}]"
-            yield shortened(f"  ∂²loss/∂{at}² = {body_text(start.curvature, {})}", WIDTH)
+            legs, formula = legs_text(start.curvature.legs), body_text(start.curvature, {})
+            left = f"the block of [{legs}] in ∂²loss/∂{hint_of(start.value)}²" if start.blocks else ""
+            left = f"{left}: its factor" if left else f"∂²loss/∂{hint_of(start.value)}[{legs}]²"
+            yield shortened(f"  {left} = {formula}", WIDTH)
 
 
 def operand_lines(compiled: Compiled) -> Iterator[str]:

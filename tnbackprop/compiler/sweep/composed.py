@@ -7,7 +7,7 @@ one element of the output for each of its own; then H = Σ_v A_vᵀ diag(h_v) A_
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import sympy
@@ -19,7 +19,7 @@ from ...diagram.jacobian import Jacobian
 from ...diagram.simplify import as_map, simplify
 from ...errors import UnsupportedError
 from ...notation.bind import BoundRule
-from ..translate.graph import Call, Value
+from ..translate.graph import Call
 
 MOST = 64
 """Products of a formula: sums that are multiplied out grow fast."""
@@ -121,6 +121,24 @@ class Composed:
                 found = found + led
         return simplify(found)
 
+    def slope(self, loss: str) -> Diagram | None:
+        """The derivative by the output, where the loss is linear in it; else None."""
+        whole, found = self.known[loss], Diagram(self.legs, ())
+        bases = [name for name in (self.output, *self.moved) if name in _read(whole)]
+        for name in bases:
+            first = differentiate(whole, name)
+            assert first is not None
+            if any((second := differentiate(first.diagram, each)) and second.diagram.products for each in bases):
+                return None
+            if name == self.output:
+                found = found + _on_legs(first.diagram, self.legs)
+                continue
+            jacobian = differentiate(self.moved[name], self.output)
+            if jacobian is None:
+                return None
+            found = found + pull_back(jacobian, _on_legs(first.diagram, jacobian.out), (), self.legs)
+        return simplify(found)
+
     def _led(self, name: str, weights: Diagram) -> Diagram | None:
         """Aᵀ h of a piece; None where an element of it is made of several of the output."""
         if name == self.output:
@@ -131,22 +149,33 @@ class Composed:
         return pull_back(squared(jacobian), _on_legs(weights, jacobian.out), (), self.legs)
 
 
-def curvature_of(
-    output: Value, legs: tuple[Leg, ...], behind: Sequence[tuple[Call, BoundRule]], loss: str
-) -> Diagram | None:
+Lines = Sequence[tuple[Call, BoundRule]]
+
+
+def curvature_of(output: str, legs: tuple[Leg, ...], behind: Lines, loss: str) -> Diagram | None:
     """The diagonal Hessian of a loss that is written out, by the output; None where it is another, or not known to be.
 
     behind  the lines that lead from the output to the loss
     legs    those of the output
     """
-    composed = Composed(output.name, legs)
+    return _of_the_whole(Composed(output, legs), behind, loss, Composed.curvature)
+
+
+def slope_of(value: str, legs: tuple[Leg, ...], behind: Lines, loss: str) -> Diagram | None:
+    """The same for its first derivative where it is linear in the value; else None."""
+    return _of_the_whole(Composed(value, legs), behind, loss, Composed.slope)
+
+
+def _of_the_whole(
+    composed: Composed, behind: Lines, loss: str, what: Callable[[Composed, str], Diagram | None]
+) -> Diagram | None:
     try:
         for call, rule in behind:
             (equation, *more) = rule.equations
             if more or equation.diagram is None or (call.by_rule and equation.jacobians):
                 return None  # what is declared may be another derivative than the formula's
             composed.add(call.output.name, equation.diagram)
-        return composed.curvature(loss) if loss in composed.known else None
+        return what(composed, loss) if loss in composed.known else None
     except (_NotOneFormulaError, UnsupportedError):  # an axis that is read as two, say
         return None
 

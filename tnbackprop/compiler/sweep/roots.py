@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from math import prod
 from typing import Any
 
@@ -22,7 +23,7 @@ from ...errors import UnsupportedError
 from ...notation.bind import CURVATURE, HESSIAN_ROOT, NOISE, BoundRoot, BoundRule
 from ...notation.code import Code, Hole
 from ..translate.graph import Call, Graph, Value, needed
-from .composed import curvature_of
+from .composed import curvature_of, slope_of
 
 Bound = tuple[tuple[Call, BoundRule], ...]
 _UNIFORM = Hole(NOISE)
@@ -61,6 +62,7 @@ class DrawnLabels:
 class LossRoot:
     """The loss's root; `curvature` is the diagonal Hessian that its code reads, if it has one.
 
+    blocks   the Hessian is a block for each position, in which that is one factor
     sampler  draws labels, whose gradients are the columns; `labels` is the same captured
     """
 
@@ -72,6 +74,7 @@ class LossRoot:
     scale: sympy.Expr = sympy.S.One  # of a sample's loss
     sampler: Callable[..., Any] | None = None
     labels: DrawnLabels | None = None
+    blocks: bool = False
 
     def noise_shape(self) -> tuple[Size, ...]:
         """That of the noise of one column."""
@@ -103,7 +106,7 @@ def loss_root(
     found = None
     if output.name in {v.name for v in call.tensors.values()}:
         found = LossRoot(output, _per_position(rule.root, output), None) if rule.root else _elementwise(rule, output)
-    found = found or _written_out(graph, bound, output)
+    found = found or (None if signed else _linear_in(graph, bound, output)) or _written_out(graph, bound, output)
     return replace(found or _from_hessian(graph, output, signed), scale=scale)
 
 
@@ -164,6 +167,8 @@ def at_loss(graph: Graph, bound: Bound) -> Value | None:
         if len(reading) != 1:
             break
         ((call, rule),) = reading
+        if rule.root and call.output.name != graph.loss and _linear_in(graph, bound, value):
+            return value if moved or value != first else None
         if call.output.name == graph.loss:
             known = rule.root or _elementwise(rule, value)
             return value if known and (moved or value != first) else first if moved else None
@@ -285,12 +290,38 @@ def _elementwise(rule: BoundRule, output: Value) -> LossRoot | None:
 
 def _written_out(graph: Graph, bound: Bound, output: Value) -> LossRoot | None:
     """The root of a loss of several lines whose Hessian is diagonal; None for any other."""
+    lines = _lines(graph, bound, output)
+    legs = tuple(leg for axis in _legs(output) for leg in axis)
+    curvature = None if lines is None else curvature_of(output.name, legs, lines, str(graph.loss))
+    return None if curvature is None else _on_diagonal(curvature, output, NORMAL)
+
+
+def _linear_in(graph: Graph, bound: Bound, output: Value) -> LossRoot | None:
+    """The root of a loss that is linear in a function of the output which has one: log_softmax; None for any other."""
+    reading = [(call, rule) for call, rule in bound if output in call.tensors.values() and call.output.differentiable]
+    ((call, rule),) = reading if len(reading) == 1 else ((None, None),)
+    if call is None or rule is None or rule.root is None or call.output.name == graph.loss:
+        return None
+    lines, legs = _lines(graph, bound, call.output), _legs(output)
+    every = tuple(leg for axis in legs for leg in axis)
+    slope = None if lines is None else slope_of(call.output.name, every, lines, str(graph.loss))
+    if slope is None:
+        return None
+    weight = -slope.sum(*(leg.name for axis in rule.root.mixes for leg in legs[axis]))
+    return LossRoot(output, _per_position(rule.root, output), weight, blocks=True)
+
+
+def _lines(graph: Graph, bound: Bound, output: Value) -> list[tuple[Call, BoundRule]] | None:
+    """What leads from a value to the loss; None where a line of it has no rule."""
     behind = {call.output.name for call in calls_behind(graph, output) if call.output.differentiable}
     lines = [(call, rule) for call, rule in bound if call.output.name in behind]
-    sizes = [size for axis in output.axes for size in axis if size != 1]
-    legs = tuple(BATCH if size == N else Leg(f"o{k}", size) for k, size in enumerate(sizes))
-    curvature = curvature_of(output, legs, lines, str(graph.loss)) if len(lines) == len(behind) else None
-    return None if curvature is None else _on_diagonal(curvature, output, NORMAL)
+    return lines if len(lines) == len(behind) else None
+
+
+def _legs(value: Value) -> list[list[Leg]]:
+    """For each axis those that it is made of."""
+    names = count()
+    return [[BATCH if size == N else Leg(f"o{next(names)}", size) for size in axis if size != 1] for axis in value.axes]
 
 
 def _on_diagonal(curvature: Diagram, output: Value, draw: Code) -> LossRoot:
