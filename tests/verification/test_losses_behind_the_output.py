@@ -1,4 +1,4 @@
-"""Losses whose curvature is taken behind the model's output, or that are written out: verify knows where columns are."""
+"""Losses whose curvature is taken behind the model's output, or that are written out: verify knows where that is."""
 
 from __future__ import annotations
 
