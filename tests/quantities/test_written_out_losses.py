@@ -62,6 +62,7 @@ DIAGONAL: dict[str, tuple[Loss, Callable[[], Tensor]]] = {
         real,
     ),
     "with a penalty": (lambda f, y: F.mse_loss(f, y) + 1e-3 * f.square().mean(), real),
+    "nested four times": (lambda f, y: nested(f, y, 4), real),
     "nested": (lambda f, y: (F.softplus(torch.tanh(f) * 2 - y) ** 2).mean(), real),
     "quotient": (lambda f, y: (y / (1 + f.exp())).mean(), positive),
     "focal": (
@@ -88,6 +89,19 @@ def smoothed(f: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy with smoothed labels."""
     logs = F.log_softmax(f, 1)
     return -(0.9 * logs.gather(1, classes(y)).squeeze(1) + 0.1 * logs.mean(1)).mean()
+
+
+def nested(f: Tensor, y: Tensor, times: int) -> Tensor:
+    for _ in range(times):
+        f = torch.tanh(f) * 1.1 + 0.1 * y
+    return f.square().mean()
+
+
+def multiplied(f: Tensor, y: Tensor, times: int) -> Tensor:
+    made = torch.ones_like(f)
+    for k in range(times):
+        made = made * (1 + torch.sigmoid(f + k) + y * f)
+    return made.mean()
 
 
 def classes(y: Tensor) -> Tensor:
@@ -119,6 +133,9 @@ OTHERS: dict[str, tuple[Loss, Callable[[], Tensor]]] = {
     "a matrix": (lambda f, y: ((f - y) @ VECTOR).square().mean(), real),
     "with each other": (lambda f, y: (f[:, :, None] - f[:, None, :]).pow(4).mean(), real),
     "entropy": (lambda f, y: (F.log_softmax(f, 1) * (F.log_softmax(f, 1).exp() - y)).sum(1).mean(), positive),
+    "nested sixteen times": (lambda f, y: nested(f, y, 16), real),
+    "ten factors": (lambda f, y: multiplied(f, y, 10), real),
+    "thirty bumps": (lambda f, y: sum(torch.exp(-((f - k * y) ** 2) / 9) for k in range(30)).mean(), real),
     "softmax and squares": (lambda f, y: F.mse_loss(f, y) - F.log_softmax(f, 1)[:, 0].mean(), real),
 }
 EVERY = {**DIAGONAL, **SOFTMAX, **OTHERS}

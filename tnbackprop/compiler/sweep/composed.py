@@ -24,6 +24,12 @@ from ..translate.graph import Call
 MOST = 64
 """Products of a formula: sums that are multiplied out grow fast."""
 
+LONGEST = 64
+"""Operations of a formula for one element: its derivatives are taken of it."""
+
+LONGEST_DERIVED = 512
+"""Of its second derivative, which is printed and computed."""
+
 
 class _NotOneFormulaError(Exception):
     """A line has no formula, or applies a function to a sum."""
@@ -44,7 +50,7 @@ class Composed:
 
     def add(self, name: str, diagram: Diagram) -> None:
         own = self._put(diagram)
-        if len(own.products) > MOST:
+        if len(own.products) > MOST or _operations(own) > LONGEST:
             raise _NotOneFormulaError
         if self._picks(diagram):
             self.moved[name] = inline(_replaced(own, self.moved))
@@ -101,7 +107,7 @@ class Composed:
         return sympy.Add(*terms), tuple(args)
 
     def curvature(self, loss: str) -> Diagram | None:
-        """The diagonal second derivative by the output; None where it is another, or not known to be."""
+        """The diagonal second derivative by the output; None where it is another, not known to be, or long."""
         whole = self.known[loss]
         bases = [name for name in (self.output, *self.moved) if name in _read(whole)]
         found = Diagram(self.legs, ())
@@ -119,7 +125,8 @@ class Composed:
                 if led is None:
                     return None
                 found = found + led
-        return simplify(found)
+        found = simplify(found)
+        return found if _operations(found) <= LONGEST_DERIVED else None
 
     def slope(self, loss: str) -> Diagram | None:
         """The derivative by the output, where the loss is linear in it; else None."""
@@ -274,6 +281,11 @@ def _tells(operand: Operand, known: set[Leg]) -> bool:
             return set(operand.index.legs) <= known
         case _:
             return False
+
+
+def _operations(diagram: Diagram) -> int:
+    operands = (operand for product in diagram.products for operand in product.operands)
+    return sum(int(operand.expr.count_ops()) for operand in operands if isinstance(operand, Map))
 
 
 def _read(diagram: Diagram) -> set[str]:
