@@ -13,9 +13,9 @@ from ..quantities.total import Needed, of_all_samples, with_needs
 from ..table import Rules
 from .attention import with_attention
 from .capture.export import capture
-from .capture.trial import Trial
 from .derive.derive import bind_all
 from .derive.layer import with_inputs
+from .derive.trial import Trial
 from .emit.compiled import Compiled
 from .formulas import with_formulas
 from .invariants.stage import Stage

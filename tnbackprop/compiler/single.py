@@ -13,9 +13,9 @@ from ..quantities import Quantity
 from ..quantities.total import of_all_samples
 from ..table import Rules, written_out
 from .capture.export import capture
-from .capture.trial import Trial
 from .derive.derive import bind_all, derive, needs_rule, row_for
 from .derive.layer import Layer, opened
+from .derive.trial import Trial
 from .invariants.stage import Stage
 from .invariants.table import asked, check
 from .plan.plan import Plan, names_in, plan

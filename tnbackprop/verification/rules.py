@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -323,9 +324,11 @@ def _both(g: Tensor) -> dict[str, Tensor]:
 
 def _ran(code: Native, env: Env) -> Tensor:
     """What native code gives; of a kernel with several results one of them."""
-    assert isinstance(code, Code | Nth)  # an operator without a rule is not checked here
-    result: Tensor = run_code(code.code, env)[code.place] if isinstance(code, Nth) else run_code(code, env)
-    return result
+    whole = code.code if isinstance(code, Nth) else code
+    assert isinstance(whole, Code)  # an operator without a rule is not checked here
+    result: Any = run_code(whole, env)
+    found: Tensor = result[code.place] if isinstance(code, Nth) else result
+    return found
 
 
 def _native(subject: Subject, env: Env, who: tuple[str, str], value: Value, code: Native) -> Row:

@@ -181,6 +181,53 @@ def test_no_loop_where_vmap_is_right() -> None:
     assert "one_by_one" not in program.source and "in a loop" not in program.explain("bind")
 
 
+class Filtered(nn.Module):
+    """A filter in the space of frequencies: complex numbers on the way have no rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.filter = nn.Linear(3, 6), nn.Parameter(torch.randn(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.irfft(torch.fft.rfft(self.first(x)) * torch.view_as_complex(self.filter), n=6)
+
+
+def test_the_batch_at_once() -> None:
+    """No vmap where the VJP of the batch is that of each sample; one for both operands where only sums are asked."""
+    torch.manual_seed(0)
+    model, loss = Filtered().double(), nn.MSELoss()
+    x, y = torch.randn(5, 3).double(), torch.randn(5, 6).double()
+    many = [*QUANTITIES, tn.DiagGGN()]
+    for quantities, calls, mapped in (([tn.Grad()], 1, 0), ([tn.BatchGrad()], 2, 1), (many, 4, 4)):
+        program = tn.compile(model, loss, (x, y), quantities)
+        assert program.source.count("torch.func.vjp") == calls
+        assert program.source.count("torch.func.vmap") == mapped  # the filter's own (1), columns (1), and both (2)
+        for batch in (5, 1):
+            result = program(x[:batch], y[:batch])
+            for quantity in quantities[:6]:
+                want = getattr(oracle, quantity.name)(model, loss, x[:batch], y[:batch])
+                assert_equal(result[quantity.name], want, quantity.name)
+            if "diag_ggn" in result:
+                whole = jacobians(model, x[:batch])
+                diagonal = {name: 2 / y[:batch].numel() * J.square().sum((0, 1)) for name, J in whole.items()}
+                assert_equal(result["diag_ggn"], diagonal, "diag_ggn")
+    assert "all samples at once" in tn.compile(model, loss, (x, y), [tn.Grad()]).explain("bind")
+
+
+class FilteredTwice(Filtered):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + super().forward(x.cos())
+
+
+def test_a_parameter_that_two_such_ops_read() -> None:
+    """What one of them sends is not the gradient."""
+    torch.manual_seed(0)
+    model, loss = FilteredTwice().double(), nn.MSELoss()
+    x, y = torch.randn(5, 3).double(), torch.randn(5, 6).double()
+    found = tn.compute(model, loss, (x, y), [tn.Grad()])["grad"]
+    assert_equal(found, oracle.grad(model, loss, x, y), "grad")
+
+
 def test_the_same_op_twice() -> None:
     """Two calls that compute the same are one step; the second one's derivative finds it."""
     torch.manual_seed(0)

@@ -15,7 +15,6 @@ from ...notation.rule import Rule
 from ...quantities import Exact, Gradient, InputGrad, Propagation, Quantity, Residual
 from ...quantities.total import Total, level_of
 from ...table import RuleFunction, Rules
-from ..capture.trial import Trial
 from ..sweep.derived import Columns, Derived, PerSample, by_level
 from ..sweep.extract import key_of
 from ..sweep.state import Sweep, scale_of
@@ -27,6 +26,7 @@ from ..translate.torch_internals import of_aten
 from .columns import Setting, columns_of
 from .fallback import fallback
 from .output import output_legs
+from .trial import Trial
 
 ONE = Diagram((), (Product(sympy.Integer(1), ()),))
 

@@ -1,13 +1,13 @@
-"""An op without a rule: VJPs by torch.func, per sample, and named in the report.
+"""An op without a rule: VJPs by torch.func, and named in the report.
 
-The op must not mix samples, and `torch.func.vmap` over its VJP must give what single calls give: both are tried on
-samples of the example (`capture/trial.py`). Where vmap does not, the program has a loop. An op with several outputs is
-called for each output that is used: the VJP of all is the sum of theirs.
+The op must not mix samples. The VJP of the batch, or else `torch.func.vmap` over that of one sample, must give what
+single calls give: all is tried on samples of the example (`derive/trial.py`). Where neither does, the program has a
+loop. An op with several outputs is called for each output that is used: the VJP of all is the sum of theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -17,22 +17,27 @@ from ...diagram.core import BATCH, Leg, N
 from ...errors import UnsupportedError
 from ...notation.bind import COTANGENT, COTANGENTS, BoundRule, Equation
 from ...notation.code import Call as FirstCall
-from ...notation.code import Code
-from ..capture.trial import Trial, batched, maps, one_sample, place_of, refuse_mixing, sampled
+from ...notation.code import Code, Native, Nth
 from ..translate.graph import Call, Value, op_text
+from .trial import Trial, Way, Ways, batched, one_sample, place_of, refuse_mixing, sampled, ways_of
 
 
 @dataclass(frozen=True)
 class OperatorVjp:
-    """The VJP of an operator with respect to one operand by torch.func: [N, *operand], one sample at a time.
+    """The VJP of an operator by operands, by torch.func.
 
-    call    for one sample
-    looped  in a loop over samples and columns: torch.func.vmap would be wrong
+    WHOLE: a tuple of what the batch's is, by each of them; else of one operand, one sample at a time: [N, *operand].
     """
 
     operation: Call
-    operand: Value
-    looped: bool
+    operands: tuple[Value, ...]
+    way: Way
+
+    @property
+    def operand(self) -> Value:
+        """The only one."""
+        (own,) = self.operands
+        return own
 
     @property
     def batched(self) -> list[Value]:
@@ -59,7 +64,7 @@ class OperatorVjp:
     def holes(self) -> tuple[str, ...]:
         """What it reads."""
         others = (value.name for value in self.operation.tensors.values())
-        return tuple(dict.fromkeys((*others, COTANGENTS if self.looped else COTANGENT)))
+        return tuple(dict.fromkeys((*others, COTANGENTS if self.way is Way.LOOPED else COTANGENT)))
 
     @property
     def call(self) -> FirstCall:
@@ -68,8 +73,8 @@ class OperatorVjp:
 
     def filled(self, text: Callable[[str], str]) -> str:
         """For people."""
-        way = "each sample" if self.looped else "vmap"
-        return f"vjp({op_text(self.operation.target)}, {text(self.operand.name)})({text(COTANGENT)}) by {way}"
+        own = ", ".join(text(value.name) for value in self.operands)
+        return f"vjp({op_text(self.operation.target)}, {own})({text(COTANGENT)}), {self.way.value}"
 
 
 def fallback(call: Call, trial: Trial) -> BoundRule:
@@ -85,13 +90,28 @@ def fallback(call: Call, trial: Trial) -> BoundRule:
     refuse_mixing(call, tensors, refused)
     legs = tuple(BATCH if N in axis else Leg(f"a{k}", _int(axis)) for k, axis in enumerate(call.output.axes))
     operands = tuple(v for v in dict.fromkeys(values) if v.differentiable)
-    looped = frozenset(v.name for v in operands if not maps(call, v, tensors, refused))
+    ways = {v: ways_of(call, v, tensors, refused) for v in operands}
+    looped = frozenset(v.name for v, found in ways.items() if found.each is Way.LOOPED)
     if looped and any(place_of(v) for v in (*values, call.output)):
         raise _refused(call, "it takes a loop over samples, which are not in front")
-    code = {v.name: OperatorVjp(one_sample(call), v, v.name in looped) for v in operands}
+    each = {v.name: _each(call, v, found.each) for v, found in ways.items()}
     equation = Equation(call.output.name, legs, None, MappingProxyType({}))
-    own = BoundRule((equation,), (), Code(), MappingProxyType(code), "", MappingProxyType({}))
-    return replace(own, fallback=call.where, looped=looped)
+    own = BoundRule((equation,), (), Code(), MappingProxyType(each), "", MappingProxyType({}))
+    return replace(own, fallback=call.where, looped=looped, backward=_together(call, ways))
+
+
+def _each(call: Call, operand: Value, way: Way) -> Native:
+    """The VJP by one operand, of each sample."""
+    if way is Way.WHOLE:
+        return Nth(OperatorVjp(call, (operand,), way), 0)
+    return OperatorVjp(one_sample(call), (operand,), way)
+
+
+def _together(call: Call, ways: Mapping[Value, Ways]) -> Mapping[str, Native]:
+    """One VJP of the batch for what has samples, and the sums over them for what has none, where it gives them."""
+    own = tuple(v for v, found in ways.items() if found.each is Way.WHOLE or found.total)
+    every = OperatorVjp(call, own, Way.WHOLE)
+    return {v.name: Nth(every, k) for k, v in enumerate(own)} if any(ways[v].total for v in own) else {}
 
 
 def _int(axis: tuple[Any, ...]) -> int:

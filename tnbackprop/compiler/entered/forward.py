@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ...diagram.core import Selection, Size, Tensor, Window, hint_of
 from ...notation.bind import BoundRule
 from ...notation.code import Code
 from ..derive.fallback import OperatorVjp
+from ..derive.trial import Way
 from ..program import expr as e
 from ..program import functions as f
 from ..program.cost import Kernel, Work
@@ -79,7 +81,9 @@ def enter(store: Store, calls: Iterable[Call], own: torch.dtype) -> None:
 
 
 def operator_vjp(store: Store, vjp: OperatorVjp, cotangent: Expr) -> Expr:
-    """The VJP of an operator without a rule: vmap or a loop over samples, of torch.func's VJP of one."""
+    """The VJP of an operator without a rule: of the batch, or vmap or a loop over samples, of torch.func's of one."""
+    if vjp.way is Way.WHOLE:
+        return _of_batch(store, vjp, cotangent)
     rows = {value.name: e.Value(value.name, None, (), hint=f"x{k}") for k, value in enumerate(vjp.batched)}
     *read, pulled, given = vjp.places
     places = dict(zip(rows, read, strict=True))
@@ -87,21 +91,35 @@ def operator_vjp(store: Store, vjp: OperatorVjp, cotangent: Expr) -> Expr:
     def one(name: str) -> Expr:
         return e.Call(f.UNSQUEEZE, (rows[name], places[name])) if name in rows else store.find(name)
 
-    own = vjp.operand.name
-    moved = e.Call(f.UNSQUEEZE, (MOVED, places[own])) if own in rows else MOVED
-    called = output_expr(vjp.operation, lambda value: moved if value.name == own else one(value.name), store.like)
-    pull = e.Call(f.ITEM, (e.Call(f.VJP, (e.Lambda((MOVED,), called), rows.get(own) or store.find(own))), 1))
+    own, at = vjp.operand.name, moved(0)
+    point = e.Call(f.UNSQUEEZE, (at, places[own])) if own in rows else at
+    called = output_expr(vjp.operation, lambda value: point if value.name == own else one(value.name), store.like)
+    pull = e.Call(f.ITEM, (e.Call(f.VJP, (e.Lambda((at,), called), rows.get(own) or store.find(own))), 1))
     g = e.Call(f.UNSQUEEZE, (PULLED, pulled)) if vjp.sampled else PULLED
     each = e.Lambda((*rows.values(), PULLED), e.Call(f.ITEM, (e.Call(f.APPLY, (pull, g)), 0)))
     stacked = tuple(e.Call(f.CONTIGUOUS, (store.find(name),)) for name in rows)  # det is wrong else
-    if vjp.looped:
+    if vjp.way is Way.LOOPED:
         return e.Call(f.LOOP, (each, vjp.axes, cotangent, *stacked))
     axes = (("in_dims", (*read, pulled)), ("out_dims", given)) if any(vjp.places) else ()
     return e.Call(f.APPLY, (e.Call(f.VMAP, (each,), axes), *stacked, cotangent))
 
 
-MOVED, PULLED = (e.Value(name, None, (), hint=name) for name in ("u", "g"))
-"""The variables of such a VJP: where it is taken, and the cotangent of one sample."""
+def _of_batch(store: Store, vjp: OperatorVjp, cotangent: Expr) -> Expr:
+    """All that the VJP of all samples gives, one for each operand."""
+    at = {value.name: moved(k) for k, value in enumerate(vjp.operands)}
+    called = output_expr(vjp.operation, lambda value: at.get(value.name) or store.find(value.name), store.like)
+    own = e.Call(f.VJP, (e.Lambda(tuple(at.values()), called), *map(store.find, at)))
+    return e.Call(f.APPLY, (e.Call(f.ITEM, (own, 1)), cotangent))
+
+
+PULLED = e.Value("g", None, (), hint="g")
+"""The cotangent of one sample in such a VJP."""
+
+
+@lru_cache(256)
+def moved(k: int) -> e.Value:
+    """The variable that stands for operand k where a VJP is taken: always the same one, so that equal VJPs are one."""
+    return e.Value(f"u{k}", None, (), hint=f"u{k or ''}")
 
 
 def operator(call: Call) -> Function:

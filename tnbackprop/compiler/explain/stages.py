@@ -74,7 +74,7 @@ def jacobian_lines(equation: Equation, wanted: set[str]) -> Iterator[str]:
 
 def declaration_lines(rule: BoundRule, wanted: set[str]) -> Iterator[str]:
     if rule.fallback and not rule.forward:
-        yield "    no rule: VJPs by torch.func, one sample at a time"
+        yield "    no rule: VJPs by torch.func"
     elif rule.fallback:
         yield f"    no formula: {shortened(rule.forward.filled(hint_of), 2 * CODE_WIDTH)}"
     for name in sorted(rule.looped & wanted):

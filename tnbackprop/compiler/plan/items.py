@@ -12,6 +12,7 @@ from ...diagram.core import Diagram, Leg, N, Size, hint_of, is_head
 from ...errors import UnsupportedError
 from ...notation.bind import COTANGENT, COTANGENTS
 from ...notation.code import Code, Nth
+from ...notation.code import Native as Vjp
 from ..derive.fallback import OperatorVjp
 from ..entered.forward import EACH, fill, operator_vjp
 from ..lower.arrange import added, in_order, reshaped, sizes_of
@@ -123,17 +124,13 @@ def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tu
     if together and before != out:
         cotangent = store.add(cotangent, out, Kernel.VIEW)
     mapped = bool(lead) and not together
-    given = {COTANGENT: EACH if mapped else cotangent, COTANGENTS: cotangent}
-    expr: Expr
-    if isinstance(term.code, Code):
-        expr = fill(store, term.code, given)
-    elif isinstance(term.code, Nth):  # the kernel is called once for all
-        every = fill(store, term.code.code, given)
+    given: dict[str, Expr] = {COTANGENT: EACH if mapped else cotangent, COTANGENTS: cotangent}
+    if isinstance(term.code, Nth):  # the kernel is called once for all
+        every = _filled(store, term.code.code, given)
         every = every if mapped else store.add(every, (), Kernel.NATIVE, own=False, floating=store.one_dtype)
-        expr = Call(f.ITEM, (every, term.code.place))
+        expr: Expr = Call(f.ITEM, (every, term.code.place))
     else:
-        assert isinstance(term.code, OperatorVjp)
-        expr = operator_vjp(store, term.code, given[COTANGENTS if together else COTANGENT])
+        expr = _filled(store, term.code, given)
     expr = Call(f.APPLY, (Call(f.VMAP, (Lambda((EACH,), expr),)), cotangent)) if mapped else expr
     legs = (*lead, *(Leg(f"a{k}", size) for k, size in enumerate(shape)))
     kernel, forward = store.works.get(term.of, (Kernel.NATIVE, NO_WORK))
@@ -144,6 +141,14 @@ def _native(store: Store, term: Native, shape: tuple[Size, ...] | None, lead: tu
     own = bool(call.aten) and row_of(overload(call.aten)).memory is Memory.OWN
     own = own or (bool(call.on) and call.name == "new_zeros")
     return Ref(store.add(expr, sizes_of(legs), kernel, work, own=own), legs, legs)
+
+
+def _filled(store: Store, code: Vjp, given: dict[str, Expr]) -> Expr:
+    """What a native VJP calls."""
+    if isinstance(code, Code):
+        return fill(store, code, given)
+    assert isinstance(code, OperatorVjp)
+    return operator_vjp(store, code, given[COTANGENTS if COTANGENTS in code.holes else COTANGENT])
 
 
 def _times(terms: Terms, lead: tuple[Leg, ...]) -> Terms:

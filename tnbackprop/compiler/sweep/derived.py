@@ -36,15 +36,13 @@ class Native:
 
 @dataclass(frozen=True)
 class Joint:
-    """A kernel that gives the gradient of a parameter, and with it what is propagated to an operand with samples.
-
-    operand  "": the kernel is all there is, and what is propagated is from it anyway
-    since    the number of the first of the operand's terms in whose place that is
-    """
+    """A kernel that gives the gradient of a parameter, and with it what is propagated to an operand with samples."""
 
     gradient: Native
+    read: str  # what the parameter's gradient is a sum of without it
+    alone: bool = False  # it is all there is, and what is propagated is from it anyway
     operand: str = ""
-    since: int = 0
+    since: int = 0  # the number of the first of the operand's terms in whose place that is
     pulled: Native | None = None
 
 

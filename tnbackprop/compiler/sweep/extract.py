@@ -134,9 +134,9 @@ def _kernel(sweep: Sweep, name: str, uses: Uses, g: Cotangents, diagrams: Mappin
     if joint is None or not diagrams:
         return None
     total = (uses.T @ g).sum(BATCH.name)
-    once = [leaves(each) for each in g.each] == [(joint.gradient.cotangent,)]
+    once = [leaves(each) for each in g.each] == [(joint.read,)]
     fits = once and all(diagram == total for diagram in diagrams.values())
-    if not joint.operand and not fits:
+    if joint.alone and not fits:
         dotted = sweep.graph.parameters[name][0]
         raise FormulaError(f"only the gradient of {dotted!r} is known where it is read, and more is asked of it.")
     if not fits or joint.operand in sweep.scheduled:

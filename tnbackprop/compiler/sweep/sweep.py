@@ -117,21 +117,23 @@ def _sweep_call(sweep: Sweep, call: Call, rule: BoundRule) -> None:
         for operand in operands_of(equation):
             if operand in wanted and sweep.reached(equation.name):
                 _pull(sweep, call, rule, equation, operand)
-    if rule.fallback:
-        for name in sorted(trainable & set(rule.backward) - set(rule.vjp)):
-            _sum_alone(sweep, call, rule, name)
-    elif not sweep.lead and sweep.along is None:
+    for name in sorted(trainable & set(rule.backward) - set(rule.vjp)) if rule.fallback else ():
+        _sum_alone(sweep, call, rule, name)
+    if set(rule.backward) <= set(rule.vjp) or not rule.fallback:
         sweep.kernels |= _kernels(sweep, call, rule, before)
 
 
 def _kernels(sweep: Sweep, call: Call, rule: BoundRule, before: Mapping[str, int]) -> Iterator[tuple[str, Joint]]:
     """The kernels that give gradients of the call's parameters with what is propagated to its operand with samples."""
-    own = call.output.name
+    own, into = call.output.name, [name for name in rule.backward if sweep.samples[name]]
     native = {name: Native(code, f"{sweep.prefix}:{own}", own) for name, code in rule.backward.items()}
-    operands = [name for name in native if sweep.samples[name] and len(sweep.terms.get(name, ())) > before.get(name, 0)]
-    for name in native if len(operands) == 1 else ():
+    operands = [name for name in into if len(sweep.terms.get(name, ())) > before.get(name, 0)]
+    known = len(operands) == 1 and not sweep.lead and sweep.along is None
+    for name in native if known else ():
         if name in sweep.graph.parameters and not casts(sweep.graph, call, name):
-            yield name, Joint(native[name], operands[0], before.get(operands[0], 0), native[operands[0]])
+            read = _individual(sweep, call, name) if rule.fallback else native[name].cotangent
+            place = before.get(operands[0], 0)
+            yield name, Joint(native[name], read, False, operands[0], place, native[operands[0]])
 
 
 def _sum_alone(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> None:
@@ -144,7 +146,7 @@ def _sum_alone(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> None:
     jacobian = Jacobian(tensor(f"{output.name}:by:{name}", (*output.legs, *into)), output.legs, into)
     sweep.uses.setdefault(name, []).append((jacobian, cotangent(sweep, output.name, output.legs)))
     own = Native(rule.backward[name], f"{sweep.prefix}:{output.name}", output.name)
-    sweep.kernels[name] = Joint(own)
+    sweep.kernels[name] = Joint(own, own.cotangent, alone=True)
 
 
 def _pull_individually(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> None:
@@ -157,11 +159,16 @@ def _pull_individually(sweep: Sweep, call: Call, rule: BoundRule, name: str) -> 
         sweep.scheduled.add(output.name)
         uses, g = all_uses(sweep, output.name)
         sweep.schedule.append(Backward(cotangent, output.name, (uses.T @ g,), call.where))
-    own = f"{sweep.prefix}::{name}:{output.name}"
+    own = _individual(sweep, call, name)
     sweep.schedule.append(Individual(own, name, Native(rule.vjp[name], cotangent, output.name)))
     sizes = [size for size in sweep.graph.values[name].shape if size != 1]
     out = tuple(Leg(f"a{k}", size) for k, size in enumerate(sizes))
     sweep.uses.setdefault(name, []).append((identity(out), tensor(own, (*sweep.lead, BATCH, *out))))
+
+
+def _individual(sweep: Sweep, call: Call, name: str) -> str:
+    """How the individual VJPs of a call by a parameter are called."""
+    return f"{sweep.prefix}::{name}:{call.output.name}"
 
 
 def _formula(sweep: Sweep, rule: BoundRule, name: str, cotangent: str) -> Diagram | None:

@@ -195,7 +195,7 @@ def _text(part: str | Helper) -> str:
 class Nth:
     """One result of code that gives several: a kernel with a cotangent for each operand."""
 
-    code: Code
+    code: Native
     place: int
 
     @property

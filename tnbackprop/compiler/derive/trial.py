@@ -1,7 +1,8 @@
 """Trial: what an operator without a rule does on samples of the example, which are in its own domain.
 
-Changing one sample must not change the others. There, too, `torch.func.vmap` over the VJP of one sample is compared
-with one call for each sample and column: for some operators torch knows no such derivative, or a wrong one (`cdist`).
+Changing one sample must not change the others. There, too, the VJP of the batch and `torch.func.vmap` over that of one
+sample are compared with one call for each sample and column: for some operators torch knows no such derivative, or a
+wrong one (`cdist`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -20,14 +23,14 @@ from torch.utils import _pytree as pytree
 from ...diagram.core import N
 from ...errors import UnsupportedError
 from ..batched.axes import batch_axis
+from ..capture.export import plain
+from ..capture.state import resized
 from ..running.drawing_calls import draws
 from ..running.printing import SILENT
 from ..running.torch_quiet import UNWARNED
 from ..translate.graph import Call, Graph, Value, needed
 from ..translate.opaque import named_tensors, signature_of
 from ..translate.torch_internals import OpOverload, arguments_of
-from .export import plain
-from .state import resized
 
 SAMPLES = 3
 """As many are tried: one that is changed, and two that must not notice."""
@@ -155,10 +158,26 @@ def refuse_mixing(call: Call, tensors: Mapping[str, Tensor], refused: Callable[[
         raise refused("it knows no derivative of it") from error
 
 
-def maps(
+class Way(Enum):
+    """How the VJP of an operator is taken of a batch: of all samples at once, by vmap over them, one by one."""
+
+    WHOLE = "all samples at once"
+    MAPPED = "vmap over the samples"
+    LOOPED = "each sample by itself"
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How the VJPs of all samples are found, and whether one of the batch gives their sum, by what has no samples."""
+
+    each: Way
+    total: bool
+
+
+def ways_of(
     call: Call, operand: Value, tensors: Mapping[str, Tensor], refused: Callable[[str], UnsupportedError]
-) -> bool:
-    """Whether vmap over samples and columns gives what single VJPs give."""
+) -> Ways:
+    """Which ways give what single VJPs give, for several columns, too: the quickest of them."""
     own, one, generator = batched(call), one_sample(call), torch.Generator().manual_seed(1)
     each = sampled(call.output)
     shape = [3, SAMPLES, *(size for size in call.output.shape if isinstance(size, int))]
@@ -166,23 +185,48 @@ def maps(
 
     def vjp(cotangent: Tensor, *rows: Tensor) -> Tensor:
         at = {**tensors, **{v.name: row.unsqueeze(place_of(v)) for v, row in zip(own, rows, strict=True)}}
-        back = torch.func.vjp(lambda u: run(one, {**at, operand.name: u}), at[operand.name])[1]
-        found: Tensor = back(cotangent.unsqueeze(place_of(call.output)) if each else cotangent)[0]
-        return found
+        return _pulled(one, at, operand, cotangent.unsqueeze(place_of(call.output)) if each else cotangent)
 
     rows = [_samples(v, tensors[v.name]) for v in own]
     cotangents = cotangents.to(tensors[operand.name].device, call.output.dtype)
     try:
-        single = [torch.stack([vjp(*sample) for sample in zip(column, *rows, strict=True)]) for column in cotangents]
+        columns = [torch.stack([vjp(*sample) for sample in zip(column, *rows, strict=True)]) for column in cotangents]
     except (RuntimeError, IndexError) as error:
         raise refused(f"it fails on a sample by itself ({error})") from error
+    single = torch.stack(columns)
+    if each and sampled(operand):
+        place = place_of(operand)
+        together = single.squeeze(2 + place).movedim(1, 1 + place)
+        if _gives(partial(_pulled, call, tensors, operand), cotangents.movedim(1, 1 + place_of(call.output)), together):
+            return Ways(Way.WHOLE, total=False)
+    over_samples = torch.func.vmap(vjp, (0, *(0 for _ in rows)))
+    mapped = _gives(lambda column: over_samples(column, *rows), cotangents, single)
+    return Ways(Way.MAPPED if mapped else Way.LOOPED, total=each and _sums(call, tensors, operand, cotangents, single))
+
+
+def _pulled(call: Call, tensors: Mapping[str, Tensor], operand: Value, cotangent: Tensor) -> Tensor:
+    """A VJP of a call by one operand."""
+    back = torch.func.vjp(lambda u: run(call, {**tensors, operand.name: u}), tensors[operand.name])[1]
+    found: Tensor = back(cotangent)[0]
+    return found
+
+
+def _gives(vjp: Callable[[Tensor], Tensor], cotangents: Tensor, want: Tensor) -> bool:
+    """Whether vmap over the columns, and a call for the first of them, are right."""
     try:
-        over_samples = torch.func.vmap(vjp, (0, *(0 for _ in rows)))
         with UNWARNED:
-            mapped = torch.func.vmap(over_samples, (0, *(None for _ in rows)))(cotangents, *rows)
+            return _close(torch.func.vmap(vjp)(cotangents), want) and _close(vjp(cotangents[0]), want[0])
     except RuntimeError:  # an operator that vmap does not know, or that draws numbers
         return False
-    return _close(mapped, torch.stack(single))
+
+
+def _sums(call: Call, tensors: Mapping[str, Tensor], operand: Value, cotangents: Tensor, single: Tensor) -> bool:
+    """Whether the VJP of the batch is the sum over its samples."""
+    try:
+        whole = _pulled(call, tensors, operand, cotangents[0].movedim(0, place_of(call.output)))
+    except RuntimeError:
+        return False
+    return _close(whole, single[0].sum(0))
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
