@@ -71,3 +71,23 @@ def test_loaders_that_are_none() -> None:
         tn.over(nn.Linear(3, 2), [(X, LABELS)])  # type: ignore[arg-type]
     with pytest.raises(tn.InputError, match=r"seed=0.5: give a whole number"):
         tn.over(program, [(X, LABELS)], seed=0.5)  # type: ignore[arg-type]
+
+
+def test_a_model_without_tensors_and_a_seed() -> None:
+    x, y = torch.randn(6, 3), torch.randint(3, (6,))
+    program = tn.compile(torch.nn.Tanh(), torch.nn.CrossEntropyLoss(), (x, y), [tn.InputGrad()])
+    assert tn.over(program, [(x, y)], seed=0).count == 6
+
+
+def test_a_generator() -> None:
+    """It is as good as a seed, goes on from batch to batch, and is one of the two."""
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3), torch.randint(2, (6,))
+    program = tn.compile(torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss(), (x, y), [tn.DiagGGNMC()])
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+    own = torch.Generator().manual_seed(3)
+    first, second = (tn.over(program, batches, generator=own)["diag_ggn_mc"]["weight"] for _ in range(2))
+    assert torch.equal(first, tn.over(program, batches, seed=3)["diag_ggn_mc"]["weight"])
+    assert not torch.equal(first, second)
+    with pytest.raises(tn.InputError, match=r"tn\.over: seed=3 and a generator"):
+        tn.over(program, batches, seed=3, generator=own)

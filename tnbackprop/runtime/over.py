@@ -10,7 +10,7 @@ import torch
 from ..compiler.translate.graph import Graph
 from ..errors import InputError
 from ..results import Merger, Result
-from .given import fits
+from .given import fits, floating_of
 from .noise import is_seed
 from .operands import Given
 from .program import Program
@@ -24,6 +24,7 @@ def over(
     loader: Iterable[Any],
     *,
     seed: int | None = None,
+    generator: torch.Generator | None = None,
     progress: bool = False,
     operands: Given | PerBatch | None = None,
 ) -> Result:
@@ -31,7 +32,8 @@ def over(
 
     loader    batches of any sizes: (x, y), x alone, or what a DataLoader makes of them, [x] and [x_1, x_2, y]; run
               through once. Moving them to a device is up to you
-    seed      of what Monte-Carlo quantities draw, new numbers for every batch; None: torch's own generator
+    seed      of what Monte-Carlo quantities draw, new numbers for every batch
+    generator of it, instead; without both: torch's own
     progress  a bar for the batches
     operands  what quantities read besides, the same for every batch; or a function from a batch to them
 
@@ -43,11 +45,17 @@ def over(
         raise InputError(f"tn.over: {type(program).__name__} is no program: give what tn.compile returns")
     if not isinstance(loader, Iterable) or isinstance(loader, torch.Tensor | Mapping):
         raise InputError(f"tn.over: a {type(loader).__name__} gives no batches: give a DataLoader, or a list of (x, y)")
-    generator = None if seed is None else _generator(program, seed)
+    if not (seed is None or is_seed(seed)):
+        raise InputError(f"tn.over: seed={seed!r}: give a whole number of 64 bits")
+    if seed is not None and generator is not None:
+        raise InputError(f"tn.over: seed={seed!r} and a generator: give one of them, as each says what is drawn")
     merger: Merger[Result] | None = None
     for batch in counted(loader, "over batches") if progress else loader:
         given = operands(batch) if callable(operands) else operands
-        found = program(*_pair(batch, program.compiled.graph), generator=generator, operands=given)
+        x, y = _pair(batch, program.compiled.graph)
+        if seed is not None and generator is None:
+            generator = _seeded(program.tensors(x, y), seed)
+        found = program(x, y, generator=generator, operands=given)
         if merger is None:
             merger = Merger(found, own=True)
         else:
@@ -68,8 +76,6 @@ def _pair(batch: Any, graph: Graph) -> tuple[Any, Any]:
     return next((way for way in ways if fits(way, graph)), ways[-1])
 
 
-def _generator(program: Program, seed: int) -> torch.Generator:
-    if not is_seed(seed):
-        raise InputError(f"tn.over: seed={seed!r}: give a whole number of 64 bits")
-    tensors = (*program.model.parameters(), *program.model.buffers())
-    return torch.Generator(tensors[0].device).manual_seed(int(seed))
+def _seeded(tensors: Mapping[str, torch.Tensor], seed: int) -> torch.Generator:
+    """A generator where the program draws."""
+    return torch.Generator(floating_of(tensors).device).manual_seed(int(seed))
