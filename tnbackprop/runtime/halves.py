@@ -120,7 +120,11 @@ class Halves:
         """What each saved value is."""
         output = set(self.compiled.plan.output.values())
         values = {name: saving.value for name, saving in self.cut.saved.items()}
-        return {name: f"the model's output ({v})" if v in output else f"{v} of the model" for name, v in values.items()}
+        saved = {n: f"the model's output ({v})" if v in output else f"{v} of the model" for n, v in values.items()}
+        graph = self.compiled.graph
+        own = {name: f"parameter {dotted[0]!r}" for name, dotted in graph.parameters.items()}
+        own |= {name: f"buffer {dotted!r}" for name, dotted in graph.buffers.items()}
+        return own | {name: f"input {name!r}" for name in graph.inputs} | saved
 
     @cached_property
     def _forward(self) -> Any:
