@@ -374,3 +374,24 @@ def test_the_norm_of_small_and_large_numbers(scale: float) -> None:
     for norm in (K.norm(), spectral.norm()):
         assert norm.dtype == torch.float32
         assert abs(float(norm) / (scale * 12**0.5) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("shape", (*SHAPES, *THIN), ids=str)
+def test_autocast_has_no_effect(shape: Shape) -> None:
+    """Products of factors are in their own dtype, of every kind, and of what is made of them."""
+    K = build(shape).to(torch.float32)
+    v, whole = vectors(K, 2).float(), K.as_full().eigh()
+    ways: dict[str, Callable[[], Tensor]] = {
+        "product": lambda: K @ v,
+        "norm": K.norm,
+        "dense": K.to_dense,
+        "whole": lambda: K.as_full().to_dense(),
+        "inverse": lambda: K.inverse(1e-2, Damping.EXACT) @ v,
+        "power": lambda: K.power(-0.5, 1e-2) @ v,
+        "draw": lambda: K.sample(torch.Generator().manual_seed(0)),
+        "basis": lambda: whole.from_eigenbasis(v) + whole.to_eigenbasis(v),
+    }
+    for name, way in ways.items():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = way()
+        torch.testing.assert_close(found, way(), rtol=0, atol=0, msg=name)

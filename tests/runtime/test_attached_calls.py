@@ -272,3 +272,38 @@ def test_a_loss_that_is_another_now(change: dict[str, Any]) -> None:
         with pytest.raises(tn.InputError, match=r"the loss gives \S+ and that of the program \S+: an option"):
             value.backward()
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Optional(nn.Module):
+    """Options, and a tensor that may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, twice: bool = False, *, how: str = "sum") -> Tensor:
+        h = self.net(x) if scale is None else self.net(x) * scale
+        return h * 2 if twice else h
+
+
+DEFAULTS: dict[str, Callable[[nn.Module], Tensor]] = {
+    "named": lambda m: m(X, twice=False),
+    "all named": lambda m: m(x=X, scale=None, twice=False, how="sum"),
+    "by place": lambda m: m(X, None, False),
+    "a keyword alone": lambda m: m(X, how="sum"),
+}
+
+
+@pytest.mark.parametrize("call", DEFAULTS.values(), ids=DEFAULTS)
+def test_defaults_written_out(call: Callable[[nn.Module], Tensor]) -> None:
+    model = Optional()
+    same(model, tn.compile(model, tn.HANDED, X, [tn.Grad()]), lambda: F.cross_entropy(call(model), Y))
+
+
+def test_an_option_that_is_not_as_by_default() -> None:
+    model = Optional()
+    with tn.attach(tn.compile(model, tn.HANDED, X, [tn.Grad()])):
+        with pytest.raises(tn.InputError, match=r"called with twice=True, not False as by default.*before tn.compile"):
+            model(X, twice=True)
+        with pytest.raises(tn.InputError, match=r"called with how='mean', not 'sum' as by default"):
+            model(X, None, how="mean")

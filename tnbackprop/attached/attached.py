@@ -15,18 +15,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..compiler.capture.export import plain
-from ..compiler.program.inputs import of_loss, specs_of
-from ..compiler.running.drawing_calls import draws
+from ..compiler.program.inputs import of_loss
 from ..compiler.running.torch_calls import call_of, called, is_one, keeps_graph, replace_call
 from ..compiler.translate.torch_internals import has_hooks, in_transform, version
 from ..errors import InputError, UnsupportedError
 from ..quantities import Grad, InputGrad
 from ..results import Result
-from ..runtime.given import in_order
 from ..runtime.halves import Saved
 from ..runtime.handed import Handed
 from ..runtime.program import Program
+from .arguments import as_compiled
 from .replaced import Replaced, taken_away
 
 MODEL, LOSS = "the model", "the loss"
@@ -154,7 +152,7 @@ class Attached:
         if not torch.is_grad_enabled() or in_transform():
             self._bring_back()
             return self._mine[MODEL].plain(*args, **kwargs)
-        leaves, spec = pytree.tree_flatten(self._as_compiled(args, kwargs))
+        leaves, spec = pytree.tree_flatten(as_compiled(self.program, args, kwargs))
         if _moving(enumerate(leaves)) is not None and not self._inputs:
             raise InputError(
                 "attach: an input requires grad, and the program has no gradient by inputs: compile with "
@@ -181,34 +179,14 @@ class Attached:
             if value is not ABSENT:
                 own.setdefault(key, value)
 
-    def _as_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The x of a call: arguments have names and places, and those that are None may be left out."""
-        first, *_ = specs_of(self.program.compiled.graph)
-        plainly = kwargs or (args[0] if len(args) == 1 else args)
-        if not (args and kwargs) and pytree.tree_structure(given := in_order(plain(plainly), first)) == first:
-            return given
-        bound = inspect.signature(self.program.model.forward).bind(*args, **kwargs)
-        tried: list[Any] = [{name: each for name, each in bound.arguments.items() if each is not None}]
-        tried.append(dict(bound.arguments))
-        if all(each is None for each in bound.kwargs.values()):
-            places = list(bound.args)
-            while places and places[-1] is None:
-                places.pop()
-            tried += [*(places if len(places) == 1 else ()), tuple(places), bound.args]
-        for each in tried:
-            given = in_order(plain(each), first)
-            if given is not None and pytree.tree_structure(given) == first:
-                return given
-        return plainly
-
     def loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """The program's loss. Its backward pass gives the program's results, and `.grad` times what arrives."""
         loss = self.program.loss
         if loss is None or isinstance(loss, Handed):
             raise InputError("attach: the program has no loss of its own: call yours on the output of the model")
         own: Callable[..., Tensor] = self._mine[LOSS].plain if LOSS in self._mine else loss
-        signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
-        given = tuple(signature.bind(*args, **kwargs).arguments.values()) if kwargs else args
+        of = loss.forward if isinstance(loss, nn.Module) else loss
+        given = tuple(inspect.signature(of).bind(*args, **kwargs).arguments.values()) if kwargs else args
         if not torch.is_grad_enabled() or in_transform() or (call := self._call_of(given[:1])) is None:
             return own(*args, **kwargs)
         if len(given) != 2:
@@ -258,7 +236,7 @@ class Attached:
                 "retain_graph=True in the first one keeps them"
             )
         result = self.program.backward(call.saved, y)
-        if value is not None and result.loss is not None and not self._draws:
+        if value is not None and result.loss is not None and not self.program.compiled.draws:
             _check_value(value, result.loss)
         self.results.append(result)
         call.losses -= 1
@@ -273,11 +251,6 @@ class Attached:
         graph, by = self.program.compiled.graph, result[self._inputs]
         names = iter(name for name in graph.inputs if name not in of_loss(graph))
         return [None if at in graph.absent else by.get(next(names)) for at in range(leaves)]
-
-    @cached_property
-    def _draws(self) -> bool:
-        """Whether the value of a loss may be another each time."""
-        return any(draws(call.target, call.arguments) for call in self.program.compiled.graph.calls)
 
     @cached_property
     def outputs(self) -> list[frozenset[str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -136,7 +137,7 @@ class _Full(Row):
         return f.diagonal(dim1=-2, dim2=-1)
 
     def times(self, f: Tensor, x: Tensor) -> Tensor:
-        return x @ f.mT
+        return product(x, f.mT)
 
     def asymmetry(self, f: Tensor) -> Tensor:
         return (f - f.mT).abs().max()
@@ -148,10 +149,10 @@ class _Full(Row):
         return _cholesky_inverse(f, shift)
 
     def rotate(self, q: Tensor, x: Tensor) -> Tensor:
-        return x @ q
+        return product(x, q)
 
     def back(self, q: Tensor, x: Tensor) -> Tensor:
-        return x @ q.mT
+        return product(x, q.mT)
 
 
 class _Diagonal(Row):
@@ -224,7 +225,7 @@ class _Blocks(Row):
 
     def back(self, q: Tensor, x: Tensor) -> Tensor:
         parts = x.reshape(*x.shape[:-1], *q.shape[1:3]).transpose(1, 2)  # [g, b, m, s]
-        return (parts @ q.mT).transpose(1, 2).flatten(-2)
+        return product(parts, q.mT).transpose(1, 2).flatten(-2)
 
 
 class _LowRank(Row):
@@ -240,17 +241,17 @@ class _LowRank(Row):
         return shape[-2]
 
     def full(self, f: Tensor) -> Tensor:
-        return f @ f.mT
+        return product(f, f.mT)
 
     def diagonal(self, f: Tensor) -> Tensor:
         return f.square().sum(-1)
 
     def times(self, f: Tensor, x: Tensor) -> Tensor:
-        return x @ f @ f.mT
+        return product(product(x, f), f.mT)
 
     def norm(self, f: Tensor) -> Tensor:
         small = (f if f.shape[-2] < f.shape[-1] else f.mT).double()
-        found: Tensor = torch.linalg.matrix_norm(small @ small.mT)
+        found: Tensor = torch.linalg.matrix_norm(product(small, small.mT))
         return found
 
     def scaled(self, f: Tensor, c: float) -> Tensor:
@@ -268,12 +269,12 @@ class _LowRank(Row):
         raise NotImplementedError("an inverse has full rank: it is taken in the eigenbasis")
 
     def rotate(self, q: Tensor, x: Tensor) -> Tensor:
-        inside = x @ q
-        return inside if q.shape[-2] == q.shape[-1] else torch.cat([inside, x - inside @ q.mT], -1)
+        inside = product(x, q)
+        return inside if q.shape[-2] == q.shape[-1] else torch.cat([inside, x - product(inside, q.mT)], -1)
 
     def back(self, q: Tensor, x: Tensor) -> Tensor:
         rank = q.shape[-1]
-        inside = x[..., :rank] @ q.mT
+        inside = product(x[..., :rank], q.mT)
         return inside if x.shape[-1] == rank else inside + x[..., rank:]
 
     def coordinates(self, q: Tensor, size: int) -> Tensor | None:
@@ -290,6 +291,14 @@ ROWS: Mapping[Kind, Row] = {
     Kind.BLOCKS: _Blocks(),
     Kind.LOW_RANK: _LowRank(),
 }
+
+
+def product(one: Tensor, other: Tensor) -> Tensor:
+    """Of matrices, in the dtype that they have: `torch.autocast` would take a shorter one."""
+    kind = one.device.type
+    known = torch.amp.autocast_mode.is_autocast_available(kind)
+    with torch.autocast(kind, enabled=False) if known and torch.is_autocast_enabled(kind) else nullcontext():
+        return one @ other
 
 
 def _in_float64_at_need(decompose: Callable[[Tensor], Sequence[Tensor]], matrices: Tensor) -> Pair:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
@@ -20,6 +20,8 @@ from ..compiler.translate.torch_modes import own_dtypes
 from ..errors import InputError
 from .given import floating_of
 from .memory.pages import Blocks as Pages
+
+Half = Callable[[dict[str, Tensor], Pages], Any]
 
 
 class Saved:
@@ -127,12 +129,12 @@ class Halves:
         return own | {name: f"input {name!r}" for name in graph.inputs} | saved
 
     @cached_property
-    def _forward(self) -> Any:
-        return load(self.cut.forward)
+    def _forward(self) -> Half:
+        return _loaded(self.cut.forward)
 
     @cached_property
-    def _backward(self) -> Any:
-        return load(self.cut.backward)
+    def _backward(self) -> Half:
+        return _loaded(self.cut.backward)
 
     def forward(
         self,
@@ -145,7 +147,7 @@ class Halves:
         """The leaves of the output, and what is saved; `of`: whose it is, and by which plan."""
         like = floating_of({**model, **inputs})
         with running(self.cut.forward, "program.halves.forward"), own_dtypes(like.device), pages.call():
-            _, output, results = self._forward({**model, **inputs}, **_memory(self._forward, pages))
+            _, output, results = self._forward({**model, **inputs}, pages)
         own = {name: tensor for name, tensor in model.items() if name in self.cut.own}
         given = {name: tensor for name, tensor in inputs.items() if name in self.cut.given}
         return output, Saved(*of, results[SAVED], given, model, own, batch, like, self._told)
@@ -154,9 +156,11 @@ class Halves:
         """(loss, (), results, …), of what was saved and what the loss reads."""
         with running(self.cut.backward, "program.halves.backward"), own_dtypes(saved.like.device), pages.call():
             given = {**saved.model, **saved.inputs, **saved.tensors, **rest}
-            return self._backward(given, **_memory(self._backward, pages))
+            return self._backward(given, pages)
 
 
-def _memory(function: Any, pages: Pages) -> dict[str, Any]:
-    """Where large values go, if the function asks."""
-    return {MEMORY: pages.out} if MEMORY in signature(function).parameters else {}
+def _loaded(source: str) -> Half:
+    """The function of a source; it is told where large values go if it asks."""
+    function = load(source)
+    asks = MEMORY in signature(function).parameters
+    return lambda tensors, pages: function(tensors, **({MEMORY: pages.out} if asks else {}))

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from ..plan.plan import Plan
 from ..program.expr import Value
+from ..running.drawing_calls import draws
 from ..sweep.derived import Derived
 from ..translate.graph import Graph
 from .source import Writer
@@ -24,6 +25,11 @@ class Compiled:
     again: Callable[[int], Compiled] | None = None  # the same for another batch size
     memory_limit: int | None = None
     captured: Graph | None = None  # before anything was asked of it
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether a layer draws random numbers: the same samples may then give something else at each call."""
+        return any(draws(call.target, call.arguments) for call in self.graph.calls)
 
     @cached_property
     def texts(self) -> dict[Value, tuple[str, str]]:
