@@ -6,6 +6,7 @@ The oracle is the dense Hessian of the loss by the output, from autograd.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -108,7 +109,34 @@ def classes(y: Tensor) -> Tensor:
     return y.abs().long().clamp(max=3)[:, :1]
 
 
+def pairs(y: Tensor) -> Tensor:
+    """Two labels of two classes."""
+    return (y[:, :2] > 0).long()
+
+
+CROSS = partial(F.cross_entropy, reduction="none")
 SOFTMAX: dict[str, tuple[Loss, Callable[[], Tensor]]] = {
+    "a quarter": (lambda f, y: F.cross_entropy(f, classes(y)[:, 0]) / 4, real),
+    "minus": (lambda f, y: -F.cross_entropy(f, classes(y)[:, 0], reduction="sum") / len(f), real),
+    "weighted samples": (lambda f, y: (CROSS(f, classes(y)[:, 0]) * y[:, 0]).mean(), positive),
+    "signed samples": (lambda f, y: (CROSS(f, classes(y)[:, 0]) * y[:, 0]).mean(), real),
+    "masked samples": (lambda f, y: (CROSS(f, classes(y)[:, 0]) * (y[:, 0] > 0)).sum() / (y[:, 0] > 0).sum(), real),
+    "a sum by weights": (lambda f, y: F.cross_entropy(f, classes(y)[:, 0], reduction="sum") / y.square().sum(), real),
+    "all options": (
+        lambda f, y: 3 * F.cross_entropy(f, classes(y)[:, 0], VECTOR + 1, ignore_index=2, label_smoothing=0.1),
+        real,
+    ),
+    "soft labels": (lambda f, y: (CROSS(f, y.softmax(1)) * y[:, 0]).mean(), positive),
+    "weighted positions": (lambda f, y: (CROSS(f.view(-1, 2, 2), pairs(y)) * y[:, 2:]).mean(), positive),
+    "signed positions": (lambda f, y: (CROSS(f.view(-1, 2, 2), pairs(y)) * y[:, 2:]).mean(), real),
+    "positions flattened": (
+        lambda f, y: (CROSS(f.view(-1, 2, 2).flatten(0, 1), pairs(y).flatten()) * y[:, 2:].flatten()).mean(),
+        real,
+    ),
+    "logarithms flattened": (
+        lambda f, y: (F.log_softmax(f.view(-1, 2, 2).flatten(0, 1), 1) * y.reshape(-1, 2)).mean(),
+        real,
+    ),
     "divergence": (lambda f, y: F.kl_div(F.log_softmax(f, 1), y.softmax(1), reduction="batchmean"), real),
     "distilled": (lambda f, y: 4 * F.kl_div(F.log_softmax(f / 2, 1), (y / 2).softmax(1), reduction="batchmean"), real),
     "probabilities": (lambda f, y: -(y.softmax(-1) * F.log_softmax(f, -1)).sum(-1).mean(), real),
@@ -201,7 +229,10 @@ def test_what_is_drawn_is_the_diagonal_on_average(name: str) -> None:
         torch.testing.assert_close(result["diag_ggn_mc"][key], want, rtol=0.15, atol=0.05 * float(want.max()))
 
 
-@pytest.mark.parametrize("name", ["squares", "slices", "masked", "weights by sample", "split", "distilled"])
+MERGED = ["squares", "slices", "masked", "weights by sample", "split", "distilled", "a quarter", "weighted positions"]
+
+
+@pytest.mark.parametrize("name", MERGED)
 def test_of_batches_merged(name: str) -> None:
     _, _, x, y = problem(name)
     program = compiled(name, tn.DiagGGN(), tn.HessianDiag(), tn.HesScale(), tn.KFLR())
@@ -293,6 +324,51 @@ def test_many_classes_at_many_positions() -> None:
     )
     for key, want in theirs["diag_ggn_mc"].items():
         torch.testing.assert_close(ours["diag_ggn_mc"][key], want)
+
+
+class OwnLoss(nn.Module):
+    """A model that gives its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, C)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.net(x), y)
+
+
+def test_a_factor_of_the_loss_that_a_model_gives() -> None:
+    """As gradients that are accumulated have it."""
+    torch.manual_seed(0)
+    model, x, y = OwnLoss().double(), torch.randn(N, 3).double(), torch.arange(N) % C
+    asked = [tn.DiagGGN(), tn.HessianDiag(), tn.KFLR(), tn.DiagGGNMC()]
+    one, other = (
+        tn.compute(model, loss, ((x, y), None), asked, seed=0) for loss in (lambda f, y: f, lambda f, y: f / 4)
+    )
+    for key in ("diag_ggn", "hessian_diag", "diag_ggn_mc"):
+        for name, value in one[key].items():
+            torch.testing.assert_close(other[key][name], value / 4)
+
+
+@pytest.mark.parametrize("name", ["weighted samples", "all options", "weighted positions", "a quarter"])
+def test_verified(name: str) -> None:
+    _, _, x, y = problem(name)
+    asked = tn.DiagGGN(), tn.DiagGGNMC(), tn.HessianDiag(), tn.KFAC()
+    assert not tn.verify(compiled(name, *asked), x, y).left_out
+
+
+def test_many_words_with_weights() -> None:
+    """A head with a large vocabulary, and positions that do not count: no Hessian of words is made."""
+    torch.manual_seed(0)
+    model, tokens = nn.Sequential(nn.Embedding(3000, 8), nn.Linear(8, 3000)), torch.randint(3000, (4, 16))
+    some, mask = tokens.masked_fill(tokens % 3 == 0, -100), tokens % 3 != 0
+    known = lambda f, y: F.cross_entropy(f.flatten(0, 1), y.flatten())  # noqa: E731
+    loss = lambda f, y: (CROSS(f.transpose(1, 2), y[0]) * y[1]).sum() / y[1].sum()  # noqa: E731
+    asked = [tn.DiagGGNMC(mc_samples=2), tn.KFAC()]
+    want = tn.compile(model, known, (tokens, some), asked)(tokens, some, seed=0)
+    found = tn.compile(model, loss, (tokens, (tokens, mask)), asked)(tokens, (tokens, mask), seed=0)
+    for key, value in want["diag_ggn_mc"].items():
+        torch.testing.assert_close(found["diag_ggn_mc"][key], value, rtol=1e-4, atol=1e-7)
 
 
 def test_many_outputs() -> None:

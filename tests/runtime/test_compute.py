@@ -129,3 +129,22 @@ def test_lowerings_count() -> None:
     assert not tried
     got = tn.compute(model, nn.MSELoss(), batch, [tn.BatchGrad()], lowerings=[lowering])["batch_grad"]["weight"]
     assert torch.equal(got, want) and tried
+
+
+def test_parametrized_tensors_that_are_kept() -> None:
+    """Inside of `parametrize.cached()` a program and a product read what the parameters are, and nobody else's."""
+    torch.manual_seed(0)
+    model, loss = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(), nn.CrossEntropyLoss()
+    nn.utils.parametrizations.weight_norm(model[0])
+    batch = torch.randn(6, 4).double(), torch.randint(3, (6,))
+    named = dict(model.named_parameters())
+    want = dict(zip(named, torch.autograd.grad(loss(model(batch[0]), batch[1]), list(named.values())), strict=True))
+    dense = tn.hessian_product(model, loss, batch).to_dense()
+    with nn.utils.parametrize.cached():
+        before = loss(model(batch[0]), batch[1])
+        found = tn.compute(model, loss, batch, [tn.Grad()])["grad"]
+        torch.testing.assert_close(tn.hessian_product(model, loss, batch).to_dense(), dense)
+        (before + loss(model(batch[0]), batch[1])).backward()
+    for name, value in want.items():
+        torch.testing.assert_close(found[name], value)
+        torch.testing.assert_close(named[name].grad, 2 * value)

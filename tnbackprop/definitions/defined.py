@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -146,8 +147,11 @@ class Defined:
         if root.sampler is not None:
             return partial(self._drawn, root.sampler, output)
         traced = trace(self.program, self.problem.x, self.problem.y, size)
-        call, rule = next((call, rule) for call, rule in traced.bound if call.output.name == graph.loss)
-        env = {**traced.env, root.value: output}
+        behind = ((call, rule) for call, rule in traced.bound if root.output in call.tensors.values() and rule.root)
+        of_loss = ((call, rule) for call, rule in traced.bound if call.output.name == graph.loss)
+        call, rule = next(chain(behind, of_loss))
+        at = traced.env.get(root.value, output)
+        env = {**traced.env, root.value: output.reshape(at.shape)}
         env = with_lines(rule, env, env[call.output.name], size)
         if root.curvature is not None:
             env[CURVATURE] = dense(root.curvature, env, size)

@@ -24,6 +24,8 @@ class Root:
     sample   torch code for one random column s with E[s sᵀ] = H; ``{noise}`` is uniform on (0, 1), shaped as the input
     by_position  ``{noise}`` is one number for each position: it has no axes of `mixes`
 
+    In the rule of a loss that is not reduced, it is that of each of its elements by its own position. A loss that is
+    linear in one with a root (weighted samples, a factor) has that root, times the roots of the slopes.
     In the rule of a function that losses are linear in (log_softmax), it is that of minus its Hessian, the same for all
     elements along `mixes`, times ``{curvature}``: minus the sum of the loss's slopes along them, [*positions].
     """

@@ -187,7 +187,7 @@ def cross_entropy_loss(call: Any) -> Rule:
         jacobian={"input": f"slope[n, c, *s]{' / N' if by else ''}"},
         legs={"input": "n, c, *s", "output": "n, *s" if call.reduction == NONE else ""},
         saved=saved | _softmax_root(call),
-        root=_columns(call) if call.reduction != NONE else None,
+        root=_columns(call),
         functions=(softmax_draw,),
         divisor="average" if by and not soft else "",
     )

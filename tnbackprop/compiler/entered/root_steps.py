@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
-import sympy
 import torch
 
-from ...diagram.core import BATCH, N, Size, hint_of
+from ...diagram.core import BATCH, Leg, N, Size, hint_of
 from ...notation.bind import CURVATURE, HESSIAN_ROOT, NOISE
 from ..lower.arrange import arranged, in_order, sizes_of
 from ..lower.contract import build
@@ -53,7 +53,10 @@ def root_steps(
     rows: dict[str, Value] = {}
     given: dict[str, Expr] = {}
     if root.curvature is not None:
-        given[CURVATURE] = _curvature(store, root, number, checks)
+        given[CURVATURE] = weights = _curvature(store, root, number, checks)
+        if root.signed:
+            rows |= _rows(store, columns, columns.weight, _signs(root, root.curvature.legs, weights), (N,))
+            given[CURVATURE] = Call(f.ABS, (weights,))
     if root.calls:
         given[HESSIAN_ROOT], extra = hessian_root(store, graph, root, number)
         if root.signed:
@@ -71,17 +74,28 @@ def _curvature(
 ) -> Value:
     """A diagonal loss Hessian. Its entries are blocks of their own; in float64, so that their signs are right."""
     assert root.curvature is not None
-    products = root.curvature.products
-    if not any(p.operands for p in products) and sympy.Add(*(p.scale for p in products)).subs(N, 1) >= 0:
+    if root.positive:
         return _ordered(store, build(store, root.curvature))
     lower = root.output.dtype != torch.float64
     diagram = in_double(store, root.curvature) if lower else root.curvature
     exact, output = _ordered(store, build(store, diagram)), store.find(root.output.name)
     entries = (exact, Call(f.ABS, (exact,)))
-    checks[f"indefinite_{number}"] = smallest_eigenvalue(store, entries, output, root.scale, torch.float64)
+    if not root.signed:
+        checks[f"indefinite_{number}"] = smallest_eigenvalue(store, entries, output, root.scale, torch.float64)
     if not lower:
         return exact
     return store.add(Call(f.TO, (exact, Call(f.DTYPE, (output,)))), exact.shape, Kernel.NATIVE)
+
+
+def _signs(root: LossRoot, legs: tuple[Leg, ...], weights: Value) -> Expr:
+    """Those of the columns, [columns, N], from the weight of each position of a sample."""
+    signs: Expr = Call(f.SIGN, (weights,))
+    own = [k for k, leg in enumerate(legs) if leg != BATCH]
+    if len(own) == len(legs):
+        return Call(f.EXPAND, (signs, root.columns, N))
+    places = prod(int(legs[k].size) for k in own)
+    turned = Call(f.RESHAPE, (Call(f.PERMUTE, (signs, *own, legs.index(BATCH))), 1, places, N))
+    return Call(f.RESHAPE, (Call(f.EXPAND, (turned, root.columns // places, places, N)), root.columns, N))
 
 
 def _ordered(store: Store, ref: Ref) -> Value:

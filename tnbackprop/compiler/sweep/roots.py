@@ -62,7 +62,7 @@ class DrawnLabels:
 class LossRoot:
     """The loss's root; `curvature` is the diagonal Hessian that its code reads, if it has one.
 
-    blocks   the Hessian is a block for each position, in which that is one factor
+    blocks   the Hessian is a block for each position, in which that is one factor; its signs are those of the columns
     sampler  draws labels, whose gradients are the columns; `labels` is the same captured
     """
 
@@ -83,6 +83,12 @@ class LossRoot:
     @property
     def columns(self) -> int:
         return self.root.columns
+
+    @property
+    def positive(self) -> bool:
+        """Whether the curvature is a number for all batches, and not negative."""
+        products = self.curvature.products if self.curvature is not None else ()
+        return not any(p.operands for p in products) and bool(sympy.Add(*(p.scale for p in products)).subs(N, 1) >= 0)
 
     @property
     def value(self) -> str:
@@ -106,7 +112,7 @@ def loss_root(
     found = None
     if output.name in {v.name for v in call.tensors.values()}:
         found = LossRoot(output, _per_position(rule.root, output), None) if rule.root else _elementwise(rule, output)
-    found = found or (None if signed else _linear_in(graph, bound, output)) or _written_out(graph, bound, output)
+    found = found or _linear_in(graph, bound, output, signed) or _written_out(graph, bound, output)
     return replace(found or _from_hessian(graph, output, signed), scale=scale)
 
 
@@ -118,7 +124,7 @@ def labelled_root(graph: Graph, scale: sympy.Expr, what: str, sampler: Callable[
 
 def elementwise_root(found: LossRoot) -> LossRoot:
     """One column with the squared entries that the rule gives where outputs are taken not to mix, if it does."""
-    code = found.root.elementwise
+    code = found.root.elementwise if not found.signed else Code()
     root = replace(found.root, columns=1, code=Code.of("(", code, ").sqrt().unsqueeze(0)"))
     return replace(found, root=root) if code else found
 
@@ -177,8 +183,9 @@ def at_loss(graph: Graph, bound: Bound) -> Value | None:
 
 
 def read_behind(graph: Graph) -> list[str]:
-    """The trainable parameters that the loss reads by itself, not through an output alone."""
-    outputs = {value.name for value in graph.read_by_loss.values()} - {graph.loss, *graph.parameters}
+    """The trainable parameters that the loss reads by itself, not through an output of samples alone."""
+    sampled = {value.name for value in graph.read_by_loss.values() if any(N in axis for axis in value.axes)}
+    outputs = sampled - {graph.loss, *graph.parameters}
     made = {call.output.name: call for call in graph.calls if call.output.name not in outputs}
     seen, todo = set[str](), [graph.loss] if graph.loss else []
     while todo:
@@ -296,19 +303,32 @@ def _written_out(graph: Graph, bound: Bound, output: Value) -> LossRoot | None:
     return None if curvature is None else _on_diagonal(curvature, output, NORMAL)
 
 
-def _linear_in(graph: Graph, bound: Bound, output: Value) -> LossRoot | None:
-    """The root of a loss that is linear in a function of the output which has one: log_softmax; None for any other."""
+def _linear_in(graph: Graph, bound: Bound, output: Value, signed: bool = False) -> LossRoot | None:
+    """The root of a loss that is linear in what has one: cross-entropy, log_softmax; None for any other."""
     reading = [(call, rule) for call, rule in bound if output in call.tensors.values() and call.output.differentiable]
     ((call, rule),) = reading if len(reading) == 1 else ((None, None),)
     if call is None or rule is None or rule.root is None or call.output.name == graph.loss:
         return None
-    lines, legs = _lines(graph, bound, call.output), _legs(output)
+    lines, legs = _lines(graph, bound, call.output), _legs(call.output)
     every = tuple(leg for axis in legs for leg in axis)
     slope = None if lines is None else slope_of(call.output.name, every, lines, str(graph.loss))
     if slope is None:
         return None
-    weight = -slope.sum(*(leg.name for axis in rule.root.mixes for leg in legs[axis]))
-    return LossRoot(output, _per_position(rule.root, output), weight, blocks=True)
+    if CURVATURE in rule.root.code.holes:
+        root, weight = rule.root, -slope.sum(*(leg.name for axis in rule.root.mixes for leg in legs[axis]))
+    else:
+        root, weight = _times(rule.root, output, call.output), slope
+    found = LossRoot(output, _per_position(root, output), weight, blocks=True)
+    return replace(found, signed=signed and not found.positive)
+
+
+def _times(root: BoundRoot, output: Value, made: Value) -> BoundRoot:
+    """The root of a loss that counts as often as `CURVATURE` says, for each position or as a whole."""
+    ones = ", ".join("1" if axis in root.mixes else str(size) for axis, size in enumerate(output.shape))
+    weight = Code.of(Hole(CURVATURE), ".clamp(min=0)", f".reshape({ones})" if made.axes else "")
+    code, sample = (Code.of("(", own, ") * ", weight, ".sqrt()") for own in (root.code, root.sample))
+    elementwise = Code.of("(", root.elementwise, ") * ", weight) if root.elementwise else root.elementwise
+    return replace(root, code=code, sample=sample, elementwise=elementwise)
 
 
 def _lines(graph: Graph, bound: Bound, output: Value) -> list[tuple[Call, BoundRule]] | None:

@@ -40,6 +40,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
 from torch.nn.modules import module as module_globals
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
@@ -64,9 +65,14 @@ _LOCK = threading.RLock()
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """One thread at a time; the same thread may enter again."""
+    """One thread at a time; the same thread may enter again. Parametrized tensors that are kept stay as they are."""
     with _LOCK:
-        yield
+        kept = parametrize._cache_enabled, parametrize._cache
+        parametrize._cache_enabled, parametrize._cache = 0, {}
+        try:
+            yield
+        finally:
+            parametrize._cache_enabled, parametrize._cache = kept
 
 
 def overload(name: str) -> OpOverload | None:
