@@ -148,3 +148,15 @@ def test_parametrized_tensors_that_are_kept() -> None:
     for name, value in want.items():
         torch.testing.assert_close(found[name], value)
         torch.testing.assert_close(named[name].grad, 2 * value)
+
+
+def test_another_default_device() -> None:
+    """Tensors are made where the model is."""
+    model, loss, batch = nn.Linear(4, 3), nn.CrossEntropyLoss(), (torch.randn(6, 4), torch.randint(3, (6,)))
+    torch.set_default_device("meta")
+    try:
+        program = tn.compile(model, loss, batch, [tn.Sketch(size=2), tn.DirectionalGrad(), tn.DiagGGN(), tn.KFAC()])
+        assert all(p.device.type == "cpu" for each in tn.projections(program).values() for p in each.values())
+        assert tn.verify(model, *batch, loss=loss, quantities=[tn.DiagGGN()]).rows
+    finally:
+        torch.set_default_device("cpu")

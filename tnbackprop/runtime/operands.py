@@ -89,11 +89,11 @@ class Operands:
 
     def examples(self, batch: int, like: Tensor) -> dict[str, Any]:
         """Operands of the right shapes, random numbers that are the same every time: to try the program with."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
 
         def one(shape: Shape, dtype: torch.dtype) -> Tensor:
             sizes = [size_at(size, batch) for size in shape]
-            return torch.rand(sizes, dtype=torch.float64, generator=generator).to(like.device, dtype)
+            return torch.rand(sizes, dtype=torch.float64, device="cpu", generator=generator).to(like.device, dtype)
 
         def each(shape: Shape | dict[str, Shape]) -> Any:
             if not isinstance(shape, dict):

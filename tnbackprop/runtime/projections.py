@@ -26,12 +26,12 @@ def projections(program: Program, seed: int = 0) -> dict[str, dict[str, Tensor]]
         raise InputError("tn.projections: the program has no tn.Sketch: compile with one")
     if not is_seed(seed):
         raise InputError(f"tn.projections: seed={seed!r}: give a whole number of 64 bits")
-    generator, parameters = torch.Generator().manual_seed(int(seed)), dict(program.model.named_parameters())
+    generator, parameters = torch.Generator("cpu").manual_seed(int(seed)), dict(program.model.named_parameters())
     found: dict[str, dict[str, Tensor]] = {}
     for key in keys:
         shapes: Any = program.operands[key]
         for name, shape in shapes.items():
-            drawn = torch.randn(*map(int, shape), generator=generator, dtype=torch.float64)
+            drawn = torch.randn(*map(int, shape), generator=generator, dtype=torch.float64, device="cpu")
             drawn = drawn / drawn.shape[-1] ** 0.5 if key == keys[0] else drawn
             found.setdefault(key, {})[name] = drawn.to(parameters[name])
     return found

@@ -54,7 +54,7 @@ def verify(
     """
     if quantities is not None:
         check_quantities(quantities)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # not where tensors are made by default
         torch.manual_seed(seed)
         subject, findings = _findings(what, (x, y), module, loss, quantities, rules)
         report = _collected(subject, findings)

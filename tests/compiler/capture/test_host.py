@@ -98,3 +98,17 @@ def test_no_warning_of_the_export(recwarn: pytest.WarningsRecorder) -> None:
     model = Function(lambda m, x: m.r(x[:, None])[0][:, 0], r=nn.LSTM(3, 3, batch_first=True)).double()
     tn.compile(model, LOSS, (x, y), [tn.Grad()])
     assert not [w for w in recwarn if "assigned during export" in str(w.message)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_scripted_loss() -> None:
+    """And nothing is left on the model."""
+    model, x = nn.Linear(3, 2), batch()[0]
+    for loss in (torch.jit.script(nn.MSELoss()), torch.jit.script(squares)):
+        with pytest.raises(tn.InputError, match=r"the loss is scripted or traced by torch\.jit"):
+            tn.compile(model, loss, (x, torch.ones(len(x), 2)), [tn.Grad()])
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def squares(output: Tensor, y: Tensor) -> Tensor:
+    return (output - y).square().mean()

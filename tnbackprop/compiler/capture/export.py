@@ -76,6 +76,7 @@ def capture(model: nn.Module, loss: Loss | None, example: tuple[Any, Any], rules
     """
     check_instances(model, loss)
     _check_model(model)
+    _check_scripted(loss, "loss")
     if loss is not None and not callable(loss):
         raise InputError(f"loss is {type(loss).__name__}: pass a function (output, y) -> scalar, a module, or None")
     if isinstance(loss, nn.Module):
@@ -145,6 +146,16 @@ def check_instances(model: object, loss: object) -> None:
             raise InputError(f"{name} is the class {given.__name__}: give an instance, {given.__name__}(…)")
 
 
+def _check_scripted(model: object, what: str) -> None:
+    """No part of a model or a loss that torch.jit runs."""
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else iter([("", model)]):
+        if isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction):
+            where = f"module {path!r} of the {what}" if path else f"the {what}"
+            raise InputError(
+                f"{where} is scripted or traced by torch.jit: nobody sees what it calls.\n  Give it as it was before."
+            )
+
+
 def _check_model(model: nn.Module) -> None:
     """A module whose tensors have shapes, and that has no backward pass of its own around it."""
     if not isinstance(model, nn.Module):
@@ -152,12 +163,8 @@ def _check_model(model: nn.Module) -> None:
             f"model is {type(model).__name__}, not a torch.nn.Module: quantities are of the parameters of a module.\n  "
             "Call the function in the forward of a module that has them."
         )
+    _check_scripted(model, "model")
     for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise InputError(
-                f"{f'module {path!r}' if path else 'the model'} is scripted or traced by torch.jit: nobody sees what "
-                "it calls.\n  Give the module as it was before."
-            )
         kind = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in WRAPPERS), "")
         if kind:
             where = f"module {path!r}" if path else "the model"

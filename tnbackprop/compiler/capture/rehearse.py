@@ -152,16 +152,16 @@ class Rehearsal(TorchFunctionMode):
         """While active, modules and primitives say when they start and end."""
         handles, inside = [], set()
         primitives = [target for target in self.rules if isinstance(target, Primitive)]
-        for path, module in self.wrapped.named_modules():
-            if module is self.wrapped or module in inside:
-                continue
-            ruled = rule_class(module, self.rules) is not None
-            inside |= set(module.modules()) if ruled else set()
-            owner = RULED if ruled else Owner(told(path, module))
-            # The user's own hooks are outside: a rule does not stand for them.
-            handles.append(module.register_forward_pre_hook(partial(self._before, owner), with_kwargs=True))
-            handles.append(module.register_forward_hook(self._after, prepend=True))
         try:
+            for path, module in self.wrapped.named_modules():
+                if module is self.wrapped or module in inside:
+                    continue
+                ruled = rule_class(module, self.rules) is not None
+                inside |= set(module.modules()) if ruled else set()
+                owner = RULED if ruled else Owner(told(path, module))
+                # The user's own hooks are outside: a rule does not stand for them.
+                handles.append(module.register_forward_pre_hook(partial(self._before, owner), with_kwargs=True))
+                handles.append(module.register_forward_hook(self._after, prepend=True))
             for primitive in primitives:
                 primitive.stand_in = partial(self._ruled, primitive, get_ident())
             yield
