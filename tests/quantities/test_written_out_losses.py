@@ -150,6 +150,12 @@ SOFTMAX: dict[str, tuple[Loss, Callable[[], Tensor]]] = {
         positive,
     ),
 }
+def assigned(f: Tensor, y: Tensor, step: int) -> Tensor:
+    out = f.clone()
+    out[:, 1::step] -= 0.1 * f[:, :1] * y[:, 1::step]
+    return out.logsumexp(1).mean()
+
+
 OTHERS: dict[str, tuple[Loss, Callable[[], Tensor]]] = {
     "a norm": (lambda f, y: torch.linalg.vector_norm(f - y, dim=1).pow(4).mean(), real),
     "mean and variance": (lambda f, y: (f[:, 2:].exp() * (f[:, :2] - y[:, :2]) ** 2 - f[:, 2:]).sum(-1).mean(), real),
@@ -164,6 +170,8 @@ OTHERS: dict[str, tuple[Loss, Callable[[], Tensor]]] = {
     "nested sixteen times": (lambda f, y: nested(f, y, 16), real),
     "ten factors": (lambda f, y: multiplied(f, y, 10), real),
     "thirty bumps": (lambda f, y: sum(torch.exp(-((f - k * y) ** 2) / 9) for k in range(30)).mean(), real),
+    "assigned to an open end": (lambda f, y: assigned(f, y, 1), real),
+    "assigned to every other": (lambda f, y: assigned(f, y, 2), real),
     "softmax and squares": (lambda f, y: F.mse_loss(f, y) - F.log_softmax(f, 1)[:, 0].mean(), real),
 }
 EVERY = {**DIAGONAL, **SOFTMAX, **OTHERS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -42,7 +43,8 @@ def call_expr(call: Call, read: Callable[[Value], Expr], like: Expr) -> Expr:
     named: list[tuple[str, Any]] = []
     for k, argument in enumerate(arguments):
         value = call.arguments["input" if argument.name == "self" else argument.name]
-        if argument.has_default_value() and _same(value, argument.default_value):
+        open_end = argument.name == "end" and value == sys.maxsize  # vmap of slice_scatter overflows
+        if argument.has_default_value() and (open_end or _same(value, argument.default_value)):
             continue
         if argument.kwarg_only or named or len(shown) < k:
             named.append((argument.name, _argument(value, read, like)))
