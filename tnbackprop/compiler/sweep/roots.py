@@ -22,6 +22,7 @@ from ...diagram.jacobian import Jacobian
 from ...errors import UnsupportedError
 from ...notation.bind import CURVATURE, HESSIAN_ROOT, NOISE, BoundRoot, BoundRule
 from ...notation.code import Code, Hole
+from ..running.drawing_calls import draws
 from ..translate.graph import Call, Graph, Value, needed
 from .composed import curvature_of, slope_of
 
@@ -229,8 +230,13 @@ def _from_hessian(graph: Graph, output: Value, signed: bool) -> LossRoot:
             f"the root of this loss's Hessian needs an output with the batch alone on axis 0, and it is {output}.\n"
             "  Use one of torch's losses directly, or declare a rule with a root: tnbackprop.Root."
         )
-    calls = calls_behind(graph, output)
+    calls = [call for call in calls_behind(graph, output) if call.output.differentiable]
     for call in calls:
+        if draws(call.target, call.arguments):
+            raise UnsupportedError(
+                f"{call.where} draws random numbers, and the root of this loss's Hessian, by torch.func, would be of "
+                "others.\n  Draw what does not depend on the output (torch.randn_like), or in the model."
+            )
         if call.by_rule:
             raise UnsupportedError(
                 f"the root of the Hessian of {call.where} does not follow from its rule: the loss is not elementwise "
