@@ -23,10 +23,10 @@ MOVED: dict[str, Loss] = {
     "ignored": lambda f, y: F.cross_entropy(f.flatten(0, 1), y.masked_fill(y == 1, -100).flatten()),
     "squeezed": lambda f, y: F.mse_loss(f[..., :1].squeeze(-1), y.to(f)),
     "binary": lambda f, y: F.binary_cross_entropy_with_logits(f[..., 0].reshape(-1), (y > 1).to(f).reshape(-1)),
+    "in parts": lambda f, y: -F.log_softmax(f.transpose(1, 2), 1).gather(1, y[:, None]).mean(),
 }
 OTHERWISE: dict[str, Loss] = {
     "read twice": lambda f, y: F.cross_entropy(f.flatten(0, 1), y.flatten()) + f.square().mean(),
-    "in parts": lambda f, y: -F.log_softmax(f.transpose(1, 2), 1).gather(1, y[:, None]).mean(),
     "more elements": lambda f, y: F.mse_loss(f.repeat(1, 2, 1).flatten(1), y.repeat(1, 8).to(f)),
     "not linear": lambda f, y: F.mse_loss(f.tanh()[..., 0], y.to(f)),
 }
